@@ -1,0 +1,73 @@
+# `make` alone lists the targets.
+
+PYTHON ?= python3
+# Extra pip arguments for torch alone, to choose its build. A small one for the CPU:
+#   make venv TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
+TORCH_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+TORCH := $(shell sed -n 's/^torch==.*/&/p' requirements.lock)
+
+# What only an extra brings may be missing; anything else that fails to import is a fault.
+define IMPORT_EVERYTHING
+import importlib, pkgutil, ipdiverse
+optional, count = {"gradio", "tensorboard"}, 0
+for module in pkgutil.walk_packages(ipdiverse.__path__, "ipdiverse."):
+    if module.name.endswith(".__main__"):
+        continue
+    try:
+        importlib.import_module(module.name)
+        count += 1
+    except ModuleNotFoundError as error:
+        if error.name not in optional:
+            raise
+        print(f"skipped {module.name}: {error.name} is not installed")
+print(f"{count} modules import")
+endef
+export IMPORT_EVERYTHING
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv demo test check fmt benchmarks clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+venv: $(STAMP) ## create .venv with the locked versions (PYTHON=python3.12 picks another)
+
+# torch first and alone: resolved together with the rest, a plain torch brings gigabytes of CUDA
+# where a CPU build was asked for; once it is there, the lock's torch==X accepts X+cpu as it is.
+$(STAMP): pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ipdiverse needs Python 3.11 or newer: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH_ARGS) '$(TORCH)'
+	$(BIN)/python -m pip install --quiet -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps -e .
+	@touch $@
+
+demo: $(STAMP) ## draw a first set of images into out/demo, on the embedded model
+	$(BIN)/ipdiverse demo --out out/demo
+
+# One thread a process: two workers with two threads each only get in each other's way.
+test: $(STAMP) ## run the tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
+
+check: $(STAMP) ## format, lint, types, layers, and that every module imports
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/python -c "$$IMPORT_EVERYTHING"
+
+fmt: $(STAMP) ## format, and mend what can be mended
+	$(BIN)/ruff check --fix-only
+	$(BIN)/ruff format
+
+benchmarks: $(STAMP) ## time generation
+	$(BIN)/python benchmarks/generate.py
+
+clean: ## remove what was built, not .venv
+	rm -rf out build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find src tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,123 @@
+"""Image embeddings to image tokens. Parameter names are those of the published checkpoints."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class LinearProjection(nn.Module):
+    """Projection `base`: the pooled embedding to a few tokens (Linear + LayerNorm).
+
+    Args:
+        clip_dim: Width of the pooled image embedding.
+        token_width: The UNet's `cross_attention_dim`.
+        num_tokens: How many image tokens; 4 in every published checkpoint.
+
+    Source:
+        arXiv:2308.06721, section 3.2.1.
+    """
+
+    kind = "base"
+
+    def __init__(self, clip_dim: int, token_width: int, num_tokens: int = 4) -> None:
+        super().__init__()
+        self.num_tokens = num_tokens
+        self.proj = nn.Linear(clip_dim, num_tokens * token_width)
+        self.norm = nn.LayerNorm(token_width)
+
+    def forward(
+        self, image_embeds: Float[Tensor, "batch clip_dim"]
+    ) -> Float[Tensor, "batch tokens width"]:
+        """Project and normalise each token."""
+        tokens = self.proj(image_embeds)
+        return self.norm(tokens.unflatten(-1, (self.num_tokens, -1)))
+
+
+class PerceiverAttention(nn.Module):
+    """Learned queries attend to image features and to themselves (Flamingo, arXiv:2204.14198).
+
+    Args:
+        width: Width of queries and features.
+        head_dim: Width of one head; stock diffusers assumes 64.
+        heads: How many.
+    """
+
+    def __init__(self, width: int, head_dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads, inner = heads, head_dim * heads
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
+        self.to_q = nn.Linear(width, inner, bias=False)
+        self.to_kv = nn.Linear(width, 2 * inner, bias=False)
+        self.to_out = nn.Linear(inner, width, bias=False)
+
+    def forward(
+        self,
+        features: Float[Tensor, "batch patches width"],
+        latents: Float[Tensor, "batch tokens width"],
+    ) -> Float[Tensor, "batch tokens width"]:
+        """One round of attention, without the residual."""
+        features, latents = self.norm1(features), self.norm2(latents)
+        key, value = self.to_kv(torch.cat([features, latents], dim=1)).chunk(2, dim=-1)
+        query, key, value = (
+            t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.to_q(latents), key, value)
+        )
+        return self.to_out(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+
+
+class ResamplerProjection(nn.Module):
+    """Projection `plus`: learned queries read the penultimate hidden states.
+
+    Args:
+        clip_dim: Width of the image encoder's hidden states.
+        token_width: The UNet's `cross_attention_dim`.
+        num_tokens: How many image tokens; 16 in published checkpoints.
+        width: Width inside; a multiple of 64.
+        depth: Rounds of attention and feed-forward; 4 in published checkpoints.
+    """
+
+    kind = "plus"
+
+    def __init__(
+        self, clip_dim: int, token_width: int, num_tokens: int = 16, width: int = 768, depth: int = 4
+    ) -> None:
+        super().__init__()
+        self.latents = nn.Parameter(torch.randn(1, num_tokens, width) / width**0.5)
+        self.proj_in = nn.Linear(clip_dim, width)
+        self.proj_out = nn.Linear(width, token_width)
+        self.norm_out = nn.LayerNorm(token_width)
+        self.layers = nn.ModuleList(
+            [
+                nn.ModuleList([PerceiverAttention(width, 64, width // 64), _feed_forward(width)])
+                for _ in range(depth)
+            ]
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """How many image tokens."""
+        return self.latents.shape[1]
+
+    def forward(
+        self, image_embeds: Float[Tensor, "batch patches clip_dim"]
+    ) -> Float[Tensor, "batch tokens width"]:
+        """Read the hidden states into a fixed number of tokens."""
+        features = self.proj_in(image_embeds)
+        latents = self.latents.expand(len(features), -1, -1)
+        for layer in self.layers:
+            attention, feed_forward = layer  # type: ignore[misc]
+            latents = attention(features, latents) + latents
+            latents = feed_forward(latents) + latents
+        return self.norm_out(self.proj_out(latents))
+
+
+def _feed_forward(width: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.LayerNorm(width),
+        nn.Linear(width, 4 * width, bias=False),
+        nn.GELU(),
+        nn.Linear(4 * width, width, bias=False),
+    )

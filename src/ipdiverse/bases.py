@@ -1,0 +1,98 @@
+"""What can be prompted: the embedded `critters`, or any folder that diffusers saved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ipdiverse.errors import ModelError
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+CRITTERS = "critters"
+_WEIGHTS = Path(__file__).parent / "critters" / "weights"
+CRITTERS_BASE = _WEIGHTS / "base"
+CRITTERS_ORACLE = _WEIGHTS / "oracle.safetensors"
+CRITTERS_ADAPTERS = _WEIGHTS / "adapters"
+CRITTERS_PROVENANCE = _WEIGHTS / "provenance.json"
+
+
+@dataclass(frozen=True)
+class Base:
+    """A pretrained text-to-image pipeline, ready to prompt.
+
+    Args:
+        name: As the user gave it.
+        pipe: A stock diffusers pipeline.
+        guidance_scale: A good default for this base.
+        batch: Images denoised together. A call is always padded to a whole batch, because
+            processors round differently at different batch sizes: image i must not depend on n.
+    """
+
+    name: str
+    pipe: StableDiffusionPipeline
+    guidance_scale: float
+    batch: int
+
+
+def load_base(name: str = CRITTERS) -> Base:
+    """Open a base model.
+
+    Args:
+        name: `critters`, or a folder that `StableDiffusionPipeline.save_pretrained` wrote.
+
+    Raises:
+        ModelError: There is no such base, or the folder holds no pipeline.
+    """
+    folder = CRITTERS_BASE if name == CRITTERS else Path(name)
+    if not (folder / "model_index.json").is_file():
+        raise ModelError(
+            "unknown base",
+            where=name,
+            expected=f"`{CRITTERS}` or a folder with a model_index.json",
+            found="a folder without one" if folder.is_dir() else "neither",
+        )
+    import torch
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        pipe = StableDiffusionPipeline.from_pretrained(
+            folder, torch_dtype=torch.float32, local_files_only=True, safety_checker=None
+        )
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError("cannot be opened", where=name, found=_first_line(error)) from error
+    pipe.set_progress_bar_config(disable=True)
+    embedded = name == CRITTERS
+    return Base(name, pipe, guidance_scale=3.0 if embedded else 7.5, batch=4 if embedded else 1)
+
+
+def adapter_file(base: str, adapter: str) -> Path:
+    """Where an adapter's weights are.
+
+    Args:
+        base: The base's name; `critters` has `base` and `plus` by name.
+        adapter: One of those names, or a file.
+
+    Raises:
+        ModelError: There is no such adapter.
+    """
+    named = {file.stem: file for file in sorted(CRITTERS_ADAPTERS.glob("*.safetensors"))}
+    short = {"base": "ip-adapter_critters", "plus": "ip-adapter-plus_critters"}
+    if base == CRITTERS and short.get(adapter, adapter) in named:
+        return named[short.get(adapter, adapter)]
+    if Path(adapter).is_file():
+        return Path(adapter)
+    raise ModelError(
+        "unknown adapter",
+        where=adapter,
+        expected=f"{' or '.join(short)} (with the base {CRITTERS}), or a safetensors file",
+        fix="Check the path.",
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__

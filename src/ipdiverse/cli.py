@@ -1,0 +1,295 @@
+"""The command line. Each command is a typed config with `run`; heavy imports happen in there."""
+
+from __future__ import annotations
+
+import json as json_module
+import sys
+import warnings
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from ipdiverse.errors import IpdiverseError
+from ipdiverse.sampling.request import Request
+
+_Count = Annotated[int, tyro.conf.arg(aliases=["-n"])]
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+
+
+def _say_json(content: Any) -> None:
+    _say(json_module.dumps(content, indent=2))
+
+
+@dataclass(frozen=True)
+class Generate(Request):
+    """Make images from a reference and a prompt.
+
+    Args:
+        out: Folder for images, contact sheet and generation.json.
+        json: Print the record, from which the exact command can be repeated, as JSON.
+    """
+
+    n: _Count = 4
+    out: str = "out"
+    json: bool = False
+
+    def run(self) -> None:
+        """Generate and write."""
+        from ipdiverse.provenance import ensure_writable_folder
+        from ipdiverse.sampling.generate import generate
+
+        ensure_writable_folder(Path(self.out))
+        wanted = {f.name: getattr(self, f.name) for f in fields(Request)}
+        record = generate(**wanted).save(self.out)
+        for note in record["notes"]:
+            sys.stderr.write(f"note: {note}\n")
+        if self.json:
+            _say_json(record)
+        else:
+            _say(f"wrote {self.n} images and {Path(self.out) / 'contact_sheet.png'}")
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Show at a glance what a plain image prompt does: three scales, and its numbers.
+
+    Args:
+        out: Folder for the page.
+    """
+
+    out: str = "out/demo"
+
+    def run(self) -> None:
+        """Make the page and say which file to open."""
+        from ipdiverse.evaluation.demo import make_demo
+
+        _say(f"open {make_demo(Path(self.out))}")
+
+
+@dataclass(frozen=True)
+class Make:
+    """Write critters images and a manifest, in the format that users' own data sets have.
+
+    Args:
+        out: Folder for images and metadata.jsonl.
+        n: How many scenes.
+        pairs: Give each scene a second image of the same creature as its reference.
+        size: Height and width in pixels.
+        seed: Of scenes, renders and captions.
+        split: Identities of `train`, `validation` or `test`.
+    """
+
+    out: str
+    n: _Count = 1000
+    pairs: bool = False
+    size: int = 64
+    seed: int = 0
+    split: Literal["train", "validation", "test"] = "train"
+
+    def run(self) -> None:
+        """Write them."""
+        from ipdiverse.critters.make import make_dataset
+
+        written = make_dataset(
+            Path(self.out), self.n, self.pairs, self.size, self.seed, self.split
+        )
+        _say(f"wrote {written} images and {Path(self.out) / 'metadata.jsonl'}")
+
+
+@dataclass(frozen=True)
+class TrainBase:
+    """Train the embedded base model from nothing; resumable.
+
+    Args:
+        folder: Working folder: renders, resume points, logs, finished stages.
+        stages: Which stages, in order; an earlier unfinished one is an error.
+        ship: Write the finished weights into the package.
+        seed: Of data, initial weights and noise.
+        vae_steps: Steps of stage vae.
+        text_steps: Steps of stage text.
+        clip_steps: Steps of stage clip.
+        unet_steps: Steps of stage unet.
+        oracle_steps: Steps of stage oracle.
+        images: Rendered training scenes.
+    """
+
+    folder: str = "runs/base"
+    stages: tuple[Literal["vae", "text", "clip", "unet", "oracle"], ...] = (
+        "vae",
+        "text",
+        "clip",
+        "unet",
+        "oracle",
+    )
+    ship: bool = True
+    seed: int = 0
+    images: int = 40_000
+    vae_steps: int = 3000
+    text_steps: int = 500
+    clip_steps: int = 600
+    unet_steps: int = 8000
+    oracle_steps: int = 2000
+
+    def run(self) -> None:
+        """Train and ship."""
+        from ipdiverse.bases import CRITTERS_BASE, CRITTERS_ORACLE, CRITTERS_PROVENANCE
+        from ipdiverse.critters import pipeline
+        from ipdiverse.critters.training.stages import BaseRecipe, train_stage
+
+        folder, recipe = Path(self.folder), self._recipe(BaseRecipe)
+        for stage in self.stages:
+            train_stage(stage, folder, recipe)
+        if self.ship:
+            pipeline.assemble(folder, CRITTERS_BASE)
+            pipeline.ship_oracle(folder, CRITTERS_ORACLE)
+            made = pipeline.provenance(asdict(recipe), "ipdiverse critters train-base")
+            pipeline.write_json(CRITTERS_PROVENANCE, made)
+            _say(f"wrote {CRITTERS_BASE}")
+
+    def _recipe(self, kind: type) -> Any:
+        names = {f.name for f in fields(kind)}
+        return kind(**{f.name: getattr(self, f.name) for f in fields(self) if f.name in names})
+
+
+@dataclass(frozen=True)
+class TrainPlain:
+    """Train plain IP-Adapter on critters as its authors do (reference = target); resumable.
+
+    Args:
+        kind: `base` (pooled, 4 tokens) or `plus` (resampler, 16 tokens).
+        folder: Working folder of `train-base`, with its corpus and latents.
+        steps: Optimizer steps, batch 64.
+        seed: Of data, initial weights and noise.
+    """
+
+    kind: Literal["base", "plus"] = "plus"
+    folder: str = "runs/base"
+    steps: int = 3000
+    seed: int = 0
+
+    def run(self) -> None:
+        """Train and ship."""
+        from ipdiverse.training.run import train_plain
+
+        _say(f"wrote {train_plain(self.kind, Path(self.folder), self.steps, self.seed)}")
+
+
+@dataclass(frozen=True)
+class Check:
+    """Measure the embedded base against its gates, on held-out scenes.
+
+    Args:
+        images: Images sampled for the text-to-image gates.
+        guidance: The one fixed guidance.
+        json: Print everything as JSON.
+        out: Also write the JSON to this file.
+    """
+
+    images: int = 2000
+    guidance: float | None = None
+    json: bool = False
+    out: str | None = None
+
+    def run(self) -> None:
+        """Measure and print."""
+        from ipdiverse.evaluation.gates import check_base, gate_table
+
+        report = check_base(self.images, self.guidance)
+        _write_json(self.out, report)
+        _say_json(report) if self.json else _say(gate_table(report))
+
+
+@dataclass(frozen=True)
+class Copier:
+    """Measure how plain IP-Adapter copies: fidelity, variety and leak over its scale.
+
+    Args:
+        adapter: `base` or `plus`.
+        scales: Weights of the image prompt.
+        pairs: (prompt, reference) pairs, on held-out identities.
+        images: Images a pair.
+        steps: Denoising steps.
+        guidance: Classifier-free guidance; None takes the base's default.
+        json: Print everything as JSON.
+        out: Also write the JSON to this file.
+    """
+
+    adapter: str = "plus"
+    scales: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    pairs: int = 200
+    images: int = 8
+    steps: int = 25
+    guidance: float | None = None
+    json: bool = False
+    out: str | None = None
+
+    def run(self) -> None:
+        """Measure and print."""
+        from ipdiverse.evaluation.copier import copier_table, measure_copier
+
+        report = measure_copier(
+            self.adapter, self.scales, self.pairs, self.images, self.steps, self.guidance
+        )
+        _write_json(self.out, report)
+        _say_json(report) if self.json else _say(copier_table(report))
+
+
+def _write_json(out: str | None, content: Any) -> None:
+    if out is not None:
+        from ipdiverse.provenance import write_text_atomic
+
+        write_text_atomic(Path(out), json_module.dumps(content, indent=2) + "\n")
+
+
+@dataclass(frozen=True)
+class Critters:
+    """The embedded world: make data, train its models, check them."""
+
+    command: (
+        Annotated[Make, tyro.conf.subcommand("make")]
+        | Annotated[TrainBase, tyro.conf.subcommand("train-base")]
+        | Annotated[TrainPlain, tyro.conf.subcommand("train-plain")]
+        | Annotated[Check, tyro.conf.subcommand("check")]
+        | Annotated[Copier, tyro.conf.subcommand("copier")]
+    ) = field()
+
+    def run(self) -> None:
+        """Run the chosen command."""
+        self.command.run()
+
+
+Command = (
+    Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[Critters, tyro.conf.subcommand("critters")]
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse and run; 0 when it worked, 2 for bad input, 130 when interrupted.
+
+    Args:
+        arguments: Without the program's name; None takes the process's own.
+    """
+    warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
+    try:
+        command = tyro.cli(
+            Command,  # type: ignore[arg-type]
+            prog="ipdiverse",
+            args=arguments,
+            description="Image prompts with variety, without losing what you asked for.",
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+        )
+        command.run()
+    except IpdiverseError as error:
+        sys.stderr.write(f"ipdiverse: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("ipdiverse: interrupted\n")
+        return 130
+    return 0

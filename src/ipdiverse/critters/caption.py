@@ -1,0 +1,184 @@
+"""Describe a scene in words, and read such words back.
+
+`caption` and `parse` are inverse: parsing a caption gives exactly the attributes it states. `parse`
+also reads prompts that a person writes in these words ("a critter in the snow").
+"""
+
+from __future__ import annotations
+
+import re
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ipdiverse.critters.scene import ATTRIBUTES, COLOURS, Scene
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+NOUNS = ("critter", "creature", "monster")
+
+WORDINGS: Mapping[str, Mapping[str, tuple[str, ...]]] = MappingProxyType(
+    {
+        "shape": {
+            "round": ("round", "circular"),
+            "square": ("square", "boxy"),
+            "triangular": ("triangular", "triangle-shaped"),
+            "tall": ("tall", "elongated"),
+            "star": ("star-shaped", "starry"),
+        },
+        "pattern": {
+            "plain": ("plain", "unpatterned"),
+            "striped": ("striped", "stripy"),
+            "spotted": ("spotted", "dotted"),
+        },
+        "eyes": {
+            "one": ("one-eyed", "with one eye"),
+            "two": ("two-eyed", "with two eyes"),
+            "three": ("three-eyed", "with three eyes"),
+        },
+        "headgear": {
+            "none": ("bareheaded", "with nothing on its head"),
+            "hat": ("wearing a top hat", "in a hat"),
+            "crown": ("wearing a crown", "with a crown on its head"),
+            "flower": ("wearing a flower", "with a flower on its head"),
+        },
+        "place": {
+            "meadow": ("in a meadow", "on the grass"),
+            "desert": ("in the desert", "among sand dunes"),
+            "snow": ("in the snow", "on a snowy field"),
+            "beach": ("on the beach", "at the seaside"),
+            "city": ("in the city", "on a city street"),
+            "moon": ("on the moon", "in outer space"),
+        },
+        "position": {
+            "left": ("on the left", "at the left edge"),
+            "middle": ("in the middle", "at the center"),
+            "right": ("on the right", "at the right edge"),
+        },
+    }
+)
+"""How each value may be said. A wording names its value uniquely among all wordings."""
+
+_OPENINGS = ("", "", "a photo of ", "a picture of ", "a drawing of ")
+_LEADING_WORDS = ("one-eyed", "two-eyed", "three-eyed", "bareheaded")
+
+
+def mentioned(scene: Scene, seed: int, chance: float | None = None) -> dict[str, str]:
+    """The attributes a caption of this seed states: each one or not, at random.
+
+    Args:
+        scene: The scene.
+        seed: Decides which.
+        chance: Probability of each attribute; None draws it uniformly from 0.25..1 first.
+    """
+    rng = np.random.default_rng(seed)
+    probability = 0.25 + 0.75 * rng.random() if chance is None else chance
+    kept = rng.random(len(ATTRIBUTES)) < probability
+    return {name: value for (name, value), keep in zip(scene.as_dict().items(), kept, strict=True) if keep}
+
+
+def caption(stated: Mapping[str, str], seed: int) -> str:
+    """Say these attributes in natural English.
+
+    Args:
+        stated: Any subset of a scene's attributes.
+        seed: Decides wording and order.
+
+    Returns:
+        One lower-case phrase without a full stop.
+    """
+    rng = np.random.default_rng(seed)
+    words = {name: _say(name, value, rng) for name, value in stated.items()}
+    subject, after = _subject(words, rng), _details(words, rng)
+    place = words.get("place")
+    if place and rng.random() < 0.2:
+        return f"{place}, {subject}" + "".join(f" {part}" for part in after)
+    opening = _OPENINGS[rng.integers(len(_OPENINGS))]
+    parts = [*after, place] if place else after
+    return opening + subject + "".join(f" {part}" for part in parts)
+
+
+def caption_of(scene: Scene, seed: int, chance: float | None = None) -> str:
+    """A caption of a random subset of the scene's attributes."""
+    return caption(mentioned(scene, seed, chance), seed)
+
+
+def parse(text: str) -> dict[str, str]:
+    """The attributes that a text states, in the order of `ATTRIBUTES`.
+
+    Args:
+        text: A caption, or a prompt in the same words; unknown words are ignored.
+    """
+    text = " ".join(re.findall(r"[a-z-]+", text.lower()))
+    found: dict[str, str] = {}
+    held = _HELD.search(text)
+    if held:
+        found |= {k: v for k, v in (("item_colour", held["colour"]), ("item", held["item"])) if v}
+        text = text[: held.start()] + text[held.end() :]
+    for name, pattern, value in _PATTERNS:
+        if pattern.search(text):
+            found.setdefault(name, value)
+    return {name: found[name] for name in ATTRIBUTES if name in found}
+
+
+def _say(name: str, value: str, rng: np.random.Generator) -> str:
+    choices = WORDINGS.get(name, {}).get(value, (value,))
+    return choices[rng.integers(len(choices))]
+
+
+def _subject(words: Mapping[str, str], rng: np.random.Generator) -> str:
+    """Article, adjectives in any order, noun: "an orange spotted critter"."""
+    adjectives = [words[name] for name in ("shape", "pattern", "colour") if name in words]
+    adjectives += [words[n] for n in ("eyes", "headgear") if words.get(n) in _LEADING_WORDS]
+    rng.shuffle(adjectives)
+    return with_article(" ".join([*adjectives, NOUNS[rng.integers(len(NOUNS))]]))
+
+
+def _details(words: Mapping[str, str], rng: np.random.Generator) -> list[str]:
+    """What follows the noun, in any order."""
+    names = [n for n in ("eyes", "headgear", "position") if n in words]
+    parts = [words[n] for n in names if words[n] not in _LEADING_WORDS]
+    if "item" in words or "item_colour" in words:
+        verb = ("holding", "carrying")[rng.integers(2)]
+        parts.append(f"{verb} {_held(words.get('item'), words.get('item_colour'))}")
+    rng.shuffle(parts)
+    return parts
+
+
+def _held(item: str | None, colour: str | None) -> str:
+    if item is None:
+        return f"something {colour}"
+    return with_article(f"{colour} {item}" if colour else item)
+
+
+def with_article(phrase: str) -> str:
+    """Put "a" or "an" before a phrase, by sound: "a one-eyed", "an unpatterned"."""
+    sounds_open = phrase[0] in "aeiou" and not phrase.startswith("one")
+    return f"{'an' if sounds_open else 'a'} {phrase}"
+
+
+def _wording_patterns() -> list[tuple[str, re.Pattern[str], str]]:
+    patterns = [
+        (name, re.compile(rf"(?<![\w-]){re.escape(wording)}(?![\w-])"), value)
+        for name, values in WORDINGS.items()
+        for value, wordings in values.items()
+        for wording in wordings
+    ]
+    patterns += [
+        ("eyes", re.compile(rf"\b{count} eyes?\b"), count) for count in ATTRIBUTES["eyes"]
+    ]
+    patterns += [
+        ("headgear", re.compile(rf"\b(?:in|wearing|with) an? (?:top )?{word}\b"), word)
+        for word in ("hat", "crown", "flower")
+    ]
+    patterns += [("colour", re.compile(rf"(?<![\w-]){c}(?![\w-])"), c) for c in COLOURS]
+    return patterns
+
+
+_PATTERNS = _wording_patterns()
+_HELD = re.compile(
+    r"\b(?:holding|carrying) (?:an? |something ?)"
+    rf"(?:(?P<colour>{'|'.join(COLOURS)})\b ?)?(?P<item>{'|'.join(ATTRIBUTES['item'])})?"
+)

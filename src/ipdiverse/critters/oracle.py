@@ -1,0 +1,90 @@
+"""The oracle: reads the attributes of any 64×64 image and says whether it is a valid scene.
+
+A plain convolutional classifier, trained apart; it shares no weights with the encoder that
+conditions generation, so an adapter cannot please it by fooling its own encoder.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ipdiverse.critters.scene import ATTRIBUTES
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy as np
+
+
+class _Block(nn.Module):
+    """Halve the resolution, then one residual convolution."""
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(channels_in, channels_out, 3, stride=2, padding=1)
+        self.norm1 = nn.GroupNorm(8, channels_out)
+        self.conv = nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        self.norm2 = nn.GroupNorm(8, channels_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm1(self.down(x)))
+        return torch.relu(x + self.norm2(self.conv(x)))
+
+
+class Oracle(nn.Module):
+    """Pixels in -1..1, (batch, 3, 64, 64), to one logit vector per attribute and one for validity."""
+
+    def __init__(self, widths: tuple[int, ...] = (32, 64, 128, 192)) -> None:
+        super().__init__()
+        pairs = zip((3, *widths[:-1]), widths, strict=True)
+        self.blocks = nn.Sequential(*[_Block(a, b) for a, b in pairs])
+        features = widths[-1] * 16
+        self.hidden = nn.Linear(features, 384)
+        self.heads = nn.ModuleList([nn.Linear(384, len(v)) for v in ATTRIBUTES.values()])
+        self.valid = nn.Linear(384, 1)
+
+    def forward(self, pixels: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Attribute logits in the order of `ATTRIBUTES`, and the validity logit (batch,)."""
+        hidden = torch.relu(self.hidden(self.blocks(pixels).flatten(1)))
+        return [head(hidden) for head in self.heads], self.valid(hidden).squeeze(-1)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the oracle sees.
+
+    Args:
+        attributes: int64 (batch, 9), indices in the order of `ATTRIBUTES`.
+        invalid: bool (batch,), True where the image is no valid scene.
+    """
+
+    attributes: Tensor
+    invalid: Tensor
+
+
+@torch.no_grad()
+def read(oracle: Oracle, images: np.ndarray, batch: int = 256) -> Reading:
+    """Read uint8 images (count, size, size, 3) in any size; others than 64 are resized first."""
+    attributes, invalid = [], []
+    for start in range(0, len(images), batch):
+        pixels = torch.from_numpy(images[start : start + batch]).permute(0, 3, 1, 2).float()
+        pixels = pixels / 127.5 - 1
+        if pixels.shape[-1] != 64:
+            pixels = nn.functional.interpolate(pixels, 64, mode="bilinear", antialias=True)
+        logits, valid = oracle(pixels)
+        attributes.append(torch.stack([head.argmax(-1) for head in logits], dim=1))
+        invalid.append(valid < 0)
+    return Reading(torch.cat(attributes), torch.cat(invalid))
+
+
+def load_oracle(file: Path) -> Oracle:
+    """Open the oracle that `ipdiverse critters train-base` saved."""
+    from safetensors.torch import load_file
+
+    oracle = Oracle()
+    oracle.load_state_dict({name: tensor.float() for name, tensor in load_file(file).items()})
+    return oracle.eval()

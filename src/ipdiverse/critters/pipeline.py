@@ -1,0 +1,86 @@
+"""Assemble the trained stages into a standard diffusers folder, and ship it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ipdiverse.critters import architecture
+from ipdiverse.critters.training.stages import stage_model
+
+_LARGEST_FILE = "12MB"
+
+
+def assemble(folder: Path, target: Path) -> None:
+    """Write stages vae, text, clip and unet as one fp16 `StableDiffusionPipeline` folder.
+
+    Args:
+        folder: Working folder of `train-base`.
+        target: Diffusers folder to write; replaced whole.
+    """
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
+
+    text = stage_model(folder, "text")
+    pipe = StableDiffusionPipeline(
+        vae=AutoencoderKL.from_pretrained(stage_model(folder, "vae")),
+        text_encoder=CLIPTextModel.from_pretrained(text / "text_encoder"),
+        tokenizer=CLIPTokenizer.from_pretrained(text / "tokenizer"),
+        unet=UNet2DConditionModel.from_pretrained(stage_model(folder, "unet")),
+        scheduler=architecture.scheduler(),
+        safety_checker=None,
+        feature_extractor=architecture.image_processor(),
+        image_encoder=CLIPVisionModelWithProjection.from_pretrained(
+            stage_model(folder, "clip") / "image_encoder"
+        ),
+        requires_safety_checker=False,
+    )
+    pipe.to(torch.float16)
+    temporary = target.with_name(target.name + ".partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    pipe.save_pretrained(temporary, safe_serialization=True, max_shard_size=_LARGEST_FILE)
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.rename(target)
+
+
+def ship_oracle(folder: Path, file: Path) -> None:
+    """Write the trained oracle in fp16."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(stage_model(folder, "oracle") / "oracle.safetensors")
+    temporary = file.with_suffix(".partial")
+    save_file({name: tensor.half() for name, tensor in tensors.items()}, temporary)
+    temporary.rename(file)
+
+
+def provenance(recipe: dict[str, Any], command: str) -> dict[str, Any]:
+    """Command, recipe, versions and revision that made the weights."""
+    import subprocess
+    from importlib.metadata import version
+
+    shown = subprocess.run(
+        ["git", "rev-parse", "HEAD"],  # noqa: S607 - git from the path, as any build does
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parent,
+    )
+    return {
+        "command": command,
+        "recipe": recipe,
+        "git_revision": shown.stdout.strip() or "unknown",
+        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
+        "data": "scenes drawn from the prior of critters.scene, train identities only, "
+        "rendered by critters.render, captioned by critters.caption",
+    }
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write JSON atomically."""
+    temporary = file.with_suffix(".partial")
+    temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    temporary.rename(file)

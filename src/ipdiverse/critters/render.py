@@ -1,0 +1,284 @@
+"""Draw a scene. A pure function of (scene, seed, size): numpy distance fields, anti-aliased.
+
+Coordinates are fractions of the image: x and y in 0..1, y downwards.
+"""
+
+from __future__ import annotations
+
+import colorsys
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ipdiverse.critters import shapes
+from ipdiverse.critters.shapes import Box, Capsule, Ellipse, Polygon, Shape
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from ipdiverse.critters.scene import Scene
+
+Colour = tuple[float, float, float]
+
+_HUES = {
+    "red": (0.0, 0.85, 0.85),
+    "orange": (0.075, 0.9, 0.98),
+    "yellow": (0.15, 0.8, 0.98),
+    "green": (0.34, 0.75, 0.62),
+    "cyan": (0.495, 0.7, 0.85),
+    "blue": (0.62, 0.8, 0.82),
+    "purple": (0.76, 0.65, 0.66),
+    "pink": (0.91, 0.45, 0.98),
+}
+_X_OF_POSITION = {"left": 0.27, "middle": 0.5, "right": 0.73}
+_INK: Colour = (0.09, 0.08, 0.12)
+_WHITE: Colour = (0.98, 0.98, 0.97)
+
+# sky at the top, sky at the horizon, ground at the horizon, ground at the bottom
+_PLACES: dict[str, tuple[Colour, Colour, Colour, Colour]] = {
+    "meadow": ((0.45, 0.72, 0.95), (0.75, 0.89, 0.98), (0.45, 0.75, 0.33), (0.33, 0.62, 0.25)),
+    "desert": ((0.97, 0.72, 0.45), (0.99, 0.88, 0.68), (0.88, 0.68, 0.40), (0.78, 0.56, 0.30)),
+    "snow": ((0.70, 0.76, 0.84), (0.86, 0.89, 0.93), (0.97, 0.98, 1.0), (0.90, 0.93, 0.98)),
+    "beach": ((0.35, 0.70, 0.93), (0.72, 0.90, 0.97), (0.96, 0.88, 0.65), (0.90, 0.80, 0.55)),
+    "city": ((0.62, 0.58, 0.70), (0.84, 0.76, 0.78), (0.42, 0.42, 0.45), (0.33, 0.33, 0.36)),
+    "moon": ((0.03, 0.03, 0.10), (0.10, 0.10, 0.20), (0.62, 0.62, 0.66), (0.48, 0.48, 0.53)),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Jitter:
+    """What varies continuously and no caption mentions."""
+
+    x: float
+    y: float
+    radius: float
+    horizon: float
+    gaze: tuple[float, float]
+    hue: float
+    value: float
+    item_hue: float
+    item_side: int
+    decoration: tuple[float, ...]
+
+    @classmethod
+    def from_seed(cls, seed: int) -> Jitter:
+        """Draw all of them from one seed."""
+        u = np.random.default_rng(seed).random(20)
+        return cls(
+            x=float(u[0] - 0.5) * 0.06,
+            y=0.6 + float(u[1] - 0.5) * 0.05,
+            radius=0.185 + 0.03 * float(u[2]),
+            horizon=0.56 + 0.14 * float(u[3]),
+            gaze=(float(u[4] - 0.5) * 0.8, float(u[5] - 0.5) * 0.5),
+            hue=float(u[6] - 0.5) * 0.024,
+            value=float(u[7] - 0.5) * 0.12,
+            item_hue=float(u[8] - 0.5) * 0.024,
+            item_side=1 if u[9] < 0.5 else -1,
+            decoration=tuple(float(v) for v in u[10:]),
+        )
+
+
+def render(scene: Scene, seed: int, size: int = 64) -> np.ndarray:
+    """Draw the scene.
+
+    Args:
+        scene: What to draw.
+        seed: Decides everything continuous (`Jitter`).
+        size: Height and width in pixels.
+
+    Returns:
+        uint8, (size, size, 3), RGB.
+    """
+    jitter = Jitter.from_seed(seed)
+    canvas = _background(scene.place, jitter, size)
+    for shape, colour in _layers(scene, jitter):
+        shapes.paint(canvas, shape, colour)
+    return (canvas * 255 + 0.5).astype(np.uint8)
+
+
+def _layers(scene: Scene, jitter: Jitter) -> Iterable[tuple[Shape, Colour]]:
+    """Every shape from back to front."""
+    x = _X_OF_POSITION[scene.position] + jitter.x
+    y, r = jitter.y, jitter.radius
+    side = {"left": 1, "right": -1}.get(scene.position, jitter.item_side)
+    body_colour = _tint(scene.colour, jitter.hue, jitter.value)
+    yield from _DECORATIONS[scene.place](jitter.horizon, jitter.decoration)
+    yield from _item(scene.item, _tint(scene.item_colour, jitter.item_hue, 0), x, y, r, side)
+    yield Capsule(x + side * 0.6 * r, y + 0.2 * r, x + side * 1.3 * r, y + 0.15 * r, 0.15 * r), (
+        _shade(body_colour, 0.75)
+    )
+    yield from _body(scene, body_colour, x, y, r)
+    yield from _eyes(scene.eyes, jitter.gaze, x, y, r)
+    yield from _headgear(scene.headgear, x, y - _TOP[scene.shape] * r, r)
+
+
+def _tint(name: str, hue: float, value: float) -> Colour:
+    h, s, v = _HUES[name]
+    return colorsys.hsv_to_rgb((h + hue) % 1.0, s, min(1.0, v + value * v))
+
+
+def _shade(colour: Colour, factor: float) -> Colour:
+    return (colour[0] * factor, colour[1] * factor, colour[2] * factor)
+
+
+@cache
+def _rows(size: int) -> np.ndarray:
+    return ((np.arange(size, dtype=np.float32) + 0.5) / size)[:, None, None]
+
+
+def _background(place: str, jitter: Jitter, size: int) -> np.ndarray:
+    """Sky and ground as two vertical gradients, float32 (size, size, 3) in 0..1."""
+    sky_top, sky_low, ground_top, ground_low = (np.float32(c) for c in _PLACES[place])
+    y, horizon = _rows(size), jitter.horizon
+    sky = sky_top + (sky_low - sky_top) * (y / horizon)
+    ground = ground_top + (ground_low - ground_top) * ((y - horizon) / (1 - horizon))
+    below = np.clip((y - horizon) * size + 0.5, 0, 1)
+    return np.repeat(sky + (ground - sky) * below, size, axis=1)
+
+
+def _meadow(h: float, d: tuple[float, ...]) -> Iterable[tuple[Shape, Colour]]:
+    yield Ellipse(d[0], h + 0.06, 0.3, 0.12), (0.40, 0.70, 0.30)
+    yield Ellipse(0.15 + 0.7 * d[1], 0.14, 0.13, 0.05), (0.95, 0.97, 1.0)
+    yield Ellipse(0.19 + 0.7 * d[1], 0.11, 0.07, 0.05), (0.95, 0.97, 1.0)
+
+
+def _desert(h: float, d: tuple[float, ...]) -> Iterable[tuple[Shape, Colour]]:
+    yield Ellipse(0.15 + 0.7 * d[0], 0.15, 0.085, 0.085), (1.0, 0.95, 0.75)
+    x = 0.06 if d[1] < 0.5 else 0.94
+    yield Capsule(x, h - 0.16, x, h + 0.05, 0.03), (0.30, 0.50, 0.28)
+    yield Ellipse(d[2], h + 0.02, 0.35, 0.07), (0.84, 0.63, 0.36)
+
+
+def _snow(h: float, d: tuple[float, ...]) -> Iterable[tuple[Shape, Colour]]:
+    for u in d[:2]:
+        x = 0.06 + 0.88 * u
+        yield Polygon(((x, h - 0.24), (x + 0.09, h + 0.03), (x - 0.09, h + 0.03))), (0.2, 0.38, 0.3)
+    yield Ellipse(d[2], h + 0.06, 0.4, 0.07), (0.97, 0.98, 1.0)
+
+
+def _beach(h: float, d: tuple[float, ...]) -> Iterable[tuple[Shape, Colour]]:
+    yield Box(0.5, h - 0.05, 0.6, 0.07), (0.16, 0.45, 0.74)
+    yield Box(0.5, h + 0.02, 0.6, 0.012), (0.93, 0.97, 0.99)
+    yield Ellipse(0.15 + 0.7 * d[0], 0.14, 0.075, 0.075), (1.0, 0.95, 0.6)
+
+
+def _city(h: float, d: tuple[float, ...]) -> Iterable[tuple[Shape, Colour]]:
+    for i, u in enumerate(d[:5]):
+        top = h - 0.18 - 0.26 * u
+        yield Box(0.1 + 0.2 * i, (top + h) / 2, 0.09, (h - top) / 2), (
+            (0.36, 0.38, 0.47) if i % 2 else (0.46, 0.46, 0.55)
+        )
+
+
+def _moon(h: float, d: tuple[float, ...]) -> Iterable[tuple[Shape, Colour]]:
+    for i in range(4):
+        yield Ellipse(d[i], 0.06 + 0.3 * d[i + 4], 0.016, 0.016), _WHITE
+    for i in range(2):
+        x, y = d[i + 5], h + 0.1 + 0.2 * d[i + 1]
+        yield Ellipse(x, y, 0.1, 0.035), (0.42, 0.42, 0.47)
+
+
+_DECORATIONS = {
+    "meadow": _meadow,
+    "desert": _desert,
+    "snow": _snow,
+    "beach": _beach,
+    "city": _city,
+    "moon": _moon,
+}
+
+_TOP = {"round": 0.96, "square": 0.84, "triangular": 0.86, "tall": 1.2, "star": 0.95}
+"""Where headgear sits: height of each shape above its centre, in radii."""
+
+
+def _outline(shape: str, x: float, y: float, r: float) -> Shape:
+    """The body as one shape of radius about r."""
+    if shape == "round":
+        return Ellipse(x, y, r, r)
+    if shape == "square":
+        return Box(x, y, 0.88 * r, 0.88 * r)
+    if shape == "triangular":
+        return Polygon(((x, y - 1.25 * r), (x + 1.15 * r, y + 0.9 * r), (x - 1.15 * r, y + 0.9 * r)))
+    if shape == "tall":
+        return Capsule(x, y - 0.6 * r, x, y + 0.4 * r, 0.62 * r)
+    return Polygon(shapes.star(x, y + 0.05 * r, 1.28 * r, 0.74 * r))
+
+
+def _body(scene: Scene, colour: Colour, x: float, y: float, r: float) -> Iterable[tuple[Shape, Colour]]:
+    dark = _shade(colour, 0.45)
+    for dx in (-0.4, 0.4):
+        yield Ellipse(x + dx * r, y + 0.95 * r, 0.28 * r, 0.16 * r), dark
+    outline = _outline(scene.shape, x, y, r)
+    yield shapes.grown(outline, 0.012), dark
+    yield outline, colour
+    mark = _shade(colour, 0.55)
+    if scene.pattern == "striped":
+        for dy in (-0.85, -0.25, 0.35, 0.95):
+            yield shapes.clipped(Box(x, y + dy * r, 2 * r, 0.13 * r), outline), mark
+    elif scene.pattern == "spotted":
+        for dx, dy in ((-0.55, -0.45), (0.55, -0.5), (-0.5, 0.5), (0.5, 0.45), (0.0, 0.78), (0.0, -0.8)):
+            yield shapes.clipped(Ellipse(x + dx * r, y + dy * r, 0.19 * r, 0.19 * r), outline), mark
+
+
+_EYES = {"one": (0.0,), "two": (-0.34, 0.34), "three": (-0.52, 0.0, 0.52)}
+_EYE_RADIUS = {"one": 0.4, "two": 0.3, "three": 0.25}
+
+
+def _eyes(
+    count: str, gaze: tuple[float, float], x: float, y: float, r: float
+) -> Iterable[tuple[Shape, Colour]]:
+    radius = _EYE_RADIUS[count] * r
+    for dx in _EYES[count]:
+        ex, ey = x + dx * r, y - 0.05 * r
+        yield Ellipse(ex, ey, radius * 1.15, radius * 1.15), _INK
+        yield Ellipse(ex, ey, radius, radius), _WHITE
+        pupil = radius * 0.48
+        yield Ellipse(ex + gaze[0] * pupil, ey + gaze[1] * pupil, pupil, pupil), _INK
+
+
+def _headgear(kind: str, x: float, top: float, r: float) -> Iterable[tuple[Shape, Colour]]:
+    if kind == "hat":
+        yield Box(x, top - 0.36 * r, 0.46 * r, 0.42 * r), (0.16, 0.15, 0.2)
+        yield Box(x, top - 0.12 * r, 0.46 * r, 0.1 * r), (0.75, 0.73, 0.75)
+        yield Box(x, top + 0.04 * r, 0.8 * r, 0.09 * r), (0.16, 0.15, 0.2)
+    elif kind == "crown":
+        points = ((-0.6, 0.12), (-0.68, -0.66), (-0.3, -0.25), (0, -0.8), (0.3, -0.25), (0.68, -0.66), (0.6, 0.12))
+        crown = Polygon(tuple((x + px * r, top + py * r) for px, py in points))
+        yield shapes.grown(crown, 0.008), (0.45, 0.32, 0.05)
+        yield crown, (0.98, 0.8, 0.2)
+    elif kind == "flower":
+        for angle in np.linspace(0, 2 * np.pi, 5, endpoint=False):
+            px, py = x + 0.3 * r * np.sin(angle), top - 0.25 * r - 0.3 * r * np.cos(angle)
+            yield Ellipse(float(px), float(py), 0.24 * r, 0.24 * r), (0.99, 0.93, 0.97)
+        yield Ellipse(x, top - 0.25 * r, 0.2 * r, 0.2 * r), (0.93, 0.55, 0.15)
+
+
+def _item(
+    kind: str, colour: Colour, x: float, y: float, r: float, side: int
+) -> Iterable[tuple[Shape, Colour]]:
+    hx, hy = x + side * 1.42 * r, y + 0.15 * r
+    dark = _shade(colour, 0.45)
+    if kind == "gift":
+        yield Box(hx + side * 0.2 * r, hy, 0.56 * r, 0.5 * r), dark
+        yield Box(hx + side * 0.2 * r, hy, 0.5 * r, 0.44 * r), colour
+        yield Box(hx + side * 0.2 * r, hy, 0.11 * r, 0.44 * r), _WHITE
+        yield Box(hx + side * 0.2 * r, hy, 0.5 * r, 0.1 * r), _WHITE
+        return
+    yield Capsule(hx, hy + 0.1 * r, hx, hy - 0.9 * r, 0.06 * r), (0.3, 0.22, 0.18)
+    if kind == "balloon":
+        yield Ellipse(hx, hy - 1.55 * r, 0.6 * r, 0.72 * r), dark
+        yield Ellipse(hx, hy - 1.55 * r, 0.54 * r, 0.66 * r), colour
+    elif kind == "umbrella":
+        dome = Ellipse(hx, hy - 0.85 * r, 0.9 * r, 0.85 * r)
+        upper = Box(hx, hy - 1.35 * r, r, 0.5 * r)
+        yield shapes.clipped(dome, upper), dark
+        inner = Ellipse(hx, hy - 0.89 * r, 0.83 * r, 0.75 * r)
+        yield shapes.clipped(inner, upper), colour
+    else:
+        yield Capsule(hx, hy, hx, hy - 1.9 * r, 0.06 * r), (0.3, 0.22, 0.18)
+        corners = ((0, -1.95), (0.95, -1.55), (0, -1.1))
+        flag = Polygon(tuple((hx + side * px * r, hy + py * r) for px, py in corners))
+        yield shapes.grown(flag, 0.01), dark
+        yield flag, colour

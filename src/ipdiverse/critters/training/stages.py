@@ -1,0 +1,198 @@
+"""The stages of `ipdiverse critters train-base`, in order, each resumable on its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from ipdiverse.critters import architecture
+from ipdiverse.critters.oracle import Oracle
+from ipdiverse.critters.tokenizer import build_tokenizer
+from ipdiverse.critters.training.clip import (
+    ClipObjective,
+    TextModules,
+    TextObjective,
+    VisionModules,
+)
+from ipdiverse.critters.training.corpus import Corpus, corpus
+from ipdiverse.critters.training.loop import Schedule, StageRun
+from ipdiverse.critters.training.oracle import OracleObjective
+from ipdiverse.critters.training.unet import Latents, UnetObjective, cache_latents
+from ipdiverse.critters.training.vae import VaeObjective, latent_scale
+from ipdiverse.errors import ModelError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+STAGES = ("vae", "text", "clip", "unet", "oracle")
+
+
+@dataclass(frozen=True)
+class BaseRecipe:
+    """How the embedded base is trained.
+
+    Args:
+        seed: Of data, initial weights and noise.
+        images: Rendered scenes of the training split.
+        vae_steps: Steps of stage vae, batch 16.
+        text_steps: Steps of stage text, batch 128.
+        clip_steps: Steps of stage clip, batch 192.
+        unet_steps: Steps of stage unet, batch 64.
+        oracle_steps: Steps of stage oracle, batch 96 and as many broken images.
+        compile: Compile the UNet; two minutes once, a half faster after.
+    """
+
+    seed: int = 0
+    images: int = 40_000
+    vae_steps: int = 3000
+    text_steps: int = 600
+    clip_steps: int = 600
+    unet_steps: int = 8000
+    oracle_steps: int = 2500
+    compile: bool = True
+
+    def schedule(self, stage: str) -> Schedule:
+        """Steps and learning rate of a stage."""
+        return {
+            "vae": Schedule(self.vae_steps, 1.5e-3, save_every=250),
+            "text": Schedule(self.text_steps, 1.5e-3, weight_decay=0.05, save_every=100),
+            "clip": Schedule(self.clip_steps, 1e-3, weight_decay=0.05, save_every=100),
+            "unet": Schedule(self.unet_steps, 8e-4, warmup=300, save_every=250),
+            "oracle": Schedule(self.oracle_steps, 1.5e-3, weight_decay=0.02, save_every=250),
+        }[stage]
+
+
+def train_stage(stage: str, folder: Path, recipe: BaseRecipe) -> None:
+    """Train one stage, or finish it, and save its model under `folder/STAGE/model`.
+
+    Args:
+        stage: One of `STAGES`.
+        folder: Working folder of the whole training.
+        recipe: How.
+
+    Raises:
+        ModelError: An earlier stage that this one needs is missing.
+    """
+    target = folder / stage / "model"
+    if target.exists():
+        return
+    (folder / stage).mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(recipe.seed)
+    images = corpus(folder / "corpus", "train", recipe.images, recipe.seed)
+    objective = _OBJECTIVES[stage](folder, recipe, images)
+    run = StageRun(objective, recipe.schedule(stage), folder / stage, recipe.seed)
+    run.train()
+    temporary = folder / stage / "model.partial"
+    _SAVERS[stage](objective, temporary)
+    temporary.rename(target)
+
+
+def stage_model(folder: Path, stage: str) -> Path:
+    """Where a finished stage saved its model.
+
+    Raises:
+        ModelError: The stage is not finished.
+    """
+    path = folder / stage / "model"
+    if not path.exists():
+        raise ModelError(
+            f"stage {stage} has not been trained",
+            where=folder,
+            fix=f"Run `ipdiverse critters train-base --stages {stage}` first.",
+        )
+    return path
+
+
+def _vae_objective(folder: Path, recipe: BaseRecipe, images: Corpus) -> VaeObjective:
+    return VaeObjective(architecture.vae(), images)
+
+
+def _save_vae(objective: VaeObjective, target: Path) -> None:
+    scale = latent_scale(objective.module, objective.corpus)
+    objective.module.register_to_config(scaling_factor=scale)
+    objective.module.save_pretrained(target)
+
+
+def _text_objective(folder: Path, recipe: BaseRecipe, images: Corpus) -> TextObjective:
+    tokenizer = build_tokenizer()
+    return TextObjective(TextModules(architecture.text_encoder(len(tokenizer))), tokenizer, images)
+
+
+def _save_text(objective: TextObjective, target: Path) -> None:
+    objective.module.text.save_pretrained(target / "text_encoder")
+    objective.tokenizer.save_pretrained(target / "tokenizer")
+
+
+def _load_text(folder: Path) -> tuple[CLIPTextModel, CLIPTokenizer]:
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    path = stage_model(folder, "text")
+    return (
+        CLIPTextModel.from_pretrained(path / "text_encoder"),
+        CLIPTokenizer.from_pretrained(path / "tokenizer"),
+    )
+
+
+def _clip_objective(folder: Path, recipe: BaseRecipe, images: Corpus) -> ClipObjective:
+    text, tokenizer = _load_text(folder)
+    return ClipObjective(VisionModules(architecture.image_encoder()), text, tokenizer, images)
+
+
+def _save_clip(objective: ClipObjective, target: Path) -> None:
+    objective.module.vision.save_pretrained(target / "image_encoder")
+
+
+def _unet_objective(folder: Path, recipe: BaseRecipe, images: Corpus) -> UnetObjective:
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(stage_model(folder, "vae"))
+    text, tokenizer = _load_text(folder)
+    moments = cache_latents(vae, images, folder / "corpus" / f"latents-{len(images)}.npy")
+    return UnetObjective(
+        architecture.unet(),
+        text,
+        tokenizer,
+        architecture.scheduler(),
+        images,
+        Latents(moments, vae.config.scaling_factor),
+        compiled=recipe.compile,
+    )
+
+
+def _save_unet(objective: UnetObjective, target: Path) -> None:
+    objective.module.save_pretrained(target)
+
+
+def _oracle_objective(folder: Path, recipe: BaseRecipe, images: Corpus) -> OracleObjective:
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(stage_model(folder, "vae"))
+    return OracleObjective(Oracle().to(memory_format=torch.channels_last), images, vae)
+
+
+def _save_oracle(objective: OracleObjective, target: Path) -> None:
+    from safetensors.torch import save_file
+
+    target.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.contiguous() for name, tensor in objective.module.state_dict().items()}
+    save_file(state, target / "oracle.safetensors")
+
+
+_OBJECTIVES = {
+    "vae": _vae_objective,
+    "text": _text_objective,
+    "clip": _clip_objective,
+    "unet": _unet_objective,
+    "oracle": _oracle_objective,
+}
+_SAVERS = {
+    "vae": _save_vae,
+    "text": _save_text,
+    "clip": _save_clip,
+    "unet": _save_unet,
+    "oracle": _save_oracle,
+}

@@ -1,0 +1,57 @@
+"""Errors a user can cause. Each says in one line what, where, expected, found and the likely fix."""
+
+from __future__ import annotations
+
+
+class IpdiverseError(Exception):
+    """Base of every error that bad input causes; the command line prints it and exits with 2.
+
+    Args:
+        what: What is wrong, a short sentence without a full stop.
+        where: The file, argument or key at fault.
+        expected: What would have been right.
+        found: What was there.
+        fix: What most likely mends it.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: object = None,
+        expected: object = None,
+        found: object = None,
+        fix: str | None = None,
+    ) -> None:
+        self.what, self.where, self.expected, self.found, self.fix = what, where, expected, found, fix
+        parts = [f"{where}: {what}" if where is not None else what]
+        if expected is not None:
+            parts.append(f"expected {expected}")
+        if found is not None:
+            parts.append(f"found {found}")
+        line = "; ".join(parts)
+        super().__init__(" ".join(f"{line}. {fix}".split()) if fix else " ".join(line.split()))
+
+
+class ImageError(IpdiverseError):
+    """An image cannot be read or is not acceptable."""
+
+
+class ArgumentError(IpdiverseError):
+    """An argument or option has an impossible value."""
+
+
+class OutputError(IpdiverseError):
+    """A result cannot be written."""
+
+
+class ModelError(IpdiverseError):
+    """A base model or adapter is unknown, missing, or does not fit."""
+
+
+class CheckpointError(ModelError):
+    """A checkpoint file is broken, hostile, or of another layout."""
+
+
+class ShapeError(IpdiverseError):
+    """Tensors do not fit together."""

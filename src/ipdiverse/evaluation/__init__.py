@@ -1,0 +1,1 @@
+"""Measuring variety against fidelity: metrics, studies and reports."""

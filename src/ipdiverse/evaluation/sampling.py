@@ -1,0 +1,102 @@
+"""Many small generations for measurement: prompts from held-out scenes, images as one array."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ipdiverse.bases import CRITTERS_ORACLE, Base
+from ipdiverse.critters.caption import caption
+from ipdiverse.critters.oracle import Oracle, load_oracle
+from ipdiverse.critters.render import render
+from ipdiverse.critters.scene import ATTRIBUTES, IDENTITY, Scene, sample_scene
+from ipdiverse.errors import ModelError
+from ipdiverse.sampling.generate import Job, sample
+from ipdiverse.sampling.request import Request
+from ipdiverse.seeding import derived_seed
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ipdiverse.adapter.attach import Attachment
+
+MEASURING_BATCH = 32
+"""Images denoised together when only statistics matter."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A prompt and a reference to measure on.
+
+    Args:
+        reference: The reference's scene.
+        stated: What the prompt states.
+        prompt: Those attributes in words.
+        seed: Renders the reference.
+    """
+
+    reference: Scene
+    stated: dict[str, str]
+    prompt: str
+    seed: int
+
+    def image(self) -> Image.Image:
+        """The rendered reference."""
+        from PIL import Image
+
+        return Image.fromarray(render(self.reference, self.seed))
+
+
+def shipped_oracle() -> Oracle:
+    """The oracle of the package.
+
+    Raises:
+        ModelError: It has not been trained.
+    """
+    if not CRITTERS_ORACLE.is_file():
+        raise ModelError(
+            "the oracle is not trained",
+            where=CRITTERS_ORACLE,
+            fix="Run `ipdiverse critters train-base` first.",
+        )
+    return load_oracle(CRITTERS_ORACLE)
+
+
+def held_out_scenes(count: int, seed: int) -> list[tuple[Scene, int]]:
+    """Scenes of the test split, and the seeds that render them."""
+    rng = np.random.default_rng(derived_seed("held out", seed))
+    return [(sample_scene(rng, split="test"), int(rng.integers(2**31))) for _ in range(count)]
+
+
+def study_pairs(count: int, seed: int) -> list[Pair]:
+    """(prompt, reference) pairs: the prompt states one or two scene attributes.
+
+    They are drawn from the prior apart from the reference, so some agree with it and most
+    contradict it; identity is left to the reference, and at least two scene attributes stay open.
+    """
+    rng = np.random.default_rng(derived_seed("pairs", seed))
+    pairs = []
+    for _ in range(count):
+        reference, wanted = sample_scene(rng, split="test"), sample_scene(rng).as_dict()
+        names = rng.choice([n for n in ATTRIBUTES if n not in IDENTITY], rng.integers(1, 3), False)
+        stated = {str(name): wanted[str(name)] for name in names}
+        words = caption(stated, int(rng.integers(2**31)))
+        pairs.append(Pair(reference, stated, words, int(rng.integers(2**31))))
+    return pairs
+
+
+def sample_array(
+    base: Base,
+    jobs: list[Job],
+    steps: int,
+    guidance: float,
+    attachment: Attachment | None = None,
+    progress: bool | None = None,
+) -> np.ndarray:
+    """Images of many jobs, uint8 (count, 64, 64, 3), in large batches."""
+    request = Request(image="", steps=steps, guidance_scale=guidance, n=1)
+    wide = replace(base, batch=min(MEASURING_BATCH, len(jobs)))
+    images = sample(wide, jobs, request, attachment, progress)
+    return np.stack([np.asarray(image) for image in images])

@@ -1,0 +1,26 @@
+"""Seeds. Image i of a seed is the same alone or among n, and progress decides the seed of a step."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+
+def derived_seed(*parts: int | str) -> int:
+    """A 63-bit seed from any sequence of numbers and words, stable over versions and machines."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def generator(seed: int, image_index: int) -> torch.Generator:
+    """The random source of one image.
+
+    Args:
+        seed: The user's seed.
+        image_index: Which image of the set; the others do not influence it.
+
+    Returns:
+        A CPU generator, so that a seed gives the same noise on every device.
+    """
+    return torch.Generator("cpu").manual_seed(derived_seed(seed, image_index))

@@ -1,0 +1,118 @@
+"""Plain IP-Adapter on critters, trained as its authors do: the reference is the target.
+
+It learns to copy, and that is the point: it is the baseline that everything else must beat.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ipdiverse.adapter.attach import image_embeds
+from ipdiverse.critters.training.clip import captions_and_labels, tokenize
+from ipdiverse.critters.training.loop import autocast
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from diffusers import StableDiffusionPipeline
+    from transformers import CLIPVisionModelWithProjection
+
+    from ipdiverse.adapter.model import ImagePromptAdapter
+    from ipdiverse.critters.training.corpus import Corpus
+    from ipdiverse.critters.training.unet import Latents
+
+DROP_TEXT, DROP_IMAGE, DROP_BOTH = 0.05, 0.05, 0.05
+"""Shares of samples without text, without image, without both (arXiv:2308.06721, section 4.1)."""
+
+
+@torch.no_grad()
+def cache_image_embeds(
+    encoder: CLIPVisionModelWithProjection, corpus: Corpus, kind: str, file: Path, batch: int = 200
+) -> np.ndarray:
+    """Encode every image once, float16; later calls open the file, memory-mapped."""
+    if not file.exists():
+        parts = []
+        for start in range(0, len(corpus), batch):
+            pixels = corpus.pixels(np.arange(start, min(start + batch, len(corpus))))
+            with autocast():
+                parts.append(image_embeds(encoder, pixels, kind).half().numpy())
+        temporary = file.with_suffix(".partial.npy")
+        np.save(temporary, np.concatenate(parts))
+        os.replace(temporary, file)
+    return np.load(file, mmap_mode="r")
+
+
+class PlainObjective:
+    """‖v − v_θ(x_t, text, image)‖² with the image of the target itself; only the adapter learns.
+
+    Args:
+        adapter: What is trained; it must be attached to `pipe`'s UNet.
+        pipe: The frozen base.
+        corpus: Scenes, for captions.
+        latents: Their cached latents.
+        embeds: Their cached image embeddings.
+        batch: Samples a step.
+    """
+
+    def __init__(
+        self,
+        adapter: ImagePromptAdapter,
+        pipe: StableDiffusionPipeline,
+        corpus: Corpus,
+        latents: Latents,
+        embeds: np.ndarray,
+        batch: int = 64,
+    ) -> None:
+        self.module, self.pipe, self.corpus, self.latents = adapter, pipe, corpus, latents
+        self.embeds, self.batch = embeds, batch
+        for part in (pipe.unet, pipe.text_encoder, pipe.image_encoder):
+            part.requires_grad_(False).eval()
+        adapter.requires_grad_(True)
+        self._no_image = self._empty_embeds()
+
+    def loss(self, rng: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        """One batch's loss."""
+        indices = torch.randint(len(self.embeds), (self.batch,), generator=rng).numpy()
+        u = torch.rand(self.batch, generator=rng)
+        no_text = (u < DROP_TEXT) | (u >= 1 - DROP_BOTH)
+        no_image = ((u >= DROP_TEXT) & (u < DROP_TEXT + DROP_IMAGE)) | (u >= 1 - DROP_BOTH)
+        text = self._text_states(indices, no_text, rng)
+        embeds = torch.from_numpy(self.embeds[indices]).float()
+        embeds[no_image] = self._no_image
+        clean = self.latents.sample(indices, rng).contiguous(memory_format=torch.channels_last)
+        noise = torch.randn(clean.shape, generator=rng)
+        scheduler = self.pipe.scheduler
+        timesteps = torch.randint(
+            scheduler.config.num_train_timesteps, (self.batch,), generator=rng
+        )
+        noisy = scheduler.add_noise(clean, noise, timesteps)
+        target = scheduler.get_velocity(clean, noise, timesteps)
+        # PyTorch's fused CPU attention is slow backward; the plain one is not
+        with autocast(), sdpa_kernel(SDPBackend.MATH):
+            tokens = self.module.tokens(embeds)
+            predicted = self.pipe.unet(noisy, timesteps, (text, [tokens])).sample
+        return F.mse_loss(predicted.float(), target), {}
+
+    @torch.no_grad()
+    def _text_states(self, indices: np.ndarray, dropped: Tensor, rng: torch.Generator) -> Tensor:
+        seeds = torch.randint(2**31, (self.batch,), generator=rng).tolist()
+        captions, _ = captions_and_labels(self.corpus, indices, seeds)
+        captions = ["" if drop else text for drop, text in zip(dropped, captions, strict=True)]
+        with autocast():
+            ids = tokenize(self.pipe.tokenizer, captions)
+            return self.pipe.text_encoder(ids).last_hidden_state.float()
+
+    @torch.no_grad()
+    def _empty_embeds(self) -> Tensor:
+        """What stands for "no image": zeros (base), or a zero image's hidden states (plus)."""
+        encoder = self.pipe.image_encoder
+        size = encoder.config.image_size
+        embeds = image_embeds(encoder, torch.zeros(1, 3, size, size), self.module.kind)[0]
+        return torch.zeros_like(embeds) if self.module.kind == "base" else embeds
