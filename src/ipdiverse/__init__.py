@@ -1,0 +1,46 @@
+"""ipdiverse: image prompts with variety, without losing what you asked for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ipdiverse.adapter.attach import attach, detach
+    from ipdiverse.adapter.checkpoint import load_adapter, save_adapter
+    from ipdiverse.bases import load_base
+    from ipdiverse.errors import IpdiverseError
+    from ipdiverse.sampling.generate import Generation, generate
+    from ipdiverse.sampling.request import Request
+
+_HOMES = {
+    "Generation": "sampling.generate",
+    "IpdiverseError": "errors",
+    "Request": "sampling.request",
+    "attach": "adapter.attach",
+    "detach": "adapter.attach",
+    "generate": "sampling.generate",
+    "load_adapter": "adapter.checkpoint",
+    "load_base": "bases",
+    "save_adapter": "adapter.checkpoint",
+}
+
+__all__ = [
+    "Generation",
+    "IpdiverseError",
+    "Request",
+    "attach",
+    "detach",
+    "generate",
+    "load_adapter",
+    "load_base",
+    "save_adapter",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import public names when they are first used, so that `import ipdiverse` is instant."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ipdiverse' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"ipdiverse.{_HOMES[name]}"), name)

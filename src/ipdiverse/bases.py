@@ -17,6 +17,7 @@ CRITTERS_BASE = _WEIGHTS / "base"
 CRITTERS_ORACLE = _WEIGHTS / "oracle.safetensors"
 CRITTERS_ADAPTERS = _WEIGHTS / "adapters"
 CRITTERS_PROVENANCE = _WEIGHTS / "provenance.json"
+CRITTERS_COPIER = _WEIGHTS / "copier.json"
 
 
 @dataclass(frozen=True)

@@ -161,12 +161,20 @@ def sample_scene(
         known = dict(fixed)
         for name in ATTRIBUTES:
             if name not in known:
-                weights = conditional(name, {k: known[k] for k in ("place", "item") if k in known})
-                known[name] = ATTRIBUTES[name][rng.choice(len(weights), p=weights)]
+                cumulative = _cumulative(name, known.get("place"), known.get("item"))
+                known[name] = ATTRIBUTES[name][cumulative.searchsorted(rng.random(), "right")]
         scene = Scene(**known)
         if split is None or split_of(scene) == split:
             return scene
     raise ValueError(f"no identity of split {split!r} agrees with {fixed}")
+
+
+@cache
+def _cumulative(name: str, place: str | None, item: str | None) -> np.ndarray:
+    """Cumulative prior of one attribute, given the only two that inform each other."""
+    known = {k: v for k, v in (("place", place), ("item", item)) if v is not None}
+    total = conditional(name, known).cumsum()
+    return total / total[-1]
 
 
 @cache

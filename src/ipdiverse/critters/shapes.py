@@ -7,7 +7,7 @@ is what makes a render cheap. Formulas: Inigo Quilez, "2D distance functions".
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -93,16 +93,22 @@ class Polygon:
         return min(xs), min(ys), max(xs), max(ys)
 
     def distance(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        x, y = np.broadcast_arrays(x, y)
-        nearest = np.full(x.shape, np.inf, dtype=x.dtype)
-        inside = np.zeros(x.shape, dtype=bool)
-        for (ax, ay), (bx, by) in zip(self.points, self.points[1:] + self.points[:1], strict=True):
-            ex, ey, px, py = bx - ax, by - ay, x - ax, y - ay
-            along = np.clip((px * ex + py * ey) / (ex * ex + ey * ey), 0, 1)
-            qx, qy = px - along * ex, py - along * ey
-            np.minimum(nearest, qx * qx + qy * qy, out=nearest)
-            inside ^= ((ay > y) != (by > y)) & ((px * ey < py * ex) == (ey > 0))
-        return np.where(inside, -1.0, 1.0).astype(x.dtype) * np.sqrt(nearest)
+        start, edge, square = _edges(self.points)
+        px, py = x - start[0], y - start[1]
+        along = np.clip((px * edge[0] + py * edge[1]) / square, 0, 1)
+        nearest = ((px - along * edge[0]) ** 2 + (py - along * edge[1]) ** 2).min(0)
+        crosses = (py < 0) != (py < edge[1])
+        crosses = crosses & ((px * edge[1] < py * edge[0]) == (edge[1] > 0))
+        inside = np.logical_xor.reduce(crosses, axis=0)
+        return np.where(inside, -1, 1).astype(nearest.dtype) * np.sqrt(nearest)
+
+
+@lru_cache(maxsize=64)
+def _edges(points: tuple[tuple[float, float], ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Start and direction of each edge, (2, edges, 1, 1), and its squared length."""
+    start = np.array(points).T[:, :, None, None]
+    edge = np.roll(start, -1, axis=1) - start
+    return start.astype(np.float32), edge.astype(np.float32), (edge**2).sum(0).astype(np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +178,7 @@ def paint(canvas: np.ndarray, shape: Shape, colour: tuple[float, float, float]) 
         return
     centres = _centres(size)
     distance = shape.distance(centres[None, x0:x1], centres[y0:y1, None])
-    coverage = np.clip(0.5 - distance * size, 0, 1)[..., None]
+    coverage = 0.5 - distance * size
+    np.minimum(np.maximum(coverage, 0, out=coverage), 1, out=coverage)
     region = canvas[y0:y1, x0:x1]
-    region += coverage * (np.float32(colour) - region)
+    region += coverage[..., None] * (np.float32(colour) - region)

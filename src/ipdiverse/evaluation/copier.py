@@ -1,0 +1,119 @@
+"""How an adapter copies: fidelity, variety and leak over the scale of its image prompt."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ipdiverse.bases import CRITTERS, adapter_file, load_base
+from ipdiverse.critters.oracle import Oracle, read
+from ipdiverse.critters.scene import ATTRIBUTES, IDENTITY, conditional
+from ipdiverse.evaluation.sampling import Pair, sample_array, shipped_oracle, study_pairs
+from ipdiverse.evaluation.sets import score_sets
+from ipdiverse.sampling.generate import Job, attached
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+COLUMNS = (
+    "retention",
+    "prompt_accuracy",
+    "agree_accuracy",
+    "contradict_accuracy",
+    "entropy",
+    "leak",
+    "copy_rate",
+    "invalid_rate",
+)
+
+
+def measure_copier(
+    adapter: str = "plus",
+    scales: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    pairs: int = 200,
+    images: int = 8,
+    steps: int = 25,
+    guidance: float | None = None,
+) -> dict[str, Any]:
+    """Generate sets over the scale, with shared seeds, and score each.
+
+    Args:
+        adapter: A name or file, as `generate` takes.
+        scales: Weights of the image prompt (λ).
+        pairs: (prompt, reference) pairs on held-out identities.
+        images: Images a pair.
+        steps: Denoising steps.
+        guidance: Classifier-free guidance; None takes the base's default.
+
+    Returns:
+        Settings and one row of scores per scale, with the renderer itself as the ceiling.
+    """
+    base, oracle = load_base(CRITTERS), shipped_oracle()
+    guidance = base.guidance_scale if guidance is None else guidance
+    chosen = study_pairs(pairs, seed=3)
+    rows = []
+    with attached(base, adapter_file(CRITTERS, adapter)) as attachment:
+        for scale in scales:
+            attachment.set_scale(scale)
+            jobs = [
+                Job(pair.prompt, 1000 + number, index, pair.image())
+                for number, pair in enumerate(chosen)
+                for index in range(images)
+            ]
+            outputs = sample_array(base, jobs, steps, guidance, attachment)
+            rows.append({"scale": scale, **score(oracle, outputs, chosen, images)})
+    return {
+        "adapter": adapter,
+        "pairs": pairs,
+        "images": images,
+        "steps": steps,
+        "guidance": guidance,
+        "rows": rows,
+    }
+
+
+def score(oracle: Oracle, outputs: np.ndarray, pairs: list[Pair], images: int) -> dict[str, float]:
+    """Scores of one arm.
+
+    Args:
+        oracle: Reads the outputs.
+        outputs: uint8 (pairs × images, 64, 64, 3), pair by pair.
+        pairs: What was asked.
+        images: Images a pair.
+    """
+    reading = read(oracle, outputs)
+    names = list(ATTRIBUTES)
+    scores = score_sets(
+        reading.attributes.numpy().reshape(len(pairs), images, -1),
+        reading.invalid.numpy().reshape(len(pairs), images),
+        np.array([pair.reference.indices() for pair in pairs]),
+        np.array([[name in pair.stated for name in names] for pair in pairs]),
+        np.array([_wanted(pair) for pair in pairs]),
+        np.array([name in IDENTITY for name in names]),
+        tuple(len(values) for values in ATTRIBUTES.values()),
+        [[conditional(name, pair.stated) for name in names] for pair in pairs],
+    )
+    return {name: round(float(value), 4) for name, value in asdict(scores).items()}
+
+
+def _wanted(pair: Pair) -> list[int]:
+    """Index of each stated value; 0 where nothing is stated, which no metric reads."""
+    return [
+        values.index(pair.stated[name]) if name in pair.stated else 0
+        for name, values in ATTRIBUTES.items()
+    ]
+
+
+def copier_table(report: dict[str, Any]) -> str:
+    """The rows as a Markdown table."""
+    head = "| scale | " + " | ".join(name.replace("_", " ") for name in COLUMNS) + " |"
+    rule = "|---" * (len(COLUMNS) + 1) + "|"
+    rows = [
+        f"| {row['scale']:g} | " + " | ".join(f"{row[name]:.3f}" for name in COLUMNS) + " |"
+        for row in report["rows"]
+    ]
+    return "\n".join([head, rule, *rows])
+
+

@@ -1,0 +1,168 @@
+"""The page that `make demo` opens: what a plain image prompt does today, and its numbers."""
+
+from __future__ import annotations
+
+import base64
+import json
+from html import escape
+from io import BytesIO
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from ipdiverse.bases import CRITTERS, CRITTERS_COPIER, adapter_file, load_base
+from ipdiverse.critters.render import render
+from ipdiverse.critters.scene import Scene
+from ipdiverse.provenance import ensure_writable_folder, save_png, write_text_atomic
+from ipdiverse.sampling.generate import Job, attached, sample
+from ipdiverse.sampling.request import Request
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SCALES = (0.25, 0.5, 1.0)
+PER_SCALE = 6
+REFERENCE = Scene(
+    shape="star",
+    colour="orange",
+    pattern="plain",
+    eyes="two",
+    headgear="crown",
+    place="beach",
+    position="right",
+    item="balloon",
+    item_colour="blue",
+)
+PROMPT = "a critter in the snow"
+
+_CURVES = {
+    "retention": ("identity kept", "#1b7f4d"),
+    "contradict_accuracy": ("prompt obeyed where it contradicts the reference", "#2962c9"),
+    "entropy": ("variety of what nobody fixed (1 = the world's own)", "#8e44ad"),
+    "copy_rate": ("copies of the whole scene, minus chance", "#d35400"),
+}
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>ipdiverse: what a plain image prompt does</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem;
+  color: #1d2330; background: #fbfbfd; }}
+h1 {{ font-size: 1.5rem; }} h2 {{ font-size: 1.1rem; margin-top: 2rem; }}
+figure {{ margin: 0; }} figcaption {{ font-size: .85rem; color: #566; }}
+img {{ image-rendering: pixelated; border-radius: 6px; max-width: 100%; }}
+.reference {{ display: flex; gap: 1.5rem; align-items: center; flex-wrap: wrap; }}
+.reference img {{ border: 3px solid #1d2330; }}
+.row {{ display: grid; grid-template-columns: 7rem repeat({per_scale}, 1fr); gap: .5rem;
+  align-items: center; margin-bottom: .5rem; }}
+.row img {{ width: 100%; }} .plot img {{ image-rendering: auto; width: 100%; }}
+code {{ background: #eef; padding: .1rem .3rem; border-radius: 4px; }}
+table {{ border-collapse: collapse; font-size: .9rem; }}
+td, th {{ padding: .2rem .7rem; border-bottom: 1px solid #dde; text-align: right; }}
+</style></head><body>
+<h1>What a plain image prompt does today</h1>
+<div class="reference"><figure><img src="{reference}" width="160" height="160"
+ alt="the reference: {reference_words}"><figcaption>reference</figcaption></figure>
+<div>Prompt: <b>“{prompt}”</b><br>Same seeds in every row; only the weight of the image changes.
+</div></div>
+<h2>Plain IP-Adapter (plus) at three scales</h2>
+{rows}
+{numbers}
+</body></html>
+"""
+
+
+def make_demo(out: Path) -> Path:
+    """Generate the images, draw the plot, write one self-contained page.
+
+    Args:
+        out: Folder for the page and its images.
+
+    Returns:
+        The page.
+
+    Raises:
+        OutputError: The folder cannot be written.
+    """
+    ensure_writable_folder(out)
+    reference = Image.fromarray(render(REFERENCE, seed=5))
+    save_png(reference, out / "reference.png", {"scene": REFERENCE.as_dict()})
+    rows = "\n".join(_row(scale, images) for scale, images in _generate(reference).items())
+    page = _PAGE.format(
+        per_scale=PER_SCALE,
+        reference=_inline(reference),
+        reference_words=escape(", ".join(REFERENCE.as_dict().values())),
+        prompt=escape(PROMPT),
+        rows=rows,
+        numbers=_numbers(),
+    )
+    write_text_atomic(out / "index.html", page)
+    return out / "index.html"
+
+
+def _generate(reference: Image.Image) -> dict[float, list[Image.Image]]:
+    base = load_base(CRITTERS)
+    request = Request(image="", prompt=PROMPT, n=PER_SCALE, guidance_scale=base.guidance_scale)
+    jobs = [Job(PROMPT, request.seed, index, reference) for index in range(PER_SCALE)]
+    images = {}
+    with attached(base, adapter_file(CRITTERS, request.adapter)) as attachment:
+        for scale in SCALES:
+            attachment.set_scale(scale)
+            images[scale] = sample(base, jobs, request, attachment)
+    return images
+
+
+def _row(scale: float, images: list[Image.Image]) -> str:
+    cells = "".join(
+        f'<img src="{_inline(image)}" alt="image {index} at scale {scale:g}">'
+        for index, image in enumerate(images)
+    )
+    return f'<div class="row"><b>scale {scale:g}</b>{cells}</div>'
+
+
+def _numbers() -> str:
+    """Plot and table of the shipped measurement."""
+    if not CRITTERS_COPIER.is_file():
+        return ""
+    report = json.loads(CRITTERS_COPIER.read_text())
+    head = "".join(f"<th>{escape(label)}</th>" for label, _ in _CURVES.values())
+    body = "".join(
+        f"<tr><td>{row['scale']:g}</td>"
+        + "".join(f"<td>{row[name]:.2f}</td>" for name in _CURVES)
+        + "</tr>"
+        for row in report["rows"]
+    )
+    return (
+        f"<h2>Measured on {report['pairs']} held-out references × {report['images']} images</h2>"
+        f'<div class="plot"><img src="{_inline(plot(report))}" alt="the table below, as curves">'
+        f"</div><table><tr><th>scale</th>{head}</tr>{body}</table>"
+        "<p>Turn the scale up and the subject is kept, but the reference's whole scene comes with "
+        "it; turn it down and both are lost together. Remake the numbers with "
+        "<code>ipdiverse critters copier</code>.</p>"
+    )
+
+
+def plot(report: dict[str, Any]) -> Image.Image:
+    """Curves over the scale, with the measured points."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    scales = [row["scale"] for row in report["rows"]]
+    for name, (label, colour) in _CURVES.items():
+        axes.plot(scales, [row[name] for row in report["rows"]], "o-", label=label, color=colour)
+    axes.set_xlabel("scale of the image prompt")
+    axes.set_ylim(-0.05, 1.1)
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+
+
+def _inline(image: Image.Image) -> str:
+    buffer = BytesIO()
+    image.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

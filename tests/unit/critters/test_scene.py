@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from ipdiverse.critters import scene as world
+from ipdiverse.critters.scene import ATTRIBUTES, IDENTITY, SCENE, Scene, conditional, marginal
+
+
+def draw(count: int, seed: int = 0) -> list[Scene]:
+    rng = np.random.default_rng(seed)
+    return [world.sample_scene(rng) for _ in range(count)]
+
+
+def test_the_world_is_as_large_as_promised() -> None:
+    sizes = {name: len(values) for name, values in ATTRIBUTES.items()}
+    assert np.prod([sizes[n] for n in IDENTITY]) >= 5 * 8 * 3 * 3 * 4
+    assert np.prod([sizes[n] for n in SCENE]) >= 6 * 3 * 4 * 8
+
+
+def test_a_value_that_does_not_exist_is_refused_by_name() -> None:
+    known = draw(1)[0].as_dict() | {"colour": "mauve"}
+    with pytest.raises(ValueError, match=r"colour is 'mauve'; expected one of red, orange"):
+        Scene(**known)
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES)
+def test_drawn_frequencies_follow_the_closed_form(name: str) -> None:
+    count = 6000
+    drawn = [getattr(s, name) for s in draw(count)]
+    share = np.array([drawn.count(value) / count for value in ATTRIBUTES[name]])
+    expected = marginal(name)
+    # five standard deviations of a binomial share
+    assert np.all(np.abs(share - expected) < 5 * np.sqrt(expected * (1 - expected) / count))
+
+
+def test_the_prior_is_not_uniform_everywhere_and_sums_to_one() -> None:
+    assert any(np.ptp(marginal(name)) > 0.05 for name in ATTRIBUTES)
+    for name in ATTRIBUTES:
+        assert marginal(name).sum() == pytest.approx(1)
+
+
+def test_probabilities_of_all_scenes_sum_to_one() -> None:
+    first = {name: values[0] for name, values in ATTRIBUTES.items()}
+    varied = ("headgear", "place", "position", "item")
+    uniform = np.prod([1 / len(v) for n, v in ATTRIBUTES.items() if n not in varied])
+    total = sum(
+        world.probability(Scene(**(first | dict(zip(varied, values, strict=True)))))
+        for values in itertools.product(*(ATTRIBUTES[name] for name in varied))
+    )
+    assert total == pytest.approx(uniform)
+
+
+def test_place_and_item_inform_each_other_by_bayes_rule() -> None:
+    joint = np.stack(
+        [marginal("place")[i] * conditional("item", {"place": p}) for i, p in enumerate(ATTRIBUTES["place"])]
+    )
+    for column, item in enumerate(ATTRIBUTES["item"]):
+        expected = joint[:, column] / joint[:, column].sum()
+        np.testing.assert_allclose(conditional("place", {"item": item}), expected)
+    assert not np.allclose(conditional("item", {"place": "moon"}), marginal("item"))
+
+
+def test_splits_hold_out_identities_and_never_share_one() -> None:
+    subjects: dict[str, set[str]] = {split: set() for split in world.SPLITS}
+    for scene in draw(3000):
+        subjects[world.split_of(scene)].add(scene.subject)
+    train, validation, test = (subjects[s] for s in world.SPLITS)
+    assert not train & validation
+    assert not train & test
+    assert not validation & test
+    assert 0.06 < len(test) / sum(map(len, subjects.values())) < 0.14
+
+
+def test_every_value_of_every_attribute_appears_in_each_split() -> None:
+    for split in world.SPLITS:
+        rng = np.random.default_rng(1)
+        scenes = [world.sample_scene(rng, split=split) for _ in range(600)]
+        for name, values in ATTRIBUTES.items():
+            assert {getattr(s, name) for s in scenes} == set(values)
+
+
+def test_a_split_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(ValueError, match="split is 'tset'; expected one of train"):
+        world.sample_scene(np.random.default_rng(0), split="tset")
+
+
+def test_a_pair_keeps_the_identity_and_draws_the_scene_afresh() -> None:
+    rng = np.random.default_rng(0)
+    scene = draw(1)[0]
+    others = [world.pair_of(scene, rng) for _ in range(50)]
+    assert {other.subject for other in others} == {scene.subject}
+    assert len({other.place for other in others}) > 3
+
+
+def test_fixed_attributes_stay_fixed() -> None:
+    rng = np.random.default_rng(0)
+    scenes = [world.sample_scene(rng, {"item": "gift", "colour": "red"}) for _ in range(20)]
+    assert {(s.item, s.colour) for s in scenes} == {("gift", "red")}
+
+
+def test_entropy_ignores_impossible_values() -> None:
+    assert world.entropy(np.array([0.5, 0.5, 0.0])) == pytest.approx(np.log(2))
