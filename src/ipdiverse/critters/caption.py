@@ -182,3 +182,11 @@ _HELD = re.compile(
     r"\b(?:holding|carrying) (?:an? |something ?)"
     rf"(?:(?P<colour>{'|'.join(COLOURS)})\b ?)?(?P<item>{'|'.join(ATTRIBUTES['item'])})?"
 )
+
+
+def vocabulary() -> set[str]:
+    """Every word that a caption can hold, hyphens split off."""
+    phrases = [w for values in WORDINGS.values() for wordings in values.values() for w in wordings]
+    phrases += [*NOUNS, *COLOURS, *ATTRIBUTES["item"], *_OPENINGS]
+    phrases += ["a an holding carrying something", ","]
+    return {word for phrase in phrases for word in re.findall(r"[a-z]+|[^\sa-z]", phrase)}

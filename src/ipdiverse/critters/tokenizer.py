@@ -1,50 +1,57 @@
-"""The embedded model's tokenizer: CLIP's byte-level BPE, its merges learned from captions."""
+"""The embedded model's tokenizer: CLIP's byte-level BPE in which every caption word is one token."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from ipdiverse.critters.architecture import MAX_TOKENS
-from ipdiverse.critters.caption import caption_of
-from ipdiverse.critters.scene import sample_scene
+from ipdiverse.critters.caption import vocabulary
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from transformers import CLIPTokenizer
 
 _BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
+_END = "</w>"
 
 
-def build_tokenizer(captions: int = 4000, seed: int = 0) -> CLIPTokenizer:
-    """Learn merges from captions; every byte stays encodable, so any prompt is accepted.
+def build_tokenizer() -> CLIPTokenizer:
+    """CLIP's tokenizer over the caption words; every byte stays encodable, so any prompt is.
 
     Ids 0 and 1 are start and end of text; padding is the end of text, as in Stable Diffusion.
+    The same on every machine, which a learned vocabulary is not: the trainer breaks ties at random.
     """
-    from tokenizers import pre_tokenizers, trainers
+    from tokenizers import pre_tokenizers
     from transformers import CLIPTokenizer
 
-    rng = np.random.default_rng(seed)
-    texts = [caption_of(sample_scene(rng), index) for index in range(captions)]
-    backend = CLIPTokenizer(vocab={_BOS: 0, _EOS: 1}, merges=[]).backend_tokenizer
-    trainer = trainers.BpeTrainer(
-        vocab_size=1000,
-        special_tokens=[_BOS, _EOS],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
-    backend.train_from_iterator(texts, trainer)
-    vocab, merges = _vocabulary(backend.to_str())
+    merges = word_merges(vocabulary())
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    symbols = [*alphabet, *(letter + _END for letter in alphabet), *("".join(m) for m in merges)]
+    vocab = {symbol: index for index, symbol in enumerate([_BOS, _EOS, *symbols])}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
 
 
-def _vocabulary(serialized: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """The learned vocabulary and merges, with each byte also as a whole word."""
-    import json
+def word_merges(words: Iterable[str]) -> list[tuple[str, str]]:
+    """Merges that make each word one token.
 
-    model = json.loads(serialized)["model"]
-    vocab, merges = dict(model["vocab"]), [tuple(pair) for pair in model["merges"]]
-    for symbol in [s for s in vocab if len(s) == 1]:
-        vocab.setdefault(f"{symbol}</w>", len(vocab))
-    return vocab, merges
+    A word's new merges rank behind all earlier ones, so they cannot break words that already work.
+    """
+    merges: dict[tuple[str, str], None] = {}
+    for word in sorted(set(words)):
+        pieces = _apply([*word[:-1], word[-1] + _END], merges)
+        while len(pieces) > 1:
+            merges.setdefault((pieces[0], pieces[1]))
+            pieces = [pieces[0] + pieces[1], *pieces[2:]]
+    return list(merges)
+
+
+def _apply(pieces: list[str], merges: Iterable[tuple[str, str]]) -> list[str]:
+    """Byte-pair encoding of one word: merges in order of rank."""
+    for left, right in merges:
+        index = 0
+        while index < len(pieces) - 1:
+            if (pieces[index], pieces[index + 1]) == (left, right):
+                pieces[index : index + 2] = [left + right]
+            index += 1
+    return pieces
