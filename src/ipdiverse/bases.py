@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING
 from ipdiverse.errors import ModelError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from diffusers import StableDiffusionPipeline
 
 CRITTERS = "critters"
@@ -55,17 +58,16 @@ def load_base(name: str = CRITTERS) -> Base:
             expected=f"`{CRITTERS}` or a folder with a model_index.json",
             found="a folder without one" if folder.is_dir() else "neither",
         )
-    import torch
-    from diffusers import StableDiffusionPipeline
-    from diffusers.utils import logging
+    with _quiet():
+        import torch
+        from diffusers import StableDiffusionPipeline
 
-    logging.disable_progress_bar()
-    try:
-        pipe = StableDiffusionPipeline.from_pretrained(
-            folder, torch_dtype=torch.float32, local_files_only=True, safety_checker=None
-        )
-    except (OSError, ValueError, TypeError) as error:
-        raise ModelError("cannot be opened", where=name, found=_first_line(error)) from error
+        try:
+            pipe = StableDiffusionPipeline.from_pretrained(
+                folder, dtype=torch.float32, local_files_only=True, safety_checker=None
+            )
+        except (OSError, ValueError, TypeError) as error:
+            raise ModelError("cannot be opened", where=name, found=_first_line(error)) from error
     pipe.set_progress_bar_config(disable=True)
     embedded = name == CRITTERS
     return Base(name, pipe, guidance_scale=3.0 if embedded else 7.5, batch=4 if embedded else 1)
@@ -93,6 +95,27 @@ def adapter_file(base: str, adapter: str) -> Path:
         expected=f"{' or '.join(short)} (with the base {CRITTERS}), or a safetensors file",
         fix="Check the path.",
     )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the libraries' progress bars and advice off the terminal while they load."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    before = [(lib, lib.get_verbosity()) for lib in (diffusers_logging, transformers_logging)]
+    bars = transformers_logging.is_progress_bar_enabled()
+    for library, _ in before:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, verbosity in before:
+            library.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+            diffusers_logging.enable_progress_bar()
 
 
 def _first_line(error: Exception) -> str:

@@ -43,8 +43,18 @@ def assemble(folder: Path, target: Path) -> None:
     temporary = target.with_name(target.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     pipe.save_pretrained(temporary, safe_serialization=True, max_shard_size=_LARGEST_FILE)
+    # named as every release of transformers does, not by the backend that happens to be installed
+    processor = ["transformers", "CLIPImageProcessor"]
+    _edit_json(temporary / "model_index.json", feature_extractor=processor)
+    for encoder in ("text_encoder", "image_encoder"):
+        # transformers opens weights in the type the config names; diffusers' parts are float32
+        _edit_json(temporary / encoder / "config.json", dtype="float32")
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
+
+
+def _edit_json(file: Path, **changes: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes, indent=2) + "\n")
 
 
 def ship_oracle(folder: Path, file: Path) -> None:

@@ -47,5 +47,5 @@ def psnr(mse: float) -> float:
 @torch.no_grad()
 def latent_scale(vae: AutoencoderKL, corpus: Corpus, count: int = 512) -> float:
     """1 / standard deviation of the latents: the pipeline's `scaling_factor`."""
-    means = vae.encode(corpus.pixels(np.arange(count))).latent_dist.sample()
+    means = vae.encode(corpus.pixels(np.arange(min(count, len(corpus))))).latent_dist.sample()
     return float(1 / means.std())

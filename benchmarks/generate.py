@@ -1,0 +1,107 @@
+"""Where the time of eight images goes: start-up, denoiser calls, and all the rest.
+
+Run `make benchmarks`. Each round generates and writes eight images in 25 steps in an open process;
+the whole command is timed as well, since starting Python and its libraries is a cost of its own.
+Times are medians over rounds; shares are what to compare between machines.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ipdiverse import generate, load_base
+from ipdiverse.critters.render import render
+from ipdiverse.critters.scene import sample_scene
+
+ROUNDS = 7
+IMAGES = 8
+STEPS = 25
+
+
+class Stopwatch:
+    """Sums the time spent in one module's calls."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.seconds, self._started = 0.0, 0.0
+        module.register_forward_pre_hook(self._start)
+        module.register_forward_hook(self._stop)
+
+    def _start(self, *_: object) -> None:
+        self._started = time.perf_counter()
+
+    def _stop(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self._started
+
+
+def one_round(base: Any, denoiser: Stopwatch, reference: Path, folder: Path) -> dict[str, float]:
+    """Seconds of generating, of its denoiser calls, and of writing."""
+    denoiser.seconds = 0.0
+    start = time.perf_counter()
+    result = generate(
+        reference, "a critter in the snow", n=IMAGES, steps=STEPS, seed=0, loaded=base
+    )
+    generated = time.perf_counter()
+    result.save(folder / "out")
+    end = time.perf_counter()
+    return {
+        "total": end - start,
+        "denoiser": denoiser.seconds,
+        "writing": end - generated,
+        "encoding, decoding, scheduling": generated - start - denoiser.seconds,
+    }
+
+
+def whole_command(reference: Path, folder: Path) -> float:
+    """Seconds of `ipdiverse generate` as a process."""
+    command = ["-m", "ipdiverse", "generate", "--image", str(reference), "-n", str(IMAGES)]
+    start = time.perf_counter()
+    subprocess.run(
+        [sys.executable, *command, "--out", str(folder / "command")], check=True, capture_output=True
+    )
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    """Measure and print JSON."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        reference = folder / "reference.png"
+        Image.fromarray(render(sample_scene(np.random.default_rng(0)), 0)).save(reference)
+        start = time.perf_counter()
+        base = load_base()
+        loading = time.perf_counter() - start
+        denoiser = Stopwatch(base.pipe.unet)
+        one_round(base, denoiser, reference, folder)
+        rounds = [one_round(base, denoiser, reference, folder) for _ in range(ROUNDS)]
+        process = statistics.median(whole_command(reference, folder) for _ in range(3))
+    medians = {key: statistics.median(r[key] for r in rounds) for key in rounds[0]}
+    report = {
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "images": IMAGES,
+        "steps": STEPS,
+        "seconds": {k: round(v, 3) for k, v in medians.items()},
+        "seconds_loading_weights": round(loading, 3),
+        "seconds_whole_command": round(process, 3),
+        "share_outside_denoiser_in_process": round(1 - medians["denoiser"] / medians["total"], 3),
+        "share_outside_denoiser_with_loading": round(
+            1 - medians["denoiser"] / (medians["total"] + loading), 3
+        ),
+        "share_outside_denoiser_whole_command": round(1 - medians["denoiser"] / process, 3),
+    }
+    sys.stdout.write(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""What the package ships: it opens without our code, fits the limits, and stock diffusers agrees."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from ipdiverse.adapter.checkpoint import read_spec
+from ipdiverse.bases import (
+    CRITTERS_ADAPTERS,
+    CRITTERS_BASE,
+    CRITTERS_ORACLE,
+    CRITTERS_PROVENANCE,
+    adapter_file,
+    load_base,
+)
+from ipdiverse.critters.oracle import read
+from ipdiverse.evaluation.sampling import held_out_scenes, shipped_oracle
+from ipdiverse.critters.render import render
+from ipdiverse.sampling.generate import Job, attached, sample
+from ipdiverse.sampling.request import Request
+from ipdiverse.seeding import generator
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+def test_sizes_stay_within_the_limits() -> None:
+    files = [f for f in CRITTERS_BASE.parent.rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in files) < 40 * 2**20
+    assert max(f.stat().st_size for f in files) < 16 * 2**20
+    assert not [f for f in files if f.suffix in {".bin", ".pt", ".ckpt", ".pickle"}]
+
+
+def test_weights_are_half_precision() -> None:
+    from safetensors import safe_open
+
+    for file in CRITTERS_BASE.parent.rglob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            kinds = {opened.get_slice(key).get_dtype() for key in opened.keys()}  # noqa: SIM118
+        assert kinds <= {"F16", "I64"}, file
+
+
+def test_provenance_says_how_they_were_made() -> None:
+    made = json.loads(CRITTERS_PROVENANCE.read_text())
+    assert {"command", "recipe", "git_revision", "versions", "data"} <= made.keys()
+    assert made["recipe"]["seed"] == 0
+    for file in CRITTERS_ADAPTERS.glob("*.safetensors"):
+        assert read_spec(file)["reference"] == "self"
+
+
+@pytest.mark.parametrize("kind", ["base", "plus"])
+def test_stock_diffusers_makes_the_same_image(kind: str, references: list[Image.Image]) -> None:
+    base, file = load_base(), adapter_file("critters", kind)
+    with attached(base, file) as attachment:
+        attachment.set_scale(0.7)
+        request = Request(image="", n=1, steps=4, guidance_scale=3.0)
+        jobs = [Job("a critter in the snow", 0, 0, references[0])]
+        ours = np.asarray(sample(base, jobs, request, attachment)[0])
+
+    stock = StableDiffusionPipeline.from_pretrained(CRITTERS_BASE, safety_checker=None)
+    stock.set_progress_bar_config(disable=True)
+    stock.load_ip_adapter(CRITTERS_ADAPTERS, subfolder="", weight_name=file.name)
+    stock.set_ip_adapter_scale(0.7)
+    theirs = stock(
+        prompt="a critter in the snow",
+        ip_adapter_image=references[0],
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        generator=generator(0, 0),
+    ).images[0]
+    assert np.abs(ours.astype(int) - np.asarray(theirs)).max() <= 1  # rounding to 8 bits
+
+
+def test_the_oracle_reads_held_out_renders() -> None:
+    scenes = held_out_scenes(200, seed=5)
+    reading = read(shipped_oracle(), np.stack([render(*scene) for scene in scenes]))
+    truth = torch.tensor([scene.indices() for scene, _ in scenes])
+    assert (reading.attributes == truth).float().mean() > 0.97
+    assert reading.invalid.float().mean() < 0.05
+
+
+def test_the_oracle_rejects_what_is_no_scene() -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (16, 64, 64, 3), dtype=np.uint8)
+    grey = np.full((16, 64, 64, 3), 128, np.uint8)
+    assert read(shipped_oracle(), np.concatenate([noise, grey])).invalid.float().mean() > 0.9

@@ -1,0 +1,214 @@
+"""A reference and a prompt in, images out: as a user runs it, on the embedded base."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import ipdiverse
+from ipdiverse.cli import main
+from ipdiverse.provenance import read_provenance
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+FAST = ["--steps", "3"]
+
+
+@pytest.fixture
+def reference(references: list[Image.Image], tmp_path: Path) -> Path:
+    file = tmp_path / "ref.png"
+    references[0].save(file)
+    return file
+
+
+def generate(reference: Path, out: Path, *more: str) -> int:
+    words = ["--image", str(reference), "--prompt", "a critter in the snow"]
+    return main(["generate", *words, "--out", str(out), *FAST, *more])
+
+
+def pixels(file: Path) -> np.ndarray:
+    return np.asarray(Image.open(file))
+
+
+def test_images_sheet_and_record_are_written(
+    reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert generate(reference, out, "-n", "3") == 0
+    assert sorted(f.name for f in out.iterdir()) == [
+        "0000.png",
+        "0001.png",
+        "0002.png",
+        "contact_sheet.png",
+        "generation.json",
+    ]
+    assert pixels(out / "0000.png").shape == (64, 64, 3)
+    record = json.loads((out / "generation.json").read_text())
+    assert record["request"]["prompt"] == "a critter in the snow"
+    assert read_provenance(out / "0001.png")["image_index"] == 1
+    captured = capsys.readouterr()
+    assert "contact_sheet.png" in captured.out
+    assert captured.err == "", "silence in pipes"
+
+
+def test_the_recorded_command_repeats_the_images(
+    reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate(reference, tmp_path / "a", "-n", "2", "--seed", "5", "--json") == 0
+    record = json.loads(capsys.readouterr().out)
+    words = shlex.split(record["command"])
+    assert words[0] == "ipdiverse"
+    words[words.index("--out") + 1] = str(tmp_path / "b")
+    assert main(words[1:]) == 0
+    for name in ("0000.png", "0001.png"):
+        np.testing.assert_array_equal(pixels(tmp_path / "a" / name), pixels(tmp_path / "b" / name))
+
+
+def test_image_i_is_the_same_alone_and_among_n(reference: Path) -> None:
+    common: dict[str, Any] = {"prompt": "a critter", "seed": 3, "steps": 3}
+    many = ipdiverse.generate(reference, n=6, **common).images
+    few = ipdiverse.generate(reference, n=1, **common).images
+    np.testing.assert_array_equal(np.asarray(few[0]), np.asarray(many[0]))
+    assert len({image.tobytes() for image in many}) == 6
+
+
+def test_seed_prompt_scale_and_reference_all_matter(
+    reference: Path, references: list[Image.Image], tmp_path: Path
+) -> None:
+    references[1].save(tmp_path / "other.png")
+    common: dict[str, Any] = {"n": 1, "steps": 3, "prompt": "a critter", "seed": 0, "scale": 1.0}
+    plain = ipdiverse.generate(reference, **common).images[0]
+    for change in ({"seed": 1}, {"prompt": "a red critter on the moon"}, {"scale": 0.2}):
+        changed = ipdiverse.generate(reference, **(common | change)).images[0]
+        assert changed.tobytes() != plain.tobytes(), change
+    other = ipdiverse.generate(tmp_path / "other.png", **common).images[0]
+    assert other.tobytes() != plain.tobytes()
+
+
+def test_an_empty_prompt_is_allowed(reference: Path) -> None:
+    assert len(ipdiverse.generate(reference, "", n=1, steps=2).images) == 1
+
+
+def test_a_prompt_that_is_too_long_says_what_was_cut(
+    reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = "a critter " * 20 + "in the snow"
+    arguments = ["--image", str(reference), "--prompt", words, "-n", "1", "--steps", "2"]
+    assert main(["generate", *arguments, "--out", str(tmp_path / "o")]) == 0
+    message = capsys.readouterr().err
+    assert "longer than 40 tokens; cut: " in message
+    assert "in the snow" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-n", "0"], "n: is out of range; expected 1 to 1024; found 0"),
+        (["-n", "10000"], "n: is out of range; expected 1 to 1024; found 10000"),
+        (["--steps", "0"], "steps: is out of range"),
+        (["--scale", "-1"], "scale: is out of range"),
+        (["--scale", "nan"], "scale: is out of range"),
+        (["--seed", "-3"], "seed: is out of range"),
+        (["--guidance-scale", "inf"], "guidance_scale: is out of range"),
+        (["--base", "sd99"], "sd99: unknown base"),
+        (["--adapter", "nope"], "nope: unknown adapter"),
+    ],
+)
+def test_impossible_arguments_get_one_line_and_exit_2(
+    reference: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    assert generate(reference, tmp_path / "out", *arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("ipdiverse: ")
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert not list((tmp_path / "out").glob("*")), "nothing half-written"
+
+
+def broken_images(folder: Path) -> dict[str, Path]:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (80, 80, 3), np.uint8))
+    picture.save(folder / "good.jpg")
+    data = (folder / "good.jpg").read_bytes()
+    files = {
+        "missing": folder / "missing.png",
+        "empty": folder / "empty.png",
+        "text": folder / "text.png",
+        "truncated": folder / "cut.jpg",
+        "folder": folder,
+        "gif": folder / "moving.gif",
+    }
+    files["empty"].write_bytes(b"")
+    files["text"].write_text("no image")
+    files["truncated"].write_bytes(data[: len(data) // 2])
+    picture.save(files["gif"])
+    return files
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "text", "truncated", "folder", "gif"])
+def test_images_that_cannot_be_read_get_one_line_and_exit_2(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = broken_images(tmp_path)[kind]
+    assert generate(file, tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert str(file) in error
+    assert error.count("\n") == 1
+    assert not list((tmp_path / "out").glob("*"))
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "I;16", "RGBA", "P", "L"])
+def test_images_of_every_mode_are_accepted(
+    mode: str, references: list[Image.Image], tmp_path: Path
+) -> None:
+    if mode == "I;16":
+        grey = np.asarray(references[0].convert("L")).astype(np.uint16) * 257
+        Image.fromarray(grey).save(tmp_path / "image.png")
+    else:
+        suffix = "jpg" if mode == "CMYK" else "png"
+        references[0].convert(mode).save(tmp_path / f"image.{suffix}")
+    file = next(tmp_path.glob("image.*"))
+    assert len(ipdiverse.generate(file, n=1, steps=1).images) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(
+    reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert generate(reference, tmp_path / "file" / "out") == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_an_unknown_option_exits_2_without_a_traceback(reference: Path) -> None:
+    with pytest.raises(SystemExit) as stop:
+        generate(reference, reference.parent / "out", "--diversty", "1")
+    assert stop.value.code == 2
+
+
+def test_help_is_quick_because_it_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from ipdiverse.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'matplotlib', 'scipy'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "generate" in done.stdout
+
+
+def test_python_in_under_ten_lines(reference: Path, tmp_path: Path) -> None:
+    result = ipdiverse.generate(reference, "a critter in the snow", n=2, seed=0, steps=2)
+    result.save(tmp_path / "out")
+    assert (tmp_path / "out" / "contact_sheet.png").is_file()
