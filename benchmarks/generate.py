@@ -68,7 +68,9 @@ def whole_command(reference: Path, folder: Path) -> float:
     command = ["-m", "ipdiverse", "generate", "--image", str(reference), "-n", str(IMAGES)]
     start = time.perf_counter()
     subprocess.run(
-        [sys.executable, *command, "--out", str(folder / "command")], check=True, capture_output=True
+        [sys.executable, *command, "--out", str(folder / "command")],
+        check=True,
+        capture_output=True,
     )
     return time.perf_counter() - start
 
@@ -88,7 +90,8 @@ def main() -> None:
         process = statistics.median(whole_command(reference, folder) for _ in range(3))
     medians = {key: statistics.median(r[key] for r in rounds) for key in rounds[0]}
     report = {
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
         "images": IMAGES,
         "steps": STEPS,
         "seconds": {k: round(v, 3) for k, v in medians.items()},

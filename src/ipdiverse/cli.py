@@ -95,9 +95,7 @@ class Make:
         """Write them."""
         from ipdiverse.critters.make import make_dataset
 
-        written = make_dataset(
-            Path(self.out), self.n, self.pairs, self.size, self.seed, self.split
-        )
+        written = make_dataset(Path(self.out), self.n, self.pairs, self.size, self.seed, self.split)
         _say(f"wrote {written} images and {Path(self.out) / 'metadata.jsonl'}")
 
 

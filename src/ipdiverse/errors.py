@@ -1,4 +1,4 @@
-"""Errors a user can cause. Each says in one line what, where, expected, found and the likely fix."""
+"""Errors a user can cause. Each says in one line what, where, expected, found and the fix."""
 
 from __future__ import annotations
 
@@ -23,7 +23,13 @@ class IpdiverseError(Exception):
         found: object = None,
         fix: str | None = None,
     ) -> None:
-        self.what, self.where, self.expected, self.found, self.fix = what, where, expected, found, fix
+        self.what, self.where, self.expected, self.found, self.fix = (
+            what,
+            where,
+            expected,
+            found,
+            fix,
+        )
         parts = [f"{where}: {what}" if where is not None else what]
         if expected is not None:
             parts.append(f"expected {expected}")

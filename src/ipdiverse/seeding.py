@@ -1,4 +1,4 @@
-"""Seeds. Image i of a seed is the same alone or among n, and progress decides the seed of a step."""
+"""Seeds: image i is the same alone or among n, and progress decides the seed of a step."""
 
 from __future__ import annotations
 

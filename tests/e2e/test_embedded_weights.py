@@ -1,4 +1,4 @@
-"""What the package ships: it opens without our code, fits the limits, and stock diffusers agrees."""
+"""What the package ships: it fits the limits, and stock diffusers makes the same images."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from ipdiverse.adapter.checkpoint import read_spec
 from ipdiverse.bases import (
     CRITTERS_ADAPTERS,
     CRITTERS_BASE,
-    CRITTERS_ORACLE,
     CRITTERS_PROVENANCE,
     adapter_file,
     load_base,
 )
 from ipdiverse.critters.oracle import read
-from ipdiverse.evaluation.sampling import held_out_scenes, shipped_oracle
 from ipdiverse.critters.render import render
+from ipdiverse.evaluation.sampling import held_out_scenes, shipped_oracle
 from ipdiverse.sampling.generate import Job, attached, sample
 from ipdiverse.sampling.request import Request
 from ipdiverse.seeding import generator

@@ -92,7 +92,10 @@ def test_broken_files_are_named(adapter: ImagePromptAdapter, tmp_path: Path) -> 
     state = adapter.state_dict()
     for change, message in (
         ({"extra.weight": torch.zeros(1)}, "unexpected extra.weight"),
-        ({"ip_adapter.3.to_v_ip.weight": torch.zeros(2, 2)}, r"to_v_ip.weight is \(2, 2\), expected"),
+        (
+            {"ip_adapter.3.to_v_ip.weight": torch.zeros(2, 2)},
+            r"to_v_ip.weight is \(2, 2\), expected",
+        ),
     ):
         save_file(state | change, tmp_path / "changed.safetensors")
         with pytest.raises(CheckpointError, match=message):

@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from tests.conftest import random_pipeline
 
 from ipdiverse.adapter.attach import attach
 from ipdiverse.adapter.model import new_adapter
 from ipdiverse.critters.training.corpus import Corpus, corpus
 from ipdiverse.critters.training.unet import Latents, cache_latents
 from ipdiverse.training.plain import PlainObjective, cache_image_embeds
-from tests.conftest import random_pipeline
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -1,0 +1,1 @@
+"""The model: projection, decoupled attention, checkpoints, and attaching it to a pipeline."""

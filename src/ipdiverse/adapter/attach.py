@@ -143,9 +143,13 @@ def attach(pipe: StableDiffusionPipeline, adapter: ImagePromptAdapter) -> Attach
     unet = pipe.unet
     registry = HookRegistry.check_if_exists_or_initialize(unet)
     if registry.get_hook(_HOOK) is not None:
-        raise ModelError("an adapter is attached already", where="pipeline", fix="Call detach first.")
+        raise ModelError(
+            "an adapter is attached already", where="pipeline", fix="Call detach first."
+        )
     if pipe.image_encoder is None or pipe.feature_extractor is None:
-        raise ModelError("has no image encoder", where="pipeline", fix="Load the pipeline with one.")
+        raise ModelError(
+            "has no image encoder", where="pipeline", fix="Load the pipeline with one."
+        )
     _check_fit(adapter, unet)
     adapter.to(unet.device, unet.dtype).eval()
     names = {name: number for number, name in cross_attention_layers(unet).items()}

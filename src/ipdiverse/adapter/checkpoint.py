@@ -26,7 +26,10 @@ _SPEC_KEY = "ipdiverse"
 
 
 def save_adapter(
-    adapter: ImagePromptAdapter, file: Path, spec: dict[str, Any], dtype: torch.dtype = torch.float16
+    adapter: ImagePromptAdapter,
+    file: Path,
+    spec: dict[str, Any],
+    dtype: torch.dtype = torch.float16,
 ) -> None:
     """Write an adapter atomically.
 
@@ -37,13 +40,16 @@ def save_adapter(
         dtype: Of the stored tensors.
     """
     tensors = {k: v.detach().to("cpu", dtype).contiguous() for k, v in adapter.state_dict().items()}
-    metadata = {_SPEC_KEY: json.dumps({"kind": adapter.kind, **spec}, sort_keys=True), "format": "pt"}
+    metadata = {
+        _SPEC_KEY: json.dumps({"kind": adapter.kind, **spec}, sort_keys=True),
+        "format": "pt",
+    }
     temporary = file.with_suffix(".partial")
     with temporary.open("wb") as stream:
         stream.write(save(tensors, metadata))
         stream.flush()
         os.fsync(stream.fileno())
-    os.replace(temporary, file)
+    temporary.replace(file)
 
 
 def load_adapter(file: Path) -> ImagePromptAdapter:

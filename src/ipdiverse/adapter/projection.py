@@ -63,9 +63,12 @@ class PerceiverAttention(nn.Module):
         features, latents = self.norm1(features), self.norm2(latents)
         key, value = self.to_kv(torch.cat([features, latents], dim=1)).chunk(2, dim=-1)
         query, key, value = (
-            t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.to_q(latents), key, value)
+            t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for t in (self.to_q(latents), key, value)
         )
-        return self.to_out(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+        return self.to_out(
+            F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        )
 
 
 class ResamplerProjection(nn.Module):
@@ -82,7 +85,12 @@ class ResamplerProjection(nn.Module):
     kind = "plus"
 
     def __init__(
-        self, clip_dim: int, token_width: int, num_tokens: int = 16, width: int = 768, depth: int = 4
+        self,
+        clip_dim: int,
+        token_width: int,
+        num_tokens: int = 16,
+        width: int = 768,
+        depth: int = 4,
     ) -> None:
         super().__init__()
         self.latents = nn.Parameter(torch.randn(1, num_tokens, width) / width**0.5)

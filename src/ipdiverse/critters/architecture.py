@@ -104,7 +104,7 @@ def image_encoder() -> CLIPVisionModelWithProjection:
 
 
 def image_processor() -> CLIPImageProcessorPil:
-    """Resize and crop to the encoder's 64 pixels; mean and deviation 0.5, so pixels are in -1..1."""
+    """Resize and crop to the encoder's 64 pixels, then to -1..1."""
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     return CLIPImageProcessorPil(

@@ -76,7 +76,11 @@ def mentioned(scene: Scene, seed: int, chance: float | None = None) -> dict[str,
     rng = np.random.default_rng(seed)
     probability = 0.25 + 0.75 * rng.random() if chance is None else chance
     kept = rng.random(len(ATTRIBUTES)) < probability
-    return {name: value for (name, value), keep in zip(scene.as_dict().items(), kept, strict=True) if keep}
+    return {
+        name: value
+        for (name, value), keep in zip(scene.as_dict().items(), kept, strict=True)
+        if keep
+    }
 
 
 def caption(stated: Mapping[str, str], seed: int) -> str:
@@ -166,9 +170,7 @@ def _wording_patterns() -> list[tuple[str, re.Pattern[str], str]]:
         for value, wordings in values.items()
         for wording in wordings
     ]
-    patterns += [
-        ("eyes", re.compile(rf"\b{count} eyes?\b"), count) for count in ATTRIBUTES["eyes"]
-    ]
+    patterns += [("eyes", re.compile(rf"\b{count} eyes?\b"), count) for count in ATTRIBUTES["eyes"]]
     patterns += [
         ("headgear", re.compile(rf"\b(?:in|wearing|with) an? (?:top )?{word}\b"), word)
         for word in ("hat", "crown", "flower")

@@ -93,4 +93,4 @@ def _write_image(file: Path, pixels: np.ndarray) -> None:
     Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
     temporary = file.with_suffix(".partial")
     temporary.write_bytes(buffer.getvalue())
-    os.replace(temporary, file)
+    temporary.replace(file)

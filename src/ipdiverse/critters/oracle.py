@@ -36,7 +36,7 @@ class _Block(nn.Module):
 
 
 class Oracle(nn.Module):
-    """Pixels in -1..1, (batch, 3, 64, 64), to one logit vector per attribute and one for validity."""
+    """Pixels in -1..1, (batch, 3, 64, 64), to logits per attribute and one for validity."""
 
     def __init__(self, widths: tuple[int, ...] = (32, 64, 128, 192)) -> None:
         super().__init__()

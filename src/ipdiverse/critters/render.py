@@ -106,8 +106,9 @@ def _layers(scene: Scene, jitter: Jitter) -> Iterable[tuple[Shape, Colour]]:
     body_colour = _tint(scene.colour, jitter.hue, jitter.value)
     yield from _DECORATIONS[scene.place](jitter.horizon, jitter.decoration)
     yield from _item(scene.item, _tint(scene.item_colour, jitter.item_hue, 0), x, y, r, side)
-    yield Capsule(x + side * 0.6 * r, y + 0.2 * r, x + side * 1.3 * r, y + 0.15 * r, 0.15 * r), (
-        _shade(body_colour, 0.75)
+    yield (
+        Capsule(x + side * 0.6 * r, y + 0.2 * r, x + side * 1.3 * r, y + 0.15 * r, 0.15 * r),
+        (_shade(body_colour, 0.75)),
     )
     yield from _body(scene, body_colour, x, y, r)
     yield from _eyes(scene.eyes, jitter.gaze, x, y, r)
@@ -167,8 +168,9 @@ def _beach(h: float, d: tuple[float, ...]) -> Iterable[tuple[Shape, Colour]]:
 def _city(h: float, d: tuple[float, ...]) -> Iterable[tuple[Shape, Colour]]:
     for i, u in enumerate(d[:5]):
         top = h - 0.18 - 0.26 * u
-        yield Box(0.1 + 0.2 * i, (top + h) / 2, 0.09, (h - top) / 2), (
-            (0.36, 0.38, 0.47) if i % 2 else (0.46, 0.46, 0.55)
+        yield (
+            Box(0.1 + 0.2 * i, (top + h) / 2, 0.09, (h - top) / 2),
+            ((0.36, 0.38, 0.47) if i % 2 else (0.46, 0.46, 0.55)),
         )
 
 
@@ -200,13 +202,17 @@ def _outline(shape: str, x: float, y: float, r: float) -> Shape:
     if shape == "square":
         return Box(x, y, 0.88 * r, 0.88 * r)
     if shape == "triangular":
-        return Polygon(((x, y - 1.25 * r), (x + 1.15 * r, y + 0.9 * r), (x - 1.15 * r, y + 0.9 * r)))
+        return Polygon(
+            ((x, y - 1.25 * r), (x + 1.15 * r, y + 0.9 * r), (x - 1.15 * r, y + 0.9 * r))
+        )
     if shape == "tall":
         return Capsule(x, y - 0.6 * r, x, y + 0.4 * r, 0.62 * r)
     return Polygon(shapes.star(x, y + 0.05 * r, 1.28 * r, 0.74 * r))
 
 
-def _body(scene: Scene, colour: Colour, x: float, y: float, r: float) -> Iterable[tuple[Shape, Colour]]:
+def _body(
+    scene: Scene, colour: Colour, x: float, y: float, r: float
+) -> Iterable[tuple[Shape, Colour]]:
     dark = _shade(colour, 0.45)
     for dx in (-0.4, 0.4):
         yield Ellipse(x + dx * r, y + 0.95 * r, 0.28 * r, 0.16 * r), dark
@@ -218,7 +224,14 @@ def _body(scene: Scene, colour: Colour, x: float, y: float, r: float) -> Iterabl
         for dy in (-0.85, -0.25, 0.35, 0.95):
             yield shapes.clipped(Box(x, y + dy * r, 2 * r, 0.13 * r), outline), mark
     elif scene.pattern == "spotted":
-        for dx, dy in ((-0.55, -0.45), (0.55, -0.5), (-0.5, 0.5), (0.5, 0.45), (0.0, 0.78), (0.0, -0.8)):
+        for dx, dy in (
+            (-0.55, -0.45),
+            (0.55, -0.5),
+            (-0.5, 0.5),
+            (0.5, 0.45),
+            (0.0, 0.78),
+            (0.0, -0.8),
+        ):
             yield shapes.clipped(Ellipse(x + dx * r, y + dy * r, 0.19 * r, 0.19 * r), outline), mark
 
 
@@ -244,7 +257,15 @@ def _headgear(kind: str, x: float, top: float, r: float) -> Iterable[tuple[Shape
         yield Box(x, top - 0.12 * r, 0.46 * r, 0.1 * r), (0.75, 0.73, 0.75)
         yield Box(x, top + 0.04 * r, 0.8 * r, 0.09 * r), (0.16, 0.15, 0.2)
     elif kind == "crown":
-        points = ((-0.6, 0.12), (-0.68, -0.66), (-0.3, -0.25), (0, -0.8), (0.3, -0.25), (0.68, -0.66), (0.6, 0.12))
+        points = (
+            (-0.6, 0.12),
+            (-0.68, -0.66),
+            (-0.3, -0.25),
+            (0, -0.8),
+            (0.3, -0.25),
+            (0.68, -0.66),
+            (0.6, 0.12),
+        )
         crown = Polygon(tuple((x + px * r, top + py * r) for px, py in points))
         yield shapes.grown(crown, 0.008), (0.45, 0.32, 0.05)
         yield crown, (0.98, 0.8, 0.2)

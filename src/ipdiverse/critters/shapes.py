@@ -17,11 +17,15 @@ if TYPE_CHECKING:
 
 
 class Shape(Protocol):
-    """Anything with bounds (left, top, right, bottom) and a signed distance."""
+    """Anything with bounds and a signed distance."""
 
-    def bounds(self) -> Bounds: ...
+    def bounds(self) -> Bounds:
+        """Left, top, right and bottom, as fractions of the image."""
+        ...
 
-    def distance(self, x: np.ndarray, y: np.ndarray) -> np.ndarray: ...
+    def distance(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """Signed distance at these points, negative inside; x and y broadcast."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

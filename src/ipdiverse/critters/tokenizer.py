@@ -1,4 +1,4 @@
-"""The embedded model's tokenizer: CLIP's byte-level BPE in which every caption word is one token."""
+"""The embedded model's tokenizer: CLIP's byte-level BPE, each caption word one token."""
 
 from __future__ import annotations
 

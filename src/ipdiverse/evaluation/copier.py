@@ -115,5 +115,3 @@ def copier_table(report: dict[str, Any]) -> str:
         for row in report["rows"]
     ]
     return "\n".join([head, rule, *rows])
-
-

@@ -178,7 +178,11 @@ def _encoder(
     right = linear_probe(features, labels, held_out, torch.from_numpy(truth))
     top1 = _retrieval(base, scenes, renders)
     return (
-        {"probe_mean": float(right.mean()), "probe_worst": float(right.min()), "retrieval_256": top1},
+        {
+            "probe_mean": float(right.mean()),
+            "probe_worst": float(right.min()),
+            "retrieval_256": top1,
+        },
         {"probe": _per_attribute(right)},
     )
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from ipdiverse.adapter.attach import Attachment
 
+
 @dataclass(frozen=True)
 class Generation:
     """The images of one request.
@@ -159,9 +160,9 @@ def _denoise(
     if attachment is not None:
         attachment.set_reference([job.reference for job in padded])  # type: ignore[misc]
 
-    def on_step(pipe: Any, step: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
+    def on_step(*arguments: Any) -> dict[str, Any]:
         bar.update(len(jobs))
-        return tensors
+        return arguments[-1]
 
     output = base.pipe(
         prompt=[job.prompt for job in padded],

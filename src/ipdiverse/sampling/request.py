@@ -57,8 +57,7 @@ class Request:
                 parts.append(f"{flag} {shlex.quote(str(value))}")
         return " ".join([*parts, "--out", shlex.quote(out)])
 
+
 def _check(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
-        raise ArgumentError(
-            "is out of range", where=name, expected=f"{low} to {high}", found=value
-        )
+        raise ArgumentError("is out of range", where=name, expected=f"{low} to {high}", found=value)

@@ -5,7 +5,6 @@ It learns to copy, and that is the point: it is the baseline that everything els
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -45,7 +44,7 @@ def cache_image_embeds(
                 parts.append(image_embeds(encoder, pixels, kind).half().numpy())
         temporary = file.with_suffix(".partial.npy")
         np.save(temporary, np.concatenate(parts))
-        os.replace(temporary, file)
+        temporary.replace(file)
     return np.load(file, mmap_mode="r")
 
 

@@ -63,7 +63,10 @@ def test_articles_follow_the_sound(phrase: str, expected: str) -> None:
     [
         ("a critter in the snow", {"place": "snow"}),
         ("A RED critter, one eye, on the MOON!", {"colour": "red", "eyes": "one", "place": "moon"}),
-        ("a critter wearing a hat holding a red balloon", {"headgear": "hat", "item": "balloon", "item_colour": "red"}),
+        (
+            "a critter wearing a hat holding a red balloon",
+            {"headgear": "hat", "item": "balloon", "item_colour": "red"},
+        ),
         ("a blue critter carrying something green", {"colour": "blue", "item_colour": "green"}),
         ("something else entirely", {}),
         ("", {}),

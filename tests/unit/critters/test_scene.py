@@ -55,7 +55,10 @@ def test_probabilities_of_all_scenes_sum_to_one() -> None:
 
 def test_place_and_item_inform_each_other_by_bayes_rule() -> None:
     joint = np.stack(
-        [marginal("place")[i] * conditional("item", {"place": p}) for i, p in enumerate(ATTRIBUTES["place"])]
+        [
+            marginal("place")[i] * conditional("item", {"place": p})
+            for i, p in enumerate(ATTRIBUTES["place"])
+        ]
     )
     for column, item in enumerate(ATTRIBUTES["item"]):
         expected = joint[:, column] / joint[:, column].sum()

@@ -13,7 +13,12 @@ from ipdiverse.critters import architecture
 from ipdiverse.critters.oracle import Oracle
 from ipdiverse.critters.tokenizer import build_tokenizer
 from ipdiverse.critters.training import stages
-from ipdiverse.critters.training.clip import ClipObjective, TextModules, TextObjective, VisionModules
+from ipdiverse.critters.training.clip import (
+    ClipObjective,
+    TextModules,
+    TextObjective,
+    VisionModules,
+)
 from ipdiverse.critters.training.corpus import Corpus, corpus, draw
 from ipdiverse.critters.training.loop import Schedule, StageRun
 from ipdiverse.critters.training.oracle import OracleObjective, broken
@@ -117,7 +122,9 @@ def test_the_text_encoder_learns_with_every_parameter_that_counts(scenes: Corpus
 def test_the_image_encoder_learns_and_the_text_stays(scenes: Corpus) -> None:
     tokenizer = build_tokenizer()
     text = architecture.text_encoder(len(tokenizer))
-    objective = ClipObjective(VisionModules(architecture.image_encoder()), text, tokenizer, scenes, 8)
+    objective = ClipObjective(
+        VisionModules(architecture.image_encoder()), text, tokenizer, scenes, 8
+    )
     before = {name: t.clone() for name, t in text.state_dict().items()}
     changes = moved(objective)
     assert [n for n in still(changes) if "k_proj.bias" not in n] == []
@@ -166,13 +173,19 @@ def test_psnr_of_a_known_error() -> None:
 
 
 def test_a_stage_without_its_predecessor_says_which_to_run(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="stage vae has not been trained.*--stages vae"):
+    with pytest.raises(ModelError, match=r"stage vae has not been trained.*--stages vae"):
         stages.stage_model(tmp_path, "vae")
 
 
 def test_stages_finish_in_order_and_are_not_repeated(tmp_path: Path) -> None:
     recipe = stages.BaseRecipe(
-        images=24, vae_steps=1, text_steps=1, clip_steps=1, unet_steps=1, oracle_steps=1, compile=False
+        images=24,
+        vae_steps=1,
+        text_steps=1,
+        clip_steps=1,
+        unet_steps=1,
+        oracle_steps=1,
+        compile=False,
     )
     for stage in stages.STAGES:
         stages.train_stage(stage, tmp_path, recipe)

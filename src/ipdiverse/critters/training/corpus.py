@@ -53,7 +53,9 @@ class Corpus:
 
 def to_pixels(images: np.ndarray) -> Tensor:
     """uint8 (batch, size, size, 3) to float32 (batch, 3, size, size) in -1..1, channels last."""
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+    return (
+        torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+    )
 
 
 def draw(split: str, seed: int, index: int) -> tuple[Scene, int]:
@@ -81,5 +83,5 @@ def corpus(folder: Path, split: str, count: int, seed: int = 0, size: int = 64) 
         for file, arrays in ((attribute_file, attributes), (image_file, images)):
             temporary = file.with_suffix(".partial.npy")
             np.save(temporary, np.concatenate(arrays))
-            os.replace(temporary, file)
+            temporary.replace(file)
     return Corpus(np.load(image_file, mmap_mode="r"), np.load(attribute_file))

@@ -7,7 +7,6 @@ data and noise as one that was never interrupted.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -27,7 +26,9 @@ class Objective(Protocol):
 
     module: nn.Module
 
-    def loss(self, rng: torch.Generator) -> tuple[Tensor, dict[str, float]]: ...
+    def loss(self, rng: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        """One batch's loss, and figures for the log."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class StageRun:
             },
             temporary,
         )
-        os.replace(temporary, self._state_file)
+        temporary.replace(self._state_file)
 
     def train(self) -> None:
         """Run to the last step, then put the averaged weights into the module."""

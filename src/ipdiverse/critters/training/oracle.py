@@ -50,7 +50,9 @@ class OracleObjective:
         with autocast():
             logits, valid = self.module(inputs)
         heads = [head[: self.batch].float() for head in logits]
-        attribute = sum(F.cross_entropy(head, labels[:, i]) for i, head in enumerate(heads)) / len(heads)
+        attribute = sum(F.cross_entropy(head, labels[:, i]) for i, head in enumerate(heads)) / len(
+            heads
+        )
         truth = (torch.arange(len(inputs)) < self.batch).float()
         validity = F.binary_cross_entropy_with_logits(valid.float(), truth)
         right = torch.stack([(h.argmax(-1) == labels[:, i]).float() for i, h in enumerate(heads)])
@@ -68,7 +70,9 @@ def round_trip(vae: AutoencoderKL, images: np.ndarray, batch: int = 100) -> np.n
     """Encode and decode uint8 images (count, 64, 64, 3)."""
     parts = []
     for start in range(0, len(images), batch):
-        pixels = to_pixels(images[start : start + batch]).contiguous(memory_format=torch.channels_last)
+        pixels = to_pixels(images[start : start + batch]).contiguous(
+            memory_format=torch.channels_last
+        )
         with autocast():
             decoded = vae.decode(vae.encode(pixels).latent_dist.mode()).sample
         parts.append(to_images(decoded))
@@ -84,7 +88,9 @@ def to_images(pixels: Tensor) -> np.ndarray:
 def _jitter(pixels: Tensor, rng: torch.Generator) -> Tensor:
     """A little noise and contrast, as generated images have; never enough to change a colour."""
     count = len(pixels)
-    noise = torch.randn(pixels.shape, generator=rng) * (0.06 * torch.rand((count, 1, 1, 1), generator=rng))
+    noise = torch.randn(pixels.shape, generator=rng) * (
+        0.06 * torch.rand((count, 1, 1, 1), generator=rng)
+    )
     gain = 1 + 0.1 * (torch.rand((count, 1, 1, 1), generator=rng) - 0.5)
     return (pixels * gain + noise).clamp(-1, 1)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -50,7 +49,7 @@ def cache_latents(vae: AutoencoderKL, corpus: Corpus, file: Path, batch: int = 2
             parts.append(torch.cat([posterior.mean, posterior.std], dim=1).half().numpy())
         temporary = file.with_suffix(".partial.npy")
         np.save(temporary, np.concatenate(parts))
-        os.replace(temporary, file)
+        temporary.replace(file)
     return np.load(file)
 
 

@@ -34,7 +34,9 @@ class VaeObjective:
             posterior = self.module.encode(pixels).latent_dist
             decoded = self.module.decode(posterior.sample()).sample.float()
         mse = F.mse_loss(decoded, pixels)
-        kl = 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float())
+        kl = 0.5 * (
+            posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()
+        )
         loss = F.l1_loss(decoded, pixels) + mse + KL_WEIGHT * kl.mean()
         return loss, {"psnr": psnr(float(mse.detach())), "kl": float(kl.mean().detach())}
 
