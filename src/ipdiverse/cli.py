@@ -106,6 +106,7 @@ class TrainBase:
     Args:
         folder: Working folder: renders, resume points, logs, finished stages.
         stages: Which stages, in order; an earlier unfinished one is an error.
+        start: `nothing`, or `shipped` to train the shipped UNet further.
         ship: Write the finished weights into the package.
         seed: Of data, initial weights and noise.
         vae_steps: Steps of stage vae.
@@ -124,6 +125,7 @@ class TrainBase:
         "unet",
         "oracle",
     )
+    start: Literal["nothing", "shipped"] = "nothing"
     ship: bool = True
     seed: int = 0
     images: int = 40_000
@@ -140,14 +142,22 @@ class TrainBase:
         from ipdiverse.critters.training.stages import BaseRecipe, train_stage
 
         folder, recipe = Path(self.folder), self._recipe(BaseRecipe)
+        if self.start == "shipped":
+            pipeline.continue_from(CRITTERS_BASE, CRITTERS_ORACLE, folder)
         for stage in self.stages:
             train_stage(stage, folder, recipe)
         if self.ship:
             pipeline.assemble(folder, CRITTERS_BASE)
             pipeline.ship_oracle(folder, CRITTERS_ORACLE)
-            made = pipeline.provenance(asdict(recipe), "ipdiverse critters train-base")
+            command = " ".join(["ipdiverse critters train-base", *self._flags()])
+            made = pipeline.provenance(asdict(recipe), command)
             pipeline.write_json(CRITTERS_PROVENANCE, made)
             _say(f"wrote {CRITTERS_BASE}")
+
+    def _flags(self) -> list[str]:
+        """The flags that differ from the defaults, as typed."""
+        changed = [f for f in fields(self) if getattr(self, f.name) != f.default]
+        return [f"--{f.name.replace('_', '-')} {getattr(self, f.name)}" for f in changed]
 
     def _recipe(self, kind: type) -> Any:
         names = {f.name for f in fields(kind)}

@@ -57,6 +57,32 @@ def _edit_json(file: Path, **changes: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes, indent=2) + "\n")
 
 
+def continue_from(base: Path, oracle: Path, folder: Path) -> None:
+    """Lay out a shipped base as a working folder, so that its UNet can be trained further.
+
+    Every other stage counts as finished; stage unet starts from the shipped weights.
+
+    Args:
+        base: A folder that `assemble` wrote.
+        oracle: A file that `ship_oracle` wrote.
+        folder: Working folder of `train-base`; stages that are there already stay.
+    """
+    copies = {
+        base / "vae": folder / "vae" / "model",
+        base / "text_encoder": folder / "text" / "model" / "text_encoder",
+        base / "tokenizer": folder / "text" / "model" / "tokenizer",
+        base / "image_encoder": folder / "clip" / "model" / "image_encoder",
+        base / "unet": folder / "unet" / "start",
+    }
+    for source, target in copies.items():
+        if not target.exists():
+            shutil.copytree(source, target)
+    copied = folder / "oracle" / "model" / "oracle.safetensors"
+    if not copied.exists():
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(oracle, copied)
+
+
 def ship_oracle(folder: Path, file: Path) -> None:
     """Write the trained oracle in fp16."""
     from safetensors.torch import load_file, save_file

@@ -194,9 +194,9 @@ def test_stages_finish_in_order_and_are_not_repeated(tmp_path: Path) -> None:
     stages.train_stage("vae", tmp_path, recipe)
     assert (tmp_path / "vae" / "log.jsonl").read_text() == log
 
-    from diffusers import StableDiffusionPipeline
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
-    from ipdiverse.critters.pipeline import assemble, ship_oracle
+    from ipdiverse.critters.pipeline import assemble, continue_from, ship_oracle
 
     assemble(tmp_path, tmp_path / "base")
     ship_oracle(tmp_path, tmp_path / "oracle.safetensors")
@@ -204,3 +204,14 @@ def test_stages_finish_in_order_and_are_not_repeated(tmp_path: Path) -> None:
     assert pipe("a critter", num_inference_steps=1).images[0].size == (64, 64)
     index = json.loads((tmp_path / "base" / "model_index.json").read_text())
     assert index["feature_extractor"] == ["transformers", "CLIPImageProcessor"]
+
+    continue_from(tmp_path / "base", tmp_path / "oracle.safetensors", tmp_path / "more")
+    stages.train_stage("unet", tmp_path / "more", recipe)
+    for stage in stages.STAGES:
+        assert stages.stage_model(tmp_path / "more", stage).is_dir()
+    shipped, further = (
+        UNet2DConditionModel.from_pretrained(path).state_dict()
+        for path in (tmp_path / "base" / "unet", tmp_path / "more" / "unet" / "model")
+    )
+    distances = [float((shipped[name] - further[name]).abs().max()) for name in shipped]
+    assert 0 < max(distances) < 0.01, "one step from where the shipped weights are"

@@ -147,13 +147,15 @@ def _save_clip(objective: ClipObjective, target: Path) -> None:
 
 
 def _unet_objective(folder: Path, recipe: BaseRecipe, images: Corpus) -> UnetObjective:
-    from diffusers import AutoencoderKL
+    from diffusers import AutoencoderKL, UNet2DConditionModel
 
     vae = AutoencoderKL.from_pretrained(stage_model(folder, "vae"))
     text, tokenizer = _load_text(folder)
+    start = folder / "unet" / "start"
+    unet = UNet2DConditionModel.from_pretrained(start) if start.exists() else architecture.unet()
     moments = cache_latents(vae, images, folder / "corpus" / f"latents-{len(images)}.npy")
     return UnetObjective(
-        architecture.unet(),
+        unet.to(memory_format=torch.channels_last),
         text,
         tokenizer,
         architecture.scheduler(),
