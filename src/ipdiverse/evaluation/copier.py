@@ -74,7 +74,9 @@ def measure_copier(
     }
 
 
-def score(oracle: Oracle, outputs: np.ndarray, pairs: list[Pair], images: int) -> dict[str, float]:
+def score(
+    oracle: Oracle, outputs: np.ndarray, pairs: list[Pair], images: int
+) -> dict[str, float | None]:
     """Scores of one arm.
 
     Args:
@@ -95,7 +97,12 @@ def score(oracle: Oracle, outputs: np.ndarray, pairs: list[Pair], images: int) -
         tuple(len(values) for values in ATTRIBUTES.values()),
         [[conditional(name, pair.stated) for name in names] for pair in pairs],
     )
-    return {name: round(float(value), 4) for name, value in asdict(scores).items()}
+    return {name: _number(value) for name, value in asdict(scores).items()}
+
+
+def _number(value: float) -> float | None:
+    """Four digits; None, which JSON knows, where nothing could be measured."""
+    return None if np.isnan(value) else round(float(value), 4)
 
 
 def _wanted(pair: Pair) -> list[int]:
@@ -111,7 +118,11 @@ def copier_table(report: dict[str, Any]) -> str:
     head = "| scale | " + " | ".join(name.replace("_", " ") for name in COLUMNS) + " |"
     rule = "|---" * (len(COLUMNS) + 1) + "|"
     rows = [
-        f"| {row['scale']:g} | " + " | ".join(f"{row[name]:.3f}" for name in COLUMNS) + " |"
+        f"| {row['scale']:g} | " + " | ".join(_cell(row[name]) for name in COLUMNS) + " |"
         for row in report["rows"]
     ]
     return "\n".join([head, rule, *rows])
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

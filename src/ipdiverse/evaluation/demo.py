@@ -129,7 +129,7 @@ def _numbers() -> str:
     head = "".join(f"<th>{escape(label)}</th>" for label, _ in _CURVES.values())
     body = "".join(
         f"<tr><td>{row['scale']:g}</td>"
-        + "".join(f"<td>{row[name]:.2f}</td>" for name in _CURVES)
+        + "".join(f"<td>{_cell(row[name])}</td>" for name in _CURVES)
         + "</tr>"
         for row in report["rows"]
     )
@@ -141,6 +141,10 @@ def _numbers() -> str:
         "it; turn it down and both are lost together. Remake the numbers with "
         "<code>ipdiverse critters copier</code>.</p>"
     )
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def plot(report: dict[str, Any]) -> Image.Image:

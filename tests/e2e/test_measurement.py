@@ -1,0 +1,112 @@
+"""The measurement on cases with known answers, read by the shipped oracle."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+
+from ipdiverse.cli import main
+from ipdiverse.critters.caption import parse
+from ipdiverse.critters.render import render
+from ipdiverse.critters.scene import IDENTITY, SCENE, sample_scene, split_of
+from ipdiverse.evaluation.copier import COLUMNS, copier_table, score
+from ipdiverse.evaluation.gates import GATES, check_base, gate_table, linear_probe
+from ipdiverse.evaluation.sampling import Pair, held_out_scenes, shipped_oracle, study_pairs
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PAIRS, IMAGES = 60, 8
+
+
+@pytest.fixture(scope="module")
+def pairs() -> list[Pair]:
+    return study_pairs(PAIRS, seed=3)
+
+
+def test_pairs_are_held_out_and_leave_scene_attributes_open(pairs: list[Pair]) -> None:
+    for pair in pairs:
+        assert split_of(pair.reference) == "test"
+        assert 1 <= len(pair.stated) <= 2
+        assert pair.stated.keys() <= set(SCENE)
+        assert parse(pair.prompt) == pair.stated
+        assert pair.image().size == (64, 64)
+
+
+def test_the_renderer_itself_is_the_ceiling(pairs: list[Pair]) -> None:
+    rng = np.random.default_rng(0)
+    outputs = []
+    for number, pair in enumerate(pairs):
+        identity = {name: getattr(pair.reference, name) for name in IDENTITY}
+        for index in range(IMAGES):
+            scene = sample_scene(rng, identity | pair.stated)
+            outputs.append(render(scene, 100 * number + index))
+    scores = score(shipped_oracle(), np.stack(outputs), pairs, IMAGES)
+    assert scores["retention"] > 0.97
+    assert scores["prompt_accuracy"] > 0.97
+    assert scores["entropy"] == pytest.approx(1, abs=0.08)
+    assert abs(scores["leak"]) < 0.1
+    assert abs(scores["copy_rate"]) < 0.03
+    assert scores["invalid_rate"] < 0.05
+
+
+def test_pixel_copies_are_the_copy_ceiling(pairs: list[Pair]) -> None:
+    outputs = np.stack([np.asarray(pair.image()) for pair in pairs for _ in range(IMAGES)])
+    scores = score(shipped_oracle(), outputs, pairs, IMAGES)
+    assert scores["retention"] > 0.97
+    assert scores["agree_accuracy"] > 0.95
+    assert scores["contradict_accuracy"] < 0.05
+    assert scores["entropy"] == pytest.approx(0, abs=0.02)
+    assert scores["leak"] > 0.5
+    assert scores["copy_rate"] > 0.8
+
+
+def test_a_probe_finds_what_is_linear_and_nothing_else() -> None:
+    rng = torch.Generator().manual_seed(0)
+    labels = torch.stack([torch.randint(2, (600,), generator=rng) for _ in range(9)], dim=1)
+    noise = torch.randn(600, 30, generator=rng)
+    noise[:, 0] += 6 * labels[:, 3]
+    right = linear_probe(noise[:500], labels[:500], noise[500:], labels[500:])
+    assert right[3] > 0.95
+    assert np.delete(right, 3).max() < 0.7
+
+
+def test_held_out_scenes_repeat() -> None:
+    assert held_out_scenes(5, seed=1) == held_out_scenes(5, seed=1)
+    assert held_out_scenes(5, seed=1) != held_out_scenes(5, seed=2)
+
+
+def test_a_small_check_reports_every_gate() -> None:
+    report = check_base(images=32)
+    assert report["gates"].keys() == GATES.keys()
+    assert report["passed"] == all(gate["holds"] for gate in report["gates"].values())
+    assert {"probe_mean", "entropy_default_guidance"} <= report["figures"].keys()
+    table = gate_table(report)
+    assert all(name in table for name in report["figures"])
+
+
+def test_a_small_copier_run_prints_and_writes_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "copier.json"
+    small = ["--scales", "0", "1", "--pairs", "6", "--images", "2", "--steps", "3"]
+    assert main(["critters", "copier", *small, "--out", str(out), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report == json.loads(out.read_text())
+    assert [row["scale"] for row in report["rows"]] == [0, 1]
+    assert all(name in report["rows"][0] for name in COLUMNS)
+    assert copier_table(report).count("\n") == 3
+
+
+def test_the_demo_page_holds_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--out", str(tmp_path / "demo")]) == 0
+    page = (tmp_path / "demo" / "index.html").read_text()
+    assert capsys.readouterr().out.strip() == f"open {tmp_path / 'demo' / 'index.html'}"
+    assert page.count("data:image/png;base64,") == 1 + 3 * 6 + 1
+    assert "http://" not in page
+    assert "https://" not in page
+    assert "<table>" in page

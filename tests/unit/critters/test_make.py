@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ipdiverse.cli import main
+from ipdiverse.critters.caption import parse
+from ipdiverse.critters.make import make_dataset
+from ipdiverse.critters.scene import SPLITS, _split_of_subject
+from ipdiverse.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (folder / "metadata.jsonl").open()]
+
+
+def test_images_and_manifest_are_written(tmp_path: Path) -> None:
+    assert make_dataset(tmp_path, 12, pairs=True) == 24
+    written = rows(tmp_path)
+    assert len(written) == 12
+    for row in written:
+        assert np.asarray(Image.open(tmp_path / row["file_name"])).shape == (64, 64, 3)
+        assert Image.open(tmp_path / row["reference"]).size == (64, 64)
+        shape, colour, *_ = row["subject"].split("-")
+        stated = parse(row["text"])
+        assert stated.get("colour", colour) == colour
+        assert stated.get("shape", shape) == shape
+    assert len(list((tmp_path / "images").iterdir())) == 24
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_split_holds_its_own_identities_alone(split: str, tmp_path: Path) -> None:
+    make_dataset(tmp_path, 8, split=split)
+    assert {_split_of_subject(row["subject"]) for row in rows(tmp_path)} == {split}
+
+
+def test_the_same_seed_gives_the_same_files(tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        make_dataset(tmp_path / name, 5, seed=seed, size=32)
+    files = [sorted(f for f in (tmp_path / n).rglob("*") if f.is_file()) for n in "abc"]
+    contents = [[f.read_bytes() for f in folder] for folder in files]
+    assert contents[0] == contents[1]
+    assert contents[0] != contents[2]
+
+
+def test_datasets_opens_it_as_an_image_folder(tmp_path: Path) -> None:
+    from datasets import load_dataset
+
+    make_dataset(tmp_path / "data", 4)
+    loaded = load_dataset(
+        "imagefolder", data_dir=str(tmp_path / "data"), cache_dir=str(tmp_path / "cache")
+    )["train"]
+    assert len(loaded) == 4
+    assert {"image", "text", "subject"} <= set(loaded.column_names)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"n": 0}, "n: is out of range; expected 1 to 10000000; found 0"),
+        ({"n": 3, "size": 8}, "size: is out of range; expected 16 to 2048; found 8"),
+        ({"n": 3, "split": "tset"}, "split: is unknown; expected train, validation, test"),
+    ],
+)
+def test_impossible_arguments_are_named(tmp_path: Path, arguments: dict, message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        make_dataset(tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_says_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["critters", "make", "-n", "3", "--out", str(tmp_path / "d")]) == 0
+    assert "wrote 3 images" in capsys.readouterr().out
