@@ -17,7 +17,7 @@ from ipdiverse.errors import ArgumentError, ModelError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from diffusers import StableDiffusionPipeline
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
     from PIL import Image
     from torch import Tensor
 
@@ -30,9 +30,9 @@ class ImagePromptHook(ModelHook):
     The pipeline's batch is (branches × items): unconditional items first when it guides.
     """
 
-    def __init__(self, adapter: ImagePromptAdapter) -> None:
+    def __init__(self, adapter: ImagePromptAdapter, processors_before: dict[str, Any]) -> None:
         super().__init__()
-        self.adapter = adapter
+        self.adapter, self.processors_before = adapter, processors_before
         self.positive: Tensor | None = None
         self.negative: Tensor | None = None
         self.pass_through = False
@@ -74,7 +74,8 @@ class Attachment:
     def __init__(
         self, pipe: StableDiffusionPipeline, adapter: ImagePromptAdapter, hook: ImagePromptHook
     ) -> None:
-        self.pipe, self.adapter, self._hook = pipe, adapter, hook
+        self.pipe: Any = pipe  # diffusers types its components as None
+        self.adapter, self._hook = adapter, hook
         self._cache: dict[bytes, Tensor] = {}
 
     @torch.no_grad()
@@ -91,7 +92,7 @@ class Attachment:
 
     def set_scale(self, scale: float) -> None:
         """Weight of the image branch, 0..1 in practice; 0 is text alone, exactly."""
-        for layer in self.adapter.ip_adapter.values():
+        for layer in self.adapter.layers().values():
             layer.scale = scale
 
     def set_pass_through(self, on: bool) -> None:
@@ -157,8 +158,7 @@ def attach(pipe: StableDiffusionPipeline, adapter: ImagePromptAdapter) -> Attach
     unet.set_attn_processor(
         {n: adapter.ip_adapter[str(names[n])] if n in names else p for n, p in before.items()}
     )
-    hook = ImagePromptHook(adapter)
-    hook.processors_before = before
+    hook = ImagePromptHook(adapter, before)
     registry.register_hook(hook, _HOOK)
     return Attachment(pipe, adapter, hook)
 
@@ -171,16 +171,16 @@ def detach(pipe: StableDiffusionPipeline) -> None:
     """
     registry = HookRegistry.check_if_exists_or_initialize(pipe.unet)
     hook = registry.get_hook(_HOOK)
-    if hook is None:
+    if not isinstance(hook, ImagePromptHook):
         raise ModelError("no adapter is attached", where="pipeline")
     pipe.unet.set_attn_processor(dict(hook.processors_before))
     registry.remove_hook(_HOOK, recurse=False)
 
 
-def _check_fit(adapter: ImagePromptAdapter, unet: torch.nn.Module) -> None:
+def _check_fit(adapter: ImagePromptAdapter, unet: UNet2DConditionModel) -> None:
     mine = {
-        int(number): (layer.to_k_ip.in_features, layer.to_k_ip.out_features)
-        for number, layer in adapter.ip_adapter.items()
+        number: (layer.to_k_ip.in_features, layer.to_k_ip.out_features)
+        for number, layer in adapter.layers().items()
     }
     theirs = layer_widths(unet)
     if mine != theirs:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -10,9 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ipdiverse.errors import ShapeError
-
-if TYPE_CHECKING:
-    from diffusers.models.attention_processor import Attention
 
 
 def decoupled_cross_attention(
@@ -73,7 +70,7 @@ class DecoupledAttention(nn.Module):
 
     def forward(
         self,
-        attn: Attention,
+        attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: tuple[Tensor, list[Tensor]] | Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -82,7 +79,7 @@ class DecoupledAttention(nn.Module):
         """Attend to `(text, [image_tokens])`, or to text alone when there are no image tokens.
 
         Args:
-            attn: The layer; its projections serve the text branch.
+            attn: The diffusers `Attention` layer; its projections serve the text branch.
             hidden_states: Latent features, (batch, pixels, channels).
             encoder_hidden_states: Text (batch, text, width), and image tokens
                 (batch, image, width) in a list, as stock diffusers passes them.
@@ -119,7 +116,7 @@ def _flat(tokens: Tensor) -> Tensor:
     return tokens.flatten(1, 2) if tokens.ndim == 4 else tokens
 
 
-def _mask(attn: Attention, mask: Tensor | None, text: Tensor) -> Tensor | None:
+def _mask(attn: Any, mask: Tensor | None, text: Tensor) -> Tensor | None:
     if mask is None:
         return None
     prepared = attn.prepare_attention_mask(mask, text.shape[1], text.shape[0])

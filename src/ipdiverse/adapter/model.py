@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
@@ -36,6 +36,14 @@ class ImagePromptAdapter(nn.Module):
             {str(number): DecoupledAttention(*pair) for number, pair in widths.items()}
         )
 
+    def layers(self) -> dict[int, DecoupledAttention]:
+        """Each layer by its number in `unet.attn_processors`."""
+        return {
+            int(number): layer
+            for number, layer in self.ip_adapter.items()
+            if isinstance(layer, DecoupledAttention)
+        }
+
     @property
     def kind(self) -> str:
         """`base` (pooled embedding) or `plus` (penultimate hidden states)."""
@@ -59,8 +67,14 @@ def layer_widths(unet: UNet2DConditionModel) -> dict[int, tuple[int, int]]:
     """Token and query width of each cross-attention layer, read from the layers themselves."""
     return {
         number: (attention.to_k.in_features, attention.to_q.out_features)
+        for number, attention in _cross_attentions(unet).items()
+    }
+
+
+def _cross_attentions(unet: UNet2DConditionModel) -> dict[int, Any]:
+    return {
+        number: unet.get_submodule(name.removesuffix(".processor"))
         for number, name in cross_attention_layers(unet).items()
-        if (attention := unet.get_submodule(name.removesuffix(".processor")))
     }
 
 
@@ -90,9 +104,9 @@ def new_adapter(
             image_encoder.config.hidden_size, token_width, **projection_sizes
         )
     adapter = ImagePromptAdapter(projection, widths)
-    for number, name in cross_attention_layers(unet).items():
-        attention = unet.get_submodule(name.removesuffix(".processor"))
-        layer = adapter.ip_adapter[str(number)]
+    layers = adapter.layers()
+    for number, attention in _cross_attentions(unet).items():
+        layer = layers[number]
         layer.to_k_ip.weight.data.copy_(attention.to_k.weight.data)
         layer.to_v_ip.weight.data.copy_(attention.to_v.weight.data)
     return adapter

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,9 +19,10 @@ MAX_TOKENS = 40
 
 def vae() -> AutoencoderKL:
     """64×64×3 to 16×16×4 and back; no attention, convolutions only."""
-    from diffusers import AutoencoderKL
+    import diffusers
 
-    return AutoencoderKL(
+    build: Any = diffusers.AutoencoderKL
+    return build(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         block_out_channels=(32, 48, 96),
@@ -35,9 +36,10 @@ def vae() -> AutoencoderKL:
 
 def unet() -> UNet2DConditionModel:
     """Cross-attention at 8×8 (two levels down), 4×4 and in the middle: seven layers."""
-    from diffusers import UNet2DConditionModel
+    import diffusers
 
-    return UNet2DConditionModel(
+    build: Any = diffusers.UNet2DConditionModel
+    return build(
         sample_size=LATENT_SIZE,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),

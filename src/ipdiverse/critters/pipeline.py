@@ -22,11 +22,13 @@ def assemble(folder: Path, target: Path) -> None:
         folder: Working folder of `train-base`.
         target: Diffusers folder to write; replaced whole.
     """
-    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+    import diffusers
+    from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
     text = stage_model(folder, "text")
-    pipe = StableDiffusionPipeline(
+    build: Any = diffusers.StableDiffusionPipeline
+    pipe = build(
         vae=AutoencoderKL.from_pretrained(stage_model(folder, "vae")),
         text_encoder=CLIPTextModel.from_pretrained(text / "text_encoder"),
         tokenizer=CLIPTokenizer.from_pretrained(text / "tokenizer"),

@@ -131,7 +131,7 @@ def _rows(size: int) -> np.ndarray:
 
 def _background(place: str, jitter: Jitter, size: int) -> np.ndarray:
     """Sky and ground as two vertical gradients, float32 (size, size, 3) in 0..1."""
-    sky_top, sky_low, ground_top, ground_low = (np.float32(c) for c in _PLACES[place])
+    sky_top, sky_low, ground_top, ground_low = np.array(_PLACES[place], np.float32)
     y, horizon = _rows(size), jitter.horizon
     sky = sky_top + (sky_low - sky_top) * (y / horizon)
     ground = ground_top + (ground_low - ground_top) * ((y - horizon) / (1 - horizon))

@@ -185,4 +185,4 @@ def paint(canvas: np.ndarray, shape: Shape, colour: tuple[float, float, float]) 
     coverage = 0.5 - distance * size
     np.minimum(np.maximum(coverage, 0, out=coverage), 1, out=coverage)
     region = canvas[y0:y1, x0:x1]
-    region += coverage[..., None] * (np.float32(colour) - region)
+    region += coverage[..., None] * (np.array(colour, np.float32) - region)

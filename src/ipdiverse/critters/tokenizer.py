@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ipdiverse.critters.architecture import MAX_TOKENS
 from ipdiverse.critters.caption import vocabulary
@@ -29,7 +29,8 @@ def build_tokenizer() -> CLIPTokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     symbols = [*alphabet, *(letter + _END for letter in alphabet), *("".join(m) for m in merges)]
     vocab = {symbol: index for index, symbol in enumerate([_BOS, _EOS, *symbols])}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
+    build: Any = CLIPTokenizer  # its annotation of `merges` names another type than it takes
+    return build(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
 
 
 def word_merges(words: Iterable[str]) -> list[tuple[str, str]]:

@@ -158,7 +158,7 @@ def _open_entropy(seen: np.ndarray, mask: np.ndarray, attribute: int) -> float:
 
 @torch.no_grad()
 def _encode(base: Base, images: np.ndarray, of: Callable[[Any], torch.Tensor]) -> torch.Tensor:
-    encoder = base.pipe.image_encoder
+    encoder: Any = base.pipe.image_encoder
     parts = [
         of(encoder(to_pixels(images[i : i + 200]), output_hidden_states=True))
         for i in range(0, len(images), 200)

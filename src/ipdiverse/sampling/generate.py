@@ -164,7 +164,8 @@ def _denoise(
         bar.update(len(jobs))
         return arguments[-1]
 
-    output = base.pipe(
+    pipe: Any = base.pipe
+    output = pipe(
         prompt=[job.prompt for job in padded],
         negative_prompt=[request.negative_prompt] * len(padded),
         generator=[generator(job.seed, job.index) for job in padded],

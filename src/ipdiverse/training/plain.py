@@ -5,7 +5,7 @@ It learns to copy, and that is the point: it is the baseline that everything els
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,7 +20,6 @@ from ipdiverse.critters.training.loop import autocast
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from diffusers import StableDiffusionPipeline
     from transformers import CLIPVisionModelWithProjection
 
     from ipdiverse.adapter.model import ImagePromptAdapter
@@ -53,7 +52,7 @@ class PlainObjective:
 
     Args:
         adapter: What is trained; it must be attached to `pipe`'s UNet.
-        pipe: The frozen base.
+        pipe: The frozen base, a Stable Diffusion pipeline.
         corpus: Scenes, for captions.
         latents: Their cached latents.
         embeds: Their cached image embeddings.
@@ -63,7 +62,7 @@ class PlainObjective:
     def __init__(
         self,
         adapter: ImagePromptAdapter,
-        pipe: StableDiffusionPipeline,
+        pipe: Any,
         corpus: Corpus,
         latents: Latents,
         embeds: np.ndarray,

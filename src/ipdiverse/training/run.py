@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -46,18 +46,18 @@ def train_plain(kind: Kind, folder: Path, steps: int, seed: int = 0, images: int
     from diffusers import AutoencoderKL
 
     recipe = BaseRecipe(seed=seed)
-    base = load_base(CRITTERS)
+    pipe: Any = load_base(CRITTERS).pipe
     scenes = corpus(folder / "corpus", "train", recipe.images, recipe.seed)
-    vae = AutoencoderKL.from_pretrained(stage_model(folder, "vae"))
+    vae: Any = AutoencoderKL.from_pretrained(stage_model(folder, "vae"))
     moments = cache_latents(vae, scenes, folder / "corpus" / f"latents-{len(scenes)}.npy")
     scenes = scenes.first(images)
     embeds_file = folder / "corpus" / f"embeds-{kind}-{len(scenes)}.npy"
-    embeds = cache_image_embeds(base.pipe.image_encoder, scenes, kind, embeds_file)
+    embeds = cache_image_embeds(pipe.image_encoder, scenes, kind, embeds_file)
     torch.manual_seed(seed)
-    adapter = new_adapter(kind, base.pipe.unet, base.pipe.image_encoder, **PROJECTION_SIZES[kind])
-    attach(base.pipe, adapter).set_pass_through(True)
+    adapter = new_adapter(kind, pipe.unet, pipe.image_encoder, **PROJECTION_SIZES[kind])
+    attach(pipe, adapter).set_pass_through(True)
     latents = Latents(moments, vae.config.scaling_factor)
-    objective = PlainObjective(adapter, base.pipe, scenes, latents, embeds)
+    objective = PlainObjective(adapter, pipe, scenes, latents, embeds)
     schedule = Schedule(steps, 5e-4, warmup=100, save_every=250)
     run = StageRun(objective, schedule, folder / f"plain-{kind}", seed)
     run.folder.mkdir(parents=True, exist_ok=True)

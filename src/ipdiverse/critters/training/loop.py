@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 class Objective(Protocol):
     """What a stage trains: a module that holds every trained weight, and its loss."""
 
-    module: nn.Module
+    @property
+    def module(self) -> nn.Module:
+        """Whose parameters are trained."""
+        ...
 
     def loss(self, rng: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         """One batch's loss, and figures for the log."""

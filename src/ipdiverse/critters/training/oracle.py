@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,8 +13,6 @@ from ipdiverse.critters.training.corpus import to_pixels
 from ipdiverse.critters.training.loop import autocast
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
-
     from ipdiverse.critters.oracle import Oracle
     from ipdiverse.critters.training.corpus import Corpus
 
@@ -30,7 +28,7 @@ class OracleObjective:
         self,
         oracle: Oracle,
         corpus: Corpus,
-        vae: AutoencoderKL,
+        vae: Any,
         batch: int = 96,
         round_trips: int = 6000,
     ) -> None:
@@ -66,7 +64,7 @@ class OracleObjective:
 
 
 @torch.no_grad()
-def round_trip(vae: AutoencoderKL, images: np.ndarray, batch: int = 100) -> np.ndarray:
+def round_trip(vae: Any, images: np.ndarray, batch: int = 100) -> np.ndarray:
     """Encode and decode uint8 images (count, 64, 64, 3)."""
     parts = []
     for start in range(0, len(images), batch):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -149,10 +149,12 @@ def _save_clip(objective: ClipObjective, target: Path) -> None:
 def _unet_objective(folder: Path, recipe: BaseRecipe, images: Corpus) -> UnetObjective:
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
-    vae = AutoencoderKL.from_pretrained(stage_model(folder, "vae"))
+    vae: Any = AutoencoderKL.from_pretrained(stage_model(folder, "vae"))
     text, tokenizer = _load_text(folder)
     start = folder / "unet" / "start"
-    unet = UNet2DConditionModel.from_pretrained(start) if start.exists() else architecture.unet()
+    unet: Any = (
+        UNet2DConditionModel.from_pretrained(start) if start.exists() else architecture.unet()
+    )
     moments = cache_latents(vae, images, folder / "corpus" / f"latents-{len(images)}.npy")
     return UnetObjective(
         unet.to(memory_format=torch.channels_last),
@@ -173,7 +175,8 @@ def _oracle_objective(folder: Path, recipe: BaseRecipe, images: Corpus) -> Oracl
     from diffusers import AutoencoderKL
 
     vae = AutoencoderKL.from_pretrained(stage_model(folder, "vae"))
-    return OracleObjective(Oracle().to(memory_format=torch.channels_last), images, vae)
+    oracle: Any = Oracle()
+    return OracleObjective(oracle.to(memory_format=torch.channels_last), images, vae)
 
 
 def _save_oracle(objective: OracleObjective, target: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from ipdiverse.critters.training.loop import autocast
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from diffusers import UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
     from ipdiverse.critters.training.corpus import Corpus
@@ -37,7 +37,7 @@ class Latents:
 
 
 @torch.no_grad()
-def cache_latents(vae: AutoencoderKL, corpus: Corpus, file: Path, batch: int = 200) -> np.ndarray:
+def cache_latents(vae: Any, corpus: Corpus, file: Path, batch: int = 200) -> np.ndarray:
     """Encode the corpus once; later calls open the file."""
     if not file.exists():
         parts = []
@@ -61,7 +61,7 @@ class UnetObjective:
         unet: UNet2DConditionModel,
         text: CLIPTextModel,
         tokenizer: CLIPTokenizer,
-        scheduler: DDIMScheduler,
+        scheduler: Any,
         corpus: Corpus,
         latents: Latents,
         batch: int = 64,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,8 +12,6 @@ from torch.nn import functional as F
 from ipdiverse.critters.training.loop import autocast
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
-
     from ipdiverse.critters.training.corpus import Corpus
 
 KL_WEIGHT = 3e-4
@@ -23,7 +21,7 @@ KL_WEIGHT = 3e-4
 class VaeObjective:
     """L1 + MSE + a light KL, on flipped and unflipped renders."""
 
-    def __init__(self, vae: AutoencoderKL, corpus: Corpus, batch: int = 16) -> None:
+    def __init__(self, vae: Any, corpus: Corpus, batch: int = 16) -> None:
         self.module, self.corpus, self.batch = vae, corpus, batch
 
     def loss(self, rng: torch.Generator) -> tuple[Tensor, dict[str, float]]:
@@ -47,7 +45,7 @@ def psnr(mse: float) -> float:
 
 
 @torch.no_grad()
-def latent_scale(vae: AutoencoderKL, corpus: Corpus, count: int = 512) -> float:
+def latent_scale(vae: Any, corpus: Corpus, count: int = 512) -> float:
     """1 / standard deviation of the latents: the pipeline's `scaling_factor`."""
     means = vae.encode(corpus.pixels(np.arange(min(count, len(corpus))))).latent_dist.sample()
     return float(1 / means.std())
