@@ -20,7 +20,6 @@ CRITTERS_BASE = _WEIGHTS / "base"
 CRITTERS_ORACLE = _WEIGHTS / "oracle.safetensors"
 CRITTERS_ADAPTERS = _WEIGHTS / "adapters"
 CRITTERS_PROVENANCE = _WEIGHTS / "provenance.json"
-CRITTERS_COPIER = _WEIGHTS / "copier.json"
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,12 @@ def load_base(name: str = CRITTERS) -> Base:
         ModelError: There is no such base, or the folder holds no pipeline.
     """
     folder = CRITTERS_BASE if name == CRITTERS else Path(name)
+    if name == CRITTERS and not (folder / "model_index.json").is_file():
+        raise ModelError(
+            "the embedded model is not in this installation",
+            where=name,
+            fix="Run `ipdiverse critters train-base`, or install a released package.",
+        )
     if not (folder / "model_index.json").is_file():
         raise ModelError(
             "unknown base",
@@ -58,7 +63,7 @@ def load_base(name: str = CRITTERS) -> Base:
             expected=f"`{CRITTERS}` or a folder with a model_index.json",
             found="a folder without one" if folder.is_dir() else "neither",
         )
-    with _quiet():
+    with quiet():
         import torch
         from diffusers import StableDiffusionPipeline
 
@@ -66,11 +71,16 @@ def load_base(name: str = CRITTERS) -> Base:
             pipe = StableDiffusionPipeline.from_pretrained(
                 folder, dtype=torch.float32, local_files_only=True, safety_checker=None
             )
-        except (OSError, ValueError, TypeError) as error:
+        except Exception as error:  # whatever the libraries raise on a broken folder
             raise ModelError("cannot be opened", where=name, found=_first_line(error)) from error
     pipe.set_progress_bar_config(disable=True)
     embedded = name == CRITTERS
     return Base(name, pipe, guidance_scale=3.0 if embedded else 7.5, batch=4 if embedded else 1)
+
+
+def copier_report(adapter: str) -> Path:
+    """Where the shipped measurement of a critters adapter is."""
+    return _WEIGHTS / f"copier-{Path(adapter).stem}.json"
 
 
 def adapter_file(base: str, adapter: str) -> Path:
@@ -98,8 +108,8 @@ def adapter_file(base: str, adapter: str) -> Path:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the libraries' progress bars and advice off the terminal while they load."""
+def quiet() -> Iterator[None]:
+    """Keep the libraries' progress bars and advice off the terminal; we say what matters."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

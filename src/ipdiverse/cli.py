@@ -5,14 +5,15 @@ from __future__ import annotations
 import json as json_module
 import sys
 import warnings
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from ipdiverse.errors import IpdiverseError
-from ipdiverse.sampling.request import Request
+from ipdiverse.critters.recipe import STAGES, BaseRecipe
+from ipdiverse.errors import IpdiverseError, check_range
+from ipdiverse.sampling.request import MAX_IMAGES, MAX_STEPS, Request
 
 _Count = Annotated[int, tyro.conf.arg(aliases=["-n"])]
 
@@ -100,68 +101,49 @@ class Make:
 
 
 @dataclass(frozen=True)
-class TrainBase:
+class TrainBase(BaseRecipe):
     """Train the embedded base model from nothing; resumable.
 
     Args:
         folder: Working folder: renders, resume points, logs, finished stages.
-        stages: Which stages, in order; an earlier unfinished one is an error.
-        start: `nothing`, or `shipped` to train the shipped UNet further.
-        ship: Write the finished weights into the package.
-        seed: Of data, initial weights and noise.
-        vae_steps: Steps of stage vae.
-        text_steps: Steps of stage text.
-        clip_steps: Steps of stage clip.
-        unet_steps: Steps of stage unet.
-        oracle_steps: Steps of stage oracle.
-        images: Rendered training scenes.
+        stages: Which stages, in order.
+        start: `nothing`, or `shipped` to train the shipped UNet further in a new folder.
+        ship: Write the finished weights into the package, once all stages are there.
     """
 
     folder: str = "runs/base"
-    stages: tuple[Literal["vae", "text", "clip", "unet", "oracle"], ...] = (
-        "vae",
-        "text",
-        "clip",
-        "unet",
-        "oracle",
-    )
+    stages: tuple[Literal["vae", "text", "clip", "unet", "oracle"], ...] = STAGES
     start: Literal["nothing", "shipped"] = "nothing"
     ship: bool = True
-    seed: int = 0
-    images: int = 40_000
-    vae_steps: int = 3000
-    text_steps: int = 500
-    clip_steps: int = 600
-    unet_steps: int = 8000
-    oracle_steps: int = 2000
 
     def run(self) -> None:
-        """Train and ship."""
-        from ipdiverse.bases import CRITTERS_BASE, CRITTERS_ORACLE, CRITTERS_PROVENANCE
-        from ipdiverse.critters import pipeline
-        from ipdiverse.critters.training.stages import BaseRecipe, train_stage
+        """Train, and ship what is complete."""
+        from ipdiverse.critters.shipping import ship_base, start_from_shipped
+        from ipdiverse.critters.training.stages import train_stage
 
-        folder, recipe = Path(self.folder), self._recipe(BaseRecipe)
+        folder = Path(self.folder)
         if self.start == "shipped":
-            pipeline.continue_from(CRITTERS_BASE, CRITTERS_ORACLE, folder)
+            start_from_shipped(folder)
         for stage in self.stages:
-            train_stage(stage, folder, recipe)
-        if self.ship:
-            pipeline.assemble(folder, CRITTERS_BASE)
-            pipeline.ship_oracle(folder, CRITTERS_ORACLE)
-            command = " ".join(["ipdiverse critters train-base", *self._flags()])
-            made = pipeline.provenance(asdict(recipe), command)
-            pipeline.write_json(CRITTERS_PROVENANCE, made)
-            _say(f"wrote {CRITTERS_BASE}")
+            train_stage(stage, folder, self)
+        missing = [stage for stage in STAGES if not (folder / stage / "model").exists()]
+        if self.ship and not missing:
+            _say(f"wrote {ship_base(folder, self._command())}")
+        elif self.ship:
+            _say(f"not shipped: {', '.join(missing)} still to train")
 
-    def _flags(self) -> list[str]:
+    def _command(self) -> str:
         """The flags that differ from the defaults, as typed."""
-        changed = [f for f in fields(self) if getattr(self, f.name) != f.default]
-        return [f"--{f.name.replace('_', '-')} {getattr(self, f.name)}" for f in changed]
-
-    def _recipe(self, kind: type) -> Any:
-        names = {f.name for f in fields(kind)}
-        return kind(**{f.name: getattr(self, f.name) for f in fields(self) if f.name in names})
+        words = ["ipdiverse critters train-base"]
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if value != option.default:
+                flag = option.name.replace("_", "-")
+                if isinstance(value, bool):
+                    words.append(f"--{flag}" if value else f"--no-{flag}")
+                else:
+                    words += [f"--{flag}", " ".join(value) if flag == "stages" else str(value)]
+        return " ".join(words)
 
 
 @dataclass(frozen=True)
@@ -203,13 +185,19 @@ class Check:
     json: bool = False
     out: str | None = None
 
+    def __post_init__(self) -> None:
+        check_range("images", self.images, 64, 1_000_000)
+        if self.guidance is not None:
+            check_range("guidance", self.guidance, 0, 100)
+
     def run(self) -> None:
         """Measure and print."""
         from ipdiverse.evaluation.gates import check_base, gate_table
 
+        _check_target(self.out)
         report = check_base(self.images, self.guidance)
-        _write_json(self.out, report)
         _say_json(report) if self.json else _say(gate_table(report))
+        _write_json(self.out, report)
 
 
 @dataclass(frozen=True)
@@ -223,6 +211,7 @@ class Copier:
         images: Images a pair.
         steps: Denoising steps.
         guidance: Classifier-free guidance; None takes the base's default.
+        ship: Write the report into the package, for the demo's plot.
         json: Print everything as JSON.
         out: Also write the JSON to this file.
     """
@@ -233,18 +222,40 @@ class Copier:
     images: int = 8
     steps: int = 25
     guidance: float | None = None
+    ship: bool = False
     json: bool = False
     out: str | None = None
 
+    def __post_init__(self) -> None:
+        check_range("pairs", self.pairs, 2, 100_000)
+        check_range("images", self.images, 2, MAX_IMAGES)
+        check_range("steps", self.steps, 1, MAX_STEPS)
+        for scale in self.scales:
+            check_range("scales", scale, 0, 10)
+        if self.guidance is not None:
+            check_range("guidance", self.guidance, 0, 100)
+
     def run(self) -> None:
         """Measure and print."""
+        from ipdiverse.bases import copier_report
         from ipdiverse.evaluation.copier import copier_table, measure_copier
 
+        _check_target(self.out)
         report = measure_copier(
             self.adapter, self.scales, self.pairs, self.images, self.steps, self.guidance
         )
-        _write_json(self.out, report)
         _say_json(report) if self.json else _say(copier_table(report))
+        _write_json(self.out, report)
+        if self.ship:
+            _write_json(str(copier_report(self.adapter)), report)
+
+
+def _check_target(out: str | None) -> None:
+    """Refuse a file that cannot be written before hours are spent on its content."""
+    if out is not None:
+        from ipdiverse.provenance import ensure_writable_folder
+
+        ensure_writable_folder(Path(out).parent)
 
 
 def _write_json(out: str | None, content: Any) -> None:

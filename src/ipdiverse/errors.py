@@ -61,3 +61,14 @@ class CheckpointError(ModelError):
 
 class ShapeError(IpdiverseError):
     """Tensors do not fit together."""
+
+
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    """Refuse a number outside its range.
+
+    Raises:
+        ArgumentError: It is outside, not a number, or no number at all.
+    """
+    usable = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not usable or not low <= value <= high:
+        raise ArgumentError("is out of range", where=name, expected=f"{low} to {high}", found=value)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 def derived_seed(*parts: int | str) -> int:
@@ -23,4 +25,6 @@ def generator(seed: int, image_index: int) -> torch.Generator:
     Returns:
         A CPU generator, so that a seed gives the same noise on every device.
     """
+    import torch
+
     return torch.Generator("cpu").manual_seed(derived_seed(seed, image_index))

@@ -66,7 +66,7 @@ def test_the_recorded_command_repeats_the_images(
     record = json.loads(capsys.readouterr().out)
     words = shlex.split(record["command"])
     assert words[0] == "ipdiverse"
-    words[words.index("--out") + 1] = str(tmp_path / "b")
+    words[-1] = f"--out={tmp_path / 'b'}"
     assert main(words[1:]) == 0
     for name in ("0000.png", "0001.png"):
         np.testing.assert_array_equal(pixels(tmp_path / "a" / name), pixels(tmp_path / "b" / name))
@@ -212,3 +212,69 @@ def test_python_in_under_ten_lines(reference: Path, tmp_path: Path) -> None:
     result = ipdiverse.generate(reference, "a critter in the snow", n=2, seed=0, steps=2)
     result.save(tmp_path / "out")
     assert (tmp_path / "out" / "contact_sheet.png").is_file()
+
+
+def test_a_prompt_that_looks_like_an_option_is_repeatable(reference: Path, tmp_path: Path) -> None:
+    result = ipdiverse.generate(reference, "--a critter", n=1, steps=1)
+    words = shlex.split(result.record(str(tmp_path / "out"))["command"])
+    assert main(words[1:]) == 0
+    np.testing.assert_array_equal(pixels(tmp_path / "out" / "0000.png"), result.images[0])
+
+
+def test_a_second_call_leaves_nothing_of_the_first(reference: Path, tmp_path: Path) -> None:
+    generate(reference, tmp_path / "out", "-n", "3", "--steps", "1")
+    (tmp_path / "out" / "mine.png").write_bytes(b"the user's own")
+    generate(reference, tmp_path / "out", "-n", "1", "--steps", "1")
+    names = sorted(f.name for f in (tmp_path / "out").glob("*.png"))
+    assert names == ["0000.png", "contact_sheet.png", "mine.png"]
+
+
+def test_the_largest_set_can_be_saved(references: list[Image.Image], tmp_path: Path) -> None:
+    from ipdiverse.sampling.request import MAX_IMAGES
+
+    request = ipdiverse.Request(image="x.png", n=MAX_IMAGES)
+    images = [references[0]] * MAX_IMAGES
+    ipdiverse.Generation(request, references[0], images, []).save(tmp_path)
+    assert (tmp_path / f"{MAX_IMAGES - 1:04d}.png").is_file()
+    assert (tmp_path / "generation.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt": None}, "prompt: is no text"),
+        ({"prompt": "\ud800"}, "prompt: is not valid Unicode"),
+        ({"n": 2.5}, "n: is no whole number"),
+        ({"n": "3"}, "n: is no whole number"),
+        ({"seed": True}, "seed: is no whole number"),
+        ({"scale": "1"}, "scale: is out of range"),
+    ],
+)
+def test_python_arguments_of_another_type_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ipdiverse.IpdiverseError, match=message):
+        ipdiverse.Request(**({"image": "x.png"} | options))
+
+
+def test_a_loaded_base_is_the_one_that_is_recorded(reference: Path, tmp_path: Path) -> None:
+    from ipdiverse.bases import CRITTERS_BASE, adapter_file, load_base
+
+    loaded = load_base(str(CRITTERS_BASE))
+    weights = str(adapter_file("critters", "plus"))
+    result = ipdiverse.generate(reference, n=1, steps=1, loaded=loaded, adapter=weights)
+    assert result.request.base == str(CRITTERS_BASE)
+
+
+def test_a_broken_base_is_one_line(
+    reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    from ipdiverse.bases import CRITTERS_BASE
+
+    broken = tmp_path / "broken"
+    shutil.copytree(CRITTERS_BASE, broken)
+    (broken / "text_encoder" / "model.safetensors").write_bytes(b"not tensors")
+    assert generate(reference, tmp_path / "out", "--base", str(broken)) == 2
+    error = capsys.readouterr().err
+    assert "cannot be opened" in error or "unknown adapter" in error
+    assert error.count("\n") == 1

@@ -81,7 +81,7 @@ def test_held_out_scenes_repeat() -> None:
 
 
 def test_a_small_check_reports_every_gate() -> None:
-    report = check_base(images=32)
+    report = check_base(images=64)
     assert report["gates"].keys() == GATES.keys()
     assert report["passed"] == all(gate["holds"] for gate in report["gates"].values())
     assert {"probe_mean", "entropy_default_guidance"} <= report["figures"].keys()
@@ -98,15 +98,46 @@ def test_a_small_copier_run_prints_and_writes_json(
     report = json.loads(capsys.readouterr().out)
     assert report == json.loads(out.read_text())
     assert [row["scale"] for row in report["rows"]] == [0, 1]
+    assert report["anchors"].keys() == {"renderer", "pixel copy"}
     assert all(name in report["rows"][0] for name in COLUMNS)
-    assert copier_table(report).count("\n") == 3
+    assert copier_table(report).count("\n") == 5  # head, rule, two scales, two anchors
 
 
 def test_the_demo_page_holds_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--out", str(tmp_path / "demo")]) == 0
     page = (tmp_path / "demo" / "index.html").read_text()
     assert capsys.readouterr().out.strip() == f"open {tmp_path / 'demo' / 'index.html'}"
-    assert page.count("data:image/png;base64,") == 1 + 3 * 6 + 1
+    assert page.count("data:image/png;base64,") == 1 + 3 * 6 + 2
     assert "http://" not in page
     assert "https://" not in page
     assert "<table>" in page
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["check", "--images", "0"],
+        ["check", "--guidance", "nan"],
+        ["copier", "--pairs", "0"],
+        ["copier", "--images", "1"],
+        ["copier", "--scales", "nan"],
+        ["train-base", "--unet-steps", "0"],
+        ["train-base", "--images", "0"],
+        ["train-plain", "--steps", "0"],
+    ],
+)
+def test_impossible_numbers_get_one_line_and_exit_2(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["critters", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert "is out of range" in error
+    assert error.count("\n") == 1
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_measuring(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert main(["critters", "check", "--out", str(tmp_path / "file" / "x.json")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

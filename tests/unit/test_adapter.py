@@ -153,3 +153,53 @@ def test_equal_references_are_encoded_once(
     attachment.set_reference([references[0], references[1], references[0]])
     attachment.set_reference([references[0]])
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "tensor"),
+    [
+        ("ip_adapter.x.to_k_ip.weight", torch.zeros(2, 2)),
+        ("ip_adapter.3.to_k_ip.weight", torch.zeros(2)),
+        ("image_proj.norm.weight", torch.zeros(0)),
+        ("image_proj.proj.weight", torch.zeros(3)),
+    ],
+)
+def test_hostile_shapes_and_names_are_one_error(
+    adapter: ImagePromptAdapter, tmp_path: Path, key: str, tensor: torch.Tensor
+) -> None:
+    save_file(adapter.state_dict() | {key: tensor}, tmp_path / "hostile.safetensors")
+    with pytest.raises(CheckpointError, match=r"hostile\.safetensors: (its tensors|does not fit)"):
+        load_adapter(tmp_path / "hostile.safetensors")
+
+
+def test_a_claim_of_huge_sizes_takes_no_memory(tmp_path: Path) -> None:
+    tensors = {
+        "image_proj.latents": torch.zeros(1, 1, 200_000),
+        "image_proj.proj_in.weight": torch.zeros(1, 8),
+        "image_proj.proj_out.weight": torch.zeros(8, 1),
+        "image_proj.layers.0.0.to_q.weight": torch.zeros(1, 1),
+        "ip_adapter.1.to_k_ip.weight": torch.zeros(2, 2),
+    }
+    save_file(tensors, tmp_path / "huge.safetensors")
+    with pytest.raises(CheckpointError, match="does not fit together"):
+        load_adapter(tmp_path / "huge.safetensors")
+
+
+def test_weights_that_are_not_finite_are_refused(
+    adapter: ImagePromptAdapter, tmp_path: Path
+) -> None:
+    state = adapter.state_dict() | {"image_proj.norm.bias": torch.full((128,), float("nan"))}
+    save_file(state, tmp_path / "nan.safetensors")
+    with pytest.raises(CheckpointError, match=r"image_proj\.norm\.bias is not finite"):
+        load_adapter(tmp_path / "nan.safetensors")
+
+
+def test_an_adapter_for_another_image_encoder_is_refused(
+    pipe: StableDiffusionPipeline, adapter: ImagePromptAdapter
+) -> None:
+    from ipdiverse.adapter.model import layer_widths
+    from ipdiverse.adapter.projection import LinearProjection
+
+    other = ImagePromptAdapter(LinearProjection(1024, 128), layer_widths(pipe.unet))
+    with pytest.raises(ModelError, match=r"image encoder; expected .* width 128; found 1024"):
+        attach(pipe, other)

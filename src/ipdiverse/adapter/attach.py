@@ -152,6 +152,7 @@ def attach(pipe: StableDiffusionPipeline, adapter: ImagePromptAdapter) -> Attach
             "has no image encoder", where="pipeline", fix="Load the pipeline with one."
         )
     _check_fit(adapter, unet)
+    _check_encoder(adapter, pipe)
     adapter.to(unet.device, unet.dtype).eval()
     names = {name: number for number, name in cross_attention_layers(unet).items()}
     before = dict(unet.attn_processors)
@@ -192,4 +193,17 @@ def _check_fit(adapter: ImagePromptAdapter, unet: UNet2DConditionModel) -> None:
             expected=f"(tokens, hidden) {theirs.get(first, 'no such layer')}",
             found=mine.get(first, "no such layer"),
             fix="It was trained for another base model.",
+        )
+
+
+def _check_encoder(adapter: ImagePromptAdapter, pipe: Any) -> None:
+    config = pipe.image_encoder.config
+    width = config.projection_dim if adapter.kind == "base" else config.hidden_size
+    if adapter.clip_dim != width:
+        raise ModelError(
+            "does not fit this image encoder",
+            where="adapter",
+            expected=f"embeddings of width {width}",
+            found=adapter.clip_dim,
+            fix="It was trained for another image encoder.",
         )

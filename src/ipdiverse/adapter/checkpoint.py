@@ -89,16 +89,30 @@ def adapter_from_tensors(tensors: dict[str, Tensor], where: object) -> ImageProm
     Raises:
         CheckpointError: Keys are missing, unexpected, or disagree about sizes.
     """
-    widths = {
+    try:
+        with torch.device("meta"):  # a file's claims cost no memory before they are checked
+            adapter = ImagePromptAdapter(_projection(tensors, where), _widths(tensors))
+    except (ValueError, IndexError, KeyError, ZeroDivisionError, RuntimeError) as error:
+        raise CheckpointError(
+            "its tensors do not describe an adapter", where=where, found=f"{error}"
+        ) from error
+    if not len(adapter.ip_adapter):
+        raise CheckpointError("has no `ip_adapter.N.to_k_ip.weight`", where=where)
+    _check_keys(tensors, adapter.state_dict(), where)
+    adapter.load_state_dict(tensors, assign=True)
+    return adapter
+
+
+def _widths(tensors: dict[str, Tensor]) -> dict[int, tuple[int, int]]:
+    return {
         int(key.split(".")[1]): (tensor.shape[1], tensor.shape[0])
         for key, tensor in tensors.items()
         if key.startswith("ip_adapter.") and key.endswith(".to_k_ip.weight")
     }
-    projection = _projection(tensors, where)
-    if not widths:
-        raise CheckpointError("has no `ip_adapter.N.to_k_ip.weight`", where=where)
-    adapter = ImagePromptAdapter(projection, widths)
-    expected, found = adapter.state_dict(), set(tensors)
+
+
+def _check_keys(tensors: dict[str, Tensor], expected: dict[str, Tensor], where: object) -> None:
+    found = set(tensors)
     wrong = [f"missing {key}" for key in sorted(expected.keys() - found)]
     wrong += [f"unexpected {key}" for key in sorted(found - expected.keys())]
     wrong += [
@@ -106,10 +120,10 @@ def adapter_from_tensors(tensors: dict[str, Tensor], where: object) -> ImageProm
         for key in sorted(expected.keys() & found)
         if tensors[key].shape != expected[key].shape
     ]
+    wrong += [f"{key} is not finite" for key in sorted(found) if not tensors[key].isfinite().all()]
     if wrong:
-        raise CheckpointError("does not fit together: " + ", ".join(wrong), where=where)
-    adapter.load_state_dict(tensors)
-    return adapter
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise CheckpointError("does not fit together: " + ", ".join(wrong[:5]) + more, where=where)
 
 
 def _projection(

@@ -49,6 +49,13 @@ class ImagePromptAdapter(nn.Module):
         """`base` (pooled embedding) or `plus` (penultimate hidden states)."""
         return self.image_proj.kind
 
+    @property
+    def clip_dim(self) -> int:
+        """Width of the image embeddings that it reads."""
+        projection = self.image_proj
+        first = projection.proj if isinstance(projection, LinearProjection) else projection.proj_in
+        return first.in_features
+
     def tokens(self, image_embeds: Tensor) -> Tensor:
         """Image embeddings, (batch, clip_dim) or (batch, patches, clip_dim), to image tokens."""
         return self.image_proj(image_embeds)

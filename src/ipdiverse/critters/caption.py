@@ -93,7 +93,8 @@ def caption(stated: Mapping[str, str], seed: int) -> str:
     Returns:
         One lower-case phrase without a full stop.
     """
-    rng = np.random.default_rng(seed)
+    # another stream than `mentioned` has, or the wording would depend on what is mentioned
+    rng = np.random.default_rng([seed, 1])
     words = {name: _say(name, value, rng) for name, value in stated.items()}
     subject, after = _subject(words, rng), _details(words, rng)
     place = words.get("place")

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from ipdiverse.critters import architecture
-from ipdiverse.critters.training.stages import stage_model
+from ipdiverse.critters.recipe import STAGES
+from ipdiverse.critters.training.stages import revision, stage_model
+from ipdiverse.errors import ModelError
 
 _LARGEST_FILE = "12MB"
 
@@ -51,8 +53,12 @@ def assemble(folder: Path, target: Path) -> None:
     for encoder in ("text_encoder", "image_encoder"):
         # transformers opens weights in the type the config names; diffusers' parts are float32
         _edit_json(temporary / encoder / "config.json", dtype="float32")
-    shutil.rmtree(target, ignore_errors=True)
+    replaced = target.with_name(target.name + ".replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if target.exists():
+        target.rename(replaced)
     temporary.rename(target)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _edit_json(file: Path, **changes: object) -> None:
@@ -67,7 +73,10 @@ def continue_from(base: Path, oracle: Path, folder: Path) -> None:
     Args:
         base: A folder that `assemble` wrote.
         oracle: A file that `ship_oracle` wrote.
-        folder: Working folder of `train-base`; stages that are there already stay.
+        folder: Working folder of `train-base`, new or made by this function before.
+
+    Raises:
+        ModelError: Nothing was shipped, or the folder holds another training.
     """
     copies = {
         base / "vae": folder / "vae" / "model",
@@ -76,13 +85,16 @@ def continue_from(base: Path, oracle: Path, folder: Path) -> None:
         base / "image_encoder": folder / "clip" / "model" / "image_encoder",
         base / "unet": folder / "unet" / "start",
     }
+    if not (base / "model_index.json").is_file() or not oracle.is_file():
+        raise ModelError("no base was shipped to start from", where=base)
+    if (folder / "unet").exists():
+        if (folder / "unet" / "start").exists():
+            return
+        raise ModelError("holds another training already", where=folder, fix="Choose a new folder.")
+    (folder / "oracle" / "model").mkdir(parents=True)
+    shutil.copyfile(oracle, folder / "oracle" / "model" / "oracle.safetensors")
     for source, target in copies.items():
-        if not target.exists():
-            shutil.copytree(source, target)
-    copied = folder / "oracle" / "model" / "oracle.safetensors"
-    if not copied.exists():
-        copied.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(oracle, copied)
+        shutil.copytree(source, target)
 
 
 def ship_oracle(folder: Path, file: Path) -> None:
@@ -95,26 +107,27 @@ def ship_oracle(folder: Path, file: Path) -> None:
     temporary.rename(file)
 
 
-def provenance(recipe: dict[str, Any], command: str) -> dict[str, Any]:
-    """Command, recipe, versions and revision that made the weights."""
-    import subprocess
+def provenance(command: str) -> dict[str, Any]:
+    """Command, versions, revision and data that make weights."""
     from importlib.metadata import version
 
-    shown = subprocess.run(
-        ["git", "rev-parse", "HEAD"],  # noqa: S607 - git from the path, as any build does
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parent,
-    )
     return {
         "command": command,
-        "recipe": recipe,
-        "git_revision": shown.stdout.strip() or "unknown",
+        "git_revision": revision(),
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
         "data": "scenes drawn from the prior of critters.scene, train identities only, "
         "rendered by critters.render, captioned by critters.caption",
     }
+
+
+def stage_history(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """For each stage, every run that it took: from which step, with which settings."""
+    history = {}
+    for stage in STAGES:
+        file = folder / stage / "recipe.jsonl"
+        lines = file.read_text().splitlines() if file.is_file() else []
+        history[stage] = [json.loads(line) for line in lines]
+    return history
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:

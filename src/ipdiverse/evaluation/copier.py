@@ -9,13 +9,16 @@ import numpy as np
 
 from ipdiverse.bases import CRITTERS, adapter_file, load_base
 from ipdiverse.critters.oracle import Oracle, read
-from ipdiverse.critters.scene import ATTRIBUTES, IDENTITY, conditional
+from ipdiverse.critters.render import render
+from ipdiverse.critters.scene import ATTRIBUTES, IDENTITY, conditional, sample_scene
 from ipdiverse.evaluation.sampling import Pair, sample_array, shipped_oracle, study_pairs
 from ipdiverse.evaluation.sets import score_sets
 from ipdiverse.sampling.generate import Job, attached
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from PIL import Image
 
 COLUMNS = (
     "retention",
@@ -48,18 +51,20 @@ def measure_copier(
         guidance: Classifier-free guidance; None takes the base's default.
 
     Returns:
-        Settings and one row of scores per scale, with the renderer itself as the ceiling.
+        Settings, one row of scores per scale, and two anchors: the renderer itself (ceiling) and
+        pixel copies of the reference.
     """
     base, oracle = load_base(CRITTERS), shipped_oracle()
     guidance = base.guidance_scale if guidance is None else guidance
     chosen = study_pairs(pairs, seed=3)
+    references = [pair.image() for pair in chosen]
     rows = []
     with attached(base, adapter_file(CRITTERS, adapter)) as attachment:
         for scale in scales:
             attachment.set_scale(scale)
             jobs = [
-                Job(pair.prompt, 1000 + number, index, pair.image())
-                for number, pair in enumerate(chosen)
+                Job(pair.prompt, 1000 + number, index, reference)
+                for number, (pair, reference) in enumerate(zip(chosen, references, strict=True))
                 for index in range(images)
             ]
             outputs = sample_array(base, jobs, steps, guidance, attachment)
@@ -71,7 +76,27 @@ def measure_copier(
         "steps": steps,
         "guidance": guidance,
         "rows": rows,
+        "anchors": {
+            "renderer": score(oracle, _rendered(chosen, images), chosen, images),
+            "pixel copy": score(oracle, _copied(references, images), chosen, images),
+        },
     }
+
+
+def _rendered(pairs: list[Pair], images: int) -> np.ndarray:
+    """What a perfect model would make: identity and prompt kept, the rest from the prior."""
+    rng = np.random.default_rng(0)
+    outputs = []
+    for pair in pairs:
+        known = {name: getattr(pair.reference, name) for name in IDENTITY} | pair.stated
+        drawn = [sample_scene(rng, known) for _ in range(images)]
+        outputs += [render(scene, int(rng.integers(2**31))) for scene in drawn]
+    return np.stack(outputs)
+
+
+def _copied(references: list[Image.Image], images: int) -> np.ndarray:
+    """The reference again and again."""
+    return np.stack([np.asarray(image) for image in references for _ in range(images)])
 
 
 def score(
@@ -120,6 +145,10 @@ def copier_table(report: dict[str, Any]) -> str:
     rows = [
         f"| {row['scale']:g} | " + " | ".join(_cell(row[name]) for name in COLUMNS) + " |"
         for row in report["rows"]
+    ]
+    rows += [
+        f"| {name} | " + " | ".join(_cell(row[column]) for column in COLUMNS) + " |"
+        for name, row in report["anchors"].items()
     ]
     return "\n".join([head, rule, *rows])
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from ipdiverse.bases import CRITTERS, CRITTERS_COPIER, adapter_file, load_base
+from ipdiverse.bases import CRITTERS, adapter_file, copier_report, load_base
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import Scene
 from ipdiverse.provenance import ensure_writable_folder, save_png, write_text_atomic
@@ -122,24 +122,30 @@ def _row(scale: float, images: list[Image.Image]) -> str:
 
 
 def _numbers() -> str:
-    """Plot and table of the shipped measurement."""
-    if not CRITTERS_COPIER.is_file():
-        return ""
-    report = json.loads(CRITTERS_COPIER.read_text())
+    """Plot and table of each shipped measurement."""
+    parts = []
+    for adapter, title in (("plus", "plus, 16 tokens"), ("base", "base, 4 tokens")):
+        file = copier_report(adapter)
+        if file.is_file():
+            parts.append(_measured(json.loads(file.read_text()), title))
+    return "\n".join(parts)
+
+
+def _measured(report: dict[str, Any], title: str) -> str:
     head = "".join(f"<th>{escape(label)}</th>" for label, _ in _CURVES.values())
+    rows = [(f"scale {row['scale']:g}", row) for row in report["rows"]]
     body = "".join(
-        f"<tr><td>{row['scale']:g}</td>"
-        + "".join(f"<td>{_cell(row[name])}</td>" for name in _CURVES)
-        + "</tr>"
-        for row in report["rows"]
+        f"<tr><td>{escape(name)}</td>" + "".join(f"<td>{_cell(row[c])}</td>" for c in _CURVES)
+        for name, row in [*rows, *report["anchors"].items()]
     )
     return (
-        f"<h2>Measured on {report['pairs']} held-out references × {report['images']} images</h2>"
+        f"<h2>{escape(title)}: measured on {report['pairs']} held-out references × "
+        f"{report['images']} images</h2>"
         f'<div class="plot"><img src="{_inline(plot(report))}" alt="the table below, as curves">'
-        f"</div><table><tr><th>scale</th>{head}</tr>{body}</table>"
-        "<p>Turn the scale up and the subject is kept, but the reference's whole scene comes with "
-        "it; turn it down and both are lost together. Remake the numbers with "
-        "<code>ipdiverse critters copier</code>.</p>"
+        f"</div><table><tr><th></th>{head}</tr>{body}</table>"
+        "<p>An ideal image prompt keeps identity and prompt near 1, has the variety of the world "
+        "itself (1), and copies nothing (0): the renderer's row. Remake the numbers with "
+        f"<code>ipdiverse critters copier --adapter {escape(report['adapter'])} --ship</code>.</p>"
     )
 
 

@@ -11,10 +11,10 @@ from ipdiverse.bases import CRITTERS, Base, load_base
 from ipdiverse.critters.caption import caption, mentioned
 from ipdiverse.critters.oracle import Oracle, read
 from ipdiverse.critters.render import render
-from ipdiverse.critters.scene import ATTRIBUTES, Scene, marginal
+from ipdiverse.critters.scene import ATTRIBUTES, Scene, conditional
 from ipdiverse.critters.training.corpus import draw, to_pixels
-from ipdiverse.critters.training.oracle import round_trip
-from ipdiverse.evaluation.metrics import normalised_entropy
+from ipdiverse.critters.training.oracle import broken, round_trip, to_images
+from ipdiverse.evaluation.metrics import entropy_miller_madow, expected_entropy
 from ipdiverse.evaluation.sampling import held_out_scenes, sample_array, shipped_oracle
 from ipdiverse.sampling.generate import Job
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 STEPS = 25
+SET = 8
+"""Images a prompt, for the entropy of what it leaves open."""
 
 GATES: dict[str, tuple[str, float]] = {
     "vae_psnr": (">=", 30.0),
@@ -99,8 +101,9 @@ def _holds(name: str, figures: dict[str, float]) -> bool:
 _Part = tuple[dict[str, float], dict[str, Any]]
 
 
-def _per_attribute(values: np.ndarray) -> dict[str, float]:
-    return {name: round(float(v), 4) for name, v in zip(ATTRIBUTES, values, strict=True)}
+def _per_attribute(values: np.ndarray) -> dict[str, float | None]:
+    pairs = zip(ATTRIBUTES, values, strict=True)
+    return {name: None if np.isnan(v) else round(float(v), 4) for name, v in pairs}
 
 
 def _reconstruction(base: Base, oracle: Oracle, renders: np.ndarray, truth: np.ndarray) -> _Part:
@@ -115,45 +118,64 @@ def _reconstruction(base: Base, oracle: Oracle, renders: np.ndarray, truth: np.n
         figures[f"oracle_worst{suffix}"] = float(right.min())
         figures[f"oracle_false_invalid{suffix}"] = float(reading.invalid.float().mean())
         details[f"oracle{suffix}"] = _per_attribute(right)
+    wrong = to_images(broken(to_pixels(renders), torch.Generator().manual_seed(0)))
+    figures["oracle_missed_invalid"] = float((~read(oracle, wrong).invalid).float().mean())
     return figures, details
 
 
 def _text_to_image(base: Base, oracle: Oracle, scenes: list[Scene], guidance: float) -> _Part:
+    """Accuracy of what prompts state, validity, and entropy of what they leave open.
+
+    Each prompt gets `SET` images, so that a model that always draws the same for a prompt shows.
+    """
+    scenes = scenes[: max(1, len(scenes) // SET)]
     stated = [mentioned(scene, seed, 0.5) for seed, scene in enumerate(scenes)]
     prompts = [caption(part, seed) for seed, part in enumerate(stated)]
     mask = np.array([[name in part for name in ATTRIBUTES] for part in stated])
     truth = np.array([scene.indices() for scene in scenes])
     figures: dict[str, float] = {}
     details: dict[str, Any] = {}
-    for label, scale in (("", guidance), ("_guidance_1", 1.0)):
-        jobs = [Job(prompt, 11, index) for index, prompt in enumerate(prompts)]
+    for label, scale in (("default_guidance", guidance), ("guidance_1", 1.0)):
+        jobs = [Job(p, number, i) for number, p in enumerate(prompts) for i in range(SET)]
         reading = read(oracle, sample_array(base, jobs, STEPS, scale))
-        seen = reading.attributes.numpy()
-        right = np.array(
-            [(seen[m, i] == truth[m, i]).mean() for i, m in enumerate(mask.T)], dtype=float
-        )
-        entropy = np.array([_open_entropy(seen, mask, i) for i in range(len(ATTRIBUTES))])
-        figures[f"prompt_accuracy_mean{label}"] = float(right.mean())
-        figures[f"prompt_accuracy_worst{label}"] = float(right.min())
-        figures[f"invalid_rate{label}"] = float(reading.invalid.float().mean())
-        figures["entropy_guidance_1" if label else "entropy_default_guidance"] = float(
-            entropy.mean()
-        )
-        details[f"prompt_accuracy{label}"] = _per_attribute(right)
-        details[f"entropy{label or '_default_guidance'}"] = _per_attribute(entropy)
+        seen = reading.attributes.numpy().reshape(len(prompts), SET, -1)
+        hits = seen == truth[:, None]
+        right = np.array([_mean(hits[m, :, i]) for i, m in enumerate(mask.T)])
+        entropy = np.array([_open_entropy(seen[..., i], stated, i) for i in range(mask.shape[1])])
+        suffix = "" if label == "default_guidance" else f"_{label}"
+        figures[f"prompt_accuracy_mean{suffix}"] = _mean(right)
+        figures[f"prompt_accuracy_worst{suffix}"] = float(np.nanmin(right))
+        figures[f"invalid_rate{suffix}"] = float(reading.invalid.float().mean())
+        figures[f"entropy_{label}"] = _mean(entropy)
+        figures[f"entropy_worst_{label}"] = float(np.nanmin(entropy))
+        details[f"prompt_accuracy{suffix}"] = _per_attribute(right)
+        details[f"entropy_{label}"] = _per_attribute(entropy)
     return figures, details
 
 
-def _open_entropy(seen: np.ndarray, mask: np.ndarray, attribute: int) -> float:
-    """Entropy of an attribute over images whose prompt left it and its partner open."""
-    names = list(ATTRIBUTES)
-    partner = {"place": "item", "item": "place"}.get(names[attribute])
-    free = ~mask[:, attribute]
-    if partner is not None:
-        free &= ~mask[:, names.index(partner)]
-    prior = marginal(names[attribute])
-    counts = np.bincount(seen[free, attribute], minlength=len(prior))
-    return normalised_entropy(counts, prior)
+def _mean(values: np.ndarray) -> float:
+    """Mean of what could be measured; NaN when nothing could."""
+    known = values[~np.isnan(values)] if values.dtype.kind == "f" else values
+    return float(known.mean()) if known.size else float("nan")
+
+
+def _open_entropy(seen: np.ndarray, stated: list[dict[str, str]], attribute: int) -> float:
+    """Entropy within each prompt's set, relative to as many draws from the true conditional.
+
+    Args:
+        seen: Values of one attribute, (prompts, images).
+        stated: What each prompt states.
+        attribute: Its number in `ATTRIBUTES`.
+    """
+    name = list(ATTRIBUTES)[attribute]
+    ratios = []
+    for values, part in zip(seen, stated, strict=True):
+        if name not in part:
+            prior = conditional(name, part)
+            counts = np.bincount(values, minlength=len(prior))
+            ideal = expected_entropy(tuple(float(p) for p in prior), len(values))
+            ratios.append(entropy_miller_madow(counts) / ideal)
+    return _mean(np.array(ratios, dtype=float))
 
 
 @torch.no_grad()
@@ -189,6 +211,10 @@ def _penultimate(output: Any) -> torch.Tensor:
     return output.hidden_states[-2].flatten(1)
 
 
+_RIDGE = 0.2
+"""Weight of the probe's penalty, per standardised feature."""
+
+
 def linear_probe(
     features: torch.Tensor, labels: torch.Tensor, held_out: torch.Tensor, truth: torch.Tensor
 ) -> np.ndarray:
@@ -208,7 +234,7 @@ def linear_probe(
     ).float()
     centre = hot.mean(0)
     # dual form: as many unknowns as samples, not as features
-    gram = x @ x.T + 0.02 * x.shape[1] * torch.eye(len(x)) * 10
+    gram = x @ x.T + _RIDGE * x.shape[1] * torch.eye(len(x))
     scores = z @ (x.T @ torch.linalg.solve(gram, hot - centre)) + centre
     predicted = torch.stack([part.argmax(1) for part in scores.split(sizes, dim=1)], dim=1)
     return (predicted == truth).float().mean(0).numpy()

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ipdiverse.bases import Base, adapter_file, load_base
+from ipdiverse.bases import Base, adapter_file, load_base, quiet
 from ipdiverse.image_io import content_hash, load_image
 from ipdiverse.sampling.request import Request
 
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ipdiverse.adapter.attach import Attachment
+
+
+_LARGE_SHEET = 200
+"""Above so many images a contact sheet has smaller cells."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Generation:
         """Everything needed to repeat this exactly, ready for JSON."""
         return {
             "tool": "ipdiverse",
+            "prompt": self.request.prompt,
             "command": self.request.command(out),
             "request": asdict(self.request),
             "reference_sha256": content_hash(self.reference),
@@ -65,10 +70,17 @@ class Generation:
         ensure_writable_folder(folder)
         record = self.record(str(out))
         names = [f"{index:04d}.png" for index in range(len(self.images))]
+        captions = [f"seed {self.request.seed}, image {i}" for i in range(len(self.images))]
+        sheet = contact_sheet(
+            self.reference,
+            self.images,
+            captions,
+            title=self.request.prompt,
+            cell=192 if len(self.images) <= _LARGE_SHEET else 96,
+        )
+        _clear(folder, set(names))
         for index, (image, name) in enumerate(zip(self.images, names, strict=True)):
             save_png(image, folder / name, {**record, "image_index": index})
-        captions = [f"seed {self.request.seed}, image {i}" for i in range(len(self.images))]
-        sheet = contact_sheet(self.reference, self.images, captions, title=self.request.prompt)
         save_png(sheet, folder / "contact_sheet.png", record)
         record = {**record, "files": [*names, "contact_sheet.png", "generation.json"]}
         write_text_atomic(folder / "generation.json", json.dumps(record, indent=2) + "\n")
@@ -83,19 +95,22 @@ def generate(
     Args:
         image: The reference image's file.
         prompt: What to show.
-        loaded: An open base, to reuse between calls; None opens `base`.
+        loaded: An open base, to reuse between calls and in place of `base`; None opens `base`.
         options: The other fields of `Request`.
 
     Raises:
         IpdiverseError: An argument, the image, the base or the adapter is unusable.
     """
+    if loaded is not None:
+        options["base"] = loaded.name
     request = Request(image=str(image), prompt=prompt, **options)
     reference = load_image(Path(request.image))
     weights = adapter_file(request.base, request.adapter)
     base = loaded or load_base(request.base)
     request = _with_defaults(request, base)
-    notes = _cut_words(base, request.prompt)
-    with attached(base, weights) as attachment:
+    notes = _cut_words(base, "prompt", request.prompt)
+    notes += _cut_words(base, "negative prompt", request.negative_prompt)
+    with quiet(), attached(base, weights) as attachment:
         attachment.set_scale(request.scale)
         jobs = [Job(request.prompt, request.seed, index, reference) for index in range(request.n)]
         images = sample(base, jobs, request, attachment)
@@ -208,6 +223,17 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in ("ipdiverse", "torch", "diffusers", "transformers")}
 
 
+def _clear(folder: Path, kept: set[str]) -> None:
+    """Remove an earlier call's record first, and its images that this one does not replace.
+
+    Interrupted, the folder then holds images without a record, never a record of other images.
+    """
+    (folder / "generation.json").unlink(missing_ok=True)
+    for file in folder.glob("[0-9][0-9][0-9][0-9].png"):
+        if file.name not in kept:
+            file.unlink()
+
+
 def _with_defaults(request: Request, base: Base) -> Request:
     from dataclasses import replace
 
@@ -215,12 +241,13 @@ def _with_defaults(request: Request, base: Base) -> Request:
     return replace(request, guidance_scale=guidance)
 
 
-def _cut_words(base: Base, prompt: str) -> list[str]:
+def _cut_words(base: Base, name: str, prompt: str) -> list[str]:
     """Say what the text encoder cannot read."""
     tokenizer = base.pipe.tokenizer
     limit = tokenizer.model_max_length
-    ids = tokenizer(prompt).input_ids
+    with quiet():
+        ids = tokenizer(prompt).input_ids
     if len(ids) <= limit:
         return []
     cut = tokenizer.decode(ids[limit - 1 : -1])
-    return [f"the prompt is longer than {limit} tokens; cut: {cut!r}"]
+    return [f"the {name} is longer than {limit} tokens; cut: {cut!r}"]

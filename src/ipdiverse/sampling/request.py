@@ -6,7 +6,7 @@ import shlex
 from dataclasses import dataclass, fields
 
 from ipdiverse.bases import CRITTERS
-from ipdiverse.errors import ArgumentError
+from ipdiverse.errors import ArgumentError, check_range
 
 MAX_IMAGES = 1024
 MAX_STEPS = 1000
@@ -41,23 +41,34 @@ class Request:
     negative_prompt: str = ""
 
     def __post_init__(self) -> None:
-        _check("n", self.n, 1, MAX_IMAGES)
-        _check("steps", self.steps, 1, MAX_STEPS)
-        _check("scale", self.scale, 0, 10)
-        _check("seed", self.seed, 0, 2**63 - 1)
+        for name in ("n", "steps", "seed"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ArgumentError(
+                    "is no whole number", where=name, expected="an int", found=repr(value)
+                )
+        for name in ("image", "prompt", "base", "adapter", "negative_prompt"):
+            _check_text(name, getattr(self, name))
+        check_range("n", self.n, 1, MAX_IMAGES)
+        check_range("steps", self.steps, 1, MAX_STEPS)
+        check_range("scale", self.scale, 0, 10)
+        check_range("seed", self.seed, 0, 2**63 - 1)
         if self.guidance_scale is not None:
-            _check("guidance_scale", self.guidance_scale, 0, 100)
+            check_range("guidance_scale", self.guidance_scale, 0, 100)
 
     def command(self, out: str) -> str:
         """The shell command that repeats this request exactly."""
         parts = ["ipdiverse", "generate"]
         for name, value in ((f.name, getattr(self, f.name)) for f in fields(Request)):
             if value is not None:
-                flag = "-n" if name == "n" else f"--{name.replace('_', '-')}"
-                parts.append(f"{flag} {shlex.quote(str(value))}")
-        return " ".join([*parts, "--out", shlex.quote(out)])
+                parts.append(f"--{name.replace('_', '-')}={shlex.quote(str(value))}")
+        return " ".join([*parts, f"--out={shlex.quote(out)}"])
 
 
-def _check(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise ArgumentError("is out of range", where=name, expected=f"{low} to {high}", found=value)
+def _check_text(name: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise ArgumentError("is no text", where=name, expected="a str", found=repr(value))
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ArgumentError("is not valid Unicode", where=name, found=ascii(value)) from error

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ipdiverse.adapter.attach import image_embeds
 from ipdiverse.critters.training.clip import captions_and_labels, tokenize
-from ipdiverse.critters.training.loop import autocast
+from ipdiverse.critters.training.loop import autocast, fingerprint
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,9 +32,14 @@ DROP_TEXT, DROP_IMAGE, DROP_BOTH = 0.05, 0.05, 0.05
 
 @torch.no_grad()
 def cache_image_embeds(
-    encoder: CLIPVisionModelWithProjection, corpus: Corpus, kind: str, file: Path, batch: int = 200
+    encoder: CLIPVisionModelWithProjection,
+    corpus: Corpus,
+    kind: str,
+    folder: Path,
+    batch: int = 200,
 ) -> np.ndarray:
     """Encode every image once, float16; later calls open the file, memory-mapped."""
+    file = folder / f"embeds-{kind}-{corpus.name}-{fingerprint(encoder)}.npy"
     if not file.exists():
         parts = []
         for start in range(0, len(corpus), batch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,10 +12,12 @@ from ipdiverse.adapter.checkpoint import save_adapter
 from ipdiverse.adapter.model import Kind, new_adapter
 from ipdiverse.bases import CRITTERS, CRITTERS_ADAPTERS, load_base
 from ipdiverse.critters.pipeline import provenance
+from ipdiverse.critters.recipe import BaseRecipe
 from ipdiverse.critters.training.corpus import corpus
 from ipdiverse.critters.training.loop import Schedule, StageRun
-from ipdiverse.critters.training.stages import BaseRecipe, stage_model
+from ipdiverse.critters.training.stages import stage_model
 from ipdiverse.critters.training.unet import Latents, cache_latents
+from ipdiverse.errors import check_range
 from ipdiverse.training.plain import PlainObjective, cache_image_embeds
 
 if TYPE_CHECKING:
@@ -45,14 +48,15 @@ def train_plain(kind: Kind, folder: Path, steps: int, seed: int = 0, images: int
     """
     from diffusers import AutoencoderKL
 
-    recipe = BaseRecipe(seed=seed)
+    check_range("steps", steps, 1, 100_000_000)
+    check_range("images", images, 1, 100_000_000)
+    recipe = BaseRecipe()  # the base's own scenes, whatever this adapter's seed
     pipe: Any = load_base(CRITTERS).pipe
     scenes = corpus(folder / "corpus", "train", recipe.images, recipe.seed)
     vae: Any = AutoencoderKL.from_pretrained(stage_model(folder, "vae"))
-    moments = cache_latents(vae, scenes, folder / "corpus" / f"latents-{len(scenes)}.npy")
+    moments = cache_latents(vae, scenes, folder / "corpus")
     scenes = scenes.first(images)
-    embeds_file = folder / "corpus" / f"embeds-{kind}-{len(scenes)}.npy"
-    embeds = cache_image_embeds(pipe.image_encoder, scenes, kind, embeds_file)
+    embeds = cache_image_embeds(pipe.image_encoder, scenes, kind, folder / "corpus")
     torch.manual_seed(seed)
     adapter = new_adapter(kind, pipe.unet, pipe.image_encoder, **PROJECTION_SIZES[kind])
     attach(pipe, adapter).set_pass_through(True)
@@ -63,6 +67,8 @@ def train_plain(kind: Kind, folder: Path, steps: int, seed: int = 0, images: int
     run.folder.mkdir(parents=True, exist_ok=True)
     run.train()
     CRITTERS_ADAPTERS.mkdir(parents=True, exist_ok=True)
-    made = provenance({"steps": steps, "seed": seed, "images": images}, "critters train-plain")
-    save_adapter(adapter, CRITTERS_ADAPTERS / FILES[kind], {"reference": "self", **made})
+    recipe_used = {**asdict(schedule), "batch": objective.batch, "seed": seed, "images": images}
+    made = provenance(f"ipdiverse critters train-plain --kind {kind} --steps {steps} --seed {seed}")
+    spec = {"reference": "self", "recipe": recipe_used, **made}
+    save_adapter(adapter, CRITTERS_ADAPTERS / FILES[kind], spec)
     return CRITTERS_ADAPTERS / FILES[kind]

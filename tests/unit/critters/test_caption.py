@@ -84,3 +84,15 @@ def test_wordings_differ_and_every_one_is_used() -> None:
     assert all(noun in joined for noun in NOUNS)
     for name, values in WORDINGS.items():
         assert all(wording in joined for wording in values[getattr(scene, name)])
+
+
+def test_wording_does_not_depend_on_what_is_mentioned() -> None:
+    scene = sample_scene(np.random.default_rng(2))
+    second = WORDINGS["pattern"][scene.pattern][1]
+    texts = [
+        caption(stated, seed)
+        for seed in range(600)
+        if {"shape", "pattern"} <= (stated := mentioned(scene, seed, 0.5)).keys()
+    ]
+    share = sum(second in text for text in texts) / len(texts)
+    assert 0.3 < share < 0.7

@@ -12,6 +12,7 @@ import torch
 from ipdiverse.critters import architecture
 from ipdiverse.critters.oracle import Oracle
 from ipdiverse.critters.tokenizer import build_tokenizer
+from ipdiverse.critters.recipe import STAGES, BaseRecipe
 from ipdiverse.critters.training import stages
 from ipdiverse.critters.training.clip import (
     ClipObjective,
@@ -133,8 +134,9 @@ def test_the_image_encoder_learns_and_the_text_stays(scenes: Corpus) -> None:
 
 def test_the_unet_learns_from_cached_latents(scenes: Corpus, tmp_path: Path) -> None:
     vae, tokenizer = architecture.vae().eval(), build_tokenizer()
-    moments = cache_latents(vae, scenes, tmp_path / "latents.npy")
+    moments = cache_latents(vae, scenes, tmp_path)
     assert moments.shape == (24, 8, 16, 16)
+    assert len(list(tmp_path.glob("latents-train-0-64-24-*.npy"))) == 1
     latents = Latents(moments, latent_scale(vae, scenes, 24))
     sampled = latents.sample(np.arange(24), torch.Generator().manual_seed(0))
     assert sampled.std() == pytest.approx(1, abs=0.15)
@@ -178,7 +180,7 @@ def test_a_stage_without_its_predecessor_says_which_to_run(tmp_path: Path) -> No
 
 
 def test_stages_finish_in_order_and_are_not_repeated(tmp_path: Path) -> None:
-    recipe = stages.BaseRecipe(
+    recipe = BaseRecipe(
         images=24,
         vae_steps=1,
         text_steps=1,
@@ -187,9 +189,11 @@ def test_stages_finish_in_order_and_are_not_repeated(tmp_path: Path) -> None:
         oracle_steps=1,
         compile=False,
     )
-    for stage in stages.STAGES:
+    for stage in STAGES:
         stages.train_stage(stage, tmp_path, recipe)
         assert stages.stage_model(tmp_path, stage).is_dir()
+        runs = [json.loads(line) for line in (tmp_path / stage / "recipe.jsonl").open()]
+        assert [(run["from_step"], run["steps"], run["seed"]) for run in runs] == [(0, 1, 0)]
     log = (tmp_path / "vae" / "log.jsonl").read_text()
     stages.train_stage("vae", tmp_path, recipe)
     assert (tmp_path / "vae" / "log.jsonl").read_text() == log
@@ -207,7 +211,7 @@ def test_stages_finish_in_order_and_are_not_repeated(tmp_path: Path) -> None:
 
     continue_from(tmp_path / "base", tmp_path / "oracle.safetensors", tmp_path / "more")
     stages.train_stage("unet", tmp_path / "more", recipe)
-    for stage in stages.STAGES:
+    for stage in STAGES:
         assert stages.stage_model(tmp_path / "more", stage).is_dir()
     shipped, further = (
         UNet2DConditionModel.from_pretrained(path).state_dict()

@@ -29,17 +29,19 @@ class Corpus:
     Args:
         images: uint8, (count, size, size, 3).
         attributes: int64, (count, 9), indices in the order of `ATTRIBUTES`.
+        name: Split, seed, size and count: what the scenes were drawn from.
     """
 
     images: np.ndarray
     attributes: np.ndarray
+    name: str
 
     def __len__(self) -> int:
         return len(self.images)
 
     def first(self, count: int) -> Corpus:
         """The first `count` scenes."""
-        return Corpus(self.images[:count], self.attributes[:count])
+        return Corpus(self.images[:count], self.attributes[:count], f"{self.name}-first-{count}")
 
     def scene(self, index: int) -> Scene:
         """The scene of one image."""
@@ -84,4 +86,4 @@ def corpus(folder: Path, split: str, count: int, seed: int = 0, size: int = 64) 
             temporary = file.with_suffix(".partial.npy")
             np.save(temporary, np.concatenate(arrays))
             temporary.replace(file)
-    return Corpus(np.load(image_file, mmap_mode="r"), np.load(attribute_file))
+    return Corpus(np.load(image_file, mmap_mode="r"), np.load(attribute_file), stem)

@@ -6,7 +6,9 @@ data and noise as one that was never interrupted.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -68,9 +70,18 @@ def bf16_is_fast() -> bool:
     return any(bool(capabilities.get(name)) for name in ("avx512_bf16", "amx_bf16"))
 
 
-def autocast(device: str = "cpu") -> torch.autocast:
-    """bf16 where the device is fast at it, else plain fp32."""
-    return torch.autocast(device, dtype=torch.bfloat16, enabled=device != "cpu" or bf16_is_fast())
+def autocast() -> torch.autocast:
+    """bf16 where the CPU is fast at it, else plain fp32."""
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16_is_fast())
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Twelve hex digits of a module's weights, to name what was computed with them."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 class StageRun:
@@ -109,15 +120,16 @@ class StageRun:
         """Write a resume point; the previous one stays whole until the new one is."""
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self._state_file.with_suffix(".partial")
-        torch.save(
-            {
-                "parameters": [p.detach() for p in self.parameters],
-                "average": self.average,
-                "optimizer": self.optimizer.state_dict(),
-                "step": self.step,
-            },
-            temporary,
-        )
+        state = {
+            "parameters": [p.detach() for p in self.parameters],
+            "average": self.average,
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+        }
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(self._state_file)
 
     def train(self) -> None:

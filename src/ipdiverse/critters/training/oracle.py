@@ -21,7 +21,7 @@ class OracleObjective:
     """Cross-entropy per attribute on valid images, binary cross-entropy on validity.
 
     Half of the valid images are VAE round trips, so the oracle reads decoded latents as well as
-    renders. A third of the batch is broken on purpose (`broken`).
+    renders. As many images again are broken on purpose (`broken`).
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class OracleObjective:
         oracle: Oracle,
         corpus: Corpus,
         vae: Any,
-        batch: int = 96,
+        batch: int = 64,
         round_trips: int = 6000,
     ) -> None:
         self.module, self.corpus, self.batch = oracle, corpus, batch
@@ -37,13 +37,13 @@ class OracleObjective:
 
     def loss(self, rng: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         """One batch's loss and its mean attribute accuracy."""
-        half, third = self.batch // 2, self.batch // 2
+        half = self.batch // 2
         renders = torch.randint(len(self.corpus), (half,), generator=rng).numpy()
         decoded = torch.randint(len(self.decoded), (half,), generator=rng).numpy()
         pixels = torch.cat([self.corpus.pixels(renders), to_pixels(self.decoded[decoded])])
         labels = torch.from_numpy(self.corpus.attributes[np.concatenate([renders, decoded])])
         pixels = _jitter(pixels, rng)
-        wrong = broken(pixels[torch.randperm(self.batch, generator=rng)[: 2 * third]], rng)
+        wrong = broken(pixels[torch.randperm(self.batch, generator=rng)], rng)
         inputs = torch.cat([pixels, wrong]).contiguous(memory_format=torch.channels_last)
         with autocast():
             logits, valid = self.module(inputs)

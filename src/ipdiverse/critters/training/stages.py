@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ipdiverse.critters import architecture
 from ipdiverse.critters.oracle import Oracle
+from ipdiverse.critters.recipe import BaseRecipe
 from ipdiverse.critters.tokenizer import build_tokenizer
 from ipdiverse.critters.training.clip import (
     ClipObjective,
@@ -24,46 +28,18 @@ from ipdiverse.critters.training.vae import VaeObjective, latent_scale
 from ipdiverse.errors import ModelError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from transformers import CLIPTextModel, CLIPTokenizer
 
-STAGES = ("vae", "text", "clip", "unet", "oracle")
 
-
-@dataclass(frozen=True)
-class BaseRecipe:
-    """How the embedded base is trained.
-
-    Args:
-        seed: Of data, initial weights and noise.
-        images: Rendered scenes of the training split.
-        vae_steps: Steps of stage vae, batch 16.
-        text_steps: Steps of stage text, batch 128.
-        clip_steps: Steps of stage clip, batch 192.
-        unet_steps: Steps of stage unet, batch 64.
-        oracle_steps: Steps of stage oracle, batch 96 and as many broken images.
-        compile: Compile the UNet; two minutes once, a half faster after.
-    """
-
-    seed: int = 0
-    images: int = 40_000
-    vae_steps: int = 3000
-    text_steps: int = 600
-    clip_steps: int = 600
-    unet_steps: int = 8000
-    oracle_steps: int = 2500
-    compile: bool = True
-
-    def schedule(self, stage: str) -> Schedule:
-        """Steps and learning rate of a stage."""
-        return {
-            "vae": Schedule(self.vae_steps, 1.5e-3, save_every=250),
-            "text": Schedule(self.text_steps, 1.5e-3, weight_decay=0.05, save_every=100),
-            "clip": Schedule(self.clip_steps, 1e-3, weight_decay=0.05, save_every=100),
-            "unet": Schedule(self.unet_steps, 8e-4, warmup=300, save_every=250),
-            "oracle": Schedule(self.oracle_steps, 1.5e-3, weight_decay=0.02, save_every=250),
-        }[stage]
+def schedule(recipe: BaseRecipe, stage: str) -> Schedule:
+    """Steps and learning rate of a stage."""
+    return {
+        "vae": Schedule(recipe.vae_steps, 1.5e-3, save_every=250),
+        "text": Schedule(recipe.text_steps, 1.5e-3, weight_decay=0.05, save_every=100),
+        "clip": Schedule(recipe.clip_steps, 1e-3, weight_decay=0.05, save_every=100),
+        "unet": Schedule(recipe.unet_steps, 8e-4, warmup=300, save_every=250),
+        "oracle": Schedule(recipe.oracle_steps, 1.5e-3, weight_decay=0.02, save_every=250),
+    }[stage]
 
 
 def train_stage(stage: str, folder: Path, recipe: BaseRecipe) -> None:
@@ -84,11 +60,31 @@ def train_stage(stage: str, folder: Path, recipe: BaseRecipe) -> None:
     torch.manual_seed(recipe.seed)
     images = corpus(folder / "corpus", "train", recipe.images, recipe.seed)
     objective = _OBJECTIVES[stage](folder, recipe, images)
-    run = StageRun(objective, recipe.schedule(stage), folder / stage, recipe.seed)
+    plan = schedule(recipe, stage)
+    run = StageRun(objective, plan, folder / stage, recipe.seed)
+    note_run(folder / stage, run.step, {**asdict(plan), "seed": recipe.seed, "images": len(images)})
     run.train()
     temporary = folder / stage / "model.partial"
     _SAVERS[stage](objective, temporary)
     temporary.rename(target)
+
+
+def note_run(folder: Path, step: int, settings: dict[str, Any]) -> None:
+    """Append how a stage goes on from this step to its `recipe.jsonl`, for the provenance."""
+    with (folder / "recipe.jsonl").open("a") as file:
+        file.write(json.dumps({"from_step": step, **settings, "revision": revision()}) + "\n")
+
+
+def revision() -> str:
+    """The git revision of this code, or `unknown` outside a checkout."""
+    shown = subprocess.run(
+        ["git", "rev-parse", "HEAD"],  # noqa: S607 - git from the path, as any build does
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parent,
+    )
+    return shown.stdout.strip() or "unknown"
 
 
 def stage_model(folder: Path, stage: str) -> Path:
@@ -155,7 +151,7 @@ def _unet_objective(folder: Path, recipe: BaseRecipe, images: Corpus) -> UnetObj
     unet: Any = (
         UNet2DConditionModel.from_pretrained(start) if start.exists() else architecture.unet()
     )
-    moments = cache_latents(vae, images, folder / "corpus" / f"latents-{len(images)}.npy")
+    moments = cache_latents(vae, images, folder / "corpus")
     return UnetObjective(
         unet.to(memory_format=torch.channels_last),
         text,

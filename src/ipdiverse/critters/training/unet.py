@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ipdiverse.critters.training.clip import captions_and_labels, tokenize
-from ipdiverse.critters.training.loop import autocast
+from ipdiverse.critters.training.loop import autocast, fingerprint
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -37,8 +37,9 @@ class Latents:
 
 
 @torch.no_grad()
-def cache_latents(vae: Any, corpus: Corpus, file: Path, batch: int = 200) -> np.ndarray:
-    """Encode the corpus once; later calls open the file."""
+def cache_latents(vae: Any, corpus: Corpus, folder: Path, batch: int = 200) -> np.ndarray:
+    """Encode the corpus once; later calls with the same weights and scenes open the file."""
+    file = folder / f"latents-{corpus.name}-{fingerprint(vae)}.npy"
     if not file.exists():
         parts = []
         for start in range(0, len(corpus), batch):
@@ -79,7 +80,8 @@ class UnetObjective:
         noise = torch.randn(clean.shape, generator=rng)
         # one timestep from each of `batch` equal strata: the same mean, less variance
         strata = (torch.arange(self.batch) + torch.rand(self.batch, generator=rng)) / self.batch
-        timesteps = (strata * self.scheduler.config.num_train_timesteps).long()
+        steps = self.scheduler.config.num_train_timesteps
+        timesteps = (strata * steps).long().clamp(max=steps - 1)  # the sum may round up to 1
         noisy = self.scheduler.add_noise(clean, noise, timesteps)
         target = self.scheduler.get_velocity(clean, noise, timesteps)
         # PyTorch's fused CPU attention is slow backward; the plain one is not

@@ -19,7 +19,7 @@ KL_WEIGHT = 3e-4
 
 
 class VaeObjective:
-    """L1 + MSE + a light KL, on flipped and unflipped renders."""
+    """L1 + MSE + a light KL, on renders."""
 
     def __init__(self, vae: Any, corpus: Corpus, batch: int = 16) -> None:
         self.module, self.corpus, self.batch = vae, corpus, batch
@@ -47,5 +47,6 @@ def psnr(mse: float) -> float:
 @torch.no_grad()
 def latent_scale(vae: Any, corpus: Corpus, count: int = 512) -> float:
     """1 / standard deviation of the latents: the pipeline's `scaling_factor`."""
-    means = vae.encode(corpus.pixels(np.arange(min(count, len(corpus))))).latent_dist.sample()
-    return float(1 / means.std())
+    posterior = vae.encode(corpus.pixels(np.arange(min(count, len(corpus))))).latent_dist
+    variance = posterior.mean.var(correction=0) + posterior.var.mean()
+    return float(1 / variance.sqrt())
