@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from ipdiverse.adapter.attach import Attachment
 
-MEASURING_BATCH = 32
+MEASURING_BATCH = 64
 """Images denoised together when only statistics matter."""
 
 

@@ -11,8 +11,8 @@ import torch
 
 from ipdiverse.critters import architecture
 from ipdiverse.critters.oracle import Oracle
-from ipdiverse.critters.tokenizer import build_tokenizer
 from ipdiverse.critters.recipe import STAGES, BaseRecipe
+from ipdiverse.critters.tokenizer import build_tokenizer
 from ipdiverse.critters.training import stages
 from ipdiverse.critters.training.clip import (
     ClipObjective,
