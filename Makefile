@@ -65,7 +65,8 @@ fmt: $(STAMP) ## format, and mend what can be mended
 	$(BIN)/ruff check --fix-only
 	$(BIN)/ruff format
 
-benchmarks: $(STAMP) ## time generation
+benchmarks: $(STAMP) ## time rendering and generation
+	$(BIN)/python benchmarks/render.py
 	$(BIN)/python benchmarks/generate.py
 
 clean: ## remove what was built, not .venv

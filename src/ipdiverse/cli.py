@@ -137,7 +137,7 @@ class TrainBase(BaseRecipe):
         words = ["ipdiverse critters train-base"]
         for option in fields(self):
             value = getattr(self, option.name)
-            if value != option.default:
+            if value != option.default and option.name != "folder":  # a path says nothing elsewhere
                 flag = option.name.replace("_", "-")
                 if isinstance(value, bool):
                     words.append(f"--{flag}" if value else f"--no-{flag}")
@@ -175,13 +175,15 @@ class Check:
 
     Args:
         images: Images sampled for the text-to-image gates.
-        guidance: The one fixed guidance.
+        guidance: The one fixed guidance; None takes the base's default.
+        ship: Write the result into the package's provenance.
         json: Print everything as JSON.
         out: Also write the JSON to this file.
     """
 
     images: int = 2000
     guidance: float | None = None
+    ship: bool = False
     json: bool = False
     out: str | None = None
 
@@ -198,6 +200,10 @@ class Check:
         report = check_base(self.images, self.guidance)
         _say_json(report) if self.json else _say(gate_table(report))
         _write_json(self.out, report)
+        if self.ship:
+            from ipdiverse.critters.shipping import record_gates
+
+            record_gates(report)
 
 
 @dataclass(frozen=True)

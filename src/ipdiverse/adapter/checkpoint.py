@@ -6,7 +6,6 @@ Keys are `image_proj.*` and `ip_adapter.N.to_{k,v}_ip.weight`; stock diffusers l
 from __future__ import annotations
 
 import json
-import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +15,7 @@ from safetensors.torch import save
 from ipdiverse.adapter.model import ImagePromptAdapter
 from ipdiverse.adapter.projection import LinearProjection, ResamplerProjection
 from ipdiverse.errors import CheckpointError
+from ipdiverse.provenance import write_bytes_atomic
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -44,12 +44,7 @@ def save_adapter(
         _SPEC_KEY: json.dumps({"kind": adapter.kind, **spec}, sort_keys=True),
         "format": "pt",
     }
-    temporary = file.with_suffix(".partial")
-    with temporary.open("wb") as stream:
-        stream.write(save(tensors, metadata))
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
+    write_bytes_atomic(file, save(tensors, metadata))
 
 
 def load_adapter(file: Path) -> ImagePromptAdapter:

@@ -13,6 +13,7 @@ from ipdiverse.critters import architecture
 from ipdiverse.critters.recipe import STAGES
 from ipdiverse.critters.training.stages import revision, stage_model
 from ipdiverse.errors import ModelError
+from ipdiverse.provenance import write_bytes_atomic
 
 _LARGEST_FILE = "12MB"
 
@@ -99,12 +100,10 @@ def continue_from(base: Path, oracle: Path, folder: Path) -> None:
 
 def ship_oracle(folder: Path, file: Path) -> None:
     """Write the trained oracle in fp16."""
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file, save
 
     tensors = load_file(stage_model(folder, "oracle") / "oracle.safetensors")
-    temporary = file.with_suffix(".partial")
-    save_file({name: tensor.half() for name, tensor in tensors.items()}, temporary)
-    temporary.rename(file)
+    write_bytes_atomic(file, save({name: tensor.half() for name, tensor in tensors.items()}))
 
 
 def provenance(command: str) -> dict[str, Any]:
@@ -128,10 +127,3 @@ def stage_history(folder: Path) -> dict[str, list[dict[str, Any]]]:
         lines = file.read_text().splitlines() if file.is_file() else []
         history[stage] = [json.loads(line) for line in lines]
     return history
-
-
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Write JSON atomically."""
-    temporary = file.with_suffix(".partial")
-    temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-    temporary.rename(file)

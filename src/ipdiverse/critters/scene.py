@@ -196,9 +196,3 @@ def pair_of(scene: Scene, rng: np.random.Generator) -> Scene:
     known = scene.as_dict()
     fresh = sample_scene(rng, {name: known[name] for name in IDENTITY})
     return replace(scene, **{name: getattr(fresh, name) for name in SCENE})
-
-
-def entropy(probabilities: np.ndarray) -> float:
-    """Shannon entropy in nats; zero probabilities contribute nothing."""
-    positive = probabilities[probabilities > 0]
-    return float(-(positive * np.log(positive)).sum())

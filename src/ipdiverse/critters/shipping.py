@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+from typing import TYPE_CHECKING, Any
 
 from ipdiverse.bases import CRITTERS_BASE, CRITTERS_ORACLE, CRITTERS_PROVENANCE
 from ipdiverse.critters.pipeline import (
@@ -11,8 +12,8 @@ from ipdiverse.critters.pipeline import (
     provenance,
     ship_oracle,
     stage_history,
-    write_json,
 )
+from ipdiverse.provenance import write_text_atomic
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,8 +33,17 @@ def ship_base(folder: Path, command: str) -> Path:
     assemble(folder, CRITTERS_BASE)
     ship_oracle(folder, CRITTERS_ORACLE)
     made = {**provenance(command), "stages": stage_history(folder)}
-    write_json(CRITTERS_PROVENANCE, made)
+    write_text_atomic(CRITTERS_PROVENANCE, json.dumps(made, indent=2) + "\n")
     return CRITTERS_BASE
+
+
+def record_gates(report: dict[str, Any]) -> None:
+    """Write what `critters check` measured beside the weights that it was measured on."""
+    made = json.loads(CRITTERS_PROVENANCE.read_text())
+    made["gates"] = {
+        key: report[key] for key in ("images", "steps", "guidance", "figures", "gates")
+    }
+    write_text_atomic(CRITTERS_PROVENANCE, json.dumps(made, indent=2) + "\n")
 
 
 def start_from_shipped(folder: Path) -> None:

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ipdiverse.adapter.attach import image_embeds
 from ipdiverse.critters.training.clip import captions_and_labels, tokenize
+from ipdiverse.critters.training.corpus import save_array
 from ipdiverse.critters.training.loop import autocast, fingerprint
 
 if TYPE_CHECKING:
@@ -46,9 +47,7 @@ def cache_image_embeds(
             pixels = corpus.pixels(np.arange(start, min(start + batch, len(corpus))))
             with autocast():
                 parts.append(image_embeds(encoder, pixels, kind).half().numpy())
-        temporary = file.with_suffix(".partial.npy")
-        np.save(temporary, np.concatenate(parts))
-        temporary.replace(file)
+        save_array(file, np.concatenate(parts))
     return np.load(file, mmap_mode="r")
 
 

@@ -102,7 +102,3 @@ def test_fixed_attributes_stay_fixed() -> None:
     rng = np.random.default_rng(0)
     scenes = [world.sample_scene(rng, {"item": "gift", "colour": "red"}) for _ in range(20)]
     assert {(s.item, s.colour) for s in scenes} == {("gift", "red")}
-
-
-def test_entropy_ignores_impossible_values() -> None:
-    assert world.entropy(np.array([0.5, 0.5, 0.0])) == pytest.approx(np.log(2))

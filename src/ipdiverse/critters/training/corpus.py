@@ -83,7 +83,12 @@ def corpus(folder: Path, split: str, count: int, seed: int = 0, size: int = 64) 
         with Pool(os.cpu_count()) as pool:
             images, attributes = zip(*pool.map(_chunk, jobs, chunksize=1), strict=True)
         for file, arrays in ((attribute_file, attributes), (image_file, images)):
-            temporary = file.with_suffix(".partial.npy")
-            np.save(temporary, np.concatenate(arrays))
-            temporary.replace(file)
+            save_array(file, np.concatenate(arrays))
     return Corpus(np.load(image_file, mmap_mode="r"), np.load(attribute_file), stem)
+
+
+def save_array(file: Path, array: np.ndarray) -> None:
+    """Write an array whole or not at all."""
+    temporary = file.with_suffix(".partial.npy")
+    np.save(temporary, array)
+    temporary.replace(file)

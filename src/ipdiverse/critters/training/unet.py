@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ipdiverse.critters.training.clip import captions_and_labels, tokenize
+from ipdiverse.critters.training.corpus import save_array
 from ipdiverse.critters.training.loop import autocast, fingerprint
 
 if TYPE_CHECKING:
@@ -48,10 +51,14 @@ def cache_latents(vae: Any, corpus: Corpus, folder: Path, batch: int = 200) -> n
             with autocast():
                 posterior = vae.encode(pixels).latent_dist
             parts.append(torch.cat([posterior.mean, posterior.std], dim=1).half().numpy())
-        temporary = file.with_suffix(".partial.npy")
-        np.save(temporary, np.concatenate(parts))
-        temporary.replace(file)
+        save_array(file, np.concatenate(parts))
     return np.load(file)
+
+
+def _has_compiler() -> bool:
+    """Whether torch.compile can work here at all."""
+    names = (os.environ.get("CXX", ""), "g++", "clang++")
+    return any(name and shutil.which(name) for name in names)
 
 
 class UnetObjective:
@@ -70,7 +77,7 @@ class UnetObjective:
     ) -> None:
         self.module, self.text, self.tokenizer = unet, text.eval().requires_grad_(False), tokenizer
         self.scheduler, self.corpus, self.latents, self.batch = scheduler, corpus, latents, batch
-        self.forward = torch.compile(unet) if compiled else unet
+        self.forward = torch.compile(unet) if compiled and _has_compiler() else unet
 
     def loss(self, rng: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         """One batch's loss."""
