@@ -105,8 +105,8 @@ def generate(
         options["base"] = loaded.name
     request = Request(image=str(image), prompt=prompt, **options)
     reference = load_image(Path(request.image))
-    weights = adapter_file(request.base, request.adapter)
     base = loaded or load_base(request.base)
+    weights = adapter_file(request.base, request.adapter)
     request = _with_defaults(request, base)
     notes = _cut_words(base, "prompt", request.prompt)
     notes += _cut_words(base, "negative prompt", request.negative_prompt)
