@@ -55,9 +55,7 @@ class Corpus:
 
 def to_pixels(images: np.ndarray) -> Tensor:
     """uint8 (batch, size, size, 3) to float32 (batch, 3, size, size) in -1..1, channels last."""
-    return (
-        torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float().div(127.5).sub(1)
-    )
+    return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
 
 def draw(split: str, seed: int, index: int) -> tuple[Scene, int]:
