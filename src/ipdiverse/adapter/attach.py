@@ -149,7 +149,9 @@ def attach(pipe: StableDiffusionPipeline, adapter: ImagePromptAdapter) -> Attach
         )
     if pipe.image_encoder is None or pipe.feature_extractor is None:
         raise ModelError(
-            "has no image encoder", where="pipeline", fix="Load the pipeline with one."
+            "has no image encoder",
+            where=getattr(pipe, "name_or_path", "") or "pipeline",
+            fix="Save the base with an image_encoder and a feature_extractor.",
         )
     _check_fit(adapter, unet)
     _check_encoder(adapter, pipe)

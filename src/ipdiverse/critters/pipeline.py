@@ -54,6 +54,8 @@ def assemble(folder: Path, target: Path) -> None:
     for encoder in ("text_encoder", "image_encoder"):
         # transformers opens weights in the type the config names; diffusers' parts are float32
         _edit_json(temporary / encoder / "config.json", dtype="float32")
+    for config in temporary.rglob("config.json"):
+        _forget_path(config)
     replaced = target.with_name(target.name + ".replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     if target.exists():
@@ -66,7 +68,16 @@ def _edit_json(file: Path, **changes: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes, indent=2) + "\n")
 
 
-def continue_from(base: Path, oracle: Path, folder: Path) -> None:
+def _forget_path(config: Path) -> None:
+    """Diffusers writes where a part was loaded from, which says nothing on another machine."""
+    content = json.loads(config.read_text())
+    content.pop("_name_or_path", None)
+    config.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def continue_from(
+    base: Path, oracle: Path, folder: Path, history: dict[str, list[dict[str, Any]]]
+) -> None:
     """Lay out a shipped base as a working folder, so that its UNet can be trained further.
 
     Every other stage counts as finished; stage unet starts from the shipped weights.
@@ -75,27 +86,34 @@ def continue_from(base: Path, oracle: Path, folder: Path) -> None:
         base: A folder that `assemble` wrote.
         oracle: A file that `ship_oracle` wrote.
         folder: Working folder of `train-base`, new or made by this function before.
+        history: How each stage was trained so far (`stage_history`); it goes on from here.
 
     Raises:
         ModelError: Nothing was shipped, or the folder holds another training.
     """
     copies = {
-        base / "vae": folder / "vae" / "model",
-        base / "text_encoder": folder / "text" / "model" / "text_encoder",
-        base / "tokenizer": folder / "text" / "model" / "tokenizer",
-        base / "image_encoder": folder / "clip" / "model" / "image_encoder",
-        base / "unet": folder / "unet" / "start",
+        base / "vae": Path("vae", "model"),
+        base / "text_encoder": Path("text", "model", "text_encoder"),
+        base / "tokenizer": Path("text", "model", "tokenizer"),
+        base / "image_encoder": Path("clip", "model", "image_encoder"),
+        base / "unet": Path("unet", "start"),
     }
     if not (base / "model_index.json").is_file() or not oracle.is_file():
         raise ModelError("no base was shipped to start from", where=base)
-    if (folder / "unet").exists():
-        if (folder / "unet" / "start").exists():
-            return
+    if (folder / "unet" / "start").exists():
+        return
+    if folder.exists():
         raise ModelError("holds another training already", where=folder, fix="Choose a new folder.")
-    (folder / "oracle" / "model").mkdir(parents=True)
-    shutil.copyfile(oracle, folder / "oracle" / "model" / "oracle.safetensors")
+    laid_out = folder.with_name(folder.name + ".partial")  # whole or not at all
+    shutil.rmtree(laid_out, ignore_errors=True)
+    (laid_out / "oracle" / "model").mkdir(parents=True)
+    shutil.copyfile(oracle, laid_out / "oracle" / "model" / "oracle.safetensors")
     for source, target in copies.items():
-        shutil.copytree(source, target)
+        shutil.copytree(source, laid_out / target)
+    for stage, runs in history.items():
+        lines = "".join(json.dumps(run) + "\n" for run in runs)
+        (laid_out / stage / "recipe.jsonl").write_text(lines)
+    laid_out.rename(folder)
 
 
 def ship_oracle(folder: Path, file: Path) -> None:

@@ -48,4 +48,5 @@ def record_gates(report: dict[str, Any]) -> None:
 
 def start_from_shipped(folder: Path) -> None:
     """Lay out the shipped base as a working folder (`pipeline.continue_from`)."""
-    continue_from(CRITTERS_BASE, CRITTERS_ORACLE, folder)
+    made = json.loads(CRITTERS_PROVENANCE.read_text()) if CRITTERS_PROVENANCE.is_file() else {}
+    continue_from(CRITTERS_BASE, CRITTERS_ORACLE, folder, made.get("stages", {}))

@@ -200,7 +200,7 @@ def test_stages_finish_in_order_and_are_not_repeated(tmp_path: Path) -> None:
 
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
-    from ipdiverse.critters.pipeline import assemble, continue_from, ship_oracle
+    from ipdiverse.critters.pipeline import assemble, continue_from, ship_oracle, stage_history
 
     assemble(tmp_path, tmp_path / "base")
     ship_oracle(tmp_path, tmp_path / "oracle.safetensors")
@@ -209,7 +209,17 @@ def test_stages_finish_in_order_and_are_not_repeated(tmp_path: Path) -> None:
     index = json.loads((tmp_path / "base" / "model_index.json").read_text())
     assert index["feature_extractor"] == ["transformers", "CLIPImageProcessor"]
 
-    continue_from(tmp_path / "base", tmp_path / "oracle.safetensors", tmp_path / "more")
+    for config in (tmp_path / "base").rglob("*.json"):
+        assert str(tmp_path) not in config.read_text(), config
+
+    history = stage_history(tmp_path)
+    shipped_files = tmp_path / "base", tmp_path / "oracle.safetensors"
+    continue_from(*shipped_files, tmp_path / "more", history)
+    continue_from(*shipped_files, tmp_path / "more", history)  # again is no harm
+    with pytest.raises(ModelError, match="holds another training already"):
+        continue_from(*shipped_files, tmp_path / "vae", history)
+    with pytest.raises(ModelError, match="no base was shipped"):
+        continue_from(tmp_path / "none", tmp_path / "none", tmp_path / "new", history)
     stages.train_stage("unet", tmp_path / "more", recipe)
     for stage in STAGES:
         assert stages.stage_model(tmp_path / "more", stage).is_dir()
@@ -219,3 +229,7 @@ def test_stages_finish_in_order_and_are_not_repeated(tmp_path: Path) -> None:
     )
     distances = [float((shipped[name] - further[name]).abs().max()) for name in shipped]
     assert 0 < max(distances) < 0.01, "one step from where the shipped weights are"
+    further_history = stage_history(tmp_path / "more")
+    assert {stage: len(runs) for stage, runs in further_history.items()} == {
+        stage: 2 if stage == "unet" else 1 for stage in STAGES
+    }
