@@ -12,6 +12,7 @@ from ipdiverse.critters.caption import caption, mentioned
 from ipdiverse.critters.oracle import Oracle, read
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import ATTRIBUTES, Scene, conditional
+from ipdiverse.critters.training.clip import tokenize
 from ipdiverse.critters.training.corpus import draw, to_pixels
 from ipdiverse.critters.training.oracle import broken, round_trip, to_images
 from ipdiverse.evaluation.metrics import entropy_miller_madow, expected_entropy
@@ -201,10 +202,7 @@ def _encoder(
     figures = {"probe_mean": float(right.mean()), "probe_worst": float(right.min())}
     if len(scenes) >= 256:
         figures["retrieval_256"] = _retrieval(base, scenes, renders)
-    return (
-        figures,
-        {"probe": _per_attribute(right)},
-    )
+    return figures, {"probe": _per_attribute(right)}
 
 
 def _penultimate(output: Any) -> torch.Tensor:
@@ -244,13 +242,7 @@ def linear_probe(
 def _retrieval(base: Base, scenes: list[tuple[Scene, int]], renders: np.ndarray) -> float:
     count = len(scenes) // 256 * 256
     captions = [caption(mentioned(s, i, 0.5), i) for i, (s, _) in enumerate(scenes[:count])]
-    ids = base.pipe.tokenizer(
-        captions,
-        padding="max_length",
-        truncation=True,
-        max_length=base.pipe.tokenizer.model_max_length,
-        return_tensors="pt",
-    ).input_ids
+    ids = tokenize(base.pipe.tokenizer, captions)
     text = torch.cat([base.pipe.text_encoder(part).pooler_output for part in ids.split(256)])
     image = _encode(base, renders[:count], lambda output: output.image_embeds)
     text = torch.nn.functional.normalize(text, dim=-1).unflatten(0, (-1, 256))

@@ -7,20 +7,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ipdiverse.adapter.attach import image_embeds
-from ipdiverse.critters.training.clip import captions_and_labels, tokenize
-from ipdiverse.critters.training.corpus import save_array
-from ipdiverse.critters.training.loop import autocast, fingerprint
+from ipdiverse.critters.training.clip import captions_and_labels
+from ipdiverse.critters.training.corpus import encoded_once
+from ipdiverse.critters.training.loop import fingerprint
+from ipdiverse.critters.training.unet import text_states, velocity_loss
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import numpy as np
     from transformers import CLIPVisionModelWithProjection
 
     from ipdiverse.adapter.model import ImagePromptAdapter
@@ -31,24 +30,12 @@ DROP_TEXT, DROP_IMAGE, DROP_BOTH = 0.05, 0.05, 0.05
 """Shares of samples without text, without image, without both (arXiv:2308.06721, section 4.1)."""
 
 
-@torch.no_grad()
 def cache_image_embeds(
-    encoder: CLIPVisionModelWithProjection,
-    corpus: Corpus,
-    kind: str,
-    folder: Path,
-    batch: int = 200,
+    encoder: CLIPVisionModelWithProjection, corpus: Corpus, kind: str, folder: Path
 ) -> np.ndarray:
-    """Encode every image once, float16; later calls open the file, memory-mapped."""
+    """Image embeddings of every image, encoded once per weights and scenes."""
     file = folder / f"embeds-{kind}-{corpus.name}-{fingerprint(encoder)}.npy"
-    if not file.exists():
-        parts = []
-        for start in range(0, len(corpus), batch):
-            pixels = corpus.pixels(np.arange(start, min(start + batch, len(corpus))))
-            with autocast():
-                parts.append(image_embeds(encoder, pixels, kind).half().numpy())
-        save_array(file, np.concatenate(parts))
-    return np.load(file, mmap_mode="r")
+    return encoded_once(file, corpus, lambda pixels: image_embeds(encoder, pixels, kind))
 
 
 class PlainObjective:
@@ -85,7 +72,9 @@ class PlainObjective:
         u = torch.rand(self.batch, generator=rng)
         no_text = (u < DROP_TEXT) | (u >= 1 - DROP_BOTH)
         no_image = ((u >= DROP_TEXT) & (u < DROP_TEXT + DROP_IMAGE)) | (u >= 1 - DROP_BOTH)
-        text = self._text_states(indices, no_text, rng)
+        seeds = torch.randint(2**31, (self.batch,), generator=rng).tolist()
+        captions, _ = captions_and_labels(self.corpus, indices, seeds)
+        text = text_states(self.pipe.text_encoder, self.pipe.tokenizer, captions, no_text)
         embeds = torch.from_numpy(self.embeds[indices]).float()
         embeds[no_image] = self._no_image
         clean = self.latents.sample(indices, rng).contiguous(memory_format=torch.channels_last)
@@ -94,22 +83,12 @@ class PlainObjective:
         timesteps = torch.randint(
             scheduler.config.num_train_timesteps, (self.batch,), generator=rng
         )
-        noisy = scheduler.add_noise(clean, noise, timesteps)
-        target = scheduler.get_velocity(clean, noise, timesteps)
-        # PyTorch's fused CPU attention is slow backward; the plain one is not
-        with autocast(), sdpa_kernel(SDPBackend.MATH):
-            tokens = self.module.tokens(embeds)
-            predicted = self.pipe.unet(noisy, timesteps, (text, [tokens])).sample
-        return F.mse_loss(predicted.float(), target), {}
 
-    @torch.no_grad()
-    def _text_states(self, indices: np.ndarray, dropped: Tensor, rng: torch.Generator) -> Tensor:
-        seeds = torch.randint(2**31, (self.batch,), generator=rng).tolist()
-        captions, _ = captions_and_labels(self.corpus, indices, seeds)
-        captions = ["" if drop else text for drop, text in zip(dropped, captions, strict=True)]
-        with autocast():
-            ids = tokenize(self.pipe.tokenizer, captions)
-            return self.pipe.text_encoder(ids).last_hidden_state.float()
+        def predict(noisy: Tensor) -> Tensor:
+            tokens = self.module.tokens(embeds)
+            return self.pipe.unet(noisy, timesteps, (text, [tokens])).sample
+
+        return velocity_loss(predict, scheduler, clean, timesteps, noise), {}
 
     @torch.no_grad()
     def _empty_embeds(self) -> Tensor:

@@ -12,9 +12,11 @@ import torch
 
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import ATTRIBUTES, Scene, sample_scene
+from ipdiverse.critters.training.loop import autocast
 from ipdiverse.seeding import derived_seed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from torch import Tensor
@@ -83,6 +85,29 @@ def corpus(folder: Path, split: str, count: int, seed: int = 0, size: int = 64) 
         for file, arrays in ((attribute_file, attributes), (image_file, images)):
             save_array(file, np.concatenate(arrays))
     return Corpus(np.load(image_file, mmap_mode="r"), np.load(attribute_file), stem)
+
+
+@torch.no_grad()
+def encoded_once(
+    file: Path, corpus: Corpus, encode: Callable[[Tensor], Tensor], batch: int = 200
+) -> np.ndarray:
+    """What an encoder gives for every image, float16; later calls open the file, memory-mapped.
+
+    Args:
+        file: Where it is kept; its name must tell scenes and weights apart.
+        corpus: The images.
+        encode: Pixels (batch, 3, size, size), channels last, to (batch, ...).
+        batch: Images encoded together.
+    """
+    if not file.exists():
+        parts = []
+        for start in range(0, len(corpus), batch):
+            pixels = corpus.pixels(np.arange(start, min(start + batch, len(corpus))))
+            with autocast():
+                encoded = encode(pixels.contiguous(memory_format=torch.channels_last))
+            parts.append(encoded.half().numpy())
+        save_array(file, np.concatenate(parts))
+    return np.load(file, mmap_mode="r")
 
 
 def save_array(file: Path, array: np.ndarray) -> None:

@@ -13,10 +13,11 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ipdiverse.critters.training.clip import captions_and_labels, tokenize
-from ipdiverse.critters.training.corpus import save_array
+from ipdiverse.critters.training.corpus import encoded_once
 from ipdiverse.critters.training.loop import autocast, fingerprint
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from diffusers import UNet2DConditionModel
@@ -39,20 +40,49 @@ class Latents:
         return (mean + std * torch.randn(mean.shape, generator=rng)) * self.scale
 
 
-@torch.no_grad()
-def cache_latents(vae: Any, corpus: Corpus, folder: Path, batch: int = 200) -> np.ndarray:
-    """Encode the corpus once; later calls with the same weights and scenes open the file."""
+def cache_latents(vae: Any, corpus: Corpus, folder: Path) -> np.ndarray:
+    """Moments of every image (`Latents`), encoded once per weights and scenes."""
+
+    def encode(pixels: Tensor) -> Tensor:
+        posterior = vae.encode(pixels).latent_dist
+        return torch.cat([posterior.mean, posterior.std], dim=1)
+
     file = folder / f"latents-{corpus.name}-{fingerprint(vae)}.npy"
-    if not file.exists():
-        parts = []
-        for start in range(0, len(corpus), batch):
-            indices = np.arange(start, min(start + batch, len(corpus)))
-            pixels = corpus.pixels(indices).contiguous(memory_format=torch.channels_last)
-            with autocast():
-                posterior = vae.encode(pixels).latent_dist
-            parts.append(torch.cat([posterior.mean, posterior.std], dim=1).half().numpy())
-        save_array(file, np.concatenate(parts))
-    return np.load(file)
+    return encoded_once(file, corpus, encode)
+
+
+@torch.no_grad()
+def text_states(
+    text: CLIPTextModel, tokenizer: CLIPTokenizer, captions: list[str], dropped: Tensor
+) -> Tensor:
+    """Hidden states of captions, (batch, tokens, width); those of "" where they are dropped."""
+    kept = ["" if drop else words for drop, words in zip(dropped, captions, strict=True)]
+    with autocast():
+        return text(tokenize(tokenizer, kept)).last_hidden_state.float()
+
+
+def velocity_loss(
+    predict: Callable[[Tensor], Tensor],
+    scheduler: Any,
+    clean: Tensor,
+    timesteps: Tensor,
+    noise: Tensor,
+) -> Tensor:
+    """Mean squared error of v (Salimans & Ho, arXiv:2202.00512).
+
+    Args:
+        predict: Noisy latents to predicted v.
+        scheduler: The noise schedule.
+        clean: Latents, (batch, 4, height, width).
+        timesteps: int64, (batch,).
+        noise: Of the shape of `clean`.
+    """
+    noisy = scheduler.add_noise(clean, noise, timesteps)
+    target = scheduler.get_velocity(clean, noise, timesteps)
+    # PyTorch's fused CPU attention is slow backward; the plain one is not
+    with autocast(), sdpa_kernel(SDPBackend.MATH):
+        predicted = predict(noisy)
+    return F.mse_loss(predicted.float(), target)
 
 
 def _has_compiler() -> bool:
@@ -62,7 +92,7 @@ def _has_compiler() -> bool:
 
 
 class UnetObjective:
-    """Mean squared error of v (Salimans & Ho, arXiv:2202.00512), uniform timesteps."""
+    """`velocity_loss` of images from captions, a tenth of them dropped, at uniform timesteps."""
 
     def __init__(
         self,
@@ -82,25 +112,21 @@ class UnetObjective:
     def loss(self, rng: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         """One batch's loss."""
         indices = torch.randint(len(self.corpus), (self.batch,), generator=rng).numpy()
-        states = self._text_states(indices, rng)
+        seeds = torch.randint(2**31, (self.batch,), generator=rng).tolist()
+        captions, _ = captions_and_labels(self.corpus, indices, seeds)
+        dropped = torch.rand(self.batch, generator=rng) < CAPTION_DROP
+        states = text_states(self.text, self.tokenizer, captions, dropped)
         clean = self.latents.sample(indices, rng).contiguous(memory_format=torch.channels_last)
         noise = torch.randn(clean.shape, generator=rng)
         # one timestep from each of `batch` equal strata: the same mean, less variance
         strata = (torch.arange(self.batch) + torch.rand(self.batch, generator=rng)) / self.batch
         steps = self.scheduler.config.num_train_timesteps
         timesteps = (strata * steps).long().clamp(max=steps - 1)  # the sum may round up to 1
-        noisy = self.scheduler.add_noise(clean, noise, timesteps)
-        target = self.scheduler.get_velocity(clean, noise, timesteps)
-        # PyTorch's fused CPU attention is slow backward; the plain one is not
-        with autocast(), sdpa_kernel(SDPBackend.MATH):
-            predicted = self.forward(noisy, timesteps, states).sample
-        return F.mse_loss(predicted.float(), target), {}
-
-    @torch.no_grad()
-    def _text_states(self, indices: np.ndarray, rng: torch.Generator) -> Tensor:
-        seeds = torch.randint(2**31, (self.batch,), generator=rng).tolist()
-        captions, _ = captions_and_labels(self.corpus, indices, seeds)
-        dropped = torch.rand(self.batch, generator=rng) < CAPTION_DROP
-        captions = ["" if drop else text for drop, text in zip(dropped, captions, strict=True)]
-        with autocast():
-            return self.text(tokenize(self.tokenizer, captions)).last_hidden_state.float()
+        loss = velocity_loss(
+            lambda noisy: self.forward(noisy, timesteps, states).sample,
+            self.scheduler,
+            clean,
+            timesteps,
+            noise,
+        )
+        return loss, {}
