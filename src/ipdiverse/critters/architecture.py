@@ -52,13 +52,15 @@ def unet() -> UNet2DConditionModel:
 
 
 def scheduler() -> DDIMScheduler:
-    """DDIM with v-prediction on the scaled-linear schedule, ending in pure noise."""
+    """DDIM with v-prediction on the cosine schedule, ending in pure noise.
+
+    Stable Diffusion's own schedule is made for latents of 64×64; 16×16 hold less redundancy, and a
+    third of its timesteps leave nothing of them.
+    """
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
+        beta_schedule="squaredcos_cap_v2",
         clip_sample=False,
         set_alpha_to_one=False,
         steps_offset=1,

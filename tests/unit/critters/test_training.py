@@ -23,7 +23,14 @@ from ipdiverse.critters.training.clip import (
 from ipdiverse.critters.training.corpus import Corpus, corpus, draw
 from ipdiverse.critters.training.loop import Schedule, StageRun
 from ipdiverse.critters.training.oracle import OracleObjective, broken
-from ipdiverse.critters.training.unet import Latents, UnetObjective, cache_latents
+from ipdiverse.critters.training.unet import (
+    Alignment,
+    Latents,
+    UnetModules,
+    UnetObjective,
+    cache_latents,
+    cache_patches,
+)
 from ipdiverse.critters.training.vae import VaeObjective, latent_scale, psnr
 from ipdiverse.errors import ModelError
 
@@ -140,8 +147,10 @@ def test_the_unet_learns_from_cached_latents(scenes: Corpus, tmp_path: Path) -> 
     latents = Latents(moments, latent_scale(vae, scenes, 24))
     sampled = latents.sample(np.arange(24), torch.Generator().manual_seed(0))
     assert sampled.std() == pytest.approx(1, abs=0.15)
+    patches = cache_patches(architecture.image_encoder().eval(), scenes, tmp_path)
+    assert patches.shape == (24, 64, 128)
     objective = UnetObjective(
-        architecture.unet(),
+        UnetModules(architecture.unet(), Alignment(patches, width=192)),
         architecture.text_encoder(len(tokenizer)),
         tokenizer,
         architecture.scheduler(),
@@ -151,6 +160,19 @@ def test_the_unet_learns_from_cached_latents(scenes: Corpus, tmp_path: Path) -> 
         compiled=False,
     )
     assert [n for n in still(moved(objective)) if "to_k.bias" not in n] == []
+    _, figures = objective.loss(torch.Generator().manual_seed(0))
+    assert 0.5 < figures["apart"] < 1.5, "one minus a cosine that nothing has trained"
+
+
+def test_alignment_is_zero_for_the_features_themselves() -> None:
+    patches = np.random.default_rng(0).normal(size=(10, 64, 16)).astype(np.float16)
+    alignment = Alignment(patches, width=16)
+    alignment.head = torch.nn.Identity()
+    indices = np.array([3, 5])
+    seen = (torch.from_numpy(patches[indices]).float() - alignment.mean) / alignment.std
+    hidden = seen.transpose(1, 2).unflatten(2, (8, 8))
+    assert float(alignment(hidden, indices)) == pytest.approx(0, abs=1e-4)
+    assert float(alignment(hidden, indices[::-1].copy())) > 0.5
 
 
 def test_the_oracle_learns_attributes_and_validity(scenes: Corpus) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
+from ipdiverse.critters.training.optimizer import MuonAdamW
 from ipdiverse.seeding import derived_seed
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ class Schedule:
         learning_rate: Held after warm-up; falls linearly to a twentieth over the last quarter,
             so a longer schedule can resume from any point before that.
         warmup: Steps of linear warm-up.
-        weight_decay: AdamW's.
+        weight_decay: The optimizer's.
+        muon: Muon for the hidden matrices, else AdamW for all.
         ema: Decay of the averaged weights; the average is what is saved and shipped.
         save_every: Steps between resume points.
     """
@@ -56,6 +58,7 @@ class Schedule:
     weight_decay: float = 0.01
     ema: float = 0.999
     save_every: int = 500
+    muon: bool = False
 
     def rate(self, step: int) -> float:
         """The learning rate of a step."""
@@ -84,6 +87,15 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()[:12]
 
 
+def _optimizer(module: nn.Module, schedule: Schedule) -> torch.optim.AdamW | MuonAdamW:
+    rate, decay = schedule.learning_rate, schedule.weight_decay
+    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    if schedule.muon:
+        return MuonAdamW(trained, rate, decay)
+    parameters = [parameter for _, parameter in trained]
+    return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, betas=(0.9, 0.99), fused=True)
+
+
 class StageRun:
     """State of one stage's training: weights, their average, optimizer, step."""
 
@@ -91,13 +103,7 @@ class StageRun:
         self.objective, self.schedule, self.folder, self.seed = objective, schedule, folder, seed
         self.parameters = [p for p in objective.module.parameters() if p.requires_grad]
         self.average = [p.detach().clone() for p in self.parameters]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=schedule.learning_rate,
-            weight_decay=schedule.weight_decay,
-            betas=(0.9, 0.99),
-            fused=True,
-        )
+        self.optimizer = _optimizer(objective.module, schedule)
         self.step = 0
         self._resume()
 

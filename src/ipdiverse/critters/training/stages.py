@@ -23,12 +23,19 @@ from ipdiverse.critters.training.clip import (
 from ipdiverse.critters.training.corpus import Corpus, corpus
 from ipdiverse.critters.training.loop import Schedule, StageRun
 from ipdiverse.critters.training.oracle import OracleObjective
-from ipdiverse.critters.training.unet import Latents, UnetObjective, cache_latents
+from ipdiverse.critters.training.unet import (
+    Alignment,
+    Latents,
+    UnetModules,
+    UnetObjective,
+    cache_latents,
+    cache_patches,
+)
 from ipdiverse.critters.training.vae import VaeObjective, latent_scale
 from ipdiverse.errors import ModelError
 
 if TYPE_CHECKING:
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 
 def schedule(recipe: BaseRecipe, stage: str) -> Schedule:
@@ -37,7 +44,7 @@ def schedule(recipe: BaseRecipe, stage: str) -> Schedule:
         "vae": Schedule(recipe.vae_steps, 1.5e-3, save_every=250),
         "text": Schedule(recipe.text_steps, 1.5e-3, weight_decay=0.05, save_every=100),
         "clip": Schedule(recipe.clip_steps, 1e-3, weight_decay=0.05, save_every=100),
-        "unet": Schedule(recipe.unet_steps, 8e-4, warmup=300, save_every=250),
+        "unet": Schedule(recipe.unet_steps, 8e-4, warmup=300, save_every=250, muon=True),
         "oracle": Schedule(recipe.oracle_steps, 1.5e-3, weight_decay=0.02, save_every=250),
     }[stage]
 
@@ -152,8 +159,10 @@ def _unet_objective(folder: Path, recipe: BaseRecipe, images: Corpus) -> UnetObj
         UNet2DConditionModel.from_pretrained(start) if start.exists() else architecture.unet()
     )
     moments = cache_latents(vae, images, folder / "corpus")
+    patches = cache_patches(_load_image_encoder(folder), images, folder / "corpus")
+    alignment = Alignment(patches, unet.config.block_out_channels[-1])
     return UnetObjective(
-        unet.to(memory_format=torch.channels_last),
+        UnetModules(unet.to(memory_format=torch.channels_last), alignment),
         text,
         tokenizer,
         architecture.scheduler(),
@@ -163,8 +172,16 @@ def _unet_objective(folder: Path, recipe: BaseRecipe, images: Corpus) -> UnetObj
     )
 
 
+def _load_image_encoder(folder: Path) -> CLIPVisionModelWithProjection:
+    from transformers import CLIPVisionModelWithProjection
+
+    return CLIPVisionModelWithProjection.from_pretrained(
+        stage_model(folder, "clip") / "image_encoder"
+    )
+
+
 def _save_unet(objective: UnetObjective, target: Path) -> None:
-    objective.module.save_pretrained(target)
+    objective.module.unet.save_pretrained(target)
 
 
 def _oracle_objective(folder: Path, recipe: BaseRecipe, images: Corpus) -> OracleObjective:

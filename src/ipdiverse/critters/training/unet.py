@@ -1,4 +1,8 @@
-"""Stage `unet`: the text-to-image denoiser on cached latents, with the text encoder frozen."""
+"""Stage `unet`: the text-to-image denoiser on cached latents, with the text encoder frozen.
+
+While it trains, features in its middle are aligned with what the image encoder sees in the clean
+image (REPA, arXiv:2410.06940); the head that does so is thrown away.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -26,6 +30,8 @@ if TYPE_CHECKING:
     from ipdiverse.critters.training.corpus import Corpus
 
 CAPTION_DROP = 0.1
+ALIGNMENT = 0.5
+"""Weight of the alignment loss; REPA's own."""
 
 
 class Latents:
@@ -49,6 +55,60 @@ def cache_latents(vae: Any, corpus: Corpus, folder: Path) -> np.ndarray:
 
     file = folder / f"latents-{corpus.name}-{fingerprint(vae)}.npy"
     return encoded_once(file, corpus, encode)
+
+
+def cache_patches(image_encoder: Any, corpus: Corpus, folder: Path) -> np.ndarray:
+    """Penultimate hidden states of every image's patches, float16 (count, 64, width)."""
+
+    def encode(pixels: Tensor) -> Tensor:
+        return image_encoder(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+
+    file = folder / f"patches-{corpus.name}-{fingerprint(image_encoder)}.npy"
+    return encoded_once(file, corpus, encode)
+
+
+class Alignment(nn.Module):
+    """Predicts the image encoder's patch features from the UNet's features on the same grid.
+
+    Args:
+        patches: Features of every image (`cache_patches`); standardised here, or what is common to
+            all would dominate the cosine.
+        width: Channels of the UNet's features.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, patches: np.ndarray, width: int) -> None:
+        super().__init__()
+        self.patches = patches
+        sample = torch.from_numpy(np.array(patches[:4000])).float().flatten(0, 1)
+        self.register_buffer("mean", sample.mean(0))
+        self.register_buffer("std", sample.std(0) + 1e-4)
+        features = patches.shape[-1]
+        self.head = nn.Sequential(
+            nn.Linear(width, 2 * features), nn.SiLU(), nn.Linear(2 * features, features)
+        )
+
+    def forward(self, hidden: Tensor, indices: np.ndarray) -> Tensor:
+        """One minus the mean cosine.
+
+        Args:
+            hidden: UNet features, (batch, width, 8, 8).
+            indices: Which images they belong to.
+        """
+        seen = (torch.from_numpy(self.patches[indices]).float() - self.mean) / self.std
+        with autocast():
+            predicted = self.head(hidden.flatten(2).transpose(1, 2))
+        return 1 - F.cosine_similarity(predicted.float(), seen, dim=-1).mean()
+
+
+class UnetModules(nn.Module):
+    """The UNet and the throw-away head beside it."""
+
+    def __init__(self, unet: UNet2DConditionModel, alignment: Alignment) -> None:
+        super().__init__()
+        self.unet, self.alignment = unet, alignment
 
 
 @torch.no_grad()
@@ -92,11 +152,14 @@ def _has_compiler() -> bool:
 
 
 class UnetObjective:
-    """`velocity_loss` of images from captions, a tenth of them dropped, at uniform timesteps."""
+    """`velocity_loss` of images from captions, a tenth of them dropped, at uniform timesteps.
+
+    The features that are aligned leave the first up block, on the image encoder's 8×8 grid.
+    """
 
     def __init__(
         self,
-        unet: UNet2DConditionModel,
+        modules: UnetModules,
         text: CLIPTextModel,
         tokenizer: CLIPTokenizer,
         scheduler: Any,
@@ -105,8 +168,13 @@ class UnetObjective:
         batch: int = 64,
         compiled: bool = True,
     ) -> None:
-        self.module, self.text, self.tokenizer = unet, text.eval().requires_grad_(False), tokenizer
+        self.module, self.tokenizer = modules, tokenizer
+        self.text = text.eval().requires_grad_(False)
         self.scheduler, self.corpus, self.latents, self.batch = scheduler, corpus, latents, batch
+        self._hidden: dict[str, Tensor] = {}
+        block: Any = modules.unet.up_blocks[0]
+        block.register_forward_hook(lambda _, __, output: self._hidden.update(middle=output))
+        unet = modules.unet
         self.forward = torch.compile(unet) if compiled and _has_compiler() else unet
 
     def loss(self, rng: torch.Generator) -> tuple[Tensor, dict[str, float]]:
@@ -129,4 +197,6 @@ class UnetObjective:
             timesteps,
             noise,
         )
-        return loss, {}
+        apart = self.module.alignment(self._hidden["middle"], indices)
+        figures = {"velocity": float(loss.detach()), "apart": float(apart.detach())}
+        return loss + ALIGNMENT * apart, figures
