@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from ipdiverse.adapter.attach import attach, detach
 from ipdiverse.adapter.attention import decoupled_cross_attention
 from ipdiverse.adapter.checkpoint import load_adapter, read_spec, save_adapter
+from ipdiverse.adapter.reference import Reference
 from ipdiverse.adapter.model import ImagePromptAdapter, cross_attention_layers, new_adapter
 from ipdiverse.errors import ArgumentError, CheckpointError, ModelError, ShapeError
 
@@ -118,9 +119,17 @@ def test_attaching_twice_or_to_nothing_is_refused(
     with pytest.raises(ModelError, match=r"attached already\. Call detach first"):
         attach(pipe, adapter)
     detach(pipe)
+
+
+def test_an_image_without_an_encoder_says_what_to_give(
+    pipe: StableDiffusionPipeline, adapter: ImagePromptAdapter, references: list[Image.Image]
+) -> None:
     pipe.image_encoder = None
-    with pytest.raises(ModelError, match="has no image encoder"):
-        attach(pipe, adapter)
+    with attach(pipe, adapter) as prompt:
+        with pytest.raises(ModelError, match="has no image encoder. Give attach an image_encoder"):
+            prompt.set_reference(references[0])
+        prompt.set_reference(Reference(embeds=[torch.zeros(1, 128)]))
+        assert pipe("a critter", num_inference_steps=1).images
 
 
 def test_an_adapter_of_other_sizes_is_refused(
@@ -140,7 +149,7 @@ def test_a_missing_or_misfitting_reference_is_an_error_not_a_guess(
     with pytest.raises(ArgumentError, match="no reference was set"):
         pipe("a critter", num_inference_steps=1)
     attachment.set_reference(references[:3])
-    with pytest.raises(ArgumentError, match=r"expected 3 or 6 items.*found 2"):
+    with pytest.raises(ArgumentError, match=r"batch of 3 or 6 items.*found 2"):
         pipe("a critter", num_inference_steps=1, guidance_scale=3.0)
 
 

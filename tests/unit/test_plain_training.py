@@ -26,7 +26,7 @@ def objective(kind: Any, scenes: Corpus, folder: Path) -> PlainObjective:
     pipe = random_pipeline()
     sizes = {"width": 64, "depth": 1} if kind == "plus" else {}
     adapter = new_adapter(kind, pipe.unet, pipe.image_encoder, **sizes)
-    attach(pipe, adapter).set_pass_through(True)
+    attach(pipe, adapter)
     moments = cache_latents(pipe.vae, scenes, folder)
     embeds = cache_image_embeds(pipe.image_encoder, scenes, kind, folder)
     return PlainObjective(adapter, pipe, scenes, Latents(moments, 1.0), embeds, batch=8)

@@ -1,7 +1,7 @@
-"""Attach an adapter to a stock pipeline, and take it off again, both exactly.
+"""Attach adapters to a stock pipeline, and take them off again, both exactly.
 
-Two things change while attached: each cross-attention layer's processor, and one hook at the
-UNet's boundary that adds the image tokens to the text. The pipeline itself stays stock.
+Two things change while attached: each attention layer's processor, and one hook at the UNet's
+boundary. The pipeline itself stays stock.
 """
 
 from __future__ import annotations
@@ -9,116 +9,122 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks import HookRegistry
 
-from ipdiverse.adapter.model import ImagePromptAdapter, cross_attention_layers, layer_widths
-from ipdiverse.errors import ArgumentError, ModelError
+from ipdiverse.adapter.attention import DecoupledAttention, Slot
+from ipdiverse.adapter.encoding import ImageEncoding, encode_references
+from ipdiverse.adapter.hook import ImagePromptHook, Prompt
+from ipdiverse.adapter.model import ImagePromptAdapter, attention_layers, layer_widths
+from ipdiverse.adapter.reference import Reference, as_reference
+from ipdiverse.adapter.scale import Scale, resolve_scale, unet_layers
+from ipdiverse.adapter.text_mask import forget_words, watch_words
+from ipdiverse.errors import ArgumentError, ModelError, check_range
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
     from PIL import Image
-    from torch import Tensor
+
+    from ipdiverse.adapter.scale import ScaleLike
 
 _HOOK = "ipdiverse.image_prompt"
 
 
-class ImagePromptHook(ModelHook):
-    """Adds image tokens at every UNet call; projects them once per reference.
-
-    The pipeline's batch is (branches × items): unconditional items first when it guides.
-    """
-
-    def __init__(self, adapter: ImagePromptAdapter, processors_before: dict[str, Any]) -> None:
-        super().__init__()
-        self.adapter, self.processors_before = adapter, processors_before
-        self.positive: Tensor | None = None
-        self.negative: Tensor | None = None
-        self.pass_through = False
-
-    def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Replace the text by `(text, [image_tokens])`."""
-        if self.pass_through:
-            return args, kwargs
-        text = kwargs["encoder_hidden_states"]
-        kwargs["encoder_hidden_states"] = (text, [self._tokens(text)])
-        return args, kwargs
-
-    def _tokens(self, text: Tensor) -> Tensor:
-        if self.positive is None or self.negative is None:
-            raise ArgumentError("no reference was set", where="adapter", fix="Call set_reference.")
-        items, batch = len(self.positive), len(text)
-        if batch == items:
-            return self.positive.to(text)
-        if batch == 2 * items:
-            return torch.cat([self.negative.expand(items, -1, -1), self.positive]).to(text)
-        raise ArgumentError(
-            "the number of references does not fit the batch",
-            where="adapter",
-            expected=f"{items} or {2 * items} items in the UNet's batch",
-            found=batch,
-            fix="Give one reference per item: set_reference(images) with one entry per output.",
-        )
-
-
 class Attachment:
-    """An adapter on a pipeline: set its reference and scale here.
+    """Adapters on a pipeline: set their references and scales here.
+
+    A context manager: leaving the `with` block detaches.
 
     Args:
         pipe: The pipeline.
-        adapter: The adapter on it.
-        hook: What passes image tokens on.
+        hook: What hands image tokens to the layers.
+        encoding: The image encoder.
     """
 
-    def __init__(
-        self, pipe: StableDiffusionPipeline, adapter: ImagePromptAdapter, hook: ImagePromptHook
-    ) -> None:
-        self.pipe: Any = pipe  # diffusers types its components as None
-        self.adapter, self._hook = adapter, hook
-        self._cache: dict[bytes, Tensor] = {}
+    def __init__(self, pipe: Any, hook: ImagePromptHook, encoding: ImageEncoding) -> None:
+        self.pipe, self._hook, self._encoding = pipe, hook, encoding
 
-    @torch.no_grad()
-    def set_reference(self, images: Sequence[Image.Image]) -> None:
-        """Prompt every item with its own image.
+    @property
+    def adapters(self) -> list[ImagePromptAdapter]:
+        """What is attached, in order."""
+        return [prompt.adapter for prompt in self._hook.prompts]
+
+    def set_reference(
+        self,
+        references: Image.Image | Reference | Sequence[Image.Image | Reference],
+        *,
+        adapter: int = 0,
+        negative: Image.Image | Reference | None = None,
+    ) -> None:
+        """Prompt with images.
 
         Args:
-            images: One per output of the next call, in order; equal ones are encoded once.
+            references: One for all outputs, or a list: one for each prompt or each output of the
+                next call, in order. Several images for one output are one `Reference`.
+            adapter: Which adapter, when several are attached.
+            negative: The unconditional branch's image; None is no image.
+
+        Raises:
+            ArgumentError: References that do not fit together or this adapter.
         """
-        pixels = [self._pixels(image) for image in images]
-        embeds = torch.cat([self._encode(p) for p in pixels])
-        self._hook.positive = self.adapter.tokens(embeds)
-        self._hook.negative = self.adapter.tokens(self._unconditional(pixels[0]))
+        many = references if isinstance(references, (list, tuple)) else [references]
+        if not many:
+            raise ArgumentError("is empty", where="references", fix="Give at least one.")
+        prompt = self._prompt(adapter)
+        prompt.references = encode_references(
+            [as_reference(item) for item in many],
+            None if negative is None else as_reference(negative),
+            prompt.adapter,
+            self._encoding,
+        )
+        self._hook.changed()
 
-    def set_scale(self, scale: float) -> None:
-        """Weight of the image branch, 0..1 in practice; 0 is text alone, exactly."""
-        for layer in self.adapter.layers().values():
-            layer.scale = scale
+    def set_scale(
+        self,
+        scale: ScaleLike,
+        *,
+        adapter: int | None = None,
+        weight: float = 1.0,
+        start: float = 0.0,
+        end: float = 1.0,
+    ) -> None:
+        """Weight of the image branch (λ); 0 is text alone, exactly.
 
-    def set_pass_through(self, on: bool) -> None:
-        """Whether the caller passes `(text, [image_tokens])` itself, as training does."""
-        self._hook.pass_through = on
+        Args:
+            scale: See `scale.resolve_scale`.
+            adapter: Which adapter; None is all.
+            weight: Multiplies a preset.
+            start: Share of the steps before which it is 0.
+            end: Share of the steps from which it is 0.
 
-    def _pixels(self, image: Image.Image) -> Tensor:
-        return self.pipe.feature_extractor(image, return_tensors="pt").pixel_values
+        Raises:
+            ArgumentError: A scale that does not fit this UNet.
+        """
+        resolved = resolve_scale(scale, self._hook.layers, weight=weight, start=start, end=end)
+        chosen = self._hook.prompts if adapter is None else [self._prompt(adapter)]
+        for prompt in chosen:
+            prompt.scale = resolved
 
-    def _encode(self, pixels: Tensor) -> Tensor:
-        """Image embeddings of one image, from the cache if it was seen before."""
-        key = pixels.numpy().tobytes()
-        if key not in self._cache:
-            encoder = self.pipe.image_encoder
-            pixels = pixels.to(encoder.device, encoder.dtype)
-            self._cache[key] = image_embeds(encoder, pixels, self.adapter.kind)
-        return self._cache[key]
+    def set_fusion_strength(self, strength: float, *, adapter: int | None = None) -> None:
+        """Weight of what text-image fusion adds: 1 as trained, 0 plain IP-Adapter, exactly."""
+        check_range("fusion strength", strength, 0, 10)
+        chosen = self._hook.prompts if adapter is None else [self._prompt(adapter)]
+        for prompt in chosen:
+            prompt.fusion_strength = float(strength)
+        self._hook.changed()
 
-    def _unconditional(self, pixels: Tensor) -> Tensor:
-        """What stock diffusers uses: a zero embedding (base), or a zero image's states (plus)."""
-        if self.adapter.kind == "base":
-            return torch.zeros_like(self._encode(pixels))
-        return self._encode(torch.zeros_like(pixels))
+    def _prompt(self, adapter: int) -> Prompt:
+        check_range("adapter", adapter, 0, len(self._hook.prompts) - 1)
+        return self._hook.prompts[adapter]
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        detach(self.pipe)
 
 
-def image_embeds(encoder: torch.nn.Module, pixels: Tensor, kind: str) -> Tensor:
+def image_embeds(encoder: torch.nn.Module, pixels: torch.Tensor, kind: str) -> torch.Tensor:
     """What an adapter of this kind reads from the image encoder.
 
     Returns:
@@ -130,62 +136,128 @@ def image_embeds(encoder: torch.nn.Module, pixels: Tensor, kind: str) -> Tensor:
     return encoder(pixels, output_hidden_states=True).hidden_states[-2]
 
 
-def attach(pipe: StableDiffusionPipeline, adapter: ImagePromptAdapter) -> Attachment:
-    """Put an adapter on a stock pipeline.
+def attach(
+    pipe: Any,
+    *adapters: ImagePromptAdapter,
+    image_encoder: Any = None,
+    image_processor: Any = None,
+) -> Attachment:
+    """Put adapters on a stock pipeline.
 
     Args:
-        pipe: A Stable Diffusion pipeline with an image encoder and a feature extractor.
-        adapter: An adapter whose layers have the UNet's sizes.
+        pipe: A Stable Diffusion pipeline of diffusers: 1.x, 2.x or XL, of any task.
+        adapters: One or several whose layers have the UNet's sizes.
+        image_encoder: A CLIP vision model with projection; None takes the pipeline's.
+        image_processor: Its preprocessing; None takes the pipeline's.
 
     Raises:
-        ModelError: Something is attached already, the pipeline has no image encoder, or sizes
-            differ.
+        ModelError: The model is of another kind, something is attached already, sizes differ, or
+            attention is sliced or fused.
     """
-    unet = pipe.unet
-    registry = HookRegistry.check_if_exists_or_initialize(unet)
-    if registry.get_hook(_HOOK) is not None:
-        raise ModelError(
-            "an adapter is attached already", where="pipeline", fix="Call detach first."
-        )
-    if pipe.image_encoder is None or pipe.feature_extractor is None:
-        raise ModelError(
-            "has no image encoder",
-            where=getattr(pipe, "name_or_path", "") or "pipeline",
-            fix="Save the base with an image_encoder and a feature_extractor.",
-        )
-    _check_fit(adapter, unet)
-    _check_encoder(adapter, pipe)
-    adapter.to(unet.device, unet.dtype).eval()
-    names = {name: number for number, name in cross_attention_layers(unet).items()}
-    before = dict(unet.attn_processors)
-    unet.set_attn_processor(
-        {n: adapter.ip_adapter[str(names[n])] if n in names else p for n, p in before.items()}
+    unet = _checked_unet(pipe)
+    if not adapters:
+        raise ArgumentError("is missing", where="adapter", fix="Give at least one.")
+    encoding = ImageEncoding(
+        image_encoder or getattr(pipe, "image_encoder", None),
+        image_processor or getattr(pipe, "feature_extractor", None),
     )
-    hook = ImagePromptHook(adapter, before)
-    registry.register_hook(hook, _HOOK)
-    return Attachment(pipe, adapter, hook)
+    for adapter in adapters:
+        _check_fit(adapter, unet)
+        _check_encoder(adapter, encoding.encoder)
+        adapter.to(unet.device, unet.dtype).eval()
+    layers = unet_layers(unet)
+    one = Scale(lambda _layer, _progress: 1.0)
+    prompts = [Prompt(adapter, Slot(adapter.layers()), one) for adapter in adapters]
+    before = dict(unet.attn_processors)
+    mine = _processors(unet, [prompt.slot for prompt in prompts])
+    unet.set_attn_processor({name: mine.get(name, old) for name, old in before.items()})
+    homes = [(unet.get_submodule(n.removesuffix(".processor")), p) for n, p in mine.items()]
+    hook = ImagePromptHook(pipe, prompts, layers, homes, before)
+    HookRegistry.check_if_exists_or_initialize(unet).register_hook(hook, _HOOK)
+    watch_words(pipe, hook)
+    return Attachment(pipe, hook, encoding)
 
 
-def detach(pipe: StableDiffusionPipeline) -> None:
+def detach(pipe: Any) -> None:
     """Undo `attach` exactly.
 
     Raises:
         ModelError: Nothing is attached.
     """
-    registry = HookRegistry.check_if_exists_or_initialize(pipe.unet)
-    hook = registry.get_hook(_HOOK)
-    if not isinstance(hook, ImagePromptHook):
+    hook = _hook_of(getattr(pipe, "unet", None))
+    if hook is None:
         raise ModelError("no adapter is attached", where="pipeline")
-    pipe.unet.set_attn_processor(dict(hook.processors_before))
-    registry.remove_hook(_HOOK, recurse=False)
+    forget_words(pipe)
+    pipe.unet.set_attn_processor(dict(hook.before))
+    HookRegistry.check_if_exists_or_initialize(pipe.unet).remove_hook(_HOOK, recurse=False)
 
 
-def _check_fit(adapter: ImagePromptAdapter, unet: UNet2DConditionModel) -> None:
-    mine = {
-        number: (layer.to_k_ip.in_features, layer.to_k_ip.out_features)
-        for number, layer in adapter.layers().items()
+def _hook_of(unet: Any) -> ImagePromptHook | None:
+    registry = getattr(unet, "_diffusers_hook", None)
+    hook = None if registry is None else registry.get_hook(_HOOK)
+    return hook if isinstance(hook, ImagePromptHook) else None
+
+
+def _processors(unet: Any, slots: list[Slot]) -> dict[str, DecoupledAttention]:
+    """A processor for each layer that has an image branch or a low-rank change."""
+    touched = {number for slot in slots for number in slot.weights}
+    return {
+        f"{name}.processor": DecoupledAttention(number, slots)
+        for number, name in attention_layers(unet).items()
+        if number in touched
     }
-    theirs = layer_widths(unet)
+
+
+def _checked_unet(pipe: Any) -> Any:
+    unet = getattr(pipe, "unet", None)
+    if unet is None or not hasattr(unet, "attn_processors"):
+        raise ModelError(
+            "has no UNet with attention processors",
+            where=type(pipe).__name__,
+            expected="a Stable Diffusion 1.x, 2.x or XL pipeline of diffusers",
+        )
+    if _hook_of(unet) is not None:
+        raise ModelError(
+            "an adapter is attached already", where="pipeline", fix="Call detach first."
+        )
+    if unet.config.get("encoder_hid_dim_type") is not None:
+        raise ModelError(
+            "already projects another prompt",
+            where="UNet",
+            found=f"encoder_hid_dim_type {unet.config.encoder_hid_dim_type!r}",
+            fix="If load_ip_adapter was called, call unload_ip_adapter first.",
+        )
+    for name in attention_layers(unet).values():
+        _check_attention(unet.get_submodule(name), name)
+    return unet
+
+
+def _check_attention(attention: Any, name: str) -> None:
+    if "Sliced" in type(attention.processor).__name__:
+        raise ModelError(
+            "attention is sliced",
+            where=name,
+            fix="Call pipe.disable_attention_slicing(), then attach.",
+        )
+    if getattr(attention, "fused_projections", False):
+        raise ModelError(
+            "query, key and value are fused", where=name, fix="Call unet.unfuse_qkv_projections()."
+        )
+    unusual = [
+        part
+        for part in ("added_kv_proj_dim", "norm_cross", "group_norm", "spatial_norm", "norm_q")
+        if getattr(attention, part, None)
+    ]
+    if unusual or not hasattr(attention, "to_q"):
+        raise ModelError(
+            "attention of a kind that image prompts do not support",
+            where=name,
+            found=", ".join(unusual) or type(attention).__name__,
+        )
+
+
+def _check_fit(adapter: ImagePromptAdapter, unet: Any) -> None:
+    mine, theirs = adapter.widths(), layer_widths(unet)
     if mine != theirs:
         different = sorted(n for n in mine.keys() | theirs.keys() if mine.get(n) != theirs.get(n))
         first = different[0]
@@ -198,9 +270,11 @@ def _check_fit(adapter: ImagePromptAdapter, unet: UNet2DConditionModel) -> None:
         )
 
 
-def _check_encoder(adapter: ImagePromptAdapter, pipe: Any) -> None:
-    config = pipe.image_encoder.config
-    width = config.projection_dim if adapter.kind == "base" else config.hidden_size
+def _check_encoder(adapter: ImagePromptAdapter, encoder: Any) -> None:
+    if encoder is None or adapter.clip_dim is None:
+        return
+    pooled = "pooled" in adapter.reads
+    width = encoder.config.projection_dim if pooled else encoder.config.hidden_size
     if adapter.clip_dim != width:
         raise ModelError(
             "does not fit this image encoder",

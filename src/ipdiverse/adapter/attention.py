@@ -1,15 +1,22 @@
-"""Decoupled cross-attention: a pure function, and a thin processor that holds its weights."""
+"""Decoupled cross-attention: a pure function, and a thin processor that calls it in the UNet."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from ipdiverse.errors import ShapeError
+from ipdiverse.errors import ModelError, ShapeError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from ipdiverse.adapter.mask import RegionMask
+    from ipdiverse.adapter.model import LayerWeights
 
 
 def decoupled_cross_attention(
@@ -18,7 +25,7 @@ def decoupled_cross_attention(
     text_value: Float[Tensor, "batch heads text head_dim"],
     image_key: Float[Tensor, "batch heads image head_dim"],
     image_value: Float[Tensor, "batch heads image head_dim"],
-    scale: float | Float[Tensor, " batch"],
+    scale: float | Float[Tensor, "*batch"],
     text_mask: Tensor | None = None,
 ) -> Float[Tensor, "batch heads pixels head_dim"]:
     """Attend to text and to image separately, then add.
@@ -38,37 +45,95 @@ def decoupled_cross_attention(
     Source:
         arXiv:2308.06721, section 3.2 (λ is `scale`).
     """
-    if image_key.shape[0] != text_key.shape[0]:
+    text = F.scaled_dot_product_attention(query, text_key, text_value, attn_mask=text_mask)
+    return add_image(text, query, image_key, image_value, scale)
+
+
+def add_image(
+    mixed: Float[Tensor, "batch heads pixels head_dim"],
+    query: Float[Tensor, "batch heads pixels head_dim"],
+    image_key: Float[Tensor, "batch heads image head_dim"],
+    image_value: Float[Tensor, "batch heads image head_dim"],
+    scale: float | Float[Tensor, "*batch"],
+    region: Float[Tensor, "#batch pixels"] | None = None,
+) -> Float[Tensor, "batch heads pixels head_dim"]:
+    """Add one image branch to what the text, and other images, gave.
+
+    Args:
+        mixed: What to add to.
+        query: Latent queries.
+        image_key: Keys of the image tokens.
+        image_value: Values of the image tokens.
+        scale: Weight, one for all or one for each item; 0 returns `mixed` exactly.
+        region: Weight of each pixel; None is 1 everywhere.
+
+    Raises:
+        ShapeError: The batch sizes differ.
+    """
+    if image_key.shape[0] != query.shape[0]:
         raise ShapeError(
             "image and text batch sizes differ",
             where="decoupled cross-attention",
-            expected=f"{text_key.shape[0]} image prompts",
+            expected=f"{query.shape[0]} image prompts",
             found=image_key.shape[0],
             fix="Give one reference, or one per item.",
         )
-    text = F.scaled_dot_product_attention(query, text_key, text_value, attn_mask=text_mask)
+    if not isinstance(scale, Tensor) and scale == 0:
+        return mixed
     if isinstance(scale, Tensor):
-        scale = scale.to(query.dtype).view(-1, 1, 1, 1)
-    elif scale == 0:
-        return text
-    return text + scale * F.scaled_dot_product_attention(query, image_key, image_value)
+        scale = scale.to(query.device, query.dtype).view(-1, 1, 1, 1)
+    image = F.scaled_dot_product_attention(query, image_key, image_value)
+    if region is not None:
+        image = image * region.to(query.device, query.dtype)[:, None, :, None]
+    return mixed + scale * image
 
 
-class DecoupledAttention(nn.Module):
-    """Attention processor of one cross-attention layer; diffusers calls it inside the UNet.
+@dataclass(eq=False)
+class TokenGroup:
+    """Image tokens that share one attention: the references of an item, or one with a mask.
 
     Args:
-        token_width: Width of text and image tokens, `attn.to_k.in_features`.
-        hidden_width: Width of queries, keys and values, `attn.to_k.out_features`.
+        tokens: (batch, tokens, width), fused, both guidance branches.
+        mask: Where it acts; None is everywhere.
     """
 
-    def __init__(self, token_width: int, hidden_width: int) -> None:
-        super().__init__()
-        self.to_k_ip = nn.Linear(token_width, hidden_width, bias=False)
-        self.to_v_ip = nn.Linear(token_width, hidden_width, bias=False)
-        self.scale: float | Tensor = 1.0
+    tokens: Tensor
+    mask: RegionMask | None = None
 
-    def forward(
+
+@dataclass(eq=False)
+class Slot:
+    """One adapter on a UNet, as its layers see it during a call.
+
+    Args:
+        weights: Keys' and values' weights by layer number.
+        groups: This call's image tokens; empty before the first.
+        scales: This step's scale by layer number; a missing layer takes 1.
+    """
+
+    weights: dict[int, LayerWeights]
+    groups: list[TokenGroup] = field(default_factory=list)
+    scales: dict[int, float | Tensor] = field(default_factory=dict)
+
+
+class DecoupledAttention:
+    """Attention processor of one layer, for any number of adapters.
+
+    What does not change during a call is computed once: keys and values of the text, and of each
+    group of image tokens. They are recognised by identity, as pipelines pass the same tensor at
+    every step; nothing is kept while gradients are recorded or `torch.compile` traces.
+
+    Args:
+        number: The layer's number in `unet.attn_processors`.
+        slots: The adapters, shared by all layers.
+    """
+
+    def __init__(self, number: int, slots: list[Slot]) -> None:
+        self.number, self.slots = number, slots
+        self._text = _Once()
+        self._images: dict[int, _Once] = {}
+
+    def __call__(
         self,
         attn: Any,
         hidden_states: Tensor,
@@ -76,39 +141,108 @@ class DecoupledAttention(nn.Module):
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
-        """Attend to `(text, [image_tokens])`, or to text alone when there are no image tokens.
+        """Attend to the text, add each adapter's image tokens.
 
         Args:
             attn: The diffusers `Attention` layer; its projections serve the text branch.
             hidden_states: Latent features, (batch, pixels, channels).
-            encoder_hidden_states: Text (batch, text, width), and image tokens
-                (batch, image, width) in a list, as stock diffusers passes them.
+            encoder_hidden_states: Text (batch, text, width); None attends to the features
+                themselves. With a list of image tokens (batch, tokens, width) beside it, one for
+                each adapter, these replace what the slots hold: training passes them so.
             attention_mask: Additive mask over text tokens.
             temb: Unused in transformer blocks; part of diffusers' interface.
         """
-        text, image = _split(encoder_hidden_states)
-        query = attn.head_to_batch_dim(attn.to_q(hidden_states), out_dim=4)
-        key, value = (attn.head_to_batch_dim(f(text), out_dim=4) for f in (attn.to_k, attn.to_v))
+        text, given = _split(encoder_hidden_states)
+        text = hidden_states if text is None else text
+        layers = [slot.weights.get(self.number) for slot in self.slots]
+        query = _heads(attn, _project(attn.to_q, hidden_states, layers, "to_q_lora"))
+        key, value = self._text.get(text, lambda: self._text_key_value(attn, text, layers))
         mask = _mask(attn, attention_mask, text)
-        if image is None:
-            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        else:
-            image_key = attn.head_to_batch_dim(self.to_k_ip(image), out_dim=4)
-            image_value = attn.head_to_batch_dim(self.to_v_ip(image), out_dim=4)
-            mixed = decoupled_cross_attention(
-                query, key, value, image_key, image_value, self.scale, mask
-            )
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        for scale, weights, group, kept in self._branches(given):
+            if isinstance(scale, Tensor) or scale != 0:
+                image = group.tokens
+                image_key, image_value = kept.get(
+                    image, lambda w=weights, t=image: _image_key_value(attn, w, t)
+                )
+                region = None if group.mask is None else group.mask.at(query.shape[2])
+                mixed = add_image(mixed, query, image_key, image_value, scale, region)
         merged = mixed.transpose(1, 2).flatten(2)
-        return attn.to_out[1](attn.to_out[0](merged))
+        return attn.to_out[1](_project(attn.to_out[0], merged, layers, "to_out_lora"))
+
+    def forget(self) -> None:
+        """Drop what was kept, to free memory or after weights changed."""
+        self._text = _Once()
+        self._images.clear()
+
+    def _branches(
+        self, given: list[Tensor] | None
+    ) -> Iterable[tuple[float | Tensor, LayerWeights, TokenGroup, _Once]]:
+        for index, slot in enumerate(self.slots):
+            weights = slot.weights.get(self.number)
+            if weights is None or weights.to_k_ip is None:
+                continue
+            groups = slot.groups if given is None else [TokenGroup(_flat(given[index]))]
+            for position, group in enumerate(groups):
+                kept = self._images.setdefault(index * 1000 + position, _Once())
+                yield slot.scales.get(self.number, 1.0), weights, group, kept
+
+    def _text_key_value(
+        self, attn: Any, text: Tensor, layers: list[LayerWeights | None]
+    ) -> tuple[Tensor, Tensor]:
+        return (
+            _heads(attn, _project(attn.to_k, text, layers, "to_k_lora")),
+            _heads(attn, _project(attn.to_v, text, layers, "to_v_lora")),
+        )
 
 
-def _split(states: tuple[Tensor, list[Tensor]] | Tensor | None) -> tuple[Tensor, Tensor | None]:
-    if isinstance(states, tuple):
-        text, images = states
-        return text, torch.cat([_flat(tokens) for tokens in images], dim=1)
-    if states is None:
-        raise ShapeError("a cross-attention layer was called without text", where="attention")
-    return states, None
+class _Once:
+    """Two tensors, kept for as long as the same input comes back."""
+
+    def __init__(self) -> None:
+        self._input: Tensor | None = None
+        self._version = -1
+        self._output: tuple[Tensor, Tensor] | None = None
+
+    def get(
+        self, given: Tensor, compute: Callable[[], tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """What `compute` gives, or gave for this very tensor."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return compute()
+        version = 0 if given.is_inference() else given._version
+        if self._output is None or given is not self._input or version != self._version:
+            self._input, self._version, self._output = given, version, compute()
+        return self._output
+
+
+def _image_key_value(attn: Any, weights: LayerWeights, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    if weights.to_k_ip is None or weights.to_v_ip is None:
+        raise ModelError("a layer has no keys for images", where="adapter")
+    return _heads(attn, weights.to_k_ip(tokens)), _heads(attn, weights.to_v_ip(tokens))
+
+
+def _project(
+    layer: Any, states: Tensor, adapters: list[LayerWeights | None], name: str
+) -> Tensor:
+    """The UNet's own projection, plus the low-rank change of each adapter that has one."""
+    projected = layer(states)
+    for weights in adapters:
+        change = None if weights is None else getattr(weights, name)
+        if change is not None:
+            projected = projected + change(states)
+    return projected
+
+
+def _heads(attn: Any, states: Tensor) -> Tensor:
+    """(batch, tokens, heads·head_dim) to (batch, heads, tokens, head_dim)."""
+    return states.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+
+
+def _split(
+    states: tuple[Tensor, list[Tensor]] | Tensor | None,
+) -> tuple[Tensor | None, list[Tensor] | None]:
+    return states if isinstance(states, tuple) else (states, None)
 
 
 def _flat(tokens: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The adapter: a projection, and keys and values for each cross-attention layer of one UNet."""
+"""The adapter: a projection, perhaps a fusion, and keys and values for each layer of one UNet."""
 
 from __future__ import annotations
 
@@ -6,14 +6,72 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
-from ipdiverse.adapter.attention import DecoupledAttention
+from ipdiverse.adapter.faces import FaceIDPlusProjection, FaceIDProjection, FullFaceProjection
+from ipdiverse.adapter.fusion import Fusion
 from ipdiverse.adapter.projection import LinearProjection, ResamplerProjection
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from diffusers import UNet2DConditionModel
     from transformers import CLIPVisionModelWithProjection
 
 Kind = Literal["base", "plus"]
+
+Projection = (
+    LinearProjection
+    | ResamplerProjection
+    | FullFaceProjection
+    | FaceIDProjection
+    | FaceIDPlusProjection
+)
+
+LoraShapes = dict[str, tuple[int, int, int]]
+"""Projection name (`to_q_lora`, …) to its (input width, rank, output width)."""
+
+
+class LowRank(nn.Module):
+    """A low-rank change of a projection: up(down(x)) (LoRA, arXiv:2106.09685), of weight 1.
+
+    Args:
+        width_in: Input width.
+        rank: Of the change.
+        width_out: Output width.
+    """
+
+    def __init__(self, width_in: int, rank: int, width_out: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(width_in, rank, bias=False)
+        self.up = nn.Linear(rank, width_out, bias=False)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """What to add to the projection of these states."""
+        return self.up(self.down(states))
+
+
+class LayerWeights(nn.Module):
+    """What an adapter adds to one attention layer.
+
+    Args:
+        widths: Width of image tokens and of queries; None in self-attention, which has no image
+            branch.
+        lora: Low-rank changes of the layer's own projections (FaceID).
+    """
+
+    to_k_ip: nn.Linear | None
+    to_v_ip: nn.Linear | None
+    to_q_lora: LowRank | None
+    to_k_lora: LowRank | None
+    to_v_lora: LowRank | None
+    to_out_lora: LowRank | None
+
+    def __init__(self, widths: tuple[int, int] | None, lora: LoraShapes | None = None) -> None:
+        super().__init__()
+        self.to_k_ip = None if widths is None else nn.Linear(*widths, bias=False)
+        self.to_v_ip = None if widths is None else nn.Linear(*widths, bias=False)
+        for name in ("to_q_lora", "to_k_lora", "to_v_lora", "to_out_lora"):
+            shape = (lora or {}).get(name)
+            setattr(self, name, None if shape is None else LowRank(*shape))
 
 
 class ImagePromptAdapter(nn.Module):
@@ -23,51 +81,97 @@ class ImagePromptAdapter(nn.Module):
         projection: Image embeddings to image tokens.
         widths: For each cross-attention layer, by its number in `unet.attn_processors`: the width
             of its tokens and of its queries.
+        fusion: Lets image tokens attend to the text; None is plain IP-Adapter.
+        lora: Low-rank changes by layer number, self-attention included (FaceID).
     """
 
     def __init__(
         self,
-        projection: LinearProjection | ResamplerProjection,
+        projection: Projection,
         widths: dict[int, tuple[int, int]],
+        fusion: Fusion | None = None,
+        lora: Mapping[int, LoraShapes] | None = None,
     ) -> None:
         super().__init__()
+        changes = lora or {}
         self.image_proj = projection
         self.ip_adapter = nn.ModuleDict(
-            {str(number): DecoupledAttention(*pair) for number, pair in widths.items()}
+            {
+                str(number): LayerWeights(widths.get(number), changes.get(number))
+                for number in sorted(widths.keys() | changes.keys())
+            }
         )
+        self.fusion = fusion
+        self.spec: dict[str, Any] = {}
 
-    def layers(self) -> dict[int, DecoupledAttention]:
-        """Each layer by its number in `unet.attn_processors`."""
+    def layers(self) -> dict[int, LayerWeights]:
+        """Each layer's weights by its number in `unet.attn_processors`."""
         return {
             int(number): layer
             for number, layer in self.ip_adapter.items()
-            if isinstance(layer, DecoupledAttention)
+            if isinstance(layer, LayerWeights)
+        }
+
+    def widths(self) -> dict[int, tuple[int, int]]:
+        """Token and query width of each layer with an image branch."""
+        return {
+            number: (layer.to_k_ip.in_features, layer.to_k_ip.out_features)
+            for number, layer in self.layers().items()
+            if layer.to_k_ip is not None
         }
 
     @property
     def kind(self) -> str:
-        """`base` (pooled embedding) or `plus` (penultimate hidden states)."""
+        """`base`, `plus`, `full-face`, `faceid` (Portrait too) or `faceid-plus`."""
         return self.image_proj.kind
 
     @property
-    def clip_dim(self) -> int:
-        """Width of the image embeddings that it reads."""
+    def reads(self) -> tuple[str, ...]:
+        """What the projection takes, in order: `pooled`, `hidden`, `face`."""
+        return self.image_proj.reads
+
+    @property
+    def token_width(self) -> int:
+        """Width of the image tokens: the UNet's `cross_attention_dim`."""
+        return next(iter(self.widths().values()))[0]
+
+    @property
+    def clip_dim(self) -> int | None:
+        """Width of the image encoder's output that it reads; None when it reads faces alone."""
         projection = self.image_proj
-        first = projection.proj if isinstance(projection, LinearProjection) else projection.proj_in
-        return first.in_features
+        if isinstance(projection, LinearProjection):
+            return projection.proj.in_features
+        if isinstance(projection, ResamplerProjection):
+            return projection.proj_in.in_features
+        if isinstance(projection, FaceIDPlusProjection):
+            return projection.perceiver_resampler.proj_in.in_features
+        if isinstance(projection, FullFaceProjection):
+            return projection.proj[0].in_features  # type: ignore[return-value]
+        return None
 
-    def tokens(self, image_embeds: Tensor) -> Tensor:
-        """Image embeddings, (batch, clip_dim) or (batch, patches, clip_dim), to image tokens."""
-        return self.image_proj(image_embeds)
+    def tokens(self, *embeds: Tensor) -> Tensor:
+        """Embeddings, in the order of `reads`, to image tokens (batch, tokens, width)."""
+        return self.image_proj(*embeds)
+
+    def fuse(
+        self, tokens: Tensor, text: Tensor, text_mask: Tensor | None = None, strength: float = 1.0
+    ) -> Tensor:
+        """Let the image tokens of one reference attend to the text; without a fusion, as given."""
+        if self.fusion is None or strength == 0:
+            return tokens
+        return self.fusion(tokens, text, text_mask, strength)
 
 
-def cross_attention_layers(unet: UNet2DConditionModel) -> dict[int, str]:
-    """Number in `unet.attn_processors` to processor name, for each cross-attention layer."""
+def attention_layers(unet: Any) -> dict[int, str]:
+    """Number in `unet.attn_processors` to module name, for every attention layer."""
     return {
-        number: name
-        for number, name in enumerate(unet.attn_processors)
-        if name.endswith("attn2.processor")
+        number: name.removesuffix(".processor") for number, name in enumerate(unet.attn_processors)
     }
+
+
+def cross_attention_layers(unet: Any) -> dict[int, str]:
+    """Those that attend to the text."""
+    return {n: name for n, name in attention_layers(unet).items() if name.endswith("attn2")}
 
 
 def layer_widths(unet: UNet2DConditionModel) -> dict[int, tuple[int, int]]:
@@ -79,16 +183,14 @@ def layer_widths(unet: UNet2DConditionModel) -> dict[int, tuple[int, int]]:
 
 
 def _cross_attentions(unet: UNet2DConditionModel) -> dict[int, Any]:
-    return {
-        number: unet.get_submodule(name.removesuffix(".processor"))
-        for number, name in cross_attention_layers(unet).items()
-    }
+    return {n: unet.get_submodule(name) for n, name in cross_attention_layers(unet).items()}
 
 
 def new_adapter(
     kind: Kind,
     unet: UNet2DConditionModel,
     image_encoder: CLIPVisionModelWithProjection,
+    fusion: Fusion | None = None,
     **projection_sizes: int,
 ) -> ImagePromptAdapter:
     """An untrained adapter that fits a UNet and an image encoder.
@@ -98,6 +200,7 @@ def new_adapter(
         unet: The model to prompt; keys and values start as copies of its text projections, as in
             the original.
         image_encoder: What gives the image embeddings.
+        fusion: Of the UNet's `cross_attention_dim`; None is plain IP-Adapter.
         projection_sizes: `num_tokens`, and for plus `width` and `depth`.
     """
     widths = layer_widths(unet)
@@ -110,10 +213,13 @@ def new_adapter(
         projection = ResamplerProjection(
             image_encoder.config.hidden_size, token_width, **projection_sizes
         )
-    adapter = ImagePromptAdapter(projection, widths)
+    adapter = ImagePromptAdapter(projection, widths, fusion)
     layers = adapter.layers()
     for number, attention in _cross_attentions(unet).items():
-        layer = layers[number]
-        layer.to_k_ip.weight.data.copy_(attention.to_k.weight.data)
-        layer.to_v_ip.weight.data.copy_(attention.to_v.weight.data)
+        for mine, theirs in (
+            (layers[number].to_k_ip, attention.to_k),
+            (layers[number].to_v_ip, attention.to_v),
+        ):
+            if mine is not None:
+                mine.weight.data.copy_(theirs.weight.data)
     return adapter

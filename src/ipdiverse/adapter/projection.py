@@ -21,6 +21,7 @@ class LinearProjection(nn.Module):
     """
 
     kind = "base"
+    reads = ("pooled",)
 
     def __init__(self, clip_dim: int, token_width: int, num_tokens: int = 4) -> None:
         super().__init__()
@@ -83,6 +84,7 @@ class ResamplerProjection(nn.Module):
     """
 
     kind = "plus"
+    reads = ("hidden",)
 
     def __init__(
         self,
@@ -99,7 +101,7 @@ class ResamplerProjection(nn.Module):
         self.norm_out = nn.LayerNorm(token_width)
         self.layers = nn.ModuleList(
             [
-                nn.ModuleList([PerceiverAttention(width, 64, width // 64), _feed_forward(width)])
+                nn.ModuleList([PerceiverAttention(width, 64, width // 64), feed_forward(width)])
                 for _ in range(depth)
             ]
         )
@@ -122,7 +124,8 @@ class ResamplerProjection(nn.Module):
         return self.norm_out(self.proj_out(latents))
 
 
-def _feed_forward(width: int) -> nn.Sequential:
+def feed_forward(width: int) -> nn.Sequential:
+    """Norm, linear, GELU, linear; four times as wide inside, no biases in the linear layers."""
     return nn.Sequential(
         nn.LayerNorm(width),
         nn.Linear(width, 4 * width, bias=False),

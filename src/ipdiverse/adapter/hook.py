@@ -1,0 +1,215 @@
+"""The hook at the UNet's boundary: prepares image tokens, once for each text, at every call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.hooks import ModelHook
+from torch import Tensor
+
+from ipdiverse.adapter.attention import DecoupledAttention, Slot, TokenGroup
+from ipdiverse.errors import ArgumentError, ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ipdiverse.adapter.mask import RegionMask
+    from ipdiverse.adapter.model import ImagePromptAdapter
+    from ipdiverse.adapter.scale import Layer, Scale
+
+
+@dataclass(eq=False)
+class ReferenceTokens:
+    """Projected tokens of every item's references that share one attention, before fusion.
+
+    Args:
+        positive: (items, references, tokens, width).
+        negative: The same for the unconditional branch; one entry serves every item.
+        mask: Where they act, (items or 1, height, width) inside; None is everywhere.
+    """
+
+    positive: Tensor
+    negative: Tensor
+    mask: RegionMask | None = None
+
+
+@dataclass(eq=False)
+class Prompt:
+    """One adapter's image prompt.
+
+    Args:
+        adapter: Whose it is.
+        slot: What its layers read.
+        scale: How strongly it acts.
+        references: Empty until a reference is set.
+        fusion_strength: Weight of what text-image fusion adds.
+    """
+
+    adapter: ImagePromptAdapter
+    slot: Slot
+    scale: Scale
+    references: list[ReferenceTokens] = field(default_factory=list)
+    fusion_strength: float = 1.0
+
+    @property
+    def items(self) -> int:
+        """How many items have a reference of their own."""
+        return len(self.references[0].positive)
+
+
+class ImagePromptHook(ModelHook):
+    """Hands each layer its image tokens and scale; the text passes through untouched.
+
+    The pipeline's batch is (branches × items): unconditional items first when it guides. Text that
+    arrives as `(text, [image_tokens, …])` brings its own tokens, as in training, and is left alone.
+
+    Args:
+        pipe: Whose UNet it is on; says whether it guides and at which step it is.
+        prompts: One for each adapter.
+        layers: The UNet's cross-attention layers.
+        processors: Each attention module's processor of ours, to notice when one was replaced.
+        before: The processors to put back.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        prompts: list[Prompt],
+        layers: Sequence[Layer],
+        processors: list[tuple[Any, DecoupledAttention]],
+        before: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        self.pipe, self.prompts, self.layers = pipe, prompts, layers
+        self.processors, self.before = processors, before
+        self.text_mask: Tensor | None = None
+        self._prepared: tuple[Tensor, int] | None = None
+
+    @torch.compiler.disable
+    def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Prepare this call's tokens and scales."""
+        self._check_processors()
+        text = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[2]
+        if isinstance(text, Tensor):
+            self._prepare_tokens(text)
+        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
+        items = len(text) if isinstance(text, Tensor) else len(text[0])
+        self._set_scales(timestep, items)
+        return args, kwargs
+
+    def changed(self) -> None:
+        """A reference or the fusion changed: prepare again at the next call."""
+        self._prepared = None
+
+    def _check_processors(self) -> None:
+        for attention, mine in self.processors:
+            if attention.processor is not mine:
+                raise ModelError(
+                    "an attention processor was replaced while an adapter is attached",
+                    where="pipeline",
+                    found=type(attention.processor).__name__,
+                    fix="Attention slicing and fused projections do not work with image prompts: "
+                    "switch them off, detach and attach again.",
+                )
+
+    def _prepare_tokens(self, text: Tensor) -> None:
+        version = 0 if text.is_inference() else text._version
+        known = self._prepared
+        recording = torch.is_grad_enabled()
+        if known and known[0] is text and known[1] == version and not recording:
+            return
+        for prompt in self.prompts:
+            if not prompt.references:
+                raise ArgumentError(
+                    "no reference was set", where="adapter", fix="Call set_reference."
+                )
+            branches = self._branches(len(text), prompt.items)
+            prompt.adapter.to(text.device, text.dtype)
+            prompt.slot.groups = [
+                self._group(prompt, part, text, branches) for part in prompt.references
+            ]
+        self._prepared = (text, version)
+
+    def _group(
+        self, prompt: Prompt, part: ReferenceTokens, text: Tensor, branches: int
+    ) -> TokenGroup:
+        items = len(text) // branches
+        repeats = items // len(part.positive)
+        positive = part.positive.to(text).repeat_interleave(repeats, 0)
+        tokens = positive
+        if branches == 2:
+            negative = part.negative.to(text)
+            negative = negative.expand_as(part.positive).repeat_interleave(repeats, 0)
+            tokens = torch.cat([negative, positive])
+        if prompt.adapter.fusion is not None and prompt.fusion_strength:
+            tokens = self._fused(prompt, tokens, text)
+        mask = part.mask
+        if mask is not None and len(mask.weights) > 1:
+            mask = type(mask)(mask.weights.repeat_interleave(repeats, 0)).repeated(branches)
+        return TokenGroup(tokens.flatten(1, 2), mask)
+
+    def _fused(self, prompt: Prompt, tokens: Tensor, text: Tensor) -> Tensor:
+        """Fuse each reference of each item with that item's text."""
+        references = tokens.shape[1]
+        mask = self._mask_for(text)
+        fused = prompt.adapter.fuse(
+            tokens.flatten(0, 1),
+            text.repeat_interleave(references, 0),
+            None if mask is None else mask.repeat_interleave(references, 0),
+            prompt.fusion_strength,
+        )
+        return fused.unflatten(0, (-1, references))
+
+    def _mask_for(self, text: Tensor) -> Tensor | None:
+        """What is padding in this text; None when the prompt's words are not known."""
+        mask = self.text_mask
+        if mask is None or mask.shape[1] != text.shape[1] or len(text) not in (
+            len(mask),
+            len(mask) // 2,
+        ):
+            return None
+        return mask[-len(text) :].to(text.device)
+
+    def _branches(self, batch: int, items: int) -> int:
+        """1, or 2 when the pipeline guides."""
+        fitting = [b for b in (1, 2) if batch % b == 0 and (batch // b) % items == 0]
+        if not fitting:
+            raise ArgumentError(
+                "the number of references does not fit the batch",
+                where="adapter",
+                expected=f"a UNet batch of {items} or {2 * items} items, or a multiple",
+                found=batch,
+                fix="Give one reference, one per prompt, or one per output.",
+            )
+        guided = 2 if getattr(self.pipe, "do_classifier_free_guidance", False) else 1
+        return guided if guided in fitting else fitting[0]
+
+    def _set_scales(self, timestep: Any, batch: int) -> None:
+        progress = self._progress(timestep) if any(p.scale.by_step for p in self.prompts) else 0.0
+        for prompt in self.prompts:
+            prompt.slot.scales = {
+                layer.number: _for_batch(prompt.scale.at(layer, progress), batch)
+                for layer in self.layers
+            }
+
+    def _progress(self, timestep: Any) -> float:
+        """Share of the pipeline's steps that are done: 0 at the first."""
+        steps = self.pipe.scheduler.timesteps
+        now = torch.as_tensor(timestep).flatten()[0].to(steps.device)
+        return int((steps - now).abs().argmin()) / len(steps)
+
+
+def _for_batch(scale: float | Tensor, batch: int) -> float | Tensor:
+    """A scale for each item as one for each entry of the batch: (branches × items)."""
+    if not isinstance(scale, Tensor) or scale.ndim == 0:
+        return scale
+    if batch % len(scale):
+        raise ArgumentError(
+            "has the wrong length",
+            where="scale",
+            expected=f"a number for each item of a batch of {batch}",
+            found=len(scale),
+        )
+    return scale.repeat(batch // len(scale))

@@ -1,0 +1,244 @@
+"""How strongly an image prompt acts: by layer, by step and by item.
+
+A scale is a number; a list with one number for each layer; numbers by block; a preset; a tensor with
+one number for each item; or a function of layer and progress. `start` and `end` switch it off
+outside a part of the steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ipdiverse.errors import ArgumentError, check_range
+
+if TYPE_CHECKING:
+    from typing import Any
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Where a cross-attention layer stands in its UNet.
+
+    Args:
+        number: In `unet.attn_processors`.
+        block: Which block: `down.1`, `mid`, `up.0`.
+        transformer: Which transformer of the UNet it is in, counted as the UNet runs: down, mid,
+            up. Layers of one transformer share it.
+        transformers: How many there are.
+    """
+
+    number: int
+    block: str
+    transformer: int
+    transformers: int
+
+    @property
+    def part(self) -> str:
+        """`down`, `mid` or `up`."""
+        return self.block.split(".")[0]
+
+
+ScaleFunction = Callable[[Layer, float], float | Tensor]
+"""A layer and the progress, 0 at the first step and towards 1 at the last, to its scale."""
+
+ScaleLike = float | str | Sequence[float] | Mapping[str, float] | Tensor | ScaleFunction
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A scale, resolved against a UNet's layers.
+
+    Args:
+        of: Scale of a layer at a progress.
+        by_step: Whether it depends on the progress at all.
+        start: Share of the steps before which it is 0.
+        end: Share of the steps from which it is 0 again.
+    """
+
+    of: ScaleFunction
+    by_step: bool = False
+    start: float = 0.0
+    end: float = 1.0
+
+    def at(self, layer: Layer, progress: float) -> float | Tensor:
+        """The scale of a layer at a progress."""
+        if not self.start <= progress < self.end and (self.start, self.end) != (0.0, 1.0):
+            return 0.0
+        return self.of(layer, progress)
+
+
+def resolve_scale(
+    value: ScaleLike,
+    layers: Sequence[Layer],
+    *,
+    weight: float = 1.0,
+    start: float = 0.0,
+    end: float = 1.0,
+) -> Scale:
+    """Make sense of a scale.
+
+    Args:
+        value: A number; a preset of `PRESETS`; a sequence with one number for each of `layers`, in
+            the order in which the UNet runs them; numbers by block (`down`, `down.1`, `mid`, `up`,
+            `up.0`; the most specific holds, others are 0); a tensor (items,); a function.
+        layers: The UNet's cross-attention layers, in that order.
+        weight: Multiplies presets.
+        start: Share of the steps before which the scale is 0.
+        end: Share of the steps from which it is 0.
+
+    Raises:
+        ArgumentError: An unknown preset or block, a list of the wrong length, a bad range.
+    """
+    check_range("start", start, 0, 1)
+    check_range("end", end, start, 1)
+    stepped = (start, end) != (0.0, 1.0)
+    if isinstance(value, str):
+        return Scale(_preset(value, layers, weight), stepped, start, end)
+    if isinstance(value, Tensor) and value.ndim:
+        return Scale(lambda _layer, _progress: value, stepped, start, end)
+    if isinstance(value, Mapping):
+        return Scale(_by_block(value, layers), stepped, start, end)
+    if isinstance(value, Sequence):
+        return Scale(_by_layer(value, layers), stepped, start, end)
+    if callable(value) and not isinstance(value, Tensor):
+        return Scale(value, True, start, end)
+    number = float(value)
+    check_range("scale", number, -10, 10)
+    return Scale(lambda _layer, _progress: number, stepped, start, end)
+
+
+def unet_layers(unet: Any) -> list[Layer]:
+    """Cross-attention layers in the order in which the UNet runs them: down, mid, up."""
+    names = {
+        number: name.split(".")
+        for number, name in enumerate(unet.attn_processors)
+        if name.endswith("attn2.processor")
+    }
+    order = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
+    ordered = sorted(names, key=lambda n: (order[names[n][0]], n))
+    homes = [tuple(names[n][: names[n].index("transformer_blocks")]) for n in ordered]
+    transformers = list(dict.fromkeys(homes))
+    return [
+        Layer(number, _block(names[number]), transformers.index(home), len(transformers))
+        for number, home in zip(ordered, homes, strict=True)
+    ]
+
+
+def _block(name: list[str]) -> str:
+    part = name[0].split("_")[0]
+    return part if part == "mid" else f"{part}.{name[1]}"
+
+
+def _by_layer(values: Sequence[float], layers: Sequence[Layer]) -> ScaleFunction:
+    if len(values) != len(layers):
+        raise ArgumentError(
+            "has the wrong length",
+            where="scale",
+            expected=f"{len(layers)} numbers, one for each cross-attention layer",
+            found=len(values),
+        )
+    numbers = {layer.number: float(v) for layer, v in zip(layers, values, strict=True)}
+    return lambda layer, _: numbers[layer.number]
+
+
+def _by_block(values: Mapping[str, float], layers: Sequence[Layer]) -> ScaleFunction:
+    known = {name for layer in layers for name in (layer.block, layer.part)}
+    if unknown := sorted(set(values) - known):
+        raise ArgumentError(
+            "names a block that this UNet does not have",
+            where="scale",
+            expected=", ".join(sorted(known)),
+            found=", ".join(unknown),
+        )
+    return lambda layer, _: float(values.get(layer.block, values.get(layer.part, 0.0)))
+
+
+def _bell(layer: Layer) -> float:
+    half = layer.transformers / 2
+    return abs(layer.transformer - half) / half
+
+
+_SMOOTH: dict[str, Callable[[Layer], float]] = {
+    "linear": lambda _: 1.0,
+    "ease in": lambda layer: 0.05 + 0.95 * (1 - layer.transformer / layer.transformers),
+    "ease out": lambda layer: 0.05 + 0.95 * (layer.transformer / layer.transformers),
+    "ease in-out": lambda layer: 0.05 + 0.95 * (1 - _bell(layer)),
+    "reverse in-out": lambda layer: 0.05 + 0.95 * _bell(layer),
+    "weak input": lambda layer: 0.2 if layer.part == "down" else 1.0,
+    "weak middle": lambda layer: 0.2 if layer.part == "mid" else 1.0,
+    "weak output": lambda layer: 0.2 if layer.part == "up" else 1.0,
+    "strong middle": lambda layer: 1.0 if layer.part == "mid" else 0.2,
+}
+"""ComfyUI's weight types that any UNet has; names and numbers are its IPAdapter nodes' own."""
+
+_SD15_STYLE = {**dict.fromkeys(range(4), 1.0), **dict.fromkeys(range(9, 16), 1.0)}
+_SD15_STRONG = {**dict.fromkeys(range(4), 1.0), **dict.fromkeys(range(6, 16), 1.0)}
+_SDXL_STRONG = dict.fromkeys([0, 1, 2, *range(4, 11)], 1.0)
+_BY_TRANSFORMER: dict[str, dict[int, dict[int, float]]] = {
+    "style transfer": {16: _SD15_STYLE, 11: {6: 1.0}},
+    "composition": {16: {4: 0.25, 5: 1.0}, 11: {3: 1.0}},
+    "strong style transfer": {16: _SD15_STRONG, 11: _SDXL_STRONG},
+    "style and composition": {16: {**_SD15_STYLE, 4: 0.25, 5: 1.0}, 11: {3: 1.0, 6: 1.0}},
+    "strong style and composition": {
+        16: dict.fromkeys(range(16), 1.0),
+        11: dict.fromkeys(range(11), 1.0),
+    },
+}
+"""Presets by transformer, for the 16 of SD 1.x and 2.x and the 11 of SDXL.
+
+ComfyUI's; on SDXL, 3 and 6 are `down_blocks.2.attentions.1` and `up_blocks.0.attentions.1`, the
+layout and the style block of InstantStyle (arXiv:2404.02733, section 3.3).
+"""
+_ALIASES = {"style": "style transfer", "layout": "composition", "instantstyle": "style transfer"}
+
+PRESETS = (*_SMOOTH, *_BY_TRANSFORMER, *_ALIASES)
+"""Every preset's name; `style`, `layout` and `instantstyle` are InstantStyle's."""
+
+
+def _preset(name: str, layers: Sequence[Layer], weight: float) -> ScaleFunction:
+    full = _ALIASES.get(name, name)
+    if full in _SMOOTH:
+        return lambda layer, _: weight * _SMOOTH[full](layer)
+    if full not in _BY_TRANSFORMER:
+        raise ArgumentError(
+            "is no preset", where="scale", expected=" | ".join(PRESETS), found=repr(name)
+        )
+    table = _BY_TRANSFORMER[full]
+    count = layers[0].transformers
+    weights = table.get(count) or _by_role(full, layers)
+    return lambda layer, _: weight * weights.get(layer.transformer, 0.0)
+
+
+def _by_role(name: str, layers: Sequence[Layer]) -> dict[int, float]:
+    """The presets on other UNets, by InstantStyle's roles.
+
+    Layout is the last transformer before the middle; style is the second of the first `up` block
+    that has any, as on SDXL. `strong` keeps everything but the other role.
+    """
+    downs = [layer.transformer for layer in layers if layer.part == "down"]
+    ups = [layer.transformer for layer in layers if layer.part == "up"]
+    if not downs or not ups:
+        raise ArgumentError(
+            "needs a UNet that attends to text on its way down and up",
+            where=f"scale preset {name!r}",
+        )
+    first_up = [layer.transformer for layer in layers if layer.block == _first_up(layers)]
+    layout, style = max(downs), sorted(set(first_up))[: 2][-1]
+    everything = dict.fromkeys(range(layers[0].transformers), 1.0)
+    if name == "composition":
+        return {layout: 1.0}
+    if name == "style transfer":
+        return {style: 1.0}
+    if name == "style and composition":
+        return {layout: 1.0, style: 1.0}
+    if name == "strong style transfer":
+        return {t: w for t, w in everything.items() if t != layout}
+    return everything
+
+
+def _first_up(layers: Sequence[Layer]) -> str:
+    return next(layer.block for layer in layers if layer.part == "up")
