@@ -15,7 +15,7 @@ from ipdiverse.bases import (
     CRITTERS_ADAPTERS,
     CRITTERS_BASE,
     CRITTERS_PROVENANCE,
-    adapter_file,
+    adapter_source,
     load_base,
 )
 from ipdiverse.critters.oracle import read
@@ -62,7 +62,7 @@ def test_provenance_says_how_they_were_made() -> None:
 
 @pytest.mark.parametrize("kind", ["base", "plus"])
 def test_stock_diffusers_makes_the_same_image(kind: str, references: list[Image.Image]) -> None:
-    base, file = load_base(), adapter_file("critters", kind)
+    base, file = load_base(), adapter_source("critters", kind)
     with attached(base, file) as attachment:
         attachment.set_scale(0.7)
         request = Request(image="", n=1, steps=4, guidance_scale=3.0)

@@ -52,7 +52,7 @@ def test_images_sheet_and_record_are_written(
     ]
     assert pixels(out / "0000.png").shape == (64, 64, 3)
     record = json.loads((out / "generation.json").read_text())
-    assert record["request"]["prompt"] == "a critter in the snow"
+    assert record["request"]["prompt"] == ["a critter in the snow"]
     assert read_provenance(out / "0001.png")["image_index"] == 1
     captured = capsys.readouterr()
     assert "contact_sheet.png" in captured.out
@@ -256,10 +256,10 @@ def test_python_arguments_of_another_type_are_named(options: dict[str, Any], mes
 
 
 def test_a_loaded_base_is_the_one_that_is_recorded(reference: Path, tmp_path: Path) -> None:
-    from ipdiverse.bases import CRITTERS_BASE, adapter_file, load_base
+    from ipdiverse.bases import CRITTERS_BASE, adapter_source, load_base
 
     loaded = load_base(str(CRITTERS_BASE))
-    weights = str(adapter_file("critters", "plus"))
+    weights = str(adapter_source("critters", "plus"))
     result = ipdiverse.generate(reference, n=1, steps=1, loaded=loaded, adapter=weights)
     assert result.request.base == str(CRITTERS_BASE)
 

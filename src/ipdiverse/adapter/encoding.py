@@ -163,7 +163,7 @@ class _Projected:
                 raise ArgumentError(
                     "needs face embeddings",
                     where=f"a {self.adapter.kind} adapter",
-                    fix="Give Reference(faces=…), from ipdiverse.adapter.face_embeddings or a file.",
+                    fix="Give Reference(faces=…): an array, or a file by `load_face_embeddings`.",
                 )
             return reference.faces
         if not reference.images:

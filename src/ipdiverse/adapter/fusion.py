@@ -64,7 +64,9 @@ class GatedFusion(nn.Module):
         """
         query = self._split(self.to_q(self.norm_image(image_tokens)))
         normed = self.norm_text(text)
-        mixed = attend(query, self._split(self.to_k(normed)), self._split(self.to_v(normed)), text_mask)
+        mixed = attend(
+            query, self._split(self.to_k(normed)), self._split(self.to_v(normed)), text_mask
+        )
         added = self.to_out(mixed.transpose(1, 2).flatten(2))
         return image_tokens + strength * torch.tanh(self.gate)[:, None] * added
 

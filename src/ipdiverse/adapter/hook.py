@@ -88,7 +88,7 @@ class ImagePromptHook(ModelHook):
         self._prepared: tuple[Tensor, int] | None = None
 
     @torch.compiler.disable
-    def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002
         """Prepare this call's tokens and scales."""
         self._check_processors()
         text = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[2]
@@ -165,9 +165,14 @@ class ImagePromptHook(ModelHook):
     def _mask_for(self, text: Tensor) -> Tensor | None:
         """What is padding in this text; None when the prompt's words are not known."""
         mask = self.text_mask
-        if mask is None or mask.shape[1] != text.shape[1] or len(text) not in (
-            len(mask),
-            len(mask) // 2,
+        if (
+            mask is None
+            or mask.shape[1] != text.shape[1]
+            or len(text)
+            not in (
+                len(mask),
+                len(mask) // 2,
+            )
         ):
             return None
         return mask[-len(text) :].to(text.device)

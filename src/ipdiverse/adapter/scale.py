@@ -1,7 +1,7 @@
 """How strongly an image prompt acts: by layer, by step and by item.
 
-A scale is a number; a list with one number for each layer; numbers by block; a preset; a tensor with
-one number for each item; or a function of layer and progress. `start` and `end` switch it off
+A scale is a number; a list with one number for each layer; numbers by block; a preset; a tensor
+with one number for each item; or a function of layer and progress. `start` and `end` switch it off
 outside a part of the steps.
 """
 
@@ -227,7 +227,7 @@ def _by_role(name: str, layers: Sequence[Layer]) -> dict[int, float]:
             where=f"scale preset {name!r}",
         )
     first_up = [layer.transformer for layer in layers if layer.block == _first_up(layers)]
-    layout, style = max(downs), sorted(set(first_up))[: 2][-1]
+    layout, style = max(downs), sorted(set(first_up))[:2][-1]
     everything = dict.fromkeys(range(layers[0].transformers), 1.0)
     if name == "composition":
         return {layout: 1.0}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ipdiverse.bases import CRITTERS, adapter_file, load_base
+from ipdiverse.bases import CRITTERS, adapter_source, load_base
 from ipdiverse.critters.oracle import Oracle, read
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import ATTRIBUTES, IDENTITY, conditional, sample_scene
@@ -59,7 +59,7 @@ def measure_copier(
     chosen = study_pairs(pairs, seed=3)
     references = [pair.image() for pair in chosen]
     rows = []
-    with attached(base, adapter_file(CRITTERS, adapter)) as attachment:
+    with attached(base, adapter_source(CRITTERS, adapter)) as attachment:
         for scale in scales:
             attachment.set_scale(scale)
             jobs = [

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from ipdiverse.bases import CRITTERS, adapter_file, copier_report, load_base
+from ipdiverse.bases import CRITTERS, adapter_source, copier_report, load_base
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import Scene
 from ipdiverse.provenance import ensure_writable_folder, save_png, write_text_atomic
@@ -106,7 +106,7 @@ def _generate(reference: Image.Image) -> dict[float, list[Image.Image]]:
     request = Request(image="", prompt=PROMPT, n=PER_SCALE, guidance_scale=base.guidance_scale)
     jobs = [Job(PROMPT, request.seed, index, reference) for index in range(PER_SCALE)]
     images = {}
-    with attached(base, adapter_file(CRITTERS, request.adapter)) as attachment:
+    with attached(base, adapter_source(CRITTERS, request.adapter)) as attachment:
         for scale in SCALES:
             attachment.set_scale(scale)
             images[scale] = sample(base, jobs, request, attachment)

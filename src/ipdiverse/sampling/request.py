@@ -10,6 +10,10 @@ from ipdiverse.errors import ArgumentError, check_range
 
 MAX_IMAGES = 1024
 MAX_STEPS = 1000
+MAX_SIDE = 4096
+
+_SEVERAL = ("image", "prompt", "mask", "weights")
+_WHOLE = ("n", "steps", "seed")
 
 
 @dataclass(frozen=True)
@@ -17,52 +21,140 @@ class Request:
     """Everything that decides the images of one call.
 
     Args:
-        image: The reference image's file.
-        prompt: What to show; empty leaves everything to the reference.
-        n: How many images, 1 to 1024.
-        seed: Image i depends on the seed and i alone, never on n.
-        base: `critters`, or a folder that diffusers saved.
-        adapter: `plus` or `base` of critters, or a safetensors file.
+        image: The reference image's file; several are one reference together.
+        prompt: What to show; empty leaves everything to the reference. Several get `n` images each.
+        n: How many images of each prompt, 1 to 1024.
+        seed: Image i of a prompt depends on the seed and i alone, never on n.
+        base: `critters`, `sd15`, `sdxl`, a hub id, a folder that diffusers saved, or a single
+            `.safetensors` file.
+        adapter: `plus` or `base` of critters, a file, a folder, or a hub id with the file's path
+            behind it.
+        image_encoder: Folder or hub id of the image encoder; empty takes the base's own.
         scale: Weight of the image prompt (λ); 0 is text alone, 1 the full reference.
+        preset: How the scale varies over the layers: ComfyUI's weight types, or InstantStyle's
+            `style` and `layout`; empty is the same everywhere.
+        start: Share of the steps before which the image prompt is off.
+        end: Share of the steps from which it is off.
+        combine: Several images: `concat`, `average`, `weighted` or `subtract`.
+        weights: For `weighted`, one for each image.
+        mask: Where each image acts: one picture for each, white acts.
+        negative_image: What guidance moves away from.
+        faces: File of face embeddings, for adapters that read faces.
+        init_image: Start from this image (image-to-image), or inpaint it with `mask_image`.
+        strength: How much of it is redone, 0 to 1.
+        mask_image: What of `init_image` to paint anew: white.
+        control_image: Pose, depth or edges for the ControlNet.
+        controlnet: Folder or hub id of the ControlNet.
+        control_scale: Its weight.
+        width: In pixels; None takes the base's.
+        height: In pixels; None takes the base's.
         steps: Denoising steps.
         guidance_scale: Classifier-free guidance; None takes the base's default.
         negative_prompt: What guidance moves away from.
     """
 
-    image: str
-    prompt: str = ""
+    image: tuple[str, ...] = ()
+    prompt: tuple[str, ...] = ("",)
     n: int = 4
     seed: int = 0
     base: str = CRITTERS
     adapter: str = "plus"
+    image_encoder: str = ""
     scale: float = 1.0
+    preset: str = ""
+    start: float = 0.0
+    end: float = 1.0
+    combine: str = "concat"
+    weights: tuple[float, ...] = ()
+    mask: tuple[str, ...] = ()
+    negative_image: str = ""
+    faces: str = ""
+    init_image: str = ""
+    strength: float = 0.8
+    mask_image: str = ""
+    control_image: str = ""
+    controlnet: str = ""
+    control_scale: float = 1.0
+    width: int | None = None
+    height: int | None = None
     steps: int = 25
     guidance_scale: float | None = None
     negative_prompt: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("n", "steps", "seed"):
+        for name in _SEVERAL:
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise ArgumentError(
-                    "is no whole number", where=name, expected="an int", found=repr(value)
-                )
-        for name in ("image", "prompt", "base", "adapter", "negative_prompt"):
-            _check_text(name, getattr(self, name))
+            one = isinstance(value, (str, int, float))
+            object.__setattr__(self, name, (value,) if one else tuple(value))
+        if not self.prompt:
+            object.__setattr__(self, "prompt", ("",))
+        for name in _WHOLE:
+            _check_whole(name, getattr(self, name))
+        self._check_texts()
+        self._check_ranges()
+        self._check_together()
+
+    def _check_texts(self) -> None:
+        for field in fields(Request):
+            value = getattr(self, field.name)
+            if field.name in ("image", "prompt", "mask"):
+                for part in value:
+                    _check_text(field.name, part)
+            elif field.type == "str":
+                _check_text(field.name, value)
+
+    def _check_ranges(self) -> None:
         check_range("n", self.n, 1, MAX_IMAGES)
+        check_range("n × prompts", self.n * len(self.prompt), 1, MAX_IMAGES)
         check_range("steps", self.steps, 1, MAX_STEPS)
         check_range("scale", self.scale, 0, 10)
+        check_range("start", self.start, 0, 1)
+        check_range("end", self.end, self.start, 1)
+        check_range("strength", self.strength, 0, 1)
+        check_range("control_scale", self.control_scale, 0, 10)
         check_range("seed", self.seed, 0, 2**63 - 1)
         if self.guidance_scale is not None:
             check_range("guidance_scale", self.guidance_scale, 0, 100)
+        for name in ("width", "height"):
+            value = getattr(self, name)
+            if value is not None:
+                _check_whole(name, value)
+                check_range(name, value, 8, MAX_SIDE)
+                if value % 8:
+                    raise ArgumentError("is no multiple of 8", where=name, found=value)
+
+    def _check_together(self) -> None:
+        for name, needed in (
+            ("mask_image", "init_image"),
+            ("control_image", "controlnet"),
+            ("controlnet", "control_image"),
+        ):
+            if getattr(self, name) and not getattr(self, needed):
+                raise ArgumentError(f"needs {needed}", where=name, fix=f"Give --{_flag(needed)}.")
 
     def command(self, out: str) -> str:
         """The shell command that repeats this request exactly."""
         parts = ["ipdiverse", "generate"]
-        for name, value in ((f.name, getattr(self, f.name)) for f in fields(Request)):
-            if value is not None:
-                parts.append(f"--{name.replace('_', '-')}={shlex.quote(str(value))}")
+        for field in fields(Request):
+            value = getattr(self, field.name)
+            if value is None or (value == field.default and field.name not in _ALWAYS):
+                continue
+            for one in value if isinstance(value, tuple) else (value,):
+                parts.append(f"--{_flag(field.name)}={shlex.quote(str(one))}")
         return " ".join([*parts, f"--out={shlex.quote(out)}"])
+
+
+_ALWAYS = ("prompt", "n", "seed", "base", "adapter", "scale", "steps", "guidance_scale")
+"""Flags that a recorded command states even when they are at their default."""
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _check_whole(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ArgumentError("is no whole number", where=name, expected="an int", found=repr(value))
 
 
 def _check_text(name: str, value: object) -> None:

@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from ipdiverse.adapter.attach import attach, detach
 from ipdiverse.adapter.attention import decoupled_cross_attention
 from ipdiverse.adapter.checkpoint import load_adapter, read_spec, save_adapter
-from ipdiverse.adapter.reference import Reference
 from ipdiverse.adapter.model import ImagePromptAdapter, cross_attention_layers, new_adapter
+from ipdiverse.adapter.reference import Reference
 from ipdiverse.errors import ArgumentError, CheckpointError, ModelError, ShapeError
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def test_save_then_load_is_equal(pipe: StableDiffusionPipeline, kind: Any, tmp_p
     expected = adapter.state_dict()
     assert loaded.state_dict().keys() == expected.keys()
     assert all(torch.equal(t, expected[name]) for name, t in loaded.state_dict().items())
-    assert read_spec(file) == {"kind": kind, "steps": 3}
+    assert {"kind": kind, "steps": 3}.items() <= read_spec(file).items()
     assert [f.name for f in tmp_path.iterdir()] == ["a.safetensors"]
 
 
@@ -126,7 +126,9 @@ def test_an_image_without_an_encoder_says_what_to_give(
 ) -> None:
     pipe.image_encoder = None
     with attach(pipe, adapter) as prompt:
-        with pytest.raises(ModelError, match="has no image encoder. Give attach an image_encoder"):
+        with pytest.raises(
+            ModelError, match=r"has no image encoder\. Give attach"
+        ):
             prompt.set_reference(references[0])
         prompt.set_reference(Reference(embeds=[torch.zeros(1, 128)]))
         assert pipe("a critter", num_inference_steps=1).images

@@ -1,0 +1,117 @@
+"""Face embeddings: from a file, or computed by insightface where it is installed."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ipdiverse.errors import ArgumentError, CheckpointError, ModelError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from PIL import Image
+    from torch import Tensor
+
+
+def load_face_embeddings(file: Path) -> Tensor:
+    """Read embeddings, one face a row, float32 (faces, width).
+
+    Args:
+        file: `.npy`, `.safetensors` with one tensor, or `.json` with a list of numbers or of lists.
+
+    Raises:
+        CheckpointError: The file is missing, broken, or holds something else.
+    """
+    if not file.is_file():
+        raise CheckpointError("no such file", where=file, fix="Check the path.")
+    readers = {".npy": _read_npy, ".safetensors": _read_safetensors, ".json": _read_json}
+    reader = readers.get(file.suffix.lower())
+    if reader is None:
+        raise CheckpointError(
+            "holds no face embeddings", where=file, expected=" | ".join(readers), found=file.suffix
+        )
+    try:
+        array = reader(file)
+    except Exception as error:  # whatever a reader raises on a broken file
+        raise CheckpointError(
+            "cannot be read", where=file, found=str(error).splitlines()[0][:200]
+        ) from error
+    return face_array(array, file)
+
+
+def face_array(array: Any, where: object = "faces") -> Tensor:
+    """Check an array of embeddings and give it the shape (faces, width).
+
+    Raises:
+        CheckpointError: It is no matrix of finite numbers.
+    """
+    try:
+        values = np.asarray(array, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError("holds no numbers", where=where, found=str(error)[:200]) from error
+    values = values[None] if values.ndim == 1 else values
+    if values.ndim != 2 or not values.size or not np.isfinite(values).all():
+        raise CheckpointError(
+            "holds no face embeddings",
+            where=where,
+            expected="finite numbers, (faces, width) or (width,)",
+            found=f"shape {values.shape}",
+        )
+    return torch.from_numpy(values.copy())
+
+
+def _read_npy(file: Path) -> np.ndarray:
+    return np.load(file, allow_pickle=False)
+
+
+def _read_safetensors(file: Path) -> np.ndarray:
+    from safetensors.torch import load_file
+
+    tensors = list(load_file(file).values())
+    if len(tensors) != 1:
+        raise ValueError(f"{len(tensors)} tensors, expected one")
+    return tensors[0].float().numpy()
+
+
+def _read_json(file: Path) -> list[Any]:
+    return json.loads(file.read_text())
+
+
+def detect_face(image: Image.Image, root: Path | None = None) -> Tensor:
+    """The largest face's embedding by insightface, (1, 512), normalised to length 1.
+
+    Args:
+        image: With at least one face.
+        root: Where insightface keeps its models; None is its own default.
+
+    Raises:
+        ModelError: insightface or its models are missing.
+        ArgumentError: No face was found.
+    """
+    try:
+        from insightface.app import FaceAnalysis  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise ModelError(
+            "is not installed",
+            where="insightface",
+            fix="Run `pip install ipdiverse[faces]`, or give embeddings from a file.",
+        ) from error
+    options = {} if root is None else {"root": str(root)}
+    try:
+        analysis = FaceAnalysis(name="buffalo_l", **options)
+        analysis.prepare(ctx_id=0, det_size=(640, 640))
+    except Exception as error:  # a failed download, or models that are not there
+        raise ModelError(
+            "has no models",
+            where="insightface",
+            found=str(error).splitlines()[0][:200] or "nothing",
+        ) from error
+    faces = analysis.get(np.asarray(image.convert("RGB"))[:, :, ::-1])
+    if not faces:
+        raise ArgumentError("shows no face", where="image", fix="Crop closer, or give embeddings.")
+    largest = max(faces, key=lambda f: (f.bbox[2] - f.bbox[0]) * (f.bbox[3] - f.bbox[1]))
+    return face_array(largest.normed_embedding)

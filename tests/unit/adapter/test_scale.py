@@ -1,0 +1,121 @@
+"""Scales by layer, by step and by item."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from ipdiverse.adapter.scale import PRESETS, Layer, resolve_scale, unet_layers
+from ipdiverse.errors import ArgumentError
+
+SD15 = [Layer(1 + 2 * i, f"down.{i // 2}", i, 16) for i in range(6)] + [
+    Layer(31, "mid", 6, 16),
+    *[Layer(13 + 2 * i, f"up.{1 + i // 3}", 7 + i, 16) for i in range(9)],
+]
+SDXL = [
+    *[Layer(2 * i + 1, f"down.{1 + i // 2}", i, 11) for i in range(4)],
+    Layer(139, "mid", 4, 11),
+    *[Layer(2 * i + 49, f"up.{i // 3}", 5 + i, 11) for i in range(6)],
+]
+
+
+def at(value: Any, layers: list[Layer], progress: float = 0.0, **options: float) -> list[Any]:
+    scale = resolve_scale(value, layers, **options)
+    return [scale.at(layer, progress) for layer in layers]
+
+
+def on(value: str, layers: list[Layer]) -> dict[int, float]:
+    pairs = zip(layers, at(value, layers), strict=True)
+    return {layer.transformer: scale for layer, scale in pairs if scale}
+
+
+def test_layers_run_down_mid_up_though_mid_is_numbered_last(pipe: Any) -> None:
+    layers = unet_layers(pipe.unet)
+    assert [layer.number for layer in layers] == [1, 3, 13, 5, 7, 9, 11]
+    assert [layer.block for layer in layers] == [
+        "down.1",
+        "down.2",
+        "mid",
+        "up.0",
+        "up.0",
+        "up.1",
+        "up.1",
+    ]
+    assert [layer.transformer for layer in layers] == list(range(7))
+
+
+def test_a_number_holds_everywhere_and_a_list_layer_by_layer() -> None:
+    assert at(0.7, SD15) == [0.7] * 16
+    assert at([i / 10 for i in range(16)], SD15) == [i / 10 for i in range(16)]
+    with pytest.raises(ArgumentError, match=r"wrong length; expected 16 numbers.*found 3"):
+        resolve_scale([1.0, 2.0, 3.0], SD15)
+
+
+def test_blocks_the_most_specific_holds_and_others_are_off() -> None:
+    assert at({"up": 0.5, "up.1": 1.0}, SD15) == [0.0] * 7 + [1.0] * 3 + [0.5] * 6
+    with pytest.raises(ArgumentError, match=r"block that this UNet does not have; .*found up\.9"):
+        resolve_scale({"up.9": 1.0}, SD15)
+
+
+def test_instantstyles_blocks_on_sdxl() -> None:
+    assert on("style", SDXL) == {6: 1.0}
+    assert on("layout", SDXL) == {3: 1.0}
+    assert on("style and composition", SDXL) == {3: 1.0, 6: 1.0}
+    assert SDXL[3].block == "down.2", "down_blocks.2.attentions.1"
+    assert SDXL[6].block == "up.0", "up_blocks.0.attentions.1"
+
+
+def test_comfyuis_weight_types_on_sd15() -> None:
+    assert on("composition", SD15) == {4: 0.25, 5: 1.0}
+    assert set(on("style transfer", SD15)) == {0, 1, 2, 3, *range(9, 16)}
+    assert set(on("strong style transfer", SD15)) == set(range(16)) - {4, 5}
+    assert set(on("strong style and composition", SD15)) == set(range(16))
+    assert at("ease in", SD15)[0] == pytest.approx(1.0)
+    assert at("ease out", SD15)[0] == pytest.approx(0.05)
+    assert at("ease in-out", SD15)[8] == pytest.approx(1.0)
+    assert at("reverse in-out", SD15)[8] == pytest.approx(0.05)
+    assert at("weak middle", SD15)[6] == 0.2
+    assert at("strong middle", SD15)[6] == 1.0
+    assert at("weak input", SD15)[:7] == [0.2] * 6 + [1.0]
+    assert at("weak output", SD15)[6:8] == [1.0, 0.2]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_acts_somewhere_on_every_unet(preset: str, pipe: Any) -> None:
+    for layers in (SD15, SDXL, unet_layers(pipe.unet)):
+        scales = at(preset, layers, weight=2.0)
+        assert max(scales) > 0
+        assert scales == [2 * s for s in at(preset, layers)]
+
+
+def test_an_unknown_preset_names_the_known_ones() -> None:
+    with pytest.raises(ArgumentError, match=r"is no preset; expected linear \| ease in"):
+        resolve_scale("vibes", SD15)
+
+
+def test_start_and_end_switch_off_by_step() -> None:
+    for progress, expected in ((0.0, 0.0), (0.2, 1.0), (0.59, 1.0), (0.6, 0.0), (0.99, 0.0)):
+        assert at(1.0, SD15, progress, start=0.2, end=0.6) == [expected] * 16, progress
+    assert resolve_scale(1.0, SD15, end=0.6).by_step
+    assert not resolve_scale(1.0, SD15).by_step
+    with pytest.raises(ArgumentError, match="end: is out of range"):
+        resolve_scale(1.0, SD15, start=0.5, end=0.2)
+
+
+def test_a_function_sees_layer_and_progress() -> None:
+    scales = at(lambda layer, progress: layer.transformer * progress, SD15, 0.5)
+    assert scales == [i * 0.5 for i in range(16)]
+
+
+def test_a_tensor_is_a_scale_for_each_item() -> None:
+    scale = torch.tensor([0.0, 1.0])
+    assert all(part is scale for part in at(scale, SD15))
+    assert at(torch.tensor(0.5), SD15) == [0.5] * 16
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 11.0])
+def test_a_scale_out_of_range_is_refused(value: float) -> None:
+    with pytest.raises(ArgumentError, match="scale: is out of range"):
+        resolve_scale(value, SD15)
