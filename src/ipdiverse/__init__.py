@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ipdiverse.adapter.attach import attach, detach
     from ipdiverse.adapter.checkpoint import load_adapter, save_adapter
+    from ipdiverse.adapter.model import ImagePromptAdapter
+    from ipdiverse.adapter.reference import Reference
     from ipdiverse.bases import load_base
     from ipdiverse.errors import IpdiverseError
     from ipdiverse.sampling.generate import Generation, generate
@@ -14,7 +16,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Generation": "sampling.generate",
+    "ImagePromptAdapter": "adapter.model",
     "IpdiverseError": "errors",
+    "Reference": "adapter.reference",
     "Request": "sampling.request",
     "attach": "adapter.attach",
     "detach": "adapter.attach",
@@ -26,7 +30,9 @@ _HOMES = {
 
 __all__ = [
     "Generation",
+    "ImagePromptAdapter",
     "IpdiverseError",
+    "Reference",
     "Request",
     "attach",
     "detach",
