@@ -9,7 +9,7 @@ import json
 import os
 import uuid
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -91,12 +91,15 @@ def read_provenance(path: AnyPath) -> dict[str, Any]:
     return _parse(text, path)
 
 
-def write_bytes_atomic(path: AnyPath, data: bytes) -> None:
+def write_bytes_atomic(
+    path: AnyPath, data: bytes, check: Callable[[Path], None] | None = None
+) -> None:
     """Write a file completely or not at all.
 
     Args:
         path: Where to, in a folder that exists; an existing file is replaced.
         data: The whole content.
+        check: Called with the written file before it gets its name; what it raises prevents that.
 
     Raises:
         OutputError: It cannot be written; whatever stood there before still does. Only if the
@@ -106,6 +109,8 @@ def write_bytes_atomic(path: AnyPath, data: bytes) -> None:
     temporary = target.parent / f".{uuid.uuid4().hex}.tmp"
     try:
         _write_synced(temporary, data)
+        if check is not None:
+            check(temporary)
         temporary.replace(target)
         _sync_folder(target.parent)
     except (OSError, ValueError) as error:

@@ -6,9 +6,11 @@ boundary. The pipeline itself stays stock.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from diffusers.hooks import HookRegistry
 
 from ipdiverse.adapter.attention import DecoupledAttention, Slot
@@ -21,7 +23,7 @@ from ipdiverse.adapter.text_mask import forget_words, watch_words
 from ipdiverse.errors import ArgumentError, ModelError, check_range
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from PIL import Image
 
@@ -173,7 +175,8 @@ def attach(
     unet.set_attn_processor({name: mine.get(name, old) for name, old in before.items()})
     homes = [(unet.get_submodule(n.removesuffix(".processor")), p) for n, p in mine.items()]
     hook = ImagePromptHook(pipe, prompts, layers, homes, before)
-    HookRegistry.check_if_exists_or_initialize(unet).register_hook(hook, _HOOK)
+    with _inside_offloading(unet):
+        HookRegistry.check_if_exists_or_initialize(unet).register_hook(hook, _HOOK)
     watch_words(pipe, hook)
     return Attachment(pipe, hook, encoding)
 
@@ -189,7 +192,26 @@ def detach(pipe: Any) -> None:
         raise ModelError("no adapter is attached", where="pipeline")
     forget_words(pipe)
     pipe.unet.set_attn_processor(dict(hook.before))
-    HookRegistry.check_if_exists_or_initialize(pipe.unet).remove_hook(_HOOK, recurse=False)
+    with _inside_offloading(pipe.unet):
+        HookRegistry.check_if_exists_or_initialize(pipe.unet).remove_hook(_HOOK, recurse=False)
+
+
+@contextmanager
+def _inside_offloading(unet: Any) -> Iterator[None]:
+    """Take accelerate's wrapper off the UNet's `forward`, and put it back around what is there.
+
+    `enable_model_cpu_offload` unwraps and wraps again after every call of the pipeline, and so
+    drops what was put around it, or brings back what was taken out from under it.
+    """
+    offloading = getattr(unet, "_hf_hook", None)
+    if offloading is None:
+        yield
+        return
+    remove_hook_from_module(unet)
+    try:
+        yield
+    finally:
+        add_hook_to_module(unet, offloading)
 
 
 def _hook_of(unet: Any) -> ImagePromptHook | None:
@@ -226,6 +248,12 @@ def _checked_unet(pipe: Any) -> Any:
             where="UNet",
             found=f"encoder_hid_dim_type {unet.config.encoder_hid_dim_type!r}",
             fix="If load_ip_adapter was called, call unload_ip_adapter first.",
+        )
+    if unet.device.type == "meta":
+        raise ModelError(
+            "is offloaded layer by layer",
+            where="UNet",
+            fix="Call enable_model_cpu_offload in place of enable_sequential_cpu_offload.",
         )
     for name in attention_layers(unet).values():
         _check_attention(unet.get_submodule(name), name)

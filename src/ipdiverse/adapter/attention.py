@@ -222,9 +222,7 @@ def _image_key_value(attn: Any, weights: LayerWeights, tokens: Tensor) -> tuple[
     return _heads(attn, weights.to_k_ip(tokens)), _heads(attn, weights.to_v_ip(tokens))
 
 
-def _project(
-    layer: Any, states: Tensor, adapters: list[LayerWeights | None], name: str
-) -> Tensor:
+def _project(layer: Any, states: Tensor, adapters: list[LayerWeights | None], name: str) -> Tensor:
     """The UNet's own projection, plus the low-rank change of each adapter that has one."""
     projected = layer(states)
     for weights in adapters:

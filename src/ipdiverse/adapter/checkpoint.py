@@ -1,34 +1,38 @@
 """Adapters as files: the published IP-Adapter layout in safetensors, with a JSON spec beside.
 
-Keys are `image_proj.*` and `ip_adapter.N.to_{k,v}_ip.weight`; stock diffusers loads the same file.
+Keys are `image_proj.*`, `ip_adapter.N.*` and `fusion.*`; stock diffusers loads the same file and
+leaves out the fusion. `layouts` says in which other layouts adapters are read.
 """
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor
 
+from ipdiverse.adapter.containers import Contents, open_checkpoint
+from ipdiverse.adapter.layouts import normalise
 from ipdiverse.adapter.model import ImagePromptAdapter
-from ipdiverse.adapter.projection import LinearProjection, ResamplerProjection
+from ipdiverse.adapter.sources import find_checkpoint
+from ipdiverse.adapter.structure import DTYPES, describe, misfits, skeleton
 from ipdiverse.errors import CheckpointError
 from ipdiverse.provenance import write_bytes_atomic
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from torch import Tensor
-
 _SPEC_KEY = "ipdiverse"
+_NAMED_PROBLEMS = 5
 
 
 def save_adapter(
     adapter: ImagePromptAdapter,
     file: Path,
-    spec: dict[str, Any],
+    spec: Mapping[str, Any],
     dtype: torch.dtype = torch.float16,
 ) -> None:
     """Write an adapter atomically.
@@ -36,107 +40,151 @@ def save_adapter(
     Args:
         adapter: What to save.
         file: Target, `*.safetensors`.
-        spec: Provenance, stored as JSON in the file's metadata.
+        spec: Provenance, stored as JSON in the file's metadata; kind, family, fusion and sizes are
+            added.
         dtype: Of the stored tensors.
     """
     tensors = {k: v.detach().to("cpu", dtype).contiguous() for k, v in adapter.state_dict().items()}
-    metadata = {
-        _SPEC_KEY: json.dumps({"kind": adapter.kind, **spec}, sort_keys=True),
-        "format": "pt",
-    }
-    write_bytes_atomic(file, save(tensors, metadata))
+    write_bytes_atomic(file, as_safetensors(tensors, {**spec, **describe(adapter)}))
 
 
-def load_adapter(file: Path) -> ImagePromptAdapter:
-    """Open an adapter in the published layout, in float32.
-
-    Raises:
-        CheckpointError: The file is missing, broken, or of another layout.
-    """
-    return adapter_from_tensors(_read(file), file)
+def as_safetensors(tensors: dict[str, Tensor], spec: Mapping[str, Any]) -> bytes:
+    """A whole safetensors file with a spec in its metadata."""
+    return save(tensors, {_SPEC_KEY: json.dumps(dict(spec), sort_keys=True), "format": "pt"})
 
 
-def read_spec(file: Path) -> dict[str, Any]:
-    """The JSON spec in a file's metadata; empty for files that others made."""
-    with safe_open(file, framework="pt") as opened:
-        return json.loads((opened.metadata() or {}).get(_SPEC_KEY, "{}"))
-
-
-def _read(file: Path) -> dict[str, Tensor]:
-    if not file.is_file():
-        raise CheckpointError("no such file", where=file, fix="Check the path.")
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return {key: opened.get_tensor(key).float() for key in opened.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise CheckpointError(
-            "is not a safetensors file", where=file, found=str(error), fix="Download it again."
-        ) from error
-
-
-def adapter_from_tensors(tensors: dict[str, Tensor], where: object) -> ImagePromptAdapter:
-    """Build the adapter that these tensors describe; every size is read from their shapes.
+def load_adapter(
+    source: str | os.PathLike[str],
+    *,
+    face_id_plus_v2: bool | None = None,
+    weight_name: str | None = None,
+    subfolder: str = "",
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> ImagePromptAdapter:
+    """Open an adapter in any layout that `layouts` knows, in float32.
 
     Args:
-        tensors: Flat, keys `image_proj.*` and `ip_adapter.*`.
-        where: The source's name, for messages.
+        source: A file, a folder, or a hub id `owner/repository`.
+        face_id_plus_v2: Version 2 (True) or 1 (False) of FaceID-Plus, when the file does not say;
+            nothing else has versions.
+        weight_name: The file in a folder or repository.
+        subfolder: Where in the folder or repository.
+        revision: Branch, tag or commit of a repository.
+        local_files_only: Never connect; the environment's HF_HUB_OFFLINE does the same.
+
+    Returns:
+        The adapter; its `spec` is the file's, empty for files that others made.
 
     Raises:
-        CheckpointError: Keys are missing, unexpected, or disagree about sizes.
+        CheckpointError: It is missing, broken, of another layout, or for another model.
     """
-    try:
-        with torch.device("meta"):  # a file's claims cost no memory before they are checked
-            adapter = ImagePromptAdapter(_projection(tensors, where), _widths(tensors))
-    except (ValueError, IndexError, KeyError, ZeroDivisionError, RuntimeError) as error:
-        raise CheckpointError(
-            "its tensors do not describe an adapter", where=where, found=f"{error}"
-        ) from error
-    if not len(adapter.ip_adapter):
-        raise CheckpointError("has no `ip_adapter.N.to_k_ip.weight`", where=where)
-    _check_keys(tensors, adapter.state_dict(), where)
-    adapter.load_state_dict(tensors, assign=True)
+    file = find_checkpoint(
+        source,
+        weight_name=weight_name,
+        subfolder=subfolder,
+        revision=revision,
+        local_files_only=local_files_only,
+    )
+    contents = open_checkpoint(file)
+    found, spec = normalise(contents.tensors, file), spec_of(contents)
+    adapter = adapter_from_tensors(found.tensors, file, spec, face_id_plus_v2)
+    for note in found.notes:
+        warnings.warn(f"{file.name}: {note}", stacklevel=2)
     return adapter
 
 
-def _widths(tensors: dict[str, Tensor]) -> dict[int, tuple[int, int]]:
-    return {
-        int(key.split(".")[1]): (tensor.shape[1], tensor.shape[0])
-        for key, tensor in tensors.items()
-        if key.startswith("ip_adapter.") and key.endswith(".to_k_ip.weight")
+def read_spec(file: Path) -> dict[str, Any]:
+    """The JSON spec in a file's metadata; empty for files that others made.
+
+    Raises:
+        CheckpointError: The file or its spec is broken.
+    """
+    return spec_of(open_checkpoint(file))
+
+
+def spec_of(contents: Contents) -> dict[str, Any]:
+    """The JSON spec of an open file; empty for files that others made.
+
+    Raises:
+        CheckpointError: It is no JSON object.
+    """
+    try:
+        spec = json.loads(contents.metadata.get(_SPEC_KEY, "{}"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError("its spec is broken", where=contents.file, found=error) from error
+    if not isinstance(spec, dict):
+        raise CheckpointError(
+            "its spec is broken", where=contents.file, expected="a JSON object", found=spec
+        )
+    return spec
+
+
+def adapter_from_tensors(
+    tensors: Mapping[str, Tensor],
+    where: object,
+    spec: Mapping[str, Any] | None = None,
+    face_id_plus_v2: bool | None = None,
+) -> ImagePromptAdapter:
+    """Build the adapter that these tensors describe; every size is read from their shapes.
+
+    Args:
+        tensors: Flat, keys `image_proj.*`, `ip_adapter.*` and `fusion.*`; copied to float32.
+        where: The source's name, for messages.
+        spec: What the file says of itself.
+        face_id_plus_v2: Version 2 (True) or 1 (False) of FaceID-Plus, when the spec does not say.
+
+    Raises:
+        CheckpointError: Keys are missing, unexpected, disagree about sizes or are not finite, or
+            it is not known which FaceID-Plus this is.
+    """
+    adapter = skeleton(tensors, where, spec or {})
+    wrong = misfits(tensors, adapter)
+    problems = [f"missing {key}" for key in wrong["missing"]]
+    problems += [f"unexpected {key}" for key in wrong["unexpected"]]
+    problems += wrong["mismatched"]
+    loaded = {
+        key: tensors[key].detach().to(torch.float32, copy=True)
+        for key in adapter.state_dict().keys() & tensors.keys()
+        if tensors[key].dtype in DTYPES
     }
+    problems += [f"{key} is not finite" for key in sorted(loaded) if not _finite(loaded[key])]
+    if problems:
+        more = len(problems) - _NAMED_PROBLEMS
+        named = ", ".join(problems[:_NAMED_PROBLEMS]) + (f" and {more} more" if more > 0 else "")
+        raise CheckpointError(f"does not fit together: {named}", where=where)
+    shortcut = _shortcut(adapter, where, spec or {}, face_id_plus_v2)
+    adapter = skeleton(tensors, where, spec or {}, shortcut) if shortcut else adapter
+    adapter.load_state_dict(loaded, assign=True)
+    adapter.spec = dict(spec or {})
+    return adapter
 
 
-def _check_keys(tensors: dict[str, Tensor], expected: dict[str, Tensor], where: object) -> None:
-    found = set(tensors)
-    wrong = [f"missing {key}" for key in sorted(expected.keys() - found)]
-    wrong += [f"unexpected {key}" for key in sorted(found - expected.keys())]
-    wrong += [
-        f"{key} is {tuple(tensors[key].shape)}, expected {tuple(expected[key].shape)}"
-        for key in sorted(expected.keys() & found)
-        if tensors[key].shape != expected[key].shape
-    ]
-    wrong += [f"{key} is not finite" for key in sorted(found) if not tensors[key].isfinite().all()]
-    if wrong:
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise CheckpointError("does not fit together: " + ", ".join(wrong[:5]) + more, where=where)
+def _finite(tensor: Tensor) -> bool:
+    return bool(tensor.isfinite().all())
 
 
-def _projection(
-    tensors: dict[str, Tensor], where: object
-) -> LinearProjection | ResamplerProjection:
-    if "image_proj.proj.weight" in tensors and "image_proj.norm.weight" in tensors:
-        rows, clip_dim = tensors["image_proj.proj.weight"].shape
-        token_width = tensors["image_proj.norm.weight"].shape[0]
-        return LinearProjection(clip_dim, token_width, rows // token_width)
-    if "image_proj.latents" in tensors and "image_proj.proj_in.weight" in tensors:
-        _, num_tokens, width = tensors["image_proj.latents"].shape
-        clip_dim = tensors["image_proj.proj_in.weight"].shape[1]
-        token_width = tensors["image_proj.proj_out.weight"].shape[0]
-        depth = len([k for k in tensors if k.endswith(".0.to_q.weight")])
-        return ResamplerProjection(clip_dim, token_width, num_tokens, width, depth)
-    raise CheckpointError(
-        "holds no known image projection",
-        where=where,
-        expected="`image_proj.proj.*` (base) or `image_proj.latents` (plus)",
-        found=", ".join(sorted(tensors)[:3]) or "nothing",
-    )
+def _shortcut(
+    adapter: ImagePromptAdapter, where: object, spec: Mapping[str, Any], stated: bool | None
+) -> bool:
+    """Whether this is version 2 of FaceID-Plus; False for every other kind."""
+    if adapter.kind != "faceid-plus":
+        return False
+    stored = spec.get("shortcut")
+    known = stored if isinstance(stored, bool) else stated
+    if known is None:
+        raise CheckpointError(
+            "is FaceID-Plus, and nothing in it tells version 1 from 2",
+            where=where,
+            fix="Say face_id_plus_v2=True (version 2) or False (version 1); published files "
+            "have `plusv2` in their names.",
+        )
+    if stated is not None and stated != known:
+        raise CheckpointError(
+            "is the other version of FaceID-Plus",
+            where=where,
+            expected=f"face_id_plus_v2={stated}",
+            found=f"{known} in its spec",
+            fix="Leave face_id_plus_v2 out.",
+        )
+    return known

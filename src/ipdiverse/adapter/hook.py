@@ -200,10 +200,19 @@ class ImagePromptHook(ModelHook):
             }
 
     def _progress(self, timestep: Any) -> float:
-        """Share of the pipeline's steps that are done: 0 at the first."""
+        """Share of the steps of this call that are done: 0 at its first."""
         steps = self.pipe.scheduler.timesteps
         now = torch.as_tensor(timestep).flatten()[0].to(steps.device)
-        return int((steps - now).abs().argmin()) / len(steps)
+        first, count = self._steps_of_this_call(len(steps))
+        return max(int((steps - now).abs().argmin()) - first, 0) / count
+
+    def _steps_of_this_call(self, scheduled: int) -> tuple[int, int]:
+        """First and number: image-to-image takes the schedule's end, `denoising_end` its start."""
+        count = min(getattr(self.pipe, "_num_timesteps", None) or scheduled, scheduled)
+        first = getattr(self.pipe.scheduler, "begin_index", None)
+        if first is None:
+            first = 0 if getattr(self.pipe, "denoising_end", None) else scheduled - count
+        return first, count
 
 
 def _for_batch(scale: float | Tensor, batch: int) -> float | Tensor:

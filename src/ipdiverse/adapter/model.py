@@ -11,6 +11,7 @@ from ipdiverse.adapter.fusion import Fusion
 from ipdiverse.adapter.projection import LinearProjection, ResamplerProjection
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Mapping
 
     from diffusers import UNet2DConditionModel
@@ -160,6 +161,38 @@ class ImagePromptAdapter(nn.Module):
         if self.fusion is None or strength == 0:
             return tokens
         return self.fusion(tokens, text, text_mask, strength)
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike[str], **options: Any) -> ImagePromptAdapter:
+        """Open an adapter in any published layout (`checkpoint.load_adapter`).
+
+        Args:
+            source: A file, a folder, or a hub id.
+            options: `weight_name`, `subfolder`, `revision`, `local_files_only`,
+                `face_id_plus_v2`.
+
+        Raises:
+            CheckpointError: It is missing, broken, of another layout, or for another model.
+        """
+        from ipdiverse.adapter.checkpoint import load_adapter
+
+        return load_adapter(source, **options)
+
+    def save_pretrained(self, folder: str | os.PathLike[str], dtype: Any = None) -> None:
+        """Write the weights and a model card into a folder (`publishing.save_folder`)."""
+        from ipdiverse.adapter.publishing import save_folder
+
+        save_folder(self, folder, dtype)
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+        """Upload the weights and a model card; returns the page's address.
+
+        Raises:
+            ModelError: The hub refused, or cannot be reached.
+        """
+        from ipdiverse.adapter.publishing import push_folder
+
+        return push_folder(self, repo_id, private=private, token=token)
 
 
 def attention_layers(unet: Any) -> dict[int, str]:

@@ -273,7 +273,8 @@ class attached:  # noqa: N801 - reads as a verb: `with attached(base, file) as a
         from ipdiverse.adapter.attach import attach
         from ipdiverse.adapter.checkpoint import load_adapter
 
-        adapter = load_adapter(self._weights)
+        owner_and_name, file = _hub_file(self._weights)
+        adapter = load_adapter(owner_and_name, weight_name=file)
         if not self._encoder:
             return attach(self._base.pipe, adapter)
         return attach(
@@ -288,6 +289,14 @@ class attached:  # noqa: N801 - reads as a verb: `with attached(base, file) as a
         from ipdiverse.adapter.attach import detach
 
         detach(self._base.pipe)
+
+
+def _hub_file(source: Path | str) -> tuple[Path | str, str | None]:
+    """A hub id with a path behind it as (`owner/name`, path); anything else as it is."""
+    if isinstance(source, Path) or source.count("/") < 2:
+        return source, None
+    owner, name, file = source.split("/", 2)
+    return f"{owner}/{name}", file
 
 
 def versions() -> dict[str, str]:

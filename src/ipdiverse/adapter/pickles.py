@@ -1,0 +1,121 @@
+"""Read the instructions of a pickle without following them, and refuse all but tensors.
+
+`torch.load(weights_only=True)` runs no code either, but it allocates what a file claims, and its
+refusal fills a screen. This comes before it.
+"""
+
+from __future__ import annotations
+
+import pickletools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from ipdiverse.errors import CheckpointError
+
+MAX_PICKLE_BYTES = 4 * 1024 * 1024
+"""A whole SDXL UNet takes 0.3 MB."""
+MAX_TENSORS = 20_000
+
+_NUMBERS = {"BININT", "BININT1", "BININT2", "INT", "LONG", "LONG1", "LONG4"}
+_BY_STACK = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}
+_STORAGES = (
+    "Double",
+    "Float",
+    "Half",
+    "BFloat16",
+    "Long",
+    "Int",
+    "Short",
+    "Char",
+    "Byte",
+    "Bool",
+)
+_ALLOWED = {
+    "collections OrderedDict",
+    "torch._utils _rebuild_parameter",
+    "torch._utils _rebuild_tensor_v2",
+    *(f"torch {name}Storage" for name in _STORAGES),
+}
+
+
+def check_pickle(stream: IO[bytes], file: Path, size: int | None) -> None:
+    """Read a pickle's instructions, without following them, and refuse all but tensors.
+
+    Args:
+        stream: At the start of the pickle; afterwards at its end.
+        file: For messages.
+        size: No number in it, and not all storages together, may exceed this; None for no limit.
+
+    Raises:
+        CheckpointError: It asks for anything else than tensors, or for more than the file holds.
+    """
+    strings: list[str] = []
+    number = claimed = 0
+    for name, argument in _instructions(stream, file):
+        if name == "GLOBAL" and argument not in _ALLOWED:
+            raise _more_than_tensors(file, str(argument).replace(" ", ".", 1))
+        if name in _BY_STACK:
+            wanted = str(argument or ".".join(strings)).replace(" ", ".", 1)
+            raise _more_than_tensors(file, wanted)
+        if isinstance(argument, str):
+            strings = [*strings[-1:], argument]
+        if name in _NUMBERS:
+            number = int(argument)
+            _check_claim(number, file, size)
+        if name == "BINPERSID":  # a storage; its length is the last number before it
+            claimed += number
+            _check_claim(claimed, file, size)
+
+
+def _check_claim(number: int, file: Path, size: int | None) -> None:
+    if size is not None and not 0 <= number <= max(size, 2**16):
+        raise claims_too_much(file, f"numbers from 0 to the file's {size} bytes", number)
+
+
+def _instructions(stream: IO[bytes], file: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        for code, argument, position in pickletools.genops(stream):
+            if (position or 0) > MAX_PICKLE_BYTES:
+                raise too_many(file)
+            yield code.name, argument
+    except (ValueError, IndexError, RecursionError) as error:
+        raise broken(file, "torch", error) from error
+
+
+def _more_than_tensors(file: Path, wanted: str) -> CheckpointError:
+    return CheckpointError(
+        "asks for more than tensors, which is never opened: it could run code",
+        where=file,
+        found=f"`{wanted}`",
+        fix="Get the adapter as safetensors.",
+    )
+
+
+def too_many(file: Path) -> CheckpointError:
+    """Say that this is no adapter."""
+    return CheckpointError(
+        "holds too many tensors", where=file, expected=f"at most {MAX_TENSORS}", fix="No adapter."
+    )
+
+
+def broken(file: Path, container: str, error: Exception) -> CheckpointError:
+    """Say in one line what a library said in many."""
+    lines = str(error).strip().splitlines()
+    return CheckpointError(
+        f"is a broken {container} file",
+        where=file,
+        found=lines[0][:200] if lines else type(error).__name__,
+        fix="It may be cut off. Download it again.",
+    )
+
+
+def claims_too_much(file: Path, expected: str, found: object) -> CheckpointError:
+    """Say that a file claims more than it holds."""
+    return CheckpointError(
+        "claims more than it holds",
+        where=file,
+        expected=expected,
+        found=found,
+        fix="It may be cut off. Download it again.",
+    )

@@ -1,0 +1,101 @@
+"""Where a checkpoint comes from: a file, a folder, or a repository of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from ipdiverse.errors import CheckpointError
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt"}
+_NO_WEIGHTS = ("optimizer", "scheduler", "scaler", "random_states", "training_args")
+_TRUE = {"1", "true", "yes", "on"}
+
+
+def find_checkpoint(
+    source: str | os.PathLike[str],
+    *,
+    weight_name: str | None = None,
+    subfolder: str = "",
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """The local file that a source names, downloaded if need be and allowed.
+
+    Args:
+        source: A file, a folder, or a hub id `owner/repository`.
+        weight_name: The file in a folder or repository; a folder with one such file needs none.
+        subfolder: Where in the folder or repository.
+        revision: Branch, tag or commit of a repository.
+        local_files_only: Never connect; the environment's HF_HUB_OFFLINE does the same.
+
+    Raises:
+        CheckpointError: There is no such file, several fit, or it cannot be had.
+    """
+    path = Path(source)
+    if path.is_dir():
+        folder = path / subfolder
+        return folder / weight_name if weight_name else _only_file(folder)
+    is_id = isinstance(source, str) and _HUB_ID.fullmatch(source) is not None
+    if path.exists() or not is_id or path.suffix.lower() in _SUFFIXES:
+        return path
+    offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in _TRUE
+    return _download(str(source), weight_name, subfolder, revision, local_files_only or offline)
+
+
+def _only_file(folder: Path) -> Path:
+    """The folder's weights; safetensors before anything that is pickled."""
+    files = [
+        file
+        for file in (sorted(folder.iterdir()) if folder.is_dir() else [])
+        if file.suffix.lower() in _SUFFIXES and not file.name.startswith(_NO_WEIGHTS)
+    ]
+    files = [file for file in files if file.suffix.lower() == ".safetensors"] or files
+    if len(files) == 1:
+        return files[0]
+    names = ", ".join(file.name for file in files[:10])
+    more = f" and {len(files) - 10} more" if len(files) > 10 else ""
+    raise CheckpointError(
+        "it is not clear which file is the adapter" if files else "holds no checkpoint",
+        where=folder,
+        expected="one .safetensors or .bin file",
+        found=names + more or "none",
+        fix="Name one with weight_name." if files else "Check the path.",
+    )
+
+
+def _download(
+    repository: str, weight_name: str | None, subfolder: str, revision: str | None, offline: bool
+) -> Path:
+    if weight_name is None:
+        raise CheckpointError(
+            "no such file; a hub repository needs the file's name too",
+            where=repository,
+            fix="Name it with weight_name, for example ip-adapter_sd15.safetensors.",
+        )
+    from huggingface_hub import hf_hub_download
+
+    wanted = (
+        f"{repository}/{subfolder}/{weight_name}" if subfolder else f"{repository}/{weight_name}"
+    )
+    try:
+        file = hf_hub_download(
+            repository,
+            weight_name,
+            subfolder=subfolder or None,
+            revision=revision,
+            local_files_only=offline,
+        )
+    except Exception as error:  # whatever the hub's library or the network raises
+        lines = str(error).strip().splitlines()
+        raise CheckpointError(
+            "is not in the local cache" if offline else "cannot be had from the hub",
+            where=wanted,
+            found=lines[0][:200] if lines else type(error).__name__,
+            fix="Allow downloads once, or give a local file."
+            if offline
+            else "Check the name, the network and your access.",
+        ) from error
+    return Path(file)

@@ -1,0 +1,254 @@
+"""What adapter a set of tensors describes. Every size is read from shapes; no tensor is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ipdiverse.adapter.faces import FaceIDPlusProjection, FaceIDProjection, FullFaceProjection
+from ipdiverse.adapter.fusion import BlendFusion, Fusion, GatedFusion
+from ipdiverse.adapter.model import ImagePromptAdapter, LoraShapes, Projection
+from ipdiverse.adapter.projection import LinearProjection, ResamplerProjection
+from ipdiverse.errors import CheckpointError
+
+Tensors = Mapping[str, Tensor]
+
+DTYPES = (
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+)
+"""What weights may be stored as."""
+
+_BRANCH = re.compile(r"ip_adapter\.([0-9]{1,4})\.to_[kv]_ip\.weight")
+_LORA = re.compile(r"ip_adapter\.([0-9]{1,4})\.(to_(?:q|k|v|out)_lora)\.down\.weight")
+_FAMILIES = {(768, 16): "SD 1.x", (1024, 16): "SD 2.x", (2048, 70): "SDXL"}
+
+
+def skeleton(
+    tensors: Tensors, where: object, spec: Mapping[str, Any], shortcut: bool = False
+) -> ImagePromptAdapter:
+    """The adapter that these tensors describe, without memory for weights (device `meta`).
+
+    Args:
+        tensors: Flat, with our keys.
+        where: The source's name, for messages.
+        spec: The file's spec; only the fusion's heads are used.
+        shortcut: Of a FaceID-Plus projection, whose versions 1 and 2 have the same keys.
+
+    Raises:
+        CheckpointError: They describe none.
+    """
+    try:
+        with torch.device("meta"):  # a file's claims cost no memory before they are checked
+            projection = _projection(tensors, where, shortcut)
+            adapter = ImagePromptAdapter(
+                projection, _widths(tensors), _fusion(tensors, spec), _lora(tensors)
+            )
+    except (ValueError, IndexError, ArithmeticError, RuntimeError, TypeError) as error:
+        raise CheckpointError(
+            "its tensors do not describe an adapter", where=where, found=f"{error}"[:200]
+        ) from error
+    if not adapter.widths():
+        raise CheckpointError("has no `ip_adapter.N.to_k_ip.weight`", where=where)
+    return adapter
+
+
+def misfits(tensors: Tensors, adapter: ImagePromptAdapter) -> dict[str, list[str]]:
+    """How tensors differ from what the adapter they describe must have.
+
+    Returns:
+        Keys that are `missing` and `unexpected`, and sentences on what is `mismatched`.
+    """
+    expected = adapter.state_dict()
+    both = sorted(expected.keys() & tensors.keys())
+    mismatched = [
+        f"{key} is {tuple(tensors[key].shape)}, expected {tuple(expected[key].shape)}"
+        for key in both
+        if tensors[key].shape != expected[key].shape
+    ]
+    mismatched += [
+        f"{key} is {dtype_name(tensors[key])}, expected floating point"
+        for key in both
+        if tensors[key].dtype not in DTYPES
+    ]
+    return {
+        "missing": sorted(expected.keys() - tensors.keys()),
+        "unexpected": sorted(tensors.keys() - expected.keys()),
+        "mismatched": mismatched + _disagreements(adapter),
+    }
+
+
+def describe(adapter: ImagePromptAdapter) -> dict[str, Any]:
+    """What a file's spec says of an adapter, so that it is loaded exactly."""
+    projection, fusion = adapter.image_proj, adapter.fusion
+    spec: dict[str, Any] = {
+        "kind": adapter.kind,
+        "family": base_family(adapter),
+        "fusion": None if fusion is None else {"kind": fusion.kind},
+        "dims": {
+            "num_tokens": projection.num_tokens,
+            "token_width": adapter.token_width,
+            "clip_dim": adapter.clip_dim,
+            "face_dim": face_dim(projection),
+            "layers": len(adapter.widths()),
+        },
+    }
+    if isinstance(fusion, GatedFusion):
+        spec["fusion"]["heads"] = fusion.heads
+    if isinstance(projection, FaceIDPlusProjection):
+        spec["shortcut"] = projection.shortcut
+    return spec
+
+
+def base_family(adapter: ImagePromptAdapter) -> str:
+    """Which base models it most likely fits: `SD 1.x`, `SD 2.x`, `SDXL` or `custom`."""
+    numbers = list(adapter.widths())
+    as_published = numbers == list(range(1, 2 * len(numbers), 2))
+    return (
+        _FAMILIES.get((adapter.token_width, len(numbers)), "custom") if as_published else "custom"
+    )
+
+
+def projection_width(projection: Projection) -> int:
+    """Width of the tokens that a projection gives."""
+    if isinstance(projection, ResamplerProjection):
+        return projection.norm_out.normalized_shape[0]
+    if isinstance(projection, FullFaceProjection):
+        return projection.proj[3].normalized_shape[0]  # type: ignore[index,return-value]
+    return projection.norm.normalized_shape[0]
+
+
+def face_dim(projection: Projection) -> int | None:
+    """Width of the face embedding that a projection reads; None when it reads none."""
+    if isinstance(projection, FaceIDProjection | FaceIDPlusProjection):
+        return projection.proj[0].in_features  # type: ignore[return-value]
+    return None
+
+
+def _projection(tensors: Tensors, where: object, shortcut: bool) -> Projection:
+    """The projection; names that only one kind has tell which."""
+    if "image_proj.latents" in tensors:
+        return _plus(tensors)
+    if "image_proj.proj.weight" in tensors and "image_proj.norm.weight" in tensors:
+        rows, clip_dim = tensors["image_proj.proj.weight"].shape
+        token_width = _shape(tensors, "image_proj.norm.weight")[0]
+        return LinearProjection(clip_dim, token_width, rows // token_width)
+    if "image_proj.proj.3.weight" in tensors:
+        inner, clip_dim = _shape(tensors, "image_proj.proj.0.weight")
+        return FullFaceProjection(clip_dim, _shape(tensors, "image_proj.proj.3.weight")[0], inner)
+    if "image_proj.proj.0.weight" in tensors:
+        return _face(tensors, shortcut)
+    raise CheckpointError(
+        "holds no known image projection",
+        where=where,
+        expected="`image_proj.proj.*` (base, faces) or `image_proj.latents` (plus)",
+        found=", ".join(sorted(tensors)[:3]) or "nothing",
+    )
+
+
+def _plus(tensors: Tensors) -> ResamplerProjection:
+    _, num_tokens, width = tensors["image_proj.latents"].shape
+    _check_heads("image_proj.latents", width)
+    clip_dim = _shape(tensors, "image_proj.proj_in.weight")[1]
+    token_width = _shape(tensors, "image_proj.proj_out.weight")[0]
+    depth = _depth(tensors, "image_proj")
+    return ResamplerProjection(clip_dim, token_width, num_tokens, width, depth)
+
+
+def _face(tensors: Tensors, shortcut: bool) -> FaceIDProjection | FaceIDPlusProjection:
+    inner, face_width = _shape(tensors, "image_proj.proj.0.weight")
+    token_width = _shape(tensors, "image_proj.norm.weight")[0]
+    num_tokens = _shape(tensors, "image_proj.proj.2.weight")[0] // token_width
+    resampler = "image_proj.perceiver_resampler"
+    if not any(key.startswith(resampler) for key in tensors):
+        return FaceIDProjection(face_width, token_width, num_tokens, inner)
+    _check_heads("image_proj.norm.weight", token_width)
+    clip_dim = _shape(tensors, f"{resampler}.proj_in.weight")[1]
+    depth = _depth(tensors, resampler)
+    return FaceIDPlusProjection(
+        face_width, clip_dim, token_width, num_tokens, depth, inner, shortcut
+    )
+
+
+def _check_heads(key: str, width: int) -> None:
+    if width < 64 or width % 64:
+        raise ValueError(f"{key}: a width of {width} is no multiple of 64, the width of a head")
+
+
+def _depth(tensors: Tensors, prefix: str) -> int:
+    pattern = re.compile(re.escape(prefix) + r"\.layers\.[0-9]+\.0\.to_q\.weight")
+    return sum(pattern.fullmatch(key) is not None for key in tensors)
+
+
+def _widths(tensors: Tensors) -> dict[int, tuple[int, int]]:
+    """Token and query width of each layer with an image branch, from its keys or its values."""
+    widths: dict[int, tuple[int, int]] = {}
+    for key in sorted(tensors, reverse=True):  # keys after values, so theirs win
+        if found := _BRANCH.fullmatch(key):
+            rows, columns = tensors[key].shape
+            widths[int(found[1])] = (columns, rows)
+    return dict(sorted(widths.items()))
+
+
+def _lora(tensors: Tensors) -> dict[int, LoraShapes]:
+    lora: dict[int, LoraShapes] = {}
+    for key, down in tensors.items():
+        if found := _LORA.fullmatch(key):
+            rank, width_in = down.shape
+            up = tensors.get(key.replace(".down.", ".up."), down.T)
+            lora.setdefault(int(found[1]), {})[found[2]] = (width_in, rank, up.shape[0])
+    return lora
+
+
+def _fusion(tensors: Tensors, spec: Mapping[str, Any]) -> Fusion | None:
+    if "fusion.query.weight" in tensors:
+        return BlendFusion(_shape(tensors, "fusion.query.weight")[0])
+    if "fusion.gate" not in tensors:
+        return None
+    token_width = _shape(tensors, "fusion.norm_image.weight")[0]
+    inner = _shape(tensors, "fusion.to_q.weight")[0]
+    stored = spec.get("fusion")
+    heads = stored.get("heads") if isinstance(stored, Mapping) else None
+    if not isinstance(heads, int) or heads < 1:
+        heads = inner // 64 if inner % 64 == 0 and inner else 1
+    return GatedFusion(token_width, _shape(tensors, "fusion.gate")[0], heads, inner)
+
+
+def _shape(tensors: Tensors, key: str) -> torch.Size:
+    if key not in tensors:
+        raise ValueError(f"missing {key}")
+    return tensors[key].shape
+
+
+def _disagreements(adapter: ImagePromptAdapter) -> list[str]:
+    """Parts that fit their own tensors, but not each other."""
+    projection, fusion = adapter.image_proj, adapter.fusion
+    width = projection_width(projection)
+    wrong = [
+        f"ip_adapter.{number} reads tokens of width {found}, expected the projection's {width}"
+        for number, (found, _) in adapter.widths().items()
+        if found != width
+    ]
+    if isinstance(fusion, GatedFusion) and projection.num_tokens not in {None, len(fusion.gate)}:
+        wrong.append(f"fusion.gate has {len(fusion.gate)} tokens, expected {projection.num_tokens}")
+    if fusion is not None and (found := _fusion_width(fusion)) != width:
+        wrong.append(f"fusion reads tokens of width {found}, expected the projection's {width}")
+    return wrong
+
+
+def _fusion_width(fusion: Fusion) -> int:
+    layer = fusion.to_q if isinstance(fusion, GatedFusion) else fusion.query
+    return layer.in_features
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """Without torch's prefix: `float16`."""
+    return str(tensor.dtype).removeprefix("torch.")
