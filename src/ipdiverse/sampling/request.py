@@ -84,8 +84,8 @@ class Request:
     def __post_init__(self) -> None:
         for name in _SEVERAL:
             value = getattr(self, name)
-            one = isinstance(value, (str, int, float))
-            object.__setattr__(self, name, (value,) if one else tuple(value))
+            several = isinstance(value, (tuple, list))
+            object.__setattr__(self, name, tuple(value) if several else (value,))
         if not self.prompt:
             object.__setattr__(self, "prompt", ("",))
         for name in _WHOLE:

@@ -1,0 +1,214 @@
+"""The acceptance table: one cell for each place where an image prompt works, and what shows it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from tests.acceptance import features, scenes
+from tests.acceptance.checks import the_four
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.acceptance.scenes import Scene
+
+TITLES = {"sd1": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL"}
+FOUR = "the four"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row.
+
+    Args:
+        name: The test's id.
+        architecture: A key of `TITLES`.
+        feature: What is used.
+        shows: What is asserted.
+        run: Asserts it.
+        slow: Runs with `-m slow` only.
+    """
+
+    name: str
+    architecture: str
+    feature: str
+    shows: str
+    run: Callable[[], None]
+    slow: bool = False
+
+
+def _four(name: str, feature: str, more: str, build: Callable[[], Scene]) -> Cell:
+    shows = f"{FOUR}; {more}" if more else FOUR
+    return Cell(name, name.split("-", maxsplit=1)[0], feature, shows, lambda: the_four(build()))
+
+
+def _own(
+    name: str, feature: str, shows: str, run: Callable[[], None], *, slow: bool = False
+) -> Cell:
+    return Cell(name, name.split("-", maxsplit=1)[0], feature, shows, run, slow)
+
+
+_CONTROL = "the control picture matters"
+_LEFT_OUT = ("sd2-inpaint-4", "sd2-controlnet-pose", "sd2-t2i-adapter", "sdxl-controlnet-pose")
+"""As on the others; there is no T2I-Adapter for SD 2.x."""
+
+_SCHEDULERS = {
+    "lcm": ("LCMScheduler", 1.0),
+    "tcd": ("TCDScheduler", 1.0),
+    "euler-a": ("EulerAncestralDiscreteScheduler", 3.0),
+    "dpm++": ("DPMSolverMultistepScheduler", 3.0),
+    "unipc": ("UniPCMultistepScheduler", 3.0),
+}
+
+
+def _tasks(a: str) -> list[Cell]:
+    prediction = ", v-prediction" if a == "sd2" else ""
+    cells = [
+        _four(f"{a}-txt2img", f"text-to-image{prediction}", "", lambda: scenes.text_to_image(a)),
+        _four(f"{a}-img2img", "image-to-image", "", lambda: scenes.image_to_image(a)),
+        _four(
+            f"{a}-inpaint-9",
+            "inpainting, its own UNet (9 channels)",
+            "",
+            lambda: scenes.inpainting(a, 9),
+        ),
+        _four(
+            f"{a}-inpaint-4",
+            "inpainting, any UNet (4 channels)",
+            "",
+            lambda: scenes.inpainting(a, 4),
+        ),
+        _four(
+            f"{a}-controlnet-pose",
+            "ControlNet, pose",
+            _CONTROL,
+            lambda: scenes.controlnet(a, scenes.pose, scenes.depth),
+        ),
+        _four(
+            f"{a}-controlnet-depth",
+            "ControlNet, depth",
+            _CONTROL,
+            lambda: scenes.controlnet(a, scenes.depth, scenes.pose),
+        ),
+        _four(f"{a}-t2i-adapter", "T2I-Adapter", _CONTROL, lambda: scenes.t2i_adapter(a)),
+    ]
+    return [cell for cell in cells if cell.name not in _LEFT_OUT]
+
+
+def _few_steps() -> list[Cell]:
+    cells = [
+        _four(
+            f"sd1-{name}",
+            f"{scheduler}, 3 steps",
+            "",
+            lambda s=scheduler, g=guidance: scenes.few_steps("sd1", s, guidance_scale=g),
+        )
+        for name, (scheduler, guidance) in _SCHEDULERS.items()
+    ]
+    lcm = ("LCM's own pipeline, guidance as an input", "one branch", scenes.latent_consistency)
+    return [*cells, _four("sd1-lcm-pipeline", *lcm)]
+
+
+_BATCHES = "each output = its prompt and reference alone"
+_OWN = [
+    _own(
+        "sd1-single-file",
+        "single-file checkpoint, original layout",
+        f"{FOUR}; output = that of the folder it was made from, exactly",
+        features.single_file,
+    ),
+    _own(
+        "sd1-lora",
+        "LoRA beside",
+        f"{FOUR}, with the LoRA; loaded before or after attaching makes no difference; "
+        "unloaded while attached, exactly gone",
+        lambda: features.lora_beside("sd1"),
+    ),
+    _own("sd1-fp16", "fp16", FOUR, lambda: features.precision("sd1", torch.float16)),
+    _own("sd1-bf16", "bf16", FOUR, lambda: features.precision("sd1", torch.bfloat16)),
+    _own("sdxl-bf16", "bf16", FOUR, lambda: features.precision("sdxl", torch.bfloat16)),
+    _own(
+        "sd1-offload",
+        "`enable_model_cpu_offload`, then attach",
+        f"{FOUR}; output = without it, exactly (the hooks' order; they execute on the CPU)",
+        features.model_offload,
+    ),
+    _own(
+        "sd1-offload-after",
+        "attach, then `enable_model_cpu_offload`",
+        "references change between calls; detaching is exact and stays so; offloading stays on",
+        features.model_offload_after_attaching,
+    ),
+    _own("sd1-tiling", "VAE tiling", f"{FOUR}, on decoded tiles", features.vae_tiling),
+    _own(
+        "sd1-compile",
+        "`torch.compile`, then attach",
+        "nothing is compiled again when scale or reference change; output = eager",
+        lambda: features.compiled(first=True),
+    ),
+    _own(
+        "sd1-compile-after",
+        "attach, then `unet.compile`",
+        "nothing is compiled again when scale or reference change; output = eager",
+        lambda: features.compiled(first=False),
+        slow=True,
+    ),
+    *(
+        cell
+        for a in ("sd1", "sdxl")
+        for cell in (
+            _own(
+                f"{a}-outputs",
+                "several prompts, several images of each",
+                f"a reference for each prompt, or for each output: {_BATCHES}",
+                lambda a=a: features.several_outputs(a),
+            ),
+            _own(
+                f"{a}-adapters",
+                "several adapters",
+                "one at scale 0 is absent, exactly; two halves are a whole",
+                lambda a=a: features.several_adapters(a),
+            ),
+            _own(
+                f"{a}-masks",
+                "several references with masks",
+                "white is no mask, black no reference; order does not matter, place does",
+                lambda a=a: features.masked_references(a),
+            ),
+            _own(
+                f"{a}-negative",
+                "negative reference",
+                "acts with guidance; without, exactly not",
+                lambda a=a: features.negative_reference(a),
+            ),
+            _own(
+                f"{a}-window",
+                "scale in a part of the steps, image-to-image",
+                "first and second half of the steps taken each act, differently",
+                lambda a=a: features.scale_window(a),
+            ),
+            _own(
+                f"{a}-fusion",
+                "text-image fusion",
+                f"{FOUR}; at strength 0 it is absent",
+                lambda a=a: features.fused(a),
+            ),
+        )
+        if cell.name not in ("sdxl-adapters", "sdxl-negative", "sdxl-window")
+    ),
+    _own("sd1-faceid", "FaceID", f"{FOUR}, by face", lambda: features.faces("faceid")),
+    _own(
+        "sd1-faceid-plus",
+        "FaceID-Plus v2",
+        f"{FOUR}, by face and picture",
+        lambda: features.faces("faceid-plus-v2"),
+    ),
+]
+
+CELLS: list[Cell] = sorted(
+    [*(cell for a in TITLES for cell in _tasks(a)), *_few_steps(), *_OWN],
+    key=lambda cell: list(TITLES).index(cell.architecture),
+)

@@ -1,0 +1,94 @@
+"""What a cell of the acceptance table asserts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ipdiverse.adapter.attach import attach, detach
+from tests import models
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ipdiverse.adapter.attach import Attachment
+    from ipdiverse.adapter.model import ImagePromptAdapter
+    from tests.acceptance.scenes import Scene
+
+REFERENCES = [models.picture(10), models.picture(11)]
+ROUNDING = 2e-5
+"""Processors round differently at different batch sizes."""
+
+
+def the_four(
+    scene: Scene,
+    adapter: ImagePromptAdapter | None = None,
+    rounding: float = ROUNDING,
+    references: Sequence[Any] = REFERENCES,
+) -> None:
+    """The image prompt acts, scale 0 is exact, items do not mix, detaching leaves no trace."""
+    state, processors = tensors(scene.pipe.unet), dict(scene.pipe.unet.attn_processors)
+    plain = scene.run([0])
+    attachment = put_on(scene.pipe, adapter or models.adapter("plus", scene.pipe.unet))
+    try:
+        prompted = acts_and_stops_at_zero(scene, attachment, references, plain)
+        items_do_not_mix(scene, attachment, references, rounding)
+        if scene.other is not None:
+            attachment.set_reference(references[0])
+            differ(scene.other([0]), prompted)
+    finally:
+        detach(scene.pipe)
+    np.testing.assert_array_equal(scene.run([0]), plain)
+    assert scene.pipe.unet.attn_processors == processors
+    after = tensors(scene.pipe.unet)
+    assert after.keys() == state.keys()
+    assert all(torch.equal(after[name], state[name]) for name in state)
+
+
+def put_on(pipe: Any, *adapters: ImagePromptAdapter) -> Attachment:
+    """Attach; some stock pipelines have no image encoder of their own."""
+    parts = models.pipeline("sd1")
+    encoder = getattr(pipe, "image_encoder", None) or parts.image_encoder
+    processor = getattr(pipe, "feature_extractor", None) or parts.feature_extractor
+    return attach(pipe, *adapters, image_encoder=encoder, image_processor=processor)
+
+
+def acts_and_stops_at_zero(
+    scene: Scene, attachment: Attachment, references: Sequence[Any], plain: np.ndarray
+) -> np.ndarray:
+    """Gives item 0 with the first reference."""
+    attachment.set_reference(references[0])
+    attachment.set_scale(0.0)
+    np.testing.assert_array_equal(scene.run([0]), plain)
+    attachment.set_scale(1.0)
+    prompted = scene.run([0])
+    attachment.set_reference(references[1])
+    differ(prompted, plain)
+    differ(scene.run([0]), prompted)
+    return prompted
+
+
+def items_do_not_mix(
+    scene: Scene, attachment: Attachment, references: Sequence[Any], rounding: float
+) -> None:
+    attachment.set_reference(references)
+    together = scene.run([0, 1])
+    for item in (0, 1):
+        attachment.set_reference(references[item])
+        equal(together[item], scene.run([item])[0], rounding)
+
+
+def equal(found: np.ndarray, expected: np.ndarray, rounding: float = ROUNDING) -> None:
+    assert np.isfinite(expected).all()
+    assert np.abs(found - expected).max() <= rounding * max(1.0, float(np.abs(expected).max()))
+
+
+def differ(found: np.ndarray, other: np.ndarray) -> None:
+    assert np.isfinite(found).all()
+    assert np.abs(found - other).max() > 1e-3 * max(1.0, float(np.abs(other).max()))
+
+
+def tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
