@@ -69,7 +69,9 @@ class Attachment:
         Raises:
             ArgumentError: References that do not fit together or this adapter.
         """
-        many = references if isinstance(references, (list, tuple)) else [references]
+        many: list[Any] = (
+            list(references) if isinstance(references, (list, tuple)) else [references]
+        )
         if not many:
             raise ArgumentError("is empty", where="references", fix="Give at least one.")
         prompt = self._prompt(adapter)

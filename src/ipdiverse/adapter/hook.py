@@ -88,7 +88,12 @@ class ImagePromptHook(ModelHook):
         self._prepared: tuple[Tensor, int] | None = None
 
     @torch.compiler.disable
-    def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002
+    def pre_forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        module: torch.nn.Module,  # noqa: ARG002 - diffusers' interface
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         """Prepare this call's tokens and scales."""
         self._check_processors()
         text = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[2]

@@ -103,7 +103,7 @@ def make_demo(out: Path) -> Path:
 
 def _generate(reference: Image.Image) -> dict[float, list[Image.Image]]:
     base = load_base(CRITTERS)
-    request = Request(image="", prompt=PROMPT, n=PER_SCALE, guidance_scale=base.guidance_scale)
+    request = Request(prompt=(PROMPT,), n=PER_SCALE, guidance_scale=base.guidance_scale)
     jobs = [Job(PROMPT, request.seed, index, reference) for index in range(PER_SCALE)]
     images = {}
     with attached(base, adapter_source(CRITTERS, request.adapter)) as attachment:

@@ -96,7 +96,7 @@ def sample_array(
     progress: bool | None = None,
 ) -> np.ndarray:
     """Images of many jobs, uint8 (count, 64, 64, 3), in large batches."""
-    request = Request(image="", steps=steps, guidance_scale=guidance, n=1)
+    request = Request(steps=steps, guidance_scale=guidance, n=1)
     wide = replace(base, batch=min(MEASURING_BATCH, len(jobs)))
     images = sample(wide, jobs, request, attachment, progress)
     return np.stack([np.asarray(image) for image in images])

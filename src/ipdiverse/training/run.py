@@ -58,7 +58,7 @@ def train_plain(kind: Kind, folder: Path, steps: int, seed: int = 0, images: int
     scenes = scenes.first(images)
     embeds = cache_image_embeds(pipe.image_encoder, scenes, kind, folder / "corpus")
     torch.manual_seed(seed)
-    adapter = new_adapter(kind, pipe.unet, pipe.image_encoder, **PROJECTION_SIZES[kind])
+    adapter = new_adapter(kind, pipe.unet, pipe.image_encoder, None, **PROJECTION_SIZES[kind])
     attach(pipe, adapter)
     latents = Latents(moments, vae.config.scaling_factor)
     objective = PlainObjective(adapter, pipe, scenes, latents, embeds)
