@@ -51,6 +51,10 @@ def _own(
     return Cell(name, name.split("-", maxsplit=1)[0], feature, shows, run, slow)
 
 
+_COMPILED = (
+    "after scales 1, 0.5 and 0 nothing is compiled again when scale or reference change; "
+    "output = eager"
+)
 _CONTROL = "the control picture matters"
 _LEFT_OUT = ("sd2-inpaint-4", "sd2-controlnet-pose", "sd2-t2i-adapter", "sdxl-controlnet-pose")
 """As on the others; there is no T2I-Adapter for SD 2.x."""
@@ -146,13 +150,13 @@ _OWN = [
     _own(
         "sd1-compile",
         "`torch.compile`, then attach",
-        "nothing is compiled again when scale or reference change; output = eager",
+        _COMPILED,
         lambda: features.compiled(first=True),
     ),
     _own(
         "sd1-compile-after",
         "attach, then `unet.compile`",
-        "nothing is compiled again when scale or reference change; output = eager",
+        _COMPILED,
         lambda: features.compiled(first=False),
         slow=True,
     ),

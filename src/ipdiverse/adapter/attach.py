@@ -94,6 +94,8 @@ class Attachment:
     ) -> None:
         """Weight of the image branch (λ); 0 is text alone, exactly.
 
+        FaceID's low-rank changes of the UNet stay on at any scale, as in stock diffusers.
+
         Args:
             scale: See `scale.resolve_scale`.
             adapter: Which adapter; None is all.
