@@ -171,10 +171,11 @@ def load_part(kind: str, source: str, base: Base, *, local_files_only: bool = Fa
         import transformers
 
         library: Any = diffusers if hasattr(diffusers, kind) else transformers
-        where, options = source, {"local_files_only": local_files_only or Path(source).exists()}
-        if not Path(source).exists() and source.count("/") > 1:
-            owner, name, folder = source.split("/", 2)
-            where, options = f"{owner}/{name}", {**options, "subfolder": folder}
+        local = Path(source).exists()
+        where, folder = (source, None) if local else split_hub_id(source)
+        options: dict[str, Any] = {"local_files_only": local_files_only or local}
+        if folder is not None:
+            options["subfolder"] = folder
         try:
             part = getattr(library, kind).from_pretrained(where, **options)
         except Exception as error:
@@ -183,6 +184,12 @@ def load_part(kind: str, source: str, base: Base, *, local_files_only: bool = Fa
             ) from error
     unet: Any = base.pipe.unet
     return part.to(unet.device, unet.dtype).eval() if hasattr(part, "parameters") else part
+
+
+def split_hub_id(source: str) -> tuple[str, str | None]:
+    """`owner/name/path/inside` as (`owner/name`, `path/inside`); anything shorter as it is."""
+    parts = source.split("/", 2)
+    return ("/".join(parts[:2]), parts[2]) if len(parts) == 3 else (source, None)
 
 
 def copier_report(adapter: str) -> Path:

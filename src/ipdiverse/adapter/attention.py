@@ -131,7 +131,7 @@ class DecoupledAttention:
     def __init__(self, number: int, slots: list[Slot]) -> None:
         self.number, self.slots = number, slots
         self._text = _Once()
-        self._images: dict[int, _Once] = {}
+        self._images: dict[tuple[int, int], _Once] = {}
 
     def __call__(
         self,
@@ -153,10 +153,13 @@ class DecoupledAttention:
             temb: Unused in transformer blocks; part of diffusers' interface.
         """
         text, given = _split(encoder_hidden_states)
-        text = hidden_states if text is None else text
         layers = [slot.weights.get(self.number) for slot in self.slots]
         query = _heads(attn, _project(attn.to_q, hidden_states, layers, "to_q_lora"))
-        key, value = self._text.get(text, lambda: self._text_key_value(attn, text, layers))
+        if text is None:  # self-attention: new at every step, nothing to keep
+            text = hidden_states
+            key, value = self._key_value(attn, text, layers)
+        else:
+            key, value = self._text.get(text, lambda: self._key_value(attn, text, layers))
         mask = _mask(attn, attention_mask, text)
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         for scale, weights, group, kept in self._branches(given):
@@ -170,11 +173,6 @@ class DecoupledAttention:
         merged = mixed.transpose(1, 2).flatten(2)
         return attn.to_out[1](_project(attn.to_out[0], merged, layers, "to_out_lora"))
 
-    def forget(self) -> None:
-        """Drop what was kept, to free memory or after weights changed."""
-        self._text = _Once()
-        self._images.clear()
-
     def _branches(
         self, given: list[Tensor] | None
     ) -> Iterable[tuple[float | Tensor, LayerWeights, TokenGroup, _Once]]:
@@ -184,15 +182,15 @@ class DecoupledAttention:
                 continue
             groups = slot.groups if given is None else [TokenGroup(_flat(given[index]))]
             for position, group in enumerate(groups):
-                kept = self._images.setdefault(index * 1000 + position, _Once())
+                kept = self._images.setdefault((index, position), _Once())
                 yield slot.scales.get(self.number, 1.0), weights, group, kept
 
-    def _text_key_value(
-        self, attn: Any, text: Tensor, layers: list[LayerWeights | None]
+    def _key_value(
+        self, attn: Any, states: Tensor, layers: list[LayerWeights | None]
     ) -> tuple[Tensor, Tensor]:
         return (
-            _heads(attn, _project(attn.to_k, text, layers, "to_k_lora")),
-            _heads(attn, _project(attn.to_v, text, layers, "to_v_lora")),
+            _heads(attn, _project(attn.to_k, states, layers, "to_k_lora")),
+            _heads(attn, _project(attn.to_v, states, layers, "to_v_lora")),
         )
 
 

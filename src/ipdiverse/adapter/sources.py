@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 
+from ipdiverse.bases import HUB_ID
 from ipdiverse.errors import CheckpointError
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt"}
 _NO_WEIGHTS = ("optimizer", "scheduler", "scaler", "random_states", "training_args")
 _TRUE = {"1", "true", "yes", "on"}
@@ -38,7 +37,7 @@ def find_checkpoint(
     if path.is_dir():
         folder = path / subfolder
         return folder / weight_name if weight_name else _only_file(folder)
-    is_id = isinstance(source, str) and _HUB_ID.fullmatch(source) is not None
+    is_id = isinstance(source, str) and HUB_ID.fullmatch(source) is not None
     if path.exists() or not is_id or path.suffix.lower() in _SUFFIXES:
         return path
     offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in _TRUE

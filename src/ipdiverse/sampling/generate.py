@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ipdiverse.bases import Base, adapter_source, load_base, load_part, quiet
+from ipdiverse.bases import Base, adapter_source, load_base, load_part, quiet, split_hub_id
 from ipdiverse.errors import ArgumentError
 from ipdiverse.image_io import content_hash, load_image
 from ipdiverse.sampling.request import Request
@@ -273,8 +273,11 @@ class attached:  # noqa: N801 - reads as a verb: `with attached(base, file) as a
         from ipdiverse.adapter.attach import attach
         from ipdiverse.adapter.checkpoint import load_adapter
 
-        owner_and_name, file = _hub_file(self._weights)
-        adapter = load_adapter(owner_and_name, weight_name=file)
+        if isinstance(self._weights, Path):
+            adapter = load_adapter(self._weights)
+        else:
+            repository, file = split_hub_id(self._weights)
+            adapter = load_adapter(repository, weight_name=file)
         if not self._encoder:
             return attach(self._base.pipe, adapter)
         return attach(
@@ -289,14 +292,6 @@ class attached:  # noqa: N801 - reads as a verb: `with attached(base, file) as a
         from ipdiverse.adapter.attach import detach
 
         detach(self._base.pipe)
-
-
-def _hub_file(source: Path | str) -> tuple[Path | str, str | None]:
-    """A hub id with a path behind it as (`owner/name`, path); anything else as it is."""
-    if isinstance(source, Path) or source.count("/") < 2:
-        return source, None
-    owner, name, file = source.split("/", 2)
-    return f"{owner}/{name}", file
 
 
 def versions() -> dict[str, str]:
