@@ -88,7 +88,7 @@ class PlainObjective:
             tokens = self.module.tokens(embeds)
             return self.pipe.unet(noisy, timesteps, (text, [tokens])).sample
 
-        return velocity_loss(predict, scheduler, clean, timesteps, noise), {}
+        return velocity_loss(predict, scheduler, clean, timesteps, noise)[0], {}
 
     @torch.no_grad()
     def _empty_embeds(self) -> Tensor:

@@ -102,7 +102,10 @@ def _draw(corpus: Corpus, batch: int, rng: torch.Generator) -> tuple[np.ndarray,
 
 
 def captions_and_labels(
-    corpus: Corpus, indices: np.ndarray, seeds: list[int]
+    corpus: Corpus,
+    indices: np.ndarray,
+    seeds: list[int],
+    chances: list[float | None] | None = None,
 ) -> tuple[list[str], Tensor]:
     """Fresh captions of these images and, per attribute, the stated value + 1, or 0 for unstated.
 
@@ -110,10 +113,11 @@ def captions_and_labels(
         corpus: Where the images are.
         indices: Which images.
         seeds: One per caption; decides what it mentions and how.
+        chances: For each caption, as `mentioned` takes it.
     """
     captions, labels = [], []
-    for index, seed in zip(indices, seeds, strict=True):
-        stated = mentioned(corpus.scene(int(index)), seed)
+    for index, seed, chance in zip(indices, seeds, chances or [None] * len(seeds), strict=True):
+        stated = mentioned(corpus.scene(int(index)), seed, chance)
         captions.append(caption(stated, seed))
         labels.append(
             [1 + values.index(stated[n]) if n in stated else 0 for n, values in ATTRIBUTES.items()]

@@ -15,7 +15,14 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-FIRST_AND_LAST = ("unet.conv_in", "unet.conv_out", "unet.time_embedding", "alignment.head.2")
+FIRST_AND_LAST = (
+    "unet.conv_in",
+    "unet.conv_out",
+    "unet.time_embedding",
+    "alignment.head.2",
+    "reader.conv_in",
+    "reader.heads",
+)
 """Layers that meet the data or the timestep rather than hidden features: AdamW's."""
 
 

@@ -1,7 +1,8 @@
 """Stage `unet`: the text-to-image denoiser on cached latents, with the text encoder frozen.
 
 While it trains, features in its middle are aligned with what the image encoder sees in the clean
-image (REPA, arXiv:2410.06940); the head that does so is thrown away.
+image (REPA, arXiv:2410.06940), and its guess at the clean latents is read (`reader`); both heads are
+thrown away.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ipdiverse.critters.training.clip import captions_and_labels, tokenize
 from ipdiverse.critters.training.corpus import encoded_once
 from ipdiverse.critters.training.loop import autocast, fingerprint
+from ipdiverse.critters.training.reader import NOISE, LatentReader, read_frozen, reading_loss
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,6 +34,10 @@ if TYPE_CHECKING:
 CAPTION_DROP = 0.1
 ALIGNMENT = 0.5
 """Weight of the alignment loss; REPA's own."""
+READING = 0.3
+"""Weight of the reader's cross-entropy: its gradient is then a few times that of the squared error."""
+ALL_STATED = 0.3
+"""Share of captions that state every attribute: they teach most about what words look like."""
 
 
 class Latents:
@@ -104,11 +110,13 @@ class Alignment(nn.Module):
 
 
 class UnetModules(nn.Module):
-    """The UNet and the throw-away head beside it."""
+    """The UNet and the throw-away heads beside it."""
 
     def __init__(self, unet: UNet2DConditionModel, alignment: Alignment) -> None:
         super().__init__()
         self.unet, self.alignment = unet, alignment
+        reader = LatentReader(channels=unet.config.in_channels)
+        self.reader = reader.to(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
@@ -127,8 +135,8 @@ def velocity_loss(
     clean: Tensor,
     timesteps: Tensor,
     noise: Tensor,
-) -> Tensor:
-    """Mean squared error of v (Salimans & Ho, arXiv:2202.00512).
+) -> tuple[Tensor, Tensor]:
+    """Mean squared error of v (Salimans & Ho, arXiv:2202.00512), and the guess at the clean latents.
 
     Args:
         predict: Noisy latents to predicted v.
@@ -142,7 +150,10 @@ def velocity_loss(
     # PyTorch's fused CPU attention is slow backward; the plain one is not
     with autocast(), sdpa_kernel(SDPBackend.MATH):
         predicted = predict(noisy)
-    return F.mse_loss(predicted.float(), target)
+    predicted = predicted.float()
+    # clean = √ᾱ noisy - √(1-ᾱ) v: the formula of v itself, with other arguments
+    guess = scheduler.get_velocity(predicted, noisy, timesteps)
+    return F.mse_loss(predicted, target), guess
 
 
 def _has_compiler() -> bool:
@@ -152,7 +163,8 @@ def _has_compiler() -> bool:
 
 
 class UnetObjective:
-    """`velocity_loss` of images from captions, a tenth of them dropped, at uniform timesteps.
+    """Squared error of v at uniform timesteps, from captions of which a tenth are dropped, beside
+    alignment and reading.
 
     The features that are aligned leave the first up block, on the image encoder's 8×8 grid.
     """
@@ -165,10 +177,11 @@ class UnetObjective:
         scheduler: Any,
         corpus: Corpus,
         latents: Latents,
-        batch: int = 64,
+        batch: int = 96,
         compiled: bool = True,
     ) -> None:
         self.module, self.tokenizer = modules, tokenizer
+        self.attributes = torch.from_numpy(corpus.attributes)
         self.text = text.eval().requires_grad_(False)
         self.scheduler, self.corpus, self.latents, self.batch = scheduler, corpus, latents, batch
         self._hidden: dict[str, Tensor] = {}
@@ -181,7 +194,9 @@ class UnetObjective:
         """One batch's loss."""
         indices = torch.randint(len(self.corpus), (self.batch,), generator=rng).numpy()
         seeds = torch.randint(2**31, (self.batch,), generator=rng).tolist()
-        captions, _ = captions_and_labels(self.corpus, indices, seeds)
+        whole = torch.rand(self.batch, generator=rng) < ALL_STATED
+        chances = [1.0 if states_all else None for states_all in whole]
+        captions, _ = captions_and_labels(self.corpus, indices, seeds, chances)
         dropped = torch.rand(self.batch, generator=rng) < CAPTION_DROP
         states = text_states(self.text, self.tokenizer, captions, dropped)
         clean = self.latents.sample(indices, rng).contiguous(memory_format=torch.channels_last)
@@ -190,7 +205,7 @@ class UnetObjective:
         strata = (torch.arange(self.batch) + torch.rand(self.batch, generator=rng)) / self.batch
         steps = self.scheduler.config.num_train_timesteps
         timesteps = (strata * steps).long().clamp(max=steps - 1)  # the sum may round up to 1
-        loss = velocity_loss(
+        velocity, guess = velocity_loss(
             lambda noisy: self.forward(noisy, timesteps, states).sample,
             self.scheduler,
             clean,
@@ -198,5 +213,19 @@ class UnetObjective:
             noise,
         )
         apart = self.module.alignment(self._hidden["middle"], indices)
-        figures = {"velocity": float(loss.detach()), "apart": float(apart.detach())}
-        return loss + ALIGNMENT * apart, figures
+        misread, learning = self._read(guess, clean, self.attributes[indices], rng)
+        figures = {"velocity": velocity, "apart": apart, "misread": misread}
+        loss = velocity + ALIGNMENT * apart + READING * misread + learning
+        return loss, {name: float(figure.detach()) for name, figure in figures.items()}
+
+    def _read(
+        self, guess: Tensor, clean: Tensor, attributes: Tensor, rng: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """How badly the guess is read, for the UNet; how badly the reader reads, for the reader."""
+        both = torch.cat([guess, clean])
+        both = both + NOISE * torch.randn(both.shape, generator=rng)
+        reader = self.module.reader
+        with autocast():
+            seen = read_frozen(reader, both[: len(guess)])
+            learnt = reader(both.detach())
+        return reading_loss(seen, attributes), reading_loss(learnt, attributes.repeat(2, 1))
