@@ -1,7 +1,7 @@
 """Stage `unet`: the text-to-image denoiser on cached latents, with the text encoder frozen.
 
 While it trains, features in its middle are aligned with what the image encoder sees in the clean
-image (REPA, arXiv:2410.06940), and its guess at the clean latents is read (`reader`); both heads are
+image (REPA, arXiv:2410.06940), and its guess at the clean latents is read (`reader`). Both are
 thrown away.
 """
 
@@ -35,7 +35,7 @@ CAPTION_DROP = 0.1
 ALIGNMENT = 0.5
 """Weight of the alignment loss; REPA's own."""
 READING = 0.3
-"""Weight of the reader's cross-entropy: its gradient is then a few times that of the squared error."""
+"""Weight of the reader's cross-entropy; its gradient is then some three times the squared error's."""
 ALL_STATED = 0.3
 """Share of captions that state every attribute: they teach most about what words look like."""
 
@@ -136,7 +136,7 @@ def velocity_loss(
     timesteps: Tensor,
     noise: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Mean squared error of v (Salimans & Ho, arXiv:2202.00512), and the guess at the clean latents.
+    """Squared error of v (Salimans & Ho, arXiv:2202.00512), and the guess at the clean latents.
 
     Args:
         predict: Noisy latents to predicted v.
@@ -163,8 +163,7 @@ def _has_compiler() -> bool:
 
 
 class UnetObjective:
-    """Squared error of v at uniform timesteps, from captions of which a tenth are dropped, beside
-    alignment and reading.
+    """Squared error of v at uniform timesteps, alignment and reading; a tenth of captions dropped.
 
     The features that are aligned leave the first up block, on the image encoder's 8×8 grid.
     """
