@@ -95,10 +95,17 @@ class TokenGroup:
     Args:
         tokens: (batch, tokens, width), fused, both guidance branches.
         mask: Where it acts; None is everywhere.
+        opposed: The same for layers that lead away from the image: its tokens in the unconditional
+            branch, zeros (whose keys and values are zero) in the other. None is `tokens`.
     """
 
     tokens: Tensor
     mask: RegionMask | None = None
+    opposed: Tensor | None = None
+
+    def for_layer(self, opposed: bool) -> Tensor:
+        """The tokens that a layer reads."""
+        return self.opposed if opposed and self.opposed is not None else self.tokens
 
 
 @dataclass(eq=False)
@@ -109,11 +116,13 @@ class Slot:
         weights: Keys' and values' weights by layer number.
         groups: This call's image tokens; empty before the first.
         scales: This step's scale by layer number; a missing layer takes 1.
+        opposed: Layers that lead away from the image (`Scale.opposed`).
     """
 
     weights: dict[int, LayerWeights]
     groups: list[TokenGroup] = field(default_factory=list)
     scales: dict[int, float | Tensor] = field(default_factory=dict)
+    opposed: frozenset[int] = frozenset()
 
 
 class DecoupledAttention:
@@ -162,20 +171,20 @@ class DecoupledAttention:
             key, value = self._text.get(text, lambda: self._key_value(attn, text, layers))
         mask = _mask(attn, attention_mask, text)
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        for scale, weights, group, kept in self._branches(given):
+        for scale, weights, image, group_mask, kept in self._branches(given):
             if isinstance(scale, Tensor) or scale != 0:
-                image = group.tokens
                 image_key, image_value = kept.get(
                     image, lambda w=weights, t=image: _image_key_value(attn, w, t)
                 )
-                region = None if group.mask is None else group.mask.at(query.shape[2])
+                region = None if group_mask is None else group_mask.at(query.shape[2])
                 mixed = add_image(mixed, query, image_key, image_value, scale, region)
         merged = mixed.transpose(1, 2).flatten(2)
         return attn.to_out[1](_project(attn.to_out[0], merged, layers, "to_out_lora"))
 
     def _branches(
         self, given: list[Tensor] | None
-    ) -> Iterable[tuple[float | Tensor, LayerWeights, TokenGroup, _Once]]:
+    ) -> Iterable[tuple[float | Tensor, LayerWeights, Tensor, RegionMask | None, _Once]]:
+        """Scale, weights, tokens and mask of each group of image tokens, and what is kept of it."""
         for index, slot in enumerate(self.slots):
             weights = slot.weights.get(self.number)
             if weights is None or weights.to_k_ip is None:
@@ -183,7 +192,8 @@ class DecoupledAttention:
             groups = slot.groups if given is None else [TokenGroup(_flat(given[index]))]
             for position, group in enumerate(groups):
                 kept = self._images.setdefault((index, position), _Once())
-                yield slot.scales.get(self.number, 1.0), weights, group, kept
+                tokens = group.for_layer(self.number in slot.opposed)
+                yield slot.scales.get(self.number, 1.0), weights, tokens, group.mask, kept
 
     def _key_value(
         self, attn: Any, states: Tensor, layers: list[LayerWeights | None]

@@ -153,7 +153,8 @@ class ImagePromptHook(ModelHook):
         mask = part.mask
         if mask is not None and len(mask.weights) > 1:
             mask = type(mask)(mask.weights.repeat_interleave(repeats, 0)).repeated(branches)
-        return TokenGroup(tokens.flatten(1, 2), mask)
+        tokens = tokens.flatten(1, 2)
+        return TokenGroup(tokens, mask, _opposed(tokens, branches))
 
     def _fused(self, prompt: Prompt, tokens: Tensor, text: Tensor) -> Tensor:
         """Fuse each reference of each item with that item's text."""
@@ -199,6 +200,7 @@ class ImagePromptHook(ModelHook):
     def _set_scales(self, timestep: Any, batch: int) -> None:
         progress = self._progress(timestep) if any(p.scale.by_step for p in self.prompts) else 0.0
         for prompt in self.prompts:
+            prompt.slot.opposed = prompt.scale.opposed
             prompt.slot.scales = {
                 layer.number: _for_batch(prompt.scale.at(layer, progress), batch)
                 for layer in self.layers
@@ -218,6 +220,12 @@ class ImagePromptHook(ModelHook):
         if first is None:
             first = 0 if getattr(self.pipe, "denoising_end", None) else scheduled - count
         return first, count
+
+
+def _opposed(tokens: Tensor, branches: int) -> Tensor:
+    """Image tokens where there were none, and none where they were: (branches × items) again."""
+    positive = tokens.chunk(branches)[-1]
+    return torch.cat([positive, torch.zeros_like(positive)][-branches:])
 
 
 def _for_batch(scale: float | Tensor, batch: int) -> float | Tensor:

@@ -57,12 +57,15 @@ class Scale:
         by_step: Whether it depends on the progress at all.
         start: Share of the steps before which it is 0.
         end: Share of the steps from which it is 0 again.
+        opposed: Numbers of the layers in which the image acts on the unconditional branch alone,
+            so that guidance leads away from it.
     """
 
     of: ScaleFunction
     by_step: bool = False
     start: float = 0.0
     end: float = 1.0
+    opposed: frozenset[int] = frozenset()
 
     def at(self, layer: Layer, progress: float) -> float | Tensor:
         """The scale of a layer at a progress."""
@@ -97,7 +100,8 @@ def resolve_scale(
     check_range("end", end, start, 1)
     stepped = (start, end) != (0.0, 1.0)
     if isinstance(value, str):
-        return Scale(_preset(value, layers, weight), stepped, start, end)
+        opposed = _opposed(value, layers)
+        return Scale(_preset(value, layers, weight), stepped, start, end, opposed)
     if isinstance(value, Tensor) and value.ndim:
         return Scale(lambda _layer, _progress: value, stepped, start, end)
     if isinstance(value, Mapping):
@@ -177,22 +181,31 @@ _SMOOTH: dict[str, Callable[[Layer], float]] = {
 
 _SD15_STYLE = {**dict.fromkeys(range(4), 1.0), **dict.fromkeys(range(9, 16), 1.0)}
 _SD15_STRONG = {**dict.fromkeys(range(4), 1.0), **dict.fromkeys(range(6, 16), 1.0)}
+_SD15_BOTH = {**_SD15_STYLE, 4: 0.25, 5: 1.0}
 _SDXL_STRONG = dict.fromkeys([0, 1, 2, *range(4, 11)], 1.0)
 _BY_TRANSFORMER: dict[str, dict[int, dict[int, float]]] = {
     "style transfer": {16: _SD15_STYLE, 11: {6: 1.0}},
     "composition": {16: {4: 0.25, 5: 1.0}, 11: {3: 1.0}},
     "strong style transfer": {16: _SD15_STRONG, 11: _SDXL_STRONG},
-    "style and composition": {16: {**_SD15_STYLE, 4: 0.25, 5: 1.0}, 11: {3: 1.0, 6: 1.0}},
+    "style and composition": {16: _SD15_BOTH, 11: {3: 1.0, 6: 1.0}},
     "strong style and composition": {
         16: dict.fromkeys(range(16), 1.0),
         11: dict.fromkeys(range(11), 1.0),
+    },
+    "style transfer precise": {16: _SD15_BOTH, 11: {3: 1.0, 6: 1.0}},
+    "composition precise": {
+        16: {**_SD15_BOTH, **dict.fromkeys((6, 7, 8), 0.1)},
+        11: {**dict.fromkeys(range(11), 0.1), 3: 1.0, 6: 1.0},
     },
 }
 """Presets by transformer, for the 16 of SD 1.x and 2.x and the 11 of SDXL.
 
 ComfyUI's; on SDXL, 3 and 6 are `down_blocks.2.attentions.1` and `up_blocks.0.attentions.1`, the
-layout and the style block of InstantStyle (arXiv:2404.02733, section 3.3).
+layout and the style block of InstantStyle (arXiv:2404.02733, section 3.3). The precise ones oppose
+the image in the other role's transformers (`_opposed`).
 """
+_LAYOUT = {16: {4, 5}, 11: {3}}
+"""The transformers that carry the layout."""
 _ALIASES = {"style": "style transfer", "layout": "composition", "instantstyle": "style transfer"}
 
 PRESETS = (*_SMOOTH, *_BY_TRANSFORMER, *_ALIASES)
@@ -213,11 +226,21 @@ def _preset(name: str, layers: Sequence[Layer], weight: float) -> ScaleFunction:
     return lambda layer, _: weight * weights.get(layer.transformer, 0.0)
 
 
-def _by_role(name: str, layers: Sequence[Layer]) -> dict[int, float]:
-    """The presets on other UNets, by InstantStyle's roles.
+def _opposed(name: str, layers: Sequence[Layer]) -> frozenset[int]:
+    """Layers in which a precise preset leads away from the image: those of the other role."""
+    if not name.endswith(" precise"):
+        return frozenset()
+    count = layers[0].transformers
+    layout = _LAYOUT[count] if count in _LAYOUT else {_roles(name, layers)[0]}
+    away = layout if name.startswith("style") else set(range(count)) - layout
+    return frozenset(layer.number for layer in layers if layer.transformer in away)
+
+
+def _roles(name: str, layers: Sequence[Layer]) -> tuple[int, int]:
+    """InstantStyle's two roles on any UNet: the transformers of layout and of style.
 
     Layout is the last transformer before the middle; style is the second of the first `up` block
-    that has any, as on SDXL. `strong` keeps everything but the other role.
+    that has any, as on SDXL.
     """
     downs = [layer.transformer for layer in layers if layer.part == "down"]
     ups = [layer.transformer for layer in layers if layer.part == "up"]
@@ -227,14 +250,21 @@ def _by_role(name: str, layers: Sequence[Layer]) -> dict[int, float]:
             where=f"scale preset {name!r}",
         )
     first_up = [layer.transformer for layer in layers if layer.block == _first_up(layers)]
-    layout, style = max(downs), sorted(set(first_up))[:2][-1]
+    return max(downs), sorted(set(first_up))[:2][-1]
+
+
+def _by_role(name: str, layers: Sequence[Layer]) -> dict[int, float]:
+    """The presets on other UNets, by role; `strong` keeps everything but the other role."""
+    layout, style = _roles(name, layers)
     everything = dict.fromkeys(range(layers[0].transformers), 1.0)
     if name == "composition":
         return {layout: 1.0}
     if name == "style transfer":
         return {style: 1.0}
-    if name == "style and composition":
+    if name in ("style and composition", "style transfer precise"):
         return {layout: 1.0, style: 1.0}
+    if name == "composition precise":
+        return {**dict.fromkeys(everything, 0.1), layout: 1.0, style: 1.0}
     if name == "strong style transfer":
         return {t: w for t, w in everything.items() if t != layout}
     return everything

@@ -14,6 +14,7 @@ from ipdiverse.adapter.attach import attach, detach
 from ipdiverse.adapter.fusion import BlendFusion, GatedFusion
 from ipdiverse.adapter.model import ImagePromptAdapter, new_adapter
 from ipdiverse.adapter.reference import Reference
+from ipdiverse.adapter.scale import Scale
 from ipdiverse.errors import ArgumentError, ModelError
 
 if TYPE_CHECKING:
@@ -59,6 +60,34 @@ def test_detach_restores_state_and_output(pipe: Any, references: list[Image.Imag
     assert all(after[name] is before[name] for name in before)
     assert set(pipe.__dict__) == own
     np.testing.assert_array_equal(latents(pipe), plain)
+
+
+def test_an_opposed_layer_shows_the_image_to_the_unconditional_branch_alone(
+    pipe: Any, references: list[Image.Image]
+) -> None:
+    """Every layer opposed: that branch is the image prompt's, the other is text alone."""
+
+    def predict(rows: slice, guidance: float) -> torch.Tensor:
+        pipe._guidance_scale = guidance
+        with torch.no_grad():
+            return pipe.unet(noise[rows], torch.tensor(500), text[rows]).sample
+
+    rng = torch.Generator().manual_seed(0)
+    noise = torch.randn(4, 4, 16, 16, generator=rng)
+    text = torch.randn(4, 12, 128, generator=rng)
+    text_alone = predict(slice(2, 4), 1.0)
+    with attach(pipe, trained(pipe)) as prompt:
+        prompt.set_reference([references[0], references[1]])
+        with_image = predict(slice(0, 2), 1.0)
+        everywhere = frozenset(layer.number for layer in prompt._hook.layers)
+        prompt._hook.prompts[0].scale = Scale(lambda _layer, _progress: 1.0, opposed=everywhere)
+        unguided = predict(slice(0, 2), 1.0)
+        both = predict(slice(0, 4), 3.0)
+    torch.testing.assert_close(both[:2], with_image, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(both[2:], text_alone, atol=1e-4, rtol=1e-4)
+    unprompted = predict(slice(0, 2), 1.0)
+    torch.testing.assert_close(unguided, unprompted, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(with_image, unprompted, atol=1e-2)
 
 
 def test_each_prompt_and_each_output_may_have_its_own_reference(

@@ -82,6 +82,26 @@ def test_comfyuis_weight_types_on_sd15() -> None:
     assert at("weak output", SD15)[6:8] == [1.0, 0.2]
 
 
+def test_the_precise_types_oppose_the_image_in_the_other_roles_layers(pipe: Any) -> None:
+    def opposed(preset: str, layers: list[Layer]) -> set[int]:
+        numbers = resolve_scale(preset, layers).opposed
+        return {layer.transformer for layer in layers if layer.number in numbers}
+
+    own = unet_layers(pipe.unet)
+    for layers, layout in ((SD15, {4, 5}), (SDXL, {3}), (own, {1})):
+        assert opposed("style transfer precise", layers) == layout
+        everything = set(range(layers[0].transformers))
+        assert opposed("composition precise", layers) == everything - layout
+    assert on("style transfer precise", SD15) == on("style and composition", SD15)
+    assert on("composition precise", SDXL) == {i: 1.0 if i in (3, 6) else 0.1 for i in range(11)}
+    weak = {6: 0.1, 7: 0.1, 8: 0.1}
+    assert on("composition precise", SD15) == on("style and composition", SD15) | weak
+    assert on("composition precise", own) == {i: 1.0 if i in (1, 4) else 0.1 for i in range(7)}
+    for preset in set(PRESETS) - {"style transfer precise", "composition precise"}:
+        assert not opposed(preset, SD15), preset
+    assert not resolve_scale(1.0, SD15).opposed
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_acts_somewhere_on_every_unet(preset: str, pipe: Any) -> None:
     for layers in (SD15, SDXL, unet_layers(pipe.unet)):

@@ -35,7 +35,7 @@ CAPTION_DROP = 0.1
 ALIGNMENT = 0.5
 """Weight of the alignment loss; REPA's own."""
 READING = 0.3
-"""Weight of the reader's cross-entropy; its gradient is then some three times the squared error's."""
+"""Weight of the reader's cross-entropy: a gradient some three times that of the squared error."""
 ALL_STATED = 0.3
 """Share of captions that state every attribute: they teach most about what words look like."""
 
