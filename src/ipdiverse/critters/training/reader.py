@@ -29,10 +29,10 @@ NOISE = 0.15
 class LatentReader(nn.Module):
     """Scaled latents (batch, 4, 16, 16) to logits per attribute, in the order of `ATTRIBUTES`."""
 
-    def __init__(self, widths: Sequence[int] = (32, 64, 128), channels: int = 4) -> None:
+    def __init__(self, widths: Sequence[int] = (32, 64, 128)) -> None:
         super().__init__()
         first, *rest = widths
-        self.conv_in = nn.Conv2d(channels, first, 3, padding=1)
+        self.conv_in = nn.Conv2d(4, first, 3, padding=1)
         blocks, width = [], first
         for wider in rest:
             blocks += [

@@ -115,7 +115,7 @@ class UnetModules(nn.Module):
     def __init__(self, unet: UNet2DConditionModel, alignment: Alignment) -> None:
         super().__init__()
         self.unet, self.alignment = unet, alignment
-        reader = LatentReader(channels=unet.config.in_channels)
+        reader: Any = LatentReader()
         self.reader = reader.to(memory_format=torch.channels_last)
 
 
