@@ -1,6 +1,7 @@
 """An image prompt by ipdiverse against stock diffusers: same weights, dtype and seeds, one process.
 
-    python benchmarks/inference.py [--rounds 15] [--sizes 128 256] [--small] [--out FILE.json]
+    python benchmarks/inference.py [--rounds 15] [--sizes 128 256] [--steps 4] [--small]
+        [--cells ready repeated] [--out FILE.json]
 
 The Stable Diffusion 1.5 architecture with random weights (`--small`: the embedded one). Rounds
 alternate between the two, stock first in even rounds; a figure is the median of the rounds' ratios
@@ -41,7 +42,8 @@ from ipdiverse.critters.tokenizer import build_tokenizer
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-STEPS = 4
+CELLS = {"ready": "ready embeddings", "repeated": "the same image again"}
+"""What a call is given: embeddings computed before, or the reference image of the call before."""
 
 
 def sd15() -> StableDiffusionPipeline:
@@ -106,9 +108,11 @@ class Arms:
     Args:
         pipe: The base.
         width: Of the resampler.
+        steps: Denoising steps of a call.
     """
 
-    def __init__(self, pipe: Any, width: int) -> None:
+    def __init__(self, pipe: Any, width: int, steps: int) -> None:
+        self.steps = steps
         self.stock, self.ours = pipe, twin(pipe)
         for each in (self.stock, self.ours):
             each.set_progress_bar_config(disable=True)
@@ -135,10 +139,10 @@ class Arms:
         return (config.image_size // config.patch_size) ** 2 + 1
 
     def call(self, pipe: Any, size: int, **options: Any) -> None:
-        """Four guided steps, without decoding."""
+        """Guided steps, without decoding."""
         pipe(
             "a cat in the snow",
-            num_inference_steps=STEPS,
+            num_inference_steps=self.steps,
             guidance_scale=7.5,
             width=size,
             height=size,
@@ -203,6 +207,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--sizes", type=int, nargs="+", default=[128, 256])
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--cells", nargs="+", default=list(CELLS), choices=CELLS)
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--out", type=Path)
     chosen = parser.parse_args()
@@ -210,12 +216,13 @@ def main() -> None:
     width = 128 if chosen.small else 768
     sizes = [64] if chosen.small else chosen.sizes
     cells: list[dict[str, Any]] = []
-    arms = Arms(pipe, width)
+    arms = Arms(pipe, width, chosen.steps)
     for size in sizes:
-        for encode in (False, True):
+        for name in chosen.cells:
+            encode = name == "repeated"
             stock = lambda s=size, e=encode: arms.run_stock(s, e)  # noqa: E731
             ours = lambda s=size, e=encode: arms.run_ours(s, e)  # noqa: E731
-            cell = {"size": size, "what": "repeated reference" if encode else "ready embeddings"}
+            cell = {"size": size, "what": CELLS[name]}
             cell |= ratio(stock, ours, chosen.rounds)
             cell |= {"stock_gflop": flops(stock) / 1e9, "ours_gflop": flops(ours) / 1e9}
             cells.append(cell)
@@ -223,9 +230,9 @@ def main() -> None:
     fusion = fusion_cost(arms, sizes[0])
     report = {
         "architecture": "critters" if chosen.small else "Stable Diffusion 1.5, ViT-H, plus",
-        "steps": STEPS,
+        "steps": chosen.steps,
         "rounds": chosen.rounds,
-        "machine": platform.machine(),
+        "machine": torch.cpu.get_capabilities().get("cpu_name") or platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "cells": cells,
@@ -237,7 +244,7 @@ def main() -> None:
 
 
 def fusion_cost(arms: Arms, size: int) -> float:
-    """Share of operations that a gated fusion adds to a call of four steps."""
+    """Share of operations that a gated fusion adds to a call."""
     adapter = arms.prompt.adapters[0]
     plain = flops(lambda: arms.run_ours(size, False))
     adapter.fusion = GatedFusion(adapter.token_width, 16, heads=8).requires_grad_(False)
