@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from ipdiverse.critters.recipe import STAGES, BaseRecipe
+from ipdiverse.data.options import PrepareOptions
 from ipdiverse.errors import IpdiverseError, check_range
 from ipdiverse.sampling.request import MAX_IMAGES, MAX_STEPS, Request
 
@@ -77,6 +78,32 @@ class Demo:
         from ipdiverse.evaluation.demo import make_demo
 
         _say(f"open {make_demo(Path(self.out))}")
+
+
+@dataclass(frozen=True)
+class Prepare(PrepareOptions):
+    """Check a source of images and captions, and write what is good as one data set to train on.
+
+    Args:
+        source: A folder, a list (.jsonl, .csv, .json), a .tar, a hub id, or `critters`.
+        out: Target folder, new or of an interrupted run.
+        json: Print the doctor's report as JSON.
+    """
+
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")] = field(
+        kw_only=True
+    )
+    out: str = field(kw_only=True)
+    json: bool = False
+
+    def run(self) -> None:
+        """Prepare and report."""
+        from ipdiverse.data.doctor import as_text
+        from ipdiverse.data.prepare import prepare
+
+        options = PrepareOptions(**{f.name: getattr(self, f.name) for f in fields(PrepareOptions)})
+        report = prepare(self.source, Path(self.out), options)
+        _say_json(report) if self.json else _say(as_text(report))
 
 
 @dataclass(frozen=True)
@@ -379,6 +406,7 @@ class Critters:
 Command = (
     Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[Prepare, tyro.conf.subcommand("prepare")]
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
     | Annotated[Convert, tyro.conf.subcommand("convert")]
     | Annotated[Critters, tyro.conf.subcommand("critters")]

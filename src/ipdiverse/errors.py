@@ -59,6 +59,10 @@ class CheckpointError(ModelError):
     """A checkpoint file is broken, hostile, or of another layout."""
 
 
+class DataError(IpdiverseError):
+    """A data set is missing, broken, or leaves its folder."""
+
+
 class ShapeError(IpdiverseError):
     """Tensors do not fit together."""
 

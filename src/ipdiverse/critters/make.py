@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass
 from io import BytesIO
 from multiprocessing import Pool
 from pathlib import Path
@@ -18,7 +19,7 @@ from PIL import Image
 
 from ipdiverse.critters.caption import caption_of
 from ipdiverse.critters.render import render
-from ipdiverse.critters.scene import SPLITS, pair_of, sample_scene
+from ipdiverse.critters.scene import SPLITS, Scene, pair_of, sample_scene
 from ipdiverse.errors import ArgumentError
 from ipdiverse.provenance import ensure_writable_folder, write_text_atomic
 from ipdiverse.seeding import derived_seed
@@ -69,28 +70,60 @@ def _write_chunk(job: tuple[Path, range, bool, int, int, str]) -> list[dict[str,
     return [_write_one(out, index, pairs, size, seed, split) for index in indices]
 
 
+@dataclass(frozen=True)
+class Example:
+    """One image of a data set of critters, and another of the same creature.
+
+    Args:
+        scene: What the image shows.
+        seed: Renders it.
+        other: What its reference shows.
+        other_seed: Renders that.
+        text: A caption of the image.
+    """
+
+    scene: Scene
+    seed: int
+    other: Scene
+    other_seed: int
+    text: str
+
+
+def example(index: int, seed: int, split: str) -> Example:
+    """Number `index` of the data set of a seed and a split; the others do not influence it."""
+    key = (seed, split, index)
+    rng = np.random.default_rng(derived_seed(*key))
+    scene = sample_scene(rng, split=split)
+    return Example(
+        scene,
+        derived_seed(*key, "render"),
+        pair_of(scene, rng),
+        derived_seed(*key, "pair"),
+        caption_of(scene, derived_seed(*key, "caption")),
+    )
+
+
+def png(scene: Scene, seed: int, size: int = 64) -> bytes:
+    """A render as a PNG file."""
+    buffer = BytesIO()
+    Image.fromarray(render(scene, seed, size)).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
 def _write_one(
     out: Path, index: int, pairs: bool, size: int, seed: int, split: str
 ) -> dict[str, Any]:
-    rng = np.random.default_rng(derived_seed(seed, split, index))
-    scene = sample_scene(rng, split=split)
+    made = example(index, seed, split)
     name = f"images/{index:07d}.png"
-    _write_image(out / name, render(scene, derived_seed(seed, split, index, "render"), size))
-    row = {
-        "file_name": name,
-        "text": caption_of(scene, derived_seed(seed, split, index, "caption")),
-        "subject": scene.subject,
-    }
+    _write(out / name, png(made.scene, made.seed, size))
+    row = {"file_name": name, "text": made.text, "subject": made.scene.subject}
     if pairs:
         row["reference"] = f"images/{index:07d}-reference.png"
-        other = render(pair_of(scene, rng), derived_seed(seed, split, index, "pair"), size)
-        _write_image(out / row["reference"], other)
+        _write(out / row["reference"], png(made.other, made.other_seed, size))
     return row
 
 
-def _write_image(file: Path, pixels: np.ndarray) -> None:
-    buffer = BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
+def _write(file: Path, data: bytes) -> None:
     temporary = file.with_suffix(".partial")
-    temporary.write_bytes(buffer.getvalue())
+    temporary.write_bytes(data)
     temporary.replace(file)

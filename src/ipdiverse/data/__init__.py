@@ -1,0 +1,1 @@
+"""Images and captions to train on: from any source to one validated manifest, and references."""

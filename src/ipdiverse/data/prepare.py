@@ -1,0 +1,221 @@
+"""From any source to one folder: checked images, a manifest, a quarantine list and a report.
+
+    OUT/images/3f/3fa1….jpg   every image once, named by what it shows
+    OUT/metadata.jsonl        the manifest
+    OUT/quarantine.jsonl      what could not be used, each with its reason
+    OUT/report.json           the doctor's report
+
+Each finished image is noted in a journal, so an interrupted run goes on where it was; the manifest
+appears when everything is there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from io import BytesIO
+from typing import TYPE_CHECKING, Any
+
+from ipdiverse.data.doctor import examine
+from ipdiverse.data.items import Item
+from ipdiverse.data.manifest import MANIFEST, Record, json_lines, manifest_text
+from ipdiverse.data.options import PrepareOptions, Square
+from ipdiverse.data.sources import open_source
+from ipdiverse.data.square import to_square
+from ipdiverse.errors import DataError, ImageError
+from ipdiverse.image_io import content_hash, load_image_bytes
+from ipdiverse.image_io.headers import format_of
+from ipdiverse.provenance import ensure_writable_folder, write_bytes_atomic, write_text_atomic
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
+
+    from PIL import Image
+
+JOURNAL, SETTINGS, QUARANTINE, REPORT = (
+    "prepare.partial.jsonl",
+    "prepare.json",
+    "quarantine.jsonl",
+    "report.json",
+)
+_CHUNK = 64
+_FEWEST = 20
+"""Items before the share of bad ones means anything, when the source does not know its size."""
+
+
+@dataclass(frozen=True)
+class Bad:
+    """Something that could not be used.
+
+    Args:
+        source: What it was called where it came from.
+        reason: Why, one line.
+    """
+
+    source: str
+    reason: str
+
+
+def prepare(source: str, out: Path, options: PrepareOptions) -> dict[str, Any]:
+    """Check every image of a source and write what is good.
+
+    Args:
+        source: A path, a hub id, or `critters` (`sources`).
+        out: Target folder, new or of an interrupted run of the same.
+        options: How.
+
+    Returns:
+        The doctor's report (`doctor.examine`).
+
+    Raises:
+        DataError: The source cannot be read, nothing in it is good, too much of it is bad, or the
+            folder was prepared from something else.
+        OutputError: The folder cannot be written.
+    """
+    opened = open_source(source, options)
+    ensure_writable_folder(out / "images")
+    _claim(out, {"source": source, "kind": opened.kind, **asdict(options)})
+    if (out / REPORT).is_file() and (out / MANIFEST).is_file():
+        return json.loads((out / REPORT).read_text())
+    records, bad = _run(opened.items(), opened.count, out, options)
+    write_text_atomic(out / QUARANTINE, "".join(json.dumps(asdict(b)) + "\n" for b in bad))
+    if not records:
+        reasons = "; ".join(f"{b.source}: {b.reason}" for b in bad[:3])
+        raise DataError("holds no usable image", where=source, found=reasons or "nothing at all")
+    _check_share(len(bad), len(records) + len(bad), options.max_bad, bad, out)
+    report = {"source": source, "kind": opened.kind, **examine(records, [asdict(b) for b in bad])}
+    write_text_atomic(out / MANIFEST, manifest_text(records))
+    write_text_atomic(out / REPORT, json.dumps(report, indent=2) + "\n")
+    (out / JOURNAL).unlink(missing_ok=True)
+    return report
+
+
+def _claim(out: Path, settings: dict[str, Any]) -> None:
+    """Note what the folder is prepared from; refuse a folder of something else."""
+    file = out / SETTINGS
+    if not file.is_file():
+        write_text_atomic(file, json.dumps(settings, indent=2) + "\n")
+        return
+    before = json.loads(file.read_text())
+    different = sorted(
+        key for key in settings if before.get(key) != settings[key] and key != "max_bad"
+    )
+    if different:
+        first = different[0]
+        raise DataError(
+            "was prepared from something else",
+            where=out,
+            expected=f"{first} {before.get(first)!r}",
+            found=repr(settings[first]),
+            fix="Choose a new folder.",
+        )
+
+
+def _run(
+    items: Iterator[Item], count: int | None, out: Path, options: PrepareOptions
+) -> tuple[list[Record], list[Bad]]:
+    """Go through all items, those of the journal without reading them again."""
+    from tqdm import tqdm
+
+    known = _journal(out / JOURNAL)
+    results: list[Record | Bad] = []
+    with (
+        (out / JOURNAL).open("a", encoding="utf-8") as journal,
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        tqdm(total=count, unit="image", disable=None) as progress,
+    ):
+
+        def work(item: Item) -> Record | Bad:
+            return known.get(item.name) or _take(item, out, options.square)
+
+        while chunk := list(itertools.islice(items, _CHUNK)):
+            done = list(pool.map(work, chunk))
+            fresh = [r for item, r in zip(chunk, done, strict=True) if item.name not in known]
+            journal.writelines(json.dumps(asdict(result)) + "\n" for result in fresh)
+            journal.flush()
+            os.fsync(journal.fileno())
+            results += done
+            progress.update(len(chunk))
+            bad = [result for result in results if isinstance(result, Bad)]
+            if (total := count or len(results)) >= _FEWEST:
+                _check_share(len(bad), total, options.max_bad, bad, out)
+    records = [result for result in results if isinstance(result, Record)]
+    return records, [result for result in results if isinstance(result, Bad)]
+
+
+def _journal(file: Path) -> dict[str, Record | Bad]:
+    """What an interrupted run finished, by name; a last line that was cut off does not count."""
+    if not file.is_file():
+        return {}
+    lines = [line for _, line in json_lines(file) if isinstance(line, dict)]
+    finished = [Bad(**line) if "reason" in line else Record(**line) for line in lines]
+    return {result.source: result for result in finished}
+
+
+def _check_share(bad: int, total: int, allowed: float, examples: Iterable[Bad], out: Path) -> None:
+    if bad <= allowed * total:
+        return
+    first = "; ".join(f"{b.source}: {b.reason}" for b in itertools.islice(examples, 3))
+    raise DataError(
+        "too many images are bad",
+        where=out,
+        expected=f"at most {allowed:.0%}",
+        found=f"{bad} of {total} ({first})",
+        fix="Mend the source, or raise --max-bad.",
+    )
+
+
+def _take(item: Item, out: Path, square: Square) -> Record | Bad:
+    """Check and store one item."""
+    if item.problem:
+        return Bad(item.name, item.problem)
+    try:
+        name, image = _store(item.load(), item.name, out, square)
+        reference = None
+        if item.load_reference is not None:
+            where = f"reference of {item.name}"
+            reference = _store(item.load_reference(), where, out, square)[0]
+    except (ImageError, DataError) as error:
+        return Bad(item.name, str(error))
+    text = " ".join((item.text or "").split())
+    return Record(
+        file_name=name,
+        text=text,
+        subject=item.subject,
+        reference=reference,
+        sha256=content_hash(image),
+        width=image.width,
+        height=image.height,
+        source=item.name,
+    )
+
+
+def _store(data: bytes, name: str, out: Path, square: Square) -> tuple[str, Image.Image]:
+    """Write an image, unless it is there, and say what it is called.
+
+    A file that is used as it is keeps its bytes; its name is then that of its bytes, as one picture
+    may stand in several files.
+    """
+    image = load_image_bytes(data, name)
+    shaped = to_square(image, square)
+    suffix = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}[format_of(data) or "PNG"]
+    if shaped is not image:
+        data, suffix = _as_png(shaped), ".png"
+    digest = hashlib.sha256(data).hexdigest()
+    relative = f"images/{digest[:2]}/{digest}{suffix}"
+    target = out / relative
+    if not target.is_file():
+        target.parent.mkdir(exist_ok=True)
+        write_bytes_atomic(target, data)
+    return relative, shaped
+
+
+def _as_png(image: Image.Image) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()

@@ -1,0 +1,215 @@
+"""References that are not the target: which image prompts which target, and how it is changed.
+
+With reference = target, reproducing the reference is the optimum, and the adapter learns to copy.
+The cure is a reference that shows the same subject otherwise: another image of it (`paired`), or
+where there is none, the image itself, changed (`augmented`).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+
+from ipdiverse.errors import ArgumentError, DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from ipdiverse.data.manifest import Record
+
+Kind = Literal["self", "augmented", "paired"]
+KINDS: tuple[Kind, ...] = ("self", "augmented", "paired")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What prompts one target.
+
+    Args:
+        file_name: The reference, relative to the manifest's folder.
+        augment: Whether it is changed before it is encoded.
+    """
+
+    file_name: str
+    augment: bool
+
+
+class References:
+    """Chooses a reference for each target.
+
+    Args:
+        records: The data set.
+        weights: How often each kind is taken; they need not add up to 1.
+
+    Raises:
+        ArgumentError: An unknown kind, or no positive weight.
+        DataError: Only pairs are asked for, and no image has a partner.
+    """
+
+    def __init__(self, records: Sequence[Record], weights: Mapping[str, float]) -> None:
+        self.records = records
+        self.weights = _checked(weights)
+        self._partners = _partners(records)
+        if set(self.weights) == {"paired"} and not any(self._partners):
+            raise DataError(
+                "no image has a reference, or another image of its subject",
+                where="references",
+                expected="subjects with several images for `paired`",
+                fix="Take `augmented`, or prepare a folder of subjects.",
+            )
+
+    def choose(self, index: int, rng: np.random.Generator) -> Choice:
+        """The reference of one target; without a partner, `paired` falls back to `augmented`."""
+        kinds = list(self.weights)
+        odds = np.array(list(self.weights.values()))
+        kind = kinds[int(rng.choice(len(kinds), p=odds / odds.sum()))]
+        record = self.records[index]
+        if kind == "self":
+            return Choice(record.file_name, augment=False)
+        partners = self._partners[index]
+        if kind == "paired" and partners:
+            return Choice(partners[int(rng.integers(len(partners)))], augment=False)
+        return Choice(record.file_name, augment=True)
+
+    @property
+    def paired_share(self) -> float:
+        """Share of the images that have a partner."""
+        return float(np.mean([bool(partners) for partners in self._partners]))
+
+
+def parse_references(text: str) -> dict[str, float]:
+    """`paired`, or `mixed:paired=0.7,augmented=0.3`, as weights.
+
+    Raises:
+        ArgumentError: It is neither.
+    """
+    if text in KINDS:
+        return {text: 1.0}
+    name, colon, parts = text.partition(":")
+    pairs = [part.partition("=") for part in parts.split(",")]
+    try:
+        weights = {kind.strip(): float(weight) for kind, _, weight in pairs}
+    except ValueError:
+        weights = {}
+    if name != "mixed" or not colon or not weights:
+        raise ArgumentError(
+            "is no kind of reference",
+            where="reference",
+            expected="self, augmented, paired or mixed:paired=0.7,augmented=0.3",
+            found=repr(text),
+        )
+    return {str(kind): weight for kind, weight in _checked(weights).items()}
+
+
+def _checked(weights: Mapping[str, float]) -> dict[Kind, float]:
+    if unknown := sorted(set(weights) - set(KINDS)):
+        raise ArgumentError(
+            "is no kind of reference",
+            where="reference",
+            expected=", ".join(KINDS),
+            found=", ".join(unknown),
+        )
+    bad = [kind for kind, weight in weights.items() if not 0 <= weight < np.inf]
+    if bad or not any(weights.values()):
+        raise ArgumentError(
+            "needs weights of 0 or more, one of them positive",
+            where="reference",
+            found=dict(weights),
+        )
+    return {kind: float(weights[kind]) for kind in KINDS if weights.get(kind)}
+
+
+def _partners(records: Sequence[Record]) -> list[list[str]]:
+    """For each image: its own reference, or else the other images of its subject.
+
+    Pixel copies of the image are no partners: they are what pairing is to avoid.
+    """
+    by_subject: dict[str, dict[str, str]] = defaultdict(dict)
+    for record in records:
+        if record.subject is not None:
+            by_subject[record.subject].setdefault(record.sha256, record.file_name)
+    return [
+        [record.reference]
+        if record.reference is not None
+        else [
+            file
+            for sha256, file in by_subject.get(record.subject or "", {}).items()
+            if sha256 != record.sha256
+        ]
+        for record in records
+    ]
+
+
+def augment(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Change an image so that it still shows its subject, but cannot be copied for the target.
+
+    A crop and a flip always may happen; each of colour, cut-out and background in half of the
+    cases, and at least one of them does.
+
+    Args:
+        image: RGB, square or not; the size is kept.
+        rng: Decides everything.
+    """
+    image = _flip(_crop(image, rng), rng)
+    changes: list[Callable[[Image.Image, np.random.Generator], Image.Image]] = [
+        _background,
+        _colour,
+        _cut_out,
+    ]
+    chosen = rng.random(len(changes)) < 0.5
+    chosen[rng.integers(len(changes))] = True
+    for change, wanted in zip(changes, chosen, strict=True):
+        if wanted:
+            image = change(image, rng)
+    return image
+
+
+def _crop(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """70 to 100 % of each side, about the middle more than not, back at the full size."""
+    width, height = image.size
+    share = rng.uniform(0.7, 1.0)
+    w, h = max(1, round(share * width)), max(1, round(share * height))
+    x, y = (round((full - part) * rng.beta(2, 2)) for full, part in ((width, w), (height, h)))
+    return image.resize(image.size, Image.Resampling.BICUBIC, box=(x, y, x + w, y + h))
+
+
+def _flip(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    return ImageOps.mirror(image) if rng.random() < 0.5 else image
+
+
+def _colour(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Brightness, contrast and saturation; the hue says what a subject is, and stays."""
+    for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+        image = enhance(image).enhance(float(rng.uniform(0.75, 1.25)))
+    return image
+
+
+def _cut_out(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """One rectangle of 15 to 35 % of each side becomes grey (arXiv:1708.04552)."""
+    width, height = image.size
+    w, h = (max(1, round(full * rng.uniform(0.15, 0.35))) for full in image.size)
+    x, y = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+    changed = image.copy()
+    changed.paste((128, 128, 128), (x, y, x + w, y + h))
+    return changed
+
+
+def _background(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Outside an ellipse about the middle: blurred, flat in a random colour, or another crop."""
+    width, height = image.size
+    ys, xs = np.mgrid[0:height, 0:width]
+    distance = ((xs / width - 0.5) / 0.4) ** 2 + ((ys / height - 0.5) / 0.45) ** 2
+    inner = np.clip((1.15 - distance) / 0.3, 0, 1)
+    kind = rng.integers(3)
+    if kind == 0:
+        behind = image.filter(ImageFilter.GaussianBlur(max(width, height) / 12))
+    elif kind == 1:
+        behind = Image.new("RGB", image.size, tuple(int(v) for v in rng.integers(0, 256, 3)))
+    else:
+        behind = ImageOps.flip(_crop(image, rng)).filter(ImageFilter.GaussianBlur(width / 32))
+    mask = Image.fromarray((inner * 255).astype(np.uint8))
+    return Image.composite(image, behind, mask)

@@ -1,0 +1,225 @@
+"""From a source to a folder to train on: what is good, what is not, and going on."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ipdiverse.cli import main
+from ipdiverse.data import prepare as module
+from ipdiverse.data.manifest import read_manifest
+from ipdiverse.data.options import PrepareOptions
+from ipdiverse.data.prepare import prepare
+from ipdiverse.data.square import to_square
+from ipdiverse.errors import DataError
+from ipdiverse.image_io import content_hash, load_image
+
+PHOTOS = Path(__file__).parents[4] / "shared" / "photos"
+
+
+def picture(seed: int, size: tuple[int, int] = (40, 30)) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 255, (*size[::-1], 3), np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture
+def subjects(tmp_path: Path) -> Path:
+    """Two dogs (one twice as another file), a cat, a file that is no image, and one cut off."""
+    root = tmp_path / "subjects"
+    for subject, count in (("dog", 2), ("cat", 1)):
+        (root / subject).mkdir(parents=True)
+        for index in range(count):
+            picture(10 * len(subject) + index + ord(subject[0])).save(
+                root / subject / f"{index}.png"
+            )
+    picture(10 * 3 + ord("d")).save(root / "dog" / "copy.png", compress_level=1)
+    (root / "dog" / "text.jpg").write_text("not an image")
+    whole = io.BytesIO()
+    picture(5).save(whole, "JPEG")
+    (root / "dog" / "cut.jpg").write_bytes(whole.getvalue()[:400])
+    return root
+
+
+def options(**changes: Any) -> PrepareOptions:
+    return PrepareOptions(**{"max_bad": 1.0, **changes})
+
+
+def test_good_images_are_stored_and_bad_ones_listed_with_reasons(
+    subjects: Path, tmp_path: Path
+) -> None:
+    report = prepare(str(subjects), tmp_path / "out", options())
+    records = read_manifest(tmp_path / "out")
+    assert [r.source for r in records] == ["cat/0.png", "dog/0.png", "dog/1.png", "dog/copy.png"]
+    for record in records:
+        image = load_image(tmp_path / "out" / record.file_name)
+        assert (image.width, image.height) == (record.width, record.height) == (40, 30)
+        assert content_hash(image) == record.sha256
+        assert record.text == f"a photo of a {record.subject}"
+    listed = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").open()]
+    assert [line["source"] for line in listed] == ["dog/cut.jpg", "dog/text.jpg"]
+    assert "truncated or corrupt" in listed[0]["reason"]
+    assert "not an image of an accepted format" in listed[1]["reason"]
+    assert report["images"] == 4
+    assert report["bad"]["count"] == 2
+    assert report["duplicates"] == {"images": 1, "examples": [["dog/0.png", "dog/copy.png"]]}
+    assert report["subjects"] == {"count": 2, "single": 1, "without": 0, "largest": 3}
+    assert "Subjects with one image, which cannot be paired: 1." in report["advice"]
+    assert not (tmp_path / "out" / module.JOURNAL).exists()
+
+
+def test_datasets_opens_a_prepared_folder(subjects: Path, tmp_path: Path) -> None:
+    import datasets
+
+    prepare(str(subjects), tmp_path / "out", options())
+    opened = datasets.load_dataset(
+        "imagefolder", data_dir=str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "c")
+    )
+    assert opened["text"][0] == "a photo of a cat"
+    assert opened["image"][0].size == (40, 30)
+
+
+def test_too_many_bad_images_stop_the_command(subjects: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError,
+        match=r"too many images are bad; expected at most 20%; found 2 of 6 \(dog/cut.jpg",
+    ):
+        prepare(str(subjects), tmp_path / "out", options(max_bad=0.2))
+    assert not (tmp_path / "out" / "metadata.jsonl").exists()
+    report = prepare(str(subjects), tmp_path / "out", options(max_bad=0.5))
+    assert report["images"] == 4, "with a higher share the same folder goes on"
+
+
+def test_nothing_usable_says_why(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_text("no")
+    with pytest.raises(DataError, match=r"holds no usable image; found a\.png: .*no image|a\.png"):
+        prepare(str(tmp_path / "in"), tmp_path / "out", options())
+
+
+def test_an_interrupted_run_goes_on_without_reading_again(
+    subjects: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = prepare(str(subjects), tmp_path / "whole", options())
+    monkeypatch.setattr(module, "_CHUNK", 2)
+    taken: list[str] = []
+    take = module._take
+
+    def stops(item: Any, *rest: Any) -> Any:
+        if len(taken) == 4:
+            raise KeyboardInterrupt
+        taken.append(item.name)
+        return take(item, *rest)
+
+    monkeypatch.setattr(module, "_take", stops)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(str(subjects), tmp_path / "out", options())
+    journal = tmp_path / "out" / module.JOURNAL
+    journal.write_text(journal.read_text() + '{"source": "cut o')
+    again: list[str] = []
+    monkeypatch.setattr(
+        module, "_take", lambda item, *rest: (again.append(item.name), take(item, *rest))[1]
+    )
+    report = prepare(str(subjects), tmp_path / "out", options())
+    assert not set(again) & set(taken)
+    assert len(again) + len(taken) == 6
+    assert report == whole
+    manifests = [(tmp_path / name / "metadata.jsonl").read_text() for name in ("whole", "out")]
+    assert manifests[0] == manifests[1]
+    assert prepare(str(subjects), tmp_path / "out", options()) == whole, "finished: nothing to do"
+    assert len(again) == 2
+
+
+def test_a_folder_of_something_else_is_not_mixed_with(subjects: Path, tmp_path: Path) -> None:
+    prepare(str(subjects), tmp_path / "out", options())
+    with pytest.raises(DataError, match=r"prepared from something else; expected square 'keep'"):
+        prepare(str(subjects), tmp_path / "out", options(square="pad"))
+
+
+def test_a_path_out_of_the_root_is_quarantined(tmp_path: Path) -> None:
+    picture(1).save(tmp_path / "secret.png")
+    (tmp_path / "in").mkdir()
+    picture(2).save(tmp_path / "in" / "a.png")
+    rows = [{"file_name": name, "text": "x"} for name in ("a.png", "../secret.png")]
+    (tmp_path / "in" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    report = prepare(str(tmp_path / "in"), tmp_path / "out", options())
+    assert report["images"] == 1
+    assert "leaves its root" in report["bad"]["examples"][0]["reason"]
+
+
+def test_references_are_stored_beside(tmp_path: Path) -> None:
+    report = prepare("critters", tmp_path / "out", options(n=5))
+    records = read_manifest(tmp_path / "out")
+    assert report["references"] == 5
+    for record in records:
+        assert record.reference is not None
+        reference = load_image(tmp_path / "out" / record.reference)
+        assert reference.size == (64, 64)
+        assert content_hash(reference) != record.sha256
+    assert report["advice"] == [] or all("with one image" in line for line in report["advice"])
+
+
+def test_square_pads_without_cutting_and_crops_the_centre(tmp_path: Path) -> None:
+    image = picture(1, (40, 20))
+    padded, cropped = to_square(image, "pad"), to_square(image, "crop")
+    assert padded.size == (40, 40)
+    np.testing.assert_array_equal(np.asarray(padded)[10:30], np.asarray(image))
+    np.testing.assert_array_equal(np.asarray(cropped), np.asarray(image)[:, 10:30])
+    assert to_square(image, "keep") is image
+    assert to_square(picture(1, (20, 20)), "pad").size == (20, 20)
+    (tmp_path / "in").mkdir()
+    image.save(tmp_path / "in" / "wide.png")
+    prepare(str(tmp_path / "in"), tmp_path / "out", options(square="pad"))
+    (record,) = read_manifest(tmp_path / "out")
+    assert (record.width, record.height) == (40, 40)
+    stored = np.asarray(load_image(tmp_path / "out" / record.file_name))
+    np.testing.assert_array_equal(stored, np.asarray(padded))
+
+
+def test_the_command_prints_the_report(
+    subjects: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "out")
+    assert main(["prepare", str(subjects), "--out", out, "--max-bad", "0.5"]) == 0
+    printed = capsys.readouterr().out
+    assert "4 images, 2 bad, 1 duplicates" in printed
+    assert "bad: dog/cut.jpg: " in printed
+    assert main(["prepare", str(subjects), "--out", out, "--max-bad", "0.5", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kind"] == "subjects"
+    assert main(["prepare", str(tmp_path / "no"), "--out", out]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert error == [line for line in error if "does not exist" in line]
+    assert len(error) == 1
+
+
+@pytest.mark.skipif(not PHOTOS.is_dir(), reason="the shared photos are not beside the repository")
+def test_real_photos_of_subjects(tmp_path: Path) -> None:
+    report = prepare(str(PHOTOS), tmp_path / "out", PrepareOptions())
+    assert report["images"] == 103
+    assert report["subjects"]["count"] == 20
+    assert report["subjects"]["single"] == 0
+    assert report["bad"]["count"] == 0
+    texts = {record.text for record in read_manifest(tmp_path / "out")}
+    assert "a photo of a stuffed animal" in texts, "the class, not the name of the folder"
+
+
+def test_help_stays_light() -> None:
+    import subprocess
+
+    code = (
+        "import sys; sys.argv = ['ipdiverse', '--help']\n"
+        "from ipdiverse.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'PIL.Image', 'datasets', 'scipy'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout.strip().splitlines()[-1] == "[]"
