@@ -107,6 +107,69 @@ class Prepare(PrepareOptions):
 
 
 @dataclass(frozen=True)
+class Embed:
+    """Compute everything frozen of a prepared data set once, so that training need not.
+
+    Args:
+        folder: A folder that `prepare` wrote.
+        base: Whose encoders: `critters`, `sd15`, `sdxl`, a hub id, a folder or a file.
+        image_encoder: A CLIP vision model, folder or hub id; None takes the base's.
+        resolution: Height and width of targets in pixels; None takes the base's own.
+        variants: Random crops of each target; 1 is the centre crop alone.
+        flip: Mirror some of the variants.
+        changed: Changed references of each image, for `augmented`.
+        seed: Of crops, flips and changes.
+        images: `pooled` embeddings serve base adapters, `hidden` states plus adapters.
+        dtype: float16 halves the disk.
+        local_files_only: Never connect.
+        json: Print the report as JSON.
+    """
+
+    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    base: str = "critters"
+    image_encoder: str | None = None
+    resolution: int | None = None
+    variants: int = 1
+    flip: bool = False
+    changed: int = 0
+    seed: int = 0
+    images: Literal["pooled", "hidden", "both"] = "both"
+    dtype: Literal["float32", "float16"] = "float32"
+    local_files_only: bool = False
+    json: bool = False
+
+    def run(self) -> None:
+        """Embed and report."""
+        from ipdiverse.training.embed import Stored, embed
+        from ipdiverse.training.frozen import open_encoders
+        from ipdiverse.training.preprocessing import Preprocessing
+
+        encoders = open_encoders(
+            self.base, self.image_encoder, local_files_only=self.local_files_only
+        )
+        shown = Preprocessing(
+            self.resolution or encoders.resolution,
+            self.variants,
+            self.flip,
+            self.changed,
+            self.seed,
+        )
+        report = embed(Path(self.folder), encoders, shown, Stored(self.images, self.dtype))
+        if self.json:
+            _say_json(report)
+            return
+        _say(
+            f"{report['images']} images and {report['pictures']} pictures in {report['shards']} "
+            f"shards, {report['computed']} of them computed now, {report['bytes'] / 1e6:.1f} MB"
+        )
+        if self.variants > 1 or self.changed:
+            _say(
+                f"{self.variants} variants of each target are stored; training draws among these "
+                f"alone, and among {self.changed} changed references of each image"
+            )
+
+
+@dataclass(frozen=True)
 class Make:
     """Write critters images and a manifest, in the format that users' own data sets have.
 
@@ -407,6 +470,7 @@ Command = (
     Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Prepare, tyro.conf.subcommand("prepare")]
+    | Annotated[Embed, tyro.conf.subcommand("embed")]
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
     | Annotated[Convert, tyro.conf.subcommand("convert")]
     | Annotated[Critters, tyro.conf.subcommand("critters")]

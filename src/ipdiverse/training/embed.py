@@ -1,0 +1,303 @@
+"""Everything frozen, computed once: `ipdiverse embed`, and the training data that it gives.
+
+DIR/embedded/targets-00000.safetensors     posterior of each target's latents, per variant
+DIR/embedded/texts-00000.safetensors       text states of each caption
+DIR/embedded/references-00000.safetensors  image embeddings of each picture, and changed
+DIR/embedded/constants-00000.safetensors   no text, no image
+DIR/embedded/embedded.json                 with what, for people
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from ipdiverse.data.cache import RowReader, Rows, compute
+from ipdiverse.data.manifest import Record, inside, read_manifest
+from ipdiverse.image_io import load_image
+from ipdiverse.provenance import ensure_writable_folder, write_text_atomic
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from PIL import Image
+
+    from ipdiverse.training.frozen import FrozenEncoders
+    from ipdiverse.training.preprocessing import Preprocessing
+
+FOLDER = "embedded"
+_BATCH = 8
+"""Images encoded together."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What of it is stored, and how.
+
+    Args:
+        images: `pooled` embeddings serve base adapters, `hidden` states plus adapters.
+        dtype: float16 halves the disk and changes the loss in its fourth digit.
+    """
+
+    images: Literal["pooled", "hidden", "both"] = "both"
+    dtype: Literal["float32", "float16"] = "float32"
+
+    @property
+    def image_names(self) -> tuple[str, ...]:
+        """The image embeddings that are stored."""
+        return ("pooled", "hidden") if self.images == "both" else (self.images,)
+
+
+class TrainingData(Protocol):
+    """What a training step reads, computed now (`Online`) or before (`Embedded`)."""
+
+    records: list[Record]
+
+    def target(self, index: int, variant: int) -> dict[str, Tensor]:
+        """Posterior of a target's latents: `mean` and `std`, (channels, h, w)."""
+        ...
+
+    def text(self, index: int) -> dict[str, Tensor]:
+        """Text `states` (tokens, width), and for SDXL `pooled` (width,)."""
+        ...
+
+    def reference(self, file_name: str, change: int) -> dict[str, Tensor]:
+        """Image embeddings of a picture: `pooled` (clip_dim,), `hidden` (patches, clip_dim)."""
+        ...
+
+    @property
+    def no_text(self) -> dict[str, Tensor]:
+        """The text of a dropped caption."""
+        ...
+
+    @property
+    def no_image(self) -> dict[str, Tensor]:
+        """The embeddings of a dropped image."""
+        ...
+
+
+class Online:
+    """Encodes at every call.
+
+    Args:
+        folder: A prepared data set.
+        encoders: The frozen encoders.
+        preprocessing: What they are shown.
+    """
+
+    def __init__(
+        self, folder: Path, encoders: FrozenEncoders, preprocessing: Preprocessing
+    ) -> None:
+        self.folder, self.encoders, self.preprocessing = folder, encoders, preprocessing
+        self.records = read_manifest(folder)
+
+    def image(self, file_name: str) -> Image.Image:
+        """A stored picture."""
+        return load_image(inside(self.folder, file_name))
+
+    def target_pixels(self, index: int, variant: int) -> Tensor:
+        """A target as the VAE sees it, (3, height, width)."""
+        record = self.records[index]
+        return self.preprocessing.target(self.image(record.file_name), record.sha256, variant)
+
+    def reference_picture(self, file_name: str, change: int) -> Image.Image:
+        """A reference as the image encoder sees it, before its own preprocessing."""
+        # a stored file's name is the hash of its bytes
+        return self.preprocessing.reference(self.image(file_name), file_name, change)
+
+    def target(self, index: int, variant: int) -> dict[str, Tensor]:
+        """See `TrainingData`."""
+        return _only(self.encoders.moments(self.target_pixels(index, variant)[None]))
+
+    def text(self, index: int) -> dict[str, Tensor]:
+        """See `TrainingData`."""
+        return _only(self.encoders.text([self.records[index].text]))
+
+    def reference(self, file_name: str, change: int) -> dict[str, Tensor]:
+        """See `TrainingData`."""
+        return _only(self.encoders.image([self.reference_picture(file_name, change)]))
+
+    @cached_property
+    def no_text(self) -> dict[str, Tensor]:
+        """See `TrainingData`."""
+        return _only(self.encoders.text([""]))
+
+    @cached_property
+    def no_image(self) -> dict[str, Tensor]:
+        """See `TrainingData`."""
+        return _only(self.encoders.no_image())
+
+
+class _Layout:
+    """The shards of a data set: which rows, computed from what."""
+
+    def __init__(
+        self, folder: Path, records: list[Record], encoders: str, preprocessing: Any, stored: Stored
+    ) -> None:
+        home = folder / FOLDER
+        pictures = [name for r in records for name in (r.file_name, r.reference) if name]
+        self.files = list(dict.fromkeys(pictures))
+        settings = json.dumps([encoders, asdict(preprocessing), asdict(stored)], sort_keys=True)
+        words = json.dumps([encoders, asdict(stored)], sort_keys=True)
+        self.targets = Rows(home, "targets", [r.sha256 for r in records], settings)
+        self.texts = Rows(home, "texts", [r.text for r in records], words)
+        self.references = Rows(home, "references", self.files, settings)
+        self.constants = Rows(home, "constants", ["no text, no image"], words)
+
+
+class Embedded:
+    """Reads what `embed` stored.
+
+    Args:
+        folder: A prepared and embedded data set.
+        encoders: `FrozenEncoders.fingerprint` of the base that is trained on.
+        preprocessing: As given to `embed`.
+        stored: As given to `embed`.
+
+    Raises:
+        DataError: It was not embedded, or with other encoders or settings.
+    """
+
+    def __init__(
+        self, folder: Path, encoders: str, preprocessing: Preprocessing, stored: Stored
+    ) -> None:
+        self.records = read_manifest(folder)
+        layout = _Layout(folder, self.records, encoders, preprocessing, stored)
+        self._rows = {name: index for index, name in enumerate(layout.files)}
+        self._targets, self._texts = RowReader(layout.targets), RowReader(layout.texts)
+        self._references = RowReader(layout.references)
+        self._constants = RowReader(layout.constants)[0]
+
+    def target(self, index: int, variant: int) -> dict[str, Tensor]:
+        """See `TrainingData`."""
+        return {name: rows[variant].float() for name, rows in self._targets[index].items()}
+
+    def text(self, index: int) -> dict[str, Tensor]:
+        """See `TrainingData`."""
+        return {name: row.float() for name, row in self._texts[index].items()}
+
+    def reference(self, file_name: str, change: int) -> dict[str, Tensor]:
+        """See `TrainingData`."""
+        rows = self._references[self._rows[file_name]]
+        return {name: each[change].float() for name, each in rows.items()}
+
+    @property
+    def no_text(self) -> dict[str, Tensor]:
+        """See `TrainingData`."""
+        return self._constant("text.")
+
+    @property
+    def no_image(self) -> dict[str, Tensor]:
+        """See `TrainingData`."""
+        return self._constant("image.")
+
+    def _constant(self, prefix: str) -> dict[str, Tensor]:
+        return {
+            name.removeprefix(prefix): row.float()
+            for name, row in self._constants.items()
+            if name.startswith(prefix)
+        }
+
+
+def embed(
+    folder: Path, encoders: FrozenEncoders, preprocessing: Preprocessing, stored: Stored
+) -> dict[str, Any]:
+    """Compute what is missing of a data set's cache; a finished shard is never computed again.
+
+    Args:
+        folder: A prepared data set.
+        encoders: The frozen encoders.
+        preprocessing: What they are shown. Random crops, flips and changes are stored variants:
+            training draws among these, not among all that are possible.
+        stored: What is kept.
+
+    Returns:
+        Counts, settings and bytes, as written to `embedded.json`.
+
+    Raises:
+        DataError: The folder holds no prepared data.
+        OutputError: A shard cannot be written; finished ones stay.
+    """
+    from tqdm import tqdm
+
+    online = Online(folder, encoders, preprocessing)
+    ensure_writable_folder(folder / FOLDER)
+    fingerprint = encoders.fingerprint()
+    layout = _Layout(folder, online.records, fingerprint, preprocessing, stored)
+    work = [
+        (layout.constants, lambda _: _constants(online, stored)),
+        (layout.texts, lambda span: _texts(online, span, stored)),
+        (layout.targets, lambda span: _targets(online, span, stored)),
+        (layout.references, lambda span: _references(online, layout.files, span, stored)),
+    ]
+    computed = 0
+    with tqdm(total=sum(len(rows) for rows, _ in work), unit="row", disable=None) as progress:
+        for rows, make in work:
+            progress.set_description(rows.name)
+            computed += compute(rows, make, progress.update)
+    shards = [rows.file(number) for rows, _ in work for number in range(rows.shards)]
+    report = {
+        "images": len(online.records),
+        "pictures": len(layout.files),
+        "shards": len(shards),
+        "computed": computed,
+        "bytes": sum(file.stat().st_size for file in shards),
+        "encoders": fingerprint,
+        "preprocessing": asdict(preprocessing),
+        "stored": asdict(stored),
+    }
+    write_text_atomic(folder / FOLDER / "embedded.json", json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def _only(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor[0] for name, tensor in batch.items()}
+
+
+def _packed(tensors: dict[str, Tensor], stored: Stored) -> dict[str, Tensor]:
+    return {name: t.detach().cpu().to(getattr(torch, stored.dtype)) for name, t in tensors.items()}
+
+
+def _constants(online: Online, stored: Stored) -> dict[str, Tensor]:
+    text = {f"text.{name}": tensor[None] for name, tensor in online.no_text.items()}
+    image = {f"image.{name}": online.no_image[name][None] for name in stored.image_names}
+    return _packed(text | image, stored)
+
+
+def _texts(online: Online, span: range, stored: Stored) -> dict[str, Tensor]:
+    captions = [online.records[index].text for index in span]
+    return _packed(_in_batches(captions, online.encoders.text), stored)
+
+
+def _targets(online: Online, span: range, stored: Stored) -> dict[str, Tensor]:
+    variants = online.preprocessing.variants
+    wanted = [(index, variant) for index in span for variant in range(variants)]
+    moments = _in_batches(
+        wanted,
+        lambda part: online.encoders.moments(torch.stack([online.target_pixels(*w) for w in part])),
+    )
+    return _packed({n: t.unflatten(0, (-1, variants)) for n, t in moments.items()}, stored)
+
+
+def _references(online: Online, files: list[str], span: range, stored: Stored) -> dict[str, Tensor]:
+    changes = 1 + online.preprocessing.changed
+    wanted = [(files[row], change) for row in span for change in range(changes)]
+    embeds = _in_batches(
+        wanted,
+        lambda part: online.encoders.image([online.reference_picture(*w) for w in part]),
+    )
+    kept = {name: embeds[name].unflatten(0, (-1, changes)) for name in stored.image_names}
+    return _packed(kept, stored)
+
+
+def _in_batches(
+    wanted: list[Any], encode: Callable[[list[Any]], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    parts = [encode(wanted[i : i + _BATCH]) for i in range(0, len(wanted), _BATCH)]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

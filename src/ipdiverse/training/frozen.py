@@ -1,0 +1,127 @@
+"""The frozen encoders of a base, as training calls them: online, or once for the cache."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ipdiverse.adapter.encoding import ImageEncoding
+from ipdiverse.bases import load_base, load_part
+from ipdiverse.errors import ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from PIL import Image
+
+
+class FrozenEncoders:
+    """VAE, text encoders and image encoder of a stock pipeline.
+
+    Args:
+        pipe: A Stable Diffusion pipeline of diffusers, 1.x, 2.x or XL.
+        image_encoder: A CLIP vision model with projection; None takes the pipeline's.
+        image_processor: Its preprocessing; None takes the pipeline's.
+
+    Raises:
+        ModelError: There is no image encoder.
+    """
+
+    def __init__(self, pipe: Any, image_encoder: Any = None, image_processor: Any = None) -> None:
+        self.pipe = pipe
+        encoder = image_encoder or getattr(pipe, "image_encoder", None)
+        processor = image_processor or getattr(pipe, "feature_extractor", None)
+        if encoder is None or processor is None:
+            raise ModelError(
+                "has no image encoder",
+                where="base",
+                fix="Name one with --image-encoder.",
+            )
+        self.images = ImageEncoding(encoder, processor)
+        texts = (getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2"))
+        self.texts = [text for text in texts if text is not None]
+        for module in (pipe.vae, encoder, *self.texts):
+            module.requires_grad_(False).eval()
+
+    @property
+    def resolution(self) -> int:
+        """Height and width in pixels that the base was made for."""
+        return self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor
+
+    @torch.no_grad()
+    def moments(self, pixels: Tensor) -> dict[str, Tensor]:
+        """Posterior of the latents, unscaled: `mean` and `std`, (batch, channels, h, w).
+
+        Args:
+            pixels: (batch, 3, height, width) in -1..1.
+        """
+        vae = self.pipe.vae
+        posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+        return {"mean": posterior.mean, "std": posterior.std}
+
+    def latents(self, moments: dict[str, Tensor], rng: torch.Generator) -> Tensor:
+        """Draw latents from their posterior and scale them as the UNet expects."""
+        mean, std = moments["mean"], moments["std"]
+        noise = torch.randn(mean.shape, generator=rng).to(mean)
+        config = self.pipe.vae.config
+        shift = getattr(config, "shift_factor", None) or 0.0
+        return (mean + std * noise - shift) * config.scaling_factor
+
+    @torch.no_grad()
+    def text(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """`states` (batch, tokens, width), and for SDXL `pooled` (batch, width)."""
+        encoded = self.pipe.encode_prompt(
+            prompt=list(captions),
+            device=self.pipe.unet.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
+        )
+        pooled = {} if len(encoded) < 4 else {"pooled": encoded[2]}
+        return {"states": encoded[0], **pooled}
+
+    def image(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """`pooled` (batch, clip_dim) and `hidden` (batch, patches, clip_dim) of pictures."""
+        each = [self.images.image(image) for image in images]
+        return {name: torch.cat([one[name] for one in each]) for name in ("pooled", "hidden")}
+
+    def no_image(self) -> dict[str, Tensor]:
+        """What stands for "no image", as in the original: zeros, and a zero image's states."""
+        hidden = self.images.zero_image()
+        width = self.images.encoder.config.projection_dim
+        return {"pooled": torch.zeros(1, width).to(hidden), "hidden": hidden}
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of every weight and of the preprocessing."""
+        digest = hashlib.sha256(str(self.images.processor).encode())
+        for module in (self.pipe.vae, self.images.encoder, *self.texts):
+            for name, tensor in sorted(module.state_dict().items()):
+                digest.update(name.encode())
+                exact = tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8)
+                digest.update(exact.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def open_encoders(
+    base: str, image_encoder: str | None = None, *, local_files_only: bool = False
+) -> FrozenEncoders:
+    """The encoders of a base by name.
+
+    Args:
+        base: As `bases.load_base` takes it.
+        image_encoder: A CLIP vision model, folder or hub id; None takes the base's.
+        local_files_only: Never connect.
+
+    Raises:
+        ModelError: One of them cannot be opened.
+    """
+    opened = load_base(base, local_files_only=local_files_only)
+    if image_encoder is None:
+        return FrozenEncoders(opened.pipe)
+    encoder, processor = (
+        load_part(kind, image_encoder, opened, local_files_only=local_files_only)
+        for kind in ("CLIPVisionModelWithProjection", "CLIPImageProcessor")
+    )
+    return FrozenEncoders(opened.pipe, encoder, processor)

@@ -1,0 +1,141 @@
+"""What is computed once is what would be computed each time."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from tests import models
+from tests.conftest import random_pipeline
+
+from ipdiverse.cli import main
+from ipdiverse.data.options import PrepareOptions
+from ipdiverse.data.prepare import prepare
+from ipdiverse.errors import DataError, ModelError
+from ipdiverse.training.embed import Embedded, Online, Stored, embed
+from ipdiverse.training.frozen import FrozenEncoders
+from ipdiverse.training.preprocessing import Preprocessing
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SHOWN = Preprocessing(resolution=64, variants=2, changed=1)
+
+
+@pytest.fixture(scope="module")
+def encoders() -> FrozenEncoders:
+    return FrozenEncoders(random_pipeline())
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    prepare("critters", tmp_path / "data", PrepareOptions(n=5))
+    return tmp_path / "data"
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], exact: float) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name].float(), atol=exact, rtol=exact)
+
+
+def same(one: Any, other: Any, exact: float = 1e-5) -> None:
+    for index, record in enumerate(one.records):
+        equal(one.text(index), other.text(index), exact)
+        for variant in range(2):
+            equal(one.target(index, variant), other.target(index, variant), exact)
+        assert record.reference is not None
+        for name in (record.file_name, record.reference):
+            for change in range(2):
+                equal(one.reference(name, change), other.reference(name, change), exact)
+    equal(one.no_text, other.no_text, exact)
+    equal(one.no_image, other.no_image, exact)
+
+
+def test_the_cache_holds_what_the_encoders_give(data: Path, encoders: FrozenEncoders) -> None:
+    report = embed(data, encoders, SHOWN, Stored())
+    assert (report["images"], report["pictures"], report["shards"]) == (5, 10, 4)
+    assert report["computed"] == 4
+    embedded = Embedded(data, encoders.fingerprint(), SHOWN, Stored())
+    same(embedded, Online(data, encoders, SHOWN))
+    assert embedded.target(0, 0)["mean"].shape == (4, 16, 16)
+    assert set(embedded.no_image) == {"pooled", "hidden"}
+    assert not embedded.no_image["pooled"].any()
+
+
+def test_half_precision_and_one_kind_of_embedding(data: Path, encoders: FrozenEncoders) -> None:
+    stored = Stored(images="pooled", dtype="float16")
+    embed(data, encoders, SHOWN, stored)
+    embedded = Embedded(data, encoders.fingerprint(), SHOWN, stored)
+    assert set(embedded.reference(embedded.records[0].file_name, 1)) == {"pooled"}
+    online = Online(data, encoders, SHOWN)
+    equal(embedded.target(2, 1), online.target(2, 1), 2e-3)
+    assert embedded.target(2, 1)["mean"].dtype == torch.float32
+
+
+def test_nothing_is_encoded_twice(
+    data: Path, encoders: FrozenEncoders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed(data, encoders, SHOWN, Stored())
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("encoded again")
+
+    for name in ("moments", "text", "image", "no_image"):
+        monkeypatch.setattr(encoders, name, refuse)
+    assert embed(data, encoders, SHOWN, Stored())["computed"] == 0
+    Embedded(data, encoders.fingerprint(), SHOWN, Stored())
+
+
+def test_other_encoders_or_settings_are_never_taken_for_these(
+    data: Path, encoders: FrozenEncoders
+) -> None:
+    embed(data, encoders, SHOWN, Stored())
+    other = FrozenEncoders(random_pipeline(seed=1)).fingerprint()
+    assert other != encoders.fingerprint()
+    for fingerprint, shown, stored in (
+        (other, SHOWN, Stored()),
+        (encoders.fingerprint(), Preprocessing(resolution=64), Stored()),
+        (encoders.fingerprint(), SHOWN, Stored(dtype="float16")),
+    ):
+        with pytest.raises(DataError, match=r"of other data or encoders.*ipdiverse embed"):
+            Embedded(data, fingerprint, shown, stored)
+
+
+def test_latents_are_drawn_from_the_posterior(encoders: FrozenEncoders) -> None:
+    moments = {"mean": torch.full((1, 4, 64, 64), 2.0), "std": torch.full((1, 4, 64, 64), 0.5)}
+    scale = encoders.pipe.vae.config.scaling_factor
+    drawn = encoders.latents(moments, torch.Generator().manual_seed(0)) / scale
+    assert float(drawn.mean()) == pytest.approx(2, abs=0.02)
+    assert float(drawn.std()) == pytest.approx(0.5, abs=0.02)
+
+
+def test_both_text_encoders_of_sdxl_are_kept(tmp_path: Path) -> None:
+    frozen = FrozenEncoders(models.pipeline("sdxl", fresh=True))
+    assert len(frozen.texts) == 2
+    text = frozen.text(["a critter", ""])
+    assert set(text) == {"states", "pooled"}
+    assert len(text["states"]) == len(text["pooled"]) == 2
+
+
+def test_the_command_embeds_and_says_what_variants_mean(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["embed", str(data), "--resolution", "64", "--variants", "2", "--images", "pooled"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "5 images and 10 pictures in 4 shards, 4 of them computed now" in printed
+    assert "2 variants of each target are stored; training draws among these alone" in printed
+    assert main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["computed"] == 0
+    assert main(["embed", str(data / "images")]) == 2
+    assert "holds no prepared data" in capsys.readouterr().err
+
+
+def test_a_base_without_image_encoder_says_how_to_name_one() -> None:
+    pipe = random_pipeline()
+    pipe.image_encoder = None
+    with pytest.raises(ModelError, match=r"has no image encoder\. Name one with --image-encoder"):
+        FrozenEncoders(pipe)
