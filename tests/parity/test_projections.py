@@ -267,7 +267,12 @@ def test_the_full_sd15_architecture_equals_stock(tmp_path: Path) -> None:
         found = _with_embeds(pipe, adapter, positive, no_image)
         save_file(adapter.state_dict(), tmp_path / "full.safetensors")
         with quiet():
-            pipe.load_ip_adapter(str(tmp_path), subfolder="", weight_name="full.safetensors")
+            pipe.load_ip_adapter(
+                str(tmp_path),
+                subfolder="",
+                weight_name="full.safetensors",
+                image_encoder_folder=None,  # embeddings are given
+            )
         pipe.set_ip_adapter_scale(SCALE)
         given = [guided(positive[None], no_image[None], 4.0)]
         expected = run(pipe, 4.0, ip_adapter_image_embeds=given)
