@@ -13,8 +13,9 @@ import tyro
 
 from ipdiverse.critters.recipe import STAGES, BaseRecipe
 from ipdiverse.data.options import PrepareOptions
-from ipdiverse.errors import IpdiverseError, check_range
+from ipdiverse.errors import Interrupted, IpdiverseError, check_range
 from ipdiverse.sampling.request import MAX_IMAGES, MAX_STEPS, Request
+from ipdiverse.training.config import TrainConfig, as_flags
 
 _Count = Annotated[int, tyro.conf.arg(aliases=["-n"])]
 _Texts = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
@@ -167,6 +168,33 @@ class Embed:
                 f"{self.variants} variants of each target are stored; training draws among these "
                 f"alone, and among {self.changed} changed references of each image"
             )
+
+
+@dataclass(frozen=True)
+class Train(TrainConfig):
+    """Train an adapter on a prepared data set; stop it at any time, and the same command goes on.
+
+    `--config FILE.toml` gives any of these fields; flags hold over it. The original trainer's flags
+    are understood too.
+
+    Args:
+        root: The folder that image names in `data` are relative to, when that is a list of images
+            rather than a prepared folder.
+    """
+
+    root: str | None = None
+
+    def run(self) -> None:
+        """Prepare what is not prepared, train, and say where the adapter is."""
+        from ipdiverse.data.prepare import prepare
+        from ipdiverse.training.trainer import train
+
+        given = {f.name: getattr(self, f.name) for f in fields(TrainConfig)}
+        if Path(self.data).is_file():
+            prepared = Path(self.out) / "data"
+            prepare(self.data, prepared, PrepareOptions(root=self.root))
+            given["data"] = str(prepared)
+        _say(f"wrote {train(TrainConfig(**given))}")
 
 
 @dataclass(frozen=True)
@@ -471,6 +499,7 @@ Command = (
     | Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Prepare, tyro.conf.subcommand("prepare")]
     | Annotated[Embed, tyro.conf.subcommand("embed")]
+    | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
     | Annotated[Convert, tyro.conf.subcommand("convert")]
     | Annotated[Critters, tyro.conf.subcommand("critters")]
@@ -478,13 +507,16 @@ Command = (
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse and run; 0 when it worked, 2 for bad input, 130 when interrupted.
+    """Parse and run; 0 when it worked, 2 for bad input, 128 + its number when a signal stopped it.
 
     Args:
         arguments: Without the program's name; None takes the process's own.
     """
     warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
     try:
+        arguments = sys.argv[1:] if arguments is None else arguments
+        if arguments[:1] == ["train"]:
+            arguments = ["train", *as_flags(arguments[1:])]
         command = tyro.cli(
             Command,  # type: ignore[arg-type]
             prog="ipdiverse",
@@ -496,6 +528,9 @@ def main(arguments: list[str] | None = None) -> int:
     except IpdiverseError as error:
         sys.stderr.write(f"ipdiverse: {error}\n")
         return 2
+    except Interrupted as stop:
+        sys.stderr.write(f"ipdiverse: {stop}; the same command goes on from there\n")
+        return 128 + stop.number
     except KeyboardInterrupt:
         sys.stderr.write("ipdiverse: interrupted\n")
         return 130

@@ -67,6 +67,18 @@ class ShapeError(IpdiverseError):
     """Tensors do not fit together."""
 
 
+class Interrupted(Exception):  # noqa: N818 - what happened, not what went wrong
+    """A signal asked the run to stop; everything up to the last step is saved.
+
+    Args:
+        number: The signal's.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by signal {number}")
+        self.number = number
+
+
 def check_range(name: str, value: float, low: float, high: float) -> None:
     """Refuse a number outside its range.
 

@@ -9,7 +9,14 @@ from ipdiverse.bases import HUB_ID
 from ipdiverse.errors import CheckpointError
 
 _SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt"}
-_NO_WEIGHTS = ("optimizer", "scheduler", "scaler", "random_states", "training_args")
+_NO_WEIGHTS = (
+    "training_state",
+    "optimizer",
+    "scheduler",
+    "scaler",
+    "random_states",
+    "training_args",
+)
 _TRUE = {"1", "true", "yes", "on"}
 
 

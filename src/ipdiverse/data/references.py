@@ -76,6 +76,12 @@ class References:
         return Choice(record.file_name, augment=True)
 
     @property
+    def may_augment(self) -> bool:
+        """Whether a choice may ask for a changed reference."""
+        lonely = "paired" in self.weights and not all(self._partners)
+        return "augmented" in self.weights or lonely
+
+    @property
     def paired_share(self) -> float:
         """Share of the images that have a partner."""
         return float(np.mean([bool(partners) for partners in self._partners]))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
@@ -64,7 +63,7 @@ class TrainingData(Protocol):
         ...
 
     def text(self, index: int) -> dict[str, Tensor]:
-        """Text `states` (tokens, width), and for SDXL `pooled` (width,)."""
+        """Text `states` (tokens, width), `mask` (tokens,), and for SDXL `pooled` (width,)."""
         ...
 
     def reference(self, file_name: str, change: int) -> dict[str, Tensor]:
@@ -96,6 +95,7 @@ class Online:
     ) -> None:
         self.folder, self.encoders, self.preprocessing = folder, encoders, preprocessing
         self.records = read_manifest(folder)
+        self._constants: dict[str, dict[str, Tensor]] = {}
 
     def image(self, file_name: str) -> Image.Image:
         """A stored picture."""
@@ -123,15 +123,20 @@ class Online:
         """See `TrainingData`."""
         return _only(self.encoders.image([self.reference_picture(file_name, change)]))
 
-    @cached_property
+    @property
     def no_text(self) -> dict[str, Tensor]:
         """See `TrainingData`."""
-        return _only(self.encoders.text([""]))
+        return self._constant("text", lambda: self.encoders.text([""]))
 
-    @cached_property
+    @property
     def no_image(self) -> dict[str, Tensor]:
         """See `TrainingData`."""
-        return _only(self.encoders.no_image())
+        return self._constant("image", self.encoders.no_image)
+
+    def _constant(self, name: str, encode: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        if name not in self._constants:
+            self._constants[name] = _only(encode())
+        return self._constants[name]
 
 
 class _Layout:
@@ -176,16 +181,16 @@ class Embedded:
 
     def target(self, index: int, variant: int) -> dict[str, Tensor]:
         """See `TrainingData`."""
-        return {name: rows[variant].float() for name, rows in self._targets[index].items()}
+        return _floats({name: rows[variant] for name, rows in self._targets[index].items()})
 
     def text(self, index: int) -> dict[str, Tensor]:
         """See `TrainingData`."""
-        return {name: row.float() for name, row in self._texts[index].items()}
+        return _floats(self._texts[index])
 
     def reference(self, file_name: str, change: int) -> dict[str, Tensor]:
         """See `TrainingData`."""
         rows = self._references[self._rows[file_name]]
-        return {name: each[change].float() for name, each in rows.items()}
+        return _floats({name: each[change] for name, each in rows.items()})
 
     @property
     def no_text(self) -> dict[str, Tensor]:
@@ -198,11 +203,9 @@ class Embedded:
         return self._constant("image.")
 
     def _constant(self, prefix: str) -> dict[str, Tensor]:
-        return {
-            name.removeprefix(prefix): row.float()
-            for name, row in self._constants.items()
-            if name.startswith(prefix)
-        }
+        rows = self._constants.items()
+        chosen = {name.removeprefix(prefix): row for name, row in rows if name.startswith(prefix)}
+        return _floats(chosen)
 
 
 def embed(
@@ -260,8 +263,15 @@ def _only(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor[0] for name, tensor in batch.items()}
 
 
+def _floats(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Numbers in single precision; masks stay masks."""
+    return {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+
+
 def _packed(tensors: dict[str, Tensor], stored: Stored) -> dict[str, Tensor]:
-    return {name: t.detach().cpu().to(getattr(torch, stored.dtype)) for name, t in tensors.items()}
+    dtype = getattr(torch, stored.dtype)
+    kept = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in kept.items()}
 
 
 def _constants(online: Online, stored: Stored) -> dict[str, Tensor]:

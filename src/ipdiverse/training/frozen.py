@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ipdiverse.adapter.encoding import ImageEncoding
+from ipdiverse.adapter.text_mask import text_mask
 from ipdiverse.bases import load_base, load_part
 from ipdiverse.errors import ModelError
 
@@ -72,7 +73,10 @@ class FrozenEncoders:
 
     @torch.no_grad()
     def text(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """`states` (batch, tokens, width), and for SDXL `pooled` (batch, width)."""
+        """`states` (batch, tokens, width), `mask`, and for SDXL `pooled` (batch, width).
+
+        The mask (batch, tokens) is True where a token is no padding: fusion reads it.
+        """
         encoded = self.pipe.encode_prompt(
             prompt=list(captions),
             device=self.pipe.unet.device,
@@ -80,7 +84,9 @@ class FrozenEncoders:
             do_classifier_free_guidance=False,
         )
         pooled = {} if len(encoded) < 4 else {"pooled": encoded[2]}
-        return {"states": encoded[0], **pooled}
+        mask = text_mask(self.pipe, {"prompt": list(captions)})
+        words = {} if mask is None else {"mask": mask.to(encoded[0].device)}
+        return {"states": encoded[0], **words, **pooled}
 
     def image(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         """`pooled` (batch, clip_dim) and `hidden` (batch, patches, clip_dim) of pictures."""

@@ -38,7 +38,8 @@ def data(tmp_path: Path) -> Path:
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], exact: float) -> None:
     assert one.keys() == other.keys()
     for name, tensor in one.items():
-        torch.testing.assert_close(tensor, other[name].float(), atol=exact, rtol=exact)
+        assert tensor.dtype == (torch.bool if name == "mask" else torch.float32)
+        torch.testing.assert_close(tensor, other[name].to(tensor), atol=exact, rtol=exact)
 
 
 def same(one: Any, other: Any, exact: float = 1e-5) -> None:
@@ -116,7 +117,7 @@ def test_both_text_encoders_of_sdxl_are_kept(tmp_path: Path) -> None:
     frozen = FrozenEncoders(models.pipeline("sdxl", fresh=True))
     assert len(frozen.texts) == 2
     text = frozen.text(["a critter", ""])
-    assert set(text) == {"states", "pooled"}
+    assert set(text) == {"states", "mask", "pooled"}
     assert len(text["states"]) == len(text["pooled"]) == 2
 
 

@@ -1,0 +1,137 @@
+"""What a run is made of, from its config: adapter, samples, optimizer."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ipdiverse.adapter.checkpoint import load_adapter
+from ipdiverse.adapter.fusion import BlendFusion, GatedFusion
+from ipdiverse.adapter.model import ImagePromptAdapter, new_adapter
+from ipdiverse.data.references import References, parse_references
+from ipdiverse.errors import ArgumentError
+from ipdiverse.training.embed import Embedded, Online, Stored, embed
+from ipdiverse.training.preprocessing import Preprocessing
+from ipdiverse.training.samples import Samples
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+
+    from torch import nn
+
+    from ipdiverse.data.manifest import Record
+    from ipdiverse.training.config import TrainConfig
+    from ipdiverse.training.frozen import FrozenEncoders
+
+
+def build_adapter(config: TrainConfig, encoders: FrozenEncoders) -> ImagePromptAdapter:
+    """A new adapter that fits the base, or the one to start from.
+
+    Raises:
+        ArgumentError: The one to start from is of another kind.
+        CheckpointError: It cannot be opened.
+    """
+    unet, encoder = encoders.pipe.unet, encoders.images.encoder
+    if config.start is not None:
+        adapter = load_adapter(config.start)
+        if config.adapter not in ("auto", adapter.kind):
+            raise ArgumentError(
+                "is of another kind",
+                where=config.start,
+                expected=config.adapter,
+                found=adapter.kind,
+            )
+    else:
+        kind = "base" if config.adapter == "base" else "plus"
+        tokens = config.tokens or (4 if kind == "base" else 16)
+        width = config.width or unet.config.cross_attention_dim
+        sizes = {"num_tokens": tokens}
+        if kind == "plus":
+            sizes |= {"width": width, "depth": config.depth}
+        adapter = new_adapter(kind, unet, encoder, None, **sizes)
+    if config.fusion == "none" or adapter.fusion is not None:
+        return adapter
+    width: int = adapter.token_width
+    if config.fusion == "blend":
+        adapter.fusion = BlendFusion(width)
+    else:
+        tokens: Any = adapter.image_proj.num_tokens
+        adapter.fusion = GatedFusion(width, tokens, heads=_heads(width))
+    return adapter
+
+
+def build_samples(
+    config: TrainConfig,
+    encoders: FrozenEncoders,
+    adapter: ImagePromptAdapter,
+    first: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Samples:
+    """The run's samples, from the cache, which is completed first, or encoded at every step.
+
+    Args:
+        config: The run.
+        encoders: Of its base.
+        adapter: What reads the image embeddings.
+        first: A context that lets the main process go first.
+
+    Raises:
+        DataError: The data set is not prepared, not embedded so, or has no pairs to take.
+    """
+    shown = Preprocessing(
+        config.resolution or encoders.resolution,
+        config.variants,
+        config.flip,
+        config.changed,
+        config.image_seed,
+    )
+    folder = Path(config.data)
+    reads: Any = adapter.reads[0]
+    if config.cache:
+        images = reads if config.cache_images == "auto" else config.cache_images
+        stored = Stored(images, config.cache_dtype)
+        with first():
+            embed(folder, encoders, shown, stored)
+        data = Embedded(folder, encoders.fingerprint(), shown, stored)
+    else:
+        data = Online(folder, encoders, shown)
+    references = _references(config.reference, data.records)
+    vae = encoders.pipe.vae.config
+    scaling = (vae.scaling_factor, getattr(vae, "shift_factor", None) or 0.0)
+    timesteps = encoders.pipe.scheduler.config.num_train_timesteps
+    return Samples(data, references, config, reads, scaling, timesteps)
+
+
+def build_optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW, fused, or its 8-bit form.
+
+    Raises:
+        ArgumentError: The 8-bit form is not installed.
+    """
+    options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, fused=True, **options)
+    try:
+        import bitsandbytes  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ArgumentError(
+            "is not installed",
+            where="optimizer adamw8bit",
+            fix="pip install bitsandbytes, or take adamw.",
+        ) from error
+    return bitsandbytes.optim.AdamW8bit(parameters, **options)
+
+
+def _references(kind: str, records: list[Record]) -> References:
+    if kind != "auto":
+        return References(records, parse_references(kind))
+    augmented = References(records, {"augmented": 1})
+    return References(records, {"paired": 1}) if augmented.paired_share else augmented
+
+
+def _heads(width: int) -> int:
+    """Eight where they divide the width, else the largest power of two below that does."""
+    return next(heads for heads in (8, 4, 2, 1) if width % heads == 0)

@@ -1,0 +1,165 @@
+"""Checkpoints of a run: a loadable adapter and, apart, all that is needed to go on from it.
+
+    checkpoint-00000500/adapter.safetensors         what users load
+    checkpoint-00000500/training_state.safetensors  weights, their average, the optimizer's moments
+    checkpoint-00000500/training_state.json         step, the run's settings, counters
+
+A checkpoint is written under another name and gets its own when it is whole; only then are older
+ones removed. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from ipdiverse.errors import CheckpointError, OutputError
+from ipdiverse.provenance import ensure_writable_folder, write_bytes_atomic, write_text_atomic
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    from torch import Tensor
+
+ADAPTER = "adapter.safetensors"
+_NAME = re.compile(r"checkpoint-(\d{8})")
+
+
+@dataclass
+class State:
+    """What a run goes on from.
+
+    Args:
+        step: Steps done.
+        weights: Trained parameters by name.
+        average: Their running average by name; empty without one.
+        optimizer: The optimizer's tensors, `PARAMETER.NAME`.
+        counters: Numbers beside: batches skipped, the micro-batch that fits.
+    """
+
+    step: int
+    weights: dict[str, Tensor]
+    average: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    counters: dict[str, Any]
+
+
+def finished(out: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    if not out.is_dir():
+        return []
+    return sorted(path for path in out.iterdir() if path.is_dir() and _NAME.fullmatch(path.name))
+
+
+def save_checkpoint(
+    out: Path,
+    state: State,
+    settings: Mapping[str, Any],
+    save_adapter: Callable[[Path], None],
+    keep: int,
+) -> Path:
+    """Write a checkpoint, then remove all but the newest.
+
+    Args:
+        out: The run's folder.
+        state: What to go on from.
+        settings: Of the run.
+        save_adapter: Writes the loadable adapter to a file.
+        keep: How many to keep.
+
+    Raises:
+        OutputError: It cannot be written, as on a full disk; every earlier one stays.
+    """
+    target = out / f"checkpoint-{state.step:08d}"
+    partial = out / f".{target.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    ensure_writable_folder(partial)
+    try:
+        save_adapter(partial / ADAPTER)
+        write_bytes_atomic(partial / "training_state.safetensors", save(_flat(state)))
+        about = {"step": state.step, "counters": state.counters, "settings": dict(settings)}
+        write_text_atomic(partial / "training_state.json", json.dumps(about, indent=2) + "\n")
+        replaced = out / f".{target.name}.replaced"
+        if target.exists():
+            target.rename(replaced)
+        partial.rename(target)
+        _sync(out)
+    except OSError as error:
+        raise OutputError("cannot be written", where=target, found=error.strerror) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
+    for old in finished(out)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def load_checkpoint(folder: Path) -> tuple[State, dict[str, Any]]:
+    """Read a checkpoint: state and settings.
+
+    Raises:
+        CheckpointError: It is broken.
+    """
+    try:
+        about = json.loads((folder / "training_state.json").read_text())
+        tensors = load_file(folder / "training_state.safetensors")
+        groups: dict[str, dict[str, Tensor]] = {"weights": {}, "average": {}, "optimizer": {}}
+        for key, tensor in tensors.items():
+            group, _, name = key.partition("/")
+            groups[group][name] = tensor
+        return State(about["step"], **groups, counters=about["counters"]), about["settings"]
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise CheckpointError(
+            "is broken",
+            where=folder,
+            found=f"{type(error).__name__}: {error}",
+            fix="Remove it; the run then goes on from the one before.",
+        ) from error
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
+    """An optimizer's state as flat tensors, by the names of its parameters in order."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{names[index]}/{key}": torch.as_tensor(value)
+        for index, values in state.items()
+        for key, value in values.items()
+    }
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, names: list[str], tensors: Mapping[str, Tensor]
+) -> None:
+    """Put `optimizer_tensors` back."""
+    numbers = {name: index for index, name in enumerate(names)}
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, part = key.rpartition("/")
+        state.setdefault(numbers[name], {})[part] = tensor
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def _flat(state: State) -> dict[str, Tensor]:
+    groups = {"weights": state.weights, "average": state.average, "optimizer": state.optimizer}
+    return {
+        f"{group}/{name}": tensor.detach().cpu().contiguous().clone()
+        for group, tensors in groups.items()
+        for name, tensor in tensors.items()
+    }
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,107 @@
+"""The samples of a run: number j is the same whatever process, worker or micro-batch computes it.
+
+Everything random about a sample (image, crop, reference, drop, latents, noise, timestep) comes from
+the run's seed and j alone. So a run that is resumed, or spread over processes, sees the same.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from ipdiverse.errors import ArgumentError
+from ipdiverse.seeding import derived_seed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ipdiverse.data.references import References
+    from ipdiverse.training.config import TrainConfig
+    from ipdiverse.training.embed import TrainingData
+
+
+class Samples(Dataset[dict[str, Any]]):
+    """Sample number to tensors: `latents`, `noise`, `timestep`, text and image embeddings.
+
+    Args:
+        data: Embeddings and latents' moments.
+        references: Which picture prompts which target.
+        config: The run.
+        reads: Which embedding the adapter reads, `pooled` or `hidden`.
+        scaling: The VAE's factor, and its shift.
+        timesteps: How many the noise schedule has.
+
+    Raises:
+        ArgumentError: References are to be changed, and no changed ones are stored.
+    """
+
+    def __init__(
+        self,
+        data: TrainingData,
+        references: References,
+        config: TrainConfig,
+        reads: str,
+        scaling: tuple[float, float],
+        timesteps: int,
+    ) -> None:
+        if not config.changed and references.may_augment:
+            raise ArgumentError(
+                "has no changed references to take",
+                where=f"reference {config.reference!r}",
+                expected="changed of 1 or more",
+                fix="Run `ipdiverse embed --changed 4`, and train with --changed 4.",
+            )
+        self.data, self.references, self.config, self.reads = data, references, config, reads
+        self.scaling, self.timesteps = scaling, timesteps
+
+    def __len__(self) -> int:
+        return self.config.steps * self.config.batch
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """Sample `number`, from 0 at the first step."""
+        config, size = self.config, len(self.data.records)
+        rng = np.random.default_rng(derived_seed(config.seed, "sample", number))
+        noise = torch.Generator().manual_seed(derived_seed(config.seed, "noise", number))
+        epoch, position = divmod(number, size)
+        index = int(_order(config.seed, epoch, size)[position])
+        variant, change_number = (int(rng.integers(n)) for n in (config.variants, 1 << 30))
+        choice = self.references.choose(index, rng)
+        change = 1 + change_number % config.changed if choice.augment else 0
+        no_text, no_image = self._drops(rng.random())
+        text = self.data.no_text if no_text else self.data.text(index)
+        picture = self.data.no_image if no_image else self.data.reference(choice.file_name, change)
+        return {
+            "latents": self._latents(self.data.target(index, variant), noise),
+            "noise": self._noise(noise),
+            "timestep": torch.randint(self.timesteps, (), generator=noise),
+            "image": picture[self.reads],
+            **{f"text_{name}": tensor for name, tensor in text.items()},
+        }
+
+    def _drops(self, u: float) -> tuple[bool, bool]:
+        """Whether text and image are dropped, from one uniform number."""
+        text, image, both = self.config.drop_text, self.config.drop_image, self.config.drop_both
+        neither = u >= text + image + both
+        return (
+            not neither and (u < text or u >= text + image),
+            not neither and u >= text,
+        )
+
+    def _latents(self, moments: dict[str, Tensor], rng: torch.Generator) -> Tensor:
+        mean, std = moments["mean"].cpu(), moments["std"].cpu()
+        scale, shift = self.scaling
+        self._shape = mean.shape
+        return (mean + std * torch.randn(mean.shape, generator=rng) - shift) * scale
+
+    def _noise(self, rng: torch.Generator) -> Tensor:
+        return torch.randn(self._shape, generator=rng)
+
+
+@lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, size: int) -> np.ndarray:
+    """The order of an epoch: every image once."""
+    return np.random.default_rng(derived_seed(seed, "epoch", epoch)).permutation(size)

@@ -1,0 +1,299 @@
+"""`ipdiverse train`: the loop. Progress decides every seed, so where it stops does not matter."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import signal
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ipdiverse.adapter.attach import attach
+from ipdiverse.adapter.checkpoint import save_adapter
+from ipdiverse.errors import ArgumentError, Interrupted, ModelError
+from ipdiverse.provenance import ensure_writable_folder
+from ipdiverse.training.build import build_adapter, build_optimizer, build_samples
+from ipdiverse.training.checkpoints import (
+    ADAPTER,
+    State,
+    finished,
+    load_checkpoint,
+    optimizer_tensors,
+    restore_optimizer,
+    save_checkpoint,
+)
+from ipdiverse.training.config import MAY_CHANGE, TrainConfig
+from ipdiverse.training.frozen import open_encoders
+from ipdiverse.training.prompted_unet import PromptedUnet, fast_backward
+from ipdiverse.training.tracking import tracking
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_PARTS = {"projection": "image_proj", "layers": "ip_adapter", "fusion": "fusion"}
+
+
+def train(config: TrainConfig) -> Path:
+    """Train an adapter, or go on where the run in `config.out` stopped.
+
+    Args:
+        config: The run.
+
+    Returns:
+        The finished adapter's file.
+
+    Raises:
+        DataError: The data set is not prepared or embedded as the run needs it.
+        ModelError: The base or the starting adapter does not fit, or too many batches in a row
+            were not finite.
+        Interrupted: A signal stopped it, after saving.
+        OutputError: A checkpoint cannot be written; those before it stay.
+    """
+    return Trainer(config).run()
+
+
+class Trainer:
+    """State of a run: adapter, average, optimizer, step.
+
+    Args:
+        config: The run.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        from accelerate import Accelerator
+        from accelerate.utils import set_seed
+
+        self.config, self.out = config, ensure_writable_folder(Path(config.out))
+        precision = "no" if config.precision == "fp32" else config.precision
+        self.accelerator = Accelerator(mixed_precision=precision)
+        set_seed(config.seed)  # initial weights; nothing random after that asks the global state
+        encoders = open_encoders(config.base, config.image_encoder)
+        self.pipe, device = encoders.pipe, self.accelerator.device
+        self.adapter = build_adapter(config, encoders)
+        first = self.accelerator.main_process_first
+        self.samples = build_samples(config, encoders, self.adapter, first)
+        if config.epochs is not None:
+            steps = config.epochs * -(-len(self.samples.data.records) // config.batch)
+            self.config = self.samples.config = config = replace(config, steps=steps)
+        self.pipe.unet.requires_grad_(False).to(device)
+        if config.gradient_checkpointing:
+            self.pipe.unet.enable_gradient_checkpointing()
+        attach(
+            self.pipe,
+            self.adapter,
+            image_encoder=encoders.images.encoder,
+            image_processor=encoders.images.processor,
+        )
+        self.adapter.requires_grad_(True).train()
+        for part in config.frozen:
+            if (module := getattr(self.adapter, _PARTS[part])) is not None:
+                module.requires_grad_(False)
+        learning = [(n, p) for n, p in self.adapter.named_parameters() if p.requires_grad]
+        if not learning:
+            raise ArgumentError("leaves nothing to learn", where="frozen", found=config.frozen)
+        self.names = [name for name, _ in learning]
+        self.parameters = [parameter for _, parameter in learning]
+        self.average = [p.detach().clone() for p in self.parameters] if config.ema else []
+        model = PromptedUnet(self.pipe, self.adapter, config.min_snr)
+        optimizer = build_optimizer(config, self.parameters)
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.step, self.bad, self.skipped = 0, 0, 0
+        share = -(-config.batch // self.accelerator.num_processes)
+        self.micro = min(config.micro_batch or share, share)
+        self._stop: int | None = None
+        self._resume()
+
+    def run(self) -> Path:
+        """Train to the last step and write the finished adapter."""
+        started, first = time.monotonic(), self.step
+        main = self.accelerator.is_main_process
+        reporting = tracking(self.config, self.out, self.step, main)
+        with self._catching_signals(), reporting as track:
+            for batch in self._batches():
+                figures = self._one_step(batch)
+                pace = (time.monotonic() - started) / (self.step - first)
+                left = pace * (self.config.steps - self.step) / 60
+                track({"step": self.step, **figures, "minutes_left": round(left, 1)})
+                last = self.step == self.config.steps or self._stop is not None
+                if last or self.step % self.config.save_every == 0:
+                    self.save()
+                if self._stop is not None:
+                    raise Interrupted(self._stop)
+        target = self.out / ADAPTER
+        if main:
+            self._save_adapter(target)
+        return target
+
+    def _batches(self) -> Iterator[list[dict[str, Any]]]:
+        """This process's samples of each step, from where the run is."""
+        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
+        size, steps = self.config.batch, range(self.step, self.config.steps)
+        numbers = [[s * size + i for i in range(rank, size, processes)] for s in steps]
+        yield from torch.utils.data.DataLoader(
+            self.samples,
+            batch_sampler=numbers,
+            num_workers=self.config.workers,
+            collate_fn=list,
+        )
+
+    def _one_step(self, batch: list[dict[str, Any]]) -> dict[str, float]:
+        """One update; a batch that is not finite changes nothing and is counted."""
+        rate = learning_rate(self.config, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        loss = self._backward(batch)
+        clipped: Any = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_norm)
+        norm = float(clipped)
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if finite:
+            self.optimizer.step()
+            self.bad = 0
+        else:
+            self.bad, self.skipped = self.bad + 1, self.skipped + 1
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        if self.average and finite:
+            decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
+            torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
+        if self.bad >= self.config.bad_batches:
+            raise ModelError(
+                f"{self.bad} batches in a row are not finite",
+                where=f"step {self.step}",
+                fix="Lower the learning rate, or train in bf16 or fp32.",
+            )
+        return {"loss": loss, "rate": rate, "norm": norm, "skipped": self.skipped}
+
+    def _backward(self, batch: list[dict[str, Any]]) -> float:
+        """Gradients of the whole batch's mean loss; smaller micro-batches when memory runs out."""
+        while True:
+            try:
+                return self._accumulate(batch)
+            except torch.OutOfMemoryError:
+                self.optimizer.zero_grad(set_to_none=True)
+                if self.micro == 1:
+                    raise
+                self.micro = -(-self.micro // 2)
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+
+    def _accumulate(self, batch: list[dict[str, Any]]) -> float:
+        parts = [batch[i : i + self.micro] for i in range(0, len(batch), self.micro)]
+        processes, total = self.accelerator.num_processes, torch.zeros(())
+        for index, part in enumerate(parts):
+            stacked = _stacked(part, self.accelerator.device)
+            last = index == len(parts) - 1
+            together = contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
+            with together, fast_backward(self.accelerator.device):
+                losses_of = self.model(stacked)
+                # processes' gradients are averaged; a mean over the whole batch is wanted
+                mean = losses_of.sum() * processes / self.config.batch
+                self.accelerator.backward(mean)
+            total = total + losses_of.detach().float().sum().cpu()
+        gathered = self.accelerator.reduce(total.to(self.accelerator.device), "sum")
+        return float(gathered) / self.config.batch  # type: ignore[arg-type]
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        if self.accelerator.is_main_process:
+            inner = getattr(self.optimizer, "optimizer", self.optimizer)
+            state = State(
+                self.step,
+                dict(zip(self.names, self.parameters, strict=True)),
+                dict(zip(self.names, self.average, strict=True)) if self.average else {},
+                optimizer_tensors(inner, self.names),
+                {"skipped": self.skipped, "bad": self.bad, "micro": self.micro},
+            )
+            settings = asdict(self.config)
+            save_checkpoint(self.out, state, settings, self._save_adapter, self.config.keep)
+        self.accelerator.wait_for_everyone()
+
+    def _save_adapter(self, file: Path) -> None:
+        """The adapter as users load it: averaged weights where there are any."""
+        made = {
+            "recipe": asdict(self.config),
+            "reference": self.config.reference,
+            "step": self.step,
+        }
+        with self._averaged():
+            save_adapter(self.adapter, file, made, torch.float32)
+
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Put the averaged weights in, and the trained ones back."""
+        own = [parameter.detach().clone() for parameter in self.parameters]
+        with torch.no_grad():
+            for parameter, average in zip(self.parameters, self.average or own, strict=True):
+                parameter.copy_(average)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, mine in zip(self.parameters, own, strict=True):
+                    parameter.copy_(mine)
+
+    def _resume(self) -> None:
+        if not (checkpoints := finished(self.out)):
+            return
+        state, settings = load_checkpoint(checkpoints[-1])
+        now = json.loads(json.dumps(asdict(self.config)))
+        different = [
+            f"{name} was {settings.get(name)!r}, is {now[name]!r}"
+            for name in now
+            if settings.get(name) != now[name] and name not in MAY_CHANGE
+        ]
+        if different:
+            raise ArgumentError(
+                "holds another run",
+                where=self.out,
+                found="; ".join(different),
+                fix="Choose a new folder for out, or train with the same settings.",
+            )
+        with torch.no_grad():
+            for name, parameter in zip(self.names, self.parameters, strict=True):
+                parameter.copy_(state.weights[name])
+            for name, average in zip(self.names, self.average, strict=bool(self.average)):
+                average.copy_(state.average[name])
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        restore_optimizer(inner, self.names, state.optimizer)
+        self.step, self.bad = state.step, state.counters["bad"]
+        self.skipped = state.counters["skipped"]
+        self.micro = min(self.micro, state.counters["micro"])
+
+    @contextlib.contextmanager
+    def _catching_signals(self) -> Iterator[None]:
+        """Let the step in progress end, then save, when asked to stop."""
+
+        def ask(number: int, _: Any) -> None:
+            self._stop = number
+
+        try:
+            before = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
+        except ValueError:  # not in the main thread: signals are somebody else's
+            before = {}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The rate of a step, from 0: warm-up, then the schedule."""
+    warm = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
+    past = max(0.0, (step - config.warmup) / max(1, config.steps - config.warmup))
+    shape = {
+        "constant": 1.0,
+        "linear": 1.0 - past,
+        "cosine": 0.5 * (1 + math.cos(math.pi * past)),
+    }[config.schedule]
+    return config.learning_rate * warm * shape
+
+
+def _stacked(samples: list[dict[str, Any]], device: torch.device) -> dict[str, Tensor]:
+    return {name: torch.stack([s[name] for s in samples]).to(device) for name in samples[0]}

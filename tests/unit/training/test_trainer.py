@@ -1,0 +1,444 @@
+"""The trainer: what learns, what does not, and that stopping it anywhere changes nothing."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests import models
+
+from ipdiverse import ImagePromptAdapter
+from ipdiverse.adapter.fusion import BlendFusion, GatedFusion
+from ipdiverse.cli import main
+from ipdiverse.data.options import PrepareOptions
+from ipdiverse.data.prepare import prepare
+from ipdiverse.errors import (
+    ArgumentError,
+    CheckpointError,
+    DataError,
+    Interrupted,
+    ModelError,
+    OutputError,
+)
+from ipdiverse.training import checkpoints, trainer
+from ipdiverse.training.config import TrainConfig
+from ipdiverse.training.trainer import Trainer, learning_rate, train
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three bases and a data set of six critters, each with a partner."""
+    root = tmp_path_factory.mktemp("training")
+    for name in models.ARCHITECTURES:
+        models.pipeline(name, fresh=True).save_pretrained(root / name)
+    prepare("critters", root / "data", PrepareOptions(n=6))
+    return root
+
+
+@pytest.fixture
+def config(home: Path, tmp_path: Path) -> TrainConfig:
+    return TrainConfig(
+        data=str(home / "data"),
+        out=str(tmp_path / "run"),
+        base=str(home / "sd1"),
+        resolution=64,
+        steps=6,
+        batch=4,
+        tokens=3,
+        width=64,
+        depth=1,
+        learning_rate=1e-3,
+        save_every=2,
+    )
+
+
+def weights(run: TrainConfig, name: str = "adapter.safetensors") -> dict[str, torch.Tensor]:
+    from pathlib import Path
+
+    return load_file(Path(run.out) / name)
+
+
+def log(run: TrainConfig) -> list[dict[str, Any]]:
+    from pathlib import Path
+
+    lines = [json.loads(line) for line in (Path(run.out) / "log.jsonl").open()]
+    return [{k: v for k, v in line.items() if k != "minutes_left"} for line in lines]
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+@pytest.mark.parametrize("fusion", ["none", "blend", "gated"])
+@pytest.mark.parametrize("kind", ["base", "plus"])
+def test_every_parameter_learns_and_nothing_frozen_does(
+    kind: Any, fusion: Any, config: TrainConfig
+) -> None:
+    run = Trainer(replace(config, adapter=kind, fusion=fusion, steps=2, learning_rate=0.1))
+    frozen = {n: p.detach().clone() for n, p in run.pipe.unet.named_parameters()}
+    before = {n: p.detach().clone() for n, p in run.adapter.named_parameters()}
+    if fusion == "gated":  # at a gate of 0 nothing behind it has a gradient yet
+        run.adapter.fusion.gate.data.fill_(0.1)
+        before["fusion.gate"] = run.adapter.fusion.gate.detach().clone()
+    run._one_step(next(run._batches()))
+    still = [n for n, p in run.adapter.named_parameters() if torch.equal(p, before[n])]
+    # softmax ignores what is added to every key alike
+    assert [n for n in still if n not in ("fusion.key.bias",)] == []
+    assert all(torch.equal(p, frozen[n]) for n, p in run.pipe.unet.named_parameters())
+    assert not any(p.requires_grad for p in run.pipe.unet.parameters())
+
+
+def test_a_frozen_part_stays(config: TrainConfig) -> None:
+    run = Trainer(replace(config, frozen=("layers", "fusion")))
+    before = {n: p.detach().clone() for n, p in run.adapter.named_parameters()}
+    run._one_step(next(run._batches()))
+    moved = {n for n, p in run.adapter.named_parameters() if not torch.equal(p, before[n])}
+    assert moved
+    assert all(name.startswith("image_proj") for name in moved)
+    with pytest.raises(ArgumentError, match="leaves nothing to learn"):
+        Trainer(replace(config, fusion="none", frozen=("layers", "projection")))
+
+
+@pytest.mark.parametrize("name", models.ARCHITECTURES)
+def test_every_architecture_trains_and_its_adapter_loads(
+    name: str, home: Path, config: TrainConfig
+) -> None:
+    chosen = replace(config, base=str(home / name), steps=2, min_snr=5.0)
+    adapter = ImagePromptAdapter.from_pretrained(train(chosen))
+    assert adapter.kind == "plus"
+    assert isinstance(adapter.fusion, GatedFusion)
+    assert adapter.spec["recipe"]["steps"] == 2
+    assert all(line["loss"] > 0 for line in log(chosen))
+
+
+def test_the_loss_falls(config: TrainConfig) -> None:
+    train(replace(config, steps=30, batch=6, save_every=30, learning_rate=3e-3, reference="self"))
+    losses = [line["loss"] for line in log(config)]
+    assert sum(losses[-8:]) < sum(losses[:8])
+
+
+def test_with_and_without_the_cache_the_loss_is_the_same(config: TrainConfig) -> None:
+    train(config)
+    online = replace(config, out=config.out + "-online", cache=False)
+    train(online)
+    for one, other in zip(log(config), log(online), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-6)
+
+
+def test_killed_three_times_in_an_epoch_it_ends_with_the_same_weights(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = replace(config, out=config.out + "-whole", ema=0.9, schedule="cosine", warmup=2)
+    train(whole)
+    parts = replace(whole, out=config.out)
+    step = Trainer._one_step
+    for dies_at in (0, 3, 4):  # after nothing, between checkpoints, right after one
+
+        def dies(self: Trainer, batch: Any, at: int = dies_at) -> Any:
+            if self.step == at:
+                raise KeyError("the power went out")
+            return step(self, batch)
+
+        monkeypatch.setattr(Trainer, "_one_step", dies)
+        with pytest.raises(KeyError):
+            train(parts)
+    monkeypatch.setattr(Trainer, "_one_step", step)
+    train(parts)
+    assert same(weights(whole), weights(parts))
+    assert log(whole) == log(parts)
+    last = "checkpoint-00000006/training_state.safetensors"
+    assert same(weights(whole, last), weights(parts, last))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(workers: int, config: TrainConfig) -> None:
+    train(replace(config, steps=3))
+    other = replace(config, out=f"{config.out}-{workers}", steps=3, workers=workers)
+    train(other)
+    assert same(weights(config), weights(other))
+
+
+def test_a_signal_saves_first_and_the_same_command_goes_on(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = replace(config, out=config.out + "-whole")
+    train(whole)
+    step = Trainer._one_step
+
+    def asked(self: Trainer, batch: Any) -> Any:
+        if self.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batch)
+
+    monkeypatch.setattr(Trainer, "_one_step", asked)
+    with pytest.raises(Interrupted) as stopped:
+        train(config)
+    assert stopped.value.number == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    from pathlib import Path
+
+    assert checkpoints.finished(Path(config.out))[-1].name == "checkpoint-00000003"
+    monkeypatch.setattr(Trainer, "_one_step", step)
+    train(config)
+    assert same(weights(whole), weights(config))
+
+
+def command(run: TrainConfig, *launcher: str) -> list[str]:
+    flags = [
+        *("--data", run.data, "--out", run.out, "--base", run.base, "--resolution", "64"),
+        *("--steps", str(run.steps), "--batch", "4", "--tokens", "3", "--width", "64"),
+        *("--depth", "1", "--learning-rate", "1e-3", "--save-every", "2"),
+    ]
+    return [sys.executable, *launcher, "-m", "ipdiverse", "train", *flags]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+
+
+def test_a_killed_process_goes_on_to_the_bit(config: TrainConfig) -> None:
+    from pathlib import Path
+
+    whole = replace(config, out=config.out + "-whole", steps=40)
+    subprocess.run(command(whole), check=True, env=environment(), timeout=300)
+    killed = replace(config, steps=40)
+    process = subprocess.Popen(command(killed), env=environment())
+    deadline = time.monotonic() + 200
+    while not checkpoints.finished(Path(killed.out)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not (Path(killed.out) / "adapter.safetensors").exists()
+    subprocess.run(command(killed), check=True, env=environment(), timeout=300)
+    assert same(weights(whole), weights(killed))
+    assert log(whole) == log(killed)
+
+
+def test_two_processes_give_the_gradients_of_one(config: TrainConfig) -> None:
+    """AdamW's first moment after one step is a tenth of the gradient."""
+    one = replace(config, steps=1)
+    two = replace(one, out=config.out + "-two")
+    subprocess.run(command(one), check=True, env=environment(), timeout=300)
+    launcher = (
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--standalone",
+        "--no-python",
+    )
+    parts = command(two)
+    subprocess.run([sys.executable, *launcher, *parts], check=True, env=environment(), timeout=300)
+    state = "checkpoint-00000001/training_state.safetensors"
+    first, second = weights(one, state), weights(two, state)
+    moments = [name for name in first if name.endswith("exp_avg")]
+    assert len(moments) > 10
+    for name in moments:
+        torch.testing.assert_close(10 * first[name], 10 * second[name], atol=1e-6, rtol=1e-5)
+    assert log(one)[0]["loss"] == pytest.approx(log(two)[0]["loss"], abs=1e-6)
+
+
+def poison(run: Trainer, steps: set[int]) -> None:
+    read = type(run.samples).__getitem__
+
+    class Poisoned(type(run.samples)):  # type: ignore[misc]
+        def __getitem__(self, number: int) -> dict[str, Any]:
+            sample = read(self, number)
+            if number // run.config.batch in steps:
+                sample["latents"] = sample["latents"] * float("nan")
+            return sample
+
+    run.samples.__class__ = Poisoned
+
+
+def test_a_batch_that_is_not_finite_changes_nothing(config: TrainConfig) -> None:
+    run = Trainer(config)
+    poison(run, {1})
+    batches = run._batches()
+    run._one_step(next(batches))
+    before = [p.detach().clone() for p in run.parameters]
+    figures = run._one_step(next(batches))
+    assert figures["skipped"] == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, run.parameters, strict=True))
+    assert run._one_step(next(batches))["skipped"] == 1
+    assert not all(torch.equal(a, b) for a, b in zip(before, run.parameters, strict=True))
+
+
+def test_too_many_of_them_stop_the_run(config: TrainConfig) -> None:
+    run = Trainer(replace(config, bad_batches=2))
+    poison(run, {0, 2, 3})
+    with pytest.raises(ModelError, match="step 4: 2 batches in a row are not finite"):
+        run.run()
+
+
+def test_out_of_memory_shrinks_the_micro_batch_and_not_the_batch(config: TrainConfig) -> None:
+    train(replace(config, steps=2))
+    small = Trainer(replace(config, out=config.out + "-small", steps=2))
+    forward = small.model.forward
+
+    def hungry(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        if len(batch["latents"]) > 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return forward(batch)
+
+    small.model.forward = hungry
+    small.run()
+    assert small.micro == 1
+    for one, other in zip(log(config), log(small.config), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
+        assert one["norm"] == pytest.approx(other["norm"], rel=1e-4)
+
+
+def test_a_full_disk_loses_no_earlier_checkpoint(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pathlib import Path
+
+    write = checkpoints.write_bytes_atomic
+
+    def full(path: Path, data: bytes) -> None:
+        if "00000004" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, data)
+
+    monkeypatch.setattr(checkpoints, "write_bytes_atomic", full)
+    with pytest.raises(
+        OutputError, match=r"checkpoint-00000004: cannot be written; found No space"
+    ):
+        train(config)
+    names = [path.name for path in Path(config.out).iterdir() if path.is_dir()]
+    assert names == ["checkpoint-00000002"], "and nothing half-written"
+    monkeypatch.setattr(checkpoints, "write_bytes_atomic", write)
+    whole = replace(config, out=config.out + "-whole")
+    train(whole)
+    train(config)
+    assert same(weights(whole), weights(config))
+
+
+def test_the_last_checkpoints_are_kept_and_each_is_a_loadable_adapter(config: TrainConfig) -> None:
+    from pathlib import Path
+
+    train(replace(config, keep=2, ema=0.5, fusion="blend"))
+    kept = checkpoints.finished(Path(config.out))
+    assert [path.name for path in kept] == ["checkpoint-00000004", "checkpoint-00000006"]
+    for path in kept:
+        adapter = ImagePromptAdapter.from_pretrained(path / "adapter.safetensors")
+        assert isinstance(adapter.fusion, BlendFusion)
+    state = weights(config, "checkpoint-00000006/training_state.safetensors")
+    loaded = adapter.state_dict()
+    assert torch.equal(loaded["image_proj.latents"], state["average/image_proj.latents"])
+    assert not torch.equal(loaded["image_proj.latents"], state["weights/image_proj.latents"])
+
+
+def test_another_run_in_the_same_folder_is_refused(config: TrainConfig) -> None:
+    train(replace(config, steps=2))
+    with pytest.raises(
+        ArgumentError, match=r"holds another run; found learning_rate was 0.001, is"
+    ):
+        train(replace(config, learning_rate=1e-4))
+    train(replace(config, steps=4, save_every=1))  # going on for longer is the same run
+    assert len(log(config)) == 4
+
+
+def test_a_broken_checkpoint_says_what_to_do(config: TrainConfig) -> None:
+    from pathlib import Path
+
+    train(replace(config, steps=2))
+    file = Path(config.out) / "checkpoint-00000002" / "training_state.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=r"is broken.*goes on from the one before"):
+        train(replace(config, steps=4))
+
+
+def test_it_starts_from_a_published_adapter(config: TrainConfig) -> None:
+    start = train(replace(config, fusion="none", steps=2))
+    other = replace(config, out=config.out + "-2", start=str(start), steps=1, learning_rate=0.0)
+    run = Trainer(other)
+    assert isinstance(run.adapter.fusion, GatedFusion), "a fusion is added to plain IP-Adapter"
+    started = {n: t for n, t in run.adapter.state_dict().items() if not n.startswith("fusion")}
+    assert same(started, weights(config))
+    with pytest.raises(ArgumentError, match="is of another kind; expected base; found plus"):
+        Trainer(replace(other, adapter="base"))
+
+
+def test_references_that_cannot_be_are_refused(config: TrainConfig, tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match=r"has no changed references.*embed --changed"):
+        Trainer(replace(config, reference="augmented", changed=0))
+    prepare("critters", tmp_path / "single", PrepareOptions(n=2, pairs=False))
+    alone = replace(config, data=str(tmp_path / "single"))
+    with pytest.raises(DataError, match="no image has a reference"):
+        Trainer(replace(alone, reference="paired"))
+    assert Trainer(alone).samples.references.weights == {"augmented": 1.0}
+    assert Trainer(config).samples.references.weights == {"paired": 1.0}
+
+
+def test_gradient_checkpointing_gives_the_same(config: TrainConfig) -> None:
+    train(replace(config, steps=2))
+    other = replace(config, out=config.out + "-2", steps=2, gradient_checkpointing=True)
+    train(other)
+    for one, two in zip(log(config), log(other), strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], abs=1e-6)
+
+
+def test_epochs_take_the_place_of_steps(config: TrainConfig) -> None:
+    run = Trainer(replace(config, epochs=3))
+    assert run.config.steps == len(run.samples) // 4 == 6, "three passes over six, four at a time"
+
+
+def test_the_rate_warms_up_and_falls(config: TrainConfig) -> None:
+    shaped = replace(config, learning_rate=1.0, warmup=4, steps=14)
+    assert [learning_rate(shaped, s) for s in (0, 3, 4, 13)] == [0.25, 1, 1, 1]
+    linear = replace(shaped, schedule="linear")
+    assert learning_rate(linear, 9) == pytest.approx(0.5)
+    cosine = replace(shaped, schedule="cosine")
+    assert learning_rate(cosine, 9) == pytest.approx(0.5)
+    assert learning_rate(cosine, 4) == 1
+
+
+def test_tensorboard_gets_the_figures(config: TrainConfig) -> None:
+    from pathlib import Path
+
+    pytest.importorskip("tensorboard")
+    train(replace(config, steps=2, report_to="tensorboard"))
+    assert list((Path(config.out) / "tensorboard").iterdir())
+
+
+def test_eight_bits_that_are_not_installed_say_so(config: TrainConfig) -> None:
+    if trainer.__dict__.get("bitsandbytes"):
+        pytest.skip("bitsandbytes is installed")
+    with pytest.raises(ArgumentError, match=r"optimizer adamw8bit: is not installed"):
+        Trainer(replace(config, optimizer="adamw8bit"))
+
+
+def test_the_original_trainers_command_runs(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = [json.loads(line) for line in (home / "data" / "metadata.jsonl").open()]
+    pairs = [{"image_file": r["file_name"], "text": r["text"]} for r in records]
+    (tmp_path / "output.json").write_text(json.dumps(pairs))
+    arguments = [
+        *("train", "--pretrained_model_name_or_path", str(home / "sd1")),
+        *("--data_json_file", str(tmp_path / "output.json")),
+        *("--data_root_path", str(home / "data"), "--mixed_precision", "no"),
+        *("--resolution", "64", "--train_batch_size", "3", "--num_train_epochs", "1"),
+        *("--dataloader_num_workers", "0", "--learning_rate", "1e-04", "--weight_decay", "0.01"),
+        *("--output_dir", str(tmp_path / "out"), "--save_steps", "1", "--width", "64"),
+    ]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.strip() == f"wrote {tmp_path / 'out' / 'adapter.safetensors'}"
+    ImagePromptAdapter.from_pretrained(tmp_path / "out" / "checkpoint-00000002")
+    assert main(["train", "--data", str(tmp_path), "--out", str(tmp_path / "x")]) == 2
+    assert "holds no prepared data" in capsys.readouterr().err
