@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from ipdiverse.adapter.checkpoint import load_adapter
@@ -13,6 +14,7 @@ from ipdiverse.adapter.fusion import BlendFusion, GatedFusion
 from ipdiverse.adapter.model import ImagePromptAdapter, new_adapter
 from ipdiverse.data.references import References, parse_references
 from ipdiverse.errors import ArgumentError
+from ipdiverse.seeding import derived_seed
 from ipdiverse.training.embed import Embedded, Online, Stored, embed
 from ipdiverse.training.preprocessing import Preprocessing
 from ipdiverse.training.samples import Samples
@@ -98,11 +100,12 @@ def build_samples(
         data = Embedded(folder, encoders.fingerprint(), shown, stored)
     else:
         data = Online(folder, encoders, shown)
-    references = _references(config.reference, data.records)
+    trained = _trained(config, len(data.records))
+    references = _references(config.reference, [data.records[index] for index in trained])
     vae = encoders.pipe.vae.config
     scaling = (vae.scaling_factor, getattr(vae, "shift_factor", None) or 0.0)
     timesteps = encoders.pipe.scheduler.config.num_train_timesteps
-    return Samples(data, references, config, reads, scaling, timesteps)
+    return Samples(data, trained, references, config, reads, scaling, timesteps)
 
 
 def build_optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -123,6 +126,20 @@ def build_optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> torc
             fix="pip install bitsandbytes, or take adamw.",
         ) from error
     return bitsandbytes.optim.AdamW8bit(parameters, **options)
+
+
+def _trained(config: TrainConfig, count: int) -> list[int]:
+    """All images but those held out, which the seed decides."""
+    if config.held_out >= count:
+        raise ArgumentError(
+            "leaves nothing to train on",
+            where="held_out",
+            expected=f"fewer than {count}",
+            found=config.held_out,
+        )
+    rng = np.random.default_rng(derived_seed(config.seed, "held out"))
+    held_out = set(rng.permutation(count)[: config.held_out].tolist())
+    return [index for index in range(count) if index not in held_out]
 
 
 def _references(kind: str, records: list[Record]) -> References:

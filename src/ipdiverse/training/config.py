@@ -9,7 +9,10 @@ from typing import Any, Literal
 
 from ipdiverse.errors import ArgumentError, check_range
 
-MAY_CHANGE = ("steps", "epochs", "save_every", "keep", "workers", "micro_batch", "report_to", "out")
+MAY_CHANGE = (
+    *("steps", "epochs", "save_every", "keep", "workers", "micro_batch", "report_to", "out"),
+    *("validate_every", "validation_images", "validation_steps", "validation_guidance"),
+)
 """What a resumed run may set otherwise; anything else would make it another run."""
 
 PARTS = ("projection", "layers", "fusion")
@@ -64,6 +67,11 @@ class TrainConfig:
         seed: Of everything random.
         save_every: Steps between checkpoints.
         keep: Checkpoints kept.
+        held_out: Images that are not trained on, but drawn while training; 0 draws nothing.
+        validate_every: Steps between drawing them.
+        validation_images: Drawn for each of them.
+        validation_steps: Denoising steps.
+        validation_guidance: Classifier-free guidance.
         report_to: `tensorboard`, `wandb` or nothing, beside `log.jsonl`.
     """
 
@@ -109,6 +117,11 @@ class TrainConfig:
     seed: int = 0
     save_every: int = 500
     keep: int = 3
+    held_out: int = 0
+    validate_every: int = 500
+    validation_images: int = 4
+    validation_steps: int = 25
+    validation_guidance: float = 5.0
     report_to: Literal["none", "tensorboard", "wandb"] = "none"
 
     def __post_init__(self) -> None:
@@ -150,6 +163,11 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("seed", 0, 2**62),
     ("save_every", 1, 100_000_000),
     ("keep", 1, 1_000_000),
+    ("held_out", 0, 1000),
+    ("validate_every", 1, 100_000_000),
+    ("validation_images", 1, 64),
+    ("validation_steps", 1, 1000),
+    ("validation_guidance", 0, 100),
 )
 
 

@@ -29,7 +29,8 @@ class Samples(Dataset[dict[str, Any]]):
 
     Args:
         data: Embeddings and latents' moments.
-        references: Which picture prompts which target.
+        trained: Which images are targets; the others are held out.
+        references: Which picture prompts which of these.
         config: The run.
         reads: Which embedding the adapter reads, `pooled` or `hidden`.
         scaling: The VAE's factor, and its shift.
@@ -42,6 +43,7 @@ class Samples(Dataset[dict[str, Any]]):
     def __init__(
         self,
         data: TrainingData,
+        trained: list[int],
         references: References,
         config: TrainConfig,
         reads: str,
@@ -55,7 +57,8 @@ class Samples(Dataset[dict[str, Any]]):
                 expected="changed of 1 or more",
                 fix="Run `ipdiverse embed --changed 4`, and train with --changed 4.",
             )
-        self.data, self.references, self.config, self.reads = data, references, config, reads
+        self.data, self.trained, self.references = data, trained, references
+        self.config, self.reads = config, reads
         self.scaling, self.timesteps = scaling, timesteps
 
     def __len__(self) -> int:
@@ -63,13 +66,14 @@ class Samples(Dataset[dict[str, Any]]):
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         """Sample `number`, from 0 at the first step."""
-        config, size = self.config, len(self.data.records)
+        config, size = self.config, len(self.trained)
         rng = np.random.default_rng(derived_seed(config.seed, "sample", number))
         noise = torch.Generator().manual_seed(derived_seed(config.seed, "noise", number))
         epoch, position = divmod(number, size)
-        index = int(_order(config.seed, epoch, size)[position])
+        place = int(_order(config.seed, epoch, size)[position])
+        index = self.trained[place]
         variant, change_number = (int(rng.integers(n)) for n in (config.variants, 1 << 30))
-        choice = self.references.choose(index, rng)
+        choice = self.references.choose(place, rng)
         change = 1 + change_number % config.changed if choice.augment else 0
         no_text, no_image = self._drops(rng.random())
         text = self.data.no_text if no_text else self.data.text(index)

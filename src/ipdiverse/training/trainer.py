@@ -32,6 +32,7 @@ from ipdiverse.training.config import MAY_CHANGE, TrainConfig
 from ipdiverse.training.frozen import open_encoders
 from ipdiverse.training.prompted_unet import PromptedUnet, fast_backward
 from ipdiverse.training.tracking import tracking
+from ipdiverse.training.validation import Validation
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -79,17 +80,20 @@ class Trainer:
         first = self.accelerator.main_process_first
         self.samples = build_samples(config, encoders, self.adapter, first)
         if config.epochs is not None:
-            steps = config.epochs * -(-len(self.samples.data.records) // config.batch)
+            steps = config.epochs * -(-len(self.samples.trained) // config.batch)
             self.config = self.samples.config = config = replace(config, steps=steps)
         self.pipe.unet.requires_grad_(False).to(device)
         if config.gradient_checkpointing:
             self.pipe.unet.enable_gradient_checkpointing()
-        attach(
+        attachment = attach(
             self.pipe,
             self.adapter,
             image_encoder=encoders.images.encoder,
             image_processor=encoders.images.processor,
         )
+        records, trained = self.samples.data.records, set(self.samples.trained)
+        held_out = [index for index in range(len(records)) if index not in trained]
+        self.validation = Validation(config, records, held_out, encoders, attachment)
         self.adapter.requires_grad_(True).train()
         for part in config.frozen:
             if (module := getattr(self.adapter, _PARTS[part])) is not None:
@@ -119,6 +123,7 @@ class Trainer:
                 figures = self._one_step(batch)
                 pace = (time.monotonic() - started) / (self.step - first)
                 left = pace * (self.config.steps - self.step) / 60
+                figures |= self._validate()
                 track({"step": self.step, **figures, "minutes_left": round(left, 1)})
                 last = self.step == self.config.steps or self._stop is not None
                 if last or self.step % self.config.save_every == 0:
@@ -168,6 +173,14 @@ class Trainer:
                 fix="Lower the learning rate, or train in bf16 or fp32.",
             )
         return {"loss": loss, "rate": rate, "norm": norm, "skipped": self.skipped}
+
+    def _validate(self) -> dict[str, float]:
+        """Draw held-out cases with the weights that would be saved, when it is time to."""
+        due = self.step % self.config.validate_every == 0 or self.step == self.config.steps
+        if not (due and self.validation.cases and self.accelerator.is_main_process):
+            return {}
+        with self._averaged():
+            return self.validation.run(self.step, self.out)
 
     def _backward(self, batch: list[dict[str, Any]]) -> float:
         """Gradients of the whole batch's mean loss; smaller micro-batches when memory runs out."""

@@ -1,0 +1,143 @@
+"""What a run draws while it trains, so that copying is seen while it happens, not after."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ipdiverse.contact_sheet import contact_sheet
+from ipdiverse.data.manifest import Record, inside
+from ipdiverse.data.references import References
+from ipdiverse.image_io import load_image
+from ipdiverse.seeding import generator
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from ipdiverse.adapter.attach import Attachment
+    from ipdiverse.training.config import TrainConfig
+    from ipdiverse.training.frozen import FrozenEncoders
+
+FOLDER = "validation"
+_GRID = 16
+
+
+@dataclass(frozen=True)
+class Case:
+    """A held-out image and what prompts it.
+
+    Args:
+        text: Its caption.
+        target: The image itself.
+        reference: Another image of its subject; the image itself where there is none.
+    """
+
+    text: str
+    target: Image.Image
+    reference: Image.Image
+
+
+class Validation:
+    """Draws held-out cases with the adapter as it is, and measures how much it copies.
+
+    Args:
+        config: The run.
+        records: The whole data set.
+        held_out: Which of them the run does not train on.
+        encoders: Of the base.
+        attachment: The adapter on its pipeline.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        records: Sequence[Record],
+        held_out: Sequence[int],
+        encoders: FrozenEncoders,
+        attachment: Attachment,
+    ) -> None:
+        self.config, self.encoders, self.attachment = config, encoders, attachment
+        partners = References(records, {"paired": 1, "self": 1e-9})
+        self.cases = [self._case(records, partners, index) for index in held_out]
+
+    def _case(self, records: Sequence[Record], partners: References, index: int) -> Case:
+        from pathlib import Path
+
+        record, folder = records[index], Path(self.config.data)
+        choice = partners.choose(index, np.random.default_rng(self.config.seed))
+        target, reference = (
+            load_image(inside(folder, name)) for name in (record.file_name, choice.file_name)
+        )
+        return Case(record.text, target, reference)
+
+    def run(self, step: int, out: Path) -> dict[str, float]:
+        """Draw every case, write the sheet `OUT/validation/STEP.png`, and measure.
+
+        Args:
+            step: Steps done.
+            out: The run's folder.
+
+        Returns:
+            `copy_layout` and `copy_clip`: how much closer outputs are to their reference than the
+            true image is, as correlation of 16×16 pixels and as cosine of image embeddings. 0 is
+            ideal. The second is blind to part of it: the adapter is conditioned on that encoder.
+        """
+        sheets, layout, clip = [], [], []
+        for case in self.cases:
+            images = self._draw(case)
+            sheets.append(contact_sheet(case.reference, images, [""] * len(images), case.text))
+            layout.append(_excess(images, case, layout_similarity))
+            clip.append(_excess(images, case, self._clip_similarity))
+        (out / FOLDER).mkdir(exist_ok=True)
+        _stack(sheets).save(out / FOLDER / f"{step:08d}.png")
+        return {"copy_layout": float(np.mean(layout)), "copy_clip": float(np.mean(clip))}
+
+    @torch.no_grad()
+    def _draw(self, case: Case) -> list[Image.Image]:
+        pipe: Any = self.encoders.pipe
+        count = self.config.validation_images
+        self.attachment.set_reference(case.reference)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe(
+            case.text,
+            num_images_per_prompt=count,
+            num_inference_steps=self.config.validation_steps,
+            guidance_scale=self.config.validation_guidance,
+            generator=[generator(self.config.seed, index) for index in range(count)],
+        ).images
+
+    def _clip_similarity(self, one: Image.Image, other: Image.Image) -> float:
+        embeds = self.encoders.image([one, other])["pooled"].float()
+        return float(torch.nn.functional.cosine_similarity(embeds[0], embeds[1], dim=0))
+
+
+def layout_similarity(one: Image.Image, other: Image.Image) -> float:
+    """Correlation of two images shrunk to 16×16: high when the same things stand in one place."""
+    shrunk = [
+        np.asarray(image.resize((_GRID, _GRID), Image.Resampling.BOX), np.float64).ravel()
+        for image in (one, other)
+    ]
+    centred = [values - values.mean() for values in shrunk]
+    norm = np.linalg.norm(centred[0]) * np.linalg.norm(centred[1])
+    return float(centred[0] @ centred[1] / norm) if norm else 0.0
+
+
+def _excess(images: list[Image.Image], case: Case, similarity: Any) -> float:
+    """Mean similarity of outputs to the reference, less that of the true image."""
+    found = np.mean([similarity(image, case.reference) for image in images])
+    return float(found - similarity(case.target, case.reference))
+
+
+def _stack(sheets: list[Image.Image]) -> Image.Image:
+    width, height = max(s.width for s in sheets), sum(s.height for s in sheets)
+    whole = Image.new("RGB", (width, height), "white")
+    top = 0
+    for sheet in sheets:
+        whole.paste(sheet, (0, top))
+        top += sheet.height
+    return whole

@@ -1,0 +1,99 @@
+"""What is drawn while training, and what the copy figures say."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tests import models
+
+from ipdiverse.critters.render import render
+from ipdiverse.critters.scene import sample_scene
+from ipdiverse.data.options import PrepareOptions
+from ipdiverse.data.prepare import prepare
+from ipdiverse.errors import ArgumentError
+from ipdiverse.training.config import TrainConfig
+from ipdiverse.training.trainer import Trainer, train
+from ipdiverse.training.validation import Case, _excess, layout_similarity
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> TrainConfig:
+    models.pipeline("sd1", fresh=True).save_pretrained(tmp_path / "base")
+    prepare("critters", tmp_path / "data", PrepareOptions(n=8))
+    return TrainConfig(
+        data=str(tmp_path / "data"),
+        out=str(tmp_path / "run"),
+        base=str(tmp_path / "base"),
+        resolution=64,
+        steps=4,
+        batch=2,
+        tokens=3,
+        width=64,
+        depth=1,
+        held_out=2,
+        validate_every=2,
+        validation_images=2,
+        validation_steps=2,
+    )
+
+
+def critter(seed: int) -> Image.Image:
+    return Image.fromarray(render(sample_scene(np.random.default_rng(seed)), seed))
+
+
+def test_sheets_and_figures_come_while_training(config: TrainConfig) -> None:
+    train(config)
+    sheets = sorted(path.name for path in (Path(config.out) / "validation").iterdir())
+    assert sheets == ["00000002.png", "00000004.png"]
+    lines = [json.loads(line) for line in (Path(config.out) / "log.jsonl").open()]
+    assert ["copy_layout" in line for line in lines] == [False, True, False, True]
+    assert all(-2 <= lines[1][name] <= 2 for name in ("copy_layout", "copy_clip"))
+
+
+def test_drawing_changes_nothing_of_the_training(config: TrainConfig) -> None:
+    train(replace(config, ema=0.5))
+    quiet = replace(config, ema=0.5, out=config.out + "-quiet", validate_every=100)
+    train(quiet)
+    drawn, plain = (load_file(Path(run.out) / "adapter.safetensors") for run in (config, quiet))
+    assert all(torch.equal(drawn[name], plain[name]) for name in drawn)
+
+
+def test_held_out_images_are_neither_targets_nor_references(config: TrainConfig) -> None:
+    run = Trainer(config)
+    assert len(run.samples.trained) == 6
+    assert len(run.validation.cases) == 2
+    held_out = set(range(8)) - set(run.samples.trained)
+    records = run.samples.data.records
+    assert [case.text for case in run.validation.cases] == [records[i].text for i in held_out]
+    seen: set[str] = set()
+    choose: Callable[..., object] = run.samples.references.choose
+    for place in range(6):
+        for seed in range(5):
+            seen.add(choose(place, np.random.default_rng(seed)).file_name)  # type: ignore[attr-defined]
+    forbidden = {n for i in held_out for n in (records[i].file_name, records[i].reference)}
+    assert not seen & forbidden
+    with pytest.raises(ArgumentError, match="leaves nothing to train on; expected fewer than 8"):
+        Trainer(replace(config, out=config.out + "-2", held_out=8))
+
+
+def test_a_copy_scores_high_and_the_true_image_zero() -> None:
+    case = Case("a critter", target=critter(1), reference=critter(2))
+    assert layout_similarity(case.reference, case.reference) == pytest.approx(1)
+    assert _excess([case.target], case, layout_similarity) == pytest.approx(0)
+    copied = _excess([case.reference], case, layout_similarity)
+    assert copied > 0.1
+    half = _excess([case.reference, case.target], case, layout_similarity)
+    assert half == pytest.approx(copied / 2)
+    blank = Image.new("RGB", (64, 64))
+    assert layout_similarity(blank, case.reference) == 0
