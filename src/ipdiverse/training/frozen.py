@@ -47,6 +47,12 @@ class FrozenEncoders:
         for module in (pipe.vae, encoder, *self.texts):
             module.requires_grad_(False).eval()
 
+    def to(self, device: torch.device) -> FrozenEncoders:
+        """Move everything, the UNet too, to a device."""
+        self.pipe.to(device)
+        self.images.encoder.to(device)
+        return self
+
     @property
     def resolution(self) -> int:
         """Height and width in pixels that the base was made for."""

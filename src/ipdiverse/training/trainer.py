@@ -74,15 +74,15 @@ class Trainer:
         precision = "no" if config.precision == "fp32" else config.precision
         self.accelerator = Accelerator(mixed_precision=precision)
         set_seed(config.seed)  # initial weights; nothing random after that asks the global state
-        encoders = open_encoders(config.base, config.image_encoder)
-        self.pipe, device = encoders.pipe, self.accelerator.device
+        encoders = open_encoders(config.base, config.image_encoder).to(self.accelerator.device)
+        self.pipe = encoders.pipe
         self.adapter = build_adapter(config, encoders)
         first = self.accelerator.main_process_first
         self.samples = build_samples(config, encoders, self.adapter, first)
         if config.epochs is not None:
             steps = config.epochs * -(-len(self.samples.trained) // config.batch)
             self.config = self.samples.config = config = replace(config, steps=steps)
-        self.pipe.unet.requires_grad_(False).to(device)
+        self.pipe.unet.requires_grad_(False)
         if config.gradient_checkpointing:
             self.pipe.unet.enable_gradient_checkpointing()
         attachment = attach(
@@ -94,13 +94,7 @@ class Trainer:
         records, trained = self.samples.data.records, set(self.samples.trained)
         held_out = [index for index in range(len(records)) if index not in trained]
         self.validation = Validation(config, records, held_out, encoders, attachment)
-        self.adapter.requires_grad_(True).train()
-        for part in config.frozen:
-            if (module := getattr(self.adapter, _PARTS[part])) is not None:
-                module.requires_grad_(False)
-        learning = [(n, p) for n, p in self.adapter.named_parameters() if p.requires_grad]
-        if not learning:
-            raise ArgumentError("leaves nothing to learn", where="frozen", found=config.frozen)
+        learning = self._learning()
         self.names = [name for name, _ in learning]
         self.parameters = [parameter for _, parameter in learning]
         self.average = [p.detach().clone() for p in self.parameters] if config.ema else []
@@ -135,6 +129,18 @@ class Trainer:
             self._save_adapter(target)
         return target
 
+    def _learning(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """The adapter's parameters that are not frozen, by name."""
+        self.adapter.requires_grad_(True).train()
+        for part in self.config.frozen:
+            if (module := getattr(self.adapter, _PARTS[part])) is not None:
+                module.requires_grad_(False)
+        learning = [(n, p) for n, p in self.adapter.named_parameters() if p.requires_grad]
+        if not learning:
+            frozen = ", ".join(self.config.frozen)
+            raise ArgumentError("leaves nothing to learn", where="frozen", found=frozen)
+        return learning
+
     def _batches(self) -> Iterator[list[dict[str, Any]]]:
         """This process's samples of each step, from where the run is."""
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
@@ -156,11 +162,12 @@ class Trainer:
         clipped: Any = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_norm)
         norm = float(clipped)
         finite = math.isfinite(loss) and math.isfinite(norm)
-        if finite:
+        scaled = self.accelerator.scaler is not None
+        if finite or scaled:  # a gradient scaler skips by itself, and must see why
             self.optimizer.step()
-            self.bad = 0
-        else:
-            self.bad, self.skipped = self.bad + 1, self.skipped + 1
+        self.skipped += not finite
+        # infinite gradients of a finite loss are how a scaler finds its scale
+        self.bad = 0 if finite or (scaled and math.isfinite(loss)) else self.bad + 1
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         if self.average and finite:
