@@ -16,6 +16,7 @@ from ipdiverse.adapter.checkpoint import adapter_from_tensors, as_safetensors, s
 from ipdiverse.adapter.containers import open_checkpoint
 from ipdiverse.adapter.layouts import ANCESTOR_BLEND, normalise
 from ipdiverse.adapter.model import ImagePromptAdapter
+from ipdiverse.adapter.noise import NoiseConditioning
 from ipdiverse.adapter.structure import describe
 from ipdiverse.errors import CheckpointError, OutputError
 from ipdiverse.provenance import write_bytes_atomic
@@ -105,6 +106,11 @@ def _kept(
     }
     if fusion is not None and not with_fusion:
         notes.append(f"the {fusion.kind} fusion is left out: {to} has none")
+    if adapter.noise is not None and to != "ipdiverse":
+        kept = _without_noise(kept, adapter.noise)
+        notes.append(
+            f"noise conditioning is left out: {to} has none; what it adds at level 0 stays"
+        )
     blend = kept.get("fusion.blend")
     if to == "tencent" and blend is not None and not _is_ancestors(blend):
         notes.append(
@@ -112,6 +118,17 @@ def _kept(
             f"and readers take {ANCESTOR_BLEND}"
         )
     return kept, notes + (_stock_notes(adapter) if to == "diffusers" else [])
+
+
+def _without_noise(kept: dict[str, Tensor], noise: NoiseConditioning) -> dict[str, Tensor]:
+    """Fold what noise conditioning adds at level 0, a constant, into the bias that reads it."""
+    name = "image_proj.proj_in" if "image_proj.proj_in.bias" in kept else "image_proj.proj"
+    weight, bias = kept[f"{name}.weight"], kept[f"{name}.bias"]
+    with torch.no_grad():
+        constant = noise(torch.zeros(1, len(noise.mean)))[0]
+        folded = (bias.double() + weight.double() @ constant.double()).to(bias.dtype)
+    rest = {key: tensor for key, tensor in kept.items() if not key.startswith("noise.")}
+    return rest | {f"{name}.bias": folded}
 
 
 def _is_ancestors(blend: Tensor) -> bool:

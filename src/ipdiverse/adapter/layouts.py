@@ -1,7 +1,7 @@
 """The layouts in which adapters are found, each turned into ours.
 
 Ours is the published one, flat: `image_proj.*` and `ip_adapter.N.*`, N being the layer's index in
-`unet.attn_processors`; a fusion is `fusion.*`.
+`unet.attn_processors`; a fusion is `fusion.*`, noise conditioning `noise.*`.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def recognise(names: Iterable[str]) -> str:
         return "accelerate" if "adapter_modules" in tops else "accelerate, shared tensors dropped"
     if tops & set(_FUSION):
         return "five-key"
-    if "fusion" in tops:
+    if tops & {"fusion", "noise"}:
         return "ipdiverse"
     return "published" if tops & {"image_proj", "ip_adapter"} else "unknown"
 

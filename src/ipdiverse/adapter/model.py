@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ipdiverse.adapter.faces import FaceIDPlusProjection, FaceIDProjection, FullFaceProjection
 from ipdiverse.adapter.fusion import Fusion
+from ipdiverse.adapter.noise import NoiseConditioning
 from ipdiverse.adapter.projection import LinearProjection, ResamplerProjection
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ class ImagePromptAdapter(nn.Module):
             of its tokens and of its queries.
         fusion: Lets image tokens attend to the text; None is plain IP-Adapter.
         lora: Low-rank changes by layer number, self-attention included (FaceID).
+        noise: Noise on the first of the embeddings, and its level; None reads them as they are.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class ImagePromptAdapter(nn.Module):
         widths: dict[int, tuple[int, int]],
         fusion: Fusion | None = None,
         lora: Mapping[int, LoraShapes] | None = None,
+        noise: NoiseConditioning | None = None,
     ) -> None:
         super().__init__()
         changes = lora or {}
@@ -103,6 +106,7 @@ class ImagePromptAdapter(nn.Module):
             }
         )
         self.fusion = fusion
+        self.noise = noise
         self.spec: dict[str, Any] = {}
 
     def layers(self) -> dict[int, LayerWeights]:
@@ -150,9 +154,19 @@ class ImagePromptAdapter(nn.Module):
             return projection.proj[0].in_features  # type: ignore[return-value]
         return None
 
-    def tokens(self, *embeds: Tensor) -> Tensor:
-        """Embeddings, in the order of `reads`, to image tokens (batch, tokens, width)."""
-        return self.image_proj(*embeds)
+    def tokens(
+        self, *embeds: Tensor, level: Tensor | None = None, noise: Tensor | None = None
+    ) -> Tensor:
+        """Embeddings to image tokens, (batch, tokens, width).
+
+        Args:
+            embeds: In the order of `reads`.
+            level: For noise-conditioned adapters, τ of each item; None is 0.
+            noise: For these, of the shape of the first of the embeddings.
+        """
+        if self.noise is None:
+            return self.image_proj(*embeds)
+        return self.image_proj(self.noise(embeds[0], level, noise), *embeds[1:])
 
     def fuse(
         self, tokens: Tensor, text: Tensor, text_mask: Tensor | None = None, strength: float = 1.0

@@ -12,6 +12,7 @@ from torch import Tensor
 from ipdiverse.adapter.faces import FaceIDPlusProjection, FaceIDProjection, FullFaceProjection
 from ipdiverse.adapter.fusion import BlendFusion, Fusion, GatedFusion
 from ipdiverse.adapter.model import ImagePromptAdapter, LoraShapes, Projection
+from ipdiverse.adapter.noise import NoiseConditioning
 from ipdiverse.adapter.projection import LinearProjection, ResamplerProjection
 from ipdiverse.errors import CheckpointError
 
@@ -50,7 +51,11 @@ def skeleton(
         with torch.device("meta"):  # a file's claims cost no memory before they are checked
             projection = _projection(tensors, where, shortcut)
             adapter = ImagePromptAdapter(
-                projection, _widths(tensors), _fusion(tensors, spec), _lora(tensors)
+                projection,
+                _widths(tensors),
+                _fusion(tensors, spec),
+                _lora(tensors),
+                _noise(tensors),
             )
     except (ValueError, IndexError, ArithmeticError, RuntimeError, TypeError) as error:
         raise CheckpointError(
@@ -93,6 +98,7 @@ def describe(adapter: ImagePromptAdapter) -> dict[str, Any]:
         "kind": adapter.kind,
         "family": base_family(adapter),
         "fusion": None if fusion is None else {"kind": fusion.kind},
+        "noise_conditioned": adapter.noise is not None,
         "dims": {
             "num_tokens": projection.num_tokens,
             "token_width": adapter.token_width,
@@ -222,6 +228,10 @@ def _fusion(tensors: Tensors, spec: Mapping[str, Any]) -> Fusion | None:
     return GatedFusion(token_width, _shape(tensors, "fusion.gate")[0], heads, inner)
 
 
+def _noise(tensors: Tensors) -> NoiseConditioning | None:
+    return NoiseConditioning(len(tensors["noise.mean"])) if "noise.mean" in tensors else None
+
+
 def _shape(tensors: Tensors, key: str) -> torch.Size:
     if key not in tensors:
         raise ValueError(f"missing {key}")
@@ -241,6 +251,8 @@ def _disagreements(adapter: ImagePromptAdapter) -> list[str]:
         wrong.append(f"fusion.gate has {len(fusion.gate)} tokens, expected {projection.num_tokens}")
     if fusion is not None and (found := _fusion_width(fusion)) != width:
         wrong.append(f"fusion reads tokens of width {found}, expected the projection's {width}")
+    if adapter.noise is not None and (found := len(adapter.noise.mean)) != adapter.clip_dim:
+        wrong.append(f"noise is of width {found}, expected the projection's {adapter.clip_dim}")
     return wrong
 
 

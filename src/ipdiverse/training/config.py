@@ -34,6 +34,8 @@ class TrainConfig:
         depth: Layers of the resampler.
         start: A published adapter to start from; its sizes then hold.
         fusion: Text-image fusion; `none` is plain IP-Adapter.
+        noise_conditioning: Embeddings are noised by a random level that the adapter is told
+            (Stable unCLIP's noise level).
         frozen: Parts that do not learn: `projection`, `layers`, `fusion`.
         reference: `self`, `augmented`, `paired`, or `mixed:paired=0.7,augmented=0.3`; `auto` is
             paired where an image has a partner, else augmented.
@@ -85,6 +87,7 @@ class TrainConfig:
     depth: int = 4
     start: str | None = None
     fusion: Literal["none", "blend", "gated"] = "gated"
+    noise_conditioning: bool = False
     frozen: tuple[Literal["projection", "layers", "fusion"], ...] = ()
     reference: str = "auto"
     cache: bool = True

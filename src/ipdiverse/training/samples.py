@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from ipdiverse.adapter.noise import LEVELS
 from ipdiverse.errors import ArgumentError
 from ipdiverse.seeding import derived_seed
 
@@ -83,8 +84,19 @@ class Samples(Dataset[dict[str, Any]]):
             "noise": self._noise(noise),
             "timestep": torch.randint(self.timesteps, (), generator=noise),
             "image": picture[self.reads],
+            **self._image_noise(picture[self.reads], no_image, noise),
             **{f"text_{name}": tensor for name, tensor in text.items()},
         }
+
+    def _image_noise(
+        self, embeds: Tensor, no_image: bool, rng: torch.Generator
+    ) -> dict[str, Tensor]:
+        """A level and noise for noise-conditioned adapters; no image has none of it."""
+        if not self.config.noise_conditioning:
+            return {}
+        level = torch.randint(LEVELS, (), generator=rng)
+        drawn = torch.randn(embeds.shape, generator=rng).to(embeds)
+        return {"level": level * (not no_image), "image_noise": drawn}
 
     def _drops(self, u: float) -> tuple[bool, bool]:
         """Whether text and image are dropped, from one uniform number."""

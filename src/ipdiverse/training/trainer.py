@@ -18,7 +18,12 @@ from ipdiverse.adapter.attach import attach
 from ipdiverse.adapter.checkpoint import save_adapter
 from ipdiverse.errors import ArgumentError, Interrupted, ModelError
 from ipdiverse.provenance import ensure_writable_folder
-from ipdiverse.training.build import build_adapter, build_optimizer, build_samples
+from ipdiverse.training.build import (
+    add_noise_conditioning,
+    build_adapter,
+    build_optimizer,
+    build_samples,
+)
 from ipdiverse.training.checkpoints import (
     ADAPTER,
     State,
@@ -79,6 +84,7 @@ class Trainer:
         self.adapter = build_adapter(config, encoders)
         first = self.accelerator.main_process_first
         self.samples = build_samples(config, encoders, self.adapter, first)
+        add_noise_conditioning(config, self.adapter, self.samples)
         if config.epochs is not None:
             steps = config.epochs * -(-len(self.samples.trained) // config.batch)
             self.config = self.samples.config = config = replace(config, steps=steps)

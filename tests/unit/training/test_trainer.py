@@ -385,6 +385,23 @@ def test_references_that_cannot_be_are_refused(config: TrainConfig, tmp_path: Pa
     assert Trainer(config).samples.references.weights == {"paired": 1.0}
 
 
+def test_a_noise_conditioned_adapter_learns_its_levels(config: TrainConfig) -> None:
+    run = Trainer(replace(config, noise_conditioning=True, fusion="none", learning_rate=0.1))
+    samples = [run.samples[number] for number in range(40)]
+    assert len({int(sample["level"]) for sample in samples}) > 20
+    assert run.adapter.noise is not None
+    assert float(run.adapter.noise.std.mean()) != 1, "standardised on the data"
+    before = {n: p.detach().clone() for n, p in run.adapter.named_parameters()}
+    for batch in run._batches():  # what says the level starts at zero: its inside moves second
+        run._one_step(batch)
+    assert [n for n, p in run.adapter.named_parameters() if torch.equal(p, before[n])] == []
+    adapter = ImagePromptAdapter.from_pretrained(run.run())
+    assert adapter.noise is not None
+    assert adapter.spec["noise_conditioned"]
+    with pytest.raises(ArgumentError, match=r"is noise-conditioned.*--noise-conditioning"):
+        Trainer(replace(config, start=f"{config.out}/adapter.safetensors", out=config.out + "-2"))
+
+
 def test_gradient_checkpointing_gives_the_same(config: TrainConfig) -> None:
     train(replace(config, steps=2))
     other = replace(config, out=config.out + "-2", steps=2, gradient_checkpointing=True)
