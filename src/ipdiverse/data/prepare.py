@@ -124,6 +124,7 @@ def _run(
 
     known = _journal(out / JOURNAL)
     results: list[Record | Bad] = []
+    bad: list[Bad] = []
     with (
         (out / JOURNAL).open("a", encoding="utf-8") as journal,
         ThreadPoolExecutor(os.cpu_count()) as pool,
@@ -141,11 +142,11 @@ def _run(
             os.fsync(journal.fileno())
             results += done
             progress.update(len(chunk))
-            bad = [result for result in results if isinstance(result, Bad)]
+            bad += [result for result in done if isinstance(result, Bad)]
             if (total := count or len(results)) >= _FEWEST:
                 _check_share(len(bad), total, options.max_bad, bad, out)
     records = [result for result in results if isinstance(result, Record)]
-    return records, [result for result in results if isinstance(result, Bad)]
+    return records, bad
 
 
 def _journal(file: Path) -> dict[str, Record | Bad]:

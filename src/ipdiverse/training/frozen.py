@@ -33,6 +33,7 @@ class FrozenEncoders:
 
     def __init__(self, pipe: Any, image_encoder: Any = None, image_processor: Any = None) -> None:
         self.pipe = pipe
+        self._fingerprint: str | None = None
         encoder = image_encoder or getattr(pipe, "image_encoder", None)
         processor = image_processor or getattr(pipe, "feature_extractor", None)
         if encoder is None or processor is None:
@@ -106,7 +107,12 @@ class FrozenEncoders:
         return {"pooled": torch.zeros(1, width).to(hidden), "hidden": hidden}
 
     def fingerprint(self) -> str:
-        """16 hexadecimal digits of every weight and of the preprocessing."""
+        """16 hexadecimal digits of every weight and of the preprocessing, computed once."""
+        if self._fingerprint is None:
+            self._fingerprint = self._hash()
+        return self._fingerprint
+
+    def _hash(self) -> str:
         digest = hashlib.sha256(str(self.images.processor).encode())
         for module in (self.pipe.vae, self.images.encoder, *self.texts):
             for name, tensor in sorted(module.state_dict().items()):

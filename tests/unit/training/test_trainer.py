@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -30,7 +31,7 @@ from ipdiverse.errors import (
     ModelError,
     OutputError,
 )
-from ipdiverse.training import checkpoints, trainer
+from ipdiverse.training import checkpoints
 from ipdiverse.training.config import TrainConfig
 from ipdiverse.training.trainer import Trainer, learning_rate, train
 
@@ -434,7 +435,7 @@ def test_tensorboard_gets_the_figures(config: TrainConfig) -> None:
 
 
 def test_eight_bits_that_are_not_installed_say_so(config: TrainConfig) -> None:
-    if trainer.__dict__.get("bitsandbytes"):
+    if find_spec("bitsandbytes"):
         pytest.skip("bitsandbytes is installed")
     with pytest.raises(ArgumentError, match=r"optimizer adamw8bit: is not installed"):
         Trainer(replace(config, optimizer="adamw8bit"))
