@@ -1,0 +1,230 @@
+"""`critters`: the embedded world."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from ipdiverse.commands.printing import check_target, say, say_json, write_json
+from ipdiverse.critters.recipe import STAGES, BaseRecipe
+from ipdiverse.errors import check_range
+from ipdiverse.sampling.request import MAX_IMAGES, MAX_STEPS
+
+Count = Annotated[int, tyro.conf.arg(aliases=["-n"])]
+
+
+@dataclass(frozen=True)
+class Make:
+    """Write critters images and a manifest, in the format that users' own data sets have.
+
+    Args:
+        out: Folder for images and metadata.jsonl.
+        n: How many scenes.
+        pairs: Give each scene a second image of the same creature as its reference.
+        size: Height and width in pixels.
+        seed: Of scenes, renders and captions.
+        split: Identities of `train`, `validation` or `test`.
+    """
+
+    out: str
+    n: Count = 1000
+    pairs: bool = False
+    size: int = 64
+    seed: int = 0
+    split: Literal["train", "validation", "test"] = "train"
+
+    def run(self) -> None:
+        """Write them."""
+        from ipdiverse.critters.make import make_dataset
+
+        written = make_dataset(Path(self.out), self.n, self.pairs, self.size, self.seed, self.split)
+        say(f"wrote {written} images and {Path(self.out) / 'metadata.jsonl'}")
+
+
+@dataclass(frozen=True)
+class TrainBase(BaseRecipe):
+    """Train the embedded base model from nothing; resumable.
+
+    Args:
+        folder: Working folder: renders, resume points, logs, finished stages.
+        stages: Which stages, in order.
+        start: `nothing`, or `shipped` to train the shipped UNet further in a new folder.
+        ship: Write the finished weights into the package, once all stages are there.
+    """
+
+    folder: str = "runs/base"
+    stages: tuple[Literal["vae", "text", "clip", "unet", "oracle"], ...] = STAGES
+    start: Literal["nothing", "shipped"] = "nothing"
+    ship: bool = True
+
+    def run(self) -> None:
+        """Train, and ship what is complete."""
+        from ipdiverse.critters.shipping import ship_base, start_from_shipped
+        from ipdiverse.critters.training.stages import train_stage
+
+        folder = Path(self.folder)
+        if self.start == "shipped":
+            start_from_shipped(folder)
+        for stage in self.stages:
+            train_stage(stage, folder, self)
+        missing = [stage for stage in STAGES if not (folder / stage / "model").exists()]
+        if self.ship and not missing:
+            say(f"wrote {ship_base(folder, self._command())}")
+        elif self.ship:
+            say(f"not shipped: {', '.join(missing)} still to train")
+
+    def _command(self) -> str:
+        """The flags that differ from the defaults, as typed."""
+        words = ["ipdiverse critters train-base"]
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if value != option.default and option.name != "folder":  # a path says nothing elsewhere
+                flag = option.name.replace("_", "-")
+                if isinstance(value, bool):
+                    words.append(f"--{flag}" if value else f"--no-{flag}")
+                else:
+                    words += [f"--{flag}", " ".join(value) if flag == "stages" else str(value)]
+        return " ".join(words)
+
+
+@dataclass(frozen=True)
+class TrainAdapters:
+    """Train adapters on critters, every reference with every fusion; resumable.
+
+    Args:
+        arms: By name, REFERENCE-FUSION; all by default. `self-none` is plain IP-Adapter.
+        folder: Working folder: data, cache, runs.
+        steps: Optimizer steps of 64 samples.
+        seeds: One run for each.
+        images: Scenes to train on.
+        ship: Write those that ship into the package, from the first seed.
+    """
+
+    arms: tuple[str, ...] = ()
+    folder: str = "runs/adapters"
+    steps: int = 1000
+    seeds: tuple[int, ...] = (0,)
+    images: int = 10_000
+    ship: bool = False
+
+    def run(self) -> None:
+        """Train one after another."""
+        from ipdiverse.training.arms import ARMS, arm_config, ship_arm, train_arm
+
+        folder = Path(self.folder)
+        wanted = [(arm, seed) for seed in self.seeds for arm in self.arms or tuple(ARMS)]
+        for arm, seed in wanted:  # refuse all before hours are spent on the first
+            arm_config(arm, folder, self.steps, seed)
+        for number, (arm, seed) in enumerate(wanted, 1):
+            file = train_arm(arm, folder, self.steps, seed, self.images)
+            say(f"{number} of {len(wanted)}: wrote {file}")
+            if self.ship and seed == self.seeds[0]:
+                shipped = ship_arm(arm, folder, self.steps, seed)
+                say(f"shipped {shipped}") if shipped else None
+
+
+@dataclass(frozen=True)
+class Check:
+    """Measure the embedded base against its gates, on held-out scenes.
+
+    Args:
+        images: Images sampled for the text-to-image gates.
+        guidance: The one fixed guidance; None takes the base's default.
+        ship: Write the result into the package's provenance.
+        json: Print everything as JSON.
+        out: Also write the JSON to this file.
+    """
+
+    images: int = 2000
+    guidance: float | None = None
+    ship: bool = False
+    json: bool = False
+    out: str | None = None
+
+    def __post_init__(self) -> None:
+        check_range("images", self.images, 64, 1_000_000)
+        if self.guidance is not None:
+            check_range("guidance", self.guidance, 0, 100)
+
+    def run(self) -> None:
+        """Measure and print."""
+        from ipdiverse.evaluation.gates import check_base, gate_table
+
+        check_target(self.out)
+        report = check_base(self.images, self.guidance)
+        say_json(report) if self.json else say(gate_table(report))
+        write_json(self.out, report)
+        if self.ship:
+            from ipdiverse.critters.shipping import record_gates
+
+            record_gates(report)
+
+
+@dataclass(frozen=True)
+class Copier:
+    """Measure how plain IP-Adapter copies: fidelity, variety and leak over its scale.
+
+    Args:
+        adapter: `base` or `plus`.
+        scales: Weights of the image prompt.
+        pairs: (prompt, reference) pairs, on held-out identities.
+        images: Images a pair.
+        steps: Denoising steps.
+        guidance: Classifier-free guidance; None takes the base's default.
+        ship: Write the report into the package, for the demo's plot.
+        json: Print everything as JSON.
+        out: Also write the JSON to this file.
+    """
+
+    adapter: str = "plus"
+    scales: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    pairs: int = 200
+    images: int = 8
+    steps: int = 25
+    guidance: float | None = None
+    ship: bool = False
+    json: bool = False
+    out: str | None = None
+
+    def __post_init__(self) -> None:
+        check_range("pairs", self.pairs, 2, 100_000)
+        check_range("images", self.images, 2, MAX_IMAGES)
+        check_range("steps", self.steps, 1, MAX_STEPS)
+        for scale in self.scales:
+            check_range("scales", scale, 0, 10)
+        if self.guidance is not None:
+            check_range("guidance", self.guidance, 0, 100)
+
+    def run(self) -> None:
+        """Measure and print."""
+        from ipdiverse.bases import copier_report
+        from ipdiverse.evaluation.copier import copier_table, measure_copier
+
+        check_target(self.out)
+        report = measure_copier(
+            self.adapter, self.scales, self.pairs, self.images, self.steps, self.guidance
+        )
+        say_json(report) if self.json else say(copier_table(report))
+        write_json(self.out, report)
+        if self.ship:
+            write_json(str(copier_report(self.adapter)), report)
+
+
+@dataclass(frozen=True)
+class Critters:
+    """The embedded world: make data, train its models, check them."""
+
+    command: (
+        Annotated[Make, tyro.conf.subcommand("make")]
+        | Annotated[TrainBase, tyro.conf.subcommand("train-base")]
+        | Annotated[TrainAdapters, tyro.conf.subcommand("train-adapters")]
+        | Annotated[Check, tyro.conf.subcommand("check")]
+        | Annotated[Copier, tyro.conf.subcommand("copier")]
+    ) = field()
+
+    def run(self) -> None:
+        """Run the chosen command."""
+        self.command.run()

@@ -1,0 +1,101 @@
+"""`prepare` and `embed`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from ipdiverse.commands.printing import say, say_json
+from ipdiverse.data.options import PrepareOptions
+
+
+@dataclass(frozen=True)
+class Prepare(PrepareOptions):
+    """Check a source of images and captions, and write what is good as one data set to train on.
+
+    Args:
+        source: A folder, a list (.jsonl, .csv, .json), a .tar, a hub id, or `critters`.
+        out: Target folder, new or of an interrupted run.
+        json: Print the doctor's report as JSON.
+    """
+
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")] = field(
+        kw_only=True
+    )
+    out: str = field(kw_only=True)
+    json: bool = False
+
+    def run(self) -> None:
+        """Prepare and report."""
+        from ipdiverse.data.doctor import as_text
+        from ipdiverse.data.prepare import prepare
+
+        options = PrepareOptions(**{f.name: getattr(self, f.name) for f in fields(PrepareOptions)})
+        report = prepare(self.source, Path(self.out), options)
+        say_json(report) if self.json else say(as_text(report))
+
+
+@dataclass(frozen=True)
+class Embed:
+    """Compute everything frozen of a prepared data set once, so that training need not.
+
+    Args:
+        folder: A folder that `prepare` wrote.
+        base: Whose encoders: `critters`, `sd15`, `sdxl`, a hub id, a folder or a file.
+        image_encoder: A CLIP vision model, folder or hub id; None takes the base's.
+        resolution: Height and width of targets in pixels; None takes the base's own.
+        variants: Random crops of each target; 1 is the centre crop alone.
+        flip: Mirror some of the variants.
+        changed: Changed references of each image, for `augmented`.
+        seed: Of crops, flips and changes.
+        images: `pooled` embeddings serve base adapters, `hidden` states plus adapters.
+        dtype: float16 halves the disk.
+        local_files_only: Never connect.
+        json: Print the report as JSON.
+    """
+
+    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    base: str = "critters"
+    image_encoder: str | None = None
+    resolution: int | None = None
+    variants: int = 1
+    flip: bool = False
+    changed: int = 0
+    seed: int = 0
+    images: Literal["pooled", "hidden", "both"] = "both"
+    dtype: Literal["float32", "float16"] = "float32"
+    local_files_only: bool = False
+    json: bool = False
+
+    def run(self) -> None:
+        """Embed and report."""
+        from ipdiverse.training.embed import Stored, embed
+        from ipdiverse.training.frozen import open_encoders
+        from ipdiverse.training.preprocessing import Preprocessing
+
+        encoders = open_encoders(
+            self.base, self.image_encoder, local_files_only=self.local_files_only
+        )
+        shown = Preprocessing(
+            self.resolution or encoders.resolution,
+            self.variants,
+            self.flip,
+            self.changed,
+            self.seed,
+        )
+        report = embed(Path(self.folder), encoders, shown, Stored(self.images, self.dtype))
+        if self.json:
+            say_json(report)
+            return
+        say(
+            f"{report['images']} images and {report['pictures']} pictures in {report['shards']} "
+            f"shards, {report['computed']} of them computed now, {report['bytes'] / 1e6:.1f} MB"
+        )
+        if self.variants > 1 or self.changed:
+            say(
+                f"{self.variants} variants of each target are stored; training draws among these "
+                f"alone, and among {self.changed} changed references of each image"
+            )
