@@ -30,7 +30,7 @@ export IMPORT_EVERYTHING
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test check fmt benchmarks clean
+.PHONY: help venv demo test check fmt benchmarks adapters clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -65,9 +65,13 @@ fmt: $(STAMP) ## format, and mend what can be mended
 	$(BIN)/ruff check --fix-only
 	$(BIN)/ruff format
 
-benchmarks: $(STAMP) ## time rendering and generation
+benchmarks: $(STAMP) ## time rendering, generation and training
 	$(BIN)/python benchmarks/render.py
 	$(BIN)/python benchmarks/generate.py
+	$(BIN)/python benchmarks/training.py
+
+adapters: $(STAMP) ## train every adapter of the study (hours; it resumes) and ship the best
+	$(BIN)/ipdiverse critters train-adapters --ship
 
 clean: ## remove what was built, not .venv
 	rm -rf out build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

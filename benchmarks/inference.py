@@ -13,18 +13,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import tempfile
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import save_file
-from torch.utils.flop_counter import FlopCounterMode
+from timing import flops, machine, ratio
 from transformers import (
     CLIPImageProcessor,
     CLIPTextConfig,
@@ -38,9 +36,6 @@ from ipdiverse.adapter.fusion import GatedFusion
 from ipdiverse.adapter.model import ImagePromptAdapter, layer_widths
 from ipdiverse.adapter.projection import ResamplerProjection
 from ipdiverse.critters.tokenizer import build_tokenizer
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 CELLS = {"ready": "ready embeddings", "repeated": "the same image again"}
 """What a call is given: embeddings computed before, or the reference image of the call before."""
@@ -172,36 +167,6 @@ class Arms:
         self.call(self.ours, size)
 
 
-def ratio(stock: Callable[[], None], ours: Callable[[], None], rounds: int) -> dict[str, float]:
-    """Median of stock's time over ours, alternating, with an interval of 95 %."""
-    times: dict[str, list[float]] = {"stock": [], "ours": []}
-    stock(), ours()
-    for index in range(rounds):
-        pairs = [("stock", stock), ("ours", ours)]
-        for name, run in pairs if index % 2 == 0 else pairs[::-1]:
-            started = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - started)
-    ratios = np.array(times["stock"]) / np.array(times["ours"])
-    rng = np.random.default_rng(0)
-    medians = np.median(rng.choice(ratios, (2000, rounds)), axis=1)
-    low, high = np.percentile(medians, [2.5, 97.5])
-    return {
-        "ratio": float(np.median(ratios)),
-        "low": float(low),
-        "high": float(high),
-        "stock_seconds": float(np.median(times["stock"])),
-        "ours_seconds": float(np.median(times["ours"])),
-    }
-
-
-def flops(run: Callable[[], None]) -> int:
-    """Operations of one call."""
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()
-
-
 def main() -> None:
     """Measure and print a table; write JSON where asked."""
     parser = argparse.ArgumentParser()
@@ -232,9 +197,7 @@ def main() -> None:
         "architecture": "critters" if chosen.small else "Stable Diffusion 1.5, ViT-H, plus",
         "steps": chosen.steps,
         "rounds": chosen.rounds,
-        "machine": torch.cpu.get_capabilities().get("cpu_name") or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        **machine(),
         "cells": cells,
         "fusion_flop_share": fusion,
     }

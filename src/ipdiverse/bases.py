@@ -25,6 +25,11 @@ CRITTERS_BASE = _WEIGHTS / "base"
 CRITTERS_ORACLE = _WEIGHTS / "oracle.safetensors"
 CRITTERS_ADAPTERS = _WEIGHTS / "adapters"
 CRITTERS_PROVENANCE = _WEIGHTS / "provenance.json"
+SHIPPED_ADAPTERS = {
+    "ip-adapter_critters": "base-self-none",
+    "ip-adapter-plus_critters": "self-none",
+}
+"""Adapters in the package, and the arm of `training.arms` that each is."""
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ def test_the_demo_page_holds_everything(tmp_path: Path, capsys: pytest.CaptureFi
         ["copier", "--scales", "nan"],
         ["train-base", "--unet-steps", "0"],
         ["train-base", "--images", "0"],
-        ["train-plain", "--steps", "0"],
+        ["train-adapters", "--steps", "0"],
     ],
 )
 def test_impossible_numbers_get_one_line_and_exit_2(

@@ -1,7 +1,8 @@
 """Checkpoints of a run: a loadable adapter and, apart, all that is needed to go on from it.
 
     checkpoint-00000500/adapter.safetensors         what users load
-    checkpoint-00000500/training_state.safetensors  weights, their average, the optimizer's moments
+    checkpoint-00000500/training_state.safetensors  the optimizer's moments; with averaging, the
+                                                    weights too, which the adapter then is not
     checkpoint-00000500/training_state.json         step, the run's settings, counters
 
 A checkpoint is written under another name and gets its own when it is whole; only then are older
@@ -40,7 +41,7 @@ class State:
 
     Args:
         step: Steps done.
-        weights: Trained parameters by name.
+        weights: Trained parameters by name; once loaded, perhaps more than these.
         average: Their running average by name; empty without one.
         optimizer: The optimizer's tensors, `PARAMETER.NAME`.
         counters: Numbers beside: batches skipped, the micro-batch that fits.
@@ -116,6 +117,8 @@ def load_checkpoint(folder: Path) -> tuple[State, dict[str, Any]]:
         for key, tensor in tensors.items():
             group, _, name = key.partition("/")
             groups[group][name] = tensor
+        if not groups["average"]:
+            groups["weights"] = load_file(folder / ADAPTER)
         return State(about["step"], **groups, counters=about["counters"]), about["settings"]
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(
@@ -149,7 +152,9 @@ def restore_optimizer(
 
 
 def _flat(state: State) -> dict[str, Tensor]:
-    groups = {"weights": state.weights, "average": state.average, "optimizer": state.optimizer}
+    groups = {"optimizer": state.optimizer}
+    if state.average:
+        groups |= {"weights": state.weights, "average": state.average}
     return {
         f"{group}/{name}": tensor.detach().cpu().contiguous().clone()
         for group, tensors in groups.items()

@@ -45,7 +45,7 @@ class FrozenEncoders:
         self.images = ImageEncoding(encoder, processor)
         texts = (getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2"))
         self.texts = [text for text in texts if text is not None]
-        for module in (pipe.vae, encoder, *self.texts):
+        for module in self._modules():
             module.requires_grad_(False).eval()
 
     def to(self, device: torch.device) -> FrozenEncoders:
@@ -53,6 +53,18 @@ class FrozenEncoders:
         self.pipe.to(device)
         self.images.encoder.to(device)
         return self
+
+    def set_aside(self, for_good: bool) -> None:
+        """Free the device, or all memory, of everything but the UNet.
+
+        Args:
+            for_good: Nothing is encoded again, and the weights go too.
+        """
+        for module in self._modules():
+            module.to("meta" if for_good else "cpu")
+
+    def _modules(self) -> tuple[Any, ...]:
+        return (self.pipe.vae, self.images.encoder, *self.texts)
 
     @property
     def resolution(self) -> int:
@@ -114,7 +126,7 @@ class FrozenEncoders:
 
     def _hash(self) -> str:
         digest = hashlib.sha256(str(self.images.processor).encode())
-        for module in (self.pipe.vae, self.images.encoder, *self.texts):
+        for module in self._modules():
             for name, tensor in sorted(module.state_dict().items()):
                 digest.update(name.encode())
                 exact = tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8)

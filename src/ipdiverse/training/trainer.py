@@ -34,7 +34,7 @@ from ipdiverse.training.checkpoints import (
     save_checkpoint,
 )
 from ipdiverse.training.config import MAY_CHANGE, TrainConfig
-from ipdiverse.training.frozen import open_encoders
+from ipdiverse.training.frozen import FrozenEncoders, open_encoders
 from ipdiverse.training.prompted_unet import PromptedUnet, fast_backward
 from ipdiverse.training.tracking import tracking
 from ipdiverse.training.validation import Validation
@@ -42,6 +42,7 @@ from ipdiverse.training.validation import Validation
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _PARTS = {"projection": "image_proj", "layers": "ip_adapter", "fusion": "fusion"}
 
 
@@ -69,9 +70,10 @@ class Trainer:
 
     Args:
         config: The run.
+        encoders: Of its base, with the base's pipeline; None opens what the config names.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, encoders: FrozenEncoders | None = None) -> None:
         from accelerate import Accelerator
         from accelerate.utils import set_seed
 
@@ -79,7 +81,8 @@ class Trainer:
         precision = "no" if config.precision == "fp32" else config.precision
         self.accelerator = Accelerator(mixed_precision=precision)
         set_seed(config.seed)  # initial weights; nothing random after that asks the global state
-        encoders = open_encoders(config.base, config.image_encoder).to(self.accelerator.device)
+        encoders = encoders or open_encoders(config.base, config.image_encoder)
+        encoders.to(self.accelerator.device)
         self.pipe = encoders.pipe
         self.adapter = build_adapter(config, encoders)
         first = self.accelerator.main_process_first
@@ -89,6 +92,8 @@ class Trainer:
             steps = config.epochs * -(-len(self.samples.trained) // config.batch)
             self.config = self.samples.config = config = replace(config, steps=steps)
         self.pipe.unet.requires_grad_(False)
+        if config.precision != "fp32":  # frozen weights need no more than they are computed in
+            self.pipe.unet.to(_DTYPES[config.precision])
         if config.gradient_checkpointing:
             self.pipe.unet.enable_gradient_checkpointing()
         attachment = attach(
@@ -100,6 +105,8 @@ class Trainer:
         records, trained = self.samples.data.records, set(self.samples.trained)
         held_out = [index for index in range(len(records)) if index not in trained]
         self.validation = Validation(config, records, held_out, encoders, attachment)
+        self.encoders = encoders
+        self._set_encoders_aside()
         learning = self._learning()
         self.names = [name for name, _ in learning]
         self.parameters = [parameter for _, parameter in learning]
@@ -119,8 +126,8 @@ class Trainer:
         main = self.accelerator.is_main_process
         reporting = tracking(self.config, self.out, self.step, main)
         with self._catching_signals(), reporting as track:
-            for batch in self._batches():
-                figures = self._one_step(batch)
+            for batch in self.batches():
+                figures = self.one_step(batch)
                 pace = (time.monotonic() - started) / (self.step - first)
                 left = pace * (self.config.steps - self.step) / 60
                 figures |= self._validate()
@@ -147,7 +154,7 @@ class Trainer:
             raise ArgumentError("leaves nothing to learn", where="frozen", found=frozen)
         return learning
 
-    def _batches(self) -> Iterator[list[dict[str, Any]]]:
+    def batches(self) -> Iterator[list[dict[str, Any]]]:
         """This process's samples of each step, from where the run is."""
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         size, steps = self.config.batch, range(self.step, self.config.steps)
@@ -159,7 +166,7 @@ class Trainer:
             collate_fn=list,
         )
 
-    def _one_step(self, batch: list[dict[str, Any]]) -> dict[str, float]:
+    def one_step(self, batch: list[dict[str, Any]]) -> dict[str, float]:
         """One update; a batch that is not finite changes nothing and is counted."""
         rate = learning_rate(self.config, self.step)
         for group in self.optimizer.param_groups:
@@ -192,8 +199,16 @@ class Trainer:
         due = self.step % self.config.validate_every == 0 or self.step == self.config.steps
         if not (due and self.validation.cases and self.accelerator.is_main_process):
             return {}
-        with self._averaged():
-            return self.validation.run(self.step, self.out)
+        self.encoders.to(self.accelerator.device)
+        with self._averaged(), self.accelerator.autocast():
+            figures = self.validation.run(self.step, self.out)
+        self._set_encoders_aside()
+        return figures
+
+    def _set_encoders_aside(self) -> None:
+        """Everything frozen is in the cache: only drawing still needs the encoders."""
+        if self.config.cache:
+            self.encoders.set_aside(for_good=not self.validation.cases)
 
     def _backward(self, batch: list[dict[str, Any]]) -> float:
         """Gradients of the whole batch's mean loss; smaller micro-batches when memory runs out."""

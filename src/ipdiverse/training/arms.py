@@ -1,0 +1,140 @@
+"""The adapters of the embedded world: which ones are trained, how, and which ship.
+
+Every reference (the target itself, a changed copy of it, another image of its subject) with every
+text-image fusion, by the trainer that users have. `self-none` is plain IP-Adapter, the copier that
+the others must beat.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from ipdiverse.adapter.checkpoint import load_adapter, save_adapter
+from ipdiverse.bases import CRITTERS, CRITTERS_ADAPTERS, SHIPPED_ADAPTERS
+from ipdiverse.critters.pipeline import provenance
+from ipdiverse.critters.training.loop import bf16_is_fast
+from ipdiverse.data.options import PrepareOptions
+from ipdiverse.data.prepare import prepare
+from ipdiverse.errors import ArgumentError, check_range
+from ipdiverse.training.config import TrainConfig
+from ipdiverse.training.trainer import train
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train an adapter.
+
+    Args:
+        reference: What prompts a target.
+        fusion: Text-image fusion.
+        fusion_learns: False keeps its random weights, as the fusion's first publication did.
+        adapter: `plus` (16 tokens) or `base` (4).
+        noise_conditioning: Embeddings are noised by a random level that the adapter is told.
+    """
+
+    reference: Literal["self", "augmented", "paired"]
+    fusion: Literal["none", "blend", "gated"]
+    fusion_learns: bool = True
+    adapter: Literal["plus", "base"] = "plus"
+    noise_conditioning: bool = False
+
+
+def _arms() -> dict[str, Arm]:
+    arms = {"base-self-none": Arm("self", "none", adapter="base")}
+    for reference in ("self", "augmented", "paired"):
+        arms[f"{reference}-none"] = Arm(reference, "none")
+        arms[f"{reference}-blend-random"] = Arm(reference, "blend", fusion_learns=False)
+        arms[f"{reference}-blend"] = Arm(reference, "blend")
+        arms[f"{reference}-gated"] = Arm(reference, "gated")
+    arms["paired-gated-noise"] = Arm("paired", "gated", noise_conditioning=True)
+    return arms
+
+
+ARMS = _arms()
+"""By name."""
+
+
+def arm_config(name: str, folder: Path, steps: int, seed: int) -> TrainConfig:
+    """The run that trains an arm.
+
+    Args:
+        name: Of `ARMS`.
+        folder: Working folder: data and runs.
+        steps: Optimizer steps of 64 samples.
+        seed: Of data order, initial weights and noise.
+
+    Raises:
+        ArgumentError: There is no such arm, or a number is out of range.
+    """
+    if name not in ARMS:
+        raise ArgumentError("unknown arm", where=name, expected=", ".join(ARMS))
+    arm = ARMS[name]
+    return TrainConfig(
+        data=str(folder / "data"),
+        out=str(folder / f"{name}-seed{seed}"),
+        base=CRITTERS,
+        adapter=arm.adapter,
+        fusion=arm.fusion,
+        frozen=() if arm.fusion_learns else ("fusion",),
+        reference=arm.reference,
+        noise_conditioning=arm.noise_conditioning,
+        cache_images="both",  # one cache serves every arm
+        cache_dtype="float16",
+        steps=steps,
+        batch=64,
+        learning_rate=5e-4,
+        schedule="linear",
+        warmup=50,
+        precision="bf16" if bf16_is_fast() else "fp32",
+        seed=seed,
+        keep=1,
+    )
+
+
+def train_arm(name: str, folder: Path, steps: int, seed: int = 0, images: int = 10_000) -> Path:
+    """Train one arm; an interrupted one goes on, a finished one is kept.
+
+    Args:
+        name: Of `ARMS`.
+        folder: Working folder, shared by all arms.
+        steps: Optimizer steps of 64 samples.
+        seed: Of data order, initial weights and noise.
+        images: Scenes to train on, each with a partner.
+
+    Returns:
+        The adapter's file.
+
+    Raises:
+        ArgumentError: There is no such arm, or a number is out of range.
+    """
+    check_range("images", images, 2, 10_000_000)
+    config = arm_config(name, folder, steps, seed)
+    prepare(CRITTERS, folder / "data", PrepareOptions(n=images))
+    return train(config)
+
+
+def ship_arm(name: str, folder: Path, steps: int, seed: int = 0) -> Path | None:
+    """Write a trained arm into the package, in fp16 and with how it was made, if it is to ship.
+
+    Returns:
+        The file in the package; None where the arm does not ship.
+    """
+    file = next((f for f, arm in SHIPPED_ADAPTERS.items() if arm == name), None)
+    if file is None:
+        return None
+    config = arm_config(name, folder, steps, seed)
+    paths = ("data", "out")  # say nothing on another machine
+    recipe: dict[str, Any] = {k: v for k, v in asdict(config).items() if k not in paths}
+    command = f"ipdiverse critters train-adapters --arms {name} --steps {steps} --seeds {seed}"
+    made = {"reference": config.reference, "recipe": recipe, "arm": name, **provenance(command)}
+    CRITTERS_ADAPTERS.mkdir(parents=True, exist_ok=True)
+    target = CRITTERS_ADAPTERS / f"{file}.safetensors"
+    trained = load_adapter(f"{config.out}/adapter.safetensors")
+    save_adapter(trained, target, made, torch.float16)
+    return target

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import pytest
+
+from ipdiverse.adapter.checkpoint import load_adapter, read_spec
+from ipdiverse.adapter.fusion import GatedFusion
+from ipdiverse.bases import SHIPPED_ADAPTERS
+from ipdiverse.cli import main
+from ipdiverse.errors import ArgumentError
+from ipdiverse.training import arms
+from ipdiverse.training.arms import ARMS, arm_config
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def test_every_reference_meets_every_fusion_and_no_two_arms_are_alike(tmp_path: Path) -> None:
+    plus = [arm for arm in ARMS.values() if arm.adapter == "plus" and not arm.noise_conditioning]
+    kinds = {(arm.reference, arm.fusion, arm.fusion_learns) for arm in plus}
+    fusions = {("none", True), ("blend", False), ("blend", True), ("gated", True)}
+    assert kinds == {(r, *f) for r in ("self", "augmented", "paired") for f in fusions}
+    configs = [asdict(arm_config(name, tmp_path, 10, 0)) for name in ARMS]
+    runs = [str({k: v for k, v in c.items() if k != "out"}) for c in configs]
+    assert len(set(runs)) == len(ARMS)
+    assert set(SHIPPED_ADAPTERS.values()) <= ARMS.keys()
+
+
+def test_seeds_and_arms_have_folders_of_their_own(tmp_path: Path) -> None:
+    outs = {arm_config(name, tmp_path, 10, seed).out for name in ARMS for seed in (0, 1)}
+    assert len(outs) == 2 * len(ARMS)
+
+
+def test_an_unknown_arm_names_those_there_are(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match=r"selfless: unknown arm.*self-none"):
+        arm_config("selfless", tmp_path, 10, 0)
+
+
+def test_an_arm_is_trained_and_shipped_without_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(arms, "CRITTERS_ADAPTERS", tmp_path / "package")
+    monkeypatch.setattr(arms, "SHIPPED_ADAPTERS", {"best": "paired-gated"})
+    command = ["critters", "train-adapters", "--steps", "1", "--images", "4", "--ship"]
+    command += ["--arms", "paired-gated", "--folder", str(tmp_path / "runs")]
+    assert main(command) == 0
+    assert "1 of 1: wrote" in capsys.readouterr().out
+    file = tmp_path / "package" / "best.safetensors"
+    assert isinstance(load_adapter(file).fusion, GatedFusion)
+    spec = read_spec(file)
+    assert (spec["arm"], spec["reference"], spec["recipe"]["steps"]) == (
+        "paired-gated",
+        "paired",
+        1,
+    )
+    assert str(tmp_path) not in str(spec)
+    adapter = tmp_path / "runs" / "paired-gated-seed0" / "adapter.safetensors"
+    trained = adapter.read_bytes()
+    assert main(command) == 0
+    assert adapter.read_bytes() == trained, "a finished arm is not trained further"
