@@ -12,22 +12,23 @@ if TYPE_CHECKING:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 IMAGE_SIZE = 64
-LATENT_SIZE = 16
+LATENT_SIZE = 8
+LATENT_CHANNELS = 16
 TEXT_WIDTH = 128
 MAX_TOKENS = 40
 
 
 def vae() -> AutoencoderKL:
-    """64×64×3 to 16×16×4 and back; no attention, convolutions only."""
+    """64×64×3 to 8×8×16 and back; no attention, convolutions only."""
     import diffusers
 
     build: Any = diffusers.AutoencoderKL
     return build(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(32, 48, 96),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(32, 48, 96, 128),
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=LATENT_CHANNELS,
         norm_num_groups=8,
         sample_size=IMAGE_SIZE,
         mid_block_add_attention=False,
@@ -35,19 +36,23 @@ def vae() -> AutoencoderKL:
 
 
 def unet() -> UNet2DConditionModel:
-    """Cross-attention at 8×8 (two levels down), 4×4 and in the middle: seven layers."""
+    """Cross-attention at 8×8, 4×4 and in the middle; the pooled text joins the timestep."""
     import diffusers
 
     build: Any = diffusers.UNet2DConditionModel
     return build(
         sample_size=LATENT_SIZE,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(48, 96, 192),
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        block_out_channels=(96, 192),
         layers_per_block=1,
         cross_attention_dim=TEXT_WIDTH,
         attention_head_dim=2,  # diffusers reads this as the number of heads
         norm_num_groups=16,
+        addition_embed_type="text",  # as SDXL's; pooled inside the UNet from the same text states
+        addition_embed_type_num_heads=4,
     ).to(memory_format=torch.channels_last)
 
 

@@ -73,7 +73,7 @@ def test_an_opposed_layer_shows_the_image_to_the_unconditional_branch_alone(
             return pipe.unet(noise[rows], torch.tensor(500), text[rows]).sample
 
     rng = torch.Generator().manual_seed(0)
-    noise = torch.randn(4, 4, 16, 16, generator=rng)
+    noise = torch.randn(4, 16, 8, 8, generator=rng)
     text = torch.randn(4, 12, 128, generator=rng)
     text_alone = predict(slice(2, 4), 1.0)
     with attach(pipe, trained(pipe)) as prompt:
@@ -305,7 +305,7 @@ def test_no_flops_in_constant_parts_after_the_first_step(
 
     adapter = trained(pipe, GatedFusion(128, 5))
     text = torch.randn(2, 40, 128, generator=torch.Generator().manual_seed(0))
-    sample = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    sample = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(1))
 
     def flops() -> int:
         with FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -35,8 +35,8 @@ def test_layers_run_down_mid_up_though_mid_is_numbered_last(pipe: Any) -> None:
     layers = unet_layers(pipe.unet)
     assert [layer.number for layer in layers] == [1, 3, 13, 5, 7, 9, 11]
     assert [layer.block for layer in layers] == [
+        "down.0",
         "down.1",
-        "down.2",
         "mid",
         "up.0",
         "up.0",

@@ -31,7 +31,7 @@ from ipdiverse.critters.training.unet import (
     cache_latents,
     cache_patches,
 )
-from ipdiverse.critters.training.vae import VaeObjective, latent_scale, psnr
+from ipdiverse.critters.training.vae import VaeModules, VaeObjective, latent_scale, psnr
 from ipdiverse.errors import ModelError
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def still(changes: dict[str, bool]) -> list[str]:
 
 
 def test_the_vae_learns_with_every_parameter(scenes: Corpus) -> None:
-    assert still(moved(VaeObjective(architecture.vae(), scenes, batch=2))) == []
+    assert still(moved(VaeObjective(VaeModules(architecture.vae()), scenes, batch=2))) == []
 
 
 def test_the_text_encoder_learns_with_every_parameter_that_counts(scenes: Corpus) -> None:
@@ -142,7 +142,7 @@ def test_the_image_encoder_learns_and_the_text_stays(scenes: Corpus) -> None:
 def test_the_unet_learns_from_cached_latents(scenes: Corpus, tmp_path: Path) -> None:
     vae, tokenizer = architecture.vae().eval(), build_tokenizer()
     moments = cache_latents(vae, scenes, tmp_path)
-    assert moments.shape == (24, 8, 16, 16)
+    assert moments.shape == (24, 32, 8, 8)
     assert len(list(tmp_path.glob("latents-train-0-64-24-*.npy"))) == 1
     latents = Latents(moments, latent_scale(vae, scenes, 24))
     sampled = latents.sample(np.arange(24), torch.Generator().manual_seed(0))

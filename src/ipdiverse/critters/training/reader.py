@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from ipdiverse.critters.architecture import LATENT_CHANNELS, LATENT_SIZE
 from ipdiverse.critters.scene import ATTRIBUTES
 
 if TYPE_CHECKING:
@@ -27,12 +28,12 @@ NOISE = 0.15
 
 
 class LatentReader(nn.Module):
-    """Scaled latents (batch, 4, 16, 16) to logits per attribute, in the order of `ATTRIBUTES`."""
+    """Scaled latents (batch, 16, 8, 8) to logits per attribute, in the order of `ATTRIBUTES`."""
 
-    def __init__(self, widths: Sequence[int] = (32, 64, 128)) -> None:
+    def __init__(self, widths: Sequence[int] = (64, 128)) -> None:
         super().__init__()
         first, *rest = widths
-        self.conv_in = nn.Conv2d(4, first, 3, padding=1)
+        self.conv_in = nn.Conv2d(LATENT_CHANNELS, first, 3, padding=1)
         blocks, width = [], first
         for wider in rest:
             blocks += [
@@ -45,7 +46,8 @@ class LatentReader(nn.Module):
             ]
             width = wider
         self.blocks = nn.Sequential(*blocks, nn.GroupNorm(8, width), nn.SiLU(), nn.Flatten())
-        self.hidden = nn.Linear(width * 16, 256)
+        side = LATENT_SIZE // 2 ** len(rest)
+        self.hidden = nn.Linear(width * side**2, 256)
         self.heads = nn.ModuleList([nn.Linear(256, len(v)) for v in ATTRIBUTES.values()])
 
     def forward(self, latents: Tensor) -> list[Tensor]:
@@ -54,15 +56,20 @@ class LatentReader(nn.Module):
         return [head(hidden) for head in self.heads]
 
 
-def reading_loss(logits: list[Tensor], attributes: Tensor) -> Tensor:
+def reading_loss(logits: list[Tensor], attributes: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean cross-entropy over images and attributes.
 
     Args:
         logits: What the reader gives.
         attributes: Indices of the true values, (batch, attributes).
+        weights: Of each image, (batch,); 1 by default.
     """
-    each = [F.cross_entropy(head.float(), attributes[:, i]) for i, head in enumerate(logits)]
-    return torch.stack(each).mean()
+    per_head = [
+        F.cross_entropy(head.float(), attributes[:, i], reduction="none")
+        for i, head in enumerate(logits)
+    ]
+    each = torch.stack(per_head).mean(0)
+    return each.mean() if weights is None else (weights * each).mean()
 
 
 def read_frozen(reader: nn.Module, latents: Tensor) -> list[Tensor]:

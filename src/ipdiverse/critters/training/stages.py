@@ -31,7 +31,7 @@ from ipdiverse.critters.training.unet import (
     cache_latents,
     cache_patches,
 )
-from ipdiverse.critters.training.vae import VaeObjective, latent_scale
+from ipdiverse.critters.training.vae import VaeModules, VaeObjective, latent_scale
 from ipdiverse.errors import ModelError
 
 if TYPE_CHECKING:
@@ -41,10 +41,10 @@ if TYPE_CHECKING:
 def schedule(recipe: BaseRecipe, stage: str) -> Schedule:
     """Steps and learning rate of a stage."""
     return {
-        "vae": Schedule(recipe.vae_steps, 1.5e-3, save_every=250),
+        "vae": Schedule(recipe.vae_steps, 1.2e-3, save_every=250, muon=True),
         "text": Schedule(recipe.text_steps, 1.5e-3, weight_decay=0.05, save_every=100),
         "clip": Schedule(recipe.clip_steps, 1e-3, weight_decay=0.05, save_every=100),
-        "unet": Schedule(recipe.unet_steps, 8e-4, warmup=300, save_every=250, muon=True),
+        "unet": Schedule(recipe.unet_steps, 1.5e-3, warmup=300, save_every=250, muon=True),
         "oracle": Schedule(recipe.oracle_steps, 1.5e-3, weight_decay=0.02, save_every=250),
     }[stage]
 
@@ -111,13 +111,13 @@ def stage_model(folder: Path, stage: str) -> Path:
 
 
 def _vae_objective(folder: Path, recipe: BaseRecipe, images: Corpus) -> VaeObjective:
-    return VaeObjective(architecture.vae(), images)
+    return VaeObjective(VaeModules(architecture.vae()), images)
 
 
 def _save_vae(objective: VaeObjective, target: Path) -> None:
-    scale = latent_scale(objective.module, objective.corpus)
-    objective.module.register_to_config(scaling_factor=scale)
-    objective.module.save_pretrained(target)
+    vae = objective.module.vae
+    vae.register_to_config(scaling_factor=latent_scale(vae, objective.corpus))
+    vae.save_pretrained(target)
 
 
 def _text_objective(folder: Path, recipe: BaseRecipe, images: Corpus) -> TextObjective:
