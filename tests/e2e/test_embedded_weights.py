@@ -21,8 +21,8 @@ from ipdiverse.bases import (
 from ipdiverse.critters.oracle import read
 from ipdiverse.critters.render import render
 from ipdiverse.evaluation.sampling import held_out_scenes, shipped_oracle
-from ipdiverse.sampling.generate import Job, attached, sample
 from ipdiverse.sampling.request import Request
+from ipdiverse.sampling.sample import Job, attached, sample
 from ipdiverse.seeding import generator
 
 if TYPE_CHECKING:

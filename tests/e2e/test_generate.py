@@ -234,7 +234,9 @@ def test_the_largest_set_can_be_saved(references: list[Image.Image], tmp_path: P
 
     request = ipdiverse.Request(image="x.png", n=MAX_IMAGES)
     images = [references[0]] * MAX_IMAGES
-    ipdiverse.Generation(request, [references[0]], images, []).save(tmp_path)
+    ipdiverse.Generation(request, [references[0]], images, [], list(range(len(images)))).save(
+        tmp_path
+    )
     assert (tmp_path / f"{MAX_IMAGES - 1:04d}.png").is_file()
     assert (tmp_path / "generation.json").is_file()
 

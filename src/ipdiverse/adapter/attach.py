@@ -14,7 +14,7 @@ from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from diffusers.hooks import HookRegistry
 
 from ipdiverse.adapter.attention import DecoupledAttention, Slot
-from ipdiverse.adapter.encoding import ImageEncoding, encode_references
+from ipdiverse.adapter.encoding import EmbedChange, ImageEncoding, encode_references
 from ipdiverse.adapter.hook import ImagePromptHook, Prompt
 from ipdiverse.adapter.model import ImagePromptAdapter, attention_layers, layer_widths
 from ipdiverse.adapter.reference import Reference, as_reference
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from ipdiverse.adapter.scale import ScaleLike
 
 _HOOK = "ipdiverse.image_prompt"
+LEVERS_HOOK = "ipdiverse.levers"
+"""Outside the other: decides which branches the UNet is called with."""
 
 
 class Attachment:
@@ -45,6 +47,8 @@ class Attachment:
 
     def __init__(self, pipe: Any, hook: ImagePromptHook, encoding: ImageEncoding) -> None:
         self.pipe, self._hook, self._encoding = pipe, hook, encoding
+        self._given: dict[int, tuple[list[Reference], Reference | None]] = {}
+        self._change: EmbedChange | None = None
 
     @property
     def adapters(self) -> list[ImagePromptAdapter]:
@@ -74,14 +78,39 @@ class Attachment:
         )
         if not many:
             raise ArgumentError("is empty", where="references", fix="Give at least one.")
-        prompt = self._prompt(adapter)
+        self._prompt(adapter)
+        against = None if negative is None else as_reference(negative)
+        self._given[adapter] = ([as_reference(item) for item in many], against)
+        self._encode(adapter)
+
+    def _encode(self, adapter: int) -> None:
+        prompt, (references, negative) = self._prompt(adapter), self._given[adapter]
         prompt.references = encode_references(
-            [as_reference(item) for item in many],
-            None if negative is None else as_reference(negative),
-            prompt.adapter,
-            self._encoding,
+            references, negative, prompt.adapter, self._encoding, self._change
         )
         self._hook.changed()
+
+    @property
+    def image_encoder(self) -> Any:
+        """What reads the references."""
+        return self._encoding.encoder
+
+    @property
+    def hook(self) -> ImagePromptHook:
+        """What hands image tokens to the layers; levers act through it."""
+        return self._hook
+
+    def references(self, adapter: int = 0) -> list[Reference]:
+        """What was set: one for all items, or one for each."""
+        return list(self._given[adapter][0]) if adapter in self._given else []
+
+    def change_embeds(self, change: EmbedChange | None) -> None:
+        """Encode references with a change of their embeddings, those already set too."""
+        if change is None and self._change is None:
+            return
+        self._change = change
+        for adapter in self._given:
+            self._encode(adapter)
 
     def set_scale(
         self,
@@ -179,7 +208,7 @@ def attach(
     unet.set_attn_processor({name: mine.get(name, old) for name, old in before.items()})
     homes = [(unet.get_submodule(n.removesuffix(".processor")), p) for n, p in mine.items()]
     hook = ImagePromptHook(pipe, prompts, layers, homes, before)
-    with _inside_offloading(unet):
+    with inside_offloading(unet):
         HookRegistry.check_if_exists_or_initialize(unet).register_hook(hook, _HOOK)
     watch_words(pipe, hook)
     return Attachment(pipe, hook, encoding)
@@ -196,12 +225,15 @@ def detach(pipe: Any) -> None:
         raise ModelError("no adapter is attached", where="pipeline")
     forget_words(pipe)
     pipe.unet.set_attn_processor(dict(hook.before))
-    with _inside_offloading(pipe.unet):
-        HookRegistry.check_if_exists_or_initialize(pipe.unet).remove_hook(_HOOK, recurse=False)
+    with inside_offloading(pipe.unet):
+        registry = HookRegistry.check_if_exists_or_initialize(pipe.unet)
+        if registry.get_hook(LEVERS_HOOK) is not None:
+            registry.remove_hook(LEVERS_HOOK, recurse=False)
+        registry.remove_hook(_HOOK, recurse=False)
 
 
 @contextmanager
-def _inside_offloading(unet: Any) -> Iterator[None]:
+def inside_offloading(unet: Any) -> Iterator[None]:
     """Take accelerate's wrapper off the UNet's `forward`, and put it back around what is there.
 
     `enable_model_cpu_offload` unwraps and wraps again after every call of the pipeline, and so

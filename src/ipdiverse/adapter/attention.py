@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from ipdiverse.adapter.mask import RegionMask
     from ipdiverse.adapter.model import LayerWeights
 
+NOTHING, TEXT, BOTH = "nothing", "text", "both"
+"""Branches of guidance: neither prompt, the text alone, text and image."""
+
 
 def decoupled_cross_attention(
     query: Float[Tensor, "batch heads pixels head_dim"],
@@ -204,13 +207,15 @@ class DecoupledAttention:
         )
 
 
+_KEPT = 3
+"""Inputs that are remembered: guidance may call the UNet with as many sets of branches."""
+
+
 class _Once:
-    """Two tensors, kept for as long as the same input comes back."""
+    """Two tensors for an input, kept for as long as it comes back."""
 
     def __init__(self) -> None:
-        self._input: Tensor | None = None
-        self._version = -1
-        self._output: tuple[Tensor, Tensor] | None = None
+        self._known: list[tuple[Tensor, int, tuple[Tensor, Tensor]]] = []
 
     def get(
         self, given: Tensor, compute: Callable[[], tuple[Tensor, Tensor]]
@@ -219,9 +224,12 @@ class _Once:
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return compute()
         version = 0 if given.is_inference() else given._version
-        if self._output is None or given is not self._input or version != self._version:
-            self._input, self._version, self._output = given, version, compute()
-        return self._output
+        for known, its_version, output in self._known:
+            if known is given and its_version == version:
+                return output
+        output = compute()
+        self._known = [(given, version, output), *self._known[: _KEPT - 1]]
+        return output
 
 
 def _image_key_value(attn: Any, weights: LayerWeights, tokens: Tensor) -> tuple[Tensor, Tensor]:

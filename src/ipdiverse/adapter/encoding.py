@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -77,11 +77,26 @@ class ImageEncoding:
         return self
 
 
+class EmbedChange(Protocol):
+    """What a lever makes of an item's image embeddings before they are projected."""
+
+    items: int
+
+    def __call__(self, item: int, name: str, embeds: Tensor) -> Tensor:
+        """Changed embeddings of `name` (`pooled`, `hidden`) of an item."""
+        ...
+
+    def noise(self, item: int, embeds: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Level (1,) and noise, like `embeds`, for a noise-conditioned adapter; None is none."""
+        ...
+
+
 def encode_references(
     references: Sequence[Reference],
     negative: Reference | None,
     adapter: ImagePromptAdapter,
     encoding: ImageEncoding,
+    change: EmbedChange | None = None,
 ) -> list[ReferenceTokens]:
     """Project every item's references; equal ones once.
 
@@ -90,13 +105,18 @@ def encode_references(
         negative: What guidance moves away from; None is no image.
         adapter: Its projection.
         encoding: The image encoder.
+        change: Of the items' embeddings; one reference then becomes one for each of its items.
 
     Raises:
         ArgumentError: Items have different numbers of references or masks, or lack what the
             adapter reads.
     """
     projected = _Projected(adapter, encoding)
-    rows = [projected.tokens(reference) for reference in references]
+    if change is None:
+        rows = [projected.tokens(reference) for reference in references]
+    else:
+        references = list(references) * (change.items if len(references) == 1 else 1)
+        rows = [projected.tokens(r, (change, item)) for item, r in enumerate(references)]
     if len({row.shape for row in rows}) > 1:
         raise ArgumentError(
             "differ in number between the items of a batch",
@@ -127,16 +147,28 @@ class _Projected:
         self._known: dict[int, Tensor] = {}
 
     @torch.no_grad()
-    def tokens(self, reference: Reference) -> Tensor:
+    def tokens(
+        self, reference: Reference, changed: tuple[EmbedChange, int] | None = None
+    ) -> Tensor:
         """(references, tokens, width); one reference unless they are concatenated."""
-        parts = [self._embeds(reference, name, i) for i, name in enumerate(self.adapter.reads)]
+        names = self.adapter.reads
+        parts = [self._embeds(reference, name, i) for i, name in enumerate(names)]
         embeds = [combine_embeds(part, reference.combine, reference.weights) for part in parts]
+        level = noise = None
+        if changed is not None:
+            change, item = changed
+            embeds = [change(item, n, part) for n, part in zip(names, embeds, strict=True)]
+            if self.adapter.noise is not None:
+                level, noise = change.noise(item, embeds[0])
+        parameter = next(self.adapter.parameters())
+        device, dtype = parameter.device, parameter.dtype
+        embeds = [part.to(device, dtype) for part in embeds]
+        if level is not None and noise is not None:
+            level = level.to(device).expand(len(embeds[0]))
+            return self.adapter.tokens(*embeds, level=level, noise=noise.to(device, dtype))
         key = hash(tuple(_fingerprint_tensor(part) for part in embeds))
         if key not in self._known:
-            parameter = next(self.adapter.parameters())
-            self._known[key] = self.adapter.tokens(
-                *[part.to(parameter.device, parameter.dtype) for part in embeds]
-            )
+            self._known[key] = self.adapter.tokens(*embeds)
         return self._known[key]
 
     @torch.no_grad()

@@ -9,15 +9,24 @@ import torch
 from diffusers.hooks import ModelHook
 from torch import Tensor
 
-from ipdiverse.adapter.attention import DecoupledAttention, Slot, TokenGroup
+from ipdiverse.adapter.attention import BOTH, NOTHING, DecoupledAttention, Slot, TokenGroup
 from ipdiverse.errors import ArgumentError, ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from ipdiverse.adapter.mask import RegionMask
     from ipdiverse.adapter.model import ImagePromptAdapter
     from ipdiverse.adapter.scale import Layer, Scale
+
+
+@dataclass(frozen=True, eq=False)
+class _Prepared:
+    """Each prompt's groups of tokens for one text, recognised by identity."""
+
+    text: Tensor
+    version: int
+    groups: list[list[TokenGroup]]
 
 
 @dataclass(eq=False)
@@ -45,6 +54,7 @@ class Prompt:
         scale: How strongly it acts.
         references: Empty until a reference is set.
         fusion_strength: Weight of what text-image fusion adds.
+        change: What levers make of an item's fused tokens, (items, references, tokens, width).
     """
 
     adapter: ImagePromptAdapter
@@ -52,6 +62,7 @@ class Prompt:
     scale: Scale
     references: list[ReferenceTokens] = field(default_factory=list)
     fusion_strength: float = 1.0
+    change: Callable[[Tensor], Tensor] | None = None
 
     @property
     def items(self) -> int:
@@ -62,8 +73,9 @@ class Prompt:
 class ImagePromptHook(ModelHook):
     """Hands each layer its image tokens and scale; the text passes through untouched.
 
-    The pipeline's batch is (branches × items): unconditional items first when it guides. Text that
-    arrives as `(text, [image_tokens, …])` brings its own tokens, as in training, and is left alone.
+    The pipeline's batch is (branches × items): unconditional items first when it guides; `layout`
+    says otherwise for calls that levers make. Text that arrives as `(text, [image_tokens, …])`
+    brings its own tokens, as in training, and is left alone.
 
     Args:
         pipe: Whose UNet it is on; says whether it guides and at which step it is.
@@ -85,7 +97,8 @@ class ImagePromptHook(ModelHook):
         self.pipe, self.prompts, self.layers = pipe, prompts, layers
         self.processors, self.before = processors, before
         self.text_mask: Tensor | None = None
-        self._prepared: tuple[Tensor, int] | None = None
+        self.layout: tuple[str, ...] | None = None
+        self._prepared: dict[tuple[str, ...] | None, _Prepared] = {}
 
     @torch.compiler.disable
     def pre_forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -104,9 +117,13 @@ class ImagePromptHook(ModelHook):
         self._set_scales(timestep, items)
         return args, kwargs
 
+    def layout_of(self, batch: int) -> tuple[str, ...]:
+        """The branches of a call of the pipeline's own with so many rows."""
+        return self._layout(batch, max(prompt.items for prompt in self.prompts))
+
     def changed(self) -> None:
         """A reference or the fusion changed: prepare again at the next call."""
-        self._prepared = None
+        self._prepared = {}
 
     def _check_processors(self) -> None:
         for attention, mine in self.processors:
@@ -121,45 +138,53 @@ class ImagePromptHook(ModelHook):
 
     def _prepare_tokens(self, text: Tensor) -> None:
         version = 0 if text.is_inference() else text._version
-        known = self._prepared
+        known = self._prepared.get(self.layout)
         recording = torch.is_grad_enabled()
-        if known and known[0] is text and known[1] == version and not recording:
+        if known and known.text is text and known.version == version and not recording:
+            for prompt, groups in zip(self.prompts, known.groups, strict=True):
+                prompt.slot.groups = groups
             return
         for prompt in self.prompts:
             if not prompt.references:
                 raise ArgumentError(
                     "no reference was set", where="adapter", fix="Call set_reference."
                 )
-            branches = self._branches(len(text), prompt.items)
+            layout = self.layout or self._layout(len(text), prompt.items)
             prompt.adapter.to(text.device, text.dtype)
             prompt.slot.groups = [
-                self._group(prompt, part, text, branches) for part in prompt.references
+                self._group(prompt, part, text, layout) for part in prompt.references
             ]
-        self._prepared = (text, version)
+        prepared = [prompt.slot.groups for prompt in self.prompts]
+        self._prepared[self.layout] = _Prepared(text, version, prepared)
 
     def _group(
-        self, prompt: Prompt, part: ReferenceTokens, text: Tensor, branches: int
+        self, prompt: Prompt, part: ReferenceTokens, text: Tensor, layout: tuple[str, ...]
     ) -> TokenGroup:
+        branches = len(layout)
         items = len(text) // branches
         repeats = items // len(part.positive)
         positive = part.positive.to(text).repeat_interleave(repeats, 0)
-        tokens = positive
-        if branches == 2:
-            negative = part.negative.to(text)
-            negative = negative.expand_as(part.positive).repeat_interleave(repeats, 0)
-            tokens = torch.cat([negative, positive])
+        negative = part.negative.to(text).expand_as(part.positive).repeat_interleave(repeats, 0)
+        tokens = torch.cat([positive if branch == BOTH else negative for branch in layout])
         if prompt.adapter.fusion is not None and prompt.fusion_strength:
-            tokens = self._fused(prompt, tokens, text)
+            tokens = self._fused(prompt, tokens, text, layout)
+        if prompt.change is not None and BOTH in layout:
+            parts = list(tokens.chunk(branches))
+            at = layout.index(BOTH)
+            parts[at] = prompt.change(parts[at])
+            tokens = torch.cat(parts)
         mask = part.mask
         if mask is not None and len(mask.weights) > 1:
             mask = type(mask)(mask.weights.repeat_interleave(repeats, 0)).repeated(branches)
         tokens = tokens.flatten(1, 2)
-        return TokenGroup(tokens, mask, _opposed(tokens, branches))
+        return TokenGroup(tokens, mask, _opposed(tokens, layout))
 
-    def _fused(self, prompt: Prompt, tokens: Tensor, text: Tensor) -> Tensor:
+    def _fused(
+        self, prompt: Prompt, tokens: Tensor, text: Tensor, layout: tuple[str, ...]
+    ) -> Tensor:
         """Fuse each reference of each item with that item's text."""
         references = tokens.shape[1]
-        mask = self._mask_for(text)
+        mask = self._mask_for(text, layout)
         fused = prompt.adapter.fuse(
             tokens.flatten(0, 1),
             text.repeat_interleave(references, 0),
@@ -168,23 +193,16 @@ class ImagePromptHook(ModelHook):
         )
         return fused.unflatten(0, (-1, references))
 
-    def _mask_for(self, text: Tensor) -> Tensor | None:
+    def _mask_for(self, text: Tensor, layout: tuple[str, ...]) -> Tensor | None:
         """What is padding in this text; None when the prompt's words are not known."""
-        mask = self.text_mask
-        if (
-            mask is None
-            or mask.shape[1] != text.shape[1]
-            or len(text)
-            not in (
-                len(mask),
-                len(mask) // 2,
-            )
-        ):
+        mask, items = self.text_mask, len(text) // len(layout)
+        if mask is None or mask.shape[1] != text.shape[1] or len(mask) not in (items, 2 * items):
             return None
-        return mask[-len(text) :].to(text.device)
+        rows = [mask[:items] if branch == NOTHING else mask[-items:] for branch in layout]
+        return torch.cat(rows).to(text.device)
 
-    def _branches(self, batch: int, items: int) -> int:
-        """1, or 2 when the pipeline guides."""
+    def _layout(self, batch: int, items: int) -> tuple[str, ...]:
+        """The branches of a call of the pipeline's own: one, or two when it guides."""
         fitting = [b for b in (1, 2) if batch % b == 0 and (batch // b) % items == 0]
         if not fitting:
             raise ArgumentError(
@@ -195,10 +213,10 @@ class ImagePromptHook(ModelHook):
                 fix="Give one reference, one per prompt, or one per output.",
             )
         guided = 2 if getattr(self.pipe, "do_classifier_free_guidance", False) else 1
-        return guided if guided in fitting else fitting[0]
+        return (BOTH,) if (guided if guided in fitting else fitting[0]) == 1 else (NOTHING, BOTH)
 
     def _set_scales(self, timestep: Any, batch: int) -> None:
-        progress = self._progress(timestep) if any(p.scale.by_step for p in self.prompts) else 0.0
+        progress = self.progress(timestep) if any(p.scale.by_step for p in self.prompts) else 0.0
         for prompt in self.prompts:
             prompt.slot.opposed = prompt.scale.opposed
             prompt.slot.scales = {
@@ -206,7 +224,7 @@ class ImagePromptHook(ModelHook):
                 for layer in self.layers
             }
 
-    def _progress(self, timestep: Any) -> float:
+    def progress(self, timestep: Any) -> float:
         """Share of the steps of this call that are done: 0 at its first."""
         steps = self.pipe.scheduler.timesteps
         now = torch.as_tensor(timestep).flatten()[0].to(steps.device)
@@ -222,10 +240,13 @@ class ImagePromptHook(ModelHook):
         return first, count
 
 
-def _opposed(tokens: Tensor, branches: int) -> Tensor:
+def _opposed(tokens: Tensor, layout: tuple[str, ...]) -> Tensor:
     """Image tokens where there were none, and none where they were: (branches × items) again."""
-    positive = tokens.chunk(branches)[-1]
-    return torch.cat([positive, torch.zeros_like(positive)][-branches:])
+    if BOTH not in layout:
+        return torch.zeros_like(tokens)
+    positive = tokens.chunk(len(layout))[layout.index(BOTH)]
+    rows = [positive if branch == NOTHING else torch.zeros_like(positive) for branch in layout]
+    return torch.cat(rows)
 
 
 def _for_batch(scale: float | Tensor, batch: int) -> float | Tensor:

@@ -13,7 +13,7 @@ from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import ATTRIBUTES, IDENTITY, conditional, sample_scene
 from ipdiverse.evaluation.sampling import Pair, sample_array, shipped_oracle, study_pairs
 from ipdiverse.evaluation.sets import score_sets
-from ipdiverse.sampling.generate import Job, attached
+from ipdiverse.sampling.sample import Job, attached
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

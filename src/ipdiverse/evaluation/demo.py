@@ -15,8 +15,8 @@ from ipdiverse.bases import CRITTERS, adapter_source, copier_report, load_base
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import Scene
 from ipdiverse.provenance import ensure_writable_folder, save_png, write_text_atomic
-from ipdiverse.sampling.generate import Job, attached, sample
 from ipdiverse.sampling.request import Request
+from ipdiverse.sampling.sample import Job, attached, sample
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -17,7 +17,7 @@ from ipdiverse.critters.training.corpus import draw, to_pixels
 from ipdiverse.critters.training.oracle import broken, round_trip, to_images
 from ipdiverse.evaluation.metrics import entropy_miller_madow, expected_entropy
 from ipdiverse.evaluation.sampling import held_out_scenes, sample_array, shipped_oracle
-from ipdiverse.sampling.generate import Job
+from ipdiverse.sampling.sample import Job
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -13,8 +13,8 @@ from ipdiverse.critters.oracle import Oracle, load_oracle
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import ATTRIBUTES, IDENTITY, Scene, sample_scene
 from ipdiverse.errors import ModelError
-from ipdiverse.sampling.generate import Job, sample
 from ipdiverse.sampling.request import Request
+from ipdiverse.sampling.sample import Job, sample
 from ipdiverse.seeding import derived_seed
 
 if TYPE_CHECKING:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ipdiverse.bases import Base, adapter_source, load_base, load_part, quiet, split_hub_id
+from ipdiverse.bases import Base, adapter_source, load_base, quiet
 from ipdiverse.errors import ArgumentError
 from ipdiverse.image_io import content_hash, load_image
 from ipdiverse.sampling.request import Request
+from ipdiverse.sampling.sample import Job, attached, preview, sample
 from ipdiverse.sampling.tasks import Task, task_for
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from PIL import Image
 
@@ -35,12 +35,14 @@ class Generation:
         references: The decoded reference images.
         images: Prompt by prompt; image i of a prompt belongs to (seed, i).
         notes: What the user should know, such as words that were cut from the prompt.
+        indices: Each image's number among those begun, which with the seed decides it.
     """
 
     request: Request
     references: list[Image.Image]
     images: list[Image.Image]
     notes: list[str]
+    indices: list[int]
 
     def record(self, out: str = "out") -> dict[str, Any]:
         """Everything needed to repeat this exactly, ready for JSON."""
@@ -51,6 +53,7 @@ class Generation:
             "request": asdict(self.request),
             "reference_sha256": [content_hash(image) for image in self.references],
             "image_sha256": [content_hash(image) for image in self.images],
+            "image_indices": self.indices,
             "versions": versions(),
             "notes": self.notes,
         }
@@ -91,8 +94,10 @@ class Generation:
     def _captions(self) -> list[str]:
         n, seed, prompts = self.request.n, self.request.seed, self.request.prompt
         if len(prompts) == 1:
-            return [f"seed {seed}, image {i}" for i in range(n)]
-        return [f"{prompt}, seed {seed}, image {i}" for prompt in prompts for i in range(n)]
+            return [f"seed {seed}, image {i}" for i in self.indices]
+        each = [prompt for prompt in prompts for _ in range(n)]
+        numbered = zip(each, self.indices, strict=True)
+        return [f"{prompt}, seed {seed}, image {i}" for prompt, i in numbered]
 
 
 def side_by_side(images: Sequence[Image.Image]) -> Image.Image:
@@ -152,10 +157,34 @@ def generate(
         jobs = [
             Job(text, request.seed, index, reference)
             for text in request.prompt
-            for index in range(request.n)
+            for index in range(request.candidates or request.n)
         ]
+        jobs = _selected(jobs, request, task, attachment, negative)
         images = sample(task.base, jobs, request, attachment, task=task, negative=negative)
-    return Generation(request, references, images, notes)
+    return Generation(request, references, images, notes, [job.index for job in jobs])
+
+
+def _selected(
+    jobs: list[Job],
+    request: Request,
+    task: Task,
+    attachment: Attachment,
+    negative: Image.Image | None,
+) -> list[Job]:
+    """Of each prompt's candidates the best group; all of them where there are no more."""
+    if request.candidates in (None, request.n):
+        return jobs
+    from ipdiverse.sampling.selection import EARLY, judged, select
+
+    guesses = preview(task.base, jobs, request, attachment, EARLY, task, negative)
+    chosen: list[Job] = []
+    for start in range(0, len(jobs), request.candidates or 1):
+        part = jobs[start : start + (request.candidates or 1)]
+        seen = guesses[start : start + len(part)]
+        texts = [job.prompt for job in part]
+        worth, apart = judged(task.base.pipe, attachment.image_encoder, seen, texts)
+        chosen += [part[i] for i in select(worth, apart, request.n)]
+    return chosen
 
 
 def _reference(request: Request, images: list[Image.Image]) -> Reference:
@@ -174,124 +203,6 @@ def _set_scale(attachment: Attachment, request: Request) -> None:
         start=request.start,
         end=request.end,
     )
-
-
-@dataclass(frozen=True)
-class Job:
-    """One image to make.
-
-    Args:
-        prompt: Its text.
-        seed: The set's seed.
-        index: Its number in the set.
-        reference: Its image prompt; None for text alone.
-    """
-
-    prompt: str
-    seed: int
-    index: int
-    reference: Image.Image | Reference | None = None
-
-
-def sample(
-    base: Base,
-    jobs: Sequence[Job],
-    request: Request,
-    attachment: Attachment | None = None,
-    progress: bool | None = None,
-    task: Task | None = None,
-    negative: Image.Image | None = None,
-) -> list[Image.Image]:
-    """Denoise jobs batch by batch; each image depends on its own job alone.
-
-    Args:
-        base: An open base.
-        jobs: What to make, in order.
-        request: Steps, guidance and negative prompt.
-        attachment: The attached adapter; None for text alone.
-        progress: Show a bar on standard error; None does so on terminals only.
-        task: What the pipeline is given besides prompts; None is text-to-image.
-        negative: The negative reference of every job.
-    """
-    from tqdm import tqdm
-
-    show = sys.stderr.isatty() if progress is None else progress
-    images: list[Image.Image] = []
-    task = task or Task(base)
-    with tqdm(total=len(jobs) * request.steps, disable=not show, unit="step") as bar:
-        for chunk in _chunks(jobs, base.batch):
-            padded = chunk + [chunk[-1]] * (base.batch - len(chunk))
-            if attachment is not None:
-                references: list[Any] = [job.reference for job in padded]
-                attachment.set_reference(references, negative=negative)
-            images += _denoise(task, padded, request, bar, len(chunk))[: len(chunk)]
-    return images
-
-
-def _chunks(jobs: Sequence[Job], size: int) -> Iterator[list[Job]]:
-    for start in range(0, len(jobs), size):
-        yield list(jobs[start : start + size])
-
-
-def _denoise(
-    task: Task, jobs: list[Job], request: Request, bar: Any, wanted: int
-) -> list[Image.Image]:
-    """One batch of the base's fixed size; what pads it is thrown away by the caller."""
-    from ipdiverse.seeding import generator
-
-    def on_step(*arguments: Any) -> dict[str, Any]:
-        bar.update(wanted)
-        return arguments[-1]
-
-    pipe: Any = task.base.pipe
-    output = pipe(
-        prompt=[job.prompt for job in jobs],
-        negative_prompt=[request.negative_prompt] * len(jobs),
-        generator=[generator(job.seed, job.index) for job in jobs],
-        num_inference_steps=request.steps,
-        guidance_scale=request.guidance_scale,
-        callback_on_step_end=on_step,
-        **task.arguments(len(jobs)),
-    )
-    return output.images
-
-
-class attached:  # noqa: N801 - reads as a verb: `with attached(base, file) as attachment`
-    """An adapter on a base's pipeline for the length of a `with` block.
-
-    Args:
-        base: An open base.
-        weights: The adapter's file, folder or hub id.
-        image_encoder: Folder or hub id of the image encoder; empty takes the base's.
-    """
-
-    def __init__(self, base: Base, weights: Path | str, image_encoder: str = "") -> None:
-        self._base, self._weights, self._encoder = base, weights, image_encoder
-
-    def __enter__(self) -> Attachment:
-        """Attach."""
-        from ipdiverse.adapter.attach import attach
-        from ipdiverse.adapter.checkpoint import load_adapter
-
-        if isinstance(self._weights, Path):
-            adapter = load_adapter(self._weights)
-        else:
-            repository, file = split_hub_id(self._weights)
-            adapter = load_adapter(repository, weight_name=file)
-        if not self._encoder:
-            return attach(self._base.pipe, adapter)
-        return attach(
-            self._base.pipe,
-            adapter,
-            image_encoder=load_part("CLIPVisionModelWithProjection", self._encoder, self._base),
-            image_processor=load_part("CLIPImageProcessor", self._encoder, self._base),
-        )
-
-    def __exit__(self, *_: object) -> None:
-        """Detach."""
-        from ipdiverse.adapter.attach import detach
-
-        detach(self._base.pipe)
 
 
 def versions() -> dict[str, str]:

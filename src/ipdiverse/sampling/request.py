@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 
 from ipdiverse.bases import CRITTERS
 from ipdiverse.errors import ArgumentError, check_range
+from ipdiverse.sampling.dial import Levers
 
 MAX_IMAGES = 1024
 MAX_STEPS = 1000
@@ -17,10 +18,14 @@ _WHOLE = ("n", "steps", "seed")
 
 
 @dataclass(frozen=True)
-class Request:
-    """Everything that decides the images of one call.
+class Request(Levers):
+    """Everything that decides the images of one call; levers are among it.
 
     Args:
+        diversity: The dial, 0 (stock IP-Adapter) to 1; levers that are given too hold over its
+            path. None leaves the adapter as it was trained.
+        candidates: Begin so many images of each prompt and finish the `n` that differ most while
+            they show the prompt; None begins no more than are finished.
         image: The reference image's file; several are one reference together.
         prompt: What to show; empty leaves everything to the reference. Several get `n` images each.
         n: How many images of each prompt, 1 to 1024.
@@ -53,6 +58,8 @@ class Request:
         negative_prompt: What guidance moves away from.
     """
 
+    diversity: float | None = None
+    candidates: int | None = None
     image: tuple[str, ...] = ()
     prompt: tuple[str, ...] = ("",)
     n: int = 4
@@ -82,6 +89,7 @@ class Request:
     negative_prompt: str = ""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in _SEVERAL:
             value = getattr(self, name)
             several = isinstance(value, (tuple, list))
@@ -115,6 +123,11 @@ class Request:
         check_range("seed", self.seed, 0, 2**63 - 1)
         if self.guidance_scale is not None:
             check_range("guidance_scale", self.guidance_scale, 0, 100)
+        if self.diversity is not None:
+            check_range("diversity", self.diversity, 0, 1)
+        if self.candidates is not None:
+            _check_whole("candidates", self.candidates)
+            check_range("candidates", self.candidates, self.n, MAX_IMAGES)
         for name in ("width", "height"):
             value = getattr(self, name)
             if value is not None:
@@ -138,6 +151,9 @@ class Request:
         for field in fields(Request):
             value = getattr(self, field.name)
             if value is None or (value == field.default and field.name not in _ALWAYS):
+                continue
+            if isinstance(value, tuple) and field.name not in _SEVERAL:
+                parts += [f"--{_flag(field.name)}", *map(str, value)]
                 continue
             for one in value if isinstance(value, tuple) else (value,):
                 parts.append(f"--{_flag(field.name)}={shlex.quote(str(one))}")

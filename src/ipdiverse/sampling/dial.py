@@ -1,0 +1,185 @@
+"""The dial: `diversity` in 0..1, a path through the levers. Light: nothing heavy is imported here.
+
+An adapter that was calibrated carries its own path in its file; any other takes `DEFAULT_PATH`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from ipdiverse.errors import ArgumentError, CheckpointError, check_range
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+
+@dataclass(frozen=True)
+class Levers:
+    """How strongly each lever acts; the defaults change nothing, bit for bit.
+
+    Args:
+        fusion_strength: Weight of what text-image fusion adds; 1 as trained, 0 plain IP-Adapter.
+        image_guidance: w_I of factorised guidance: weight of what the image adds to the text; the
+            guidance scale is w_T. None guides text and image together.
+        interval: Guide only while the noise level σ is in this range (arXiv:2404.07724); None is
+            always.
+        late_layout: Share of the steps for which the layers that carry the layout wait.
+        noise_level: τ of noise-conditioned adapters, 0..999: noise on each item's embedding, held
+            over its steps.
+        remove_stated: Strength of taking out of the embedding what the prompt states.
+        removal_rank: Directions it may take out.
+        drop: Share of image tokens dropped.
+        cads: Noise on image tokens, annealed.
+        repulsion: Repulsion of image tokens inside a set.
+        shield: Distance kept from the reference's own latents.
+        particle: Particle guidance inside a set.
+        sparke: SPARKE inside a set.
+    """
+
+    fusion_strength: float = 1.0
+    image_guidance: float | None = None
+    interval: tuple[float, float] | None = None
+    late_layout: float = 0.0
+    noise_level: int = 0
+    remove_stated: float = 0.0
+    removal_rank: int = 4
+    drop: float = 0.0
+    cads: float = 0.0
+    repulsion: float = 0.0
+    shield: float = 0.0
+    particle: float = 0.0
+    sparke: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_range("fusion_strength", self.fusion_strength, 0, 10)
+        check_range("image_guidance", self.image_guidance or 0, 0, 100)
+        check_range("noise_level", self.noise_level, 0, 999)
+        check_range("removal_rank", self.removal_rank, 1, 1000)
+        for name in ("late_layout", "drop", "remove_stated"):
+            check_range(name, getattr(self, name), 0, 1)
+        for name in ("cads", "repulsion", "shield", "particle", "sparke"):
+            check_range(name, getattr(self, name), 0, 100)
+        if self.interval is not None and not 0 <= self.interval[0] < self.interval[1]:
+            raise ArgumentError(
+                "is no range of noise levels",
+                where="interval",
+                expected="0 ≤ low < high",
+                found=self.interval,
+            )
+
+
+OFF = Levers()
+"""What changes nothing."""
+
+
+@dataclass(frozen=True)
+class Dial:
+    """A path through the levers.
+
+    Args:
+        points: Levers at rising settings, the first at 0 and the last at 1. Between two of them
+            every number is interpolated.
+        source: Where it comes from, for people.
+    """
+
+    points: tuple[tuple[float, Levers], ...]
+    source: str
+
+    def __post_init__(self) -> None:
+        settings = [setting for setting, _ in self.points]
+        if settings != sorted(set(settings)) or settings[0] != 0 or settings[-1] != 1:
+            raise ArgumentError(
+                "is no path", where="dial", expected="settings from 0 up to 1", found=settings
+            )
+
+    def at(self, diversity: float) -> Levers:
+        """Levers at a setting.
+
+        Args:
+            diversity: 0..1.
+
+        Raises:
+            ArgumentError: It is out of range.
+        """
+        check_range("diversity", diversity, 0, 1)
+        for (low, before), (high, after) in zip(self.points, self.points[1:], strict=False):
+            if diversity <= high:
+                return between(before, after, (diversity - low) / (high - low))
+        raise AssertionError("a path ends at 1")
+
+    def as_spec(self) -> dict[str, Any]:
+        """For a checkpoint's spec; what is off is left out."""
+        points = [[setting, _changed(levers)] for setting, levers in self.points]
+        return {"points": points, "source": self.source}
+
+
+def between(before: Levers, after: Levers, share: float) -> Levers:
+    """Levers between two, number by number; at a share of 0 and 1 exactly these."""
+    if share in (0, 1):
+        return after if share else before
+    mixed: dict[str, Any] = {}
+    for field in fields(Levers):
+        one, other = getattr(before, field.name), getattr(after, field.name)
+        mixed[field.name] = _mixed(one, other, share)
+    mixed["noise_level"] = round(mixed["noise_level"])
+    mixed["removal_rank"] = round(mixed["removal_rank"])
+    return Levers(**mixed)
+
+
+def _mixed(one: Any, other: Any, share: float) -> Any:
+    if one == other or one is None or other is None:
+        return other  # there is no number between "off" and a number: the lever comes on at once
+    if isinstance(one, tuple):
+        return tuple(_mixed(a, b, share) for a, b in zip(one, other, strict=True))
+    return one + (other - one) * share
+
+
+def dial_of(spec: Mapping[str, Any], where: object) -> Dial | None:
+    """The dial in a checkpoint's spec, if it was calibrated.
+
+    Raises:
+        CheckpointError: What is there is no dial.
+    """
+    found = spec.get("dial")
+    if found is None:
+        return None
+    try:
+        points = tuple(
+            (float(setting), replace(OFF, **_tuples(levers))) for setting, levers in found["points"]
+        )
+        return Dial(points, str(found["source"]))
+    except (KeyError, TypeError, ValueError, IndexError, ArgumentError) as error:
+        raise CheckpointError("its dial is broken", where=where, found=error) from error
+
+
+def default_dial(fused: bool, sigmas: Sequence[float] = (0.3, 4.0)) -> Dial:
+    """A conservative path of levers that need no training, for adapters that were not calibrated.
+
+    First guidance is left out where it narrows most and serves least (high noise), then token
+    noise is annealed and the layout waits, last the reference's own latents are shielded.
+
+    Args:
+        fused: The adapter has a text-image fusion: 0 leaves it out, as stock IP-Adapter does.
+        sigmas: Noise levels between which guidance stays on.
+    """
+    start = replace(OFF, fusion_strength=0.0) if fused else OFF
+    first = replace(OFF, interval=(0.0, sigmas[1]), cads=0.1, late_layout=0.1)
+    middle = replace(first, cads=0.25, late_layout=0.2, drop=0.1)
+    last = replace(first, cads=0.6, late_layout=0.4, drop=0.25, shield=0.3)
+    path = ((0.0, start), (1e-6, OFF), (0.2, first), (0.5, middle), (1.0, last))
+    return Dial(path if fused else (path[0], *path[2:]), "default path, not calibrated")
+
+
+def _changed(levers: Levers) -> dict[str, Any]:
+    defaults = asdict(OFF)
+    return {name: value for name, value in asdict(levers).items() if value != defaults[name]}
+
+
+def _tuples(levers: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has lists for tuples."""
+    values = dict(levers)
+    if values.get("interval") is not None:
+        low, high = values["interval"]
+        values["interval"] = (float(low), float(high))
+    return values

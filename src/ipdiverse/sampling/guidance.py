@@ -1,0 +1,85 @@
+"""Guidance as a sum of branches, of which only those with a weight are computed. Plain torch."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ipdiverse.adapter.attention import BOTH, NOTHING, TEXT
+
+
+def branch_weights(guidance: float, image_guidance: float | None) -> dict[str, float]:
+    """Weights of ε(∅,∅), ε(T,∅) and ε(T,I) in the guided prediction, zero ones left out.
+
+    ε = ε(∅,∅) + w_T [ε(T,∅) − ε(∅,∅)] + w_I [ε(T,I) − ε(T,∅)], the factorisation of
+    InstructPix2Pix (arXiv:2211.09800, equation 3) with the text first. Equal weights need two
+    passes, as does w_T = 1.
+
+    Args:
+        guidance: w_T.
+        image_guidance: w_I; None is w_T.
+    """
+    image = guidance if image_guidance is None else image_guidance
+    weights = {NOTHING: 1 - guidance, TEXT: guidance - image, BOTH: image}
+    return {branch: weight for branch, weight in weights.items() if weight}
+
+
+def inside(sigma: float, interval: tuple[float, float] | None) -> bool:
+    """Whether to guide at this noise level (limited interval, arXiv:2404.07724, equation 4)."""
+    return interval is None or interval[0] < sigma <= interval[1]
+
+
+def combine(weights: dict[str, float], predictions: dict[str, Tensor]) -> Tensor:
+    """Weighted sum of the branches' predictions."""
+    if list(weights) == [NOTHING, BOTH]:  # as pipelines write it, to the bit
+        nothing, both = predictions[NOTHING], predictions[BOTH]
+        return nothing + weights[BOTH] * (both - nothing)
+    return torch.stack([w * predictions[b] for b, w in weights.items()]).sum(0)
+
+
+def sigma_of(alpha: float) -> float:
+    """σ = √((1 − ᾱ) / ᾱ): noise over signal; infinite where nothing is left of the signal."""
+    return math.inf if alpha <= 0 else math.sqrt((1 - alpha) / alpha)
+
+
+def clean_guess(
+    kind: str,
+    sample: Float[Tensor, "items channels h w"],
+    predicted: Float[Tensor, "items channels h w"],
+    alpha: float,
+) -> Float[Tensor, "items channels h w"]:
+    """x̂ from a prediction.
+
+    Args:
+        kind: The scheduler's `prediction_type`.
+        sample: x_t, of unit variance together with its noise.
+        predicted: ε, v or x̂ itself.
+        alpha: ᾱ.
+
+    Raises:
+        ValueError: Another kind.
+    """
+    signal, noise = math.sqrt(alpha), math.sqrt(1 - alpha)
+    if kind == "epsilon":
+        return (sample - noise * predicted) / max(signal, 1e-3)
+    if kind == "v_prediction":
+        return signal * sample - noise * predicted
+    if kind == "sample":
+        return predicted
+    raise ValueError(f"prediction type {kind!r}; expected epsilon, v_prediction or sample")
+
+
+def moved(
+    kind: str,
+    predicted: Float[Tensor, "items channels h w"],
+    change: Float[Tensor, "items channels h w"],
+    alpha: float,
+) -> Float[Tensor, "items channels h w"]:
+    """The prediction that means x̂ + `change` (arguments as `clean_guess`)."""
+    signal, noise = math.sqrt(alpha), max(math.sqrt(1 - alpha), 1e-3)
+    if kind == "epsilon":
+        return predicted - signal / noise * change
+    return predicted - change / noise if kind == "v_prediction" else predicted + change

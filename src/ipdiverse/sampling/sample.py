@@ -1,0 +1,238 @@
+"""Jobs to images: batch by batch through a stock pipeline, with the request's levers on it."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ipdiverse.bases import Base, load_part, split_hub_id
+from ipdiverse.sampling.dial import OFF, Levers, default_dial, dial_of
+from ipdiverse.sampling.tasks import Task
+from ipdiverse.seeding import derived_seed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from PIL import Image
+    from torch import Tensor
+
+    from ipdiverse.adapter.attach import Attachment
+    from ipdiverse.adapter.reference import Reference
+    from ipdiverse.sampling.denoiser import Steering
+    from ipdiverse.sampling.request import Request
+
+_LARGEST_SET = 16
+"""Images denoised together when levers act on a set."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image to make.
+
+    Args:
+        prompt: Its text.
+        seed: The set's seed.
+        index: Its number in the set.
+        reference: Its image prompt; None for text alone.
+    """
+
+    prompt: str
+    seed: int
+    index: int
+    reference: Image.Image | Reference | None = None
+
+
+def levers_of(request: Request, attachment: Attachment) -> Levers:
+    """The levers of a request: its dial's, over which those that it states itself hold.
+
+    Raises:
+        CheckpointError: The adapter's calibrated dial is broken.
+    """
+    stated = {field.name: getattr(request, field.name) for field in fields(Levers)}
+    if request.diversity is None:
+        return Levers(**stated)
+    adapter = attachment.adapters[0]
+    dial = dial_of(adapter.spec, "adapter") or default_dial(adapter.fusion is not None)
+    changed = {name: v for name, v in stated.items() if v != getattr(OFF, name)}
+    return replace(dial.at(request.diversity), **changed)
+
+
+def sample(
+    base: Base,
+    jobs: Sequence[Job],
+    request: Request,
+    attachment: Attachment | None = None,
+    progress: bool | None = None,
+    task: Task | None = None,
+    negative: Image.Image | None = None,
+) -> list[Image.Image]:
+    """Denoise jobs batch by batch; each image depends on its own job alone.
+
+    Levers that act on a set are the exception: with these an image depends on the others of its
+    set, and on how many there are.
+
+    Args:
+        base: An open base.
+        jobs: What to make, in order.
+        request: Steps, guidance, levers and negative prompt.
+        attachment: The attached adapter; None for text alone.
+        progress: Show a bar on standard error; None does so on terminals only.
+        task: What the pipeline is given besides prompts; None is text-to-image.
+        negative: The negative reference of every job.
+    """
+    from tqdm import tqdm
+
+    show = sys.stderr.isatty() if progress is None else progress
+    levers = OFF if attachment is None else levers_of(request, attachment)
+    images: list[Image.Image] = []
+    task = task or Task(base)
+    with tqdm(total=len(jobs) * request.steps, disable=not show, unit="step") as bar:
+        for chunk, size in _chunks(jobs, base.batch, levers):
+            padded = chunk + [chunk[-1]] * (size - len(chunk))
+            _prompt(attachment, padded, levers, negative)
+            images += _denoise(task, padded, request, bar, len(chunk))[: len(chunk)]
+    return images
+
+
+def preview(
+    base: Base,
+    jobs: Sequence[Job],
+    request: Request,
+    attachment: Attachment,
+    share: float,
+    task: Task | None = None,
+    negative: Image.Image | None = None,
+) -> Tensor:
+    """Clean-latent guesses after the first steps, (jobs, channels, height, width).
+
+    Args:
+        base: An open base.
+        jobs: What would be made, in order.
+        request: As `sample` takes it.
+        attachment: The attached adapter.
+        share: Of the steps.
+        task: As `sample` takes it.
+        negative: The negative reference of every job.
+    """
+    import torch
+
+    levers = levers_of(request, attachment)
+    task, guesses = task or Task(base), []
+    last = max(1, round(share * request.steps)) - 1
+    for chunk, size in _chunks(jobs, base.batch, levers):
+        padded = chunk + [chunk[-1]] * (size - len(chunk))
+        steering = _prompt(attachment, padded, levers, negative, previews=True)
+        _denoise(task, padded, request, None, len(chunk), last)
+        if steering is None or steering.guess is None:
+            raise AssertionError("a steered pipeline that called its UNet has a guess")
+        guesses.append(steering.guess[: len(chunk)].cpu())
+    return torch.cat(guesses)
+
+
+def _prompt(
+    attachment: Attachment | None,
+    jobs: list[Job],
+    levers: Levers,
+    negative: Image.Image | None,
+    previews: bool = False,
+) -> Steering | None:
+    """References and levers of one batch."""
+    if attachment is None:
+        return None
+    from ipdiverse.sampling.denoiser import release, steer
+
+    release(attachment)
+    references: list[Any] = [job.reference for job in jobs]
+    attachment.set_reference(references, negative=negative)
+    if levers == OFF and not previews:
+        return None
+    seeds = [derived_seed(job.seed, job.index, "levers") for job in jobs]
+    steering = steer(attachment, levers, seeds, [job.prompt for job in jobs])
+    steering.previews = previews
+    return steering
+
+
+def _chunks(jobs: Sequence[Job], size: int, levers: Levers) -> Iterator[tuple[list[Job], int]]:
+    """Batches and the sizes they are filled up to; a set stays together where levers act on it."""
+    if not (levers.repulsion or levers.particle or levers.sparke):
+        for start in range(0, len(jobs), size):
+            yield list(jobs[start : start + size]), size
+        return
+    sets: dict[tuple[str, int], list[Job]] = {}
+    for job in jobs:
+        sets.setdefault((job.prompt, job.seed), []).append(job)
+    for whole in sets.values():
+        for start in range(0, len(whole), _LARGEST_SET):
+            part = whole[start : start + _LARGEST_SET]
+            yield part, len(part)
+
+
+def _denoise(
+    task: Task, jobs: list[Job], request: Request, bar: Any, wanted: int, last: int | None = None
+) -> list[Image.Image]:
+    """One batch of a fixed size; what pads it is thrown away by the caller.
+
+    With `last`, nothing is denoised after that step, and the images are latents.
+    """
+    from ipdiverse.seeding import generator
+
+    pipe: Any = task.base.pipe
+
+    def on_step(_: Any, step: int, __: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+        if bar is not None:
+            bar.update(wanted)
+        if step == last:
+            pipe._interrupt = True
+        return arguments
+
+    output = pipe(
+        prompt=[job.prompt for job in jobs],
+        negative_prompt=[request.negative_prompt] * len(jobs),
+        generator=[generator(job.seed, job.index) for job in jobs],
+        num_inference_steps=request.steps,
+        guidance_scale=request.guidance_scale,
+        callback_on_step_end=on_step,
+        output_type="pil" if last is None else "latent",
+        **task.arguments(len(jobs)),
+    )
+    return output.images
+
+
+class attached:  # noqa: N801 - reads as a verb: `with attached(base, file) as attachment`
+    """An adapter on a base's pipeline for the length of a `with` block.
+
+    Args:
+        base: An open base.
+        weights: The adapter's file, folder or hub id.
+        image_encoder: Folder or hub id of the image encoder; empty takes the base's.
+    """
+
+    def __init__(self, base: Base, weights: Path | str, image_encoder: str = "") -> None:
+        self._base, self._weights, self._encoder = base, weights, image_encoder
+
+    def __enter__(self) -> Attachment:
+        """Attach."""
+        from ipdiverse.adapter.attach import attach
+        from ipdiverse.adapter.checkpoint import load_adapter
+
+        if isinstance(self._weights, Path):
+            adapter = load_adapter(self._weights)
+        else:
+            repository, file = split_hub_id(self._weights)
+            adapter = load_adapter(repository, weight_name=file)
+        if not self._encoder:
+            return attach(self._base.pipe, adapter)
+        return attach(
+            self._base.pipe,
+            adapter,
+            image_encoder=load_part("CLIPVisionModelWithProjection", self._encoder, self._base),
+            image_processor=load_part("CLIPImageProcessor", self._encoder, self._base),
+        )
+
+    def __exit__(self, *_: object) -> None:
+        """Detach."""
+        from ipdiverse.adapter.attach import detach
+
+        detach(self._base.pipe)

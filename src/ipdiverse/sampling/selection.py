@@ -1,0 +1,119 @@
+"""Group selection: of many candidates, the set that says most, judged by early previews.
+
+max Σ u_i y_i + λ Σ b_ij y_i y_j with Σ y = K (arXiv:2508.15773): u how well a preview shows the
+prompt, b how far two previews are apart. Only the first steps of a candidate are computed.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+EARLY = 0.3
+"""Share of the steps that a preview takes."""
+APART = 1.0
+"""λ: weight of a pair's distance against a preview's own worth, both in standard deviations."""
+
+
+def select(
+    worth: Float[Tensor, " candidates"],
+    apart: Float[Tensor, "candidates candidates"],
+    count: int,
+    weight: float = APART,
+) -> list[int]:
+    """The best group found by greedy choice and then by swaps until none helps, in rising order.
+
+    Args:
+        worth: u of each candidate.
+        apart: b of each pair; symmetric, its diagonal does not count.
+        count: K.
+        weight: λ; a group's sum of distances is divided by K − 1, so that it does not grow with K.
+    """
+    total = len(worth)
+    if count >= total:
+        return list(range(total))
+    pairs = weight / max(1, count - 1) * (apart - torch.diag(torch.diagonal(apart)))
+    chosen: list[int] = []
+    for _ in range(count):
+        left = [i for i in range(total) if i not in chosen]
+        chosen.append(max(left, key=lambda i: float(worth[i] + pairs[i, chosen].sum())))
+    improved = True
+    while improved:
+        improved = False
+        for position, other in product(range(count), range(total)):
+            if other in chosen:
+                continue
+            rest = chosen[:position] + chosen[position + 1 :]
+            gain = worth[other] - worth[chosen[position]]
+            gain = gain + pairs[other, rest].sum() - pairs[chosen[position], rest].sum()
+            if float(gain) > 1e-9:
+                chosen[position], improved = other, True
+    return sorted(chosen)
+
+
+@torch.no_grad()
+def judged(
+    pipe: Any, image_encoder: Any, guesses: Tensor, prompts: Sequence[str]
+) -> tuple[Tensor, Tensor]:
+    """Worth and distances of previews, each in standard deviations.
+
+    Args:
+        pipe: Whose VAE draws the previews, and whose text encoder reads the prompts.
+        image_encoder: What sees them; None compares latents, and all are of equal worth.
+        guesses: Clean-latent guesses, (candidates, channels, height, width).
+        prompts: One for each.
+    """
+    if image_encoder is None:
+        seen = F.normalize(guesses.flatten(1).float(), dim=1)
+        return torch.zeros(len(guesses)), _standard_pairs(1 - seen @ seen.T)
+    seen = F.normalize(_seen(pipe, image_encoder, guesses).float(), dim=1)
+    worth = torch.zeros(len(guesses))
+    text = _read(pipe, prompts)
+    if text.shape[1] == seen.shape[1]:
+        agreement = (seen * F.normalize(text.float(), dim=1)).sum(1)
+        worth = (agreement - agreement.mean()) / agreement.std().clamp_min(1e-6)
+    return worth.cpu(), _standard_pairs(1 - seen @ seen.T).cpu()
+
+
+def _seen(pipe: Any, image_encoder: Any, guesses: Tensor) -> Tensor:
+    vae, rows = pipe.vae, []
+    parameter = next(image_encoder.parameters())
+    side = image_encoder.config.image_size
+    for guess in guesses.split(4):
+        latents = (guess / vae.config.scaling_factor).to(vae.device, vae.dtype)
+        pixels = vae.decode(latents).sample.float().clamp(-1, 1)
+        shrunk = F.interpolate(pixels, (side, side), mode="bilinear", antialias=True)
+        mean, std = _statistics(pipe)
+        normal = ((shrunk + 1) / 2 - mean.to(shrunk)) / std.to(shrunk)
+        rows.append(image_encoder(normal.to(parameter.device, parameter.dtype)).image_embeds)
+    return torch.cat(rows)
+
+
+def _statistics(pipe: Any) -> tuple[Tensor, Tensor]:
+    processor = getattr(pipe, "feature_extractor", None)
+    mean = getattr(processor, "image_mean", None) or [0.5] * 3
+    std = getattr(processor, "image_std", None) or [0.5] * 3
+    return torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
+
+
+def _read(pipe: Any, prompts: Sequence[str]) -> Tensor:
+    from ipdiverse.sampling.removal import pooled_text
+
+    distinct = list(dict.fromkeys(prompts))
+    read = pooled_text(pipe, distinct)
+    return read[[distinct.index(prompt) for prompt in prompts]]
+
+
+def _standard_pairs(apart: Tensor) -> Tensor:
+    """Distances in standard deviations of all pairs, the mean at 0."""
+    others = ~torch.eye(len(apart), dtype=torch.bool, device=apart.device)
+    values = apart[others]
+    return (apart - values.mean()) / values.std().clamp_min(1e-6) if len(values) > 1 else apart

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, replace
+
+import pytest
+
+from ipdiverse.errors import ArgumentError, CheckpointError
+from ipdiverse.sampling.dial import OFF, Dial, Levers, between, default_dial, dial_of
+
+
+def path() -> Dial:
+    half = Levers(cads=0.4, interval=(0.2, 5.0), noise_level=100)
+    return Dial(((0.0, OFF), (0.5, half), (1.0, replace(half, cads=1.0, drop=0.5))), "by hand")
+
+
+def test_a_dial_goes_through_its_points_and_between_them() -> None:
+    dial = path()
+    assert dial.at(0) == OFF
+    assert dial.at(0.5).cads == 0.4
+    assert dial.at(1).drop == 0.5
+    assert dial.at(0.25).cads == pytest.approx(0.2)
+    assert dial.at(0.25).noise_level == 50
+    assert dial.at(0.75).drop == pytest.approx(0.25)
+
+
+def test_what_has_no_number_between_comes_on_at_once() -> None:
+    mixed = between(OFF, Levers(interval=(0.2, 5.0), image_guidance=2.0), 0.1)
+    assert mixed.interval == (0.2, 5.0)
+    narrowing = between(Levers(interval=(0.2, 5.0)), Levers(interval=(0.4, 3.0)), 0.5)
+    assert narrowing.interval == pytest.approx((0.3, 4.0))
+    assert mixed.image_guidance == 2.0
+
+
+@pytest.mark.parametrize("diversity", [-0.1, 1.1, math.nan])
+def test_a_setting_out_of_range_is_refused(diversity: float) -> None:
+    with pytest.raises(ArgumentError, match="diversity"):
+        path().at(diversity)
+
+
+@pytest.mark.parametrize(
+    "points", [((0.0, OFF),), ((0.1, OFF), (1.0, OFF)), ((0.0, OFF), (0.0, OFF), (1.0, OFF))]
+)
+def test_a_path_goes_from_0_to_1(points) -> None:
+    with pytest.raises(ArgumentError, match="dial"):
+        Dial(points, "")
+
+
+def test_a_dial_survives_json() -> None:
+    dial = path()
+    spec = json.loads(json.dumps({"dial": dial.as_spec()}, allow_nan=False))
+    assert dial_of(spec, "file") == dial
+    assert dial_of({}, "file") is None
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"points": []},
+        {"points": [[0, {}], [1, {"cads": -1}]], "source": ""},
+        {"points": [[0, {}], [1, {"no such lever": 1}]], "source": ""},
+        {"points": [[0, {}], [1, {"interval": [3]}]], "source": ""},
+        [],
+    ],
+)
+def test_a_broken_dial_names_its_file(broken) -> None:
+    with pytest.raises(CheckpointError, match="some file: its dial is broken"):
+        dial_of({"dial": broken}, "some file")
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_default_path_starts_at_stock_and_only_rises(fused: bool) -> None:
+    dial = default_dial(fused)
+    assert dial.at(0) == (replace(OFF, fusion_strength=0.0) if fused else OFF)
+    settings = [dial.at(i / 20) for i in range(1, 21)]
+    for name in ("cads", "late_layout", "drop", "shield"):
+        values = [asdict(levers)[name] for levers in settings]
+        assert values == sorted(values)
+        assert values[-1] > 0
+    assert all(levers.fusion_strength == 1 for levers in settings)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("drop", 1.5), ("cads", -0.1), ("noise_level", 1000), ("interval", (3.0, 1.0))],
+)
+def test_strengths_out_of_range_are_refused(field: str, value: object) -> None:
+    with pytest.raises(ArgumentError, match=field):
+        replace(OFF, **{field: value})
