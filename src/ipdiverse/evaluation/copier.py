@@ -9,16 +9,16 @@ import numpy as np
 
 from ipdiverse.bases import CRITTERS, adapter_source, load_base
 from ipdiverse.critters.oracle import Oracle, read
-from ipdiverse.critters.render import render
-from ipdiverse.critters.scene import ATTRIBUTES, IDENTITY, conditional, sample_scene
+from ipdiverse.critters.scene import ATTRIBUTES, IDENTITY, conditional
+from ipdiverse.evaluation.anchors import copied, rendered
+from ipdiverse.evaluation.groups import wanted_indices
 from ipdiverse.evaluation.sampling import Pair, sample_array, shipped_oracle, study_pairs
 from ipdiverse.evaluation.sets import score_sets
+from ipdiverse.sampling.request import Request
 from ipdiverse.sampling.sample import Job, attached
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from PIL import Image
 
 COLUMNS = (
     "retention",
@@ -58,7 +58,7 @@ def measure_copier(
     guidance = base.guidance_scale if guidance is None else guidance
     chosen = study_pairs(pairs, seed=3)
     references = [pair.image() for pair in chosen]
-    rows = []
+    rows, request = [], Request(n=1, steps=steps, guidance_scale=guidance)
     with attached(base, adapter_source(CRITTERS, adapter)) as attachment:
         for scale in scales:
             attachment.set_scale(scale)
@@ -67,7 +67,7 @@ def measure_copier(
                 for number, (pair, reference) in enumerate(zip(chosen, references, strict=True))
                 for index in range(images)
             ]
-            outputs = sample_array(base, jobs, steps, guidance, attachment)
+            outputs = sample_array(base, jobs, request, attachment)
             rows.append({"scale": scale, **score(oracle, outputs, chosen, images)})
     return {
         "adapter": adapter,
@@ -77,26 +77,10 @@ def measure_copier(
         "guidance": guidance,
         "rows": rows,
         "anchors": {
-            "renderer": score(oracle, _rendered(chosen, images), chosen, images),
-            "pixel copy": score(oracle, _copied(references, images), chosen, images),
+            "renderer": score(oracle, rendered(chosen, images), chosen, images),
+            "pixel copy": score(oracle, copied(references, images), chosen, images),
         },
     }
-
-
-def _rendered(pairs: list[Pair], images: int) -> np.ndarray:
-    """What a perfect model would make: identity and prompt kept, the rest from the prior."""
-    rng = np.random.default_rng(0)
-    outputs = []
-    for pair in pairs:
-        known = {name: getattr(pair.reference, name) for name in IDENTITY} | pair.stated
-        drawn = [sample_scene(rng, known) for _ in range(images)]
-        outputs += [render(scene, int(rng.integers(2**31))) for scene in drawn]
-    return np.stack(outputs)
-
-
-def _copied(references: list[Image.Image], images: int) -> np.ndarray:
-    """The reference again and again."""
-    return np.stack([np.asarray(image) for image in references for _ in range(images)])
 
 
 def score(
@@ -117,7 +101,7 @@ def score(
         reading.invalid.numpy().reshape(len(pairs), images),
         np.array([pair.reference.indices() for pair in pairs]),
         np.array([[name in pair.stated for name in names] for pair in pairs]),
-        np.array([_wanted(pair) for pair in pairs]),
+        np.array([wanted_indices(pair) for pair in pairs]),
         np.array([name in IDENTITY for name in names]),
         tuple(len(values) for values in ATTRIBUTES.values()),
         [[conditional(name, pair.stated) for name in names] for pair in pairs],
@@ -128,14 +112,6 @@ def score(
 def _number(value: float) -> float | None:
     """Four digits; None, which JSON knows, where nothing could be measured."""
     return None if np.isnan(value) else round(float(value), 4)
-
-
-def _wanted(pair: Pair) -> list[int]:
-    """Index of each stated value; 0 where nothing is stated, which no metric reads."""
-    return [
-        values.index(pair.stated[name]) if name in pair.stated else 0
-        for name, values in ATTRIBUTES.items()
-    ]
 
 
 def copier_table(report: dict[str, Any]) -> str:

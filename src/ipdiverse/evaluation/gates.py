@@ -17,6 +17,7 @@ from ipdiverse.critters.training.corpus import draw, to_pixels
 from ipdiverse.critters.training.oracle import broken, round_trip, to_images
 from ipdiverse.evaluation.metrics import entropy_miller_madow, expected_entropy
 from ipdiverse.evaluation.sampling import held_out_scenes, sample_array, shipped_oracle
+from ipdiverse.sampling.request import Request
 from ipdiverse.sampling.sample import Job
 
 if TYPE_CHECKING:
@@ -138,7 +139,8 @@ def _text_to_image(base: Base, oracle: Oracle, scenes: list[Scene], guidance: fl
     details: dict[str, Any] = {}
     for label, scale in (("default_guidance", guidance), ("guidance_1", 1.0)):
         jobs = [Job(p, number, i) for number, p in enumerate(prompts) for i in range(SET)]
-        reading = read(oracle, sample_array(base, jobs, STEPS, scale))
+        request = Request(n=1, steps=STEPS, guidance_scale=scale)
+        reading = read(oracle, sample_array(base, jobs, request))
         seen = reading.attributes.numpy().reshape(len(prompts), SET, -1)
         hits = seen == truth[:, None]
         right = np.array([_mean(hits[m, :, i]) for i, m in enumerate(mask.T)])

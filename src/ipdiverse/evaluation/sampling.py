@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ipdiverse.bases import CRITTERS_ORACLE, Base
+from ipdiverse.bases import CRITTERS, CRITTERS_ORACLE, Base
 from ipdiverse.critters.caption import caption
 from ipdiverse.critters.oracle import Oracle, load_oracle
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import ATTRIBUTES, IDENTITY, Scene, sample_scene
 from ipdiverse.errors import ModelError
-from ipdiverse.sampling.request import Request
 from ipdiverse.sampling.sample import Job, sample
 from ipdiverse.seeding import derived_seed
 
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ipdiverse.adapter.attach import Attachment
+    from ipdiverse.sampling.request import Request
 
 MEASURING_BATCH = 64
 """Images denoised together when only statistics matter."""
@@ -90,13 +90,20 @@ def study_pairs(count: int, seed: int) -> list[Pair]:
 def sample_array(
     base: Base,
     jobs: list[Job],
-    steps: int,
-    guidance: float,
+    request: Request,
     attachment: Attachment | None = None,
     progress: bool | None = None,
 ) -> np.ndarray:
-    """Images of many jobs, uint8 (count, 64, 64, 3), in large batches."""
-    request = Request(steps=steps, guidance_scale=guidance, n=1)
-    wide = replace(base, batch=min(MEASURING_BATCH, len(jobs)))
+    """Images of many jobs, uint8 (count, height, width, 3), in large batches on critters.
+
+    Args:
+        base: An open base.
+        jobs: What to make.
+        request: Steps, guidance and levers.
+        attachment: The attached adapter; None for text alone.
+        progress: Show a bar on standard error; None does so on terminals only.
+    """
+    size = MEASURING_BATCH if base.name == CRITTERS else base.batch
+    wide = replace(base, batch=min(size, len(jobs)))
     images = sample(wide, jobs, request, attachment, progress)
     return np.stack([np.asarray(image) for image in images])

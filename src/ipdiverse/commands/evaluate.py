@@ -1,0 +1,83 @@
+"""`evaluate`: variety against fidelity, of our sampling or of any tool's images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ipdiverse.commands.printing import check_target, say, say_json, write_json
+from ipdiverse.errors import ArgumentError
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure variety against fidelity: a study of arms, or images that any tool made.
+
+    Args:
+        config: A study in TOML; an interrupted one goes on.
+        quick: A coarse study of the shipped adapters on critters, in minutes.
+        images: A folder of sets that any tool made, `STEM/*.png` for the reference STEM.
+        references: Folder of references, for `images`.
+        prompts: File with a prompt a line, for `images`.
+        features: Encoders to compare images by: `dino`, `clip`, `base`, a folder or a hub id.
+        out: Folder for the study's images, results and report; file for `images`' JSON.
+        json: Print the results as JSON.
+    """
+
+    config: str | None = None
+    quick: bool = False
+    images: str | None = None
+    references: str | None = None
+    prompts: str | None = None
+    features: tuple[str, ...] = ("dino",)
+    out: str | None = None
+    json: bool = False
+
+    def run(self) -> None:
+        """Measure, write, say where."""
+        given = [bool(self.config), self.quick, bool(self.images)]
+        if sum(given) != 1:
+            raise ArgumentError(
+                "needs one of them", where="evaluate", expected="--config, --quick or --images"
+            )
+        self._made() if self.images else self._study()
+
+    def _study(self) -> None:
+        from ipdiverse.evaluation.report import volumes, write_report
+        from ipdiverse.evaluation.running import run_study
+        from ipdiverse.evaluation.study import quick_study, read_study
+
+        study = read_study(Path(self.config)) if self.config else quick_study()
+        out = Path(self.out or "out/evaluation")
+        done = run_study(study, out)
+        page = write_report(study, done.measured, done.references, out)
+        if self.json:
+            rows = [one.row() for one in done.measured]
+            say_json({"arms": rows, "hypervolumes": volumes(study, done.measured)})
+        else:
+            say(f"open {page}")
+
+    def _made(self) -> None:
+        from ipdiverse.bases import load_base
+        from ipdiverse.evaluation.features import open_encoder
+        from ipdiverse.evaluation.folders import made_sets, score_made
+        from ipdiverse.evaluation.groups import interval
+
+        if not self.references:
+            raise ArgumentError("is missing", where="references", fix="Give --references DIR.")
+        check_target(self.out)
+        prompts = Path(self.prompts) if self.prompts else None
+        sets = made_sets(Path(self.images or ""), Path(self.references), prompts)
+        pipe = load_base().pipe if "base" in self.features else None
+        encoders = [open_encoder(name, pipe) for name in self.features]
+        parts = score_made(sets, encoders)
+        scores = {name: list(interval([part])) for name, part in parts.items()}
+        report = {"sets": len(sets), "images": sum(len(one.files) for one in sets)}
+        report |= {"features": list(self.features), "scores": scores}
+        write_json(self.out, report)
+        if self.json:
+            say_json(report)
+            return
+        say(f"{report['sets']} sets, {report['images']} images")
+        for name, (estimate, low, high) in scores.items():
+            say(f"{name}: {estimate:.3f} ({low:.3f} to {high:.3f})")

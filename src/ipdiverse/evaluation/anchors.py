@@ -1,0 +1,49 @@
+"""What bounds every arm: the renderer itself above, copies of the reference below."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ipdiverse.critters.render import render
+from ipdiverse.critters.scene import IDENTITY, sample_scene
+from ipdiverse.evaluation.study import Arm
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ipdiverse.evaluation.sampling import Pair
+
+RENDERER, COPY = "renderer", "pixel copy"
+
+
+def anchors(
+    pairs: list[Any], references: list[Image.Image], images: int, known: bool
+) -> list[tuple[Arm, np.ndarray]]:
+    """Each anchor with its images, (pairs · images, height, width, 3).
+
+    Args:
+        pairs: What was asked.
+        references: Of each pair.
+        images: Of each pair.
+        known: The world is critters, and can be rendered.
+    """
+    found = [(Arm(RENDERER, "anchor"), rendered(pairs, images))] if known else []
+    return [*found, (Arm(COPY, "anchor"), copied(references, images))]
+
+
+def rendered(pairs: list[Pair], images: int) -> np.ndarray:
+    """What a perfect model would make: identity and prompt kept, the rest from the prior."""
+    rng = np.random.default_rng(0)
+    outputs = []
+    for pair in pairs:
+        known = {name: getattr(pair.reference, name) for name in IDENTITY} | pair.stated
+        drawn = [sample_scene(rng, known) for _ in range(images)]
+        outputs += [render(scene, int(rng.integers(2**31))) for scene in drawn]
+    return np.stack(outputs)
+
+
+def copied(references: list[Image.Image], images: int) -> np.ndarray:
+    """The reference again and again."""
+    return np.stack([np.asarray(image) for image in references for _ in range(images)])

@@ -1,0 +1,258 @@
+"""A study as one self-contained page: curves, images beside them, hypervolumes, every number."""
+
+from __future__ import annotations
+
+import base64
+from html import escape
+from io import BytesIO
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from ipdiverse.evaluation.groups import Parts, difference, hypervolume, interval
+from ipdiverse.evaluation.plots import LABELS, as_bytes, axes_of, tradeoff
+from ipdiverse.provenance import write_bytes_atomic, write_text_atomic
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from ipdiverse.evaluation.running import Measured
+    from ipdiverse.evaluation.study import Study
+
+_SHOWN_PAIRS, _SHOWN_IMAGES = 3, 8
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem;
+  color: #1d2330; background: #fbfbfd; }}
+h1 {{ font-size: 1.5rem; }} h2 {{ font-size: 1.1rem; margin-top: 2rem; }}
+img {{ max-width: 100%; }} .sets img {{ image-rendering: pixelated; border-radius: 4px; }}
+.plots {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); gap: 1rem; }}
+.wide {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; font-size: .85rem; }}
+td, th {{ padding: .2rem .6rem; border-bottom: 1px solid #dde; text-align: right; }}
+td:first-child, th:first-child {{ text-align: left; }} small {{ color: #667; }}
+</style></head><body>
+<h1>{title}</h1>
+<p>{about}</p>
+<div class="plots">{plots}</div>
+{volumes}
+<h2>The images</h2>
+<p>The same seeds in every row; the reference stands first.</p>
+<div class="sets">{sets}</div>
+<h2>Every number</h2>
+<p>With 95 % intervals over pairs. Δ is the difference from “{baseline}”, drawn together.</p>
+<div class="wide">{table}</div>
+</body></html>
+"""
+
+
+def write_report(
+    study: Study, measured: Sequence[Measured], references: Sequence[Image.Image], out: Path
+) -> Path:
+    """Write `report.html` and its plots as PNG and SVG.
+
+    Args:
+        study: What was measured.
+        measured: Arms and anchors.
+        references: Of the first pairs, for the images.
+        out: The folder.
+
+    Returns:
+        The page.
+    """
+    plots = []
+    for across, up in axes_of(measured):
+        figure = tradeoff(measured, across, up)
+        stem = f"{_slug(across)}-{_slug(up)}"
+        for kind in ("png", "svg"):
+            write_bytes_atomic(out / f"{stem}.{kind}", as_bytes(figure, kind))
+        words = f"{LABELS.get(up, up)} over {LABELS.get(across, across)}; the numbers stand below"
+        encoded = base64.b64encode(as_bytes(figure, "png")).decode()
+        plots.append(f'<img src="data:image/png;base64,{encoded}" alt="{escape(words)}">')
+    page = _PAGE.format(
+        title="Variety against fidelity",
+        about=_about(study),
+        plots="".join(plots),
+        volumes=_volumes(study, measured),
+        sets=_sets(measured, references),
+        baseline=escape(study.baseline_arm.name),
+        table=_table(study, measured),
+    )
+    write_text_atomic(out / "report.html", page)
+    return out / "report.html"
+
+
+def volumes(study: Study, measured: Sequence[Measured]) -> list[dict[str, Any]]:
+    """Hypervolume of each family over each pair of axes, and its excess over the baseline's family.
+
+    The corner is the lowest of any arm on each axis, so that every arm counts.
+
+    Args:
+        study: Names the baseline.
+        measured: Arms and anchors.
+    """
+    arms = [one for one in measured if one.arm.family != "anchor"]
+    families: dict[str, list[Measured]] = {}
+    for one in arms:
+        families.setdefault(one.arm.family, []).append(one)
+    found = []
+    for across, up in axes_of(measured):
+        points = {
+            name: [(one.parts(across)[0], one.parts(up)[0]) for one in members]
+            for name, members in families.items()
+        }
+        corner = _corner([point for group in points.values() for point in group])
+        areas = {name: hypervolume(group, corner) for name, group in points.items()}
+        base, base_drawn = areas[study.baseline_arm.family]
+        for name, (area, drawn) in areas.items():
+            low, high = np.quantile(drawn - base_drawn, [0.025, 0.975])
+            found.append(
+                {
+                    "axes": [across, up],
+                    "family": name,
+                    "area": round(area, 4),
+                    "more": round(area - base, 4),
+                    "more_low": round(float(low), 4),
+                    "more_high": round(float(high), 4),
+                }
+            )
+    return found
+
+
+def _corner(points: Sequence[tuple[Parts, Parts]]) -> tuple[float, float]:
+    return (
+        min(x.estimate for x, _ in points),
+        min(y.estimate for _, y in points),
+    )
+
+
+def _volumes(study: Study, measured: Sequence[Measured]) -> str:
+    rows = volumes(study, measured)
+    if len({row["family"] for row in rows}) < 2:
+        return ""
+    body = "".join(
+        f"<tr><td>{escape(row['family'])}</td><td>{escape(' × '.join(row['axes']))}</td>"
+        f"<td>{row['area']:.4f}</td><td>{row['more']:+.4f}</td>"
+        f"<td>{row['more_low']:+.4f} to {row['more_high']:+.4f}</td></tr>"
+        for row in rows
+    )
+    return (
+        "<h2>Hypervolume</h2><p>Area that a family dominates, above the lowest of any arm; what it "
+        f"has more than “{escape(study.baseline_arm.family)}”, with 95 % intervals.</p>"
+        "<div class='wide'><table><tr><th>family</th><th>axes</th><th>area</th><th>more</th>"
+        f"<th>95 %</th></tr>{body}</table></div>"
+    )
+
+
+def _about(study: Study) -> str:
+    what = "held-out critters" if study.references is None else "your references"
+    return (
+        f"{study.pairs} pairs of a prompt and a reference ({what}), {study.images} images each, "
+        f"{study.steps} steps, base {escape(study.base)}, seed {study.seed}. The noise of an image "
+        "is the same in every arm."
+    )
+
+
+def _sets(measured: Sequence[Measured], references: Sequence[Image.Image]) -> str:
+    """The baseline, and of each family the arm that varies most while it keeps most."""
+    rows = []
+    for one in _chosen(measured):
+        strips = [
+            _strip(references[pair], one.images[pair][:_SHOWN_IMAGES])
+            for pair in range(min(_SHOWN_PAIRS, len(one.images), len(references)))
+        ]
+        pictures = "<br>".join(
+            f'<img src="{_inline(s)}" alt="{escape(one.arm.name)}, pair {i + 1}">'
+            for i, s in enumerate(strips)
+        )
+        rows.append(f"<h3>{escape(one.arm.name)} <small>{_words(one)}</small></h3>{pictures}")
+    return "".join(rows)
+
+
+def _chosen(measured: Sequence[Measured]) -> list[Measured]:
+    across, up = axes_of(measured)[0]
+    best: dict[str, Measured] = {}
+    for one in measured:
+        if one.arm.family == "anchor":
+            best[one.arm.name] = one
+            continue
+        product = [
+            interval(m.parts(across), 1).estimate * interval(m.parts(up), 1).estimate
+            for m in (one, best.get(one.arm.family, one))
+        ]
+        if one.arm.family not in best or product[0] > product[1]:
+            best[one.arm.family] = one
+    return list(best.values())
+
+
+def _words(one: Measured) -> str:
+    names = [name for pair in axes_of([one]) for name in pair]
+    said = [
+        f"{LABELS.get(n, n)} {interval(one.parts(n), 1).estimate:.2f}" for n in dict.fromkeys(names)
+    ]
+    return escape(", ".join(said))
+
+
+def _strip(reference: Image.Image, images: np.ndarray) -> Image.Image:
+    """A reference and its set side by side."""
+    side = images.shape[1]
+    first = reference.convert("RGB").resize((images.shape[2], side))
+    gap = max(4, side // 12)
+    whole = Image.new("RGB", ((len(images) + 1) * (images.shape[2] + gap), side), "white")
+    for position, picture in enumerate([first, *[Image.fromarray(image) for image in images]]):
+        whole.paste(picture, (position * (images.shape[2] + gap), 0))
+    return (
+        whole.resize((whole.width * 2, whole.height * 2), Image.Resampling.NEAREST)
+        if (side <= 96)
+        else whole
+    )
+
+
+def _table(study: Study, measured: Sequence[Measured]) -> str:
+    names = list(measured[0].runs[0])
+    leaks = any(one.leak is not None for one in measured)
+    head = "".join(f"<th>{escape(LABELS.get(name, name))}</th>" for name in names)
+    head += f"<th>{escape(LABELS['leak'])}</th>" if leaks else ""
+    baseline = next((m for m in measured if m.arm.name == study.baseline_arm.name), measured[0])
+    body = "".join(
+        f"<tr><td>{escape(one.arm.name)}</td>{''.join(_cell(one, baseline, n) for n in names)}"
+        f"{_leak_cell(one) if leaks else ''}</tr>"
+        for one in measured
+    )
+    return f"<table><tr><th></th>{head}</tr>{body}</table>"
+
+
+def _cell(one: Measured, baseline: Measured, name: str) -> str:
+    found = interval(one.parts(name))
+    if np.isnan(found.estimate):
+        return "<td>-</td>"
+    text = f"{found.estimate:.3f}<br><small>{found.low:.3f} to {found.high:.3f}</small>"
+    if one is not baseline:
+        apart = difference(one.parts(name), baseline.parts(name))
+        text += (
+            f"<br><small>Δ {apart.estimate:+.3f} ({apart.low:+.3f} to {apart.high:+.3f})</small>"
+        )
+    return f"<td>{text}</td>"
+
+
+def _leak_cell(one: Measured) -> str:
+    if one.leak is None:
+        return "<td>-</td>"
+    estimate, low, high = one.leak
+    return f"<td>{estimate:.3f}<br><small>{low:.3f} to {high:.3f}</small></td>"
+
+
+def _slug(name: str) -> str:
+    kept = "".join(c if c.isalnum() else "-" for c in name.lower())
+    return "-".join(part for part in kept.split("-") if part)
+
+
+def _inline(image: Image.Image) -> str:
+    buffer = BytesIO()
+    image.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,216 @@
+"""What a study measures: arms, each one way of sampling, read from a TOML file.
+
+pairs = 200                     # (prompt, reference) pairs
+images = 16                     # of each
+steps = 25
+
+[[arm]]
+name = "plain"                  # as the report calls it
+family = "λ sweep"              # arms of a family are joined by a line
+adapter = "plus"                # and of what `ipdiverse generate` takes: scale, preset, start,
+scale = 1.0                     # end, guidance_scale, diversity, every lever
+
+[[sweep]]                       # an arm for every combination
+family = "λ × guidance"
+scale = [0.0, 0.25, 0.5, 0.75, 1.0]
+guidance_scale = [1.0, 3.0, 7.5]
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import asdict, dataclass, field, fields
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+from ipdiverse.bases import CRITTERS
+from ipdiverse.errors import ArgumentError, IpdiverseError, check_range
+from ipdiverse.sampling.dial import Levers
+from ipdiverse.sampling.request import MAX_IMAGES, MAX_STEPS, Request
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_SAMPLING = ("adapter", "scale", "preset", "start", "end", "guidance_scale", "diversity")
+SETTINGS = (*_SAMPLING, *(f.name for f in fields(Levers)))
+"""What an arm may set: fields of `Request`."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of sampling.
+
+    Args:
+        name: Unlike any other's.
+        family: Arms that belong together.
+        settings: Fields of `Request`, of those in `SETTINGS`.
+        adapters: Files of the same training with other seeds; empty takes `settings`' adapter.
+        at: Where the arm stands in its family; None is in the order of the file.
+    """
+
+    name: str
+    family: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    adapters: tuple[str, ...] = ()
+    at: float | None = None
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The adapters, one for each training seed."""
+        return self.adapters or (str(self.settings.get("adapter", "plus")),)
+
+    def request(self, steps: int, guidance_scale: float) -> Request:
+        """As a request, without images and prompts.
+
+        Raises:
+            ArgumentError: A setting is out of range.
+        """
+        wanted = {name: value for name, value in self.settings.items() if name != "adapter"}
+        return Request(**{"n": 1, "steps": steps, "guidance_scale": guidance_scale} | wanted)
+
+
+@dataclass(frozen=True)
+class Study:
+    """Arms, measured on the same pairs with the same seeds.
+
+    Args:
+        arms: What is compared.
+        base: Whose images.
+        pairs: (prompt, reference) pairs.
+        images: Of each pair.
+        steps: Denoising steps.
+        seed: Of pairs and noise.
+        references: Folder of reference images; None draws held-out critters.
+        prompts: File with a prompt a line, for `references`.
+        features: Encoders to compare images by: of `features.ENCODERS`, folders, hub ids.
+        baseline: Name of the arm that differences are taken from; None is the first.
+    """
+
+    arms: tuple[Arm, ...]
+    base: str = CRITTERS
+    pairs: int = 200
+    images: int = 16
+    steps: int = 25
+    seed: int = 3
+    references: str | None = None
+    prompts: str | None = None
+    features: tuple[str, ...] = ()
+    baseline: str | None = None
+
+    def __post_init__(self) -> None:
+        check_range("pairs", self.pairs, 2, 100_000)
+        check_range("images", self.images, 2, MAX_IMAGES)
+        check_range("steps", self.steps, 1, MAX_STEPS)
+        names = [arm.name for arm in self.arms]
+        if not names or len(set(names)) < len(names):
+            twice = sorted({name for name in names if names.count(name) > 1})
+            raise ArgumentError(
+                "must each have a name of their own" if names else "are missing",
+                where="arms",
+                found=", ".join(twice) or None,
+            )
+        if self.baseline is not None and self.baseline not in names:
+            raise ArgumentError("names no arm", where="baseline", found=self.baseline)
+
+    @property
+    def baseline_arm(self) -> Arm:
+        """What differences are taken from."""
+        return next((arm for arm in self.arms if arm.name == self.baseline), self.arms[0])
+
+    def settings(self) -> dict[str, Any]:
+        """For reports: everything but the arms."""
+        return {name: value for name, value in asdict(self).items() if name != "arms"}
+
+
+def read_study(file: Path) -> Study:
+    """Read a study.
+
+    Raises:
+        ArgumentError: The file cannot be read, or says what no study has.
+    """
+    try:
+        content = tomllib.loads(file.read_text("utf-8"))
+    except (OSError, UnicodeError, tomllib.TOMLDecodeError) as error:
+        raise ArgumentError("cannot be read", where=file, expected="TOML", found=error) from error
+    arms = [_arm(entry, file) for entry in _entries(content, "arm", file)]
+    for entry in _entries(content, "sweep", file):
+        arms += _swept(entry, file)
+    known = {f.name for f in fields(Study)} - {"arms"}
+    if unknown := sorted(content.keys() - known):
+        raise ArgumentError("unknown key", where=file, found=", ".join(unknown))
+    if "features" in content:
+        content["features"] = tuple(content["features"])
+    try:
+        study = Study(arms=tuple(arms), **content)
+        for arm in study.arms:
+            arm.request(study.steps, 1.0)
+    except (IpdiverseError, TypeError) as error:
+        raise ArgumentError(str(error), where=file) from error
+    return study
+
+
+def quick_study() -> Study:
+    """A coarse study of the shipped adapters: few pairs, the λ sweep and the dial."""
+    sweep = [
+        Arm(f"λ {scale:g}", "plain, λ sweep", {"scale": scale}, at=scale)
+        for scale in (1.0, 0.75, 0.5, 0.25, 0.0)
+    ]
+    dial = [
+        Arm(f"diversity {setting:g}", "dial", {"diversity": setting}, at=setting)
+        for setting in (0.25, 0.5, 0.75, 1.0)
+    ]
+    return Study(arms=(*sweep, *dial), pairs=24, images=8)
+
+
+def _entries(content: dict[str, Any], name: str, file: Path) -> list[dict[str, Any]]:
+    found = content.pop(name, [])
+    if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
+        raise ArgumentError("is no table", where=f"{file}: {name}", expected=f"[[{name}]]")
+    return found
+
+
+def _arm(entry: dict[str, Any], file: Path) -> Arm:
+    settings = dict(entry)
+    name, family = settings.pop("name", None), settings.pop("family", None)
+    at, adapters = settings.pop("at", None), tuple(settings.pop("adapters", ()))
+    if not isinstance(name, str):
+        raise ArgumentError("has no name", where=f"{file}: arm", found=entry)
+    unknown = sorted(settings.keys() - set(SETTINGS))
+    if unknown:
+        where = f"{file}: arm {name!r}"
+        raise ArgumentError("unknown key", where=where, found=", ".join(unknown))
+    if "interval" in settings:
+        settings["interval"] = tuple(settings["interval"])
+    return Arm(name, family or name, settings, adapters, at)
+
+
+def _swept(entry: dict[str, Any], file: Path) -> list[Arm]:
+    """An arm for every combination of the keys that hold lists."""
+    entry = dict(entry)
+    family = entry.pop("family", None)
+    if not isinstance(family, str):
+        raise ArgumentError("has no family", where=f"{file}: sweep", found=entry)
+    varied = {
+        key: values
+        for key, values in entry.items()
+        if isinstance(values, list) and key != "adapters" and (key != "interval" or _nested(values))
+    }
+    fixed = {key: value for key, value in entry.items() if key not in varied}
+    arms = []
+    for values in product(*varied.values()):
+        chosen = dict(zip(varied, values, strict=True))
+        words = ", ".join(f"{key} {_said(value)}" for key, value in chosen.items())
+        at = values[0] if len(varied) == 1 and isinstance(values[0], (int, float)) else None
+        named = {"name": f"{family}: {words}", "family": family, "at": at}
+        arms.append(
+            _arm({k: v for k, v in (fixed | chosen | named).items() if v is not None}, file)
+        )
+    return arms
+
+
+def _nested(values: list[Any]) -> bool:
+    return bool(values) and isinstance(values[0], list)
+
+
+def _said(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, (int, float)) else str(value)

@@ -1,0 +1,117 @@
+"""Sums over pairs: the same scores as `sets`, resampled together."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from ipdiverse.critters.scene import ATTRIBUTES, IDENTITY, conditional, sample_scene
+from ipdiverse.errors import ArgumentError
+from ipdiverse.evaluation.groups import (
+    Parts,
+    critters_parts,
+    difference,
+    hypervolume,
+    interval,
+    leak_interval,
+    resampled,
+    wanted_indices,
+)
+from ipdiverse.evaluation.sampling import study_pairs
+from ipdiverse.evaluation.sets import score_sets
+
+PAIRS = study_pairs(40, seed=1)
+NAMES = list(ATTRIBUTES)
+
+
+def drawn(images: int = 6, copies: bool = False) -> np.ndarray:
+    """Attributes of fair draws, or of the references again and again."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for pair in PAIRS:
+        known = {name: getattr(pair.reference, name) for name in IDENTITY} | pair.stated
+        fair = [sample_scene(rng, known).indices() for _ in range(images)]
+        rows.append([pair.reference.indices()] * images if copies else fair)
+    return np.array(rows)
+
+
+def invalid(images: int = 6) -> np.ndarray:
+    return np.random.default_rng(1).random((len(PAIRS), images)) < 0.2
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_sums_over_pairs_are_the_scores_of_sets(copies: bool) -> None:
+    outputs, broken = drawn(copies=copies), invalid()
+    outputs[::3, ::2, 1] = 0
+    whole = score_sets(
+        outputs,
+        broken,
+        np.array([pair.reference.indices() for pair in PAIRS]),
+        np.array([[name in pair.stated for name in NAMES] for pair in PAIRS]),
+        np.array([wanted_indices(pair) for pair in PAIRS]),
+        np.array([name in IDENTITY for name in NAMES]),
+        tuple(len(values) for values in ATTRIBUTES.values()),
+        [[conditional(name, pair.stated) for name in NAMES] for pair in PAIRS],
+    )
+    for name, part in critters_parts(outputs, broken, PAIRS).items():
+        assert part.estimate == pytest.approx(getattr(whole, name)), name
+    leak = leak_interval(outputs, PAIRS, resamples=10)
+    assert leak.estimate == pytest.approx(whole.leak)
+
+
+def test_a_perfect_sampler_and_a_copier() -> None:
+    fair = critters_parts(drawn(16), np.zeros((40, 16), bool), PAIRS)
+    copier = critters_parts(drawn(16, copies=True), np.zeros((40, 16), bool), PAIRS)
+    assert fair["retention"].estimate == fair["prompt_accuracy"].estimate == 1
+    assert fair["entropy"].estimate == pytest.approx(1, abs=0.05)
+    assert copier["entropy"].estimate == 0
+    assert copier["contradict_accuracy"].estimate == 0
+    assert copier["copy_rate"].estimate > 0.9
+    assert abs(fair["copy_rate"].estimate) < 0.05
+    free, bound = (leak_interval(drawn(16, copies=c), PAIRS, 40) for c in (False, True))
+    assert free.low < 0.1 < bound.low
+
+
+def test_an_interval_holds_its_estimate_and_narrows_with_pairs() -> None:
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=400)
+    few, many = (Parts(values[:n], np.ones(n)) for n in (40, 400))
+    for part in (few, many):
+        found = interval([part])
+        assert found.low < found.estimate < found.high
+    assert np.ptp(interval([many])) < np.ptp(interval([few])) / 2
+
+
+def test_a_difference_keeps_what_pairs_have_in_common() -> None:
+    """Pairs differ far more than arms do: only together is the difference seen."""
+    level = np.random.default_rng(0).normal(size=100)
+    one, other = Parts(level, np.ones(100)), Parts(level - 0.1, np.ones(100))
+    apart = difference([one], [other])
+    assert apart.low > 0
+    assert apart.estimate == pytest.approx(0.1)
+    assert interval([one]).low < interval([other]).high
+
+
+def test_training_seeds_widen_the_interval() -> None:
+    level = np.random.default_rng(0).normal(size=200)
+    alike = [Parts(level, np.ones(200))] * 3
+    unlike = [Parts(level + shift, np.ones(200)) for shift in (-1.0, 0.0, 1.0)]
+    assert interval(unlike).estimate == pytest.approx(interval(alike).estimate)
+    assert np.ptp(interval(unlike)) > 2 * np.ptp(interval(alike))
+
+
+def test_what_no_pair_has_is_not_a_number_and_runs_must_fit() -> None:
+    nothing = Parts(np.zeros(3), np.zeros(3))
+    assert all(math.isnan(v) for v in interval([nothing]))
+    with pytest.raises(ArgumentError, match="runs: differ in their pairs"):
+        resampled([nothing, Parts(np.zeros(4), np.ones(4))])
+
+
+def test_hypervolume_of_known_points_and_in_every_draw() -> None:
+    ones = np.ones(5)
+    points = [(Parts(ones * x, ones), Parts(ones * y, ones)) for x, y in ((1, 0.5), (0.5, 1))]
+    area, draws = hypervolume(points, (0.0, 0.0), resamples=7)
+    assert area == pytest.approx(0.75)
+    assert draws == pytest.approx([0.75] * 7)

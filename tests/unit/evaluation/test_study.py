@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ipdiverse.errors import ArgumentError
+from ipdiverse.evaluation.study import Arm, Study, quick_study, read_study
+
+WHOLE = """
+pairs = 10
+images = 4
+baseline = "plain"
+
+[[arm]]
+name = "plain"
+family = "one"
+scale = 1.0
+
+[[arm]]
+name = "levers"
+adapters = ["a.safetensors", "b.safetensors"]
+interval = [0.3, 5]
+cads = 0.2
+
+[[sweep]]
+family = "grid"
+adapter = "base"
+scale = [0.0, 0.5]
+guidance_scale = [1.0, 3.0, 7.5]
+
+[[sweep]]
+family = "dial"
+diversity = [0.0, 0.5, 1.0]
+"""
+
+
+def written(text: str, folder: Path) -> Path:
+    file = folder / "study.toml"
+    file.write_text(text)
+    return file
+
+
+def test_arms_and_sweeps_are_read(tmp_path: Path) -> None:
+    study = read_study(written(WHOLE, tmp_path))
+    assert (study.pairs, study.images, study.steps) == (10, 4, 25)
+    assert study.baseline_arm.name == "plain"
+    assert len(study.arms) == 2 + 6 + 3
+    levers = study.arms[1]
+    assert levers.sources == ("a.safetensors", "b.safetensors")
+    assert levers.family == "levers"
+    request = levers.request(25, 3.0)
+    assert (request.interval, request.cads, request.guidance_scale) == ((0.3, 5), 0.2, 3.0)
+    grid = [arm for arm in study.arms if arm.family == "grid"]
+    assert grid[1].name == "grid: scale 0, guidance_scale 3"
+    assert grid[1].request(25, 9.0).guidance_scale == 3.0
+    assert {arm.at for arm in grid} == {None}
+    assert [arm.at for arm in study.arms if arm.family == "dial"] == [0.0, 0.5, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("pairs = ", "cannot be read"),
+        ("nonsense = 1\n[[arm]]\nname='a'", "unknown key; found nonsense"),
+        ("[[arm]]\nscale = 1.0", "has no name"),
+        ("[[arm]]\nname='a'\nscales = 1.0", "unknown key; found scales"),
+        ("[[arm]]\nname='a'\n[[arm]]\nname='a'", "name of their own"),
+        ("pairs = 5", "are missing"),
+        ("[[arm]]\nname='a'\ncads = -1", "cads"),
+        ("[[sweep]]\nscale=[1.0]", "has no family"),
+        ("baseline='b'\n[[arm]]\nname='a'", "names no arm"),
+        ("arm = 3", "is no table"),
+        ("pairs = 1\n[[arm]]\nname='a'", "pairs"),
+    ],
+)
+def test_a_bad_study_names_file_and_fault(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match=message) as caught:
+        read_study(written(text, tmp_path))
+    assert "study.toml" in str(caught.value)
+
+
+def test_the_quick_study_sweeps_what_users_have_and_the_dial() -> None:
+    families = [arm.family for arm in quick_study().arms]
+    assert families.count("plain, λ sweep") == 5
+    assert families.count("dial") == 4
+
+
+def test_an_arm_without_adapters_takes_the_default() -> None:
+    assert Arm("a", "a").sources == ("plus",)
+    assert Study((Arm("a", "a"),)).baseline_arm.name == "a"
