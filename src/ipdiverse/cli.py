@@ -11,7 +11,7 @@ import tyro
 from ipdiverse.commands.checkpoints import Convert, Inspect
 from ipdiverse.commands.critters import Critters
 from ipdiverse.commands.data import Embed, Prepare
-from ipdiverse.commands.evaluate import Evaluate
+from ipdiverse.commands.evaluate import Calibrate, Evaluate
 from ipdiverse.commands.generate import Demo, Generate
 from ipdiverse.commands.train import Train
 from ipdiverse.errors import Interrupted, IpdiverseError
@@ -24,6 +24,7 @@ Command = (
     | Annotated[Embed, tyro.conf.subcommand("embed")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[Calibrate, tyro.conf.subcommand("calibrate")]
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
     | Annotated[Convert, tyro.conf.subcommand("convert")]
     | Annotated[Critters, tyro.conf.subcommand("critters")]

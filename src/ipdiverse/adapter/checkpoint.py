@@ -120,6 +120,24 @@ def spec_of(contents: Contents) -> dict[str, Any]:
     return spec
 
 
+def copy_with_spec(source: Path, target: Path, changes: Mapping[str, Any]) -> None:
+    """Write an adapter of ours again, its tensors to the bit, with more in its spec.
+
+    Args:
+        source: A file.
+        target: Where to write; may be the same file.
+        changes: What is added to the spec, or replaced.
+
+    Raises:
+        CheckpointError: The file is broken or of another layout.
+    """
+    contents = open_checkpoint(source)
+    tensors = dict(normalise(contents.tensors, source).tensors)
+    adapter_from_tensors(tensors, source, spec_of(contents))
+    kept = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_bytes_atomic(target, as_safetensors(kept, {**spec_of(contents), **changes}))
+
+
 def adapter_from_tensors(
     tensors: Mapping[str, Tensor],
     where: object,

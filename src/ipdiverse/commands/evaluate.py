@@ -1,4 +1,4 @@
-"""`evaluate`: variety against fidelity, of our sampling or of any tool's images."""
+"""`evaluate` and `calibrate`: variety against fidelity, and the dial's path through it."""
 
 from __future__ import annotations
 
@@ -81,3 +81,63 @@ class Evaluate:
         say(f"{report['sets']} sets, {report['images']} images")
         for name, (estimate, low, high) in scores.items():
             say(f"{name}: {estimate:.3f} ({low:.3f} to {high:.3f})")
+
+
+@dataclass(frozen=True)
+class Calibrate:
+    """Find the dial's path for an adapter and write it into its file.
+
+    Args:
+        adapter: A name or file; a published one is calibrated into a new file.
+        base: What it prompts.
+        references: Folder of reference images; None takes critters that nothing was trained on.
+        prompts: File with a prompt a line.
+        features: Encoders to compare images by, for references of your own.
+        pairs: (prompt, reference) pairs.
+        images: Of each.
+        steps: Denoising steps.
+        work: Folder for images; an interrupted calibration in it goes on.
+        out: The file to write; None adds to the adapter's own.
+        json: Print the path with what it achieved.
+    """
+
+    adapter: str
+    base: str = "critters"
+    references: str | None = None
+    prompts: str | None = None
+    features: tuple[str, ...] = ()
+    pairs: int = 32
+    images: int = 8
+    steps: int = 25
+    work: str = "out/calibration"
+    out: str | None = None
+    json: bool = False
+
+    def run(self) -> None:
+        """Climb, say every point, write."""
+        import sys
+
+        from ipdiverse.adapter.checkpoint import copy_with_spec
+        from ipdiverse.adapter.sources import find_checkpoint
+        from ipdiverse.bases import adapter_source
+        from ipdiverse.evaluation.calibrate import calibrate
+
+        source = find_checkpoint(adapter_source(self.base, self.adapter))
+        target = Path(self.out) if self.out else source
+        if target.suffix != ".safetensors":
+            raise ArgumentError("must end in .safetensors", where="out", found=target)
+        check_target(str(target))
+        dial, path = calibrate(
+            self.adapter,
+            Path(self.work),
+            self.base,
+            self.references,
+            self.prompts,
+            self.features,
+            self.pairs,
+            self.images,
+            self.steps,
+            lambda line: sys.stderr.write(line + "\n") and None,
+        )
+        copy_with_spec(source, target, {"dial": dial.as_spec()})
+        say_json({"path": path, "dial": dial.as_spec()}) if self.json else say(f"wrote {target}")

@@ -93,90 +93,102 @@ def run_study(study: Study, out: Path, progress: bool | None = None) -> Done:
     Raises:
         IpdiverseError: A base, adapter, reference or folder is unusable.
     """
-    from tqdm import tqdm
-
-    ensure_writable_folder(out)
-    base = load_base(study.base)
-    cases = _Cases(study, base)
-    total = sum(len(arm.sources) for arm in study.arms) * len(cases.pairs) * study.images
+    runner = Runner(study, out, progress)
     measured: list[Measured] = []
-    results = out / "results.jsonl"
     lines: list[str] = []
-    hidden = None if progress is None else not progress
-    with tqdm(total=total, disable=hidden, unit="image") as bar:
+    with runner:
         for arm in study.arms:
-            bar.set_description(arm.name)
-            images = [_images(study, arm, source, base, cases, out, bar) for source in arm.sources]
-            measured.append(cases.measure(arm, images))
+            measured.append(runner.measure(arm))
             lines.append(json.dumps(measured[-1].row()))
-            write_text_atomic(results, "\n".join(lines) + "\n")
-    measured += [cases.measure(arm, [images]) for arm, images in cases.anchors()]
+            write_text_atomic(out / "results.jsonl", "\n".join(lines) + "\n")
+    measured += runner.anchors()
     report = {
         "study": study.settings(),
         "baseline": study.baseline_arm.name,
         "versions": versions(),
-        "base": fingerprint(base.pipe.unet),
+        "base": fingerprint(runner.base.pipe.unet),
         "arms": [one.row() for one in measured],
     }
     write_text_atomic(out / "results.json", json.dumps(report, indent=1) + "\n")
-    return Done(measured, cases.references)
+    return Done(measured, runner.references)
 
 
-class _Cases:
-    """Pairs, and how their images are scored.
+class Runner:
+    """Draws and scores arms, each image once; a context manager that shows progress.
 
     Args:
-        study: With references of its own, or none for critters.
-        base: Whose image encoder may be asked.
+        study: Pairs, seeds and steps; its arms are those that progress is estimated from.
+        out: Folder for images.
+        progress: Show a bar on standard error; None does so on terminals only.
+
+    Raises:
+        IpdiverseError: The base, a reference, an encoder or the folder is unusable.
     """
 
-    def __init__(self, study: Study, base: Base) -> None:
-        self.study = study
+    def __init__(self, study: Study, out: Path, progress: bool | None = None) -> None:
+        self.study, self.out = study, ensure_writable_folder(out)
+        self.base = load_base(study.base)
         known = study.base == CRITTERS and study.references is None
         self.oracle = shipped_oracle() if known else None
         self.pairs: list[Any] = self._drawn()
         self.references = [pair.image() for pair in self.pairs]
-        self.encoders = [open_encoder(name, base.pipe) for name in study.features]
+        self.encoders = [open_encoder(name, self.base.pipe) for name in study.features]
         if not known and not self.encoders:
             raise ArgumentError(
                 "are missing",
                 where="features",
                 expected='encoders to compare images by, as features = ["dino", "clip"]',
             )
+        self._hidden = None if progress is None else not progress
+        self._bar: Any = None
+
+    def __enter__(self) -> Runner:
+        from tqdm import tqdm
+
+        sources = sum(len(arm.sources) for arm in self.study.arms)
+        total = sources * len(self.pairs) * self.study.images or None
+        self._bar = tqdm(total=total, disable=self._hidden, unit="image")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+        self._bar = None
+
+    def measure(self, arm: Arm) -> Measured:
+        """Draw what is not there of an arm, and score it."""
+        if self._bar is not None:
+            self._bar.set_description(arm.name)
+        return self._scored(arm, [self._images(arm, source) for source in arm.sources])
+
+    def anchors(self) -> list[Measured]:
+        """What bounds every arm, where it is known."""
+        known = self.oracle is not None
+        found = anchors(self.pairs, self.references, self.study.images, known)
+        return [self._scored(arm, [images]) for arm, images in found]
 
     def _drawn(self) -> list[Any]:
         study = self.study
         if study.references is None:
-            return list(study_pairs(study.pairs, study.seed))
+            return list(study_pairs(study.pairs, study.seed, study.split))
         prompts = Path(study.prompts) if study.prompts else None
         return list(folder_pairs(Path(study.references), prompts, study.pairs))
 
-    def jobs(self, numbers: range) -> list[Job]:
-        """Every image of some pairs; noise depends on pair and number alone, not on the arm."""
-        seed = self.study.seed * 1_000_003
-        return [
-            Job(self.pairs[number].prompt, seed + number, index, self.references[number])
-            for number in numbers
-            for index in range(self.study.images)
-        ]
-
-    def measure(self, arm: Arm, runs: list[np.ndarray]) -> Measured:
-        """Score an arm's images, (pairs · images, height, width, 3), of each training seed."""
+    def _scored(self, arm: Arm, runs: list[np.ndarray]) -> Measured:
+        """An arm's images, (pairs · images, height, width, 3), of each training seed."""
+        shape = (len(self.pairs), self.study.images)
         scored, seen = [], []
         for images in runs:
             parts: dict[str, Parts] = {}
             if self.oracle is not None:
                 reading = read(self.oracle, images)
-                shape = (len(self.pairs), self.study.images)
                 seen.append(reading.attributes.numpy().reshape(*shape, -1))
-                parts |= critters_parts(
-                    seen[-1], reading.invalid.numpy().reshape(shape), self.pairs
-                )
+                invalid = reading.invalid.numpy().reshape(shape)
+                parts |= critters_parts(seen[-1], invalid, self.pairs)
             for encoder in self.encoders:
                 parts |= self._features(encoder, images)
             scored.append(parts)
         leak = leak_interval(np.concatenate(seen, 1), self.pairs) if seen else None
-        shown = runs[0].reshape(len(self.pairs), self.study.images, *runs[0].shape[1:])
+        shown = runs[0].reshape(*shape, *runs[0].shape[1:])
         return Measured(arm, scored, leak, shown[:_CHUNK].copy())
 
     def _features(self, encoder: FeatureEncoder, images: np.ndarray) -> dict[str, Parts]:
@@ -186,42 +198,48 @@ class _Cases:
         prompts = [pair.prompt for pair in self.pairs]
         return feature_parts(encoder, sets, self.references, prompts)
 
-    def anchors(self) -> list[tuple[Arm, np.ndarray]]:
-        """What bounds every arm, where it is known."""
-        return anchors(self.pairs, self.references, self.study.images, self.oracle is not None)
+    def _jobs(self, numbers: range) -> list[Job]:
+        """Every image of some pairs; noise depends on pair and number alone, not on the arm."""
+        seed = self.study.seed * 1_000_003
+        return [
+            Job(self.pairs[number].prompt, seed + number, index, self.references[number])
+            for number in numbers
+            for index in range(self.study.images)
+        ]
 
+    def _images(self, arm: Arm, source: str) -> np.ndarray:
+        """All images of an arm with one adapter; chunks that are there are not made again."""
+        weights = adapter_source(self.study.base, source)
+        folder = self.out / "images" / _key(self.study, arm, weights, self.base)
+        starts = range(0, len(self.pairs), _CHUNK)
+        chunks = [range(start, min(start + _CHUNK, len(self.pairs))) for start in starts]
+        files = [folder / f"{number:05d}.npz" for number in range(len(chunks))]
+        missing = [(c, f) for c, f in zip(chunks, files, strict=True) if not f.exists()]
+        self._advance(len(self.pairs) - sum(len(chunk) for chunk, _ in missing))
+        if missing:
+            ensure_writable_folder(folder)
+            self._draw(arm, weights, missing)
+        return np.concatenate([np.load(file)["images"] for file in files])
 
-def _images(
-    study: Study, arm: Arm, source: str, base: Base, cases: _Cases, out: Path, bar: Any
-) -> np.ndarray:
-    """All images of an arm with one adapter; chunks that are there are not made again."""
-    weights = adapter_source(study.base, source)
-    folder = out / "images" / _key(study, arm, weights, base)
-    chunks = [
-        range(start, min(start + _CHUNK, len(cases.pairs)))
-        for start in range(0, len(cases.pairs), _CHUNK)
-    ]
-    files = [folder / f"{number:05d}.npz" for number in range(len(chunks))]
-    if not all(file.exists() for file in files):
-        ensure_writable_folder(folder)
-        guidance = base.guidance_scale
-        request = arm.request(study.steps, guidance)
-        with attached(base, weights) as attachment:
+    def _draw(self, arm: Arm, weights: Path | str, missing: list[tuple[range, Path]]) -> None:
+        request = arm.request(self.study.steps, self.base.guidance_scale)
+        fast = autocast() if self.study.base == CRITTERS else nullcontext()
+        with attached(self.base, weights) as attachment:
             attachment.set_scale(
                 request.preset or request.scale,
                 weight=request.scale,
                 start=request.start,
                 end=request.end,
             )
-            for chunk, file in zip(chunks, files, strict=True):
-                if not file.exists():
-                    with autocast() if study.base == CRITTERS else nullcontext():
-                        made = sample_array(base, cases.jobs(chunk), request, attachment, False)
-                    _save(file, made)
-                bar.update(len(chunk) * study.images)
-    else:
-        bar.update(len(cases.pairs) * study.images)
-    return np.concatenate([np.load(file)["images"] for file in files])
+            for chunk, file in missing:
+                with fast:
+                    made = sample_array(self.base, self._jobs(chunk), request, attachment, False)
+                _save(file, made)
+                self._advance(len(chunk))
+
+    def _advance(self, pairs: int) -> None:
+        if self._bar is not None:
+            self._bar.update(pairs * self.study.images)
 
 
 def _save(file: Path, images: np.ndarray) -> None:

@@ -70,7 +70,7 @@ def held_out_scenes(count: int, seed: int) -> list[tuple[Scene, int]]:
     return [(sample_scene(rng, split="test"), int(rng.integers(2**31))) for _ in range(count)]
 
 
-def study_pairs(count: int, seed: int) -> list[Pair]:
+def study_pairs(count: int, seed: int, split: str = "test") -> list[Pair]:
     """(prompt, reference) pairs: the prompt states one or two scene attributes.
 
     They are drawn from the prior apart from the reference, so some agree with it and most
@@ -79,7 +79,7 @@ def study_pairs(count: int, seed: int) -> list[Pair]:
     rng = np.random.default_rng(derived_seed("pairs", seed))
     pairs = []
     for _ in range(count):
-        reference, wanted = sample_scene(rng, split="test"), sample_scene(rng).as_dict()
+        reference, wanted = sample_scene(rng, split=split), sample_scene(rng).as_dict()
         names = rng.choice([n for n in ATTRIBUTES if n not in IDENTITY], rng.integers(1, 3), False)
         stated = {str(name): wanted[str(name)] for name in names}
         words = caption(stated, int(rng.integers(2**31)))

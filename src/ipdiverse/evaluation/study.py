@@ -21,7 +21,7 @@ from __future__ import annotations
 import tomllib
 from dataclasses import asdict, dataclass, field, fields
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ipdiverse.bases import CRITTERS
 from ipdiverse.errors import ArgumentError, IpdiverseError, check_range
@@ -80,6 +80,7 @@ class Study:
         images: Of each pair.
         steps: Denoising steps.
         seed: Of pairs and noise.
+        split: Identities of critters to draw: `test` to report, `validation` to calibrate.
         references: Folder of reference images; None draws held-out critters.
         prompts: File with a prompt a line, for `references`.
         features: Encoders to compare images by: of `features.ENCODERS`, folders, hub ids.
@@ -92,6 +93,7 @@ class Study:
     images: int = 16
     steps: int = 25
     seed: int = 3
+    split: Literal["test", "validation"] = "test"
     references: str | None = None
     prompts: str | None = None
     features: tuple[str, ...] = ()
@@ -101,6 +103,10 @@ class Study:
         check_range("pairs", self.pairs, 2, 100_000)
         check_range("images", self.images, 2, MAX_IMAGES)
         check_range("steps", self.steps, 1, MAX_STEPS)
+        if self.split not in ("test", "validation"):
+            raise ArgumentError(
+                "is no split", where="split", expected="test or validation", found=self.split
+            )
         names = [arm.name for arm in self.arms]
         if not names or len(set(names)) < len(names):
             twice = sorted({name for name in names if names.count(name) > 1})

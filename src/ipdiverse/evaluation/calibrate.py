@@ -1,0 +1,234 @@
+"""Calibration of the dial: the levers' best path for one adapter on one base.
+
+From stock IP-Adapter, the lever whose next rung gains most variety for what it costs is moved,
+again and again, as long as what was asked for is kept. Isotonic regression then places each point so
+that the dial is linear in the variety that was achieved.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ipdiverse.bases import CRITTERS
+from ipdiverse.errors import ArgumentError
+from ipdiverse.evaluation.groups import interval
+from ipdiverse.evaluation.running import Runner
+from ipdiverse.evaluation.study import Arm, Study
+from ipdiverse.sampling.dial import OFF, Dial, Levers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from ipdiverse.evaluation.metrics import Floats
+
+KEPT = 0.95
+"""Share of the retention at 0 that every setting must keep."""
+_LEAST_GAIN = 0.01
+"""Variety below which a rung is not worth a point of the path."""
+_LEAST_COST = 0.005
+"""Fidelity that cannot be told from nothing, on as few pairs."""
+
+LADDERS: dict[str, tuple[Any, ...]] = {
+    "fusion_strength": (0.0, 0.5, 1.0, 1.5),
+    "noise_level": (0, 150, 300, 450, 600, 750),
+    "interval": (None, (0.0, 8.0), (0.0, 4.0), (0.2, 4.0), (0.3, 2.5)),
+    "cads": (0.0, 0.1, 0.2, 0.35, 0.6, 1.0),
+    "drop": (0.0, 0.1, 0.25, 0.5),
+    "late_layout": (0.0, 0.1, 0.2, 0.4),
+    "image_guidance": (None, 2.0, 1.0),
+    "remove_stated": (0.0, 0.5, 1.0),
+    "shield": (0.0, 0.2, 0.4, 0.6),
+}
+"""Rungs of each lever, from off upwards. Levers on a set are left out: with them an image depends
+on the others."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a setting achieves on the calibration's pairs.
+
+    Args:
+        variety: Normalised entropy, or an encoder's Vendi score over the number of images.
+        retention: Identity kept, or an encoder's similarity to the reference.
+        accuracy: Prompt obeyed, or an encoder's similarity to the prompt; None where none reads.
+        invalid: Share of broken images; 0 where that is not known.
+    """
+
+    variety: float
+    retention: float
+    accuracy: float | None
+    invalid: float = 0.0
+
+
+def calibrate(
+    adapter: str,
+    out: Path,
+    base: str = CRITTERS,
+    references: str | None = None,
+    prompts: str | None = None,
+    features: Sequence[str] = (),
+    pairs: int = 32,
+    images: int = 8,
+    steps: int = 25,
+    say: Callable[[str], None] = lambda _: None,
+) -> tuple[Dial, list[dict[str, Any]]]:
+    """Find the path of an adapter.
+
+    Args:
+        adapter: A name or file.
+        out: Folder for images; an interrupted calibration in it goes on.
+        base: What it prompts.
+        references: Folder of references; None takes critters that nothing was trained on.
+        prompts: File with a prompt a line.
+        features: Encoders, for references of your own; the first measures variety and retention,
+            the first that reads text measures the prompt.
+        pairs: (prompt, reference) pairs.
+        images: Of each.
+        steps: Denoising steps.
+        say: Told of every point that the path gains.
+
+    Returns:
+        The dial, and every point with what it achieved.
+
+    Raises:
+        IpdiverseError: Something is unusable, or no lever gains anything.
+    """
+    study = Study(
+        arms=(Arm("stock", "path", {"adapter": adapter}),),
+        base=base,
+        pairs=pairs,
+        images=images,
+        steps=steps,
+        seed=11,
+        split="validation",
+        references=references,
+        prompts=prompts,
+        features=tuple(features),
+    )
+    runner = Runner(study, out, progress=False)
+
+    def measure(levers: Levers) -> Scores:
+        changed = {k: v for k, v in asdict(levers).items() if v != getattr(OFF, k)}
+        name = ", ".join(f"{key} {value}" for key, value in changed.items()) or "stock"
+        measured = runner.measure(Arm(name, "path", {"adapter": adapter, **changed}))
+        found = {n: interval(measured.parts(n), 1).estimate for n in measured.runs[0]}
+        return _scores(found, images)
+
+    fused, conditioned = _parts_of(adapter, base)
+    ladders = {
+        name: rungs
+        for name, rungs in LADDERS.items()
+        if (name != "fusion_strength" or fused) and (name != "noise_level" or conditioned)
+    }
+    start = replace(OFF, fusion_strength=0.0) if fused else OFF
+    path = climb(start, ladders, measure, say)
+    if len(path) < 2:
+        raise ArgumentError(
+            "gains variety from no lever at what must be kept",
+            where=adapter,
+            found=f"variety {path[0][1].variety:.3f}",
+        )
+    dial = placed(path, f"calibrated on {pairs} pairs of {images} images, {steps} steps")
+    return dial, [{**asdict(levers), **asdict(scores)} for levers, scores in path]
+
+
+def climb(
+    start: Levers,
+    ladders: dict[str, tuple[Any, ...]],
+    measure: Callable[[Levers], Scores],
+    say: Callable[[str], None] = lambda _: None,
+) -> list[tuple[Levers, Scores]]:
+    """The greedy path: each point is one rung of one lever above the one before.
+
+    Args:
+        start: Where the dial is at 0.
+        ladders: Rungs of each lever, the first as in `start`.
+        measure: What levers achieve.
+        say: Told of every point.
+    """
+    path, heights = [(start, measure(start))], dict.fromkeys(ladders, 0)
+    first = path[0][1]
+    while True:
+        levers, now = path[-1]
+        best: tuple[float, str, Levers, Scores] | None = None
+        for name, rungs in ladders.items():
+            if heights[name] + 1 >= len(rungs):
+                continue
+            candidate = replace(levers, **{name: rungs[heights[name] + 1]})
+            found = measure(candidate)
+            gain = found.variety - now.variety
+            if gain < _LEAST_GAIN or not _keeps(found, first):
+                continue
+            worth = gain / (max(0.0, now.retention - found.retention) + _LEAST_COST)
+            if best is None or worth > best[0]:
+                best = (worth, name, candidate, found)
+        if best is None:
+            return path
+        _, name, candidate, found = best
+        heights[name] += 1
+        path.append((candidate, found))
+        say(
+            f"{name} {getattr(candidate, name)}: variety {found.variety:.3f}, "
+            f"retention {found.retention:.3f}"
+            + ("" if found.accuracy is None else f", prompt {found.accuracy:.3f}")
+        )
+
+
+def placed(path: Sequence[tuple[Levers, Scores]], source: str) -> Dial:
+    """A path as a dial that is linear in variety; what gains nothing more is left out."""
+    variety = isotonic(np.array([scores.variety for _, scores in path]))
+    settings = (variety - variety[0]) / max(1e-9, variety[-1] - variety[0])
+    points = [(0.0, path[0][0])]
+    for setting, (levers, _) in zip(settings[1:].tolist(), path[1:], strict=True):
+        if setting <= points[-1][0] + 1e-6:
+            points[-1] = (points[-1][0], levers) if len(points) > 1 else points[-1]
+            continue
+        points.append((setting, levers))
+    points[-1] = (1.0, points[-1][1])
+    return Dial(tuple(points), source)
+
+
+def isotonic(values: Floats) -> Floats:
+    """The nearest sequence that never falls (pool adjacent violators)."""
+    blocks: list[list[float]] = []
+    for value in values.tolist():
+        blocks.append([value, 1.0])
+        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
+            fallen, size = blocks.pop()
+            mean, count = blocks[-1]
+            blocks[-1] = [(mean * count + fallen * size) / (count + size), count + size]
+    return np.concatenate([[mean] * int(size) for mean, size in blocks])
+
+
+def _keeps(found: Scores, first: Scores) -> bool:
+    """Whether a setting keeps what was asked for."""
+    obeys = first.accuracy is None or (found.accuracy or 0) >= first.accuracy - _LEAST_COST
+    whole = found.invalid <= first.invalid + 0.01
+    return obeys and whole and found.retention >= KEPT * first.retention
+
+
+def _scores(found: dict[str, float], images: int) -> Scores:
+    if "entropy" in found:
+        return Scores(
+            found["entropy"],
+            found["retention"],
+            found["prompt_accuracy"],
+            found["invalid_rate"],
+        )
+    vendi = next(value for name, value in found.items() if name.startswith("vendi"))
+    close = next(value for name, value in found.items() if name.startswith("image"))
+    said = next((value for name, value in found.items() if name.startswith("text")), None)
+    return Scores(vendi / images, close, said)
+
+
+def _parts_of(adapter: str, base: str) -> tuple[bool, bool]:
+    """Whether an adapter has a fusion, and noise conditioning."""
+    from ipdiverse.adapter.checkpoint import load_adapter
+    from ipdiverse.bases import adapter_source
+
+    opened = load_adapter(adapter_source(base, adapter))
+    return opened.fusion is not None, opened.noise is not None

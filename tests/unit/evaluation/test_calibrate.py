@@ -1,0 +1,60 @@
+"""The path of the dial: greedy, kept within bounds, linear in what is achieved."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ipdiverse.evaluation.calibrate import Scores, climb, isotonic, placed
+from ipdiverse.sampling.dial import OFF, Levers
+
+LADDERS = {"cads": (0.0, 0.5, 1.0), "drop": (0.0, 0.25, 0.5), "shield": (0.0, 1.0)}
+
+
+def world(levers: Levers) -> Scores:
+    """CADS gains most and costs least; dropping costs the prompt; the shield gains nothing."""
+    variety = 0.3 + 0.3 * levers.cads + 0.2 * levers.drop
+    return Scores(variety, 0.9 - 0.02 * levers.cads - 0.02 * levers.drop, 0.8)
+
+
+def test_the_path_moves_the_best_lever_first_and_never_one_that_gains_nothing() -> None:
+    path = climb(OFF, LADDERS, world)
+    moved = [(levers.cads, levers.drop, levers.shield) for levers, _ in path]
+    assert moved == [(0, 0, 0), (0.5, 0, 0), (1, 0, 0), (1, 0.25, 0), (1, 0.5, 0)]
+
+
+def test_what_breaks_a_bound_is_not_on_the_path() -> None:
+    def strict(levers: Levers) -> Scores:
+        found = world(levers)
+        return Scores(
+            found.variety,
+            0.9 - 0.06 * levers.cads,  # 0.84 at the top: under 95 % of 0.9
+            0.8 - levers.drop,
+            0.0,
+        )
+
+    path = climb(OFF, LADDERS, strict)
+    assert [levers.cads for levers, _ in path] == [0, 0.5]
+    assert all(levers.drop == 0 for levers, _ in path)
+    broken = climb(OFF, LADDERS, lambda x: Scores(world(x).variety, 0.9, 0.8, invalid=x.cads))
+    assert all(levers.cads == 0 for levers, _ in broken)
+
+
+def test_the_dial_is_linear_in_what_was_achieved() -> None:
+    path = climb(OFF, LADDERS, world)
+    dial = placed(path, "test")
+    assert dial.points[0] == (0.0, OFF)
+    assert dial.points[-1][0] == 1
+    achieved = [world(dial.at(d / 20)).variety for d in range(21)]
+    slope = np.polyfit(np.linspace(0, 1, 21), achieved, 1)
+    np.testing.assert_allclose(np.polyval(slope, np.linspace(0, 1, 21)), achieved, atol=1e-6)
+
+
+def test_points_that_fall_back_are_pooled() -> None:
+    assert isotonic(np.array([1.0, 3.0, 2.0, 4.0])).tolist() == [1, 2.5, 2.5, 4]
+    assert isotonic(np.array([3.0, 2.0, 1.0])).tolist() == [2, 2, 2]
+    levers = [OFF, Levers(cads=0.1), Levers(cads=0.2), Levers(cads=0.3)]
+    scores = [Scores(v, 1, 1) for v in (0.1, 0.5, 0.4, 0.9)]
+    dial = placed(list(zip(levers, scores, strict=True)), "test")
+    assert [setting for setting, _ in dial.points] == pytest.approx([0, 0.4375, 1])
+    assert [each.cads for _, each in dial.points] == [0, 0.2, 0.3]
