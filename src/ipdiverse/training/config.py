@@ -12,6 +12,7 @@ from ipdiverse.errors import ArgumentError, check_range
 MAY_CHANGE = (
     *("steps", "epochs", "save_every", "keep", "workers", "micro_batch", "report_to", "out"),
     *("validate_every", "validation_images", "validation_steps", "validation_guidance"),
+    "validation_prompts",
 )
 """What a resumed run may set otherwise; anything else would make it another run."""
 
@@ -71,7 +72,8 @@ class TrainConfig:
         keep: Checkpoints kept.
         held_out: Images that are not trained on, but drawn while training; 0 draws nothing.
         validate_every: Steps between drawing them.
-        validation_images: Drawn for each of them.
+        validation_images: Drawn for each of them and each prompt.
+        validation_prompts: Texts to draw each of them with, beside its own caption.
         validation_steps: Denoising steps.
         validation_guidance: Classifier-free guidance.
         report_to: `tensorboard`, `wandb` or nothing, beside `log.jsonl`.
@@ -123,6 +125,7 @@ class TrainConfig:
     held_out: int = 0
     validate_every: int = 500
     validation_images: int = 4
+    validation_prompts: tuple[str, ...] = ()
     validation_steps: int = 25
     validation_guidance: float = 5.0
     report_to: Literal["none", "tensorboard", "wandb"] = "none"

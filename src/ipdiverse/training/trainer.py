@@ -42,6 +42,8 @@ from ipdiverse.training.validation import Validation
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from accelerate import Accelerator
+
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _PARTS = {"projection": "image_proj", "layers": "ip_adapter", "fusion": "fusion"}
 
@@ -74,12 +76,10 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, encoders: FrozenEncoders | None = None) -> None:
-        from accelerate import Accelerator
         from accelerate.utils import set_seed
 
         self.config, self.out = config, ensure_writable_folder(Path(config.out))
-        precision = "no" if config.precision == "fp32" else config.precision
-        self.accelerator = Accelerator(mixed_precision=precision)
+        self.accelerator = _accelerator(config.precision)
         set_seed(config.seed)  # initial weights; nothing random after that asks the global state
         encoders = encoders or open_encoders(config.base, config.image_encoder)
         encoders.to(self.accelerator.device)
@@ -92,8 +92,6 @@ class Trainer:
             steps = config.epochs * -(-len(self.samples.trained) // config.batch)
             self.config = self.samples.config = config = replace(config, steps=steps)
         self.pipe.unet.requires_grad_(False)
-        if config.precision != "fp32":  # frozen weights need no more than they are computed in
-            self.pipe.unet.to(_DTYPES[config.precision])
         if config.gradient_checkpointing:
             self.pipe.unet.enable_gradient_checkpointing()
         attachment = attach(
@@ -102,6 +100,8 @@ class Trainer:
             image_encoder=encoders.images.encoder,
             image_processor=encoders.images.processor,
         )
+        if config.precision != "fp32":
+            _hold_as_computed(self.pipe.unet, _DTYPES[config.precision])
         records, trained = self.samples.data.records, set(self.samples.trained)
         held_out = [index for index in range(len(records)) if index not in trained]
         self.validation = Validation(config, records, held_out, encoders, attachment)
@@ -322,6 +322,24 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _hold_as_computed(unet: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Keep frozen matrices in the type that autocast computes them in; norms stay in float32."""
+    for module in unet.modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
+            module.to(dtype)
+
+
+def _accelerator(precision: str) -> Accelerator:
+    """Accelerate, in a precision that an earlier run of this process may not have had."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    wanted = "no" if precision == "fp32" else precision
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != wanted:
+        AcceleratorState._reset_state()
+    return Accelerator(mixed_precision=wanted)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

@@ -85,12 +85,16 @@ class Validation:
         Returns:
             `copy_layout` and `copy_clip`: how much closer outputs are to their reference than the
             true image is, as correlation of 16×16 pixels and as cosine of image embeddings. 0 is
-            ideal. The second is blind to part of it: the adapter is conditioned on that encoder.
+            ideal. They are measured on the image's own caption alone, which says what the true
+            image is. The second is blind to part of it: the adapter is conditioned on that encoder.
         """
         sheets, layout, clip = [], [], []
         for case in self.cases:
-            images = self._draw(case)
+            images = self._draw(case, case.text)
             sheets.append(contact_sheet(case.reference, images, [""] * len(images), case.text))
+            for prompt in self.config.validation_prompts:
+                others = self._draw(case, prompt)
+                sheets.append(contact_sheet(case.reference, others, [""] * len(others), prompt))
             layout.append(_excess(images, case, layout_similarity))
             clip.append(_excess(images, case, self._clip_similarity))
         (out / FOLDER).mkdir(exist_ok=True)
@@ -98,13 +102,13 @@ class Validation:
         return {"copy_layout": float(np.mean(layout)), "copy_clip": float(np.mean(clip))}
 
     @torch.no_grad()
-    def _draw(self, case: Case) -> list[Image.Image]:
+    def _draw(self, case: Case, prompt: str) -> list[Image.Image]:
         pipe: Any = self.encoders.pipe
         count = self.config.validation_images
         self.attachment.set_reference(case.reference)
         pipe.set_progress_bar_config(disable=True)
         return pipe(
-            case.text,
+            prompt,
             num_images_per_prompt=count,
             num_inference_steps=self.config.validation_steps,
             guidance_scale=self.config.validation_guidance,

@@ -11,7 +11,8 @@ import sys
 import time
 from dataclasses import replace
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,9 +35,6 @@ from ipdiverse.errors import (
 from ipdiverse.training import checkpoints
 from ipdiverse.training.config import TrainConfig
 from ipdiverse.training.trainer import Trainer, learning_rate, train
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +92,7 @@ def test_every_parameter_learns_and_nothing_frozen_does(
     if fusion == "gated":  # at a gate of 0 nothing behind it has a gradient yet
         run.adapter.fusion.gate.data.fill_(0.1)
         before["fusion.gate"] = run.adapter.fusion.gate.detach().clone()
-    run._one_step(next(run._batches()))
+    run.one_step(next(run.batches()))
     still = [n for n, p in run.adapter.named_parameters() if torch.equal(p, before[n])]
     # softmax ignores what is added to every key alike
     assert [n for n in still if n not in ("fusion.key.bias",)] == []
@@ -105,7 +103,7 @@ def test_every_parameter_learns_and_nothing_frozen_does(
 def test_a_frozen_part_stays(config: TrainConfig) -> None:
     run = Trainer(replace(config, frozen=("layers", "fusion")))
     before = {n: p.detach().clone() for n, p in run.adapter.named_parameters()}
-    run._one_step(next(run._batches()))
+    run.one_step(next(run.batches()))
     moved = {n for n, p in run.adapter.named_parameters() if not torch.equal(p, before[n])}
     assert moved
     assert all(name.startswith("image_proj") for name in moved)
@@ -145,7 +143,7 @@ def test_killed_three_times_in_an_epoch_it_ends_with_the_same_weights(
     whole = replace(config, out=config.out + "-whole", ema=0.9, schedule="cosine", warmup=2)
     train(whole)
     parts = replace(whole, out=config.out)
-    step = Trainer._one_step
+    step = Trainer.one_step
     for dies_at in (0, 3, 4):  # after nothing, between checkpoints, right after one
 
         def dies(self: Trainer, batch: Any, at: int = dies_at) -> Any:
@@ -153,10 +151,10 @@ def test_killed_three_times_in_an_epoch_it_ends_with_the_same_weights(
                 raise KeyError("the power went out")
             return step(self, batch)
 
-        monkeypatch.setattr(Trainer, "_one_step", dies)
+        monkeypatch.setattr(Trainer, "one_step", dies)
         with pytest.raises(KeyError):
             train(parts)
-    monkeypatch.setattr(Trainer, "_one_step", step)
+    monkeypatch.setattr(Trainer, "one_step", step)
     train(parts)
     assert same(weights(whole), weights(parts))
     assert log(whole) == log(parts)
@@ -177,14 +175,14 @@ def test_a_signal_saves_first_and_the_same_command_goes_on(
 ) -> None:
     whole = replace(config, out=config.out + "-whole")
     train(whole)
-    step = Trainer._one_step
+    step = Trainer.one_step
 
     def asked(self: Trainer, batch: Any) -> Any:
         if self.step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self, batch)
 
-    monkeypatch.setattr(Trainer, "_one_step", asked)
+    monkeypatch.setattr(Trainer, "one_step", asked)
     with pytest.raises(Interrupted) as stopped:
         train(config)
     assert stopped.value.number == signal.SIGTERM
@@ -192,7 +190,7 @@ def test_a_signal_saves_first_and_the_same_command_goes_on(
     from pathlib import Path
 
     assert checkpoints.finished(Path(config.out))[-1].name == "checkpoint-00000003"
-    monkeypatch.setattr(Trainer, "_one_step", step)
+    monkeypatch.setattr(Trainer, "one_step", step)
     train(config)
     assert same(weights(whole), weights(config))
 
@@ -268,13 +266,13 @@ def poison(run: Trainer, steps: set[int]) -> None:
 def test_a_batch_that_is_not_finite_changes_nothing(config: TrainConfig) -> None:
     run = Trainer(config)
     poison(run, {1})
-    batches = run._batches()
-    run._one_step(next(batches))
+    batches = run.batches()
+    run.one_step(next(batches))
     before = [p.detach().clone() for p in run.parameters]
-    figures = run._one_step(next(batches))
+    figures = run.one_step(next(batches))
     assert figures["skipped"] == 1
     assert all(torch.equal(a, b) for a, b in zip(before, run.parameters, strict=True))
-    assert run._one_step(next(batches))["skipped"] == 1
+    assert run.one_step(next(batches))["skipped"] == 1
     assert not all(torch.equal(a, b) for a, b in zip(before, run.parameters, strict=True))
 
 
@@ -354,6 +352,16 @@ def test_another_run_in_the_same_folder_is_refused(config: TrainConfig) -> None:
     assert len(log(config)) == 4
 
 
+def test_a_checkpoint_holds_nothing_twice(config: TrainConfig) -> None:
+    """Without averaging, the weights to go on with are the adapter's own."""
+    train(replace(config, steps=2, save_every=2))
+    folder = checkpoints.finished(Path(config.out))[-1]
+    adapter = sum(t.numel() for t in load_file(folder / "adapter.safetensors").values())
+    state = load_file(folder / "training_state.safetensors")
+    assert {name.partition("/")[0] for name in state} == {"optimizer"}
+    assert sum(t.numel() for t in state.values()) < 2.1 * adapter
+
+
 def test_a_broken_checkpoint_says_what_to_do(config: TrainConfig) -> None:
     from pathlib import Path
 
@@ -393,8 +401,8 @@ def test_a_noise_conditioned_adapter_learns_its_levels(config: TrainConfig) -> N
     assert run.adapter.noise is not None
     assert float(run.adapter.noise.std.mean()) != 1, "standardised on the data"
     before = {n: p.detach().clone() for n, p in run.adapter.named_parameters()}
-    for batch in run._batches():  # what says the level starts at zero: its inside moves second
-        run._one_step(batch)
+    for batch in run.batches():  # what says the level starts at zero: its inside moves second
+        run.one_step(batch)
     assert [n for n, p in run.adapter.named_parameters() if torch.equal(p, before[n])] == []
     adapter = ImagePromptAdapter.from_pretrained(run.run())
     assert adapter.noise is not None

@@ -61,6 +61,54 @@ def test_sheets_and_figures_come_while_training(config: TrainConfig) -> None:
     assert all(-2 <= lines[1][name] <= 2 for name in ("copy_layout", "copy_clip"))
 
 
+def test_each_reference_is_drawn_with_every_prompt(config: TrainConfig) -> None:
+    train(config)
+    several = replace(
+        config, out=config.out + "-more", validation_prompts=("in the snow", "on the moon")
+    )
+    train(several)
+
+    def height(run: TrainConfig) -> int:
+        with Image.open(Path(run.out) / "validation" / "00000004.png") as sheet:
+            return sheet.height
+
+    assert height(several) == pytest.approx(3 * height(config), rel=0.1)
+    lines = [
+        json.loads((Path(run.out) / "log.jsonl").read_text().splitlines()[-1])
+        for run in (config, several)
+    ]
+    assert lines[0]["copy_layout"] == lines[1]["copy_layout"], "measured on the caption alone"
+
+
+def test_what_was_embedded_is_not_kept_in_memory(config: TrainConfig) -> None:
+    """Only drawing needs the encoders again; without it their weights are gone."""
+    drawing, blind = Trainer(config), Trainer(replace(config, held_out=0, out=config.out + "-2"))
+    for trainer, kind in ((drawing, "cpu"), (blind, "meta")):
+        pipe = trainer.pipe
+        parts = (pipe.vae, pipe.text_encoder, trainer.encoders.images.encoder)
+        assert {next(part.parameters()).device.type for part in parts} == {kind}
+        assert pipe.unet.device.type == "cpu"
+    blind.run()
+
+
+def test_frozen_weights_are_held_as_they_are_computed_in(config: TrainConfig) -> None:
+    half = replace(config, precision="bf16", out=config.out + "-bf16")
+    trainer = Trainer(half)
+    unet = trainer.pipe.unet
+    assert {unet.conv_in.weight.dtype, unet.time_embedding.linear_1.weight.dtype} == {
+        torch.bfloat16
+    }
+    assert unet.conv_norm_out.weight.dtype == torch.float32
+    assert {p.dtype for p in trainer.adapter.parameters()} == {torch.float32}
+    trainer.run()
+    train(config)
+    losses = [
+        [json.loads(line)["loss"] for line in (Path(run.out) / "log.jsonl").open()]
+        for run in (config, half)
+    ]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=0.05)
+
+
 def test_drawing_changes_nothing_of_the_training(config: TrainConfig) -> None:
     train(replace(config, ema=0.5))
     quiet = replace(config, ema=0.5, out=config.out + "-quiet", validate_every=100)
