@@ -30,10 +30,10 @@ export IMPORT_EVERYTHING
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test check fmt benchmarks adapters clean
+.PHONY: help venv demo test check fmt benchmarks adapters study study-quick clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 venv: $(STAMP) ## create .venv with the locked versions (PYTHON=python3.12 picks another)
 
@@ -70,8 +70,16 @@ benchmarks: $(STAMP) ## time rendering, generation and training
 	$(BIN)/python benchmarks/generate.py
 	$(BIN)/python benchmarks/training.py
 
+study-quick: $(STAMP) ## a coarse curve of variety against fidelity, in minutes
+	$(BIN)/ipdiverse evaluate --quick --out out/study-quick
+
+study: adapters ## the whole study (hours; it resumes)
+	$(BIN)/ipdiverse evaluate --config studies/variety.toml --out out/study
+
 adapters: $(STAMP) ## train every adapter of the study (hours; it resumes) and ship the best
 	$(BIN)/ipdiverse critters train-adapters --ship
+	$(BIN)/ipdiverse critters train-adapters --seeds 1 2 --arms self-none self-gated paired-none \
+		paired-gated paired-gated-noise
 
 clean: ## remove what was built, not .venv
 	rm -rf out build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from ipdiverse.adapter.reference import Reference
     from ipdiverse.bases import load_base
     from ipdiverse.errors import IpdiverseError
+    from ipdiverse.sampling.denoiser import release, steer
+    from ipdiverse.sampling.dial import Levers
     from ipdiverse.sampling.generate import Generation, generate
     from ipdiverse.sampling.request import Request
 
@@ -18,6 +20,7 @@ _HOMES = {
     "Generation": "sampling.generate",
     "ImagePromptAdapter": "adapter.model",
     "IpdiverseError": "errors",
+    "Levers": "sampling.dial",
     "Reference": "adapter.reference",
     "Request": "sampling.request",
     "attach": "adapter.attach",
@@ -25,13 +28,16 @@ _HOMES = {
     "generate": "sampling.generate",
     "load_adapter": "adapter.checkpoint",
     "load_base": "bases",
+    "release": "sampling.denoiser",
     "save_adapter": "adapter.checkpoint",
+    "steer": "sampling.denoiser",
 }
 
 __all__ = [
     "Generation",
     "ImagePromptAdapter",
     "IpdiverseError",
+    "Levers",
     "Reference",
     "Request",
     "attach",
@@ -39,7 +45,9 @@ __all__ = [
     "generate",
     "load_adapter",
     "load_base",
+    "release",
     "save_adapter",
+    "steer",
 ]
 
 

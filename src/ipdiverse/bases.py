@@ -30,6 +30,10 @@ SHIPPED_ADAPTERS = {
     "ip-adapter-plus_critters": "self-none",
 }
 """Adapters in the package, and the arm of `training.arms` that each is."""
+ADAPTERS = {"base": "ip-adapter_critters", "plus": "ip-adapter-plus_critters"}
+"""Short names of adapters in the package."""
+DEFAULT_ADAPTER = "plus"
+"""What prompts critters unless something else is asked for."""
 
 
 @dataclass(frozen=True)
@@ -213,9 +217,8 @@ def adapter_source(base: str, adapter: str) -> Path | str:
         ModelError: There is no such adapter.
     """
     named = {file.stem: file for file in sorted(CRITTERS_ADAPTERS.glob("*.safetensors"))}
-    short = {"base": "ip-adapter_critters", "plus": "ip-adapter-plus_critters"}
-    if base == CRITTERS and short.get(adapter, adapter) in named:
-        return named[short.get(adapter, adapter)]
+    if base == CRITTERS and ADAPTERS.get(adapter, adapter) in named:
+        return named[ADAPTERS.get(adapter, adapter)]
     if Path(adapter).exists():
         return Path(adapter)
     if HUB_ID.match(adapter):
@@ -223,7 +226,7 @@ def adapter_source(base: str, adapter: str) -> Path | str:
     raise ModelError(
         "unknown adapter",
         where=adapter,
-        expected=f"{' or '.join(short)} (with the base {CRITTERS}), a file, a folder, or a hub id",
+        expected=f"{', '.join(ADAPTERS)} (with the base {CRITTERS}), a file, a folder, or a hub id",
         fix="Check the path.",
     )
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tests.acceptance import features, scenes
-from tests.acceptance.checks import the_four
+from tests.acceptance.checks import the_five
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tests.acceptance.scenes import Scene
 
 TITLES = {"sd1": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL"}
-FOUR = "the four"
+FIVE = "the five"
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class Cell:
     slow: bool = False
 
 
-def _four(name: str, feature: str, more: str, build: Callable[[], Scene]) -> Cell:
-    shows = f"{FOUR}; {more}" if more else FOUR
-    return Cell(name, name.split("-", maxsplit=1)[0], feature, shows, lambda: the_four(build()))
+def _five(name: str, feature: str, more: str, build: Callable[[], Scene]) -> Cell:
+    shows = f"{FIVE}; {more}" if more else FIVE
+    return Cell(name, name.split("-", maxsplit=1)[0], feature, shows, lambda: the_five(build()))
 
 
 def _own(
@@ -71,40 +71,40 @@ _SCHEDULERS = {
 def _tasks(a: str) -> list[Cell]:
     prediction = ", v-prediction" if a == "sd2" else ""
     cells = [
-        _four(f"{a}-txt2img", f"text-to-image{prediction}", "", lambda: scenes.text_to_image(a)),
-        _four(f"{a}-img2img", "image-to-image", "", lambda: scenes.image_to_image(a)),
-        _four(
+        _five(f"{a}-txt2img", f"text-to-image{prediction}", "", lambda: scenes.text_to_image(a)),
+        _five(f"{a}-img2img", "image-to-image", "", lambda: scenes.image_to_image(a)),
+        _five(
             f"{a}-inpaint-9",
             "inpainting, its own UNet (9 channels)",
             "",
             lambda: scenes.inpainting(a, 9),
         ),
-        _four(
+        _five(
             f"{a}-inpaint-4",
             "inpainting, any UNet (4 channels)",
             "",
             lambda: scenes.inpainting(a, 4),
         ),
-        _four(
+        _five(
             f"{a}-controlnet-pose",
             "ControlNet, pose",
             _CONTROL,
             lambda: scenes.controlnet(a, scenes.pose, scenes.depth),
         ),
-        _four(
+        _five(
             f"{a}-controlnet-depth",
             "ControlNet, depth",
             _CONTROL,
             lambda: scenes.controlnet(a, scenes.depth, scenes.pose),
         ),
-        _four(f"{a}-t2i-adapter", "T2I-Adapter", _CONTROL, lambda: scenes.t2i_adapter(a)),
+        _five(f"{a}-t2i-adapter", "T2I-Adapter", _CONTROL, lambda: scenes.t2i_adapter(a)),
     ]
     return [cell for cell in cells if cell.name not in _LEFT_OUT]
 
 
 def _few_steps() -> list[Cell]:
     cells = [
-        _four(
+        _five(
             f"sd1-{name}",
             f"{scheduler}, 3 steps",
             "",
@@ -113,7 +113,7 @@ def _few_steps() -> list[Cell]:
         for name, (scheduler, guidance) in _SCHEDULERS.items()
     ]
     lcm = ("LCM's own pipeline, guidance as an input", "one branch", scenes.latent_consistency)
-    return [*cells, _four("sd1-lcm-pipeline", *lcm)]
+    return [*cells, _five("sd1-lcm-pipeline", *lcm)]
 
 
 _BATCHES = "each output = its prompt and reference alone"
@@ -121,23 +121,23 @@ _OWN = [
     _own(
         "sd1-single-file",
         "single-file checkpoint, original layout",
-        f"{FOUR}; output = that of the folder it was made from, exactly",
+        f"{FIVE}; output = that of the folder it was made from, exactly",
         features.single_file,
     ),
     _own(
         "sd1-lora",
         "LoRA beside",
-        f"{FOUR}, with the LoRA; loaded before or after attaching makes no difference; "
+        f"{FIVE}, with the LoRA; loaded before or after attaching makes no difference; "
         "unloaded while attached, exactly gone",
         lambda: features.lora_beside("sd1"),
     ),
-    _own("sd1-fp16", "fp16", FOUR, lambda: features.precision("sd1", torch.float16)),
-    _own("sd1-bf16", "bf16", FOUR, lambda: features.precision("sd1", torch.bfloat16)),
-    _own("sdxl-bf16", "bf16", FOUR, lambda: features.precision("sdxl", torch.bfloat16)),
+    _own("sd1-fp16", "fp16", FIVE, lambda: features.precision("sd1", torch.float16)),
+    _own("sd1-bf16", "bf16", FIVE, lambda: features.precision("sd1", torch.bfloat16)),
+    _own("sdxl-bf16", "bf16", FIVE, lambda: features.precision("sdxl", torch.bfloat16)),
     _own(
         "sd1-offload",
         "`enable_model_cpu_offload`, then attach",
-        f"{FOUR}; output = without it, exactly (the hooks' order; they execute on the CPU)",
+        f"{FIVE}; output = without it, exactly (the hooks' order; they execute on the CPU)",
         features.model_offload,
     ),
     _own(
@@ -146,7 +146,7 @@ _OWN = [
         "references change between calls; detaching is exact and stays so; offloading stays on",
         features.model_offload_after_attaching,
     ),
-    _own("sd1-tiling", "VAE tiling", f"{FOUR}, on decoded tiles", features.vae_tiling),
+    _own("sd1-tiling", "VAE tiling", f"{FIVE}, on decoded tiles", features.vae_tiling),
     _own(
         "sd1-compile",
         "`torch.compile`, then attach",
@@ -197,17 +197,17 @@ _OWN = [
             _own(
                 f"{a}-fusion",
                 "text-image fusion",
-                f"{FOUR}; at strength 0 it is absent",
+                f"{FIVE}; at strength 0 it is absent",
                 lambda a=a: features.fused(a),
             ),
         )
         if cell.name not in ("sdxl-adapters", "sdxl-negative", "sdxl-window")
     ),
-    _own("sd1-faceid", "FaceID", f"{FOUR}, by face", lambda: features.faces("faceid")),
+    _own("sd1-faceid", "FaceID", f"{FIVE}, by face", lambda: features.faces("faceid")),
     _own(
         "sd1-faceid-plus",
         "FaceID-Plus v2",
-        f"{FOUR}, by face and picture",
+        f"{FIVE}, by face and picture",
         lambda: features.faces("faceid-plus-v2"),
     ),
 ]

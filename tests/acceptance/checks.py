@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from ipdiverse.adapter.attach import attach, detach
+from ipdiverse.sampling.denoiser import release, steer
+from ipdiverse.sampling.dial import Levers
 from tests import models
 
 if TYPE_CHECKING:
@@ -22,19 +25,20 @@ ROUNDING = 2e-5
 """Processors round differently at different batch sizes."""
 
 
-def the_four(
+def the_five(
     scene: Scene,
     adapter: ImagePromptAdapter | None = None,
     rounding: float = ROUNDING,
     references: Sequence[Any] = REFERENCES,
 ) -> None:
-    """The image prompt acts, scale 0 is exact, items do not mix, detaching leaves no trace."""
+    """The prompt acts, scale 0 is exact, items do not mix, levers act, detaching is exact."""
     state, processors = tensors(scene.pipe.unet), dict(scene.pipe.unet.attn_processors)
     plain = scene.run([0])
     attachment = put_on(scene.pipe, adapter or models.adapter("plus", scene.pipe.unet))
     try:
         prompted = acts_and_stops_at_zero(scene, attachment, references, plain)
         items_do_not_mix(scene, attachment, references, rounding)
+        levers_act(scene, attachment, references, rounding)
         if scene.other is not None:
             attachment.set_reference(references[0])
             differ(scene.other([0]), prompted)
@@ -78,6 +82,29 @@ def items_do_not_mix(
     for item in (0, 1):
         attachment.set_reference(references[item])
         equal(together[item], scene.run([item])[0], rounding)
+
+
+STRONG = Levers(image_guidance=1.5, interval=(0.3, 1e6), drop=0.5, cads=0.5)
+
+
+def levers_act(
+    scene: Scene, attachment: Attachment, references: Sequence[Any], rounding: float
+) -> None:
+    attachment.set_reference(references)
+    before, seeds = scene.run([0, 1]), (3, 4)
+    steer(attachment, Levers(), seeds)
+    np.testing.assert_array_equal(scene.run([0, 1]), before)
+    shielded = all(getattr(reference, "size", None) for reference in references)
+    levers = replace(STRONG, shield=2.0) if shielded else STRONG
+    steer(attachment, levers, seeds)
+    together = scene.run([0, 1])
+    differ(together, before)
+    release(attachment)
+    np.testing.assert_array_equal(scene.run([0, 1]), before)
+    attachment.set_reference(references[1])
+    steer(attachment, levers, seeds[1:])
+    equal(together[1], scene.run([1])[0], 4 * rounding)
+    release(attachment)
 
 
 def equal(found: np.ndarray, expected: np.ndarray, rounding: float = ROUNDING) -> None:

@@ -1,4 +1,4 @@
-"""Cells that show something of their own, beside or in place of the four."""
+"""Cells that show something of their own, beside or in place of the five."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ipdiverse.adapter.model import attention_layers
 from ipdiverse.adapter.reference import Reference
 from ipdiverse.bases import quiet
 from tests import models
-from tests.acceptance.checks import REFERENCES, differ, equal, put_on, the_four
+from tests.acceptance.checks import REFERENCES, differ, equal, put_on, the_five
 from tests.acceptance.scenes import (
     PROMPTS,
     Scene,
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 def precision(name: str, dtype: torch.dtype) -> None:
     scene = text_to_image(name, fresh=True)
     scene.pipe.to(dtype)
-    the_four(scene, rounding=40 * torch.finfo(dtype).eps)
+    the_five(scene, rounding=40 * torch.finfo(dtype).eps)
 
 
 def fused(name: str) -> None:
@@ -44,7 +44,7 @@ def fused(name: str) -> None:
     torch.manual_seed(8)
     adapter.fusion = GatedFusion(adapter.token_width, adapter.image_proj.num_tokens or 0, heads=2)
     torch.nn.init.constant_(adapter.fusion.gate, 1.0)
-    the_four(scene, adapter)
+    the_five(scene, adapter)
     assert "encode_prompt" not in vars(scene.pipe)
     with put_on(scene.pipe, adapter) as attachment:
         attachment.set_reference(REFERENCES[0])
@@ -58,7 +58,7 @@ def model_offload() -> None:
     scene = text_to_image("sd1", fresh=True)
     expected = _prompted(text_to_image("sd1"))
     scene.pipe.enable_model_cpu_offload(device="cpu")
-    the_four(scene)
+    the_five(scene)
     np.testing.assert_array_equal(_prompted(scene), expected)
 
 
@@ -83,7 +83,7 @@ def vae_tiling() -> None:
     vae.tile_sample_min_size, vae.tile_latent_min_size = 32, 8
     tiles = []
     vae.decoder.register_forward_hook(lambda *_: tiles.append(1))
-    the_four(scene)
+    the_five(scene)
     runs = len(tiles)
     scene.run([0])
     assert len(tiles) - runs > 1
@@ -233,7 +233,7 @@ def lora_beside(name: str) -> None:
     prompted = _prompted(scene)
     scene.pipe.load_lora_weights(_lora(scene.pipe.unet), adapter_name="theirs")
     differ(scene.run([0]), plain)
-    the_four(scene)
+    the_five(scene)
     before = _prompted(scene)
     differ(before, prompted)
     scene.pipe.unload_lora_weights()
@@ -282,7 +282,7 @@ def single_file() -> None:
     pipe.set_progress_bar_config(disable=True)
     scene = Scene(pipe, runner(pipe))
     np.testing.assert_array_equal(scene.run([0]), original.run([0]))
-    the_four(scene)
+    the_five(scene)
 
 
 def faces(kind: str) -> None:
@@ -292,7 +292,7 @@ def faces(kind: str) -> None:
         Reference([image] if "plus" in kind else (), faces=models.face(i))
         for i, image in enumerate(REFERENCES)
     ]
-    the_four(scene, models.adapter(kind, scene.pipe.unet), references=given)
+    the_five(scene, models.adapter(kind, scene.pipe.unet), references=given)
 
 
 def _prompted(scene: Scene, adapter: Any = None) -> np.ndarray:

@@ -72,7 +72,7 @@ def model_card(adapter: ImagePromptAdapter) -> str:
     """What a page about this adapter should say, as Markdown with the hub's metadata."""
     facts: dict[str, Any] = describe(adapter)
     fusion = "none" if adapter.fusion is None else adapter.fusion.kind
-    known = {k: v for k, v in adapter.spec.items() if k not in facts}
+    known = {k: v for k, v in adapter.spec.items() if k not in facts and k != "dial"}
     training = f"\n## Training\n\n```json\n{json.dumps(known, indent=2)}\n```\n" if known else ""
     stock = (
         ""
@@ -96,7 +96,7 @@ tags:
 | text-image fusion | {fusion} |
 | width of a token | {adapter.token_width} |
 | attention layers | {len(adapter.widths())} |
-{training}
+{training}{_dial_table(adapter.spec.get("dial"))}
 ## Use
 
 ```python
@@ -110,3 +110,16 @@ with attach(base.pipe, adapter) as prompt:
 ```
 
 {stock}"""
+
+
+def _dial_table(dial: Any) -> str:
+    """What the calibrated dial achieves at each of its points."""
+    if not isinstance(dial, dict) or not dial.get("achieved"):
+        return ""
+    rows = [
+        f"| {setting:.2f} | {one['variety']:.3f} | {one['retention']:.3f} | "
+        f"{'-' if one.get('accuracy') is None else format(one['accuracy'], '.3f')} |"
+        for (setting, _), one in zip(dial["points"], dial["achieved"], strict=True)
+    ]
+    head = "| `diversity` | variety | subject kept | prompt obeyed |\n|---|---|---|---|"
+    return "\n".join(["", f"## Dial ({dial['source']})", "", head, *rows, ""])

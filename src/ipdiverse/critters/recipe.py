@@ -19,17 +19,17 @@ class BaseRecipe:
         vae_steps: Steps of stage vae, batch 16.
         text_steps: Steps of stage text, batch 128.
         clip_steps: Steps of stage clip, batch 192.
-        unet_steps: Steps of stage unet, batch 64.
+        unet_steps: Steps of stage unet, batch 128.
         oracle_steps: Steps of stage oracle, batch 64 and as many broken images.
         compile: Compile the UNet with torch.compile, which needs a C++ compiler.
     """
 
     seed: int = 0
     images: int = 40_000
-    vae_steps: int = 3000
+    vae_steps: int = 3500
     text_steps: int = 500
     clip_steps: int = 600
-    unet_steps: int = 20_000
+    unet_steps: int = 3000
     oracle_steps: int = 2000
     compile: bool = True
 

@@ -7,7 +7,7 @@ so that the dial is linear in the variety that was achieved.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from ipdiverse.errors import ArgumentError
 from ipdiverse.evaluation.groups import interval
 from ipdiverse.evaluation.running import Runner
 from ipdiverse.evaluation.study import Arm, Study
-from ipdiverse.sampling.dial import OFF, Dial, Levers
+from ipdiverse.sampling.dial import OFF, Achieved, Dial, Levers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -45,23 +45,6 @@ LADDERS: dict[str, tuple[Any, ...]] = {
 }
 """Rungs of each lever, from off upwards. Levers on a set are left out: with them an image depends
 on the others."""
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What a setting achieves on the calibration's pairs.
-
-    Args:
-        variety: Normalised entropy, or an encoder's Vendi score over the number of images.
-        retention: Identity kept, or an encoder's similarity to the reference.
-        accuracy: Prompt obeyed, or an encoder's similarity to the prompt; None where none reads.
-        invalid: Share of broken images; 0 where that is not known.
-    """
-
-    variety: float
-    retention: float
-    accuracy: float | None
-    invalid: float = 0.0
 
 
 def calibrate(
@@ -111,7 +94,7 @@ def calibrate(
     )
     runner = Runner(study, out, progress=False)
 
-    def measure(levers: Levers) -> Scores:
+    def measure(levers: Levers) -> Achieved:
         changed = {k: v for k, v in asdict(levers).items() if v != getattr(OFF, k)}
         name = ", ".join(f"{key} {value}" for key, value in changed.items()) or "stock"
         measured = runner.measure(Arm(name, "path", {"adapter": adapter, **changed}))
@@ -139,9 +122,9 @@ def calibrate(
 def climb(
     start: Levers,
     ladders: dict[str, tuple[Any, ...]],
-    measure: Callable[[Levers], Scores],
+    measure: Callable[[Levers], Achieved],
     say: Callable[[str], None] = lambda _: None,
-) -> list[tuple[Levers, Scores]]:
+) -> list[tuple[Levers, Achieved]]:
     """The greedy path: each point is one rung of one lever above the one before.
 
     Args:
@@ -154,7 +137,7 @@ def climb(
     first = path[0][1]
     while True:
         levers, now = path[-1]
-        best: tuple[float, str, Levers, Scores] | None = None
+        best: tuple[float, str, Levers, Achieved] | None = None
         for name, rungs in ladders.items():
             if heights[name] + 1 >= len(rungs):
                 continue
@@ -178,18 +161,19 @@ def climb(
         )
 
 
-def placed(path: Sequence[tuple[Levers, Scores]], source: str) -> Dial:
+def placed(path: Sequence[tuple[Levers, Achieved]], source: str) -> Dial:
     """A path as a dial that is linear in variety; what gains nothing more is left out."""
     variety = isotonic(np.array([scores.variety for _, scores in path]))
     settings = (variety - variety[0]) / max(1e-9, variety[-1] - variety[0])
-    points = [(0.0, path[0][0])]
-    for setting, (levers, _) in zip(settings[1:].tolist(), path[1:], strict=True):
-        if setting <= points[-1][0] + 1e-6:
-            points[-1] = (points[-1][0], levers) if len(points) > 1 else points[-1]
-            continue
-        points.append((setting, levers))
-    points[-1] = (1.0, points[-1][1])
-    return Dial(tuple(points), source)
+    kept = [(0.0, *path[0])]
+    for setting, (levers, scores) in zip(settings[1:].tolist(), path[1:], strict=True):
+        if setting > kept[-1][0] + 1e-6:
+            kept.append((setting, levers, scores))
+        elif len(kept) > 1:
+            kept[-1] = (kept[-1][0], levers, scores)
+    kept[-1] = (1.0, *kept[-1][1:])
+    points = tuple((setting, levers) for setting, levers, _ in kept)
+    return Dial(points, source, tuple(scores for _, _, scores in kept))
 
 
 def isotonic(values: Floats) -> Floats:
@@ -204,16 +188,16 @@ def isotonic(values: Floats) -> Floats:
     return np.concatenate([[mean] * int(size) for mean, size in blocks])
 
 
-def _keeps(found: Scores, first: Scores) -> bool:
+def _keeps(found: Achieved, first: Achieved) -> bool:
     """Whether a setting keeps what was asked for."""
     obeys = first.accuracy is None or (found.accuracy or 0) >= first.accuracy - _LEAST_COST
     whole = found.invalid <= first.invalid + 0.01
     return obeys and whole and found.retention >= KEPT * first.retention
 
 
-def _scores(found: dict[str, float], images: int) -> Scores:
+def _scores(found: dict[str, float], images: int) -> Achieved:
     if "entropy" in found:
-        return Scores(
+        return Achieved(
             found["entropy"],
             found["retention"],
             found["prompt_accuracy"],
@@ -222,7 +206,7 @@ def _scores(found: dict[str, float], images: int) -> Scores:
     vendi = next(value for name, value in found.items() if name.startswith("vendi"))
     close = next(value for name, value in found.items() if name.startswith("image"))
     said = next((value for name, value in found.items() if name.startswith("text")), None)
-    return Scores(vendi / images, close, said)
+    return Achieved(vendi / images, close, said)
 
 
 def _parts_of(adapter: str, base: str) -> tuple[bool, bool]:

@@ -1,4 +1,4 @@
-"""The page that `make demo` opens: what a plain image prompt does today, and its numbers."""
+"""The page that `make demo` opens: the dial at a glance, and what a plain image prompt does."""
 
 from __future__ import annotations
 
@@ -11,16 +11,26 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from ipdiverse.bases import CRITTERS, adapter_source, copier_report, load_base
+from ipdiverse.bases import (
+    CRITTERS,
+    DEFAULT_ADAPTER,
+    adapter_source,
+    copier_report,
+    load_base,
+)
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import Scene
 from ipdiverse.provenance import ensure_writable_folder, save_png, write_text_atomic
 from ipdiverse.sampling.request import Request
-from ipdiverse.sampling.sample import Job, attached, sample
+from ipdiverse.sampling.sample import Job, attached, dial_for, sample
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from ipdiverse.bases import Base
+    from ipdiverse.sampling.dial import Dial
+
+DIAL = (0.0, 0.5, 1.0)
 SCALES = (0.25, 0.5, 1.0)
 PER_SCALE = 6
 REFERENCE = Scene(
@@ -44,7 +54,7 @@ _CURVES = {
 }
 
 _PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>ipdiverse: what a plain image prompt does</title>
+<html lang="en"><head><meta charset="utf-8"><title>ipdiverse: the dial</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
 body {{ font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem;
@@ -61,12 +71,15 @@ code {{ background: #eef; padding: .1rem .3rem; border-radius: 4px; }}
 table {{ border-collapse: collapse; font-size: .9rem; }}
 td, th {{ padding: .2rem .7rem; border-bottom: 1px solid #dde; text-align: right; }}
 </style></head><body>
-<h1>What a plain image prompt does today</h1>
+<h1>Variety without losing what you asked for</h1>
 <div class="reference"><figure><img src="{reference}" width="160" height="160"
  alt="the reference: {reference_words}"><figcaption>reference</figcaption></figure>
-<div>Prompt: <b>“{prompt}”</b><br>Same seeds in every row; only the weight of the image changes.
-</div></div>
-<h2>Plain IP-Adapter (plus) at three scales</h2>
+<div>Prompt: <b>“{prompt}”</b><br>The same seeds in every row.</div></div>
+<h2>The dial</h2>
+<p>{dial}: 0 is stock IP-Adapter.</p>
+{dial_rows}
+{curve}
+<h2>What users have today: plain IP-Adapter (plus) at three scales</h2>
 {rows}
 {numbers}
 </body></html>
@@ -88,8 +101,15 @@ def make_demo(out: Path) -> Path:
     ensure_writable_folder(out)
     reference = Image.fromarray(render(REFERENCE, seed=5))
     save_png(reference, out / "reference.png", {"scene": REFERENCE.as_dict()})
-    rows = "\n".join(_row(scale, images) for scale, images in _generate(reference).items())
+    base = load_base(CRITTERS)
+    turned, dial = _turned(base, reference)
+    dial_rows = [_row(f"diversity {d:g}", images) for d, images in turned.items()]
+    scaled = _scaled(base, reference)
+    rows = "\n".join(_row(f"scale {scale:g}", images) for scale, images in scaled.items())
     page = _PAGE.format(
+        dial=escape(f"Adapter {DEFAULT_ADAPTER}, {dial.source}"),
+        dial_rows="\n".join(dial_rows),
+        curve=_curve(dial),
         per_scale=PER_SCALE,
         reference=_inline(reference),
         reference_words=escape(", ".join(REFERENCE.as_dict().values())),
@@ -101,24 +121,74 @@ def make_demo(out: Path) -> Path:
     return out / "index.html"
 
 
-def _generate(reference: Image.Image) -> dict[float, list[Image.Image]]:
-    base = load_base(CRITTERS)
-    request = Request(prompt=(PROMPT,), n=PER_SCALE, guidance_scale=base.guidance_scale)
-    jobs = [Job(PROMPT, request.seed, index, reference) for index in range(PER_SCALE)]
+def _jobs(reference: Image.Image) -> list[Job]:
+    return [Job(PROMPT, 0, index, reference) for index in range(PER_SCALE)]
+
+
+def _turned(base: Base, reference: Image.Image) -> tuple[dict[float, list[Image.Image]], Dial]:
+    """Images at each setting of the default adapter's dial, and the dial."""
     images = {}
-    with attached(base, adapter_source(CRITTERS, request.adapter)) as attachment:
+    with attached(base, adapter_source(CRITTERS, DEFAULT_ADAPTER)) as attachment:
+        for setting in DIAL:
+            request = Request(n=1, guidance_scale=base.guidance_scale, diversity=setting)
+            images[setting] = sample(base, _jobs(reference), request, attachment)
+        return images, dial_for(attachment.adapters[0])
+
+
+def _scaled(base: Base, reference: Image.Image) -> dict[float, list[Image.Image]]:
+    """Images of plain IP-Adapter at each scale."""
+    request = Request(n=1, guidance_scale=base.guidance_scale)
+    images = {}
+    with attached(base, adapter_source(CRITTERS, "plus")) as attachment:
         for scale in SCALES:
             attachment.set_scale(scale)
-            images[scale] = sample(base, jobs, request, attachment)
+            images[scale] = sample(base, _jobs(reference), request, attachment)
     return images
 
 
-def _row(scale: float, images: list[Image.Image]) -> str:
+def _row(label: str, images: list[Image.Image]) -> str:
     cells = "".join(
-        f'<img src="{_inline(image)}" alt="image {index} at scale {scale:g}">'
+        f'<img src="{_inline(image)}" alt="image {index} at {escape(label)}">'
         for index, image in enumerate(images)
     )
-    return f'<div class="row"><b>scale {scale:g}</b>{cells}</div>'
+    return f'<div class="row"><b>{escape(label)}</b>{cells}</div>'
+
+
+def _curve(dial: Dial) -> str:
+    """Variety against identity kept: the dial's points, and the scales of plain IP-Adapter."""
+    file = copier_report("plus")
+    if not dial.achieved or not file.is_file():
+        return ""
+    picture = plot_dial(dial, json.loads(file.read_text()))
+    words = "identity kept over variety: the dial's points, and plain IP-Adapter's scales"
+    return f'<div class="plot"><img src="{_inline(picture)}" alt="{words}"></div>'
+
+
+def plot_dial(dial: Dial, report: dict[str, Any]) -> Image.Image:
+    """Identity kept over variety, dial and λ sweep on the same axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    points = [
+        (one.variety, one.retention, f"{at:.2g}")
+        for (at, _), one in zip(dial.points, dial.achieved, strict=True)
+    ]
+    sweep = [(row["entropy"], row["retention"], f"λ {row['scale']:g}") for row in report["rows"]]
+    for label, colour, curve in (
+        ("the dial, at its settings", "#1b7f4d", points),
+        ("plain IP-Adapter, at its scales", "#d35400", sweep),
+    ):
+        axes.plot(
+            [x for x, _, _ in curve], [y for _, y, _ in curve], "o-", color=colour, label=label
+        )
+        for x, y, words in curve:
+            axes.annotate(words, (x, y), (4, 4), textcoords="offset points", fontsize=7)
+    axes.set_xlabel("variety of what nobody fixed (1 = the world's own)")
+    axes.set_ylabel("identity kept")
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    return _drawn(figure)
 
 
 def _numbers() -> str:
@@ -155,7 +225,6 @@ def _cell(value: float | None) -> str:
 
 def plot(report: dict[str, Any]) -> Image.Image:
     """Curves over the scale, with the measured points."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), dpi=150, layout="constrained")
@@ -167,6 +236,12 @@ def plot(report: dict[str, Any]) -> Image.Image:
     axes.set_ylim(-0.05, 1.1)
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    return _drawn(figure)
+
+
+def _drawn(figure: Any) -> Image.Image:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())

@@ -74,6 +74,23 @@ OFF = Levers()
 
 
 @dataclass(frozen=True)
+class Achieved:
+    """What levers achieved on a calibration's pairs.
+
+    Args:
+        variety: Normalised entropy, or an encoder's Vendi score over the number of images.
+        retention: Identity kept, or an encoder's similarity to the reference.
+        accuracy: Prompt obeyed, or an encoder's similarity to the prompt; None where none reads.
+        invalid: Share of broken images; 0 where that is not known.
+    """
+
+    variety: float
+    retention: float
+    accuracy: float | None = None
+    invalid: float = 0.0
+
+
+@dataclass(frozen=True)
 class Dial:
     """A path through the levers.
 
@@ -81,10 +98,12 @@ class Dial:
         points: Levers at rising settings, the first at 0 and the last at 1. Between two of them
             every number is interpolated.
         source: Where it comes from, for people.
+        achieved: Of each point; empty where nothing was measured.
     """
 
     points: tuple[tuple[float, Levers], ...]
     source: str
+    achieved: tuple[Achieved, ...] = ()
 
     def __post_init__(self) -> None:
         settings = [setting for setting, _ in self.points]
@@ -92,6 +111,8 @@ class Dial:
             raise ArgumentError(
                 "is no path", where="dial", expected="settings from 0 up to 1", found=settings
             )
+        if self.achieved and len(self.achieved) != len(self.points):
+            raise ArgumentError("does not say what every point achieved", where="dial")
 
     def at(self, diversity: float) -> Levers:
         """Levers at a setting.
@@ -111,7 +132,8 @@ class Dial:
     def as_spec(self) -> dict[str, Any]:
         """For a checkpoint's spec; what is off is left out."""
         points = [[setting, _changed(levers)] for setting, levers in self.points]
-        return {"points": points, "source": self.source}
+        achieved = [asdict(scores) for scores in self.achieved]
+        return {"points": points, "source": self.source, "achieved": achieved}
 
 
 def between(before: Levers, after: Levers, share: float) -> Levers:
@@ -148,8 +170,9 @@ def dial_of(spec: Mapping[str, Any], where: object) -> Dial | None:
         points = tuple(
             (float(setting), replace(OFF, **_tuples(levers))) for setting, levers in found["points"]
         )
-        return Dial(points, str(found["source"]))
-    except (KeyError, TypeError, ValueError, IndexError, ArgumentError) as error:
+        achieved = tuple(Achieved(**scores) for scores in found.get("achieved", ()))
+        return Dial(points, str(found["source"]), achieved)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArgumentError) as error:
         raise CheckpointError("its dial is broken", where=where, found=error) from error
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass, fields
 
-from ipdiverse.bases import CRITTERS
+from ipdiverse.bases import CRITTERS, DEFAULT_ADAPTER
 from ipdiverse.errors import ArgumentError, check_range
 from ipdiverse.sampling.dial import Levers
 
@@ -65,7 +65,7 @@ class Request(Levers):
     n: int = 4
     seed: int = 0
     base: str = CRITTERS
-    adapter: str = "plus"
+    adapter: str = DEFAULT_ADAPTER
     image_encoder: str = ""
     scale: float = 1.0
     preset: str = ""

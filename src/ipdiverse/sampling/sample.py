@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ipdiverse.bases import Base, load_part, split_hub_id
-from ipdiverse.sampling.dial import OFF, Levers, default_dial, dial_of
+from ipdiverse.sampling.dial import OFF, Dial, Levers, default_dial, dial_of
 from ipdiverse.sampling.tasks import Task
 from ipdiverse.seeding import derived_seed
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ipdiverse.adapter.attach import Attachment
+    from ipdiverse.adapter.model import ImagePromptAdapter
     from ipdiverse.adapter.reference import Reference
     from ipdiverse.sampling.denoiser import Steering
     from ipdiverse.sampling.request import Request
@@ -53,10 +54,18 @@ def levers_of(request: Request, attachment: Attachment) -> Levers:
     stated = {field.name: getattr(request, field.name) for field in fields(Levers)}
     if request.diversity is None:
         return Levers(**stated)
-    adapter = attachment.adapters[0]
-    dial = dial_of(adapter.spec, "adapter") or default_dial(adapter.fusion is not None)
+    dial = dial_for(attachment.adapters[0])
     changed = {name: v for name, v in stated.items() if v != getattr(OFF, name)}
     return replace(dial.at(request.diversity), **changed)
+
+
+def dial_for(adapter: ImagePromptAdapter) -> Dial:
+    """An adapter's own dial, or the default one if it was not calibrated.
+
+    Raises:
+        CheckpointError: Its own is broken.
+    """
+    return dial_of(adapter.spec, "adapter") or default_dial(adapter.fusion is not None)
 
 
 def sample(

@@ -9,6 +9,7 @@ import torch
 
 from ipdiverse.adapter.fusion import GatedFusion
 from ipdiverse.adapter.model import ImagePromptAdapter, new_adapter
+from ipdiverse.adapter.publishing import model_card
 from ipdiverse.errors import ModelError
 
 if TYPE_CHECKING:
@@ -34,6 +35,16 @@ def test_a_folder_opens_to_the_bit_and_has_a_card(
     card = (tmp_path / "mine" / "README.md").read_text()
     for fact in ("kind | base", "fusion | gated", '"steps": 12', "leaves out the fusion"):
         assert fact in card
+
+
+def test_the_card_shows_what_the_dial_achieves(adapter: ImagePromptAdapter) -> None:
+    scores = [{"variety": 0.3, "retention": 0.9}, {"variety": 0.8, "retention": 0.88}]
+    points = [[0.0, {}], [1.0, {"cads": 0.5}]]
+    adapter.spec["dial"] = {"points": points, "source": "32 pairs", "achieved": scores}
+    card = model_card(adapter)
+    assert "## Dial (32 pairs)" in card
+    assert "| 1.00 | 0.800 | 0.880 | - |" in card
+    assert '"points"' not in card, "the numbers are a table, not JSON"
 
 
 class FakeHub:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ipdiverse.evaluation.calibrate import Scores, climb, isotonic, placed
-from ipdiverse.sampling.dial import OFF, Levers
+from ipdiverse.evaluation.calibrate import climb, isotonic, placed
+from ipdiverse.sampling.dial import OFF, Achieved, Levers
 
 LADDERS = {"cads": (0.0, 0.5, 1.0), "drop": (0.0, 0.25, 0.5), "shield": (0.0, 1.0)}
 
 
-def world(levers: Levers) -> Scores:
+def world(levers: Levers) -> Achieved:
     """CADS gains most and costs least; dropping costs the prompt; the shield gains nothing."""
     variety = 0.3 + 0.3 * levers.cads + 0.2 * levers.drop
-    return Scores(variety, 0.9 - 0.02 * levers.cads - 0.02 * levers.drop, 0.8)
+    return Achieved(variety, 0.9 - 0.02 * levers.cads - 0.02 * levers.drop, 0.8)
 
 
 def test_the_path_moves_the_best_lever_first_and_never_one_that_gains_nothing() -> None:
@@ -24,9 +24,9 @@ def test_the_path_moves_the_best_lever_first_and_never_one_that_gains_nothing() 
 
 
 def test_what_breaks_a_bound_is_not_on_the_path() -> None:
-    def strict(levers: Levers) -> Scores:
+    def strict(levers: Levers) -> Achieved:
         found = world(levers)
-        return Scores(
+        return Achieved(
             found.variety,
             0.9 - 0.06 * levers.cads,  # 0.84 at the top: under 95 % of 0.9
             0.8 - levers.drop,
@@ -36,7 +36,7 @@ def test_what_breaks_a_bound_is_not_on_the_path() -> None:
     path = climb(OFF, LADDERS, strict)
     assert [levers.cads for levers, _ in path] == [0, 0.5]
     assert all(levers.drop == 0 for levers, _ in path)
-    broken = climb(OFF, LADDERS, lambda x: Scores(world(x).variety, 0.9, 0.8, invalid=x.cads))
+    broken = climb(OFF, LADDERS, lambda x: Achieved(world(x).variety, 0.9, 0.8, invalid=x.cads))
     assert all(levers.cads == 0 for levers, _ in broken)
 
 
@@ -54,7 +54,8 @@ def test_points_that_fall_back_are_pooled() -> None:
     assert isotonic(np.array([1.0, 3.0, 2.0, 4.0])).tolist() == [1, 2.5, 2.5, 4]
     assert isotonic(np.array([3.0, 2.0, 1.0])).tolist() == [2, 2, 2]
     levers = [OFF, Levers(cads=0.1), Levers(cads=0.2), Levers(cads=0.3)]
-    scores = [Scores(v, 1, 1) for v in (0.1, 0.5, 0.4, 0.9)]
+    scores = [Achieved(v, 1, 1) for v in (0.1, 0.5, 0.4, 0.9)]
     dial = placed(list(zip(levers, scores, strict=True)), "test")
     assert [setting for setting, _ in dial.points] == pytest.approx([0, 0.4375, 1])
     assert [each.cads for _, each in dial.points] == [0, 0.2, 0.3]
+    assert [each.variety for each in dial.achieved] == [0.1, 0.4, 0.9]

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from ipdiverse.errors import ArgumentError, CheckpointError
-from ipdiverse.sampling.dial import OFF, Dial, Levers, between, default_dial, dial_of
+from ipdiverse.sampling.dial import OFF, Achieved, Dial, Levers, between, default_dial, dial_of
 
 
 def path() -> Dial:
@@ -48,7 +48,8 @@ def test_a_path_goes_from_0_to_1(points) -> None:
 
 
 def test_a_dial_survives_json() -> None:
-    dial = path()
+    scores = tuple(Achieved(v, 0.9, a) for v, a in ((0.2, 0.8), (0.3, None), (0.5, 0.7)))
+    dial = replace(path(), achieved=scores)
     spec = json.loads(json.dumps({"dial": dial.as_spec()}, allow_nan=False))
     assert dial_of(spec, "file") == dial
     assert dial_of({}, "file") is None
@@ -61,6 +62,7 @@ def test_a_dial_survives_json() -> None:
         {"points": [[0, {}], [1, {"cads": -1}]], "source": ""},
         {"points": [[0, {}], [1, {"no such lever": 1}]], "source": ""},
         {"points": [[0, {}], [1, {"interval": [3]}]], "source": ""},
+        {"points": [[0, {}], [1, {}]], "source": "", "achieved": [{"variety": 1}]},
         [],
     ],
 )
