@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,8 +116,6 @@ class Calibrate:
 
     def run(self) -> None:
         """Climb, say every point, write."""
-        import sys
-
         from ipdiverse.adapter.checkpoint import copy_with_spec
         from ipdiverse.adapter.sources import find_checkpoint
         from ipdiverse.bases import adapter_source
@@ -137,7 +136,11 @@ class Calibrate:
             self.pairs,
             self.images,
             self.steps,
-            lambda line: sys.stderr.write(line + "\n") and None,
+            _tell,
         )
         copy_with_spec(source, target, {"dial": dial.as_spec()})
         say_json({"path": path, "dial": dial.as_spec()}) if self.json else say(f"wrote {target}")
+
+
+def _tell(line: str) -> None:
+    sys.stderr.write(line + "\n")

@@ -1,7 +1,7 @@
 """Scores as sums over (prompt, reference) pairs, so that a bootstrap can draw pairs anew.
 
-Every score is Σ total / Σ count over pairs. Arms that were measured on the same pairs are resampled
-together, and their differences keep what the pairs have in common.
+Every score is Σ total / Σ weight over pairs. Arms that were measured on the same pairs are
+resampled together, and their differences keep what the pairs have in common.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class Parts(NamedTuple):
     """One score of one arm: what each pair adds, and how much it weighs, (pairs,) both."""
 
     total: Floats
-    count: Floats
+    weight: Floats
 
     @property
     def estimate(self) -> float:
         """The score over all pairs; NaN where no pair has what it needs."""
-        return float(self.total.sum() / self.count.sum()) if self.count.sum() else float("nan")
+        return float(self.total.sum() / self.weight.sum()) if self.weight.sum() else float("nan")
 
 
 def critters_parts(outputs: Ints, invalid: Bools, pairs: Sequence[Pair]) -> dict[str, Parts]:
@@ -116,7 +116,7 @@ def interval(runs: Sequence[Parts], resamples: int = RESAMPLES) -> Interval:
     """
     drawn = resampled(runs, resamples)
     total = sum(run.total.sum() for run in runs)
-    count = sum(run.count.sum() for run in runs)
+    count = sum(run.weight.sum() for run in runs)
     return _interval(float(total / count) if count else float("nan"), drawn)
 
 
@@ -139,7 +139,7 @@ def resampled(runs: Sequence[Parts], resamples: int = RESAMPLES) -> Floats:
         raise ArgumentError("differ in their pairs", where="runs")
     weights = _pair_weights(pairs, resamples)
     totals = np.stack([run.total for run in runs]) @ weights.T
-    counts = np.stack([run.count for run in runs]) @ weights.T
+    counts = np.stack([run.weight for run in runs]) @ weights.T
     if len(runs) > 1:
         seeds = np.random.default_rng(1).multinomial(
             len(runs), [1 / len(runs)] * len(runs), size=resamples

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
+
+from ipdiverse.errors import ArgumentError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -33,13 +36,14 @@ def tracking(
     if not main:
         yield lambda _: None
         return
-    tracker, log = _tracker(config, out), out / LOG
+    log = out / LOG
     if log.is_file():
         lines = [line for line in log.read_text().splitlines() if _step_of(line) <= step]
         log.write_text("".join(f"{line}\n" for line in lines))
     with (
         tqdm(total=config.steps, initial=step, unit="step", disable=None) as bar,
         log.open("a", buffering=1) as file,
+        _tracker(config, out) as tracker,
     ):
 
         def track(figures: dict[str, Any]) -> None:
@@ -57,16 +61,40 @@ def _step_of(line: str) -> int:
         return 1 << 62
 
 
-def _tracker(config: TrainConfig, out: Path) -> Callable[[dict[str, Any]], Any]:
+@contextlib.contextmanager
+def _tracker(config: TrainConfig, out: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
     """TensorBoard or Weights & Biases as one function of figures, or one that does nothing."""
     if config.report_to == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise _missing("tensorboard") from error
+        with SummaryWriter(str(out / "tensorboard")) as writer:
 
-        writer = SummaryWriter(str(out / "tensorboard"))
-        return lambda f: [writer.add_scalar(k, v, f["step"]) for k, v in f.items() if k != "step"]
+            def write(figures: dict[str, Any]) -> None:
+                for name, value in figures.items():
+                    if name != "step":
+                        writer.add_scalar(name, value, figures["step"])
+
+            yield write
+        return
     if config.report_to == "wandb":
-        import wandb  # pyright: ignore[reportMissingImports]
+        try:
+            import wandb  # pyright: ignore[reportMissingImports]
+        except ImportError as error:
+            raise _missing("wandb") from error
+        # named by the folder, so that a resumed run goes on with the same curves
+        name = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]
+        run = wandb.init(
+            project="ipdiverse", id=name, resume="allow", config=asdict(config), dir=str(out)
+        )
+        try:
+            yield lambda figures: run.log(figures, step=figures["step"])
+        finally:
+            run.finish()
+        return
+    yield lambda _: None
 
-        run = wandb.init(project="ipdiverse", config=asdict(config), dir=str(out))
-        return lambda f: run.log(f, step=f["step"])
-    return lambda _: None
+
+def _missing(name: str) -> ArgumentError:
+    return ArgumentError("is not installed", where=f"report_to {name}", fix=f"pip install {name}.")

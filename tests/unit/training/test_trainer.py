@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -447,6 +448,22 @@ def test_eight_bits_that_are_not_installed_say_so(config: TrainConfig) -> None:
         pytest.skip("bitsandbytes is installed")
     with pytest.raises(ArgumentError, match=r"optimizer adamw8bit: is not installed"):
         Trainer(replace(config, optimizer="adamw8bit"))
+
+
+def test_eight_bits_are_used_where_they_are_installed(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class AdamW8bit(torch.optim.AdamW):
+        """Stands for the real one."""
+
+    fake = ModuleType("bitsandbytes")
+    fake.optim = SimpleNamespace(AdamW8bit=AdamW8bit)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "bitsandbytes", fake)
+    run = Trainer(replace(config, steps=1, optimizer="adamw8bit", weight_decay=0.3))
+    inner = getattr(run.optimizer, "optimizer", run.optimizer)
+    assert isinstance(inner, AdamW8bit)
+    assert inner.param_groups[0]["weight_decay"] == 0.3
+    run.run()
 
 
 def test_the_original_trainers_command_runs(
