@@ -13,11 +13,12 @@ if TYPE_CHECKING:
     from ipdiverse.errors import IpdiverseError
     from ipdiverse.sampling.denoiser import release, steer
     from ipdiverse.sampling.dial import Levers
-    from ipdiverse.sampling.generate import Generation, generate
+    from ipdiverse.sampling.generate import generate
+    from ipdiverse.sampling.generation import Generation
     from ipdiverse.sampling.request import Request
 
 _HOMES = {
-    "Generation": "sampling.generate",
+    "Generation": "sampling.generation",
     "ImagePromptAdapter": "adapter.model",
     "IpdiverseError": "errors",
     "Levers": "sampling.dial",

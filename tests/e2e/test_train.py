@@ -48,6 +48,15 @@ def test_from_a_folder_of_images_to_pictures(
     ]
     assert main([*arguments, "-n", "1", "--steps", "2", "--out", out]) == 0
     assert (tmp_path / "out" / "contact_sheet.png").is_file()
+    study, results = tmp_path / "study.toml", tmp_path / "results"
+    study.write_text(
+        "pairs = 2\nimages = 2\nsteps = 2\n"
+        '[[arm]]\nname = "before"\n'
+        f'[[arm]]\nname = "mine"\nadapter = "{adapter}"\n'
+    )
+    assert main(["evaluate", "--config", str(study), "--out", str(results)]) == 0
+    page = (results / "report.html").read_text()
+    assert all(name in page for name in ("before", "mine", "renderer"))
 
 
 def test_the_guide_names_only_flags_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,7 +64,7 @@ def test_the_guide_names_only_flags_that_exist(capsys: pytest.CaptureFixture[str
 
     flags = set(re.findall(r"`?(--[a-z][a-z-]+)", GUIDE.read_text()))
     known = ""
-    for command in ("prepare", "embed", "train", "generate"):
+    for command in ("prepare", "embed", "train", "generate", "evaluate", "calibrate"):
         try:
             main([command, "--help"])
         except SystemExit:

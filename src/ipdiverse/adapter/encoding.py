@@ -52,6 +52,12 @@ class ImageEncoding:
         return self._seen[key]
 
     @torch.no_grad()
+    def images(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """The same of several, in one pass and not remembered: (images, …)."""
+        pixels = self._checked().processor(list(images), return_tensors="pt").pixel_values
+        return self._encode(pixels)
+
+    @torch.no_grad()
     def zero_image(self) -> Tensor:
         """Hidden states of an image of zeros, (1, patches, clip_dim)."""
         encoder = self._checked().encoder

@@ -10,6 +10,7 @@ from diffusers.hooks import ModelHook
 from torch import Tensor
 
 from ipdiverse.adapter.attention import BOTH, NOTHING, DecoupledAttention, Slot, TokenGroup
+from ipdiverse.adapter.scale import without_layout_until
 from ipdiverse.errors import ArgumentError, ModelError
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ class Prompt:
         references: Empty until a reference is set.
         fusion_strength: Weight of what text-image fusion adds.
         change: What levers make of an item's fused tokens, (items, references, tokens, width).
+        fusion_factor: Of a lever, on the fusion's strength.
+        late_layout: Of a lever: share of the steps for which layers of the layout wait.
     """
 
     adapter: ImagePromptAdapter
@@ -63,6 +66,13 @@ class Prompt:
     references: list[ReferenceTokens] = field(default_factory=list)
     fusion_strength: float = 1.0
     change: Callable[[Tensor], Tensor] | None = None
+    fusion_factor: float = 1.0
+    late_layout: float = 0.0
+
+    @property
+    def strength(self) -> float:
+        """Of the fusion, with the lever on it."""
+        return self.fusion_strength * self.fusion_factor
 
     @property
     def items(self) -> int:
@@ -166,7 +176,7 @@ class ImagePromptHook(ModelHook):
         positive = part.positive.to(text).repeat_interleave(repeats, 0)
         negative = part.negative.to(text).expand_as(part.positive).repeat_interleave(repeats, 0)
         tokens = torch.cat([positive if branch == BOTH else negative for branch in layout])
-        if prompt.adapter.fusion is not None and prompt.fusion_strength:
+        if prompt.adapter.fusion is not None and prompt.strength:
             tokens = self._fused(prompt, tokens, text, layout)
         if prompt.change is not None and BOTH in layout:
             parts = list(tokens.chunk(branches))
@@ -189,7 +199,7 @@ class ImagePromptHook(ModelHook):
             tokens.flatten(0, 1),
             text.repeat_interleave(references, 0),
             None if mask is None else mask.repeat_interleave(references, 0),
-            prompt.fusion_strength,
+            prompt.strength,
         )
         return fused.unflatten(0, (-1, references))
 
@@ -216,12 +226,12 @@ class ImagePromptHook(ModelHook):
         return (BOTH,) if (guided if guided in fitting else fitting[0]) == 1 else (NOTHING, BOTH)
 
     def _set_scales(self, timestep: Any, batch: int) -> None:
-        progress = self.progress(timestep) if any(p.scale.by_step for p in self.prompts) else 0.0
-        for prompt in self.prompts:
-            prompt.slot.opposed = prompt.scale.opposed
+        scales = [without_layout_until(p.scale, self.layers, p.late_layout) for p in self.prompts]
+        progress = self.progress(timestep) if any(scale.by_step for scale in scales) else 0.0
+        for prompt, scale in zip(self.prompts, scales, strict=True):
+            prompt.slot.opposed = scale.opposed
             prompt.slot.scales = {
-                layer.number: _for_batch(prompt.scale.at(layer, progress), batch)
-                for layer in self.layers
+                layer.number: _for_batch(scale.at(layer, progress), batch) for layer in self.layers
             }
 
     def progress(self, timestep: Any) -> float:

@@ -105,9 +105,9 @@ class TrainAdapters:
 
     arms: tuple[str, ...] = ()
     folder: str = "runs/adapters"
-    steps: int = 1000
+    steps: int = 800
     seeds: tuple[int, ...] = (0,)
-    images: int = 10_000
+    images: int = 8000
     ship: bool = False
 
     def run(self) -> None:

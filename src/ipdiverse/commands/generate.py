@@ -22,6 +22,8 @@ class Generate(Request):
     """Make images from a reference and a prompt.
 
     Args:
+        batch: File of JSON lines, each with fields of its own that hold over the flags; images are
+            written as they land, and a run that was killed goes on.
         out: Folder for images, contact sheet and generation.json.
         json: Print the record, from which the exact command can be repeated, as JSON.
     """
@@ -31,11 +33,15 @@ class Generate(Request):
     mask: Texts = ()
     weights: Numbers = ()
     n: Count = 4
+    batch: str = ""
     out: str = "out"
     json: bool = False
 
     def run(self) -> None:
         """Generate and write."""
+        if self.batch:
+            self._batch()
+            return
         from ipdiverse.provenance import ensure_writable_folder
         from ipdiverse.sampling.generate import generate
 
@@ -49,6 +55,18 @@ class Generate(Request):
         else:
             written = len(record["image_sha256"])
             say(f"wrote {written} images and {Path(self.out) / 'contact_sheet.png'}")
+
+    def _batch(self) -> None:
+        import json
+
+        from ipdiverse.sampling.batch import read_jobs, run_batch
+
+        defaults = {f.name: getattr(self, f.name) for f in fields(Request)}
+        jobs = read_jobs(Path(self.batch), defaults)
+        tell = (lambda line: say(json.dumps(line))) if self.json else (lambda _: None)
+        drawn = run_batch(jobs, Path(self.out), tell)
+        if not self.json:
+            say(f"wrote {drawn} images of {len(jobs)} jobs into {self.out}")
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from ipdiverse.evaluation.folders import folder_pairs
 from ipdiverse.evaluation.groups import Parts, critters_parts, interval, leak_interval
 from ipdiverse.evaluation.sampling import sample_array, shipped_oracle, study_pairs
 from ipdiverse.provenance import ensure_writable_folder, write_bytes_atomic, write_text_atomic
-from ipdiverse.sampling.generate import versions
+from ipdiverse.sampling.generation import versions
 from ipdiverse.sampling.sample import Job, attached
 
 if TYPE_CHECKING:

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ipdiverse.adapter.attach import LEVERS_HOOK, inside_offloading
 from ipdiverse.adapter.attention import BOTH, NOTHING
-from ipdiverse.adapter.scale import without_layout_until
 from ipdiverse.errors import ArgumentError, ModelError
 from ipdiverse.sampling import guidance
 from ipdiverse.sampling.dial import Levers
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ipdiverse.adapter.attach import Attachment
-    from ipdiverse.adapter.scale import Scale
 
 
 def steer(
@@ -55,11 +53,10 @@ def steer(
     _check(levers, attachment)
     hook = attachment.hook
     steering = Steering(attachment, levers, tuple(seeds))
-    attachment.set_fusion_strength(levers.fusion_strength)
     if levers.noise_level or levers.remove_stated:
         attachment.change_embeds(embed_change(attachment, levers, tuple(seeds), prompts))
     for prompt in hook.prompts:
-        prompt.scale = without_layout_until(prompt.scale, hook.layers, levers.late_layout)
+        prompt.fusion_factor, prompt.late_layout = levers.fusion_strength, levers.late_layout
         if token_levers(levers):
             prompt.change = steering.changed_tokens
     hook.changed()
@@ -79,10 +76,8 @@ def release(attachment: Attachment) -> None:
     with inside_offloading(unet):
         registry.remove_hook(LEVERS_HOOK, recurse=False)
     attachment.change_embeds(None)
-    for prompt, scale, strength in zip(
-        hook.prompts, steering.scales, steering.fusion_strengths, strict=True
-    ):
-        prompt.scale, prompt.fusion_strength, prompt.change = scale, strength, None
+    for prompt in hook.prompts:
+        prompt.fusion_factor, prompt.late_layout, prompt.change = 1.0, 0.0, None
     hook.layout = None
     hook.changed()
 
@@ -101,8 +96,6 @@ class Steering(ModelHook):
     def __init__(self, attachment: Attachment, levers: Levers, seeds: tuple[int, ...]) -> None:
         super().__init__()
         self.attachment, self.levers, self.seeds = attachment, levers, seeds
-        self.scales: list[Scale] = [prompt.scale for prompt in attachment.hook.prompts]
-        self.fusion_strengths = [p.fusion_strength for p in attachment.hook.prompts]
         self._moment = Moment(0.0, seeds)
         self._subsets: dict[tuple[str, ...], Tensor] = {}
         self._text: Tensor | None = None

@@ -91,18 +91,31 @@ def sample(
         task: What the pipeline is given besides prompts; None is text-to-image.
         negative: The negative reference of every job.
     """
+    drawn = sampled(base, jobs, request, attachment, progress, task, negative)
+    return [image for _, image in drawn]
+
+
+def sampled(
+    base: Base,
+    jobs: Sequence[Job],
+    request: Request,
+    attachment: Attachment | None = None,
+    progress: bool | None = None,
+    task: Task | None = None,
+    negative: Image.Image | None = None,
+) -> Iterator[tuple[Job, Image.Image]]:
+    """As `sample`, each job with its image as soon as its batch is there."""
     from tqdm import tqdm
 
     show = sys.stderr.isatty() if progress is None else progress
     levers = OFF if attachment is None else levers_of(request, attachment)
-    images: list[Image.Image] = []
     task = task or Task(base)
     with tqdm(total=len(jobs) * request.steps, disable=not show, unit="step") as bar:
         for chunk, size in _chunks(jobs, base.batch, levers):
             padded = chunk + [chunk[-1]] * (size - len(chunk))
             _prompt(attachment, padded, levers, negative)
-            images += _denoise(task, padded, request, bar, len(chunk))[: len(chunk)]
-    return images
+            images = _denoise(task, padded, request, bar, len(chunk))
+            yield from zip(chunk, images[: len(chunk)], strict=True)
 
 
 def preview(

@@ -97,7 +97,7 @@ def arm_config(name: str, folder: Path, steps: int, seed: int) -> TrainConfig:
     )
 
 
-def train_arm(name: str, folder: Path, steps: int, seed: int = 0, images: int = 10_000) -> Path:
+def train_arm(name: str, folder: Path, steps: int, seed: int = 0, images: int = 8000) -> Path:
     """Train one arm; an interrupted one goes on, a finished one is kept.
 
     Args:

@@ -109,8 +109,7 @@ class FrozenEncoders:
 
     def image(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         """`pooled` (batch, clip_dim) and `hidden` (batch, patches, clip_dim) of pictures."""
-        each = [self.images.image(image) for image in images]
-        return {name: torch.cat([one[name] for one in each]) for name in ("pooled", "hidden")}
+        return self.images.images(images)
 
     def no_image(self) -> dict[str, Tensor]:
         """What stands for "no image", as in the original: zeros, and a zero image's states."""

@@ -214,6 +214,18 @@ def test_what_an_adapter_or_base_lacks_is_said() -> None:
         detach(pipe)
 
 
+def test_a_scale_that_is_set_beside_levers_stays_when_they_go(sd1: Any) -> None:
+    with prompted(sd1) as attachment:
+        attachment.set_scale(0.4)
+        expected = draw(sd1)
+        attachment.set_scale(1.0)
+        steer(attachment, Levers(late_layout=0.5, fusion_strength=0.5), SEEDS)
+        attachment.set_scale(0.4)
+        assert np.abs(draw(sd1) - expected).max() > 1e-3
+        release(attachment)
+        np.testing.assert_array_equal(draw(sd1), expected)
+
+
 def test_detach_takes_levers_off_too(sd1: Any) -> None:
     plain = draw(sd1)
     attachment = prompted(sd1)

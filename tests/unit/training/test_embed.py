@@ -61,7 +61,7 @@ def test_the_cache_holds_what_the_encoders_give(data: Path, encoders: FrozenEnco
     assert report["computed"] == 4
     embedded = Embedded(data, encoders.fingerprint(), SHOWN, Stored())
     same(embedded, Online(data, encoders, SHOWN))
-    assert embedded.target(0, 0)["mean"].shape == (4, 16, 16)
+    assert embedded.target(0, 0)["mean"].shape == (16, 8, 8)
     assert set(embedded.no_image) == {"pooled", "hidden"}
     assert not embedded.no_image["pooled"].any()
 

@@ -1,0 +1,166 @@
+"""Many requests from one file: each image is written as it lands, and a killed run goes on.
+
+OUT/results.jsonl          a line for each image, in the order in which they landed
+OUT/0003/0001.png          image 1 of the job in line 3 (counted from 0)
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ipdiverse.bases import load_base
+from ipdiverse.errors import ArgumentError, DataError, IpdiverseError
+from ipdiverse.image_io import content_hash
+from ipdiverse.provenance import ensure_writable_folder, save_png
+from ipdiverse.sampling.drawing import drawing
+from ipdiverse.sampling.request import Request
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ipdiverse.bases import Base
+
+RESULTS = "results.jsonl"
+
+
+def read_jobs(file: Path, defaults: dict[str, Any]) -> list[Request]:
+    """Read requests, one JSON object a line; all are checked before the first is drawn.
+
+    Args:
+        file: Keys are the fields of `Request`; empty lines are left out.
+        defaults: Fields that a line need not state.
+
+    Raises:
+        DataError: The file cannot be read, or a line is no request; the first of them is named.
+    """
+    try:
+        lines = file.read_text("utf-8").splitlines()
+    except (OSError, UnicodeError) as error:
+        raise DataError("cannot be read", where=file, expected="JSON lines") from error
+    jobs = [
+        _request(line, defaults, f"{file}, line {number}")
+        for number, line in enumerate(lines, 1)
+        if line.strip()
+    ]
+    if not jobs:
+        raise DataError("holds no jobs", where=file, expected="a JSON object a line")
+    return jobs
+
+
+def run_batch(
+    jobs: list[Request], out: Path, tell: Callable[[dict[str, Any]], None] = lambda _: None
+) -> int:
+    """Draw what is not there yet.
+
+    Args:
+        jobs: From `read_jobs`.
+        out: Folder for images and results.
+        tell: Given each image's line as it lands.
+
+    Returns:
+        How many images were drawn now.
+
+    Raises:
+        ArgumentError: The folder holds results of other jobs.
+        IpdiverseError: A job cannot be drawn; what came before it stays.
+    """
+    ensure_writable_folder(out)
+    known = _known(out, jobs)
+    drawn, base = 0, None
+    for number, job in enumerate(jobs):
+        there = known.get(number, set())
+        if len(there) >= job.n * len(job.prompt):
+            continue
+        if base is None or base.name != job.base:
+            base = load_base(job.base)
+        drawn += _draw(number, job, base, out, there, tell)
+    return drawn
+
+
+def _draw(
+    number: int,
+    job: Request,
+    base: Base,
+    out: Path,
+    there: set[int],
+    tell: Callable[[dict[str, Any]], None],
+) -> int:
+    folder = ensure_writable_folder(out / f"{number:04d}")
+    drawn = 0
+    with drawing(job, base) as work, (out / RESULTS).open("a", buffering=1) as results:
+        for position, image in work.images(skip=there):
+            name = f"{position:04d}.png"
+            about = {"job": number, "image": position, "prompt": work.jobs[position].prompt}
+            command = work.request.command(str(folder))
+            save_png(image, folder / name, {"tool": "ipdiverse", **about, "command": command})
+            line = {**about, "file": f"{folder.name}/{name}", "sha256": content_hash(image)}
+            line |= {"request": _stated(job), "notes": work.notes}
+            results.write(json.dumps(line) + "\n")
+            tell(line)
+            drawn += 1
+    return drawn
+
+
+def _known(out: Path, jobs: list[Request]) -> dict[int, set[int]]:
+    """Images that have landed, by job; a torn last line and lost files are drawn again."""
+    file = out / RESULTS
+    if not file.is_file():
+        return {}
+    known: dict[int, set[int]] = {}
+    kept = []
+    for text in file.read_text("utf-8").splitlines():
+        try:
+            line = json.loads(text)
+            number, position, name = line["job"], line["image"], line["file"]
+            request = line["request"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        if (
+            not isinstance(number, int)
+            or not 0 <= number < len(jobs)
+            or (request != _stated(jobs[number]))
+        ):
+            raise ArgumentError(
+                "holds results of other jobs",
+                where=file,
+                found=f"job {number}",
+                fix="Choose a new folder for --out.",
+            )
+        if (out / f"{number:04d}" / Path(str(name)).name).is_file():
+            known.setdefault(number, set()).add(int(position))
+            kept.append(text)
+    file.write_text("".join(f"{text}\n" for text in kept), "utf-8")
+    return known
+
+
+def _stated(job: Request) -> dict[str, Any]:
+    """A request as JSON gives it back, without what is at its default."""
+    values = {f.name: getattr(job, f.name) for f in fields(Request)}
+    changed = {f.name: values[f.name] for f in fields(Request) if values[f.name] != f.default}
+    return json.loads(json.dumps(changed))
+
+
+def _request(line: str, defaults: dict[str, Any], where: str) -> Request:
+    try:
+        stated = json.loads(line)
+    except ValueError as error:
+        raise DataError("is no JSON", where=where, found=line[:80]) from error
+    if not isinstance(stated, dict):
+        raise DataError("is no JSON object", where=where, found=line[:80])
+    known = {f.name for f in fields(Request)}
+    if unknown := sorted(stated.keys() - known):
+        raise DataError("unknown key", where=where, found=", ".join(unknown))
+    values = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in (defaults | stated).items()
+    }
+    try:
+        request = Request(**values)
+    except (IpdiverseError, TypeError, ValueError) as error:
+        raise DataError(str(error), where=where) from error
+    if not request.image and not request.faces:
+        raise DataError("has no image", where=where)
+    return request

@@ -1,0 +1,158 @@
+"""One request at work: everything opened and checked, images as they finish."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ipdiverse.bases import Base, adapter_source, load_base, quiet
+from ipdiverse.errors import ArgumentError
+from ipdiverse.image_io import load_image
+from ipdiverse.sampling.generation import Generation
+from ipdiverse.sampling.sample import Job, attached, preview, sampled
+from ipdiverse.sampling.tasks import Task, task_for
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+
+    from PIL import Image
+
+    from ipdiverse.adapter.attach import Attachment
+    from ipdiverse.adapter.reference import Reference
+    from ipdiverse.sampling.request import Request
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A request whose base, adapter and pictures are open.
+
+    Args:
+        request: Defaults filled in.
+        references: The decoded reference images.
+        notes: What the user should know, such as words that were cut from the prompt.
+        jobs: Every image, prompt by prompt.
+        task: The pipeline.
+        attachment: The adapter on it.
+        negative: The negative reference.
+    """
+
+    request: Request
+    references: list[Image.Image]
+    notes: list[str]
+    jobs: list[Job]
+    task: Task
+    attachment: Attachment
+    negative: Image.Image | None
+
+    def images(
+        self, skip: Collection[int] = (), progress: bool | None = None
+    ) -> Iterator[tuple[int, Image.Image]]:
+        """Number and image of each job, as soon as it is there.
+
+        Args:
+            skip: Numbers of jobs that are not wanted.
+            progress: Show a bar on standard error; None does so on terminals only.
+        """
+        numbers = [number for number in range(len(self.jobs)) if number not in skip]
+        wanted = [self.jobs[number] for number in numbers]
+        drawn = sampled(
+            self.task.base,
+            wanted,
+            self.request,
+            self.attachment,
+            progress,
+            self.task,
+            self.negative,
+        )
+        for number, (_, image) in zip(numbers, drawn, strict=True):
+            yield number, image
+
+    def finished(self, images: list[Image.Image]) -> Generation:
+        """All of its images with what was asked."""
+        indices = [job.index for job in self.jobs]
+        return Generation(self.request, self.references, images, self.notes, indices)
+
+
+@contextmanager
+def drawing(request: Request, loaded: Base | None = None) -> Iterator[Drawing]:
+    """Open what a request needs; the adapter comes off at the end of the `with` block.
+
+    Args:
+        request: What is asked.
+        loaded: An open base, in place of the request's; None opens that.
+
+    Raises:
+        IpdiverseError: An image, the base or the adapter is unusable.
+    """
+    if not request.image and not request.faces:
+        raise ArgumentError("is missing", where="image", fix="Give a reference: --image FILE.")
+    references = [load_image(Path(file)) for file in request.image]
+    reference = _reference(request, references)
+    negative = load_image(Path(request.negative_image)) if request.negative_image else None
+    base = loaded or load_base(request.base)
+    weights = adapter_source(request.base, request.adapter)
+    guidance = base.guidance_scale if request.guidance_scale is None else request.guidance_scale
+    request = replace(request, guidance_scale=guidance)
+    task = task_for(base, request)
+    notes = [note for text in request.prompt for note in _cut_words(base, "prompt", text)]
+    notes += _cut_words(base, "negative prompt", request.negative_prompt)
+    with quiet(), attached(task.base, weights, request.image_encoder) as attachment:
+        attachment.set_scale(
+            request.preset or request.scale,
+            weight=request.scale,
+            start=request.start,
+            end=request.end,
+        )
+        jobs = [
+            Job(text, request.seed, index, reference)
+            for text in request.prompt
+            for index in range(request.candidates or request.n)
+        ]
+        jobs = _selected(jobs, request, task, attachment, negative)
+        yield Drawing(request, references, notes, jobs, task, attachment, negative)
+
+
+def _selected(
+    jobs: list[Job],
+    request: Request,
+    task: Task,
+    attachment: Attachment,
+    negative: Image.Image | None,
+) -> list[Job]:
+    """Of each prompt's candidates the best group; all of them where there are no more."""
+    if request.candidates in (None, request.n):
+        return jobs
+    from ipdiverse.sampling.selection import EARLY, judged, select
+
+    guesses = preview(task.base, jobs, request, attachment, EARLY, task, negative)
+    chosen: list[Job] = []
+    for start in range(0, len(jobs), request.candidates or 1):
+        part = jobs[start : start + (request.candidates or 1)]
+        seen = guesses[start : start + len(part)]
+        texts = [job.prompt for job in part]
+        worth, apart = judged(task.base.pipe, attachment.image_encoder, seen, texts)
+        chosen += [part[i] for i in select(worth, apart, request.n)]
+    return chosen
+
+
+def _reference(request: Request, images: list[Image.Image]) -> Reference:
+    from ipdiverse.adapter.face_embeddings import load_face_embeddings
+    from ipdiverse.adapter.reference import Reference
+
+    faces = load_face_embeddings(Path(request.faces)) if request.faces else None
+    masks = [load_image(Path(file)) for file in request.mask] or None
+    return Reference(images, faces, request.combine, request.weights or None, masks)  # type: ignore[arg-type]
+
+
+def _cut_words(base: Any, name: str, prompt: str) -> list[str]:
+    """Say what the text encoder cannot read."""
+    tokenizer = base.pipe.tokenizer
+    limit = tokenizer.model_max_length
+    with quiet():
+        ids = tokenizer(prompt).input_ids
+    if len(ids) <= limit:
+        return []
+    cut = tokenizer.decode(ids[limit - 1 : -1])
+    return [f"the {name} is longer than {limit} tokens; cut: {cut!r}"]

@@ -1,0 +1,123 @@
+"""`generate --batch`: many jobs, each image as it lands, safe to kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ipdiverse import generate
+from ipdiverse.cli import main
+from ipdiverse.critters.make import make_dataset
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> Path:
+    make_dataset(tmp_path / "refs", 2)
+    first, second = sorted((tmp_path / "refs" / "images").iterdir())
+    lines = [
+        {"image": str(first), "prompt": "a critter in the snow", "n": 3},
+        {"image": str(second), "prompt": ["on the moon", "at the beach"], "n": 1, "seed": 5},
+        {"image": str(first), "diversity": 0.5, "n": 1},
+    ]
+    file = tmp_path / "jobs.jsonl"
+    file.write_text("\n".join(json.dumps(line) for line in lines) + "\n")
+    return file
+
+
+def run(jobs: Path, *more: str) -> int:
+    out = str(jobs.parent / "out")
+    return main(["generate", "--batch", str(jobs), "--steps", "2", "--out", out, *more])
+
+
+def landed(jobs: Path) -> list[dict]:
+    file = jobs.parent / "out" / "results.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_every_job_is_drawn_as_alone_and_told_as_it_lands(
+    jobs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(jobs, "--json") == 0
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert told == landed(jobs)
+    assert [(line["job"], line["image"]) for line in told] == [
+        *((0, i) for i in range(3)),
+        *((1, i) for i in range(2)),
+        (2, 0),
+    ]
+    assert told[4]["prompt"] == "at the beach"
+    stated = json.loads(jobs.read_text().splitlines()[1])
+    alone = generate(stated["image"], stated["prompt"], n=1, seed=5, steps=2)
+    for index, image in enumerate(alone.images):
+        with Image.open(jobs.parent / "out" / "0001" / f"{index:04d}.png") as drawn:
+            np.testing.assert_array_equal(np.asarray(drawn), np.asarray(image))
+
+
+def test_what_is_there_is_not_drawn_again(jobs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(jobs) == 0
+    assert "wrote 6 images of 3 jobs" in capsys.readouterr().out
+    before = landed(jobs)
+    assert run(jobs) == 0
+    assert "wrote 0 images" in capsys.readouterr().out
+    (jobs.parent / "out" / "0000" / "0001.png").unlink()
+    with (jobs.parent / "out" / "results.jsonl").open("a") as file:
+        file.write('{"job": 2, "im')
+    assert run(jobs) == 0
+    assert "wrote 1 images" in capsys.readouterr().out
+    key = lambda line: (line["job"], line["image"])  # noqa: E731
+    assert sorted(landed(jobs), key=key) == sorted(before, key=key)
+
+
+def test_killed_at_any_moment_it_goes_on(jobs: Path) -> None:
+    out = jobs.parent / "out"
+    words = ["generate", "--batch", str(jobs), "--steps", "2", "--out", str(out)]
+    started = subprocess.Popen([sys.executable, "-m", "ipdiverse", *words])
+    deadline = time.monotonic() + 120
+    while not (out / "results.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(started.pid, signal.SIGKILL)
+    started.wait()
+    assert run(jobs) == 0
+    assert len({(line["job"], line["image"]) for line in landed(jobs)}) == 6
+    for line in landed(jobs):
+        with Image.open(out / line["file"]) as image:
+            image.load()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 1: is no JSON"),
+        ("[]", "line 1: is no JSON object"),
+        ('{"imag": "x"}', "unknown key; found imag"),
+        ('{"prompt": "x"}', "line 1: has no image"),
+        ('{"image": "x", "n": 0}', "line 1: n"),
+        ("", "holds no jobs"),
+    ],
+)
+def test_a_bad_line_is_named_before_anything_is_drawn(
+    line: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "jobs.jsonl").write_text(line)
+    assert run(tmp_path / "jobs.jsonl") == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_results_of_other_jobs_are_not_mixed_in(
+    jobs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(jobs) == 0
+    lines = jobs.read_text().splitlines()
+    jobs.write_text("\n".join([lines[1], lines[0]]))
+    assert run(jobs) == 2
+    assert "holds results of other jobs" in capsys.readouterr().err
