@@ -62,6 +62,18 @@ def test_every_job_is_drawn_as_alone_and_told_as_it_lands(
             np.testing.assert_array_equal(np.asarray(drawn), np.asarray(image))
 
 
+def test_a_set_with_levers_on_it_is_the_same_after_a_loss(jobs: Path) -> None:
+    """Repulsion looks at the whole set, also when one image of it is drawn again."""
+    assert run(jobs, "--repulsion", "0.5") == 0
+    file = jobs.parent / "out" / "0000" / "0001.png"
+    with Image.open(file) as image:
+        before = np.asarray(image).copy()
+    file.unlink()
+    assert run(jobs, "--repulsion", "0.5") == 0
+    with Image.open(file) as image:
+        np.testing.assert_array_equal(np.asarray(image), before)
+
+
 def test_what_is_there_is_not_drawn_again(jobs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(jobs) == 0
     assert "wrote 6 images of 3 jobs" in capsys.readouterr().out
@@ -82,11 +94,18 @@ def test_killed_at_any_moment_it_goes_on(jobs: Path) -> None:
     words = ["generate", "--batch", str(jobs), "--steps", "2", "--out", str(out)]
     started = subprocess.Popen([sys.executable, "-m", "ipdiverse", *words])
     deadline = time.monotonic() + 120
-    while not (out / "results.jsonl").exists() and time.monotonic() < deadline:
+    while time.monotonic() < deadline and not ((out / "results.jsonl").exists() and landed(jobs)):
         time.sleep(0.02)
+    assert started.poll() is None, "killed while it draws"
     os.kill(started.pid, signal.SIGKILL)
     started.wait()
+    before = {file: file.stat().st_mtime_ns for file in out.rglob("*.png")}
+    assert 0 < len(before) < 6
     assert run(jobs) == 0
+    told = {line["file"] for line in landed(jobs)}
+    kept = [f for f, at in before.items() if f.stat().st_mtime_ns == at]
+    assert kept, "what had landed was not drawn again"
+    assert {str(file.relative_to(out)) for file in kept} <= told
     assert len({(line["job"], line["image"]) for line in landed(jobs)}) == 6
     for line in landed(jobs):
         with Image.open(out / line["file"]) as image:

@@ -25,7 +25,8 @@ def test_flags_of_commands_exist(name: str, capsys: pytest.CaptureFixture[str]) 
         with pytest.raises(SystemExit):
             main([words[1], "--help"])
         shown = capsys.readouterr().out
-        assert not {flag for flag in flags if flag not in shown}, line
+        known = set(re.findall(r"--[a-z][a-z0-9-]*", shown))
+        assert flags <= known, line
 
 
 def test_the_shipped_study_is_one(tmp_path: Path) -> None:

@@ -96,6 +96,11 @@ class Attachment:
         return self._encoding.encoder
 
     @property
+    def image_processor(self) -> Any:
+        """Its preprocessing."""
+        return self._encoding.processor
+
+    @property
     def hook(self) -> ImagePromptHook:
         """What hands image tokens to the layers; levers act through it."""
         return self._hook

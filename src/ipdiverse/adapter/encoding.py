@@ -121,7 +121,8 @@ def encode_references(
     if change is None:
         rows = [projected.tokens(reference) for reference in references]
     else:
-        references = list(references) * (change.items if len(references) == 1 else 1)
+        repeats = max(1, change.items // len(references))
+        references = [reference for reference in references for _ in range(repeats)]
         rows = [projected.tokens(r, (change, item)) for item, r in enumerate(references)]
     if len({row.shape for row in rows}) > 1:
         raise ArgumentError(

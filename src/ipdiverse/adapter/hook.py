@@ -129,11 +129,16 @@ class ImagePromptHook(ModelHook):
 
     def layout_of(self, batch: int) -> tuple[str, ...]:
         """The branches of a call of the pipeline's own with so many rows."""
+        self._check_references()
         return self._layout(batch, max(prompt.items for prompt in self.prompts))
 
     def changed(self) -> None:
         """A reference or the fusion changed: prepare again at the next call."""
         self._prepared = {}
+
+    def _check_references(self) -> None:
+        if not all(prompt.references for prompt in self.prompts):
+            raise ArgumentError("no reference was set", where="adapter", fix="Call set_reference.")
 
     def _check_processors(self) -> None:
         for attention, mine in self.processors:
@@ -154,11 +159,8 @@ class ImagePromptHook(ModelHook):
             for prompt, groups in zip(self.prompts, known.groups, strict=True):
                 prompt.slot.groups = groups
             return
+        self._check_references()
         for prompt in self.prompts:
-            if not prompt.references:
-                raise ArgumentError(
-                    "no reference was set", where="adapter", fix="Call set_reference."
-                )
             layout = self.layout or self._layout(len(text), prompt.items)
             prompt.adapter.to(text.device, text.dtype)
             prompt.slot.groups = [

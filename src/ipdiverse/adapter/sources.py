@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ipdiverse.bases import HUB_ID
+from ipdiverse.bases import HUB_ID, split_hub_id
 from ipdiverse.errors import CheckpointError
 
 _SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt"}
@@ -18,6 +18,18 @@ _NO_WEIGHTS = (
     "training_args",
 )
 _TRUE = {"1", "true", "yes", "on"}
+
+
+def local_file(source: Path | str) -> Path:
+    """The file that `bases.adapter_source` names: a path, or a hub id with the file behind it.
+
+    Raises:
+        CheckpointError: It is missing.
+    """
+    if isinstance(source, Path):
+        return find_checkpoint(source)
+    repository, file = split_hub_id(source)
+    return find_checkpoint(repository, weight_name=file)
 
 
 def find_checkpoint(

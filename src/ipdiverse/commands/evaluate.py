@@ -89,7 +89,7 @@ class Calibrate:
     """Find the dial's path for an adapter and write it into its file.
 
     Args:
-        adapter: A name or file; a published one is calibrated into a new file.
+        adapter: A name, file or hub id.
         base: What it prompts.
         references: Folder of reference images; None takes critters that nothing was trained on.
         prompts: File with a prompt a line.
@@ -98,7 +98,7 @@ class Calibrate:
         images: Of each.
         steps: Denoising steps.
         work: Folder for images; an interrupted calibration in it goes on.
-        out: The file to write; None adds to the adapter's own.
+        out: The file to write; None adds to the adapter's own, if `ipdiverse train` wrote it.
         json: Print the path with what it achieved.
     """
 
@@ -117,12 +117,12 @@ class Calibrate:
     def run(self) -> None:
         """Climb, say every point, write."""
         from ipdiverse.adapter.checkpoint import copy_with_spec
-        from ipdiverse.adapter.sources import find_checkpoint
+        from ipdiverse.adapter.sources import local_file
         from ipdiverse.bases import adapter_source
         from ipdiverse.evaluation.calibrate import calibrate
 
-        source = find_checkpoint(adapter_source(self.base, self.adapter))
-        target = Path(self.out) if self.out else source
+        source = local_file(adapter_source(self.base, self.adapter))
+        target = Path(self.out) if self.out else _own(source)
         if target.suffix != ".safetensors":
             raise ArgumentError("must end in .safetensors", where="out", found=target)
         check_target(str(target))
@@ -140,6 +140,19 @@ class Calibrate:
         )
         copy_with_spec(source, target, {"dial": dial.as_spec()})
         say_json({"path": path, "dial": dial.as_spec()}) if self.json else say(f"wrote {target}")
+
+
+def _own(source: Path) -> Path:
+    """The adapter's file itself, if it is the user's to change."""
+    from ipdiverse.adapter.checkpoint import read_spec
+    from ipdiverse.bases import CRITTERS_ADAPTERS
+
+    shipped = source.resolve().parent == CRITTERS_ADAPTERS.resolve()
+    if shipped or "recipe" not in read_spec(source):
+        raise ArgumentError(
+            "was published by others", where=source, fix="Name a new file: --out FILE.safetensors."
+        )
+    return source
 
 
 def _tell(line: str) -> None:

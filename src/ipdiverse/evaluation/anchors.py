@@ -19,7 +19,7 @@ RENDERER, COPY = "renderer", "pixel copy"
 
 
 def anchors(
-    pairs: list[Any], references: list[Image.Image], images: int, known: bool
+    pairs: list[Any], references: list[Image.Image], images: int, known: bool, side: int
 ) -> list[tuple[Arm, np.ndarray]]:
     """Each anchor with its images, (pairs · images, height, width, 3).
 
@@ -28,9 +28,10 @@ def anchors(
         references: Of each pair.
         images: Of each pair.
         known: The world is critters, and can be rendered.
+        side: Height and width of what arms draw.
     """
     found = [(Arm(RENDERER, "anchor"), rendered(pairs, images))] if known else []
-    return [*found, (Arm(COPY, "anchor"), copied(references, images))]
+    return [*found, (Arm(COPY, "anchor"), copied(references, images, side))]
 
 
 def rendered(pairs: list[Pair], images: int) -> np.ndarray:
@@ -44,6 +45,7 @@ def rendered(pairs: list[Pair], images: int) -> np.ndarray:
     return np.stack(outputs)
 
 
-def copied(references: list[Image.Image], images: int) -> np.ndarray:
-    """The reference again and again."""
-    return np.stack([np.asarray(image) for image in references for _ in range(images)])
+def copied(references: list[Image.Image], images: int, side: int = 64) -> np.ndarray:
+    """The reference again and again, at the size of the output."""
+    shown = [np.asarray(image.convert("RGB").resize((side, side))) for image in references]
+    return np.stack([picture for picture in shown for _ in range(images)])

@@ -39,12 +39,11 @@ LADDERS: dict[str, tuple[Any, ...]] = {
     "cads": (0.0, 0.1, 0.2, 0.35, 0.6, 1.0),
     "drop": (0.0, 0.1, 0.25, 0.5),
     "late_layout": (0.0, 0.1, 0.2, 0.4),
-    "image_guidance": (None, 2.0, 1.0),
     "remove_stated": (0.0, 0.5, 1.0),
     "shield": (0.0, 0.2, 0.4, 0.6),
 }
-"""Rungs of each lever, from off upwards. Levers on a set are left out: with them an image depends
-on the others."""
+"""Rungs of each lever, from off upwards. Left out are levers on a set, as with them an image depends
+on the others, and factorised guidance, as its third pass costs more than stock."""
 
 
 def calibrate(
@@ -115,7 +114,9 @@ def calibrate(
             where=adapter,
             found=f"variety {path[0][1].variety:.3f}",
         )
-    dial = placed(path, f"calibrated on {pairs} pairs of {images} images, {steps} steps")
+    dial = placed(
+        path, f"calibrated on {runner.study.pairs} pairs of {images} images, {steps} steps"
+    )
     return dial, [{**asdict(levers), **asdict(scores)} for levers, scores in path]
 
 
@@ -212,7 +213,8 @@ def _scores(found: dict[str, float], images: int) -> Achieved:
 def _parts_of(adapter: str, base: str) -> tuple[bool, bool]:
     """Whether an adapter has a fusion, and noise conditioning."""
     from ipdiverse.adapter.checkpoint import load_adapter
+    from ipdiverse.adapter.sources import local_file
     from ipdiverse.bases import adapter_source
 
-    opened = load_adapter(adapter_source(base, adapter))
+    opened = load_adapter(local_file(adapter_source(base, adapter)))
     return opened.fusion is not None, opened.noise is not None

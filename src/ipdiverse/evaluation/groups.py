@@ -151,17 +151,20 @@ def resampled(runs: Sequence[Parts], resamples: int = RESAMPLES) -> Floats:
 
 
 def hypervolume(
-    points: Sequence[tuple[Parts, Parts]], corner: tuple[float, float], resamples: int = RESAMPLES
+    points: Sequence[tuple[Sequence[Parts], Sequence[Parts]]],
+    corner: tuple[float, float],
+    resamples: int = RESAMPLES,
 ) -> tuple[float, Floats]:
     """Area that arms dominate in (variety, fidelity), and the same in every draw of pairs.
 
     Args:
-        points: Of each arm, the two scores.
+        points: Of each arm, the two scores of every training seed.
         corner: What must be exceeded, the same for all that is compared.
         resamples: Draws.
     """
-    whole = hypervolume_2d([[x.estimate, y.estimate] for x, y in points], corner)
-    drawn = np.stack([[resampled([s], resamples) for s in point] for point in points])
+    estimates = [[interval(runs, 1).estimate for runs in point] for point in points]
+    whole = hypervolume_2d(estimates, corner)
+    drawn = np.stack([[resampled(runs, resamples) for runs in point] for point in points])
     areas = [hypervolume_2d(drawn[:, :, i], corner) for i in range(resamples)]
     return whole, np.array(areas)
 

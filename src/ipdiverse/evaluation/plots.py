@@ -80,11 +80,12 @@ def _draw_family(
     axes: Any, family: str, arms: Sequence[Measured], across: str, up: str, colour: str
 ) -> None:
     ordered = list(arms)
-    if all(one.arm.at is not None for one in arms):
+    if all(one.arm.at is not None for one in ordered):
         ordered.sort(key=lambda one: one.arm.at or 0.0)
     xs = [interval(one.parts(across)) for one in ordered]
     ys = [interval(one.parts(up)) for one in ordered]
-    joined = "-" if len(arms) > 1 and ordered[0].arm.at is not None else ""
+    placed = all(one.arm.at is not None for one in arms)
+    joined = "-" if len(arms) > 1 and placed else ""
     axes.errorbar(
         [x.estimate for x in xs],
         [y.estimate for y in ys],

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from ipdiverse.evaluation.groups import Parts, difference, hypervolume, interval
+from ipdiverse.evaluation.groups import difference, hypervolume, interval
 from ipdiverse.evaluation.plots import LABELS, as_bytes, axes_of, tradeoff
 from ipdiverse.provenance import write_bytes_atomic, write_text_atomic
 
@@ -76,7 +76,7 @@ def write_report(
         plots.append(f'<img src="data:image/png;base64,{encoded}" alt="{escape(words)}">')
     page = _PAGE.format(
         title="Variety against fidelity",
-        about=_about(study),
+        about=_about(study, len(references)),
         plots="".join(plots),
         volumes=_volumes(study, measured),
         sets=_sets(measured, references),
@@ -90,7 +90,8 @@ def write_report(
 def volumes(study: Study, measured: Sequence[Measured]) -> list[dict[str, Any]]:
     """Hypervolume of each family over each pair of axes, and its excess over the baseline's family.
 
-    The corner is the lowest of any arm on each axis, so that every arm counts.
+    The corner is fixed, so that areas of one study can be compared with another's: 0 on every axis,
+    and 1 for a Vendi score, which is that of equal images.
 
     Args:
         study: Names the baseline.
@@ -103,10 +104,10 @@ def volumes(study: Study, measured: Sequence[Measured]) -> list[dict[str, Any]]:
     found = []
     for across, up in axes_of(measured):
         points = {
-            name: [(one.parts(across)[0], one.parts(up)[0]) for one in members]
+            name: [(one.parts(across), one.parts(up)) for one in members]
             for name, members in families.items()
         }
-        corner = _corner([point for group in points.values() for point in group])
+        corner = (1.0 if across.startswith("vendi") else 0.0, 0.0)
         areas = {name: hypervolume(group, corner) for name, group in points.items()}
         base, base_drawn = areas[study.baseline_arm.family]
         for name, (area, drawn) in areas.items():
@@ -124,13 +125,6 @@ def volumes(study: Study, measured: Sequence[Measured]) -> list[dict[str, Any]]:
     return found
 
 
-def _corner(points: Sequence[tuple[Parts, Parts]]) -> tuple[float, float]:
-    return (
-        min(x.estimate for x, _ in points),
-        min(y.estimate for _, y in points),
-    )
-
-
 def _volumes(study: Study, measured: Sequence[Measured]) -> str:
     rows = volumes(study, measured)
     if len({row["family"] for row in rows}) < 2:
@@ -142,17 +136,17 @@ def _volumes(study: Study, measured: Sequence[Measured]) -> str:
         for row in rows
     )
     return (
-        "<h2>Hypervolume</h2><p>Area that a family dominates, above the lowest of any arm; what it "
+        "<h2>Hypervolume</h2><p>Area that a family dominates above a fixed corner; what it "
         f"has more than “{escape(study.baseline_arm.family)}”, with 95 % intervals.</p>"
         "<div class='wide'><table><tr><th>family</th><th>axes</th><th>area</th><th>more</th>"
         f"<th>95 %</th></tr>{body}</table></div>"
     )
 
 
-def _about(study: Study) -> str:
+def _about(study: Study, pairs: int) -> str:
     what = "held-out critters" if study.references is None else "your references"
     return (
-        f"{study.pairs} pairs of a prompt and a reference ({what}), {study.images} images each, "
+        f"{pairs} pairs of a prompt and a reference ({what}), {study.images} images each, "
         f"{study.steps} steps, base {escape(study.base)}, seed {study.seed}. The noise of an image "
         "is the same in every arm."
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from ipdiverse.bases import CRITTERS, Base, adapter_source, load_base
+from ipdiverse.adapter.sources import local_file
+from ipdiverse.bases import CRITTERS, adapter_source, load_base
 from ipdiverse.critters.oracle import read
 from ipdiverse.critters.training.loop import autocast, fingerprint
 from ipdiverse.errors import ArgumentError
@@ -28,6 +29,7 @@ from ipdiverse.evaluation.features import feature_parts, open_encoder
 from ipdiverse.evaluation.folders import folder_pairs
 from ipdiverse.evaluation.groups import Parts, critters_parts, interval, leak_interval
 from ipdiverse.evaluation.sampling import sample_array, shipped_oracle, study_pairs
+from ipdiverse.image_io import content_hash
 from ipdiverse.provenance import ensure_writable_folder, write_bytes_atomic, write_text_atomic
 from ipdiverse.sampling.generation import versions
 from ipdiverse.sampling.sample import Job, attached
@@ -131,7 +133,18 @@ class Runner:
         known = study.base == CRITTERS and study.references is None
         self.oracle = shipped_oracle() if known else None
         self.pairs: list[Any] = self._drawn()
+        if len(self.pairs) < 2:
+            raise ArgumentError(
+                "gives too few pairs of a prompt and a reference",
+                where="study",
+                expected="2 or more",
+                found=len(self.pairs),
+            )
+        self.study = study = replace(study, pairs=len(self.pairs))
         self.references = [pair.image() for pair in self.pairs]
+        asked = [content_hash(image) for image in self.references]
+        asked += [pair.prompt for pair in self.pairs]
+        self._decides = [*_models(self.base.pipe), *asked]
         self.encoders = [open_encoder(name, self.base.pipe) for name in study.features]
         if not known and not self.encoders:
             raise ArgumentError(
@@ -163,7 +176,9 @@ class Runner:
     def anchors(self) -> list[Measured]:
         """What bounds every arm, where it is known."""
         known = self.oracle is not None
-        found = anchors(self.pairs, self.references, self.study.images, known)
+        pipe = self.base.pipe
+        side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+        found = anchors(self.pairs, self.references, self.study.images, known, side)
         return [self._scored(arm, [images]) for arm, images in found]
 
     def _drawn(self) -> list[Any]:
@@ -210,7 +225,7 @@ class Runner:
     def _images(self, arm: Arm, source: str) -> np.ndarray:
         """All images of an arm with one adapter; chunks that are there are not made again."""
         weights = adapter_source(self.study.base, source)
-        folder = self.out / "images" / _key(self.study, arm, weights, self.base)
+        folder = self.out / "images" / self._key(arm, weights)
         starts = range(0, len(self.pairs), _CHUNK)
         chunks = [range(start, min(start + _CHUNK, len(self.pairs))) for start in starts]
         files = [folder / f"{number:05d}.npz" for number in range(len(chunks))]
@@ -237,6 +252,14 @@ class Runner:
                 _save(file, made)
                 self._advance(len(chunk))
 
+    def _key(self, arm: Arm, weights: Path | str) -> str:
+        """What decides an arm's images, as 16 hexadecimal digits."""
+        settings = {k: v for k, v in arm.settings.items() if k != "adapter"}
+        study = [self.study.images, self.study.steps, self.study.seed]
+        adapter = hashlib.sha256(local_file(weights).read_bytes()).hexdigest()
+        decides = [settings, study, adapter, self._decides, versions()]
+        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+
     def _advance(self, pairs: int) -> None:
         if self._bar is not None:
             self._bar.update(pairs * self.study.images)
@@ -248,18 +271,12 @@ def _save(file: Path, images: np.ndarray) -> None:
     write_bytes_atomic(file, buffer.getvalue())
 
 
-def _key(study: Study, arm: Arm, weights: Any, base: Base) -> str:
-    """What decides an arm's images, as 16 hexadecimal digits."""
-    is_file = hasattr(weights, "is_file") and weights.is_file()
-    adapter = hashlib.sha256(weights.read_bytes()).hexdigest() if is_file else str(weights)
-    decides = {
-        "settings": {k: v for k, v in arm.settings.items() if k != "adapter"},
-        "study": {k: v for k, v in study.settings().items() if k not in ("features", "baseline")},
-        "adapter": adapter,
-        "base": [fingerprint(base.pipe.unet), fingerprint(base.pipe.vae)],
-        "versions": versions(),
-    }
-    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+def _models(pipe: Any) -> list[str]:
+    """What decides images, of a base: every model's weights, and the scheduler."""
+    names = ("unet", "vae", "text_encoder", "text_encoder_2", "image_encoder")
+    modules = [getattr(pipe, name, None) for name in names]
+    scheduler = json.dumps(dict(pipe.scheduler.config), sort_keys=True, default=str)
+    return [*(fingerprint(module) for module in modules if module is not None), scheduler]
 
 
 def _rounded(found: tuple[float, float, float]) -> list[float | None]:

@@ -144,8 +144,15 @@ def read_study(file: Path) -> Study:
     known = {f.name for f in fields(Study)} - {"arms"}
     if unknown := sorted(content.keys() - known):
         raise ArgumentError("unknown key", where=file, found=", ".join(unknown))
+    for name, kind in _KINDS.items():
+        if name in content and (
+            not isinstance(content[name], kind) or isinstance(content[name], bool)
+        ):
+            raise ArgumentError(
+                "is of another type", where=f"{file}: {name}", found=repr(content[name])
+            )
     if "features" in content:
-        content["features"] = tuple(content["features"])
+        content["features"] = _words(content["features"], f"{file}: features")
     try:
         study = Study(arms=tuple(arms), **content)
         for arm in study.arms:
@@ -168,6 +175,19 @@ def quick_study() -> Study:
     return Study(arms=(*sweep, *dial), pairs=24, images=8)
 
 
+_KINDS: dict[str, type] = {
+    **dict.fromkeys(("pairs", "images", "steps", "seed"), int),
+    **dict.fromkeys(("base", "references", "prompts", "baseline", "split"), str),
+    "features": list,
+}
+
+
+def _words(found: Any, where: str) -> tuple[str, ...]:
+    if not isinstance(found, list) or not all(isinstance(word, str) for word in found):
+        raise ArgumentError("is no list of texts", where=where, found=repr(found))
+    return tuple(found)
+
+
 def _entries(content: dict[str, Any], name: str, file: Path) -> list[dict[str, Any]]:
     found = content.pop(name, [])
     if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
@@ -178,16 +198,19 @@ def _entries(content: dict[str, Any], name: str, file: Path) -> list[dict[str, A
 def _arm(entry: dict[str, Any], file: Path) -> Arm:
     settings = dict(entry)
     name, family = settings.pop("name", None), settings.pop("family", None)
-    at, adapters = settings.pop("at", None), tuple(settings.pop("adapters", ()))
+    at, adapters = settings.pop("at", None), settings.pop("adapters", [])
     if not isinstance(name, str):
         raise ArgumentError("has no name", where=f"{file}: arm", found=entry)
     unknown = sorted(settings.keys() - set(SETTINGS))
     if unknown:
         where = f"{file}: arm {name!r}"
         raise ArgumentError("unknown key", where=where, found=", ".join(unknown))
-    if "interval" in settings:
+    where = f"{file}: arm {name!r}"
+    if not isinstance(at, (int, float, type(None))):
+        raise ArgumentError("is no number", where=f"{where}, at", found=repr(at))
+    if isinstance(settings.get("interval"), list):
         settings["interval"] = tuple(settings["interval"])
-    return Arm(name, family or name, settings, adapters, at)
+    return Arm(name, family or name, settings, _words(adapters, f"{where}, adapters"), at)
 
 
 def _swept(entry: dict[str, Any], file: Path) -> list[Arm]:
@@ -201,6 +224,8 @@ def _swept(entry: dict[str, Any], file: Path) -> list[Arm]:
         for key, values in entry.items()
         if isinstance(values, list) and key != "adapters" and (key != "interval" or _nested(values))
     }
+    if empty := sorted(key for key, values in varied.items() if not values):
+        raise ArgumentError("is empty", where=f"{file}: sweep {family!r}", found=", ".join(empty))
     fixed = {key: value for key, value in entry.items() if key not in varied}
     arms = []
     for values in product(*varied.values()):

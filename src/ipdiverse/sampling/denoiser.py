@@ -48,21 +48,24 @@ def steer(
         ModelError: A lever needs what this base or adapter does not have.
     """
     release(attachment)
-    if not seeds:
-        raise ArgumentError("is empty", where="seeds", expected="one for each image")
-    _check(levers, attachment)
-    hook = attachment.hook
+    _check(levers, attachment, len(seeds))
+    hook, unet = attachment.hook, attachment.pipe.unet
     steering = Steering(attachment, levers, tuple(seeds))
+    change = None
     if levers.noise_level or levers.remove_stated:
-        attachment.change_embeds(embed_change(attachment, levers, tuple(seeds), prompts))
+        change = embed_change(attachment, levers, tuple(seeds), prompts)
+    with inside_offloading(unet):
+        HookRegistry.check_if_exists_or_initialize(unet).register_hook(steering, LEVERS_HOOK)
+    try:
+        attachment.change_embeds(change)
+    except BaseException:
+        release(attachment)
+        raise
     for prompt in hook.prompts:
         prompt.fusion_factor, prompt.late_layout = levers.fusion_strength, levers.late_layout
         if token_levers(levers):
             prompt.change = steering.changed_tokens
     hook.changed()
-    unet = attachment.pipe.unet
-    with inside_offloading(unet):
-        HookRegistry.check_if_exists_or_initialize(unet).register_hook(steering, LEVERS_HOOK)
     return steering
 
 
@@ -106,7 +109,8 @@ class Steering(ModelHook):
 
     def initialize_hook(self, module: torch.nn.Module) -> torch.nn.Module:
         """Note the names of the UNet's arguments."""
-        forward = inspect.signature(type(module).forward)
+        inner = getattr(module, "_orig_mod", module)  # torch.compile's own has other arguments
+        forward = inspect.signature(type(inner).forward)
         self._names = [name for name in forward.parameters if name != "self"]
         return module
 
@@ -128,6 +132,9 @@ class Steering(ModelHook):
             return forward(*args, **kwargs)
         predicted = self._branches(forward, given, weights, layout, items)
         guided = guidance.combine(weights, predicted)
+        rescale = float(getattr(self.attachment.pipe, "guidance_rescale", 0.0) or 0.0)
+        if rescale and len(weights) > 1 and BOTH in predicted:
+            guided = guidance.rescaled(guided, predicted[BOTH], rescale)
         guided = self._on_latents(guided, given["sample"][-items:], alpha)
         output = torch.cat([guided] * len(layout))
         if given.get("return_dict", True):
@@ -248,12 +255,29 @@ class Steering(ModelHook):
             )
 
 
-def _check(levers: Levers, attachment: Attachment) -> None:
+def _check(levers: Levers, attachment: Attachment, seeds: int) -> None:
+    if not seeds:
+        raise ArgumentError("is empty", where="seeds", expected="one for each image")
+    for number in range(len(attachment.adapters)):
+        references = len(attachment.references(number))
+        if references and seeds % references:
+            raise ArgumentError(
+                "do not fit the references",
+                where="seeds of the levers",
+                expected=f"a multiple of {references}",
+                found=seeds,
+            )
     if levers.noise_level and any(a.noise is None for a in attachment.adapters):
         raise ModelError(
             "is not noise-conditioned",
             where="adapter",
             fix="Train it with --noise-conditioning, or use cads or drop.",
+        )
+    if levers.shield and getattr(attachment.pipe.unet, "_hf_hook", None) is not None:
+        raise ModelError(
+            "needs the VAE while the UNet runs, and models are offloaded",
+            where="shield",
+            fix="Leave the shield out, or do not offload.",
         )
 
 

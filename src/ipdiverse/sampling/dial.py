@@ -60,13 +60,20 @@ class Levers:
             check_range(name, getattr(self, name), 0, 1)
         for name in ("cads", "repulsion", "shield", "particle", "sparke"):
             check_range(name, getattr(self, name), 0, 100)
-        if self.interval is not None and not 0 <= self.interval[0] < self.interval[1]:
+        if self.interval is not None and not _is_range(self.interval):
             raise ArgumentError(
                 "is no range of noise levels",
                 where="interval",
                 expected="0 ≤ low < high",
                 found=self.interval,
             )
+
+
+def _is_range(interval: object) -> bool:
+    if not isinstance(interval, (tuple, list)) or len(interval) != 2:
+        return False
+    numbers = all(isinstance(value, (int, float)) for value in interval)
+    return numbers and 0 <= interval[0] < interval[1]
 
 
 OFF = Levers()
@@ -143,7 +150,8 @@ def between(before: Levers, after: Levers, share: float) -> Levers:
     mixed: dict[str, Any] = {}
     for field in fields(Levers):
         one, other = getattr(before, field.name), getattr(after, field.name)
-        mixed[field.name] = _mixed(one, other, share)
+        mix = _mixed_interval if field.name == "interval" else _mixed
+        mixed[field.name] = mix(one, other, share)
     mixed["noise_level"] = round(mixed["noise_level"])
     mixed["removal_rank"] = round(mixed["removal_rank"])
     return Levers(**mixed)
@@ -152,9 +160,19 @@ def between(before: Levers, after: Levers, share: float) -> Levers:
 def _mixed(one: Any, other: Any, share: float) -> Any:
     if one == other or one is None or other is None:
         return other  # there is no number between "off" and a number: the lever comes on at once
-    if isinstance(one, tuple):
-        return tuple(_mixed(a, b, share) for a, b in zip(one, other, strict=True))
     return one + (other - one) * share
+
+
+_LOUDEST = 1e3
+"""A noise level above which hardly a step lies: there an interval of "always" begins to close."""
+
+
+def _mixed_interval(one: Any, other: Any, share: float) -> Any:
+    """Lower ends linearly, upper ends by their logarithms, as noise levels are spread."""
+    if one == other:
+        return one
+    (low, high), (next_low, next_high) = (ends or (0.0, _LOUDEST) for ends in (one, other))
+    return (low + (next_low - low) * share, high * (next_high / high) ** share)
 
 
 def dial_of(spec: Mapping[str, Any], where: object) -> Dial | None:
@@ -180,7 +198,7 @@ def default_dial(fused: bool, sigmas: Sequence[float] = (0.3, 4.0)) -> Dial:
     """A conservative path of levers that need no training, for adapters that were not calibrated.
 
     First guidance is left out where it narrows most and serves least (high noise), then token
-    noise is annealed and the layout waits, last the reference's own latents are shielded.
+    noise is annealed and the layout waits, last some tokens are left out.
 
     Args:
         fused: The adapter has a text-image fusion: 0 leaves it out, as stock IP-Adapter does.
@@ -189,7 +207,7 @@ def default_dial(fused: bool, sigmas: Sequence[float] = (0.3, 4.0)) -> Dial:
     start = replace(OFF, fusion_strength=0.0) if fused else OFF
     first = replace(OFF, interval=(0.0, sigmas[1]), cads=0.1, late_layout=0.1)
     middle = replace(first, cads=0.25, late_layout=0.2, drop=0.1)
-    last = replace(first, cads=0.6, late_layout=0.4, drop=0.25, shield=0.3)
+    last = replace(first, cads=0.6, late_layout=0.4, drop=0.25)
     path = ((0.0, start), (1e-6, OFF), (0.2, first), (0.5, middle), (1.0, last))
     return Dial(path if fused else (path[0], *path[2:]), "default path, not calibrated")
 

@@ -52,10 +52,12 @@ class Drawing:
         """Number and image of each job, as soon as it is there.
 
         Args:
-            skip: Numbers of jobs that are not wanted.
+            skip: Numbers of jobs that are not wanted. Levers on a set still need the whole set.
             progress: Show a bar on standard error; None does so on terminals only.
         """
-        numbers = [number for number in range(len(self.jobs)) if number not in skip]
+        levers = self.request
+        as_a_set = bool(levers.repulsion or levers.particle or levers.sparke)
+        numbers = [n for n in range(len(self.jobs)) if as_a_set or n not in skip]
         wanted = [self.jobs[number] for number in numbers]
         drawn = sampled(
             self.task.base,
@@ -67,7 +69,8 @@ class Drawing:
             self.negative,
         )
         for number, (_, image) in zip(numbers, drawn, strict=True):
-            yield number, image
+            if number not in skip:
+                yield number, image
 
     def finished(self, images: list[Image.Image]) -> Generation:
         """All of its images with what was asked."""
@@ -132,7 +135,7 @@ def _selected(
         part = jobs[start : start + (request.candidates or 1)]
         seen = guesses[start : start + len(part)]
         texts = [job.prompt for job in part]
-        worth, apart = judged(task.base.pipe, attachment.image_encoder, seen, texts)
+        worth, apart = judged(attachment, seen, texts)
         chosen += [part[i] for i in select(worth, apart, request.n)]
     return chosen
 

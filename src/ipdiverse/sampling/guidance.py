@@ -40,6 +40,16 @@ def combine(weights: dict[str, float], predictions: dict[str, Tensor]) -> Tensor
     return torch.stack([w * predictions[b] for b, w in weights.items()]).sum(0)
 
 
+def rescaled(guided: Tensor, conditional: Tensor, share: float) -> Tensor:
+    """A share of guidance rescaled to the conditional prediction's deviation (arXiv:2305.08891).
+
+    Pipelines that do it themselves then find equal halves and change nothing.
+    """
+    axes = tuple(range(1, guided.ndim))
+    ratio = conditional.std(axes, keepdim=True) / guided.std(axes, keepdim=True)
+    return share * guided * ratio + (1 - share) * guided
+
+
 def sigma_of(alpha: float) -> float:
     """σ = √((1 − ᾱ) / ᾱ): noise over signal; infinite where nothing is left of the signal."""
     return math.inf if alpha <= 0 else math.sqrt((1 - alpha) / alpha)

@@ -169,9 +169,10 @@ def repel_tokens(tokens: Tokens, strength: float, moment: Moment) -> Tokens:
     """
     if strength == 0 or len(tokens) < 2 or moment.progress >= EARLY:
         return tokens
-    std = tokens.std((1, 2), keepdim=True)
-    moved = tokens + 1e-2 * std * moment.noise("token repulsion", tokens)
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
+        tokens = tokens.detach().clone()
+        std = tokens.std((1, 2), keepdim=True)
+        moved = tokens + 1e-2 * std * moment.noise("token repulsion", tokens)
         for _ in range(REPULSION_STEPS):
             moved = moved.detach().requires_grad_(True)
             (gradient,) = torch.autograd.grad(kernel_entropy(moved.flatten(1)), moved)
@@ -201,7 +202,9 @@ def shield(guess: Latents, strength: float, moment: Moment) -> Latents:
     """
     if strength == 0 or moment.protected is None:
         return guess
-    away = guess[:, None] - moment.protected.to(guess)
+    protected = moment.protected.to(guess)
+    protected = protected.repeat_interleave(len(guess) // len(protected), 0)
+    away = guess[:, None] - protected
     distance = away.flatten(2).norm(dim=2).clamp_min(1e-6)
     radius = strength * math.sqrt(guess[0].numel())
     push = F.relu(radius / distance - 1)[..., None, None, None] * away

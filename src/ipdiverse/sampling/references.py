@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -79,18 +80,39 @@ def reference_latents(attachment: Attachment, sample: Tensor) -> Tensor:
     Raises:
         ArgumentError: A reference was given as embeddings.
     """
-    import numpy as np
+    rows = [_latents(attachment, number, sample) for number in range(len(attachment.adapters))]
+    return torch.cat(rows, dim=1)
 
+
+def _latents(attachment: Attachment, number: int, sample: Tensor) -> Tensor:
+    """Of one adapter's references; fewer images are filled up with the last."""
     pipe = attachment.pipe
-    factor, vae = pipe.vae_scale_factor, pipe.vae
+    factor = pipe.vae_scale_factor
     size = (sample.shape[-1] * factor, sample.shape[-2] * factor)
+    references = attachment.references(number)
+    if not all(reference.images for reference in references):
+        raise ArgumentError("needs the reference's images", where="shield")
+    most = max(len(reference.images or ()) for reference in references)
     rows = []
-    for reference in attachment.references():
-        if not reference.images:
-            raise ArgumentError("needs the reference's images", where="shield")
-        images = [np.asarray(image.convert("RGB").resize(size)) for image in reference.images]
-        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
-        latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
-        shift = getattr(vae.config, "shift_factor", None) or 0.0
-        rows.append((latents - shift) * vae.config.scaling_factor)
+    for reference in references:
+        images = list(reference.images or ())
+        images += [images[-1]] * (most - len(images))
+        pixels = [np.asarray(image.convert("RGB").resize(size)) for image in images]
+        rows.append(_encoded(pipe.vae, torch.from_numpy(np.stack(pixels))))
     return torch.stack(rows)
+
+
+def _encoded(vae: Any, pixels: Tensor) -> Tensor:
+    """Scaled latents of pixels 0..255, (images, height, width, 3); in float32 where that is due."""
+    dtype = vae.dtype
+    upcast = dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
+    if upcast:
+        vae.to(torch.float32)
+    try:
+        scaled = (pixels.permute(0, 3, 1, 2).float() / 127.5 - 1).to(vae.device, vae.dtype)
+        latents = vae.encode(scaled).latent_dist.mode()
+    finally:
+        if upcast:
+            vae.to(dtype)
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    return (latents - shift) * vae.config.scaling_factor

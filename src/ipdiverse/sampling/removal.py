@@ -62,16 +62,14 @@ def stated_basis(attachment: Attachment, prompt: str, rank: int) -> dict[str, Te
     Raises:
         ModelError: Text and image encoder share no space.
     """
-    pipe: Any = attachment.pipe
     encoder: Any = attachment.image_encoder
     width = encoder.config.projection_dim
-    said = pooled_text(pipe, [*phrases(prompt), ""])
-    if said.shape[1] != width:
+    said = joint_text(attachment.pipe, [*phrases(prompt), ""], width)
+    if said is None:
         raise ModelError(
             "shares no space with the image encoder",
             where="text encoder",
-            expected=f"embeddings of width {width}",
-            found=said.shape[1],
+            expected=f"one that projects to a width of {width}",
             fix="Leave remove_stated out with this base.",
         )
     rows = stated_subspace(said[:-1] - said[-1:], rank)
@@ -80,16 +78,39 @@ def stated_basis(attachment: Attachment, prompt: str, rank: int) -> dict[str, Te
     return {"pooled": rows, "hidden": read}
 
 
-def pooled_text(pipe: Any, texts: list[str]) -> Tensor:
-    """Pooled text embeddings, projected where the encoder projects, (texts, width)."""
-    encoder = pipe.text_encoder
-    tokens = pipe.tokenizer(
+def joint_text(pipe: Any, texts: list[str], width: int) -> Tensor | None:
+    """Text embeddings in the space of an image encoder, (texts, width).
+
+    Args:
+        pipe: Whose text encoders are asked.
+        texts: What is read.
+        width: Of the space. Encoders without a projection are not in it, whatever their width,
+            unless their config says `pooled_in_image_space`, as the embedded one's does.
+
+    Returns:
+        None where no text encoder is in that space.
+    """
+    for suffix in ("", "_2"):
+        encoder = getattr(pipe, f"text_encoder{suffix}", None)
+        if encoder is None:
+            continue
+        projects = hasattr(encoder, "text_projection")
+        if not projects and not getattr(encoder.config, "pooled_in_image_space", False):
+            continue
+        found = _pooled(encoder, getattr(pipe, f"tokenizer{suffix}"), texts)
+        if found.shape[1] == width:
+            return found
+    return None
+
+
+def _pooled(encoder: Any, tokenizer: Any, texts: list[str]) -> Tensor:
+    tokens = tokenizer(
         texts,
         padding="max_length",
-        max_length=pipe.tokenizer.model_max_length,
+        max_length=tokenizer.model_max_length,
         truncation=True,
         return_tensors="pt",
     )
     output = encoder(tokens.input_ids.to(encoder.device))
-    pooled = getattr(output, "text_embeds", None)
-    return (output.pooler_output if pooled is None else pooled).float()
+    projected = getattr(output, "text_embeds", None)
+    return (output.pooler_output if projected is None else projected).float()

@@ -22,8 +22,8 @@ class Request(Levers):
     """Everything that decides the images of one call; levers are among it.
 
     Args:
-        diversity: The dial, 0 (stock IP-Adapter) to 1; levers that are given too hold over its
-            path. None leaves the adapter as it was trained.
+        diversity: The dial, 0 (stock IP-Adapter) to 1; levers that are not at their defaults hold
+            over its path. None leaves the adapter as it was trained.
         candidates: Begin so many images of each prompt and finish the `n` that differ most while
             they show the prompt; None begins no more than are finished.
         image: The reference image's file; several are one reference together.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, fields, replace
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ipdiverse.bases import Base, load_part, split_hub_id
+from ipdiverse.bases import Base, load_part
 from ipdiverse.sampling.dial import OFF, Dial, Levers, default_dial, dial_of
 from ipdiverse.sampling.tasks import Task
 from ipdiverse.seeding import derived_seed
@@ -142,7 +143,8 @@ def preview(
 
     levers = levers_of(request, attachment)
     task, guesses = task or Task(base), []
-    last = max(1, round(share * request.steps)) - 1
+    steps = request.steps * (request.strength if request.init_image else 1)
+    last = max(1, round(share * steps)) - 1
     for chunk, size in _chunks(jobs, base.batch, levers):
         padded = chunk + [chunk[-1]] * (size - len(chunk))
         steering = _prompt(attachment, padded, levers, negative, previews=True)
@@ -182,10 +184,8 @@ def _chunks(jobs: Sequence[Job], size: int, levers: Levers) -> Iterator[tuple[li
         for start in range(0, len(jobs), size):
             yield list(jobs[start : start + size]), size
         return
-    sets: dict[tuple[str, int], list[Job]] = {}
-    for job in jobs:
-        sets.setdefault((job.prompt, job.seed), []).append(job)
-    for whole in sets.values():
+    for _, together in groupby(jobs, key=lambda job: (job.prompt, job.seed)):
+        whole = list(together)
         for start in range(0, len(whole), _LARGEST_SET):
             part = whole[start : start + _LARGEST_SET]
             yield part, len(part)
@@ -238,12 +238,9 @@ class attached:  # noqa: N801 - reads as a verb: `with attached(base, file) as a
         """Attach."""
         from ipdiverse.adapter.attach import attach
         from ipdiverse.adapter.checkpoint import load_adapter
+        from ipdiverse.adapter.sources import local_file
 
-        if isinstance(self._weights, Path):
-            adapter = load_adapter(self._weights)
-        else:
-            repository, file = split_hub_id(self._weights)
-            adapter = load_adapter(repository, weight_name=file)
+        adapter = load_adapter(local_file(self._weights))
         if not self._encoder:
             return attach(self._base.pipe, adapter)
         return attach(

@@ -14,8 +14,12 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from ipdiverse.sampling.removal import joint_text
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from ipdiverse.adapter.attach import Attachment
 
 EARLY = 0.3
 """Share of the steps that a preview takes."""
@@ -61,55 +65,50 @@ def select(
 
 @torch.no_grad()
 def judged(
-    pipe: Any, image_encoder: Any, guesses: Tensor, prompts: Sequence[str]
+    attachment: Attachment, guesses: Tensor, prompts: Sequence[str]
 ) -> tuple[Tensor, Tensor]:
     """Worth and distances of previews, each in standard deviations.
 
     Args:
-        pipe: Whose VAE draws the previews, and whose text encoder reads the prompts.
-        image_encoder: What sees them; None compares latents, and all are of equal worth.
+        attachment: Whose pipeline's VAE draws the previews; its image encoder sees them, and text
+            encoders of the same space read the prompts. Without an image encoder latents are
+            compared, and without such text encoders all are of equal worth.
         guesses: Clean-latent guesses, (candidates, channels, height, width).
         prompts: One for each.
     """
-    if image_encoder is None:
+    if attachment.image_encoder is None:
         seen = F.normalize(guesses.flatten(1).float(), dim=1)
         return torch.zeros(len(guesses)), _standard_pairs(1 - seen @ seen.T)
-    seen = F.normalize(_seen(pipe, image_encoder, guesses).float(), dim=1)
+    seen = F.normalize(_seen(attachment, guesses).float(), dim=1)
     worth = torch.zeros(len(guesses))
-    text = _read(pipe, prompts)
-    if text.shape[1] == seen.shape[1]:
-        agreement = (seen * F.normalize(text.float(), dim=1)).sum(1)
+    distinct = list(dict.fromkeys(prompts))
+    read = joint_text(attachment.pipe, distinct, seen.shape[1])
+    if read is not None:
+        text = F.normalize(read[[distinct.index(prompt) for prompt in prompts]], dim=1)
+        agreement = (seen * text.to(seen)).sum(1)
         worth = (agreement - agreement.mean()) / agreement.std().clamp_min(1e-6)
     return worth.cpu(), _standard_pairs(1 - seen @ seen.T).cpu()
 
 
-def _seen(pipe: Any, image_encoder: Any, guesses: Tensor) -> Tensor:
-    vae, rows = pipe.vae, []
-    parameter = next(image_encoder.parameters())
-    side = image_encoder.config.image_size
+def _seen(attachment: Attachment, guesses: Tensor) -> Tensor:
+    vae, encoder = attachment.pipe.vae, attachment.image_encoder
+    parameter = next(encoder.parameters())
+    side = encoder.config.image_size
+    mean, std = _statistics(attachment.image_processor)
+    rows = []
     for guess in guesses.split(4):
         latents = (guess / vae.config.scaling_factor).to(vae.device, vae.dtype)
         pixels = vae.decode(latents).sample.float().clamp(-1, 1)
         shrunk = F.interpolate(pixels, (side, side), mode="bilinear", antialias=True)
-        mean, std = _statistics(pipe)
         normal = ((shrunk + 1) / 2 - mean.to(shrunk)) / std.to(shrunk)
-        rows.append(image_encoder(normal.to(parameter.device, parameter.dtype)).image_embeds)
+        rows.append(encoder(normal.to(parameter.device, parameter.dtype)).image_embeds)
     return torch.cat(rows)
 
 
-def _statistics(pipe: Any) -> tuple[Tensor, Tensor]:
-    processor = getattr(pipe, "feature_extractor", None)
+def _statistics(processor: Any) -> tuple[Tensor, Tensor]:
     mean = getattr(processor, "image_mean", None) or [0.5] * 3
     std = getattr(processor, "image_std", None) or [0.5] * 3
     return torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
-
-
-def _read(pipe: Any, prompts: Sequence[str]) -> Tensor:
-    from ipdiverse.sampling.removal import pooled_text
-
-    distinct = list(dict.fromkeys(prompts))
-    read = pooled_text(pipe, distinct)
-    return read[[distinct.index(prompt) for prompt in prompts]]
 
 
 def _standard_pairs(apart: Tensor) -> Tensor:

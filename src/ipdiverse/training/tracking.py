@@ -43,7 +43,7 @@ def tracking(
     with (
         tqdm(total=config.steps, initial=step, unit="step", disable=None) as bar,
         log.open("a", buffering=1) as file,
-        _tracker(config, out) as tracker,
+        _tracker(config, out, step) as tracker,
     ):
 
         def track(figures: dict[str, Any]) -> None:
@@ -62,14 +62,17 @@ def _step_of(line: str) -> int:
 
 
 @contextlib.contextmanager
-def _tracker(config: TrainConfig, out: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
+def _tracker(
+    config: TrainConfig, out: Path, step: int
+) -> Iterator[Callable[[dict[str, Any]], None]]:
     """TensorBoard or Weights & Biases as one function of figures, or one that does nothing."""
     if config.report_to == "tensorboard":
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise _missing("tensorboard") from error
-        with SummaryWriter(str(out / "tensorboard")) as writer:
+        again = step + 1 if step else None  # steps after that are done again
+        with SummaryWriter(str(out / "tensorboard"), purge_step=again) as writer:
 
             def write(figures: dict[str, Any]) -> None:
                 for name, value in figures.items():

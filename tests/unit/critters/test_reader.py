@@ -56,7 +56,7 @@ def test_the_reader_learns_what_latents_show() -> None:
 
 
 def test_the_guess_of_a_perfect_prediction_is_the_clean_latents() -> None:
-    scheduler = architecture.scheduler()
+    scheduler = architecture.noise_schedule()
     clean, noise = torch.randn(2, 4, 16, 8, 8, generator=torch.Generator().manual_seed(0))
     timesteps = torch.tensor([0, 300, 700, 999])
     velocity = scheduler.get_velocity(clean, noise, timesteps)

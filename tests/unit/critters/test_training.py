@@ -153,7 +153,7 @@ def test_the_unet_learns_from_cached_latents(scenes: Corpus, tmp_path: Path) -> 
         UnetModules(architecture.unet(), Alignment(patches, width=192)),
         architecture.text_encoder(len(tokenizer)),
         tokenizer,
-        architecture.scheduler(),
+        architecture.noise_schedule(),
         scenes,
         latents,
         batch=2,

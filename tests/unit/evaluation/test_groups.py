@@ -111,7 +111,11 @@ def test_what_no_pair_has_is_not_a_number_and_runs_must_fit() -> None:
 
 def test_hypervolume_of_known_points_and_in_every_draw() -> None:
     ones = np.ones(5)
-    points = [(Parts(ones * x, ones), Parts(ones * y, ones)) for x, y in ((1, 0.5), (0.5, 1))]
+    points = [([Parts(ones * x, ones)], [Parts(ones * y, ones)]) for x, y in ((1, 0.5), (0.5, 1))]
     area, draws = hypervolume(points, (0.0, 0.0), resamples=7)
     assert area == pytest.approx(0.75)
     assert draws == pytest.approx([0.75] * 7)
+    seeds = [[Parts(ones * x, ones) for x in (0.0, 2.0)], [Parts(ones, ones)] * 2]
+    area, draws = hypervolume([(seeds[0], seeds[1])], (0.0, 0.0), resamples=200)
+    assert area == pytest.approx(1.0)
+    assert set(np.round(draws, 6)) == {0.0, 1.0, 2.0}, "training seeds are drawn too"

@@ -72,6 +72,14 @@ def test_arms_and_sweeps_are_read(tmp_path: Path) -> None:
         ("baseline='b'\n[[arm]]\nname='a'", "names no arm"),
         ("arm = 3", "is no table"),
         ("pairs = 1\n[[arm]]\nname='a'", "pairs"),
+        ("pairs = 2.5\n[[arm]]\nname='a'", "of another type"),
+        ("base = 3\n[[arm]]\nname='a'", "of another type"),
+        ("features = 'dino'\n[[arm]]\nname='a'", "of another type"),
+        ("[[arm]]\nname='a'\nadapters='x.safetensors'", "no list of texts"),
+        ("[[arm]]\nname='a'\nat='x'", "is no number"),
+        ("[[arm]]\nname='a'\ninterval=[0.3]", "interval"),
+        ("[[arm]]\nname='a'\ninterval=5", "interval"),
+        ("[[sweep]]\nfamily='a'\nscale=[]", "is empty; found scale"),
     ],
 )
 def test_a_bad_study_names_file_and_fault(text: str, message: str, tmp_path: Path) -> None:

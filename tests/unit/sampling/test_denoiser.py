@@ -43,11 +43,13 @@ def pipe(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture
 def sd1() -> Any:
-    """With a text encoder in the image encoder's space, as removal needs."""
+    """With a text encoder that says it is in the image encoder's space, as removal needs."""
     encoder = models.image_encoder()
     encoder.visual_projection = torch.nn.Linear(models.CLIP_WIDTH, 64, bias=False)
     encoder.config.projection_dim = 64
-    return models.pipeline("sd1", fresh=True, image_encoder=encoder.eval())
+    pipe = models.pipeline("sd1", fresh=True, image_encoder=encoder.eval())
+    pipe.text_encoder.config.pooled_in_image_space = True
+    return pipe
 
 
 def prompted(pipe: Any) -> Any:
@@ -224,6 +226,79 @@ def test_a_scale_that_is_set_beside_levers_stays_when_they_go(sd1: Any) -> None:
         assert np.abs(draw(sd1) - expected).max() > 1e-3
         release(attachment)
         np.testing.assert_array_equal(draw(sd1), expected)
+
+
+def test_references_of_prompts_serve_each_of_their_images(sd1: Any) -> None:
+    """Two references, two images of each: every image has its seed and its own reference."""
+    seeds, prompts = (1, 2, 3, 4), ["a red critter", "a red critter", "snow", "snow"]
+    levers = Levers(noise_level=400, remove_stated=1.0, shield=20.0, drop=0.3)
+    with prompted(sd1) as attachment:
+        attachment.set_reference([models.picture(1), models.picture(2)])
+        steer(attachment, levers, seeds, prompts)
+        settings: dict[str, Any] = {
+            "num_inference_steps": 3,
+            "guidance_scale": 3.0,
+            "output_type": "latent",
+        }
+        together = sd1(
+            prompt=["a red critter", "snow"],
+            num_images_per_prompt=2,
+            generator=[torch.Generator().manual_seed(i) for i in range(4)],
+            **settings,
+        ).images.numpy()
+        attachment.set_reference(models.picture(2))
+        steer(attachment, levers, seeds[3:], ["snow"])
+        alone = sd1(
+            prompt=["snow"], generator=[torch.Generator().manual_seed(3)], **settings
+        ).images.numpy()
+    np.testing.assert_allclose(alone[0], together[3], atol=2e-3 * np.abs(together).max())
+    assert np.abs(together[2] - together[3]).max() > 1e-2
+
+
+def test_levers_work_on_a_compiled_unet(sd1: Any) -> None:
+    with prompted(sd1) as attachment:
+        steer(attachment, Levers(drop=0.5, interval=(0.5, 3.0)), SEEDS)
+        expected = draw(sd1)
+        release(attachment)
+        unet = sd1.unet
+        sd1.unet = torch.compile(unet, backend="eager")
+        steer(attachment, Levers(drop=0.5, interval=(0.5, 3.0)), SEEDS)
+        np.testing.assert_allclose(draw(sd1), expected, atol=1e-4 * np.abs(expected).max())
+        release(attachment)
+        sd1.unet = unet
+
+
+def test_guidance_rescale_still_counts(pipe: Any) -> None:
+    with prompted(pipe) as attachment:
+        plain = draw(pipe, guidance_rescale=0.9)
+        steer(attachment, Levers(image_guidance=3.0), SEEDS)
+        pipe_does = draw(pipe, guidance_rescale=0.9)
+        np.testing.assert_allclose(pipe_does, plain, atol=1e-4 * np.abs(plain).max())
+        steer(attachment, Levers(image_guidance=2.0), SEEDS)
+        assert np.abs(draw(pipe, guidance_rescale=0.9) - draw(pipe)).max() > 1e-3
+
+
+def test_a_refused_lever_leaves_nothing_behind(sd1: Any) -> None:
+    with prompted(sd1) as attachment:
+        before = draw(sd1)
+        attachment.set_reference([models.picture(1), models.picture(2)])
+        with pytest.raises(ArgumentError, match="do not fit the references"):
+            steer(attachment, Levers(noise_level=300), (1, 2, 3))
+        attachment.set_reference(models.picture(1))
+        np.testing.assert_array_equal(draw(sd1), before)
+
+
+def test_levers_before_a_reference_say_what_is_missing(sd1: Any) -> None:
+    with attach(sd1, models.adapter("plus", sd1.unet)) as attachment:
+        steer(attachment, Levers(drop=0.5), SEEDS)
+        with pytest.raises(ArgumentError, match="no reference was set"):
+            draw(sd1)
+
+
+def test_levers_run_in_inference_mode(sd1: Any) -> None:
+    with prompted(sd1) as attachment, torch.inference_mode():
+        steer(attachment, Levers(repulsion=0.5), SEEDS)
+        assert np.isfinite(draw(sd1)).all()
 
 
 def test_detach_takes_levers_off_too(sd1: Any) -> None:

@@ -1,0 +1,102 @@
+"""`calibrate` from the outside: the path goes into the file, and `generate` follows it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ipdiverse.adapter.checkpoint import load_adapter
+from ipdiverse.bases import adapter_source
+from ipdiverse.cli import main
+from ipdiverse.critters.make import make_dataset
+from ipdiverse.evaluation import calibrate
+from ipdiverse.sampling.dial import OFF, Achieved, Levers, dial_of
+
+TINY = ["--pairs", "2", "--images", "2", "--steps", "2"]
+
+
+@pytest.fixture
+def climbed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real measurements of a path that is given: two pairs are too few to climb by."""
+    chosen = Levers(cads=0.7, drop=0.3)
+
+    def climb(start, ladders, measure, say):
+        first, last = measure(start), measure(chosen)
+        assert 0 <= first.variety <= 2
+        assert "cads" in ladders
+        assert "noise_level" not in ladders, "the plain adapter is not noise-conditioned"
+        say("one step")
+        return [
+            (start, Achieved(0.2, first.retention, first.accuracy)),
+            (chosen, Achieved(0.6, last.retention, last.accuracy)),
+        ]
+
+    monkeypatch.setattr(calibrate, "climb", climb)
+
+
+def test_the_path_goes_into_the_file_and_generate_follows_it(
+    climbed: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, target = Path(adapter_source("critters", "plus")), tmp_path / "mine.safetensors"
+    words = ["calibrate", "--adapter", "plus", "--work", str(tmp_path / "work"), *TINY]
+    assert main([*words, "--out", str(target)]) == 0
+    assert "one step" in capsys.readouterr().err
+    before, after = load_file(source), load_file(target)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    adapter = load_adapter(target)
+    assert adapter.spec["reference"] == "self", "what the file said before is kept"
+    dial = dial_of(adapter.spec, target)
+    assert dial is not None
+    assert dial.at(0) == OFF
+    assert dial.at(0.5).cads == pytest.approx(0.35)
+    assert [one.variety for one in dial.achieved] == [0.2, 0.6]
+    make_dataset(tmp_path / "refs", 1)
+    image = next((tmp_path / "refs" / "images").iterdir())
+    drawn = ["generate", "--image", str(image), "-n", "1", "--steps", "2", "--json"]
+    hashes = []
+    for levers in (
+        ["--adapter", str(target), "--diversity", "0.5"],
+        ["--cads", "0.35", "--drop", "0.15"],
+    ):
+        assert main([*drawn, *levers, "--out", str(tmp_path / "out")]) == 0
+        hashes.append(json.loads(capsys.readouterr().out)["image_sha256"])
+    assert hashes[0] == hashes[1]
+
+
+def test_a_finished_calibration_draws_nothing_again(
+    climbed: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ipdiverse.evaluation import running
+
+    target = str(tmp_path / "mine.safetensors")
+    words = ["calibrate", "--adapter", "plus", "--work", str(tmp_path / "work"), *TINY]
+    assert main([*words, "--out", target]) == 0
+
+    def never(*_: object) -> None:
+        raise AssertionError("drawn again")
+
+    monkeypatch.setattr(running, "sample_array", never)
+    assert main([*words, "--out", target]) == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--adapter", "none"], "unknown adapter"),
+        (["--adapter", "plus", "--out", "x.bin"], "must end in .safetensors"),
+        (["--adapter", "plus", "--pairs", "1"], "pairs"),
+        (["--adapter", "plus", "--references", "none"], "features|none: is no folder"),
+    ],
+)
+def test_bad_input_is_one_line(
+    more: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import re
+
+    assert main(["calibrate", "--work", str(tmp_path / "work"), *more]) == 2
+    assert re.search(message, capsys.readouterr().err)
