@@ -54,6 +54,8 @@ def assemble(folder: Path, target: Path) -> None:
     for encoder in ("text_encoder", "image_encoder"):
         # transformers opens weights in the type the config names; diffusers' parts are float32
         _edit_json(temporary / encoder / "config.json", dtype="float32")
+    # its pooled state is trained to lie where the image encoder projects to (stage clip)
+    _edit_json(temporary / "text_encoder" / "config.json", pooled_in_image_space=True)
     for config in temporary.rglob("config.json"):
         _forget_path(config)
     replaced = target.with_name(target.name + ".replaced")

@@ -42,7 +42,7 @@ LADDERS: dict[str, tuple[Any, ...]] = {
     "remove_stated": (0.0, 0.5, 1.0),
     "shield": (0.0, 0.2, 0.4, 0.6),
 }
-"""Rungs of each lever, from off upwards. Left out are levers on a set, as with them an image depends
+"""Rungs of each lever, from off upwards. Left out are levers on a set, with which an image depends
 on the others, and factorised guidance, as its third pass costs more than stock."""
 
 

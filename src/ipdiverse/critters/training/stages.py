@@ -165,7 +165,7 @@ def _unet_objective(folder: Path, recipe: BaseRecipe, images: Corpus) -> UnetObj
         UnetModules(unet.to(memory_format=torch.channels_last), alignment),
         text,
         tokenizer,
-        architecture.scheduler(),
+        architecture.noise_schedule(),
         images,
         Latents(moments, vae.config.scaling_factor),
         compiled=recipe.compile,
