@@ -149,7 +149,7 @@ class DecoupledAttention:
         self,
         attn: Any,
         hidden_states: Tensor,
-        encoder_hidden_states: tuple[Tensor, list[Tensor]] | Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
@@ -159,12 +159,11 @@ class DecoupledAttention:
             attn: The diffusers `Attention` layer; its projections serve the text branch.
             hidden_states: Latent features, (batch, pixels, channels).
             encoder_hidden_states: Text (batch, text, width); None attends to the features
-                themselves. With a list of image tokens (batch, tokens, width) beside it, one for
-                each adapter, these replace what the slots hold: training passes them so.
+                themselves.
             attention_mask: Additive mask over text tokens.
             temb: Unused in transformer blocks; part of diffusers' interface.
         """
-        text, given = _split(encoder_hidden_states)
+        text = encoder_hidden_states
         layers = [slot.weights.get(self.number) for slot in self.slots]
         query = _heads(attn, _project(attn.to_q, hidden_states, layers, "to_q_lora"))
         if text is None:  # self-attention: new at every step, nothing to keep
@@ -174,7 +173,7 @@ class DecoupledAttention:
             key, value = self._text.get(text, lambda: self._key_value(attn, text, layers))
         mask = _mask(attn, attention_mask, text)
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        for scale, weights, image, group_mask, kept in self._branches(given):
+        for scale, weights, image, group_mask, kept in self._branches():
             if isinstance(scale, Tensor) or scale != 0:
                 image_key, image_value = kept.get(
                     image, lambda w=weights, t=image: _image_key_value(attn, w, t)
@@ -185,15 +184,14 @@ class DecoupledAttention:
         return attn.to_out[1](_project(attn.to_out[0], merged, layers, "to_out_lora"))
 
     def _branches(
-        self, given: list[Tensor] | None
+        self,
     ) -> Iterable[tuple[float | Tensor, LayerWeights, Tensor, RegionMask | None, _Once]]:
         """Scale, weights, tokens and mask of each group of image tokens, and what is kept of it."""
         for index, slot in enumerate(self.slots):
             weights = slot.weights.get(self.number)
             if weights is None or weights.to_k_ip is None:
                 continue
-            groups = slot.groups if given is None else [TokenGroup(_flat(given[index]))]
-            for position, group in enumerate(groups):
+            for position, group in enumerate(slot.groups):
                 kept = self._images.setdefault((index, position), _Once())
                 tokens = group.for_layer(self.number in slot.opposed)
                 yield slot.scales.get(self.number, 1.0), weights, tokens, group.mask, kept
@@ -251,17 +249,6 @@ def _project(layer: Any, states: Tensor, adapters: list[LayerWeights | None], na
 def _heads(attn: Any, states: Tensor) -> Tensor:
     """(batch, tokens, heads·head_dim) to (batch, heads, tokens, head_dim)."""
     return states.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-
-
-def _split(
-    states: tuple[Tensor, list[Tensor]] | Tensor | None,
-) -> tuple[Tensor | None, list[Tensor] | None]:
-    return states if isinstance(states, tuple) else (states, None)
-
-
-def _flat(tokens: Tensor) -> Tensor:
-    """Stock diffusers passes (batch, images, tokens, width): one item's images side by side."""
-    return tokens.flatten(1, 2) if tokens.ndim == 4 else tokens
 
 
 def _mask(attn: Any, mask: Tensor | None, text: Tensor) -> Tensor | None:

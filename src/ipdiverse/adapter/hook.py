@@ -119,12 +119,22 @@ class ImagePromptHook(ModelHook):
     ) -> Any:
         """Prepare this call's tokens and scales."""
         self._check_processors()
-        text = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[2]
+        named = "encoder_hidden_states" in kwargs
+        text = kwargs["encoder_hidden_states"] if named else args[2]
         if isinstance(text, Tensor):
             self._prepare_tokens(text)
+        else:  # the UNet itself may read the text, to pool it, and knows no tokens beside it
+            text, given = text
+            for prompt, tokens in zip(self.prompts, given, strict=True):
+                prompt.slot.groups = [
+                    TokenGroup(tokens.flatten(1, 2) if tokens.ndim == 4 else tokens)
+                ]
+            if named:
+                kwargs = {**kwargs, "encoder_hidden_states": text}
+            else:
+                args = (*args[:2], text, *args[3:])
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
-        items = len(text) if isinstance(text, Tensor) else len(text[0])
-        self._set_scales(timestep, items)
+        self._set_scales(timestep, len(text))
         return args, kwargs
 
     def layout_of(self, batch: int) -> tuple[str, ...]:

@@ -277,6 +277,23 @@ def test_a_batch_that_is_not_finite_changes_nothing(config: TrainConfig) -> None
     assert not all(torch.equal(a, b) for a, b in zip(before, run.parameters, strict=True))
 
 
+def test_a_unet_that_pools_the_text_itself_is_trained_too(home: Path, config: TrainConfig) -> None:
+    """As the embedded one does: its text embedding knows nothing of image tokens."""
+    pipe = models.pipeline("sd1", fresh=True)
+    pooling = {"addition_embed_type": "text", "addition_embed_type_num_heads": 4}
+    pipe.unet = models.unet("sd1", **pooling)
+    pipe.save_pretrained(home / "pooling")
+    for checkpointing in (False, True):
+        run = replace(
+            config,
+            base=str(home / "pooling"),
+            out=f"{config.out}-{checkpointing}",
+            gradient_checkpointing=checkpointing,
+        )
+        train(run)
+    assert same(weights(run), weights(replace(run, out=f"{config.out}-False")))
+
+
 def test_too_many_of_them_stop_the_run(config: TrainConfig) -> None:
     run = Trainer(replace(config, bad_batches=2))
     poison(run, {0, 2, 3})
