@@ -13,7 +13,7 @@ from diffusers import StableDiffusionInpaintPipeline
 from PIL import Image, ImageDraw
 
 import ipdiverse
-from ipdiverse.bases import adapter_source
+from ipdiverse.bases import adapter_source, any_latents
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import sample_scene
 from ipdiverse.seeding import generator
@@ -34,7 +34,7 @@ def main() -> None:
     base = ipdiverse.load_base()
     pipe = StableDiffusionInpaintPipeline(**base.pipe.components, requires_safety_checker=False)
     adapter = ipdiverse.load_adapter(adapter_source("critters", "plus"))
-    with ipdiverse.attach(pipe, adapter) as attachment:
+    with any_latents(pipe), ipdiverse.attach(pipe, adapter) as attachment:
         attachment.set_reference(reference)
         image = pipe(
             "a critter",

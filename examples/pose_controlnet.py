@@ -36,9 +36,8 @@ def main() -> None:
     base = ipdiverse.load_base()
     if options.controlnet:
         controlnet = ControlNetModel.from_pretrained(options.controlnet)
-    else:  # three levels, as the VAE shrinks a picture by four
-        levels = (16, 32, 64)
-        controlnet = ControlNetModel.from_unet(base.pipe.unet, "rgb", levels)
+    else:
+        controlnet = ControlNetModel.from_unet(base.pipe.unet)
     pipe = StableDiffusionControlNetPipeline(
         **base.pipe.components, controlnet=controlnet, requires_safety_checker=False
     )

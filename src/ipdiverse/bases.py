@@ -201,6 +201,27 @@ def split_hub_id(source: str) -> tuple[str, str | None]:
     return ("/".join(parts[:2]), parts[2]) if len(parts) == 3 else (source, None)
 
 
+@contextmanager
+def any_latents(pipe: Any) -> Iterator[None]:
+    """Let diffusers' inpainting work on latents of any width, for the length of a `with` block.
+
+    It tells UNets of 9 channels (latents, masked latents, mask) from those of 4 (latents) by that
+    number. A UNet on exactly the VAE's latents, as the embedded one on 16 channels, is of the second
+    kind, and is called so meanwhile.
+    """
+    unet = getattr(pipe, "unet", None)
+    inpaints = "Inpaint" in type(pipe).__name__ and unet is not None
+    channels = unet.config.in_channels if inpaints else 4
+    if channels in (4, 9) or channels != pipe.vae.config.latent_channels:
+        yield
+        return
+    unet.register_to_config(in_channels=4)
+    try:
+        yield
+    finally:
+        unet.register_to_config(in_channels=channels)
+
+
 def copier_report(adapter: str) -> Path:
     """Where the shipped measurement of a critters adapter is."""
     return _WEIGHTS / f"copier-{Path(adapter).stem}.json"

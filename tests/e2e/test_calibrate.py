@@ -89,8 +89,9 @@ def test_a_finished_calibration_draws_nothing_again(
     [
         (["--adapter", "none"], "unknown adapter"),
         (["--adapter", "plus", "--out", "x.bin"], "must end in .safetensors"),
-        (["--adapter", "plus", "--pairs", "1"], "pairs"),
-        (["--adapter", "plus", "--references", "none"], "features|none: is no folder"),
+        (["--adapter", "plus"], "was published by others.*--out FILE"),
+        (["--adapter", "plus", "--out", "OUT", "--pairs", "1"], "pairs"),
+        (["--adapter", "plus", "--out", "OUT", "--references", "none"], "none: is no folder"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -98,5 +99,6 @@ def test_bad_input_is_one_line(
 ) -> None:
     import re
 
+    more = [str(tmp_path / "x.safetensors") if word == "OUT" else word for word in more]
     assert main(["calibrate", "--work", str(tmp_path / "work"), *more]) == 2
     assert re.search(message, capsys.readouterr().err)

@@ -106,7 +106,7 @@ def test_a_controlnet_steers(base: Any, files: list[str], tmp_path: Path) -> Non
 
     torch.manual_seed(0)
     control = ControlNetModel.from_unet(
-        base.pipe.unet, conditioning_embedding_out_channels=(8, 16, 32)
+        base.pipe.unet, conditioning_embedding_out_channels=(8, 16, 16, 32)
     )
     for block in [*control.controlnet_down_blocks, control.controlnet_mid_block]:
         torch.nn.init.normal_(block.weight, std=0.2)

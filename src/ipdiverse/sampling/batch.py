@@ -153,7 +153,7 @@ def _request(line: str, defaults: dict[str, Any], where: str) -> Request:
     known = {f.name for f in fields(Request)}
     if unknown := sorted(stated.keys() - known):
         raise DataError("unknown key", where=where, found=", ".join(unknown))
-    values = {
+    values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in (defaults | stated).items()
     }

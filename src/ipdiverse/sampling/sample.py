@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ipdiverse.bases import Base, load_part
+from ipdiverse.bases import Base, any_latents, load_part
 from ipdiverse.sampling.dial import OFF, Dial, Levers, default_dial, dial_of
 from ipdiverse.sampling.tasks import Task
 from ipdiverse.seeding import derived_seed
@@ -209,16 +209,17 @@ def _denoise(
             pipe._interrupt = True
         return arguments
 
-    output = pipe(
-        prompt=[job.prompt for job in jobs],
-        negative_prompt=[request.negative_prompt] * len(jobs),
-        generator=[generator(job.seed, job.index) for job in jobs],
-        num_inference_steps=request.steps,
-        guidance_scale=request.guidance_scale,
-        callback_on_step_end=on_step,
-        output_type="pil" if last is None else "latent",
-        **task.arguments(len(jobs)),
-    )
+    with any_latents(pipe):
+        output = pipe(
+            prompt=[job.prompt for job in jobs],
+            negative_prompt=[request.negative_prompt] * len(jobs),
+            generator=[generator(job.seed, job.index) for job in jobs],
+            num_inference_steps=request.steps,
+            guidance_scale=request.guidance_scale,
+            callback_on_step_end=on_step,
+            output_type="pil" if last is None else "latent",
+            **task.arguments(len(jobs)),
+        )
     return output.images
 
 

@@ -13,7 +13,7 @@ TIMESTEPS = torch.tensor([0, 10, 400, 800, 999])
 
 
 def test_noise_and_targets_are_the_schedulers() -> None:
-    scheduler = architecture.scheduler()
+    scheduler = architecture.noise_schedule()
     alphas = losses.at_timesteps(scheduler.alphas_cumprod, TIMESTEPS)
     torch.testing.assert_close(
         losses.noised(CLEAN, NOISE, alphas), scheduler.add_noise(CLEAN, NOISE, TIMESTEPS)
