@@ -206,15 +206,15 @@ def any_latents(pipe: Any) -> Iterator[None]:
     """Let diffusers' inpainting work on latents of any width, for the length of a `with` block.
 
     It tells UNets of 9 channels (latents, masked latents, mask) from those of 4 (latents) by that
-    number. A UNet on exactly the VAE's latents, as the embedded one on 16 channels, is of the second
-    kind, and is called so meanwhile.
+    number. A UNet on exactly the VAE's latents, as the embedded one on 16, is of the second kind,
+    and is called so meanwhile.
     """
-    unet = getattr(pipe, "unet", None)
-    inpaints = "Inpaint" in type(pipe).__name__ and unet is not None
-    channels = unet.config.in_channels if inpaints else 4
+    inpaints = "Inpaint" in type(pipe).__name__
+    channels = pipe.unet.config.in_channels if inpaints else 4
     if channels in (4, 9) or channels != pipe.vae.config.latent_channels:
         yield
         return
+    unet = pipe.unet
     unet.register_to_config(in_channels=4)
     try:
         yield
