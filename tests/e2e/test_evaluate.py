@@ -81,6 +81,18 @@ def test_a_finished_study_is_not_drawn_again_and_a_torn_one_goes_on(
     assert (out / "results.json").read_text() == results
 
 
+def test_an_adapter_that_is_missing_is_said_before_anything_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn: list[int] = []
+    monkeypatch.setattr(running, "sample_array", lambda *_: drawn.append(1))
+    more = '[[arm]]\nname = "last"\nadapter = "no such adapter"\n'
+    (tmp_path / "study.toml").write_text(STUDY + more)
+    assert run(tmp_path) == 2
+    assert "no such adapter" in capsys.readouterr().err
+    assert drawn == []
+
+
 @pytest.fixture
 def made(tmp_path: Path) -> Path:
     """Two references; copies of the first, other scenes for the second."""

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from ipdiverse.bases import ADAPTERS
 from ipdiverse.cli import main
 from ipdiverse.evaluation.study import read_study
+from ipdiverse.training.arms import ARMS
 
 DOCS = Path(__file__).parents[2] / "docs"
 ROOT = DOCS.parent
@@ -35,6 +37,13 @@ def test_the_shipped_study_is_one(tmp_path: Path) -> None:
     assert {"plain, λ × guidance", "adapters", "dial", "cads"} <= families
     assert study.baseline_arm.request(25, 7.5).guidance_scale == 3
     assert (study.pairs, study.images) == (200, 16)
+    recipe = (ROOT / "Makefile").read_text().partition("--seeds 1 2 --arms")[2].partition("\n\n")[0]
+    several = recipe.replace("\\", " ").split()
+    assert set(several) <= set(ARMS)
+    runs = [(arm, seed) for arm in ARMS for seed in ((0, 1, 2) if arm in several else (0,))]
+    made = {f"runs/adapters/{arm}-seed{seed}/adapter.safetensors" for arm, seed in runs}
+    named = {source for arm in study.arms for source in arm.sources}
+    assert named <= made | set(ADAPTERS), "what `make adapters` makes, or what ships"
 
 
 def test_a_study_in_a_guide_is_one(tmp_path: Path) -> None:

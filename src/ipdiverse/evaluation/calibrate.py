@@ -14,7 +14,7 @@ import numpy as np
 
 from ipdiverse.bases import CRITTERS
 from ipdiverse.errors import ArgumentError
-from ipdiverse.evaluation.groups import interval
+from ipdiverse.evaluation.groups import estimate
 from ipdiverse.evaluation.running import Runner
 from ipdiverse.evaluation.study import Arm, Study
 from ipdiverse.sampling.dial import OFF, Achieved, Dial, Levers
@@ -97,16 +97,10 @@ def calibrate(
         changed = {k: v for k, v in asdict(levers).items() if v != getattr(OFF, k)}
         name = ", ".join(f"{key} {value}" for key, value in changed.items()) or "stock"
         measured = runner.measure(Arm(name, "path", {"adapter": adapter, **changed}))
-        found = {n: interval(measured.parts(n), 1).estimate for n in measured.runs[0]}
+        found = {n: estimate(measured.parts(n)) for n in measured.runs[0]}
         return _scores(found, images)
 
-    fused, conditioned = _parts_of(adapter, base)
-    ladders = {
-        name: rungs
-        for name, rungs in LADDERS.items()
-        if (name != "fusion_strength" or fused) and (name != "noise_level" or conditioned)
-    }
-    start = replace(OFF, fusion_strength=0.0) if fused else OFF
+    start, ladders = _ladders(adapter, base)
     path = climb(start, ladders, measure, say)
     if len(path) < 2:
         raise ArgumentError(
@@ -210,11 +204,16 @@ def _scores(found: dict[str, float], images: int) -> Achieved:
     return Achieved(vendi / images, close, said)
 
 
-def _parts_of(adapter: str, base: str) -> tuple[bool, bool]:
-    """Whether an adapter has a fusion, and noise conditioning."""
+def _ladders(adapter: str, base: str) -> tuple[Levers, dict[str, tuple[Any, ...]]]:
+    """Where an adapter's dial starts, and the ladders that it can climb."""
     from ipdiverse.adapter.checkpoint import load_adapter
     from ipdiverse.adapter.sources import local_file
     from ipdiverse.bases import adapter_source
 
     opened = load_adapter(local_file(adapter_source(base, adapter)))
-    return opened.fusion is not None, opened.noise is not None
+    lacks = {
+        "fusion_strength": opened.fusion is None,
+        "noise_level": opened.noise is None,
+    }
+    ladders = {name: rungs for name, rungs in LADDERS.items() if not lacks.get(name)}
+    return OFF if opened.fusion is None else replace(OFF, fusion_strength=0.0), ladders

@@ -6,6 +6,7 @@ resampled together, and their differences keep what the pairs have in common.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -97,14 +98,14 @@ def leak_interval(
     """
     rng = np.random.default_rng(0)
     everyone = np.arange(len(pairs))
-    estimate = _leak(outputs, pairs, everyone, 200)
+    whole = _leak(outputs, pairs, everyone, 200)
     drawn = [
         _leak(outputs, pairs, rng.integers(len(pairs), size=len(pairs)), _LEAK_PERMUTATIONS)
         for _ in range(resamples)
     ]
-    shift = estimate - float(np.mean(drawn))
+    shift = whole - float(np.mean(drawn))
     low, high = np.quantile(drawn, [0.025, 0.975]) + shift
-    return Interval(estimate, float(low), float(high))
+    return Interval(whole, float(low), float(high))
 
 
 def interval(runs: Sequence[Parts], resamples: int = RESAMPLES) -> Interval:
@@ -114,10 +115,13 @@ def interval(runs: Sequence[Parts], resamples: int = RESAMPLES) -> Interval:
         runs: The score of each training seed, on the same pairs.
         resamples: Draws.
     """
-    drawn = resampled(runs, resamples)
-    total = sum(run.total.sum() for run in runs)
-    count = sum(run.weight.sum() for run in runs)
-    return _interval(float(total / count) if count else float("nan"), drawn)
+    return _interval(estimate(runs), resampled(runs, resamples))
+
+
+def estimate(runs: Sequence[Parts]) -> float:
+    """A score over all training seeds and pairs; NaN where none has what it needs."""
+    total, weight = (np.sum([run[i] for run in runs], axis=0) for i in range(2))
+    return Parts(total, weight).estimate
 
 
 def difference(
@@ -125,7 +129,7 @@ def difference(
 ) -> Interval:
     """One arm's score less another's, drawn together (arguments as `interval`)."""
     apart = resampled(runs, resamples) - resampled(others, resamples)
-    return _interval(interval(runs, 1).estimate - interval(others, 1).estimate, apart)
+    return _interval(estimate(runs) - estimate(others), apart)
 
 
 def resampled(runs: Sequence[Parts], resamples: int = RESAMPLES) -> Floats:
@@ -162,21 +166,22 @@ def hypervolume(
         corner: What must be exceeded, the same for all that is compared.
         resamples: Draws.
     """
-    estimates = [[interval(runs, 1).estimate for runs in point] for point in points]
+    estimates = [[estimate(runs) for runs in point] for point in points]
     whole = hypervolume_2d(estimates, corner)
     drawn = np.stack([[resampled(runs, resamples) for runs in point] for point in points])
     areas = [hypervolume_2d(drawn[:, :, i], corner) for i in range(resamples)]
     return whole, np.array(areas)
 
 
-def _interval(estimate: float, drawn: Floats) -> Interval:
+def _interval(whole: float, drawn: Floats) -> Interval:
     known = drawn[~np.isnan(drawn)]
     if not len(known):
         return Interval(float("nan"), float("nan"), float("nan"))
     low, high = np.quantile(known, [0.025, 0.975])
-    return Interval(estimate, float(low), float(high))
+    return Interval(whole, float(low), float(high))
 
 
+@lru_cache(maxsize=4)
 def _pair_weights(pairs: int, resamples: int) -> Floats:
     """How often each pair is drawn, (resamples, pairs)."""
     rng = np.random.default_rng(0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
-from ipdiverse.evaluation.groups import interval
+from ipdiverse.evaluation.groups import estimate, interval
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -66,7 +66,7 @@ def tradeoff(measured: Sequence[Measured], across: str, up: str) -> Any:
     for (family, arms), colour in zip(families.items(), _cycled(len(families)), strict=True):
         _draw_family(axes, family, arms, across, up, colour)
     for one in anchors:
-        x, y = (interval(one.parts(name)).estimate for name in (across, up))
+        x, y = (estimate(one.parts(name)) for name in (across, up))
         axes.plot(x, y, "*", color=_ANCHOR, markersize=12)
         axes.annotate(one.arm.name, (x, y), (6, 5), textcoords="offset points", fontsize=8)
     axes.set_xlabel(LABELS.get(across, across))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from ipdiverse.evaluation.groups import difference, hypervolume, interval
+from ipdiverse.evaluation.groups import difference, estimate, hypervolume, interval
 from ipdiverse.evaluation.plots import LABELS, as_bytes, axes_of, tradeoff
 from ipdiverse.provenance import write_bytes_atomic, write_text_atomic
 
@@ -176,7 +176,7 @@ def _chosen(measured: Sequence[Measured]) -> list[Measured]:
             best[one.arm.name] = one
             continue
         product = [
-            interval(m.parts(across), 1).estimate * interval(m.parts(up), 1).estimate
+            estimate(m.parts(across)) * estimate(m.parts(up))
             for m in (one, best.get(one.arm.family, one))
         ]
         if one.arm.family not in best or product[0] > product[1]:
@@ -186,9 +186,7 @@ def _chosen(measured: Sequence[Measured]) -> list[Measured]:
 
 def _words(one: Measured) -> str:
     names = [name for pair in axes_of([one]) for name in pair]
-    said = [
-        f"{LABELS.get(n, n)} {interval(one.parts(n), 1).estimate:.2f}" for n in dict.fromkeys(names)
-    ]
+    said = [f"{LABELS.get(n, n)} {estimate(one.parts(n)):.2f}" for n in dict.fromkeys(names)]
     return escape(", ".join(said))
 
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,8 @@ from ipdiverse.sampling.generation import versions
 from ipdiverse.sampling.sample import Job, attached
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ipdiverse.evaluation.features import FeatureEncoder
     from ipdiverse.evaluation.study import Arm, Study
 
@@ -49,14 +52,22 @@ class Measured:
     Args:
         arm: What was measured.
         runs: For each training seed the parts of every score.
-        leak: In nats with its interval, where the world is known.
         images: The images of the first pairs, for the report: (pairs, images, height, width, 3).
+        readings: What the oracle read, (pairs, images of all seeds, attributes); None where the
+            world is not known.
+        pairs: What was asked.
     """
 
     arm: Arm
     runs: list[dict[str, Parts]]
-    leak: tuple[float, float, float] | None
     images: np.ndarray
+    readings: np.ndarray | None = None
+    pairs: Sequence[Any] = ()
+
+    @cached_property
+    def leak(self) -> tuple[float, float, float] | None:
+        """In nats with its interval, where the world is known."""
+        return None if self.readings is None else leak_interval(self.readings, self.pairs)
 
     def parts(self, name: str) -> list[Parts]:
         """One score of every training seed."""
@@ -96,23 +107,27 @@ def run_study(study: Study, out: Path, progress: bool | None = None) -> Done:
         IpdiverseError: A base, adapter, reference or folder is unusable.
     """
     runner = Runner(study, out, progress)
+    for arm in study.arms:  # refuse what is missing before hours are spent
+        for source in arm.sources:
+            local_file(adapter_source(study.base, source))
     measured: list[Measured] = []
-    lines: list[str] = []
+    rows: list[dict[str, Any]] = []
     with runner:
         for arm in study.arms:
             measured.append(runner.measure(arm))
-            lines.append(json.dumps(measured[-1].row()))
-            write_text_atomic(out / "results.jsonl", "\n".join(lines) + "\n")
-    measured += runner.anchors()
+            rows.append(measured[-1].row())
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            write_text_atomic(out / "results.jsonl", lines)
+    anchored = runner.anchors()
     report = {
         "study": study.settings(),
         "baseline": study.baseline_arm.name,
         "versions": versions(),
         "base": fingerprint(runner.base.pipe.unet),
-        "arms": [one.row() for one in measured],
+        "arms": [*rows, *(one.row() for one in anchored)],
     }
     write_text_atomic(out / "results.json", json.dumps(report, indent=1) + "\n")
-    return Done(measured, runner.references)
+    return Done([*measured, *anchored], runner.references)
 
 
 class Runner:
@@ -202,9 +217,9 @@ class Runner:
             for encoder in self.encoders:
                 parts |= self._features(encoder, images)
             scored.append(parts)
-        leak = leak_interval(np.concatenate(seen, 1), self.pairs) if seen else None
         shown = runs[0].reshape(*shape, *runs[0].shape[1:])
-        return Measured(arm, scored, leak, shown[:_CHUNK].copy())
+        readings = np.concatenate(seen, 1) if seen else None
+        return Measured(arm, scored, shown[:_CHUNK].copy(), readings, self.pairs)
 
     def _features(self, encoder: FeatureEncoder, images: np.ndarray) -> dict[str, Parts]:
         size = self.study.images

@@ -20,7 +20,7 @@ from ipdiverse.adapter.attention import BOTH, NOTHING
 from ipdiverse.errors import ArgumentError, ModelError
 from ipdiverse.sampling import guidance
 from ipdiverse.sampling.dial import Levers
-from ipdiverse.sampling.levers import Moment, latent_levers, token_levers
+from ipdiverse.sampling.levers import Moment, latent_levers, token_levers, token_phase
 from ipdiverse.sampling.references import embed_change, reference_latents
 
 if TYPE_CHECKING:
@@ -104,6 +104,7 @@ class Steering(ModelHook):
         self._text: Tensor | None = None
         self._protected: Tensor | None = None
         self._names: list[str] = []
+        self._phase = token_phase(levers, 0.0)
         self.previews = False
         self.guess: Tensor | None = None
 
@@ -171,7 +172,9 @@ class Steering(ModelHook):
         self._moment = replace(
             self._moment, progress=progress, protected=protected, prompts=text.mean(1)
         )
-        if self.levers.cads or self.levers.repulsion:  # they change from step to step
+        phase = token_phase(self.levers, progress)
+        if phase != self._phase:
+            self._phase = phase
             hook.changed()
 
     def _branches(

@@ -1,6 +1,6 @@
 """The dial: `diversity` in 0..1, a path through the levers. Light: nothing heavy is imported here.
 
-An adapter that was calibrated carries its own path in its file; any other takes `DEFAULT_PATH`.
+An adapter that was calibrated carries its own path in its file; any other takes `default_dial`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ipdiverse.errors import ArgumentError, CheckpointError, check_range
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,11 @@ class Levers:
     shield: float = 0.0
     particle: float = 0.0
     sparke: float = 0.0
+
+    @property
+    def on_a_set(self) -> bool:
+        """Whether an image depends on the others of its set."""
+        return bool(self.repulsion or self.particle or self.sparke)
 
     def __post_init__(self) -> None:
         check_range("fusion_strength", self.fusion_strength, 0, 10)
@@ -194,7 +199,7 @@ def dial_of(spec: Mapping[str, Any], where: object) -> Dial | None:
         raise CheckpointError("its dial is broken", where=where, found=error) from error
 
 
-def default_dial(fused: bool, sigmas: Sequence[float] = (0.3, 4.0)) -> Dial:
+def default_dial(fused: bool) -> Dial:
     """A conservative path of levers that need no training, for adapters that were not calibrated.
 
     First guidance is left out where it narrows most and serves least (high noise), then token
@@ -202,10 +207,9 @@ def default_dial(fused: bool, sigmas: Sequence[float] = (0.3, 4.0)) -> Dial:
 
     Args:
         fused: The adapter has a text-image fusion: 0 leaves it out, as stock IP-Adapter does.
-        sigmas: Noise levels between which guidance stays on.
     """
     start = replace(OFF, fusion_strength=0.0) if fused else OFF
-    first = replace(OFF, interval=(0.0, sigmas[1]), cads=0.1, late_layout=0.1)
+    first = replace(OFF, interval=(0.0, 4.0), cads=0.1, late_layout=0.1)
     middle = replace(first, cads=0.25, late_layout=0.2, drop=0.1)
     last = replace(first, cads=0.6, late_layout=0.4, drop=0.25)
     path = ((0.0, start), (1e-6, OFF), (0.2, first), (0.5, middle), (1.0, last))

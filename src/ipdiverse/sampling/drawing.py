@@ -55,9 +55,8 @@ class Drawing:
             skip: Numbers of jobs that are not wanted. Levers on a set still need the whole set.
             progress: Show a bar on standard error; None does so on terminals only.
         """
-        levers = self.request
-        as_a_set = bool(levers.repulsion or levers.particle or levers.sparke)
-        numbers = [n for n in range(len(self.jobs)) if as_a_set or n not in skip]
+        whole = self.request.on_a_set
+        numbers = [n for n in range(len(self.jobs)) if whole or n not in skip]
         wanted = [self.jobs[number] for number in numbers]
         drawn = sampled(
             self.task.base,

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ipdiverse.sampling.dial import Levers
+from ipdiverse.seeding import derived_seed
 
 Tokens = Float[Tensor, "items tokens width"]
 Latents = Float[Tensor, "items channels height width"]
@@ -54,15 +55,12 @@ class Moment:
     def noise(self, name: str, like: Tensor) -> Tensor:
         """Standard normal, the same for an item whatever stands beside it, and at every step."""
         drawn = [
-            torch.randn(row.shape, generator=_generator(seed, name))
+            torch.randn(
+                row.shape, generator=torch.Generator().manual_seed(derived_seed(seed, name))
+            )
             for seed, row in zip(self.seeds, like, strict=True)
         ]
         return torch.stack(drawn).to(like)
-
-
-def _generator(seed: int, name: str) -> torch.Generator:
-    mixed = (seed ^ int.from_bytes(name.encode(), "little")) % (1 << 63)
-    return torch.Generator("cpu").manual_seed(mixed)
 
 
 Lever = Callable[[Tensor, float, Moment], Tensor]
@@ -142,9 +140,7 @@ def cads(
     """
     if strength == 0:
         return tokens
-    t = 1 - moment.progress
-    gamma = min(1.0, max(0.0, (end - t) / (end - start)))
-    gamma = 1 - min(1.0, strength) * (1 - gamma)
+    gamma = 1 - min(1.0, strength) * (1 - annealing(moment.progress, start, end))
     if gamma == 1:
         return tokens
     mean, std = tokens.mean((1, 2), keepdim=True), tokens.std((1, 2), keepdim=True)
@@ -153,6 +149,11 @@ def cads(
     centred = noised - noised.mean((1, 2), keepdim=True)
     rescaled = centred / noised.std((1, 2), keepdim=True).clamp_min(1e-8) * std + mean
     return mixing * rescaled + (1 - mixing) * noised
+
+
+def annealing(progress: float, start: float = 0.6, end: float = 0.9) -> float:
+    """γ of CADS: 0 while t = 1 − progress is at least τ2, then rising to 1 at τ1."""
+    return min(1.0, max(0.0, (end - (1 - progress)) / (end - start)))
 
 
 def repel_tokens(tokens: Tokens, strength: float, moment: Moment) -> Tokens:
@@ -268,6 +269,12 @@ def token_levers(levers: Levers) -> list[tuple[Lever, float]]:
     """Token levers that are on, in order."""
     chosen = [(drop_tokens, levers.drop), (cads, levers.cads), (repel_tokens, levers.repulsion)]
     return [(lever, strength) for lever, strength in chosen if strength]
+
+
+def token_phase(levers: Levers, progress: float) -> tuple[float, bool]:
+    """What changed tokens depend on besides the item: as long as it is equal, so are they."""
+    noised = annealing(progress) if levers.cads else 1.0
+    return noised, bool(levers.repulsion) and progress < EARLY
 
 
 def latent_levers(levers: Levers) -> list[tuple[Lever, float]]:

@@ -180,7 +180,7 @@ def _prompt(
 
 def _chunks(jobs: Sequence[Job], size: int, levers: Levers) -> Iterator[tuple[list[Job], int]]:
     """Batches and the sizes they are filled up to; a set stays together where levers act on it."""
-    if not (levers.repulsion or levers.particle or levers.sparke):
+    if not levers.on_a_set:
         for start in range(0, len(jobs), size):
             yield list(jobs[start : start + size]), size
         return

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
 
+    from accelerate import Accelerator
     from torch import nn
 
     from ipdiverse.data.manifest import Record
@@ -152,6 +153,29 @@ def add_noise_conditioning(
         records, chosen = samples.data.records, samples.trained[:_STANDARDISED]
         embeds = [samples.data.reference(records[i].file_name, 0)[samples.reads] for i in chosen]
         adapter.noise.standardise(torch.stack(embeds))
+
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def hold_as_computed(unet: torch.nn.Module, precision: str) -> None:
+    """Keep frozen matrices in the type that autocast computes them in; norms stay in float32."""
+    if precision not in _DTYPES:
+        return
+    for module in unet.modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
+            module.to(_DTYPES[precision])
+
+
+def open_accelerator(precision: str) -> Accelerator:
+    """Accelerate, in a precision that an earlier run of this process may not have had."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    wanted = "no" if precision == "fp32" else precision
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != wanted:
+        AcceleratorState._reset_state()
+    return Accelerator(mixed_precision=wanted)
 
 
 def _trained(config: TrainConfig, count: int) -> list[int]:

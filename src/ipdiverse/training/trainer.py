@@ -23,6 +23,8 @@ from ipdiverse.training.build import (
     build_adapter,
     build_optimizer,
     build_samples,
+    hold_as_computed,
+    open_accelerator,
 )
 from ipdiverse.training.checkpoints import (
     ADAPTER,
@@ -42,9 +44,6 @@ from ipdiverse.training.validation import Validation
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from accelerate import Accelerator
-
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _PARTS = {"projection": "image_proj", "layers": "ip_adapter", "fusion": "fusion"}
 
 
@@ -72,14 +71,15 @@ class Trainer:
 
     Args:
         config: The run.
-        encoders: Of its base, with the base's pipeline; None opens what the config names.
+        encoders: Of its base, with the base's pipeline; None opens what the config names. Once all
+            is cached and nothing is drawn, their weights are freed.
     """
 
     def __init__(self, config: TrainConfig, encoders: FrozenEncoders | None = None) -> None:
         from accelerate.utils import set_seed
 
         self.config, self.out = config, ensure_writable_folder(Path(config.out))
-        self.accelerator = _accelerator(config.precision)
+        self.accelerator = open_accelerator(config.precision)
         set_seed(config.seed)  # initial weights; nothing random after that asks the global state
         encoders = encoders or open_encoders(config.base, config.image_encoder)
         encoders.to(self.accelerator.device)
@@ -100,8 +100,7 @@ class Trainer:
             image_encoder=encoders.images.encoder,
             image_processor=encoders.images.processor,
         )
-        if config.precision != "fp32":
-            _hold_as_computed(self.pipe.unet, _DTYPES[config.precision])
+        hold_as_computed(self.pipe.unet, config.precision)
         records, trained = self.samples.data.records, set(self.samples.trained)
         held_out = [index for index in range(len(records)) if index not in trained]
         self.validation = Validation(config, records, held_out, encoders, attachment)
@@ -322,24 +321,6 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def _hold_as_computed(unet: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Keep frozen matrices in the type that autocast computes them in; norms stay in float32."""
-    for module in unet.modules():
-        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
-            module.to(dtype)
-
-
-def _accelerator(precision: str) -> Accelerator:
-    """Accelerate, in a precision that an earlier run of this process may not have had."""
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-
-    wanted = "no" if precision == "fp32" else precision
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != wanted:
-        AcceleratorState._reset_state()
-    return Accelerator(mixed_precision=wanted)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

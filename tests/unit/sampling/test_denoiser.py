@@ -301,6 +301,19 @@ def test_levers_run_in_inference_mode(sd1: Any) -> None:
         assert np.isfinite(draw(sd1)).all()
 
 
+def test_levers_that_have_faded_compute_nothing_again(sd1: Any) -> None:
+    """CADS ends at t = 0.6: keys of the image are new at the steps before that alone."""
+    with prompted(sd1) as attachment:
+        layer = next(iter(attachment.adapters[0].layers().values())).to_k_ip
+        counted: list[int] = []
+        handle = layer.register_forward_hook(lambda *_: counted.append(1))
+        steer(attachment, Levers(cads=0.5), SEEDS)
+        draw(sd1, num_inference_steps=20)
+        handle.remove()
+    # progress 0, .05, .1 share a γ of 0; .15 to .35 each have their own; from .4 on it is 1
+    assert len(counted) == 1 + 5 + 1
+
+
 def test_detach_takes_levers_off_too(sd1: Any) -> None:
     plain = draw(sd1)
     attachment = prompted(sd1)

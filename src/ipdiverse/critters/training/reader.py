@@ -1,6 +1,6 @@
 """A reader of latents: which attributes a denoised guess shows, so that the UNet can be told.
 
-Squared error hardly notices that an item has the wrong colour: it covers a few of 256 latents. The
+Squared error hardly notices that an item has the wrong colour: it covers a few of 64 latents. The
 reader names every attribute of the guess at the clean latents, and its cross-entropy is a loss of
 the UNet beside the squared error, as perceptual losses are for decoders (arXiv:2411.04873). It is a
 proper score: the best a guess can do is to carry the true posterior of every attribute.
