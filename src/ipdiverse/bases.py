@@ -26,7 +26,7 @@ CRITTERS_ORACLE = _WEIGHTS / "oracle.safetensors"
 CRITTERS_ADAPTERS = _WEIGHTS / "adapters"
 CRITTERS_PROVENANCE = _WEIGHTS / "provenance.json"
 SHIPPED_ADAPTERS = {
-    "ip-adapter_critters": "base-self-none",
+    "ip-adapter_critters": "base-plain",
     "ip-adapter-plus_critters": "self-none",
 }
 """Adapters in the package, and the arm of `training.arms` that each is."""

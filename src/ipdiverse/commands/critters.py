@@ -95,9 +95,10 @@ class TrainAdapters:
     """Train adapters on critters, every reference with every fusion; resumable.
 
     Args:
-        arms: By name, REFERENCE-FUSION; all by default. `self-none` is plain IP-Adapter.
+        arms: By name, REFERENCE-FUSION; all by default. `self-none` is plain IP-Adapter. All but
+            `plain` and `base-plain` go on from `plain`, which is trained first where it is missing.
         folder: Working folder: data, cache, runs.
-        steps: Optimizer steps of 64 samples.
+        steps: Optimizer steps of 64 samples; None takes each arm's own.
         seeds: One run for each.
         images: Scenes to train on.
         ship: Write those that ship into the package, from the first seed.
@@ -105,7 +106,7 @@ class TrainAdapters:
 
     arms: tuple[str, ...] = ()
     folder: str = "runs/adapters"
-    steps: int = 800
+    steps: int | None = None
     seeds: tuple[int, ...] = (0,)
     images: int = 8000
     ship: bool = False

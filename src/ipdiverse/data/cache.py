@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-_OPEN_FILES = 8
+_OPEN_FILES = 128
 """Shards kept open for reading; each is memory-mapped."""
 
 

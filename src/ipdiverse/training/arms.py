@@ -1,14 +1,17 @@
 """The adapters of the embedded world: which ones are trained, how, and which ship.
 
-Every reference (the target itself, a changed copy of it, another image of its subject) with every
-text-image fusion, by the trainer that users have. `self-none` is plain IP-Adapter, the copier that
-the others must beat.
+`plain` is the published IP-Adapter of this world: references that are the target, no fusion. As
+users do with the published one, every other arm goes on from it, for the same number of steps: with
+every reference (the target itself, a changed copy of it, another image of its subject) and every
+text-image fusion, by the trainer that users have. `self-none` is plain IP-Adapter trained on as
+long as the others, the copier that they must beat.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
@@ -19,11 +22,9 @@ from ipdiverse.critters.training.loop import bf16_is_fast
 from ipdiverse.data.options import PrepareOptions
 from ipdiverse.data.prepare import prepare
 from ipdiverse.errors import ArgumentError, check_range
+from ipdiverse.training.checkpoints import ADAPTER
 from ipdiverse.training.config import TrainConfig
 from ipdiverse.training.trainer import train
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,9 @@ class Arm:
         fusion_learns: False keeps its random weights, as the fusion's first publication did.
         adapter: `plus` (16 tokens) or `base` (4).
         noise_conditioning: Embeddings are noised by a random level that the adapter is told.
+        start: The arm that it goes on from, seed 0; None learns from random weights.
+        steps: Optimizer steps of 64 samples.
+        rate: Learning rate, which falls to 0.
     """
 
     reference: Literal["self", "augmented", "paired"]
@@ -43,10 +47,17 @@ class Arm:
     fusion_learns: bool = True
     adapter: Literal["plus", "base"] = "plus"
     noise_conditioning: bool = False
+    start: str | None = "plain"
+    steps: int = 500
+    rate: float = 5e-4
 
 
 def _arms() -> dict[str, Arm]:
-    arms = {"base-self-none": Arm("self", "none", adapter="base")}
+    plain, small = (
+        Arm("self", "none", adapter=kind, start=None, steps=steps, rate=1e-3)
+        for kind, steps in (("plus", 2400), ("base", 1200))
+    )
+    arms = {"plain": plain, "base-plain": small}
     for reference in ("self", "augmented", "paired"):
         arms[f"{reference}-none"] = Arm(reference, "none")
         arms[f"{reference}-blend-random"] = Arm(reference, "blend", fusion_learns=False)
@@ -60,13 +71,13 @@ ARMS = _arms()
 """By name."""
 
 
-def arm_config(name: str, folder: Path, steps: int, seed: int) -> TrainConfig:
+def arm_config(name: str, folder: Path, steps: int | None, seed: int) -> TrainConfig:
     """The run that trains an arm.
 
     Args:
         name: Of `ARMS`.
         folder: Working folder: data and runs.
-        steps: Optimizer steps of 64 samples.
+        steps: Optimizer steps of 64 samples; None takes the arm's own.
         seed: Of data order, initial weights and noise.
 
     Raises:
@@ -80,15 +91,17 @@ def arm_config(name: str, folder: Path, steps: int, seed: int) -> TrainConfig:
         out=str(folder / f"{name}-seed{seed}"),
         base=CRITTERS,
         adapter=arm.adapter,
+        start=None if arm.start is None else str(folder / f"{arm.start}-seed0" / ADAPTER),
         fusion=arm.fusion,
         frozen=() if arm.fusion_learns else ("fusion",),
         reference=arm.reference,
         noise_conditioning=arm.noise_conditioning,
         cache_images="both",  # one cache serves every arm
         cache_dtype="float16",
-        steps=steps,
+        steps=arm.steps if steps is None else steps,
         batch=64,
-        learning_rate=5e-4,
+        timesteps="cubic",
+        learning_rate=arm.rate,
         schedule="linear",
         warmup=50,
         precision="bf16" if bf16_is_fast() else "fp32",
@@ -97,13 +110,15 @@ def arm_config(name: str, folder: Path, steps: int, seed: int) -> TrainConfig:
     )
 
 
-def train_arm(name: str, folder: Path, steps: int, seed: int = 0, images: int = 8000) -> Path:
-    """Train one arm; an interrupted one goes on, a finished one is kept.
+def train_arm(
+    name: str, folder: Path, steps: int | None = None, seed: int = 0, images: int = 8000
+) -> Path:
+    """Train one arm, and before it the one that it starts from; an interrupted one goes on.
 
     Args:
         name: Of `ARMS`.
         folder: Working folder, shared by all arms.
-        steps: Optimizer steps of 64 samples.
+        steps: Optimizer steps of 64 samples; None takes the arm's own.
         seed: Of data order, initial weights and noise.
         images: Scenes to train on, each with a partner.
 
@@ -115,11 +130,13 @@ def train_arm(name: str, folder: Path, steps: int, seed: int = 0, images: int = 
     """
     check_range("images", images, 2, 10_000_000)
     config = arm_config(name, folder, steps, seed)
+    if config.start and not Path(config.start).exists():
+        train_arm(ARMS[name].start or "", folder, steps, 0, images)
     prepare(CRITTERS, folder / "data", PrepareOptions(n=images))
     return train(config)
 
 
-def ship_arm(name: str, folder: Path, steps: int, seed: int = 0) -> Path | None:
+def ship_arm(name: str, folder: Path, steps: int | None = None, seed: int = 0) -> Path | None:
     """Write a trained arm into the package, in fp16 and with how it was made, if it is to ship.
 
     Returns:
@@ -131,7 +148,9 @@ def ship_arm(name: str, folder: Path, steps: int, seed: int = 0) -> Path | None:
     config = arm_config(name, folder, steps, seed)
     paths = ("data", "out")  # say nothing on another machine
     recipe: dict[str, Any] = {k: v for k, v in asdict(config).items() if k not in paths}
-    command = f"ipdiverse critters train-adapters --arms {name} --steps {steps} --seeds {seed}"
+    recipe["start"] = ARMS[name].start
+    command = f"ipdiverse critters train-adapters --arms {name} --seeds {seed}"
+    command += "" if steps is None else f" --steps {steps}"
     made = {"reference": config.reference, "recipe": recipe, "arm": name, **provenance(command)}
     CRITTERS_ADAPTERS.mkdir(parents=True, exist_ok=True)
     target = CRITTERS_ADAPTERS / f"{file}.safetensors"

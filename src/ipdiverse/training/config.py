@@ -62,6 +62,8 @@ class TrainConfig:
         drop_text: Share of samples without text.
         drop_image: Share without image.
         drop_both: Share without both.
+        timesteps: `uniform`, or `cubic`, which crowds them where the image is still undecided
+            and a reference has something to say (T2I-Adapter, arXiv:2302.08453).
         min_snr: γ of min-SNR weighting (arXiv:2303.09556); 0 weights all timesteps alike.
         precision: Of the UNet and the adapter's forward pass.
         gradient_checkpointing: Less memory for a second forward pass.
@@ -114,6 +116,7 @@ class TrainConfig:
     drop_text: float = 0.05
     drop_image: float = 0.05
     drop_both: float = 0.05
+    timesteps: Literal["uniform", "cubic"] = "uniform"
     min_snr: float = 0.0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     gradient_checkpointing: bool = False

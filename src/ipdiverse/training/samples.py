@@ -82,11 +82,18 @@ class Samples(Dataset[dict[str, Any]]):
         return {
             "latents": self._latents(self.data.target(index, variant), noise),
             "noise": self._noise(noise),
-            "timestep": torch.randint(self.timesteps, (), generator=noise),
+            "timestep": self._timestep(noise),
             "image": picture[self.reads],
             **self._image_noise(picture[self.reads], no_image, noise),
             **{f"text_{name}": tensor for name, tensor in text.items()},
         }
+
+    def _timestep(self, rng: torch.Generator) -> Tensor:
+        """Uniform, or T(1 − u³) for a uniform u ("cubic sampling", arXiv:2302.08453)."""
+        if self.config.timesteps == "uniform":
+            return torch.randint(self.timesteps, (), generator=rng)
+        drawn = self.timesteps * (1 - torch.rand((), generator=rng) ** 3)
+        return drawn.long().clamp(max=self.timesteps - 1)
 
     def _image_noise(
         self, embeds: Tensor, no_image: bool, rng: torch.Generator
