@@ -30,7 +30,7 @@ export IMPORT_EVERYTHING
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test check fmt benchmarks adapters study study-quick clean
+.PHONY: help venv demo test check docs fmt benchmarks adapters study study-quick clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -54,12 +54,15 @@ demo: $(STAMP) ## draw a first set of images into out/demo, on the embedded mode
 test: $(STAMP) ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
 
-check: $(STAMP) ## format, lint, types, layers, and that every module imports
+check: $(STAMP) docs ## format, lint, types, layers, docs, and that every module imports
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
 	$(BIN)/lint-imports
 	$(BIN)/python -c "$$IMPORT_EVERYTHING"
+
+docs: $(STAMP) ## build the site into build/site; a warning fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 fmt: $(STAMP) ## format, and mend what can be mended
 	$(BIN)/ruff check --fix-only
@@ -74,12 +77,14 @@ study-quick: $(STAMP) ## a coarse curve of variety against fidelity, in minutes
 	$(BIN)/ipdiverse evaluate --quick --out out/study-quick
 
 study: adapters ## the whole study (hours; it resumes)
-	$(BIN)/ipdiverse evaluate --config studies/variety.toml --out out/study
+	$(BIN)/python studies/fusion_maps.py runs/adapters/*-gated-seed0/adapter.safetensors \
+		runs/adapters/*-blend*-seed0/adapter.safetensors --out docs/study
+	$(BIN)/ipdiverse evaluate --config studies/variety.toml --out out/study --publish docs/study
 
 adapters: $(STAMP) ## train every adapter of the study (hours; it resumes) and ship the best
 	$(BIN)/ipdiverse critters train-adapters --ship
 	$(BIN)/ipdiverse critters train-adapters --seeds 1 2 --arms self-none self-gated paired-none \
-		paired-gated paired-gated-noise
+		paired-gated diverse
 
 clean: ## remove what was built, not .venv
 	rm -rf out build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

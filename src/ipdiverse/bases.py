@@ -2,37 +2,58 @@
 
 from __future__ import annotations
 
-import re
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ipdiverse.errors import ModelError
+from ipdiverse.downloads import fetch
+from ipdiverse.errors import ArgumentError, ModelError
+from ipdiverse.memory import (
+    MemoryOptions,
+    Plan,
+    arrange,
+    plan_dtype,
+    plan_memory,
+    sizes_of,
+    this_device,
+)
+from ipdiverse.pipelines import (
+    CRITTERS,
+    CRITTERS_BASE,
+    HUB_ID,
+    Opening,
+    cannot_be_opened,
+    check_known,
+    clip_processor,
+    open_pipeline,
+    quiet,
+    split_hub_id,
+)
+from ipdiverse.presets import PRESETS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-CRITTERS = "critters"
-HUB_BASES = {
-    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
-}
-"""Short names of bases on the hub."""
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_WEIGHTS = Path(__file__).parent / "critters" / "weights"
-CRITTERS_BASE = _WEIGHTS / "base"
+HUB_BASES = {preset.name: preset.base.id for preset in PRESETS.values()}
+"""Repositories of the presets' bases."""
+_WEIGHTS = CRITTERS_BASE.parent
 CRITTERS_ORACLE = _WEIGHTS / "oracle.safetensors"
 CRITTERS_ADAPTERS = _WEIGHTS / "adapters"
 CRITTERS_PROVENANCE = _WEIGHTS / "provenance.json"
 SHIPPED_ADAPTERS = {
+    "ip-adapter-diverse_critters": "diverse",
     "ip-adapter_critters": "base-plain",
     "ip-adapter-plus_critters": "self-none",
 }
 """Adapters in the package, and the arm of `training.arms` that each is."""
-ADAPTERS = {"base": "ip-adapter_critters", "plus": "ip-adapter-plus_critters"}
+ADAPTERS = {
+    "diverse": "ip-adapter-diverse_critters",
+    "plus": "ip-adapter-plus_critters",
+    "base": "ip-adapter_critters",
+}
 """Short names of adapters in the package."""
-DEFAULT_ADAPTER = "plus"
+DEFAULT_ADAPTER = "diverse"
 """What prompts critters unless something else is asked for."""
 
 
@@ -46,26 +67,60 @@ class Base:
         guidance_scale: A good default for this base.
         batch: Images denoised together. A call is always padded to a whole batch, because
             processors round differently at different batch sizes: image i must not depend on n.
+        steps: A good default.
+        scale: A good default of the image prompt's weight.
+        plan: Where and how precisely it runs; None as it was opened, in float32 on the CPU.
     """
 
     name: str
     pipe: Any
     guidance_scale: float
     batch: int
+    steps: int = 25
+    scale: float = 1.0
+    plan: Plan | None = None
 
 
-def load_base(name: str = CRITTERS, *, local_files_only: bool = False) -> Base:
-    """Open a base model.
+def load_base(
+    name: str = CRITTERS,
+    *,
+    local_files_only: bool = False,
+    revision: str = "",
+    safety_checker: bool = True,
+    encoder: str | None = None,
+    memory: MemoryOptions | None = None,
+) -> Base:
+    """Open a base model; what a preset or a hub id lacks in the local cache is downloaded.
+
+    The pipeline is as diffusers opens it. Its safety checker is there if it was published with one;
+    SDXL marks its images if `invisible-watermark` is installed.
 
     Args:
-        name: `critters`; `sd15` or `sdxl`; a folder that a diffusers pipeline wrote; a single
-            `.safetensors` file; a hub id, `owner/name`.
+        name: `critters`; a preset (`presets.PRESETS`), whose image encoder comes along; a folder
+            that a diffusers pipeline wrote; a single `.safetensors` file; a hub id, `owner/name`.
         local_files_only: Use what is in the hub's local cache, and nothing else.
+        revision: Branch, tag or commit of the base's repository; empty is the preset's pin, or
+            `main`.
+        safety_checker: False opens Stable Diffusion 1.x without its safety checker.
+        encoder: The preset whose image encoder comes along; None is this preset's own, empty none.
+        memory: Place the pipeline by what the device has, within these wishes; None leaves it in
+            float32 on the CPU, for the caller to move. `critters` always stays there.
 
     Raises:
-        ModelError: There is no such base, or it cannot be opened.
+        ModelError: There is no such base, or it cannot be opened or had.
+        ArgumentError: A revision of what has none, or memory options that do not fit.
     """
-    pipe = _open_pipeline(name, local_files_only)
+    embedded = name == CRITTERS
+    if embedded and memory not in (None, MemoryOptions()):
+        raise ArgumentError(
+            "always runs in float32 on the CPU",
+            where=name,
+            fix="Leave dtype, offload and tiling out.",
+        )
+    device = None if embedded or memory is None else this_device()
+    dtype = "float32" if device is None or memory is None else plan_dtype(device, memory.dtype)
+    opening = Opening(local_files_only, revision, safety_checker, encoder, dtype)
+    pipe = open_pipeline(name, opening)
     if getattr(pipe, "unet", None) is None:
         raise ModelError(
             "has no UNet",
@@ -74,93 +129,14 @@ def load_base(name: str = CRITTERS, *, local_files_only: bool = False) -> Base:
             found=type(pipe).__name__,
         )
     pipe.set_progress_bar_config(disable=True)
-    embedded = name == CRITTERS
-    return Base(name, pipe, guidance_scale=3.0 if embedded else 7.5, batch=4 if embedded else 1)
-
-
-def _open_pipeline(name: str, local_files_only: bool) -> Any:
-    if name == CRITTERS and not (CRITTERS_BASE / "model_index.json").is_file():
-        raise ModelError(
-            "the embedded model is not in this installation",
-            where=name,
-            fix="Run `ipdiverse critters train-base`, or install a released package.",
-        )
-    source = CRITTERS_BASE if name == CRITTERS else Path(name)
-    if (source / "model_index.json").is_file():
-        return _opened(name, str(source), local_files_only=True)
-    if source.is_file():
-        return _single_file(source, local_files_only)
-    if source.is_dir() or not (name in HUB_BASES or HUB_ID.fullmatch(name)):
-        raise ModelError(
-            "unknown base",
-            where=name,
-            expected=f"{', '.join((CRITTERS, *HUB_BASES))}, a folder with a model_index.json, "
-            "a .safetensors file, or a hub id",
-            found="a folder without one" if source.is_dir() else "neither",
-        )
-    return _opened(name, HUB_BASES.get(name, name), local_files_only=local_files_only)
-
-
-def _opened(name: str, source: str, *, local_files_only: bool) -> Any:
-    with quiet():
-        import torch
-        from diffusers import DiffusionPipeline, StableDiffusionPipeline
-
-        # the class is stated where it is known: looking it up costs seconds of imports
-        kind: Any = StableDiffusionPipeline if name == CRITTERS else DiffusionPipeline
-        extra = {"safety_checker": None} if _has_part(source, "safety_checker") else {}
-        try:
-            return kind.from_pretrained(
-                source,
-                dtype=torch.float32,
-                local_files_only=local_files_only,
-                use_safetensors=True,
-                **extra,
-            )
-        except Exception as error:  # whatever the libraries raise on a broken or absent source
-            raise ModelError("cannot be opened", where=name, found=_first_line(error)) from error
-
-
-def _has_part(source: str, part: str) -> bool:
-    """Whether a local folder's index names a part; True for the hub, where it cannot be seen."""
-    index = Path(source) / "model_index.json"
-    return part in index.read_text() if index.is_file() else source == HUB_BASES["sd15"]
-
-
-def _single_file(file: Path, local_files_only: bool) -> Any:
-    """A checkpoint in the original layout, as model sites publish them."""
-    if file.suffix != ".safetensors":
-        raise ModelError(
-            "is no safetensors file",
-            where=file,
-            found=file.suffix or "no extension",
-            fix="Other single files are pickles, which can run code; look for a safetensors one.",
-        )
-    with quiet():
-        import diffusers
-        import torch
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(file, framework="pt") as opened:
-                names = list(opened.keys())
-        except SafetensorError as error:
-            raise ModelError("cannot be opened", where=file, found=_first_line(error)) from error
-        large = any(key.startswith("conditioner.embedders.1.") for key in names)
-        kind = "StableDiffusionXLPipeline" if large else "StableDiffusionPipeline"
-        beside = file.with_suffix("")  # a folder of configs with the file's name, if there is one
-        config = {"config": str(beside)} if beside.is_dir() else {}
-        try:
-            return getattr(diffusers, kind).from_single_file(
-                str(file), torch_dtype=torch.float32, local_files_only=local_files_only, **config
-            )
-        except Exception as error:
-            raise ModelError(
-                "cannot be opened",
-                where=file,
-                found=_first_line(error),
-                fix=f"Its configs come from the hub; offline, put them into {beside.name}/.",
-            ) from error
+    preset = PRESETS.get(name)
+    plan = None
+    if device is not None and memory is not None:
+        plan = plan_memory(device, sizes_of(pipe, preset.weights[1] if preset else 0), memory)
+        arrange(pipe, plan)
+    if preset is not None:
+        return Base(name, pipe, preset.guidance_scale, 1, preset.steps, preset.scale, plan)
+    return Base(name, pipe, 3.0 if embedded else 7.5, 4 if embedded else 1, plan=plan)
 
 
 def load_part(kind: str, source: str, base: Base, *, local_files_only: bool = False) -> Any:
@@ -188,17 +164,33 @@ def load_part(kind: str, source: str, base: Base, *, local_files_only: bool = Fa
         try:
             part = getattr(library, kind).from_pretrained(where, **options)
         except Exception as error:
-            raise ModelError(
-                f"cannot be opened as a {kind}", where=source, found=_first_line(error)
-            ) from error
+            raise cannot_be_opened(f"cannot be opened as a {kind}", source, error) from error
     unet: Any = base.pipe.unet
     return part.to(unet.device, unet.dtype).eval() if hasattr(part, "parameters") else part
 
 
-def split_hub_id(source: str) -> tuple[str, str | None]:
-    """`owner/name/path/inside` as (`owner/name`, `path/inside`); anything shorter as it is."""
-    parts = source.split("/", 2)
-    return ("/".join(parts[:2]), parts[2]) if len(parts) == 3 else (source, None)
+def load_image_encoder(
+    source: str, base: Base, *, local_files_only: bool = False
+) -> tuple[Any, Any]:
+    """Open an image encoder beside a base, with its preprocessing.
+
+    Args:
+        source: As `load_part` takes it. Where it has no preprocessing, as the published encoders of
+            IP-Adapter, CLIP's own is taken.
+        base: Whose device and dtype it takes.
+        local_files_only: Use what is in the hub's local cache, and nothing else.
+
+    Raises:
+        ModelError: It cannot be opened.
+    """
+    options = {"local_files_only": local_files_only}
+    encoder = load_part("CLIPVisionModelWithProjection", source, base, **options)
+    try:
+        return encoder, load_part("CLIPImageProcessor", source, base, **options)
+    except ModelError as error:
+        if "preprocessor_config.json" not in str(error.__cause__):
+            raise
+        return encoder, clip_processor(encoder)
 
 
 @contextmanager
@@ -228,50 +220,47 @@ def copier_report(adapter: str) -> Path:
 
 
 def adapter_source(base: str, adapter: str) -> Path | str:
-    """Where an adapter's weights are.
+    """Where an adapter's weights are; a preset's are downloaded if they are not in the local cache.
 
     Args:
         base: The base's name; `critters` has `base` and `plus` by name.
-        adapter: One of those names, a file, a folder, or a hub id with the file's path behind it.
+        adapter: One of those names, a preset's, a file, a folder, or a hub id with the file's path
+            behind it; empty is the base's own, `default_adapter`.
 
     Raises:
-        ModelError: There is no such adapter.
+        ModelError: There is no such adapter, or it cannot be had.
     """
+    adapter = adapter or default_adapter(base)
     named = {file.stem: file for file in sorted(CRITTERS_ADAPTERS.glob("*.safetensors"))}
     if base == CRITTERS and ADAPTERS.get(adapter, adapter) in named:
         return named[ADAPTERS.get(adapter, adapter)]
     if Path(adapter).exists():
         return Path(adapter)
+    if adapter in PRESETS:
+        return fetch(PRESETS[adapter].adapter_files(), adapter)[0]
     if HUB_ID.match(adapter):
         return adapter
     raise ModelError(
         "unknown adapter",
         where=adapter,
-        expected=f"{', '.join(ADAPTERS)} (with the base {CRITTERS}), a file, a folder, or a hub id",
+        expected=f"{', '.join(ADAPTERS)} (with the base {CRITTERS}), {', '.join(PRESETS)}, a file, "
+        "a folder, or a hub id",
         fix="Check the path.",
     )
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the libraries' progress bars and advice off the terminal; we say what matters."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
+def default_adapter(base: str) -> str:
+    """What prompts a base unless something else is asked for: a preset has its own.
 
-    before = [(lib, lib.get_verbosity()) for lib in (diffusers_logging, transformers_logging)]
-    bars = transformers_logging.is_progress_bar_enabled()
-    for library, _ in before:
-        library.set_verbosity_error()
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library, verbosity in before:
-            library.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
-            diffusers_logging.enable_progress_bar()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+    Raises:
+        ModelError: There is no such base.
+        ArgumentError: The base is no preset, and nobody knows.
+    """
+    check_known(base)
+    if base in PRESETS:
+        return base
+    if base == CRITTERS:
+        return DEFAULT_ADAPTER
+    raise ArgumentError(
+        "is missing", where="adapter", found=f"base {base}", fix="Name one that fits: --adapter."
+    )

@@ -8,17 +8,20 @@ from typing import Annotated
 
 import tyro
 
-from ipdiverse.commands.checkpoints import Convert, Inspect
+from ipdiverse.commands.bases import Bases
+from ipdiverse.commands.checkpoints import Convert, Inspect, Push
 from ipdiverse.commands.critters import Critters
 from ipdiverse.commands.data import Embed, Prepare
 from ipdiverse.commands.evaluate import Calibrate, Evaluate
 from ipdiverse.commands.generate import Demo, Generate
 from ipdiverse.commands.train import Train
+from ipdiverse.commands.ui import Ui
 from ipdiverse.errors import Interrupted, IpdiverseError
 from ipdiverse.training.config import as_flags
 
 Command = (
     Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Bases, tyro.conf.subcommand("bases")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Prepare, tyro.conf.subcommand("prepare")]
     | Annotated[Embed, tyro.conf.subcommand("embed")]
@@ -27,8 +30,13 @@ Command = (
     | Annotated[Calibrate, tyro.conf.subcommand("calibrate")]
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
     | Annotated[Convert, tyro.conf.subcommand("convert")]
+    | Annotated[Push, tyro.conf.subcommand("push")]
     | Annotated[Critters, tyro.conf.subcommand("critters")]
+    | Annotated[Ui, tyro.conf.subcommand("ui")]
 )
+
+_SWITCHES = {"--tiling": "--tiling=True", "--no-tiling": "--tiling=False"}
+"""Short forms of a switch that has a third state: left to the device."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,6 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments = sys.argv[1:] if arguments is None else arguments
         if arguments[:1] == ["train"]:
             arguments = ["train", *as_flags(arguments[1:])]
+        arguments = [_SWITCHES.get(word, word) for word in arguments]
         command = tyro.cli(
             Command,  # type: ignore[arg-type]
             prog="ipdiverse",

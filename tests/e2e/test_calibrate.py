@@ -61,7 +61,7 @@ def test_the_path_goes_into_the_file_and_generate_follows_it(
     hashes = []
     for levers in (
         ["--adapter", str(target), "--diversity", "0.5"],
-        ["--cads", "0.35", "--drop", "0.15"],
+        ["--adapter", "plus", "--cads", "0.35", "--drop", "0.15"],
     ):
         assert main([*drawn, *levers, "--out", str(tmp_path / "out")]) == 0
         hashes.append(json.loads(capsys.readouterr().out)["image_sha256"])

@@ -15,6 +15,7 @@ from ipdiverse.bases import (
     CRITTERS_ADAPTERS,
     CRITTERS_BASE,
     CRITTERS_PROVENANCE,
+    SHIPPED_ADAPTERS,
     adapter_source,
     load_base,
 )
@@ -52,12 +53,14 @@ def test_provenance_says_how_they_were_made() -> None:
     for runs in made["stages"].values():
         assert runs
         assert all({"from_step", "steps", "learning_rate", "seed"} <= run.keys() for run in runs)
-    adapters = sorted(file.name for file in CRITTERS_ADAPTERS.iterdir())
-    assert adapters == ["ip-adapter-plus_critters.safetensors", "ip-adapter_critters.safetensors"]
-    for name in adapters:
-        spec = read_spec(CRITTERS_ADAPTERS / name)
-        assert spec["reference"] == "self"
+    adapters = {file.stem for file in CRITTERS_ADAPTERS.iterdir()}
+    assert adapters == SHIPPED_ADAPTERS.keys()
+    for name, arm in SHIPPED_ADAPTERS.items():
+        spec = read_spec(CRITTERS_ADAPTERS / f"{name}.safetensors")
+        assert spec["reference"] == ("paired" if arm == "diverse" else "self")
+        assert spec["arm"] == arm
         assert spec["recipe"]["steps"] > 0
+        assert "/" not in str(spec["recipe"].get("start")), "no path of a machine"
 
 
 @pytest.mark.parametrize("kind", ["base", "plus"])

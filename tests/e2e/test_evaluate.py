@@ -36,7 +36,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(folder: Path) -> int:
-    return main(["evaluate", "--config", str(folder / "study.toml"), "--out", str(folder / "out")])
+    folders = ["--out", str(folder / "out"), "--publish", str(folder / "published")]
+    return main(["evaluate", "--config", str(folder / "study.toml"), *folders])
 
 
 def test_a_study_writes_numbers_plots_and_a_page_of_its_own(finished: Path) -> None:
@@ -47,6 +48,9 @@ def test_a_study_writes_numbers_plots_and_a_page_of_its_own(finished: Path) -> N
     renderer, copy = results["arms"][-2:]
     assert renderer["scores"]["prompt_accuracy"][0] == 1
     assert copy["scores"]["retention"][0] == 1
+    assert renderer["scores"]["js"][0] < copy["scores"]["js"][0], "copies are far from the world"
+    assert {row["family"] for row in results["hypervolumes"]} == {"λ", "levers"}
+    assert results["dials"] == []
     assert copy["scores"]["image (base)"][0] == pytest.approx(1, abs=1e-3)
     assert copy["scores"]["vendi (base)"][0] == pytest.approx(1, abs=1e-3)
     assert (out / "entropy-retention.svg").is_file()
@@ -56,6 +60,9 @@ def test_a_study_writes_numbers_plots_and_a_page_of_its_own(finished: Path) -> N
     assert "http" not in page.replace("http://www.w3.org", ""), "nothing is fetched"
     assert all(name in page for name in ("levers", "renderer", "Hypervolume"))
     assert str(out) not in page
+    published = {file.name for file in (finished / "published").iterdir()}
+    assert {"results.json", "sets.png", "entropy-retention.svg"} <= published
+    assert not any("html" in name or name == "images" for name in published)
     lines = (out / "results.jsonl").read_text().splitlines()
     assert [json.loads(line)["name"] for line in lines] == names[:3]
 

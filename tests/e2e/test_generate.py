@@ -276,7 +276,8 @@ def test_a_broken_base_is_one_line(
     broken = tmp_path / "broken"
     shutil.copytree(CRITTERS_BASE, broken)
     (broken / "text_encoder" / "model.safetensors").write_bytes(b"not tensors")
-    assert generate(reference, tmp_path / "out", "--base", str(broken)) == 2
+    wanted = ["--base", str(broken), "--adapter", "plus"]
+    assert generate(reference, tmp_path / "out", *wanted) == 2
     error = capsys.readouterr().err
     assert f"{broken}: cannot be opened" in error
     assert error.count("\n") == 1

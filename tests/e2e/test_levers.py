@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,8 +32,9 @@ def pixels(images: list[Image.Image]) -> np.ndarray:
 
 def test_the_dial_moves_images_and_0_is_what_it_is_without(reference: Path) -> None:
     base = load_base()
-    plain = generate(reference, n=2, loaded=base, **FAST)
-    drawn = {d: generate(reference, n=2, loaded=base, diversity=d, **FAST) for d in (0.0, 0.5, 1.0)}
+    given: Any = {"adapter": "plus", "n": 2, "loaded": base, **FAST}
+    plain = generate(reference, **given)
+    drawn = {d: generate(reference, diversity=d, **given) for d in (0.0, 0.5, 1.0)}
     np.testing.assert_array_equal(pixels(drawn[0.0].images), pixels(plain.images))
     moved = [np.abs(pixels(drawn[d].images) - pixels(plain.images)).mean() for d in (0.5, 1.0)]
     assert 0 < moved[0] < moved[1]

@@ -61,6 +61,8 @@ def load_adapter(
     subfolder: str = "",
     revision: str | None = None,
     local_files_only: bool = False,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> ImagePromptAdapter:
     """Open an adapter in any layout that `layouts` knows, in float32.
 
@@ -68,10 +70,13 @@ def load_adapter(
         source: A file, a folder, or a hub id `owner/repository`.
         face_id_plus_v2: Version 2 (True) or 1 (False) of FaceID-Plus, when the file does not say;
             nothing else has versions.
-        weight_name: The file in a folder or repository.
+        weight_name: The file in a folder or repository; a folder with one needs none, and neither
+            does a repository that `push_to_hub` made.
         subfolder: Where in the folder or repository.
         revision: Branch, tag or commit of a repository.
         local_files_only: Never connect; the environment's HF_HUB_OFFLINE does the same.
+        token: Of the hub, for private repositories; None takes the one that is logged in.
+        cache_dir: Where downloads are kept; None is the hub library's own place.
 
     Returns:
         The adapter; its `spec` is the file's, empty for files that others made.
@@ -85,6 +90,8 @@ def load_adapter(
         subfolder=subfolder,
         revision=revision,
         local_files_only=local_files_only,
+        token=token,
+        cache_dir=cache_dir,
     )
     contents = open_checkpoint(file)
     found, spec = normalise(contents.tensors, file), spec_of(contents)

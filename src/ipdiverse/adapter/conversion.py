@@ -117,7 +117,7 @@ def _kept(
             f"the fusion's blend, {float(blend):.4g}, is left out: the layout has no place for it, "
             f"and readers take {ANCESTOR_BLEND}"
         )
-    return kept, notes + (_stock_notes(adapter) if to == "diffusers" else [])
+    return kept, notes + (stock_notes(adapter) if to == "diffusers" else [])
 
 
 def _without_noise(kept: dict[str, Tensor], noise: NoiseConditioning) -> dict[str, Tensor]:
@@ -135,8 +135,8 @@ def _is_ancestors(blend: Tensor) -> bool:
     return torch.equal(blend, torch.tensor(ANCESTOR_BLEND, dtype=blend.dtype))
 
 
-def _stock_notes(adapter: ImagePromptAdapter) -> list[str]:
-    """What stock diffusers 0.42 takes for granted instead of reading it."""
+def stock_notes(adapter: ImagePromptAdapter) -> list[str]:
+    """What stock diffusers 0.42 takes for granted, instead of reading it, and gets wrong here."""
     projection = adapter.image_proj
     if adapter.kind == "base" and projection.num_tokens != 4:
         return [

@@ -180,10 +180,12 @@ class ImagePromptAdapter(nn.Module):
     def from_pretrained(cls, source: str | os.PathLike[str], **options: Any) -> ImagePromptAdapter:
         """Open an adapter in any published layout (`checkpoint.load_adapter`).
 
+        The arguments are those of diffusers' `load_ip_adapter`.
+
         Args:
             source: A file, a folder, or a hub id.
-            options: `weight_name`, `subfolder`, `revision`, `local_files_only`,
-                `face_id_plus_v2`.
+            options: `weight_name`, `subfolder`, `revision`, `local_files_only`, `token`,
+                `cache_dir`, `face_id_plus_v2`.
 
         Raises:
             CheckpointError: It is missing, broken, of another layout, or for another model.
@@ -192,21 +194,75 @@ class ImagePromptAdapter(nn.Module):
 
         return load_adapter(source, **options)
 
-    def save_pretrained(self, folder: str | os.PathLike[str], dtype: Any = None) -> None:
-        """Write the weights and a model card into a folder (`publishing.save_folder`)."""
-        from ipdiverse.adapter.publishing import save_folder
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        dtype: Any = None,
+        *,
+        license: str | None = None,  # noqa: A002 - as the hub calls it
+        base_model: str | None = None,
+    ) -> None:
+        """Write the weights and a model card into a folder (`publishing.save_folder`).
 
-        save_folder(self, folder, dtype)
-
-    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
-        """Upload the weights and a model card; returns the page's address.
+        Args:
+            folder: Made if need be.
+            dtype: Of the stored tensors; None keeps the adapter's.
+            license: Its short name on the hub, for example `apache-2.0`; None states none.
+            base_model: Hub id of what it prompts; None takes what it was trained on, if known.
 
         Raises:
-            ModelError: The hub refused, or cannot be reached.
+            ArgumentError: The license or the base model is no such name.
+            OutputError: The folder cannot be written.
         """
+        from ipdiverse.adapter.card import Stated
+        from ipdiverse.adapter.publishing import save_folder
+
+        save_folder(self, folder, dtype, Stated(license, base_model))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        license: str | None = None,  # noqa: A002 - as the hub calls it
+        base_model: str | None = None,
+        private: bool = False,
+        token: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        dtype: Any = None,
+    ) -> str:
+        """Upload the weights and a model card.
+
+        Args:
+            repo_id: `owner/name`; made if need be.
+            license: Its short name on the hub, for example `apache-2.0`; None states none.
+            base_model: Hub id of what it prompts; None takes what it was trained on, if known.
+            private: Of a repository that is made.
+            token: None takes the one that is logged in.
+            commit_message: None takes the hub's.
+            create_pr: Propose instead of changing.
+            dtype: Of the stored tensors; None keeps the adapter's.
+
+        Returns:
+            The page's address.
+
+        Raises:
+            ArgumentError: The repository, the license or the base model is no such name.
+            ModelError: There is no token, the hub refused, or it cannot be reached.
+        """
+        from ipdiverse.adapter.card import Stated
         from ipdiverse.adapter.publishing import push_folder
 
-        return push_folder(self, repo_id, private=private, token=token)
+        return push_folder(
+            self,
+            repo_id,
+            Stated(license, base_model),
+            private=private,
+            token=token,
+            commit_message=commit_message,
+            create_pr=create_pr,
+            dtype=dtype,
+        )
 
 
 def attention_layers(unet: Any) -> dict[int, str]:

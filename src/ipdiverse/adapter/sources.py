@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from ipdiverse.bases import HUB_ID, split_hub_id
+from ipdiverse.downloads import reason
 from ipdiverse.errors import CheckpointError
+
+PUBLISHED = "ip-adapter.safetensors"
+"""The file that `push_to_hub` writes, and that a repository is asked for if none is named."""
 
 _SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt"}
 _NO_WEIGHTS = (
@@ -39,15 +44,20 @@ def find_checkpoint(
     subfolder: str = "",
     revision: str | None = None,
     local_files_only: bool = False,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> Path:
     """The local file that a source names, downloaded if need be and allowed.
 
     Args:
         source: A file, a folder, or a hub id `owner/repository`.
-        weight_name: The file in a folder or repository; a folder with one such file needs none.
+        weight_name: The file in a folder or repository. A folder with one such file needs none; of
+            a repository None is `ip-adapter.safetensors`.
         subfolder: Where in the folder or repository.
         revision: Branch, tag or commit of a repository.
         local_files_only: Never connect; the environment's HF_HUB_OFFLINE does the same.
+        token: Of the hub, for private repositories; None takes the one that is logged in.
+        cache_dir: Where downloads are kept; None is the hub library's own place.
 
     Raises:
         CheckpointError: There is no such file, several fit, or it cannot be had.
@@ -60,7 +70,14 @@ def find_checkpoint(
     if path.exists() or not is_id or path.suffix.lower() in _SUFFIXES:
         return path
     offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in _TRUE
-    return _download(str(source), weight_name, subfolder, revision, local_files_only or offline)
+    options: dict[str, Any] = {
+        "subfolder": subfolder or None,
+        "revision": revision,
+        "local_files_only": local_files_only or offline,
+    }
+    options |= {"token": token} if token is not None else {}
+    options |= {"cache_dir": cache_dir} if cache_dir is not None else {}
+    return _download(str(source), weight_name, options)
 
 
 def _only_file(folder: Path) -> Path:
@@ -84,29 +101,26 @@ def _only_file(folder: Path) -> Path:
     )
 
 
-def _download(
-    repository: str, weight_name: str | None, subfolder: str, revision: str | None, offline: bool
-) -> Path:
-    if weight_name is None:
-        raise CheckpointError(
-            "no such file; a hub repository needs the file's name too",
-            where=repository,
-            fix="Name it with weight_name, for example ip-adapter_sd15.safetensors.",
-        )
+def _download(repository: str, weight_name: str | None, options: dict[str, Any]) -> Path:
     from huggingface_hub import hf_hub_download
 
-    wanted = (
-        f"{repository}/{subfolder}/{weight_name}" if subfolder else f"{repository}/{weight_name}"
-    )
+    name, offline = weight_name or PUBLISHED, options["local_files_only"]
+    wanted = "/".join(part for part in (repository, options["subfolder"], name) if part)
     try:
-        file = hf_hub_download(
-            repository,
-            weight_name,
-            subfolder=subfolder or None,
-            revision=revision,
-            local_files_only=offline,
-        )
+        file = hf_hub_download(repository, name, **options)
     except Exception as error:  # whatever the hub's library or the network raises
+        if weight_name is None and (offline or _is_absent(error)):
+            raise CheckpointError(
+                "no such file; a hub repository needs the file's name too",
+                where=repository,
+                expected=f"{PUBLISHED}, or the name of another",
+                fix="Name it with weight_name, for example ip-adapter_sd15.safetensors.",
+            ) from error
+        known = None if offline else reason(error, repository)
+        if known is not None:
+            raise CheckpointError(
+                f"cannot be had from the hub: {known.what}", where=wanted, fix=known.fix
+            ) from error
         lines = str(error).strip().splitlines()
         raise CheckpointError(
             "is not in the local cache" if offline else "cannot be had from the hub",
@@ -117,3 +131,10 @@ def _download(
             else "Check the name, the network and your access.",
         ) from error
     return Path(file)
+
+
+def _is_absent(error: Exception) -> bool:
+    """Whether the hub itself said that there is no such file."""
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    return isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)

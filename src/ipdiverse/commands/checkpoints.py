@@ -1,11 +1,11 @@
-"""`inspect` and `convert`."""
+"""`inspect`, `convert` and `push`."""
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -91,3 +91,56 @@ class Convert(Source):
         for note in notes:
             sys.stderr.write(f"note: {note}\n")
         say(f"wrote {self.out}")
+
+
+@dataclass(frozen=True)
+class Push(Source):
+    """Publish an adapter on the hub with a model card: what it is, how to use it, its dial's curve.
+
+    Args:
+        repo_id: The repository, `owner/name`; made if need be.
+        license: Its short name on the hub, for example `apache-2.0`.
+        base_model: Hub id of what it prompts; None takes what it was trained on, if known.
+        private: Of a repository that is made.
+        dry_run: Write the folder that would be uploaded, and upload nothing.
+        out: The folder of a dry run.
+        face_id_plus_v2: Version 2 (True) or 1 (False) of FaceID-Plus, whose files do not say.
+    """
+
+    repo_id: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="REPO")] = field(
+        kw_only=True
+    )
+    license: str | None = None
+    base_model: str | None = None
+    private: bool = False
+    dry_run: bool = False
+    out: str = "out/hub"
+    face_id_plus_v2: bool | None = None
+
+    def run(self) -> None:
+        """Upload, or write what would be."""
+        from ipdiverse.adapter.card import Stated
+        from ipdiverse.adapter.checkpoint import load_adapter
+        from ipdiverse.adapter.publishing import check_repository, push_folder, save_folder
+
+        check_repository(self.repo_id)
+        stated = Stated(self.license, self.base_model)
+        file = self.find()
+        adapter = load_adapter(file, face_id_plus_v2=self.face_id_plus_v2)
+        dtype = _stored(file)
+        if self.dry_run:
+            names = save_folder(adapter, self.out, dtype, stated, repo_id=self.repo_id)
+            say(f"wrote {', '.join(names)} into {self.out}; nothing was uploaded")
+            return
+        address = push_folder(adapter, self.repo_id, stated, private=self.private, dtype=dtype)
+        say(f"published {address}")
+
+
+def _stored(file: Path) -> Any:
+    """The type of a file's tensors; float32, which loses nothing, where there are several."""
+    import torch
+
+    from ipdiverse.adapter.containers import open_checkpoint
+
+    found = {tensor.dtype for tensor in open_checkpoint(file).tensors.values()}
+    return found.pop() if len(found) == 1 else torch.float32

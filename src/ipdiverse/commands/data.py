@@ -44,7 +44,8 @@ class Embed:
 
     Args:
         folder: A folder that `prepare` wrote.
-        base: Whose encoders: `critters`, `sd15`, `sdxl`, a hub id, a folder or a file.
+        base: Whose encoders: `critters`, a preset (`ipdiverse bases`), a hub id, a folder or a
+            file.
         image_encoder: A CLIP vision model, folder or hub id; None takes the base's.
         resolution: Height and width of targets in pixels; None takes the base's own.
         variants: Random crops of each target; 1 is the centre crop alone.
@@ -55,6 +56,7 @@ class Embed:
         dtype: float16 halves the disk.
         local_files_only: Never connect.
         json: Print the report as JSON.
+        yes: Download what a preset needs without asking.
     """
 
     folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
@@ -69,13 +71,16 @@ class Embed:
     dtype: Literal["float32", "float16"] = "float32"
     local_files_only: bool = False
     json: bool = False
+    yes: bool = False
 
     def run(self) -> None:
         """Embed and report."""
+        from ipdiverse.commands.consent import agree_to_encoders
         from ipdiverse.training.embed import Stored, embed
         from ipdiverse.training.frozen import open_encoders
         from ipdiverse.training.preprocessing import Preprocessing
 
+        agree_to_encoders(self.base, self.image_encoder, self.yes)
         encoders = open_encoders(
             self.base, self.image_encoder, local_files_only=self.local_files_only
         )

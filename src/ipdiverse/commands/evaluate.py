@@ -22,6 +22,7 @@ class Evaluate:
         prompts: File with a prompt a line, for `images`.
         features: Encoders to compare images by: `dino`, `clip`, `base`, a folder or a hub id.
         out: Folder for the study's images, results and report; file for `images`' JSON.
+        publish: Copy the study's numbers and pictures, without its images, to this folder.
         json: Print the results as JSON.
     """
 
@@ -32,6 +33,7 @@ class Evaluate:
     prompts: str | None = None
     features: tuple[str, ...] = ("dino",)
     out: str | None = None
+    publish: str | None = None
     json: bool = False
 
     def run(self) -> None:
@@ -44,7 +46,7 @@ class Evaluate:
         self._made() if self.images else self._study()
 
     def _study(self) -> None:
-        from ipdiverse.evaluation.report import volumes, write_report
+        from ipdiverse.evaluation.report import publish, volumes, write_report
         from ipdiverse.evaluation.running import run_study
         from ipdiverse.evaluation.study import quick_study, read_study
 
@@ -52,6 +54,8 @@ class Evaluate:
         out = Path(self.out or "out/evaluation")
         done = run_study(study, out)
         page = write_report(study, done.measured, done.references, out)
+        if self.publish:
+            publish(out, Path(self.publish))
         if self.json:
             rows = [one.row() for one in done.measured]
             say_json({"arms": rows, "hypervolumes": volumes(study, done.measured)})

@@ -5,12 +5,15 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from ipdiverse.commands.printing import say, say_json
 from ipdiverse.sampling.request import Request
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 Count = Annotated[int, tyro.conf.arg(aliases=["-n"])]
 Texts = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
@@ -26,6 +29,7 @@ class Generate(Request):
             written as they land, and a run that was killed goes on.
         out: Folder for images, contact sheet and generation.json.
         json: Print the record, from which the exact command can be repeated, as JSON.
+        yes: Download what a preset needs without asking.
     """
 
     image: Texts = ()
@@ -36,6 +40,7 @@ class Generate(Request):
     batch: str = ""
     out: str = "out"
     json: bool = False
+    yes: bool = False
 
     def run(self) -> None:
         """Generate and write."""
@@ -46,6 +51,7 @@ class Generate(Request):
         from ipdiverse.sampling.generate import generate
 
         ensure_writable_folder(Path(self.out))
+        self._may_download([self])
         wanted = {f.name: getattr(self, f.name) for f in fields(Request)}
         record = generate(**wanted).save(self.out)
         for note in record["notes"]:
@@ -56,6 +62,15 @@ class Generate(Request):
             written = len(record["image_sha256"])
             say(f"wrote {written} images and {Path(self.out) / 'contact_sheet.png'}")
 
+    def _may_download(self, requests: Sequence[Request]) -> None:
+        from ipdiverse.commands.consent import agree
+        from ipdiverse.presets import PRESETS
+        from ipdiverse.sampling.drawing import needed_files
+
+        files = [file for request in requests for file in needed_files(request)]
+        named = [name for r in requests for name in (r.base, r.adapter) if name in PRESETS]
+        agree(", ".join(dict.fromkeys(named)), list(dict.fromkeys(files)), self.yes)
+
     def _batch(self) -> None:
         import json
 
@@ -63,6 +78,7 @@ class Generate(Request):
 
         defaults = {f.name: getattr(self, f.name) for f in fields(Request)}
         jobs = read_jobs(Path(self.batch), defaults)
+        self._may_download(jobs)
         tell = (lambda line: say(json.dumps(line))) if self.json else (lambda _: None)
         drawn = run_batch(jobs, Path(self.out), tell)
         if not self.json:

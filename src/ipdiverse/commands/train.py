@@ -20,15 +20,19 @@ class Train(TrainConfig):
     Args:
         root: The folder that image names in `data` are relative to, when that is a list of images
             rather than a prepared folder.
+        yes: Download what a preset needs without asking.
     """
 
     root: str | None = None
+    yes: bool = False
 
     def run(self) -> None:
         """Prepare what is not prepared, train, and say where the adapter is."""
+        from ipdiverse.commands.consent import agree_to_encoders
         from ipdiverse.data.prepare import prepare
         from ipdiverse.training.trainer import train
 
+        agree_to_encoders(self.base, self.image_encoder, self.yes)
         given = {f.name: getattr(self, f.name) for f in fields(TrainConfig)}
         if Path(self.data).is_file():
             prepared = Path(self.out) / "data"

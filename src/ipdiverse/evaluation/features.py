@@ -109,7 +109,7 @@ def open_encoder(name: str, base_pipe: Any = None) -> FeatureEncoder:
         from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
         try:
-            model = AutoModel.from_pretrained(source).eval()
+            model = AutoModel.from_pretrained(source, use_safetensors=True).eval()
             processor = AutoImageProcessor.from_pretrained(source, use_fast=False)
             reads = hasattr(model, "get_text_features")
             tokenizer = AutoTokenizer.from_pretrained(source) if reads else None

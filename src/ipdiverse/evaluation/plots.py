@@ -21,6 +21,7 @@ LABELS = {
     "copy_rate": "copies of the whole scene, minus chance",
     "invalid_rate": "images that are no valid scene",
     "leak": "what outputs tell of the reference's scene (nats)",
+    "js": "distance from the world's own scenes (Jensen-Shannon)",
 }
 """What scores mean, for people; an encoder's carry its name and stand for themselves."""
 

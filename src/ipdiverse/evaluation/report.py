@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from ipdiverse.evaluation.dial_check import dial_table
 from ipdiverse.evaluation.groups import difference, estimate, hypervolume, interval
 from ipdiverse.evaluation.plots import LABELS, as_bytes, axes_of, tradeoff
-from ipdiverse.provenance import write_bytes_atomic, write_text_atomic
+from ipdiverse.provenance import ensure_writable_folder, write_bytes_atomic, write_text_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,6 +42,7 @@ td:first-child, th:first-child {{ text-align: left; }} small {{ color: #667; }}
 <p>{about}</p>
 <div class="plots">{plots}</div>
 {volumes}
+{dials}
 <h2>The images</h2>
 <p>The same seeds in every row; the reference stands first.</p>
 <div class="sets">{sets}</div>
@@ -79,12 +81,26 @@ def write_report(
         about=_about(study, len(references)),
         plots="".join(plots),
         volumes=_volumes(study, measured),
+        dials=dial_table(measured),
         sets=_sets(measured, references),
         baseline=escape(study.baseline_arm.name),
         table=_table(study, measured),
     )
     write_text_atomic(out / "report.html", page)
+    write_bytes_atomic(out / "sets.png", as_bytes(_sets_figure(measured, references), "png"))
     return out / "report.html"
+
+
+def publish(out: Path, target: Path) -> None:
+    """Copy a study's numbers and pictures, without the images, to where a project keeps them.
+
+    Args:
+        out: A finished study's folder.
+        target: The folder to write to; what is in it under other names stays.
+    """
+    folder = ensure_writable_folder(target)
+    for file in (out / "results.json", *sorted(out.glob("*.svg")), *sorted(out.glob("*.png"))):
+        write_bytes_atomic(folder / file.name, file.read_bytes())
 
 
 def volumes(study: Study, measured: Sequence[Measured]) -> list[dict[str, Any]]:
@@ -168,6 +184,20 @@ def _sets(measured: Sequence[Measured], references: Sequence[Image.Image]) -> st
     return "".join(rows)
 
 
+def _sets_figure(measured: Sequence[Measured], references: Sequence[Image.Image]) -> Any:
+    """The first pair's set of every chosen arm, under each other."""
+    from matplotlib.figure import Figure
+
+    chosen = _chosen(measured)
+    figure = Figure(figsize=(9, 1.25 * len(chosen)), dpi=100, layout="constrained")
+    rows = figure.subplots(len(chosen), 1, squeeze=False)[:, 0]
+    for axes, one in zip(rows, chosen, strict=True):
+        axes.imshow(_strip(references[0], one.images[0][:_SHOWN_IMAGES]), interpolation="nearest")
+        axes.set_title(one.arm.name, fontsize=8, loc="left", pad=2)
+        axes.axis("off")
+    return figure
+
+
 def _chosen(measured: Sequence[Measured]) -> list[Measured]:
     across, up = axes_of(measured)[0]
     best: dict[str, Measured] = {}
@@ -207,13 +237,13 @@ def _strip(reference: Image.Image, images: np.ndarray) -> Image.Image:
 
 def _table(study: Study, measured: Sequence[Measured]) -> str:
     names = list(measured[0].runs[0])
-    leaks = any(one.leak is not None for one in measured)
+    known = any(one.readings is not None for one in measured)
     head = "".join(f"<th>{escape(LABELS.get(name, name))}</th>" for name in names)
-    head += f"<th>{escape(LABELS['leak'])}</th>" if leaks else ""
+    head += f"<th>{escape(LABELS['leak'])}</th><th>{escape(LABELS['js'])}</th>" if known else ""
     baseline = next((m for m in measured if m.arm.name == study.baseline_arm.name), measured[0])
     body = "".join(
         f"<tr><td>{escape(one.arm.name)}</td>{''.join(_cell(one, baseline, n) for n in names)}"
-        f"{_leak_cell(one) if leaks else ''}</tr>"
+        f"{_plain_cell(one.leak) + _plain_cell(one.js) if known else ''}</tr>"
         for one in measured
     )
     return f"<table><tr><th></th>{head}</tr>{body}</table>"
@@ -232,10 +262,10 @@ def _cell(one: Measured, baseline: Measured, name: str) -> str:
     return f"<td>{text}</td>"
 
 
-def _leak_cell(one: Measured) -> str:
-    if one.leak is None:
+def _plain_cell(found: tuple[float, float, float] | None) -> str:
+    if found is None:
         return "<td>-</td>"
-    estimate, low, high = one.leak
+    estimate, low, high = found
     return f"<td>{estimate:.3f}<br><small>{low:.3f} to {high:.3f}</small></td>"
 
 

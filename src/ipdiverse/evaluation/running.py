@@ -26,14 +26,22 @@ from ipdiverse.critters.oracle import read
 from ipdiverse.critters.training.loop import autocast, fingerprint
 from ipdiverse.errors import ArgumentError
 from ipdiverse.evaluation.anchors import anchors
+from ipdiverse.evaluation.dial_check import check_dials
 from ipdiverse.evaluation.features import feature_parts, open_encoder
 from ipdiverse.evaluation.folders import folder_pairs
-from ipdiverse.evaluation.groups import Parts, critters_parts, interval, leak_interval
+from ipdiverse.evaluation.groups import (
+    Parts,
+    critters_parts,
+    interval,
+    js_interval,
+    leak_interval,
+)
+from ipdiverse.evaluation.report import volumes
 from ipdiverse.evaluation.sampling import sample_array, shipped_oracle, study_pairs
 from ipdiverse.image_io import content_hash
 from ipdiverse.provenance import ensure_writable_folder, write_bytes_atomic, write_text_atomic
 from ipdiverse.sampling.generation import versions
-from ipdiverse.sampling.sample import Job, attached
+from ipdiverse.sampling.sample import Job, attached, scale_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,6 +77,11 @@ class Measured:
         """In nats with its interval, where the world is known."""
         return None if self.readings is None else leak_interval(self.readings, self.pairs)
 
+    @cached_property
+    def js(self) -> tuple[float, float, float] | None:
+        """Distance from the world's own scenes with its interval, where the world is known."""
+        return None if self.readings is None else js_interval(self.readings, self.pairs)
+
     def parts(self, name: str) -> list[Parts]:
         """One score of every training seed."""
         return [run[name] for run in self.runs]
@@ -76,8 +89,9 @@ class Measured:
     def row(self) -> dict[str, Any]:
         """For JSON: each score with its interval."""
         scores = {name: _rounded(interval(self.parts(name))) for name in self.runs[0]}
-        if self.leak is not None:
-            scores["leak"] = _rounded(self.leak)
+        for name, found in (("leak", self.leak), ("js", self.js)):
+            if found is not None:
+                scores[name] = _rounded(found)
         about = {"name": self.arm.name, "family": self.arm.family, "at": self.arm.at}
         return {**about, "settings": self.arm.settings, "seeds": len(self.runs), "scores": scores}
 
@@ -124,6 +138,8 @@ def run_study(study: Study, out: Path, progress: bool | None = None) -> Done:
         "baseline": study.baseline_arm.name,
         "versions": versions(),
         "base": fingerprint(runner.base.pipe.unet),
+        "dials": [check.as_json() for check in check_dials(measured)],
+        "hypervolumes": volumes(study, measured),
         "arms": [*rows, *(one.row() for one in anchored)],
     }
     write_text_atomic(out / "results.json", json.dumps(report, indent=1) + "\n")
@@ -255,9 +271,10 @@ class Runner:
         request = arm.request(self.study.steps, self.base.guidance_scale)
         fast = autocast() if self.study.base == CRITTERS else nullcontext()
         with attached(self.base, weights) as attachment:
+            scale = scale_of(self.base, request)
             attachment.set_scale(
-                request.preset or request.scale,
-                weight=request.scale,
+                request.preset or scale,
+                weight=scale,
                 start=request.start,
                 end=request.end,
             )

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field, fields
 from itertools import product
 from typing import TYPE_CHECKING, Any, Literal
 
-from ipdiverse.bases import CRITTERS
+from ipdiverse.bases import CRITTERS, DEFAULT_ADAPTER
 from ipdiverse.errors import ArgumentError, IpdiverseError, check_range
 from ipdiverse.sampling.dial import Levers
 from ipdiverse.sampling.request import MAX_IMAGES, MAX_STEPS, Request
@@ -57,7 +57,7 @@ class Arm:
     @property
     def sources(self) -> tuple[str, ...]:
         """The adapters, one for each training seed."""
-        return self.adapters or (str(self.settings.get("adapter", "plus")),)
+        return self.adapters or (str(self.settings.get("adapter", DEFAULT_ADAPTER)),)
 
     def request(self, steps: int, guidance_scale: float) -> Request:
         """As a request, without images and prompts.
@@ -66,7 +66,8 @@ class Arm:
             ArgumentError: A setting is out of range.
         """
         wanted = {name: value for name, value in self.settings.items() if name != "adapter"}
-        return Request(**{"n": 1, "steps": steps, "guidance_scale": guidance_scale} | wanted)
+        usual = {"n": 1, "steps": steps, "scale": 1.0, "guidance_scale": guidance_scale}
+        return Request(**(usual | wanted))
 
 
 @dataclass(frozen=True)
@@ -163,16 +164,16 @@ def read_study(file: Path) -> Study:
 
 
 def quick_study() -> Study:
-    """A coarse study of the shipped adapters: few pairs, the λ sweep and the dial."""
+    """A coarse study of the shipped adapters: few pairs, the plain one's λ sweep, the dial."""
     sweep = [
-        Arm(f"λ {scale:g}", "plain, λ sweep", {"scale": scale}, at=scale)
+        Arm(f"λ {scale:g}", "plain, λ sweep", {"adapter": "plus", "scale": scale}, at=scale)
         for scale in (1.0, 0.75, 0.5, 0.25, 0.0)
     ]
     dial = [
         Arm(f"diversity {setting:g}", "dial", {"diversity": setting}, at=setting)
-        for setting in (0.25, 0.5, 0.75, 1.0)
+        for setting in (0.0, 0.25, 0.5, 0.75, 1.0)
     ]
-    return Study(arms=(*sweep, *dial), pairs=24, images=8)
+    return Study(arms=(*sweep, *dial), pairs=24, images=8, steps=15)
 
 
 _KINDS: dict[str, type] = {

@@ -11,11 +11,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ipdiverse.bases import load_base
+from ipdiverse.bases import default_adapter
 from ipdiverse.errors import ArgumentError, DataError, IpdiverseError
 from ipdiverse.image_io import content_hash
+from ipdiverse.presets import PRESETS
 from ipdiverse.provenance import ensure_writable_folder, save_png
-from ipdiverse.sampling.drawing import drawing
+from ipdiverse.sampling.drawing import drawing, open_base
 from ipdiverse.sampling.request import Request
 
 if TYPE_CHECKING:
@@ -69,15 +70,23 @@ def run_batch(
     """
     ensure_writable_folder(out)
     known = _known(out, jobs)
-    drawn, base = 0, None
+    drawn, base, opened = 0, None, None
     for number, job in enumerate(jobs):
         there = known.get(number, set())
         if len(there) >= job.n * len(job.prompt):
             continue
-        if base is None or base.name != job.base:
-            base = load_base(job.base)
+        if base is None or opened != _opening(job):
+            base = None  # two of them need not fit into memory
+            base, opened = open_base(job), _opening(job)
         drawn += _draw(number, job, base, out, there, tell)
     return drawn
+
+
+def _opening(job: Request) -> tuple[object, ...]:
+    """What decides how its base is opened; jobs that agree share one."""
+    adapter = job.adapter or default_adapter(job.base)
+    encoder = job.image_encoder or (adapter if adapter in PRESETS else "")
+    return (job.base, encoder, job.revision, job.safety_checker, job.memory())
 
 
 def _draw(

@@ -7,20 +7,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ipdiverse.bases import Base, adapter_source, load_base, quiet
+from ipdiverse.bases import Base, adapter_source, default_adapter, load_base, quiet
 from ipdiverse.errors import ArgumentError
 from ipdiverse.image_io import load_image
+from ipdiverse.presets import PRESETS
 from ipdiverse.sampling.generation import Generation
-from ipdiverse.sampling.sample import Job, attached, preview, sampled
+from ipdiverse.sampling.sample import Job, attached, preview, sampled, scale_of
 from ipdiverse.sampling.tasks import Task, task_for
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Callable, Collection, Iterator
 
     from PIL import Image
 
     from ipdiverse.adapter.attach import Attachment
     from ipdiverse.adapter.reference import Reference
+    from ipdiverse.presets import HubFile
     from ipdiverse.sampling.request import Request
 
 
@@ -47,13 +49,18 @@ class Drawing:
     negative: Image.Image | None
 
     def images(
-        self, skip: Collection[int] = (), progress: bool | None = None
+        self,
+        skip: Collection[int] = (),
+        progress: bool | None = None,
+        on_step: Callable[[int], None] | None = None,
     ) -> Iterator[tuple[int, Image.Image]]:
         """Number and image of each job, as soon as it is there.
 
         Args:
             skip: Numbers of jobs that are not wanted. Levers on a set still need the whole set.
             progress: Show a bar on standard error; None does so on terminals only.
+            on_step: Called after each denoising step with the number of images it was for; what
+                it raises stops the drawing there.
         """
         whole = self.request.on_a_set
         numbers = [n for n in range(len(self.jobs)) if whole or n not in skip]
@@ -66,6 +73,7 @@ class Drawing:
             progress,
             self.task,
             self.negative,
+            on_step,
         )
         for number, (_, image) in zip(numbers, drawn, strict=True):
             if number not in skip:
@@ -93,17 +101,19 @@ def drawing(request: Request, loaded: Base | None = None) -> Iterator[Drawing]:
     references = [load_image(Path(file)) for file in request.image]
     reference = _reference(request, references)
     negative = load_image(Path(request.negative_image)) if request.negative_image else None
-    base = loaded or load_base(request.base)
+    request = replace(request, adapter=request.adapter or default_adapter(request.base))
+    base = loaded or open_base(request)
     weights = adapter_source(request.base, request.adapter)
-    guidance = base.guidance_scale if request.guidance_scale is None else request.guidance_scale
-    request = replace(request, guidance_scale=guidance)
-    task = task_for(base, request)
+    request = settled(request, base)
     notes = [note for text in request.prompt for note in _cut_words(base, "prompt", text)]
     notes += _cut_words(base, "negative prompt", request.negative_prompt)
+    notes += [f"memory: {base.plan.line()}"] if base.plan else []
+    task = replace(task_for(base, request), notes=notes)
     with quiet(), attached(task.base, weights, request.image_encoder) as attachment:
+        scale = scale_of(base, request)
         attachment.set_scale(
-            request.preset or request.scale,
-            weight=request.scale,
+            request.preset or scale,
+            weight=scale,
             start=request.start,
             end=request.end,
         )
@@ -114,6 +124,54 @@ def drawing(request: Request, loaded: Base | None = None) -> Iterator[Drawing]:
         ]
         jobs = _selected(jobs, request, task, attachment, negative)
         yield Drawing(request, references, notes, jobs, task, attachment, negative)
+
+
+def open_base(request: Request) -> Base:
+    """The base that a request names, placed as it asks.
+
+    Raises:
+        IpdiverseError: It cannot be opened or had, or its options do not fit it.
+    """
+    encoder = request.adapter if request.adapter in PRESETS else None
+    return load_base(
+        request.base,
+        revision=request.revision,
+        safety_checker=request.safety_checker,
+        encoder="" if request.image_encoder else encoder,
+        memory=request.memory(),
+    )
+
+
+def needed_files(request: Request) -> list[HubFile]:
+    """What a request takes from the hub for the presets that it names."""
+    base, adapter = PRESETS.get(request.base), PRESETS.get(request.adapter or request.base)
+    files = (
+        [] if base is None else base.base_files(request.revision, checker=request.safety_checker)
+    )
+    if adapter is not None:
+        files += adapter.adapter_files()
+    encoder = adapter or base
+    return files if encoder is None or request.image_encoder else files + encoder.encoder_files()
+
+
+def reads_faces(request: Request) -> bool:
+    """Whether the adapter is a preset's that reads face embeddings."""
+    preset = PRESETS.get(request.adapter or request.base)
+    return preset is not None and preset.faces
+
+
+def settled(request: Request, base: Base) -> Request:
+    """The request with what it leaves to the base filled in, so that its record repeats it."""
+    filled: dict[str, Any] = {
+        name: getattr(base, name)
+        for name in ("steps", "scale", "guidance_scale")
+        if getattr(request, name) is None
+    }
+    if base.plan is not None:
+        filled |= {"dtype": base.plan.dtype, "tiling": base.plan.tiling}
+    if request.base in PRESETS and not request.revision:
+        filled["revision"] = PRESETS[request.base].base.revision
+    return replace(request, **filled)
 
 
 def _selected(
@@ -140,10 +198,14 @@ def _selected(
 
 
 def _reference(request: Request, images: list[Image.Image]) -> Reference:
-    from ipdiverse.adapter.face_embeddings import load_face_embeddings
+    import torch
+
+    from ipdiverse.adapter.face_embeddings import detect_face, load_face_embeddings
     from ipdiverse.adapter.reference import Reference
 
     faces = load_face_embeddings(Path(request.faces)) if request.faces else None
+    if faces is None and reads_faces(request):
+        faces = torch.cat([detect_face(image) for image in images])
     masks = [load_image(Path(file)) for file in request.mask] or None
     return Reference(images, faces, request.combine, request.weights or None, masks)  # type: ignore[arg-type]
 

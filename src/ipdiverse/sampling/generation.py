@@ -50,8 +50,12 @@ class Generation:
             "notes": self.notes,
         }
 
-    def save(self, out: Path | str) -> dict[str, Any]:
+    def save(self, out: Path | str, named: str | None = None) -> dict[str, Any]:
         """Write images, contact sheet and JSON into a folder, each file whole or not at all.
+
+        Args:
+            out: The folder.
+            named: What the recorded command calls it; None is as it is.
 
         Returns:
             The record, with the written files' names.
@@ -66,7 +70,7 @@ class Generation:
 
         folder = Path(out)
         ensure_writable_folder(folder)
-        record = self.record(str(out))
+        record = self.record(str(out) if named is None else named)
         names = [f"{index:04d}.png" for index in range(len(self.images))]
         sheet = contact_sheet(
             side_by_side(self.references),

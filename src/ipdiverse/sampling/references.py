@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ipdiverse.errors import ArgumentError
+from ipdiverse.memory import full_range
 from ipdiverse.sampling.levers import Moment
 from ipdiverse.sampling.removal import Removal, stated_basis
 
@@ -104,15 +105,8 @@ def _latents(attachment: Attachment, number: int, sample: Tensor) -> Tensor:
 
 def _encoded(vae: Any, pixels: Tensor) -> Tensor:
     """Scaled latents of pixels 0..255, (images, height, width, 3); in float32 where that is due."""
-    dtype = vae.dtype
-    upcast = dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
-    if upcast:
-        vae.to(torch.float32)
-    try:
+    with full_range(vae):
         scaled = (pixels.permute(0, 3, 1, 2).float() / 127.5 - 1).to(vae.device, vae.dtype)
         latents = vae.encode(scaled).latent_dist.mode()
-    finally:
-        if upcast:
-            vae.to(dtype)
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     return (latents - shift) * vae.config.scaling_factor

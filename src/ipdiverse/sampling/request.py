@@ -5,8 +5,9 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass, fields
 
-from ipdiverse.bases import CRITTERS, DEFAULT_ADAPTER
+from ipdiverse.bases import CRITTERS
 from ipdiverse.errors import ArgumentError, check_range
+from ipdiverse.memory import Dtype, MemoryOptions, Offload
 from ipdiverse.sampling.dial import Levers
 
 MAX_IMAGES = 1024
@@ -14,7 +15,8 @@ MAX_STEPS = 1000
 MAX_SIDE = 4096
 
 _SEVERAL = ("image", "prompt", "mask", "weights")
-_WHOLE = ("n", "steps", "seed")
+_WHOLE = ("n", "seed")
+_MAYBE_WHOLE = (("steps", 1, MAX_STEPS), ("width", 8, MAX_SIDE), ("height", 8, MAX_SIDE))
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,19 @@ class Request(Levers):
         prompt: What to show; empty leaves everything to the reference. Several get `n` images each.
         n: How many images of each prompt, 1 to 1024.
         seed: Image i of a prompt depends on the seed and i alone, never on n.
-        base: `critters`, `sd15`, `sdxl`, a hub id, a folder that diffusers saved, or a single
-            `.safetensors` file.
-        adapter: `plus` or `base` of critters, a file, a folder, or a hub id with the file's path
-            behind it.
+        base: `critters`, a preset that `ipdiverse bases` lists, a hub id, a folder that diffusers
+            saved, or a single `.safetensors` file.
+        adapter: `plus` or `base` of critters, a preset's name, a file, a folder, or a hub id with
+            the file's path behind it; empty is the base's own.
         image_encoder: Folder or hub id of the image encoder; empty takes the base's own.
-        scale: Weight of the image prompt (λ); 0 is text alone, 1 the full reference.
+        revision: Branch, tag or commit of the base's repository; empty takes the preset's.
+        safety_checker: Open the base with its safety checker, if it has one.
+        dtype: Precision of the base; `auto` is half precision where the device computes in it.
+        offload: What waits in main memory while it does not run: nothing, whole models, or layers;
+            `auto` is the fastest that fits.
+        tiling: Decode large images in tiles; None does where memory asks for it.
+        scale: Weight of the image prompt (λ); 0 is text alone, 1 the full reference, None the
+            base's default.
         preset: How the scale varies over the layers: ComfyUI's weight types, or InstantStyle's
             `style` and `layout`; empty is the same everywhere.
         start: Share of the steps before which the image prompt is off.
@@ -44,7 +53,8 @@ class Request(Levers):
         weights: For `weighted`, one for each image.
         mask: Where each image acts: one picture for each, white acts.
         negative_image: What guidance moves away from.
-        faces: File of face embeddings, for adapters that read faces.
+        faces: File of face embeddings, for adapters that read faces; without one, insightface
+            finds the faces of the images.
         init_image: Start from this image (image-to-image), or inpaint it with `mask_image`.
         strength: How much of it is redone, 0 to 1.
         mask_image: What of `init_image` to paint anew: white.
@@ -53,7 +63,7 @@ class Request(Levers):
         control_scale: Its weight.
         width: In pixels; None takes the base's.
         height: In pixels; None takes the base's.
-        steps: Denoising steps.
+        steps: Denoising steps; None takes the base's default.
         guidance_scale: Classifier-free guidance; None takes the base's default.
         negative_prompt: What guidance moves away from.
     """
@@ -65,9 +75,14 @@ class Request(Levers):
     n: int = 4
     seed: int = 0
     base: str = CRITTERS
-    adapter: str = DEFAULT_ADAPTER
+    adapter: str = ""
     image_encoder: str = ""
-    scale: float = 1.0
+    revision: str = ""
+    safety_checker: bool = True
+    dtype: Dtype = "auto"
+    offload: Offload = "auto"
+    tiling: bool | None = None
+    scale: float | None = None
     preset: str = ""
     start: float = 0.0
     end: float = 1.0
@@ -84,7 +99,7 @@ class Request(Levers):
     control_scale: float = 1.0
     width: int | None = None
     height: int | None = None
-    steps: int = 25
+    steps: int | None = None
     guidance_scale: float | None = None
     negative_prompt: str = ""
 
@@ -101,6 +116,15 @@ class Request(Levers):
         self._check_texts()
         self._check_ranges()
         self._check_together()
+        self.memory()
+
+    def memory(self) -> MemoryOptions:
+        """How the base is to be placed.
+
+        Raises:
+            ArgumentError: A word that is not among these.
+        """
+        return MemoryOptions(self.dtype, self.offload, self.tiling)
 
     def _check_texts(self) -> None:
         for field in fields(Request):
@@ -114,8 +138,8 @@ class Request(Levers):
     def _check_ranges(self) -> None:
         check_range("n", self.n, 1, MAX_IMAGES)
         check_range("n × prompts", self.n * len(self.prompt), 1, MAX_IMAGES)
-        check_range("steps", self.steps, 1, MAX_STEPS)
-        check_range("scale", self.scale, 0, 10)
+        if self.scale is not None:
+            check_range("scale", self.scale, 0, 10)
         check_range("start", self.start, 0, 1)
         check_range("end", self.end, self.start, 1)
         check_range("strength", self.strength, 0, 1)
@@ -128,12 +152,16 @@ class Request(Levers):
         if self.candidates is not None:
             _check_whole("candidates", self.candidates)
             check_range("candidates", self.candidates, self.n, MAX_IMAGES)
-        for name in ("width", "height"):
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        """What may be left to the base."""
+        for name, low, high in _MAYBE_WHOLE:
             value = getattr(self, name)
             if value is not None:
                 _check_whole(name, value)
-                check_range(name, value, 8, MAX_SIDE)
-                if value % 8:
+                check_range(name, value, low, high)
+                if low == 8 and value % 8:
                     raise ArgumentError("is no multiple of 8", where=name, found=value)
 
     def _check_together(self) -> None:
@@ -151,6 +179,9 @@ class Request(Levers):
         for field in fields(Request):
             value = getattr(self, field.name)
             if value is None or (value == field.default and field.name not in _ALWAYS):
+                continue
+            if isinstance(value, bool):
+                parts.append(f"--{'' if value else 'no-'}{_flag(field.name)}")
                 continue
             if isinstance(value, tuple) and field.name not in _SEVERAL:
                 parts += [f"--{_flag(field.name)}", *map(str, value)]

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ipdiverse.bases import Base, any_latents, load_part
+from ipdiverse.bases import Base, any_latents, load_image_encoder
+from ipdiverse.errors import ModelError
 from ipdiverse.sampling.dial import OFF, Dial, Levers, default_dial, dial_of
 from ipdiverse.sampling.tasks import Task
 from ipdiverse.seeding import derived_seed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from PIL import Image
     from torch import Tensor
@@ -58,6 +60,16 @@ def levers_of(request: Request, attachment: Attachment) -> Levers:
     dial = dial_for(attachment.adapters[0])
     changed = {name: v for name, v in stated.items() if v != getattr(OFF, name)}
     return replace(dial.at(request.diversity), **changed)
+
+
+def steps_of(base: Base, request: Request) -> int:
+    """Denoising steps: the request's, or the base's default."""
+    return base.steps if request.steps is None else request.steps
+
+
+def scale_of(base: Base, request: Request) -> float:
+    """Weight of the image prompt: the request's, or the base's default."""
+    return base.scale if request.scale is None else request.scale
 
 
 def dial_for(adapter: ImagePromptAdapter) -> Dial:
@@ -104,18 +116,37 @@ def sampled(
     progress: bool | None = None,
     task: Task | None = None,
     negative: Image.Image | None = None,
+    on_step: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[Job, Image.Image]]:
-    """As `sample`, each job with its image as soon as its batch is there."""
+    """As `sample`, each job with its image as soon as its batch is there.
+
+    Args:
+        base: As `sample` takes it, and what follows too.
+        jobs: What to make, in order.
+        request: Steps, guidance, levers and negative prompt.
+        attachment: The attached adapter.
+        progress: Show a bar on standard error.
+        task: What the pipeline is given besides prompts.
+        negative: The negative reference of every job.
+        on_step: Called after each denoising step with the number of images it was for; what it
+            raises stops the drawing there.
+    """
     from tqdm import tqdm
 
     show = sys.stderr.isatty() if progress is None else progress
     levers = OFF if attachment is None else levers_of(request, attachment)
     task = task or Task(base)
-    with tqdm(total=len(jobs) * request.steps, disable=not show, unit="step") as bar:
+    with tqdm(total=len(jobs) * steps_of(base, request), disable=not show, unit="step") as bar:
+
+        def advance(images: int) -> None:
+            bar.update(images)
+            if on_step is not None:
+                on_step(images)
+
         for chunk, size in _chunks(jobs, base.batch, levers):
             padded = chunk + [chunk[-1]] * (size - len(chunk))
             _prompt(attachment, padded, levers, negative)
-            images = _denoise(task, padded, request, bar, len(chunk))
+            images = _denoise(task, padded, request, advance, len(chunk))
             yield from zip(chunk, images[: len(chunk)], strict=True)
 
 
@@ -143,7 +174,7 @@ def preview(
 
     levers = levers_of(request, attachment)
     task, guesses = task or Task(base), []
-    steps = request.steps * (request.strength if request.init_image else 1)
+    steps = steps_of(base, request) * (request.strength if request.init_image else 1)
     last = max(1, round(share * steps)) - 1
     for chunk, size in _chunks(jobs, base.batch, levers):
         padded = chunk + [chunk[-1]] * (size - len(chunk))
@@ -192,7 +223,12 @@ def _chunks(jobs: Sequence[Job], size: int, levers: Levers) -> Iterator[tuple[li
 
 
 def _denoise(
-    task: Task, jobs: list[Job], request: Request, bar: Any, wanted: int, last: int | None = None
+    task: Task,
+    jobs: list[Job],
+    request: Request,
+    advance: Callable[[int], None] | None,
+    wanted: int,
+    last: int | None = None,
 ) -> list[Image.Image]:
     """One batch of a fixed size; what pads it is thrown away by the caller.
 
@@ -203,24 +239,50 @@ def _denoise(
     pipe: Any = task.base.pipe
 
     def on_step(_: Any, step: int, __: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-        if bar is not None:
-            bar.update(wanted)
+        if advance is not None:
+            advance(wanted)
         if step == last:
             pipe._interrupt = True
         return arguments
 
-    with any_latents(pipe):
+    with any_latents(pipe), _enough_memory(task.base):
         output = pipe(
             prompt=[job.prompt for job in jobs],
             negative_prompt=[request.negative_prompt] * len(jobs),
             generator=[generator(job.seed, job.index) for job in jobs],
-            num_inference_steps=request.steps,
+            num_inference_steps=steps_of(task.base, request),
             guidance_scale=request.guidance_scale,
             callback_on_step_end=on_step,
             output_type="pil" if last is None else "latent",
             **task.arguments(len(jobs)),
         )
+    task.notes.extend(
+        f"the safety checker blacked out image {job.index} of {job.prompt!r}; others of this set, "
+        "or another seed, may pass"
+        for job, flagged in zip(jobs[:wanted], _flagged(output), strict=False)
+        if flagged
+    )
     return output.images
+
+
+def _flagged(output: Any) -> list[bool]:
+    """What the base's safety checker found; nothing where it has none."""
+    return getattr(output, "nsfw_content_detected", None) or []
+
+
+@contextmanager
+def _enough_memory(base: Base) -> Iterator[None]:
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            "ran out of memory",
+            where=base.name,
+            found=base.plan.line() if base.plan else None,
+            fix="Add --offload=model or --offload=sequential, or make smaller images.",
+        ) from error
 
 
 class attached:  # noqa: N801 - reads as a verb: `with attached(base, file) as attachment`
@@ -244,12 +306,8 @@ class attached:  # noqa: N801 - reads as a verb: `with attached(base, file) as a
         adapter = load_adapter(local_file(self._weights))
         if not self._encoder:
             return attach(self._base.pipe, adapter)
-        return attach(
-            self._base.pipe,
-            adapter,
-            image_encoder=load_part("CLIPVisionModelWithProjection", self._encoder, self._base),
-            image_processor=load_part("CLIPImageProcessor", self._encoder, self._base),
-        )
+        encoder, processor = load_image_encoder(self._encoder, self._base)
+        return attach(self._base.pipe, adapter, image_encoder=encoder, image_processor=processor)
 
     def __exit__(self, *_: object) -> None:
         """Detach."""

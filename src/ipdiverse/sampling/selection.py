@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from ipdiverse.memory import full_range
 from ipdiverse.sampling.removal import joint_text
 
 if TYPE_CHECKING:
@@ -96,13 +97,20 @@ def _seen(attachment: Attachment, guesses: Tensor) -> Tensor:
     side = encoder.config.image_size
     mean, std = _statistics(attachment.image_processor)
     rows = []
-    for guess in guesses.split(4):
-        latents = (guess / vae.config.scaling_factor).to(vae.device, vae.dtype)
-        pixels = vae.decode(latents).sample.float().clamp(-1, 1)
+    for guess in guesses.split(_together(guesses, attachment.pipe.vae_scale_factor)):
+        with full_range(vae):
+            latents = (guess / vae.config.scaling_factor).to(vae.device, vae.dtype)
+            pixels = vae.decode(latents).sample.float().clamp(-1, 1)
         shrunk = F.interpolate(pixels, (side, side), mode="bilinear", antialias=True)
         normal = ((shrunk + 1) / 2 - mean.to(shrunk)) / std.to(shrunk)
         rows.append(encoder(normal.to(parameter.device, parameter.dtype)).image_embeds)
     return torch.cat(rows)
+
+
+def _together(guesses: Tensor, factor: int) -> int:
+    """How many to decode at once: four, or as many as have the pixels of four at 512 × 512."""
+    pixels = guesses.shape[-1] * guesses.shape[-2] * factor**2
+    return min(4, max(1, 4 * 512**2 // pixels))
 
 
 def _statistics(processor: Any) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ipdiverse.bases import Base, load_part, quiet
 from ipdiverse.errors import ModelError
 from ipdiverse.image_io import load_image
+from ipdiverse.memory import arrange
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -24,11 +25,13 @@ class Task:
         base: The base with the pipeline of this task; its parts are shared, not copied.
         pictures: Arguments that are one picture for each item of a batch.
         settings: Arguments that are the same for the whole batch.
+        notes: What the user should know of what was drawn.
     """
 
     base: Base
     pictures: dict[str, Image.Image] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def arguments(self, batch: int) -> dict[str, Any]:
         """What a call for so many items is given besides prompts and generators."""
@@ -85,6 +88,8 @@ def _pipeline(kind: str, base: Base, extra: dict[str, Any]) -> Any:
                 f"has no pipeline for {kind.lower()}", where=base.name, found=str(error)[:200]
             ) from error
     pipe.set_progress_bar_config(disable=True)
+    if base.plan is not None:  # what diffusers keeps of it belongs to the pipeline, not its parts
+        arrange(pipe, base.plan)
     return pipe
 
 

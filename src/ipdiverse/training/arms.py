@@ -4,12 +4,13 @@
 users do with the published one, every other arm goes on from it, for the same number of steps: with
 every reference (the target itself, a changed copy of it, another image of its subject) and every
 text-image fusion, by the trainer that users have. `self-none` is plain IP-Adapter trained on as
-long as the others, the copier that they must beat.
+long as the others, the copier that they must beat. `diverse`, the default, is `paired-gated`
+trained on.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,7 +38,7 @@ class Arm:
         fusion_learns: False keeps its random weights, as the fusion's first publication did.
         adapter: `plus` (16 tokens) or `base` (4).
         noise_conditioning: Embeddings are noised by a random level that the adapter is told.
-        start: The arm that it goes on from, seed 0; None learns from random weights.
+        start: The arm that it goes on from; None learns from random weights.
         steps: Optimizer steps of 64 samples.
         rate: Learning rate, which falls to 0.
     """
@@ -53,17 +54,15 @@ class Arm:
 
 
 def _arms() -> dict[str, Arm]:
-    plain, small = (
-        Arm("self", "none", adapter=kind, start=None, steps=steps, rate=1e-3)
-        for kind, steps in (("plus", 2400), ("base", 1200))
-    )
-    arms = {"plain": plain, "base-plain": small}
+    plain = Arm("self", "none", start=None, steps=2400, rate=1e-3)
+    arms = {"plain": plain, "base-plain": replace(plain, adapter="base", steps=1200)}
     for reference in ("self", "augmented", "paired"):
         arms[f"{reference}-none"] = Arm(reference, "none")
         arms[f"{reference}-blend-random"] = Arm(reference, "blend", fusion_learns=False)
         arms[f"{reference}-blend"] = Arm(reference, "blend")
         arms[f"{reference}-gated"] = Arm(reference, "gated")
     arms["paired-gated-noise"] = Arm("paired", "gated", noise_conditioning=True)
+    arms["diverse"] = Arm("paired", "gated", start="paired-gated", steps=1500)
     return arms
 
 
@@ -91,7 +90,9 @@ def arm_config(name: str, folder: Path, steps: int | None, seed: int) -> TrainCo
         out=str(folder / f"{name}-seed{seed}"),
         base=CRITTERS,
         adapter=arm.adapter,
-        start=None if arm.start is None else str(folder / f"{arm.start}-seed0" / ADAPTER),
+        start=None
+        if arm.start is None
+        else str(folder / f"{arm.start}-seed{_start_seed(arm, seed)}" / ADAPTER),
         fusion=arm.fusion,
         frozen=() if arm.fusion_learns else ("fusion",),
         reference=arm.reference,
@@ -108,6 +109,11 @@ def arm_config(name: str, folder: Path, steps: int | None, seed: int) -> TrainCo
         seed=seed,
         keep=1,
     )
+
+
+def _start_seed(arm: Arm, seed: int) -> int:
+    """There is one published adapter; what goes on from another arm goes on from its own seed."""
+    return 0 if arm.start == "plain" else seed
 
 
 def train_arm(
@@ -131,7 +137,8 @@ def train_arm(
     check_range("images", images, 2, 10_000_000)
     config = arm_config(name, folder, steps, seed)
     if config.start and not Path(config.start).exists():
-        train_arm(ARMS[name].start or "", folder, steps, 0, images)
+        before = ARMS[name].start or ""
+        train_arm(before, folder, steps, _start_seed(ARMS[name], seed), images)
     prepare(CRITTERS, folder / "data", PrepareOptions(n=images))
     return train(config)
 

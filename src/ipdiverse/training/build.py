@@ -149,7 +149,7 @@ def add_noise_conditioning(
             )
         return
     if adapter.noise is None and adapter.clip_dim is not None:
-        adapter.noise = NoiseConditioning(adapter.clip_dim)
+        adapter.noise = NoiseConditioning(adapter.clip_dim).to(next(adapter.parameters()).device)
         records, chosen = samples.data.records, samples.trained[:_STANDARDISED]
         embeds = [samples.data.reference(records[i].file_name, 0)[samples.reads] for i in chosen]
         adapter.noise.standardise(torch.stack(embeds))

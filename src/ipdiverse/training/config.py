@@ -26,7 +26,8 @@ class TrainConfig:
     Args:
         data: A folder that `prepare` wrote.
         out: Folder for checkpoints, log and the finished adapter; an interrupted run in it goes on.
-        base: Whose UNet and encoders: `critters`, `sd15`, `sdxl`, a hub id, a folder or a file.
+        base: Whose UNet and encoders: `critters`, a preset (`ipdiverse bases`), a hub id, a folder
+            or a file.
         image_encoder: A CLIP vision model, folder or hub id; None takes the base's.
         adapter: `base` (pooled embedding, Linear) or `plus` (hidden states, resampler); `auto` is
             that of `start`, or plus.

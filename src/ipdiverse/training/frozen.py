@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ipdiverse.adapter.encoding import ImageEncoding
 from ipdiverse.adapter.text_mask import text_mask
-from ipdiverse.bases import load_base, load_part
+from ipdiverse.bases import load_base, load_image_encoder
 from ipdiverse.errors import ModelError
 
 if TYPE_CHECKING:
@@ -146,11 +146,15 @@ def open_encoders(
     Raises:
         ModelError: One of them cannot be opened.
     """
-    opened = load_base(base, local_files_only=local_files_only)
+    opened = load_base(
+        base,
+        local_files_only=local_files_only,
+        safety_checker=False,
+        encoder=None if image_encoder is None else "",
+    )
     if image_encoder is None:
         return FrozenEncoders(opened.pipe)
-    encoder, processor = (
-        load_part(kind, image_encoder, opened, local_files_only=local_files_only)
-        for kind in ("CLIPVisionModelWithProjection", "CLIPImageProcessor")
+    encoder, processor = load_image_encoder(
+        image_encoder, opened, local_files_only=local_files_only
     )
     return FrozenEncoders(opened.pipe, encoder, processor)

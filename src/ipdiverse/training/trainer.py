@@ -85,6 +85,14 @@ class Trainer:
         encoders.to(self.accelerator.device)
         self.pipe = encoders.pipe
         self.adapter = build_adapter(config, encoders)
+        attachment = attach(
+            self.pipe,
+            self.adapter,
+            image_encoder=encoders.images.encoder,
+            image_processor=encoders.images.processor,
+        )
+        # before the encoders need room of their own, and after the adapter has taken its type
+        hold_as_computed(self.pipe.unet, config.precision)
         first = self.accelerator.main_process_first
         self.samples = build_samples(config, encoders, self.adapter, first)
         add_noise_conditioning(config, self.adapter, self.samples)
@@ -94,13 +102,6 @@ class Trainer:
         self.pipe.unet.requires_grad_(False)
         if config.gradient_checkpointing:
             self.pipe.unet.enable_gradient_checkpointing()
-        attachment = attach(
-            self.pipe,
-            self.adapter,
-            image_encoder=encoders.images.encoder,
-            image_processor=encoders.images.processor,
-        )
-        hold_as_computed(self.pipe.unet, config.precision)
         records, trained = self.samples.data.records, set(self.samples.trained)
         held_out = [index for index in range(len(records)) if index not in trained]
         self.validation = Validation(config, records, held_out, encoders, attachment)
@@ -229,7 +230,7 @@ class Trainer:
             stacked = _stacked(part, self.accelerator.device)
             last = index == len(parts) - 1
             together = contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
-            with together, fast_backward(self.accelerator.device):
+            with together, fast_backward(stacked["latents"], self.config.precision):
                 losses_of = self.model(stacked)
                 # processes' gradients are averaged; a mean over the whole batch is wanted
                 mean = losses_of.sum() * processes / self.config.batch

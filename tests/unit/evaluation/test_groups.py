@@ -15,6 +15,7 @@ from ipdiverse.evaluation.groups import (
     difference,
     hypervolume,
     interval,
+    js_interval,
     leak_interval,
     resampled,
     wanted_indices,
@@ -57,6 +58,7 @@ def test_sums_over_pairs_are_the_scores_of_sets(copies: bool) -> None:
     )
     for name, part in critters_parts(outputs, broken, PAIRS).items():
         assert part.estimate == pytest.approx(getattr(whole, name)), name
+    assert js_interval(outputs, PAIRS, resamples=2).estimate == pytest.approx(whole.js)
     leak = leak_interval(outputs, PAIRS, resamples=10)
     assert leak.estimate == pytest.approx(whole.leak)
 

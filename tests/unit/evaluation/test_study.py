@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from ipdiverse.bases import DEFAULT_ADAPTER
 from ipdiverse.errors import ArgumentError
 from ipdiverse.evaluation.study import Arm, Study, quick_study, read_study
 
@@ -91,9 +92,9 @@ def test_a_bad_study_names_file_and_fault(text: str, message: str, tmp_path: Pat
 def test_the_quick_study_sweeps_what_users_have_and_the_dial() -> None:
     families = [arm.family for arm in quick_study().arms]
     assert families.count("plain, λ sweep") == 5
-    assert families.count("dial") == 4
+    assert families.count("dial") == 5
 
 
 def test_an_arm_without_adapters_takes_the_default() -> None:
-    assert Arm("a", "a").sources == ("plus",)
+    assert Arm("a", "a").sources == (DEFAULT_ADAPTER,)
     assert Study((Arm("a", "a"),)).baseline_arm.name == "a"

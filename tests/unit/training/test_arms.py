@@ -35,6 +35,18 @@ def test_seeds_and_arms_have_folders_of_their_own(tmp_path: Path) -> None:
     assert len(outs) == 2 * len(ARMS)
 
 
+def test_arms_go_on_from_the_plain_adapter_and_the_default_from_its_own_seed(
+    tmp_path: Path,
+) -> None:
+    starts = {name: arm_config(name, tmp_path, None, 1).start for name in ARMS}
+    assert starts.pop("plain") is None
+    assert starts.pop("base-plain") is None
+    assert starts.pop("diverse") == f"{tmp_path}/paired-gated-seed1/adapter.safetensors"
+    assert set(starts.values()) == {f"{tmp_path}/plain-seed0/adapter.safetensors"}
+    for name, arm in ARMS.items():
+        assert arm_config(name, tmp_path, None, 1).steps == arm.steps
+
+
 def test_an_unknown_arm_names_those_there_are(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match=r"selfless: unknown arm.*self-none"):
         arm_config("selfless", tmp_path, 10, 0)
@@ -58,7 +70,11 @@ def test_an_arm_is_trained_and_shipped_without_paths(
         1,
     )
     assert str(tmp_path) not in str(spec)
+    assert spec["recipe"]["start"] == "plain"
+    plain = load_file(tmp_path / "runs" / "plain-seed0" / "adapter.safetensors")
     adapter = tmp_path / "runs" / "paired-gated-seed0" / "adapter.safetensors"
+    moved = [(load_file(adapter)[name] - plain[name]).abs().max() for name in plain]
+    assert 0 < max(moved) < 2e-3, "one step from where plain ended"
     trained = load_file(adapter)
     assert main(command) == 0
     again = load_file(adapter)

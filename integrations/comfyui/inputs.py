@@ -1,0 +1,78 @@
+"""What comes into the nodes, as the adapter reads it: images' embeddings, and texts' words."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ipdiverse.adapter.model import ImagePromptAdapter
+
+
+def encode(
+    adapter: ImagePromptAdapter, clip_vision: Any, image: Tensor, negative: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What an adapter reads of images, and of the negative or of no image.
+
+    Args:
+        adapter: The pooled embedding (base) or the penultimate hidden states (plus) are read.
+        clip_vision: ComfyUI's CLIP_VISION.
+        image: (images, height, width, 3), 0..1.
+        negative: The same; None is no image: zeros, or the states of an image of zeros.
+
+    Raises:
+        ModelError: It reads faces, or embeddings of another width.
+    """
+    from ipdiverse.errors import ModelError
+
+    if adapter.reads not in (("pooled",), ("hidden",)):
+        raise ModelError(
+            "reads faces, which these nodes do not give",
+            where=f"a {adapter.kind} adapter",
+            fix="Use it from Python.",
+        )
+    name = {"pooled": "image_embeds", "hidden": "penultimate_hidden_states"}[adapter.reads[0]]
+    embeds = _embeds(clip_vision.encode_image(image)[name])
+    if embeds.shape[-1] != adapter.clip_dim:
+        raise ModelError(
+            "does not fit this CLIP vision model",
+            where="adapter",
+            expected=f"embeddings of width {embeds.shape[-1]}",
+            found=adapter.clip_dim,
+            fix="It was trained for another image encoder.",
+        )
+    if negative is not None:
+        return embeds, _embeds(clip_vision.encode_image(negative)[name][:1])
+    if name == "image_embeds":
+        return embeds, torch.zeros_like(embeds[:1])
+    size = getattr(clip_vision, "image_size", 224)
+    nothing = torch.zeros(1, 3, size, size, device=clip_vision.load_device)
+    states = clip_vision.model(pixel_values=nothing, intermediate_output=-2)[1]
+    return embeds, _embeds(states)
+
+
+def _embeds(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float32)
+
+
+def word_mask(clip: Any, text: str) -> Tensor:
+    """True where a token of the text is a word, or a mark of begin or end; False for padding.
+
+    Args:
+        clip: ComfyUI's CLIP.
+        text: As given to CLIP Text Encode; chunks of it follow each other.
+    """
+    tokens = clip.tokenize(text)
+    words: list[bool] = []
+    for chunk in tokens.get("l") or next(iter(tokens.values())):
+        ids = [entry[0] if isinstance(entry[0], int) else -1 for entry in chunk]
+        length = len(ids)
+        while length > 1 and ids[length - 2] == ids[-1]:
+            length -= 1
+        # encoders that pad with 0 mark the end before it; the others pad with that very mark
+        length -= ids[-1] == 0
+        words += [position < length for position in range(len(ids))]
+    return torch.tensor(words)

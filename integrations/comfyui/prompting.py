@@ -1,0 +1,350 @@
+"""An image prompt on ComfyUI's MODEL, by its patches: what our hook does on diffusers' UNet.
+
+ComfyUI hands an `attn2` replacement the projected query, key and value of a cross-attention layer,
+and its options; an `attn2` patch, called just before with the same options, sees the text itself,
+which a fusion reads. Rows are chunks of `cond_or_uncond`: 0 is conditional, 1 unconditional.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from torch import Tensor
+
+    from ipdiverse.adapter.model import ImagePromptAdapter
+    from ipdiverse.adapter.scale import Layer, Scale
+    from ipdiverse.sampling.dial import Levers
+
+    from .sites import Site
+
+    Options = Mapping[str, Any]
+    Attention = Callable[[Tensor, Tensor, Tensor, Options], Tensor]
+
+_TEXT = "ipdiverse_text"
+"""Where a layer's text is passed from the patch to the replacement."""
+_CONDITIONAL, _UNCONDITIONAL = 0, 1
+
+
+def _levers_off() -> Levers:
+    from ipdiverse.sampling.dial import OFF
+
+    return OFF
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """What the dial says.
+
+    Args:
+        levers: How strongly each acts; off is the adapter as trained.
+        seed: Of what is random about them.
+        latents: The reference's, (references, channels, height, width), for the shield.
+    """
+
+    levers: Levers = field(default_factory=_levers_off)
+    seed: int = 0
+    latents: Tensor | None = None
+
+
+class ImagePrompt:
+    """An adapter's image tokens for the rows of each call, and its scale by layer and step.
+
+    Args:
+        adapter: Left as it is; what computes is a copy where and how the model computes.
+        embeds: Of the references, (references, …).
+        negative: Of the unconditional branch, (1, …).
+        scale: How strongly it acts.
+        setting: Levers.
+        words: Which text tokens are words, conditional and unconditional; None attends to all.
+    """
+
+    def __init__(
+        self,
+        adapter: ImagePromptAdapter,
+        embeds: Tensor,
+        negative: Tensor,
+        scale: Scale,
+        setting: Setting,
+        words: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        self.adapter, self.embeds, self.scale, self.setting = adapter, embeds, scale, setting
+        self.words = words
+        with torch.no_grad():
+            self._positive = adapter.tokens(embeds)
+            self._negative = adapter.tokens(negative)
+        self._noised: dict[int, Tensor] = {}
+        self._placed: tuple[torch.device, torch.dtype, ImagePromptAdapter] | None = None
+        self._known: tuple[Tensor, Any, Tensor] | None = None
+        self._now: tuple[Tensor, float] | None = None
+
+    def add(self, mixed: Tensor, query: Tensor, options: Options, layer: Layer) -> Tensor:
+        """What a layer's text attention gave, with the image's on top (arXiv:2308.06721).
+
+        Args:
+            mixed: Of the text, (rows, pixels, width).
+            query: The same shape.
+            options: Of the layer's call.
+            layer: Which.
+        """
+        from ipdiverse.adapter.attention import add_image
+
+        scale = self.scale.at(layer, self.progress(options) if self.scale.by_step else 0.0)
+        if scale == 0:
+            return mixed
+        adapter, heads = self._on(query), options["n_heads"]
+        weights = adapter.layers()[layer.number]
+        tokens = self.tokens(options[_TEXT].to(query), options)
+        key, value = weights.to_k_ip(tokens), weights.to_v_ip(tokens)  # pyright: ignore[reportOptionalCall]
+        mixed, query, key, value = (_heads(states, heads) for states in (mixed, query, key, value))
+        return add_image(mixed, query, key, value, scale).transpose(1, 2).flatten(2)
+
+    def tokens(self, text: Tensor, options: Options) -> Tensor:
+        """Fused image tokens of every row, after the levers: (rows, tokens, width).
+
+        Args:
+            text: Of every row, (rows, text, width).
+            options: Of the call.
+
+        Raises:
+            ArgumentError: Guidance has more than two branches.
+        """
+        from ipdiverse.errors import ArgumentError
+        from ipdiverse.sampling.levers import token_levers
+
+        branches = options["cond_or_uncond"]
+        if not set(branches) <= {_CONDITIONAL, _UNCONDITIONAL}:
+            raise ArgumentError(
+                "has more than two branches", where="guidance", expected="cond and uncond"
+            )
+        progress = self.progress(options) if token_levers(self.setting.levers) else 0.0
+        known, key = self._known, (tuple(branches), progress)
+        if known is not None and known[0] is text and known[1] == key:
+            return known[2]
+        parts = [
+            self._branch(rows, branch, progress)
+            for rows, branch in zip(text.chunk(len(branches)), branches, strict=True)
+        ]
+        tokens = torch.cat(parts)
+        self._known = (text, key, tokens)
+        return tokens
+
+    def progress(self, options: Options) -> float:
+        """Share of the sampler's steps that are done, 0 at the first.
+
+        Raises:
+            ModelError: ComfyUI does not say.
+        """
+        from ipdiverse.errors import ModelError
+
+        sigmas = options["sigmas"]
+        if self._now is not None and self._now[0] is sigmas:
+            return self._now[1]
+        steps = options.get("sample_sigmas")
+        if steps is None:
+            raise ModelError(
+                "does not tell the sampler's steps", where="ComfyUI", fix="Update ComfyUI."
+            )
+        steps = steps[:-1].float().cpu()
+        done = int((steps - sigmas.flatten()[0].float().cpu()).abs().argmin()) / len(steps)
+        self._now = (sigmas, done)
+        return done
+
+    def _branch(self, text: Tensor, branch: int, progress: float) -> Tensor:
+        """The tokens of one chunk, whose text is given: (items, references · tokens, width)."""
+        from ipdiverse.sampling.levers import Moment, token_levers
+
+        items, levers = len(text), self.setting.levers
+        if branch == _CONDITIONAL:
+            tokens = self._references(items)
+        else:
+            tokens = self._negative.expand(items, *self._positive.shape)
+        tokens = tokens.to(text)
+        adapter, references = self._on(text), tokens.shape[1]
+        if adapter.fusion is not None and levers.fusion_strength:
+            fused = adapter.fuse(
+                tokens.flatten(0, 1),
+                text.repeat_interleave(references, 0),
+                self._mask(branch, items * references, text.shape[1]),
+                levers.fusion_strength,
+            )
+            tokens = fused.unflatten(0, (items, references))
+        tokens = tokens.flatten(1, 2)
+        if branch == _CONDITIONAL:
+            moment = Moment(progress, self.seeds(items))
+            for lever, strength in token_levers(levers):
+                tokens = lever(tokens, strength, moment)
+        return tokens
+
+    def seeds(self, items: int) -> tuple[int, ...]:
+        """One for each image of a batch, the same as `ipdiverse generate` takes."""
+        from ipdiverse.seeding import derived_seed
+
+        return tuple(derived_seed(self.setting.seed, item, "levers") for item in range(items))
+
+    def _references(self, items: int) -> Tensor:
+        """Projected references of every item, (items, references, tokens, width)."""
+        level = self.setting.levers.noise_level
+        if not level:
+            return self._positive.expand(items, *self._positive.shape)
+        if items not in self._noised:
+            self._noised[items] = self._with_noise(items, level)
+        return self._noised[items]
+
+    def _with_noise(self, items: int, level: int) -> Tensor:
+        from ipdiverse.sampling.references import ChangedEmbeds
+
+        change, rows = ChangedEmbeds(self.seeds(items), level, None), []
+        for item in range(items):
+            said, noise = change.noise(item, self.embeds)
+            level_of = None if said is None else said.expand(len(self.embeds))
+            rows.append(self.adapter.tokens(self.embeds, level=level_of, noise=noise))
+        return torch.stack(rows)
+
+    def _mask(self, branch: int, rows: int, length: int) -> Tensor | None:
+        """Words of a branch's text; ComfyUI repeats the shorter of two texts to one length."""
+        if self.words is None:
+            return None
+        words = self.words[branch]
+        if length % len(words):
+            return None
+        return words.repeat(length // len(words)).expand(rows, -1)
+
+    def _on(self, like: Tensor) -> ImagePromptAdapter:
+        """The adapter where and how the model computes."""
+        if self._placed is None or self._placed[:2] != (like.device, like.dtype):
+            placed = copy.deepcopy(self.adapter).to(like.device, like.dtype).eval()
+            self._placed = (like.device, like.dtype, placed)
+        return self._placed[2]
+
+
+def prompted(model: Any, sites: Sequence[Site], prompt: ImagePrompt) -> Any:
+    """A clone of a MODEL with an image prompt on it, beside those that are there already.
+
+    Args:
+        model: ComfyUI's MODEL.
+        sites: Its cross-attention layers.
+        prompt: What to add.
+
+    Raises:
+        ModelError: The adapter was trained for another model, or a lever needs another adapter.
+    """
+    _check_fit(prompt, sites)
+    patched = model.clone()
+    patched.set_model_attn2_patch(_pass_text_on)
+    there = patched.model_options["transformer_options"].get("patches_replace", {})
+    before = dict(there.get("attn2", {}))
+    for site in sites:
+        if not prompt.scale.by_step and prompt.scale.at(site.layer, 0.0) == 0:
+            continue
+        earlier = before.get((*site.block, site.index), before.get(site.block))
+        patch = _replacement(prompt, site.layer, earlier or _attention)
+        patched.set_model_attn2_replace(patch, *site.block, site.index)
+    if _acts_on_latents(prompt.setting.levers):
+        patched.set_model_sampler_post_cfg_function(_after_guidance(prompt))
+    return patched
+
+
+def _pass_text_on(
+    states: Tensor, context: Tensor, value: Tensor, options: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor]:
+    options[_TEXT] = context
+    return states, context, value
+
+
+def _replacement(prompt: ImagePrompt, layer: Layer, attend: Attention) -> Attention:
+    def attention(query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
+        return prompt.add(attend(query, key, value, options), query, options, layer)
+
+    return attention
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
+    """ComfyUI's own attention, whichever is chosen."""
+    from comfy.ldm.modules.attention import (  # pyright: ignore[reportMissingImports]
+        optimized_attention,
+    )
+
+    # older versions do not know this argument, and never have the override
+    chosen = "optimized_attention_override" in options
+    more = {"transformer_options": options} if chosen else {}
+    precision = options.get("attn_precision")
+    return optimized_attention(
+        query, key, value, options["n_heads"], attn_precision=precision, **more
+    )
+
+
+def _acts_on_latents(levers: Levers) -> bool:
+    from ipdiverse.sampling.levers import latent_levers
+
+    return levers.interval is not None or bool(latent_levers(levers))
+
+
+def _after_guidance(prompt: ImagePrompt) -> Callable[[dict[str, Any]], Tensor]:
+    """What the interval and the latent levers make of the guess at the clean latents."""
+    from ipdiverse.sampling.guidance import inside
+    from ipdiverse.sampling.levers import Moment, latent_levers
+
+    levers = prompt.setting.levers
+
+    def change(arguments: dict[str, Any]) -> Tensor:
+        guess = arguments["denoised"]
+        if not inside(float(arguments["sigma"].flatten()[0]), levers.interval):
+            guess = arguments["cond_denoised"]
+        protected = None
+        if levers.shield and prompt.setting.latents is not None:
+            protected = _protected(prompt.setting.latents, guess, arguments["model"])
+        moment = Moment(0.0, prompt.seeds(len(guess)), protected)
+        for lever, strength in latent_levers(levers):
+            guess = lever(guess, strength, moment)
+        return guess
+
+    return change
+
+
+def _protected(latents: Tensor, guess: Tensor, model: Any) -> Tensor:
+    """The reference's latents as the model sees them, (1, references, channels, height, width)."""
+    from ipdiverse.errors import ShapeError
+
+    if latents.shape[1:] != guess.shape[1:]:
+        raise ShapeError(
+            "differs from the output's latents",
+            where="reference_latent",
+            expected=tuple(guess.shape[1:]),
+            found=tuple(latents.shape[1:]),
+            fix="Scale the reference to the output's size before VAE Encode.",
+        )
+    return model.process_latent_in(latents.to(guess))[None]
+
+
+def _check_fit(prompt: ImagePrompt, sites: Sequence[Site]) -> None:
+    from ipdiverse.errors import ModelError
+
+    mine = prompt.adapter.widths()
+    theirs = {site.layer.number: site.widths for site in sites}
+    if mine != theirs:
+        first = min(n for n in mine.keys() | theirs.keys() if mine.get(n) != theirs.get(n))
+        raise ModelError(
+            f"layer {first} does not fit this model",
+            where="adapter",
+            expected=f"(tokens, hidden) {theirs.get(first, 'no such layer')}",
+            found=mine.get(first, "no such layer"),
+            fix="It was trained for another base model.",
+        )
+    if prompt.setting.levers.noise_level and prompt.adapter.noise is None:
+        raise ModelError(
+            "is not noise-conditioned",
+            where="adapter",
+            fix="Connect the Diversity node to this adapter, not to another.",
+        )
+
+
+def _heads(states: Tensor, heads: int) -> Tensor:
+    """(rows, tokens, heads · head_dim) to (rows, heads, tokens, head_dim)."""
+    return states.unflatten(-1, (heads, -1)).transpose(1, 2)

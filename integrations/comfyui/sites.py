@@ -1,0 +1,82 @@
+"""Where ComfyUI's UNet attends to the text, and how adapters' files number these layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ipdiverse.adapter.scale import Layer
+
+_FILE_ORDER = {"input": 0, "output": 1, "middle": 2}
+
+
+@dataclass(frozen=True)
+class Site:
+    """A cross-attention layer of ComfyUI's UNet.
+
+    Args:
+        block: ComfyUI's name for its block: `("input", 4)`.
+        index: Its place in the block's transformer.
+        layer: Where it stands, numbered as in diffusers.
+        widths: Of its tokens and of its queries.
+    """
+
+    block: tuple[str, int]
+    index: int
+    layer: Layer
+    widths: tuple[int, int]
+
+
+def sites_of(model: Any) -> list[Site]:
+    """The cross-attention layers of a MODEL, in the order in which the UNet runs them.
+
+    Checkpoints number them as diffusers does: two attentions for each transformer block, down, up,
+    and the middle last. Sizes and places are read from the model itself.
+
+    Raises:
+        ModelError: It has no such layers.
+    """
+    from ipdiverse.adapter.scale import Layer
+    from ipdiverse.errors import ModelError
+
+    unet = getattr(model.model, "diffusion_model", None)
+    if not hasattr(unet, "input_blocks"):
+        raise ModelError(
+            "has no UNet with cross-attention",
+            where="model",
+            expected="Stable Diffusion 1.x, 2.x or XL",
+            found=type(unet).__name__,
+        )
+    found = list(_transformers(unet))
+    blocks = [
+        (at, index) for at, (_, _, blocks) in enumerate(found) for index in range(len(blocks))
+    ]
+    by_file = sorted(blocks, key=lambda one: _FILE_ORDER[found[one[0]][0][0]])
+    numbers = {one: 2 * place + 1 for place, one in enumerate(by_file)}
+    sites = []
+    for at, index in blocks:
+        block, name, inner = found[at]
+        attention = inner[index].attn2
+        widths = (attention.to_k.weight.shape[1], attention.to_q.weight.shape[0])
+        layer = Layer(numbers[at, index], name, at, len(found))
+        sites.append(Site(block, index, layer, widths))
+    return sites
+
+
+def _transformers(unet: Any) -> Iterator[tuple[tuple[str, int], str, Any]]:
+    """Each transformer's block in ComfyUI, its block in diffusers, and its transformer blocks."""
+    for name, part, blocks, turn in (
+        ("input", "down", unet.input_blocks, "Downsample"),
+        ("middle", "mid", [unet.middle_block], ""),
+        ("output", "up", unet.output_blocks, "Upsample"),
+    ):
+        level = 0
+        for number, block in enumerate(blocks):
+            for module in block:
+                if hasattr(module, "transformer_blocks"):
+                    place = part if part == "mid" else f"{part}.{level}"
+                    yield (name, number), place, module.transformer_blocks
+            level += any(type(module).__name__ == turn for module in block)

@@ -1,0 +1,87 @@
+"""`bases`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ipdiverse.commands.printing import say, say_json
+
+if TYPE_CHECKING:
+    from ipdiverse.presets import Preset
+
+
+@dataclass(frozen=True)
+class Bases:
+    """List the bases that go by one word: size, what is in the local cache, licence, link.
+
+    Args:
+        json: Print everything as JSON.
+    """
+
+    json: bool = False
+
+    def run(self) -> None:
+        """Look into the cache and print; connects to nothing."""
+        from ipdiverse.presets import PRESETS
+
+        presets = [_described(preset) for preset in PRESETS.values()]
+        if self.json:
+            say_json({"embedded": ["critters"], "presets": presets})
+            return
+        say("critters: in the package, nothing to download")
+        for preset in presets:
+            say("\n" + _as_text(preset))
+        say("\nSizes are approximate. Presets share files: what one has, the next need not fetch.")
+
+
+def _described(preset: Preset) -> dict[str, Any]:
+    from ipdiverse.downloads import missing
+    from ipdiverse.presets import total
+
+    files = preset.all_files()
+    lacking = missing(files)
+    parts = {"base": preset.base, "adapter": preset.adapter, "image_encoder": preset.encoder}
+    return {
+        "name": preset.name,
+        "about": preset.about,
+        "bytes": total(files),
+        "bytes_missing": total(lacking),
+        "cached": not lacking,
+        "files_missing": [f"{file.repository.id}/{file.name}" for file in lacking],
+        "repositories": {
+            part: {
+                "id": repository.id,
+                "revision": repository.revision,
+                "license": repository.license,
+                "link": repository.link,
+            }
+            for part, repository in parts.items()
+            if repository is not None
+        },
+        "adapter": preset.weights[0],
+        "image_encoder": preset.encoder_folder or None,
+        "scheduler": preset.scheduler,
+        "resolution": preset.resolution,
+        "steps": preset.steps,
+        "guidance_scale": preset.guidance_scale,
+        "scale": preset.scale,
+        "reads_faces": preset.faces,
+    }
+
+
+def _as_text(preset: dict[str, Any]) -> str:
+    from ipdiverse.presets import as_size
+
+    left = as_size(preset["bytes_missing"])
+    state = "in the local cache" if preset["cached"] else f"{left} to download"
+    repositories = {r["id"]: r for r in preset["repositories"].values()}.values()
+    return "\n".join(
+        [
+            f"{preset['name']}: {preset['about']}",
+            f"  {as_size(preset['bytes'])}, {state}; {preset['resolution']} px, "
+            f"{preset['steps']} steps, guidance {preset['guidance_scale']:g}, "
+            f"scale {preset['scale']:g}",
+            *(f"  {r['link']} ({r['license']})" for r in repositories),
+        ]
+    )

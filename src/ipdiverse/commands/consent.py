@@ -1,0 +1,85 @@
+"""Before gigabytes are downloaded: say what, and ask."""
+
+from __future__ import annotations
+
+import sys
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from ipdiverse.downloads import missing, not_cached, offline
+from ipdiverse.errors import ArgumentError
+from ipdiverse.presets import PRESETS, as_size, total
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ipdiverse.presets import HubFile
+
+_SMALL = 1_000_000
+
+
+def agree_to_encoders(name: str, image_encoder: str | None, yes: bool) -> None:
+    """As `agree`, for what training takes of a preset: no adapter and no safety checker.
+
+    Args:
+        name: Of the base; nothing is asked for what is no preset.
+        image_encoder: The user's own, in place of the preset's.
+        yes: The user said so already.
+
+    Raises:
+        ArgumentError: The user said no, or there is no terminal to ask on.
+        ModelError: Downloads are off.
+    """
+    preset = PRESETS.get(name)
+    if preset is not None:
+        own = [] if image_encoder else preset.encoder_files()
+        agree(name, preset.base_files(checker=False) + own, yes)
+
+
+def agree(name: str, files: Sequence[HubFile], yes: bool) -> None:
+    """Return when everything is in the local cache, or may be downloaded.
+
+    Args:
+        name: Of the preset.
+        files: What is needed.
+        yes: The user said so already.
+
+    Raises:
+        ArgumentError: The user said no, or there is no terminal to ask on.
+        ModelError: Downloads are off.
+    """
+    lacking = missing(files)
+    if not lacking:
+        return
+    if offline():
+        raise not_cached(lacking, name)
+    size = as_size(total(lacking))
+    if not yes and not (sys.stdin.isatty() and sys.stderr.isatty()):
+        repositories = ", ".join(dict.fromkeys(file.repository.id for file in lacking))
+        raise ArgumentError(
+            f"has to be downloaded first, about {size}",
+            where=name,
+            found=f"no terminal to ask on, for {repositories}",
+            fix="Add --yes; `ipdiverse bases` lists sizes and licences.",
+        )
+    sys.stderr.write(f"{name} needs about {size} from the Hugging Face hub:\n{_listing(lacking)}")
+    if yes:
+        return
+    sys.stderr.write("Download? [y/N] ")
+    sys.stderr.flush()
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise ArgumentError("was not downloaded", where=name, found="no", fix="Answer y, or --yes.")
+
+
+def _listing(files: Sequence[HubFile]) -> str:
+    """Repositories with their licences, and their files; the small ones together."""
+    lines = []
+    ordered = sorted(files, key=lambda file: file.repository.id)
+    for repository, group in groupby(ordered, key=lambda file: file.repository):
+        wanted = list(group)
+        lines.append(f"  {repository.link} (licence: {repository.license})")
+        large = [file for file in wanted if file.size > _SMALL]
+        lines += [f"    {as_size(file.size):>7}  {file.name}" for file in large]
+        if small := len(wanted) - len(large):
+            lines.append(f"{'':13}and {small} small file{'s' if small > 1 else ''}")
+    return "".join(f"{line}\n" for line in lines)

@@ -1,0 +1,93 @@
+"""What the page offers: bases and adapters that are on this machine, and nothing that is not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ipdiverse.bases import ADAPTERS, CRITTERS, DEFAULT_ADAPTER
+from ipdiverse.downloads import missing
+from ipdiverse.errors import ModelError
+from ipdiverse.presets import PRESETS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """Good settings for a base, to begin with.
+
+    Args:
+        steps: Denoising steps.
+        scale: Weight of the image prompt.
+        guidance_scale: Weight of the prompt.
+    """
+
+    steps: int = 25
+    scale: float = 1.0
+    guidance_scale: float = 7.5
+
+
+def defaults_of(base: str) -> Defaults:
+    """A preset's own; of other bases those that `load_base` gives them."""
+    if base in PRESETS:
+        one = PRESETS[base]
+        return Defaults(one.steps, one.scale, one.guidance_scale)
+    return Defaults(guidance_scale=3.0) if base == CRITTERS else Defaults()
+
+
+@dataclass(frozen=True)
+class Installed:
+    """Bases and adapters by what a visitor reads.
+
+    Args:
+        bases: As `Request.base` names them, by label.
+        presets: Whose files are all in the hub's local cache.
+        named: Adapters that the user named, as `Request.adapter` does, by label; for any base.
+    """
+
+    bases: dict[str, str]
+    presets: tuple[str, ...] = ()
+    named: dict[str, str] | None = None
+
+    def adapters_of(self, base: str) -> dict[str, str]:
+        """Adapters that may fit a base, by label; the most usual first."""
+        if base == CRITTERS:
+            own = sorted(ADAPTERS, key=lambda name: name != DEFAULT_ADAPTER)
+        elif base in PRESETS:
+            own = [name for name in self.presets if PRESETS[name].base == PRESETS[base].base]
+        else:
+            own = list(self.presets)
+        return {name: name for name in own} | (self.named or {})
+
+
+def find_installed(bases: Sequence[str] = (), adapters: Sequence[str] = ()) -> Installed:
+    """Look at the package, the hub's local cache, and what the user named.
+
+    Args:
+        bases: More of them: folders and single files.
+        adapters: More of them: files and folders.
+
+    Raises:
+        ModelError: One that the user named is not there.
+    """
+    for kind, names in (("base", bases), ("adapter", adapters)):
+        for name in names:
+            if not Path(name).exists():
+                raise ModelError(
+                    "is not there", where=f"{kind} {name}", fix="Give a file or a folder."
+                )
+    presets = tuple(name for name, one in PRESETS.items() if not missing(one.all_files()))
+    first = {PRESETS[name].base.id: name for name in reversed(presets)}
+    return Installed(
+        {_label(name): name for name in (CRITTERS, *reversed(first.values()), *bases)},
+        presets,
+        {_label(name): name for name in adapters},
+    )
+
+
+def _label(name: str) -> str:
+    """A path by its last two parts: a visitor need not see where things lie on the machine."""
+    return "/".join(Path(name).parts[-2:]) if Path(name).is_absolute() else name

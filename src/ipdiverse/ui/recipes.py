@@ -1,0 +1,126 @@
+"""How to repeat what the page drew: as a command, as Python, and as a set to take away."""
+
+from __future__ import annotations
+
+import io
+import re
+import textwrap
+import zipfile
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ipdiverse.sampling.request import Request
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+_LONGEST = 80
+
+
+def safe_name(name: str, taken: Sequence[str] = ()) -> str:
+    """A file name that is nothing but a name, for a command and for an archive.
+
+    Args:
+        name: As a browser sent it: any text.
+        taken: Names that others have.
+    """
+    bare = Path(name.replace("\\", "/")).name
+    kept = re.sub(r"[^\w.-]+", "_", bare, flags=re.ASCII).strip("._-")
+    stem, suffix = Path(kept).stem[:_LONGEST], Path(kept).suffix
+    if suffix.lower() not in SUFFIXES:
+        stem, suffix = kept[:_LONGEST], ".png"
+    stem = stem or "reference"
+    chosen, number = f"{stem}{suffix}", 1
+    while chosen in taken:
+        number += 1
+        chosen = f"{stem}-{number}{suffix}"
+    return chosen
+
+
+def as_commands(requests: Mapping[str, Request]) -> str:
+    """A line of shell for each request.
+
+    Args:
+        requests: By the folder that each one's images go to; references by their bare names.
+    """
+    return "\n".join(request.command(folder) for folder, request in requests.items())
+
+
+def as_python(requests: Mapping[str, Request]) -> str:
+    """A program that draws the same images.
+
+    Args:
+        requests: As `as_commands` takes them; of several, all ask for the same but numbers.
+    """
+    (folder, first), *others = requests.items()
+    given = f"    {_one_or_list(first.image)},\n    {_one_or_list(first.prompt)},\n"
+    if not others:
+        listed = _listed(_arguments(first), "    ")
+        return (
+            f"import ipdiverse\n\nresult = ipdiverse.generate(\n{given}{listed})\n"
+            f"result.save({folder!r})\n"
+        )
+    each = {out: _arguments(request) for out, request in requests.items()}
+    shared = _shared(list(each.values()))
+    varied = "".join(
+        f"    {out!r}: { ({k: v for k, v in own.items() if k not in shared})!r},\n"
+        for out, own in each.items()
+    )
+    body = textwrap.indent(f"{given}{_listed(shared, '    ')}", "    ")
+    return (
+        f"import ipdiverse\n\ncells = {{\n{varied}}}\nfor out, cell in cells.items():\n"
+        f"    result = ipdiverse.generate(\n{body}        **cell,\n    )\n    result.save(out)\n"
+    )
+
+
+_STATED = ("n", "seed", "base", "adapter", "scale", "steps", "guidance_scale")
+"""Arguments that a program states even when they are at their default."""
+
+
+def _arguments(request: Request) -> dict[str, Any]:
+    values = {field.name: getattr(request, field.name) for field in fields(Request)}
+    stated = {f.name for f in fields(Request) if f.name in _STATED or values[f.name] != f.default}
+    return {k: v for k, v in values.items() if k in stated and k not in ("image", "prompt")}
+
+
+def _shared(each: list[dict[str, Any]]) -> dict[str, Any]:
+    first, *others = each
+    return {k: v for k, v in first.items() if all(o.get(k, _MISSING) == v for o in others)}
+
+
+_MISSING = object()
+
+
+def _listed(arguments: Mapping[str, Any], indent: str) -> str:
+    return "".join(f"{indent}{name}={value!r},\n" for name, value in arguments.items())
+
+
+def _one_or_list(values: tuple[str, ...]) -> str:
+    return repr(values[0]) if len(values) == 1 else repr(list(values))
+
+
+def packed(
+    folder: Path, references: Mapping[str, Path], requests: Mapping[str, Request], stem: str
+) -> bytes:
+    """A zip of images with their records, the references, and both recipes.
+
+    Unpacked, either recipe run in its folder draws the same images into the same places.
+
+    Args:
+        folder: Holds each request's folder.
+        references: Files by their names in the recipes.
+        requests: As `as_commands` takes them.
+        stem: The archive's one folder.
+    """
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for name, file in references.items():
+            archive.write(file, f"{stem}/{name}")
+        for inside in requests:
+            for file in sorted((folder / inside).iterdir()):
+                archive.write(file, f"{stem}/{inside}/{file.name}")
+        archive.writestr(f"{stem}/command.sh", as_commands(requests) + "\n")
+        archive.writestr(f"{stem}/repeat.py", as_python(requests))
+    return buffer.getvalue()

@@ -1,0 +1,197 @@
+"""Opening and closing the page: bound to this machine, in a folder of its own that is deleted."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ipdiverse.errors import ArgumentError, IpdiverseError, check_range
+from ipdiverse.image_io import MAX_FILE_BYTES
+from ipdiverse.sampling.request import Request
+from ipdiverse.ui.installed import find_installed
+from ipdiverse.ui.safety import OwnPageOnly, check_binding, is_loopback, private_folder
+from ipdiverse.ui.studio import Studio
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+_FORGOTTEN = ("GRADIO_ALLOWED_PATHS", "GRADIO_SHARE", "GRADIO_MCP_SERVER", "GRADIO_DEBUG")
+"""Settings of gradio that could open what is closed here."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the page is served.
+
+    Args:
+        host: What it is bound to.
+        port: Its port.
+        user: Its name for the password.
+        password: Empty where there is none.
+        reports: Folders of reports.
+        bases: More bases to offer.
+        adapters: More adapters to offer.
+        waiting: How many drawings may wait.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 7860
+    user: str = "ipdiverse"
+    password: str = ""
+    reports: tuple[str, ...] = ()
+    bases: tuple[str, ...] = ()
+    adapters: tuple[str, ...] = ()
+    waiting: int = 8
+
+
+@dataclass(frozen=True)
+class Page:
+    """An open page.
+
+    Args:
+        url: Where it is.
+        studio: What its visitors share.
+        folder: Where everything of it is.
+    """
+
+    url: str
+    studio: Studio
+    folder: Path
+
+
+@contextmanager
+def opened_page(options: Options) -> Iterator[Page]:
+    """Serve the page for the length of a `with` block; afterwards nothing of it is left.
+
+    Args:
+        options: How.
+
+    Raises:
+        IpdiverseError: It would be open to others without a password, the port is taken, or what
+            it shall offer is not there.
+    """
+    check_binding(options.host, options.password)
+    check_range("port", options.port, 1, 65535)
+    check_range("waiting", options.waiting, 1, 1000)
+    installed = find_installed(options.bases, options.adapters)
+    with ExitStack() as stack:
+        folder = stack.enter_context(private_folder())
+        stack.enter_context(_environment(folder / "gradio"))
+        from ipdiverse.ui.app import build, look
+        from ipdiverse.ui.reports import find_reports
+
+        studio = Studio(folder / "work")
+        reports = find_reports([Path(name) for name in options.reports])
+        page = build(studio, installed, reports, options.waiting)
+        stack.callback(_close, page, studio)
+        url = _launch(page, options, look())
+        threading.Thread(target=_warm, args=(studio,), daemon=True).start()
+        yield Page(url, studio, folder)
+
+
+def serve(options: Options, tell: Callable[[str], None]) -> None:
+    """Serve the page until a signal ends it.
+
+    Args:
+        options: How.
+        tell: Given the page's address once it is open.
+
+    Raises:
+        IpdiverseError: As `opened_page` does.
+    """
+    ended = threading.Event()
+    before = {
+        number: signal.signal(number, lambda *_: ended.set())
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        with opened_page(options) as page:
+            tell(page.url)
+            ended.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _environment(cache: Path) -> Iterator[None]:
+    """Before gradio is imported: its cache is ours, and it tells nobody anything."""
+    cache.mkdir()
+    before = dict(os.environ)
+    for name in _FORGOTTEN:
+        os.environ.pop(name, None)
+    os.environ["GRADIO_TEMP_DIR"] = str(cache)
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    try:
+        yield
+    finally:
+        for name in (*_FORGOTTEN, "GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED"):
+            os.environ.pop(name, None)
+            if name in before:
+                os.environ[name] = before[name]
+
+
+def _launch(page: Any, options: Options, look: dict[str, Any]) -> str:
+    from starlette.middleware import Middleware
+
+    layer = Middleware(OwnPageOnly, loopback=is_loopback(options.host))
+    try:
+        _, url, _ = page.launch(
+            server_name=options.host,
+            server_port=options.port,
+            share=False,
+            auth=(options.user, options.password) if options.password else None,
+            max_file_size=MAX_FILE_BYTES,
+            allowed_paths=[],
+            app_kwargs={"middleware": [layer]},
+            prevent_thread_lock=True,
+            show_error=False,
+            quiet=True,
+            inbrowser=False,
+            ssr_mode=False,
+            pwa=False,
+            mcp_server=False,
+            enable_monitoring=False,
+            run_history=False,
+            strict_cors=True,
+            footer_links=[],
+            **look,
+        )
+    except OSError as error:
+        raise ArgumentError(
+            "cannot be listened on",
+            where=f"{options.host}:{options.port}",
+            found=error,
+            fix="Choose another --port.",
+        ) from error
+    return url
+
+
+def _warm(studio: Studio) -> None:
+    """Open the embedded base before the first visitor needs it; if it fails, a job will say so."""
+    with suppress(IpdiverseError), studio.turn(lambda: None):
+        studio.base(Request())
+
+
+def _close(page: Any, studio: Studio) -> None:
+    studio.close()
+    page.close(verbose=False)
+    with suppress(TimeoutError), studio.turn(_patience(30)):
+        pass  # what was at work has ended and writes nothing any more
+
+
+def _patience(looks: int) -> Callable[[], None]:
+    """Raises when it was called so many times."""
+    left = [looks]
+
+    def check() -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise TimeoutError
+
+    return check

@@ -1,0 +1,642 @@
+"""The page in a real browser, and under clients that mean it no good."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import shlex
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ipdiverse.cli import main
+from ipdiverse.provenance import read_provenance
+from tests.e2e.ui_clients import CHROMIUM, FLAGS, PATIENCE, Client, free_port, until
+
+pytest.importorskip("gradio", reason="the page needs gradio")
+
+from ipdiverse.ui.server import Options, opened_page
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from playwright.sync_api import Browser, Page
+
+    from ipdiverse.ui.server import Page as Served
+
+WAITING = 6
+PICTURES = Path(__file__).parents[2] / "docs" / "images"
+PASSWORD = "correct horse"  # noqa: S105 - of the test's own page
+SHOOTS = os.environ.get("IPDIVERSE_SCREENSHOTS") == "1"
+REPORT = (
+    "<!doctype html><title>r</title><h1>Variety against fidelity</h1><p id=told>all of it</p>"
+    "<script>parent.document.title = 'taken over'</script>"
+)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("reports")
+    (folder / "study").mkdir()
+    (folder / "study" / "report.html").write_text(REPORT)
+    with opened_page(Options(port=free_port(), reports=(str(folder),), waiting=WAITING)) as page:
+        yield page
+        at = page.folder
+    assert not at.exists(), "nothing is left"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    if CHROMIUM is None:
+        pytest.skip("needs chromium on the PATH")
+    with api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def visit(browser: Browser, served: Served) -> Iterator[Callable[..., Page]]:
+    contexts = []
+
+    def open_page(width: int = 1280, height: int = 1000) -> Page:
+        context = browser.new_context(viewport={"width": width, "height": height})
+        context.grant_permissions(["clipboard-read", "clipboard-write"])
+        context.set_default_timeout(PATIENCE * 1000)
+        contexts.append(context)
+        page = context.new_page()
+        page.goto(served.url)
+        page.wait_for_selector("#vary-go")
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    until(lambda: not served.studio.busy, "the slot is free again")
+
+
+@pytest.fixture
+def photo(references: list[Image.Image], tmp_path: Path) -> Path:
+    file = tmp_path / "my photo.png"
+    references[0].save(file)
+    return file
+
+
+def says(page: Page, element: str, words: str) -> None:
+    page.wait_for_function(
+        "([id, words]) => document.querySelector(id)?.innerText.includes(words)",
+        arg=[element, words],
+    )
+
+
+def give(page: Page, *files: Path, tab: str = "vary") -> None:
+    page.set_input_files(f"#{tab}-upload input[type=file]", [str(file) for file in files])
+
+
+def take_example(page: Page, tab: str = "vary", number: int = 0) -> None:
+    page.locator(f"#{tab}-examples .thumbnail-item").nth(number).click()
+    says(page, f"#{tab}-references-told", f"Reference: critter-{number + 1}.png.")
+
+
+def set_number(page: Page, element: str, value: float) -> None:
+    page.fill(f"{element} input[type=number]", str(value))
+    page.keyboard.press("Tab")
+
+
+def configure(page: Page, prompt: str, steps: int, count: int, tab: str = "vary") -> None:
+    page.fill(f"#{tab}-prompt textarea", prompt)
+    if tab == "vary":
+        set_number(page, "#vary-count", count)
+    if not page.locator(f"#{tab}-steps").is_visible():
+        page.get_by_role("button", name="Advanced").locator("visible=true").click()
+    set_number(page, f"#{tab}-steps", steps)
+
+
+def copied(page: Page, which: str, tab: str = "vary") -> str:
+    page.evaluate("() => navigator.clipboard.writeText('')")
+    page.click(f"#{tab}-copy-{which}")
+    says(page, f"#{tab}-copied", "Copied.")
+    return page.evaluate("() => navigator.clipboard.readText()")
+
+
+def downloaded(page: Page, into: Path, tab: str = "vary") -> Path:
+    """Fetch the set and unpack it; the folder."""
+    with page.expect_download() as waiting:
+        page.click(f"#{tab}-download")
+    archive = into / waiting.value.suggested_filename
+    waiting.value.save_as(archive)
+    with zipfile.ZipFile(archive) as opened:
+        opened.extractall(into)
+    return into / archive.stem
+
+
+def pixels(folder: Path) -> dict[str, np.ndarray]:
+    files = sorted(folder.rglob("[0-9]*.png"))
+    return {str(f.relative_to(folder)): np.asarray(Image.open(f)) for f in files}
+
+
+def shown_images(page: Page) -> list[np.ndarray]:
+    """What the browser shows, fetched as it fetches it."""
+    found = []
+    for image in page.locator("#vary-images .thumbnail-item img").all():
+        answer = page.request.get(image.get_attribute("src") or "")
+        found.append(np.asarray(Image.open(io.BytesIO(answer.body())).convert("RGB")))
+    return found
+
+
+def assert_equal(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
+    assert one.keys() == other.keys()
+    assert one
+    for name, image in one.items():
+        np.testing.assert_array_equal(image, other[name])
+
+
+def picture(page: Page, name: str) -> None:
+    """For the documentation, when somebody asks."""
+    if SHOOTS:
+        page.mouse.move(0, 0)
+        page.evaluate("() => document.activeElement.blur()")
+        page.wait_for_timeout(500)
+        page.screenshot(path=str(PICTURES / f"ui-{name}.png"), full_page=True)
+
+
+def test_upload_draw_copy_and_draw_again(
+    visit: Callable[..., Page], photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = visit()
+    give(page, photo)
+    says(page, "#vary-references-told", "Reference: my_photo.png.")
+    configure(page, 'a "critter" in the $(snow)', steps=3, count=2)
+    page.click("#vary-go")
+    says(page, "#vary-status", "Done: 2 images.")
+    says(page, "#vary-report", "How close they are")
+    before = shown_images(page)
+
+    unpacked = downloaded(page, tmp_path)
+    first = pixels(unpacked / "out")
+    for image, shown in zip(first.values(), before, strict=True):
+        np.testing.assert_array_equal(image, shown)
+    record = read_provenance(unpacked / "out" / "0001.png")
+    assert record["image_index"] == 1
+    assert "/tmp" not in str(record), "a record tells nothing of the machine"  # noqa: S108
+
+    monkeypatch.chdir(unpacked)
+    words = shlex.split(copied(page, "command"))
+    assert words[:2] == ["ipdiverse", "generate"]
+    for file in Path("out").iterdir():
+        file.unlink()
+    assert main(words[1:]) == 0
+    assert_equal(pixels(Path("out")), first)
+
+    for file in Path("out").iterdir():
+        file.unlink()
+    exec(compile(copied(page, "python"), "recipe", "exec"), {})  # noqa: S102
+    assert_equal(pixels(Path("out")), first)
+
+    set_number(page, "#vary-diversity", 0)
+    page.click("#vary-go")
+    says(page, "#vary-status", "Drawing 2 images.")
+    says(page, "#vary-status", "Done: 2 images.")
+    moved = shown_images(page)
+    assert not any(np.array_equal(a, b) for a, b in zip(before, moved, strict=True))
+    assert "--diversity=0 " in copied(page, "command")
+
+
+@pytest.mark.slow
+def test_images_appear_as_they_finish_and_cancelling_keeps_them(
+    visit: Callable[..., Page], tmp_path: Path, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = visit()
+    take_example(page)
+    configure(page, "a critter on the moon", steps=8, count=12)
+    page.click("#vary-go")
+    page.wait_for_selector("#vary-progress [role=progressbar]")
+    says(page, "#vary-progress", "left")
+    says(page, "#vary-status", "4 of 12 images finished.")
+    page.wait_for_function("document.querySelectorAll('#vary-images .thumbnail-item').length >= 4")
+    page.click("#vary-cancel")
+    says(page, "#vary-status", "Cancelled.")
+    until(lambda: not served.studio.busy, "cancelling frees the slot")
+    kept = page.locator("#vary-images .thumbnail-item").count()
+    assert kept in (4, 8)
+    assert f"{kept} images finished before that." in page.inner_text("#vary-status")
+
+    unpacked = downloaded(page, tmp_path)
+    first = pixels(unpacked / "out")
+    assert len(first) == kept
+    words = shlex.split(copied(page, "command"))
+    assert f"--n={kept}" in words
+    words[-1] = "--out=again"
+    words = [f"--n={1}" if word.startswith("--n=") else word for word in words]
+    monkeypatch.chdir(unpacked)
+    assert main(words[1:]) == 0
+    np.testing.assert_array_equal(pixels(Path("again"))["0000.png"], first["0000.png"])
+
+
+def test_cancelling_frees_the_slot_within_a_step(
+    visit: Callable[..., Page], served: Served
+) -> None:
+    page = visit()
+    take_example(page)
+    configure(page, "", steps=100, count=16)
+    page.click("#vary-go")
+    says(page, "#vary-progress", "left")
+    (session,) = [
+        s for s in served.studio._sessions.values() if s.jobs and not s.jobs["vary"].wait(0)
+    ]
+    job = session.jobs["vary"]
+    page.click("#vary-cancel")
+    until(job._stop.is_set, "the job is told")
+    told = job.done
+    says(page, "#vary-status", "Cancelled.")
+    assert job.done <= told + 4, "no more than the batch's step that was at work"
+    page.click("#vary-cancel")
+    says(page, "#vary-status", "Cancelled.")
+
+
+def test_a_closed_tab_frees_the_slot(visit: Callable[..., Page], served: Served) -> None:
+    page = visit()
+    take_example(page)
+    configure(page, "", steps=100, count=16)
+    page.click("#vary-go")
+    says(page, "#vary-progress", "left")
+    assert served.studio.busy
+    page.close()
+    until(lambda: not served.studio.busy, "the slot is free", 60)
+
+
+@pytest.mark.slow
+def test_the_grid(
+    visit: Callable[..., Page], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = visit()
+    page.get_by_role("tab", name="Grid").click()
+    page.click("#grid-go")
+    says(page, "#grid-status", "reference: is missing")
+    take_example(page, "grid", 1)
+    configure(page, "a critter in the desert", steps=12 if SHOOTS else 2, count=1, tab="grid")
+    if not SHOOTS:
+        page.locator("#grid-diversities").get_by_label("0.5", exact=True).uncheck()
+    page.click("#grid-go")
+    cells = 6 if SHOOTS else 4
+    says(page, "#grid-status", f"Done: {cells} images.")
+    table = page.locator("#grid-table table")
+    assert table.locator("th[scope=row]").all_inner_texts() == ["0.5", "1"]
+    alts = [image.get_attribute("alt") or "" for image in table.locator("img").all()]
+    assert len(alts) == cells
+    assert all(re.match(r"diversity [\d.]+, scale [\d.]+: \w+", alt) for alt in alts)
+    picture(page, "grid")
+    if SHOOTS:
+        return
+    unpacked = downloaded(page, tmp_path, "grid")
+    first = pixels(unpacked / "out")
+    assert next(iter(first)) == "diversity-0-scale-0.5/0000.png"
+    monkeypatch.chdir(unpacked)
+    lines = copied(page, "command", "grid").splitlines()
+    assert len(lines) == cells
+    for folder in Path("out").iterdir():
+        (folder / "0000.png").unlink()
+    assert main(shlex.split(lines[-1])[1:]) == 0
+    exec(compile(copied(page, "python", "grid"), "recipe", "exec"), {})  # noqa: S102
+    assert_equal(pixels(Path("out")), first)
+
+
+def test_a_report_is_shown_and_can_do_nothing(visit: Callable[..., Page]) -> None:
+    page = visit()
+    page.get_by_role("tab", name="Reports").click()
+    page.locator("#reports-chosen input").click()
+    page.get_by_role("option").first.click()
+    frame = page.frame_locator("#reports-shown iframe")
+    frame.locator("#told").wait_for()
+    assert frame.locator("#told").inner_text() == "all of it"
+    page.wait_for_timeout(300)
+    assert page.title() == "ipdiverse"
+
+
+def bomb() -> bytes:
+    """A PNG of 400 megapixels in a few hundred bytes."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    head = struct.pack(">IIBBBBB", 20000, 20000, 8, 2, 0, 0, 0)
+    body = zlib.compress(bytes(1000))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+
+
+SVG = (
+    b"<svg xmlns='http://www.w3.org/2000/svg'><script>document.title = 'taken over'</script></svg>"
+)
+
+
+HOSTILE = {
+    "notes.png": (b"not a picture at all", "not an image of an accepted format"),
+    "drawing.png": (SVG, "not an image of an accepted format"),
+    "bomb.png": (bomb(), "the image is too large"),
+    "empty.jpg": (b"", "the image file is empty"),
+    "half.png": (None, "truncated or corrupt"),
+}
+
+
+def test_hostile_uploads_are_one_line_each(
+    visit: Callable[..., Page], photo: Path, tmp_path: Path
+) -> None:
+    page = visit()
+    for name, (data, _) in HOSTILE.items():
+        (tmp_path / name).write_bytes(photo.read_bytes()[:-400] if data is None else data)
+    give(page, *(tmp_path / name for name in HOSTILE), photo)
+    says(page, "#vary-references-told", "Reference: my_photo.png.")
+    told = page.locator("#vary-references-told [role=alert]").all_inner_texts()
+    assert len(told) == len(HOSTILE), "the good one is kept"
+    for line, (name, (_, words)) in zip(told, HOSTILE.items(), strict=True):
+        assert line.startswith(f"{name}: ")
+        assert words in line
+    assert page.title() == "ipdiverse"
+
+
+def test_the_extension_does_not_decide(
+    visit: Callable[..., Page], references: list[Image.Image], tmp_path: Path
+) -> None:
+    page = visit()
+    references[0].save(tmp_path / "really.webp", "PNG")
+    give(page, tmp_path / "really.webp")
+    says(page, "#vary-references-told", "Reference: really.webp.")
+    (tmp_path / "evil.svg").write_bytes(SVG)
+    give(page, tmp_path / "evil.svg")
+    page.wait_for_timeout(1500)
+    assert "evil" not in page.inner_text("#vary-references-told")
+
+
+@pytest.fixture
+def client(served: Served) -> Client:
+    return Client(served.url)
+
+
+def uploaded(client: Client, name: str, data: bytes) -> dict[str, Any]:
+    (path,) = client.upload(name, data).raise_for_status().json()
+    return {"path": path, "orig_name": name, "meta": {"_type": "gradio.FileData"}}
+
+
+@pytest.mark.parametrize(
+    "name", ["../../../evil.png", "..\\..\\evil.png", "/etc/evil.png", "%2e.png"]
+)
+def test_names_cannot_lead_out_of_the_cache(
+    client: Client, served: Served, photo: Path, name: str
+) -> None:
+    given = uploaded(client, name, photo.read_bytes())
+    assert Path(given["path"]).resolve().is_relative_to(served.folder / "gradio")
+    answer = client.now("vary-upload", "upload", [[given]]).json()
+    assert "Reference: " in str(answer["data"])
+    assert ".." not in str(answer["data"][2])
+
+
+def test_a_file_of_the_machine_cannot_be_named(client: Client, served: Served) -> None:
+    secret = served.folder / "work" / "secret.png"
+    secret.parent.mkdir(exist_ok=True)
+    secret.write_bytes(b"secret")
+    for path in ("/etc/passwd", str(Path(__file__)), str(secret), "../../etc/passwd"):
+        given = {"path": path, "meta": {"_type": "gradio.FileData"}}
+        answer = client.now("vary-upload", "upload", [[given]])
+        assert answer.status_code >= 400
+        assert "root:" not in answer.text
+        assert client.http.get(f"/gradio_api/file={path}").status_code in (403, 404)
+
+
+def test_no_address_is_ever_fetched(client: Client) -> None:
+    with socket.socket() as trap:
+        trap.bind(("127.0.0.1", 0))
+        trap.listen()
+        trap.settimeout(1)
+        url = f"http://127.0.0.1:{trap.getsockname()[1]}/x.png"
+        for given in ({"path": url}, {"path": url, "url": url}, {"path": "x.png", "url": url}):
+            sent = given | {"meta": {"_type": "gradio.FileData"}}
+            assert client.now("vary-upload", "upload", [[sent]]).status_code >= 400
+        assert client.http.get(f"/gradio_api/file={url}").status_code == 404
+        with pytest.raises(TimeoutError):
+            trap.accept()
+
+
+def test_uploads_have_a_size(client: Client) -> None:
+    from ipdiverse.image_io import MAX_FILE_BYTES
+
+    answer = client.upload("large.png", bytes(MAX_FILE_BYTES + 1))
+    assert answer.status_code == 413
+    assert "size" in answer.text
+
+
+def test_other_hosts_and_sites_are_refused(client: Client) -> None:
+    get = client.http.get
+    assert get("/", headers={"Host": "evil.example"}).status_code == 421
+    assert get("/config", headers={"Origin": "http://evil.example"}).status_code == 403
+    assert get("/gradio_api/info").status_code == 404
+    answer = get("/")
+    assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
+    assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+def test_nothing_is_offered_to_programs_or_told_of_the_machine(client: Client) -> None:
+    import ipdiverse
+
+    assert {d["api_visibility"] for d in client.config["dependencies"]} == {"private"}
+    assert str(Path(ipdiverse.__file__).parent) not in str(client.config)
+    assert client.config["analytics_enabled"] is False
+
+
+def test_fifty_at_once_are_drawn_or_told_to_come_back(served: Served, client: Client) -> None:
+    crowd = [Client(served.url) for _ in range(50)]
+    for one in crowd:
+        one._config = client.config
+    with ThreadPoolExecutor(10) as pool:
+        list(pool.map(lambda one: one.take_example(), crowd))
+    gate = threading.Barrier(50)
+
+    def come(number: int) -> tuple[int, str, dict[str, Any]]:
+        gate.wait()
+        answer = crowd[number].join("a critter", seed=1000 + number, steps=2)
+        told = crowd[number].outcome() if answer.status_code == 200 else {}
+        return answer.status_code, answer.text, told
+
+    most = 0
+    with ThreadPoolExecutor(50) as pool:
+        coming = [pool.submit(come, number) for number in range(50)]
+        while not all(one.done() for one in coming):
+            drawing = [
+                s
+                for s in served.studio._sessions.values()
+                for j in s.jobs.values()
+                if j.begun and not j.wait(0)
+            ]
+            most = max(most, len(drawing))
+            time.sleep(0.02)
+    answers = [one.result() for one in coming]
+    drawn = [n for n, (code, _, _) in enumerate(answers) if code == 200]
+    refused = [text for code, text, _ in answers if code == 503]
+    assert len(drawn) + len(refused) == 50, "nobody is left without an answer"
+    assert WAITING <= len(drawn) <= 2 * WAITING
+    assert all("Queue is full" in text for text in refused)
+    for number in drawn:
+        told = answers[number][2]
+        assert told["msg"] == "process_completed"
+        assert told["success"]
+        assert f"--seed={1000 + number}" in str(told["output"]), "everyone's own, nobody else's"
+        assert "Done: 1 image." in str(told["output"])
+    assert most == 1, "one generation at a time"
+
+
+@pytest.mark.slow
+def test_a_full_queue_is_said_on_the_page(visit: Callable[..., Page], served: Served) -> None:
+    page = visit()
+    take_example(page)
+    configure(page, "", steps=1, count=1)
+    crowd = [Client(served.url) for _ in range(WAITING + 1)]
+    for one in crowd:
+        one._config = crowd[0].config
+        one.take_example()
+    try:
+        crowd[0].join(steps=100).raise_for_status()
+        until(lambda: served.studio.busy, "the first one draws")
+        for one in crowd[1:]:
+            until(lambda one=one: one.join(steps=100).status_code == 200, "a place in the queue", 5)
+        page.click("#vary-go")
+        page.get_by_text(re.compile("currently busy|[Qq]ueue is full")).first.wait_for()
+    finally:
+        for one in crowd:
+            stream = one.messages()
+            next(stream)
+            stream.close()  # type: ignore[attr-defined]
+    until(lambda: not served.studio.busy, "those who left draw no more")
+
+
+def test_a_program_that_hangs_up_frees_the_slot(served: Served, client: Client) -> None:
+    client.take_example()
+    client.join(steps=100).raise_for_status()
+    for message in client.messages():
+        if message["msg"] == "process_generating":
+            break
+    assert served.studio.busy
+    until(lambda: not served.studio.busy, "the slot is free", 60)
+
+
+def test_a_password_is_asked_for() -> None:
+    with opened_page(Options(port=free_port(), password=PASSWORD)) as page:
+        client = Client(page.url)
+        assert client.http.get("/config").status_code == 401
+        assert client.http.post("/gradio_api/upload", files={"files": b"x"}).status_code == 401
+        wrong = {"username": "ipdiverse", "password": "incorrect"}
+        codes = [client.http.post("/login", data=wrong).status_code for _ in range(10)]
+        assert codes == [400] * 10
+        right = {"username": "ipdiverse", "password": PASSWORD}
+        assert client.http.post("/login", data=right).status_code == 429
+        other = opened_page(Options(port=free_port(), password=PASSWORD))
+        with other as fresh:
+            client = Client(fresh.url)
+            assert client.http.post("/login", data=right).status_code == 200
+            assert client.http.get("/config").status_code == 200
+
+
+def test_a_taken_port_is_one_line(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    port = served.url.rstrip("/").rpartition(":")[2]
+    assert main(["ui", "--port", port]) == 2
+    error = capsys.readouterr().err
+    assert f"127.0.0.1:{port}: cannot be listened on" in error
+    assert error.count("\n") == 1
+
+
+_LIVE = """() => {
+  const live = document.querySelector('#vary-status [role=status][aria-live=polite]');
+  return window.live === undefined ? live : live === window.live && live !== null;
+}"""
+_NAMELESS = """() => [...document.querySelectorAll('button, input, textarea, select, img, iframe')]
+  .filter(e => e.offsetParent !== null && e.type !== 'file')
+  .filter(e => !(e.labels?.length || e.getAttribute('aria-label') || e.alt || e.title
+                 || e.innerText?.trim() || e.getAttribute('aria-labelledby')))
+  .map(e => e.outerHTML.slice(0, 200))"""
+
+
+def test_hands_and_eyes_are_not_needed(visit: Callable[..., Page]) -> None:
+    page = visit()
+    page.locator("#vary-examples .thumbnail-item").first.focus()
+    page.keyboard.press("Enter")
+    says(page, "#vary-references-told", "Reference: critter-1.png.")
+    page.evaluate(f"() => {{ window.live = ({_LIVE})() }}")
+    page.locator("#vary-prompt textarea").focus()
+    page.keyboard.type("a critter")
+    inside = "() => document.activeElement.closest('[id^=vary-]')?.id"
+    order = []
+    for _ in range(10):
+        page.keyboard.press("Tab")
+        order.append(page.evaluate(inside))
+        if order[-1] == "vary-go":
+            break
+    steps = list(dict.fromkeys(filter(None, order)))
+    assert steps == ["vary-diversity", "vary-count", "vary-go"]
+    page.get_by_role("button", name="Advanced").click()
+    set_number(page, "#vary-count", 1)
+    set_number(page, "#vary-steps", 1)
+    page.locator("#vary-go").focus()
+    page.keyboard.press("Enter")
+    says(page, "#vary-status", "Done: 1 image.")
+    assert page.evaluate(_LIVE), "the same element throughout, or nothing would be read aloud"
+    assert page.evaluate("() => document.documentElement.lang") == "en"
+    assert page.evaluate(_NAMELESS) == []
+    alt = page.locator("#vary-images .thumbnail-item img").first.get_attribute("alt") or ""
+    assert re.match(r"1: .*the reference", alt)
+
+
+def test_narrow_screens_do_not_scroll_sideways(visit: Callable[..., Page]) -> None:
+    page = visit(width=400, height=900)
+    take_example(page)
+    configure(page, "a critter in the snow", steps=25 if SHOOTS else 1, count=4)
+    if SHOOTS:
+        page.get_by_role("button", name="Advanced").click()
+    page.click("#vary-go")
+    says(page, "#vary-status", "Done: 4 images.")
+    page.wait_for_timeout(300)
+    picture(page, "narrow")
+    for tab in ("Vary", "Grid", "Reports"):
+        page.get_by_role("tab", name=tab).click()
+        assert page.evaluate("() => document.documentElement.scrollWidth") <= 400
+
+
+@pytest.mark.skipif(not SHOOTS, reason="pictures for the documentation: IPDIVERSE_SCREENSHOTS=1")
+def test_pictures_of_the_first_tab(visit: Callable[..., Page]) -> None:
+    page = visit()
+    take_example(page, number=2)
+    configure(page, "a critter in the snow", steps=25, count=8)
+    page.get_by_role("button", name="Advanced").click()
+    page.click("#vary-go")
+    says(page, "#vary-status", "Done: 8 images.")
+    page.get_by_role("button", name="How to repeat this").click()
+    picture(page, "vary")
+
+
+@pytest.mark.slow
+def test_the_command_ends_cleanly(tmp_path: Path) -> None:
+    import signal
+
+    words = [sys.executable, "-m", "ipdiverse", "ui", "--port", str(free_port())]
+    env = os.environ | {"TMPDIR": str(tmp_path)}
+    started = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=env)
+    assert started.stdout is not None
+    line = started.stdout.readline()
+    assert line.startswith("open http://127.0.0.1:")
+    assert list(tmp_path.glob("ipdiverse-ui-*"))
+    started.send_signal(signal.SIGTERM)
+    assert started.wait(PATIENCE) == 0
+    assert not list(tmp_path.glob("ipdiverse-ui-*")), "the cache is gone"

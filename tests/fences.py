@@ -1,0 +1,201 @@
+"""Code blocks of Markdown pages: found, run as a reader would, or at least read."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from contextlib import redirect_stdout, suppress
+from dataclasses import dataclass
+from functools import cache
+from io import StringIO
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+ROOT = Path(__file__).parents[1]
+RUN = ("bash", "python")
+SHOWN = ("text", "toml", "json")
+"""Languages of blocks that are files or output; a file has its name as the title."""
+_FENCE = re.compile(
+    r"^(?P<indent> *)```(?P<info>[^\n`]*)\n(?P<code>.*?)^ *```[ ]*$", re.MULTILINE | re.DOTALL
+)
+_OPTION = re.compile(r'([\w-]+)="([^"]*)"')
+_FLAG = re.compile(r"--[a-z][a-z0-9-]*")
+_OTHERS = ("accelerate", "cp", "pip", "python")
+_STEPS = re.compile(r"\bnum_inference_steps=\d+")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block.
+
+    Args:
+        page: Where it stands, relative to the repository.
+        line: Of its first line of code.
+        language: First word of the fence; empty without one.
+        options: `title`, `no-run`.
+        code: What is in it.
+    """
+
+    page: str
+    line: int
+    language: str
+    options: dict[str, str]
+    code: str
+
+    @property
+    def marked(self) -> bool:
+        return "no-run" in self.options
+
+    @property
+    def where(self) -> str:
+        return f"{self.page}:{self.line}"
+
+
+def pages() -> list[Path]:
+    """README and every page of docs/."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def blocks(page: Path) -> list[Block]:
+    """The fenced blocks of a page, in order."""
+    text, name = page.read_text("utf-8"), page.relative_to(ROOT).as_posix()
+    return [
+        Block(
+            name,
+            text.count("\n", 0, found.start()) + 2,
+            (found["info"].split() or [""])[0],
+            dict(_OPTION.findall(found["info"])),
+            "".join(line.removeprefix(found["indent"]) for line in found["code"].splitlines(True)),
+        )
+        for found in _FENCE.finditer(text)
+    ]
+
+
+def run(block: Block, folder: Path, names: dict[str, Any]) -> None:
+    """Do what a reader does with a block.
+
+    Args:
+        block: Python is executed, commands are run one after another, a file is written.
+        folder: The working directory.
+        names: What the page's Python has defined so far; changed.
+    """
+    if block.language == "python":
+        code = _STEPS.sub("num_inference_steps=2", block.code)
+        exec(compile("\n" * (block.line - 1) + code, block.page, "exec"), names)  # noqa: S102
+    elif block.language == "bash":
+        for command in commands(block):
+            run_command(command, block.where)
+    elif "title" in block.options:
+        (folder / block.options["title"]).write_text(block.code, "utf-8")
+
+
+def commands(block: Block) -> list[str]:
+    """Lines of a shell block, continued ones as one, without comments."""
+    lines = block.code.replace("\\\n", " ").splitlines()
+    return [line for line in lines if shlex.split(line, comments=True)]
+
+
+def run_command(command: str, where: str) -> None:
+    """Run a line: our own commands and scripts in this process, as starting one takes seconds."""
+    words = shlex.split(command, comments=True)
+    if words[0] == "ipdiverse":
+        from ipdiverse.cli import main
+
+        assert main(words[1:]) == 0, f"{where}: {command}"
+    elif words[0] == "python":
+        with mock.patch.object(sys, "argv", words[1:]):
+            runpy.run_path(str(ROOT / words[1]), run_name="__main__")
+    else:
+        subprocess.run(["bash", "-ec", command], check=True, timeout=60)
+
+
+def check_unrun(block: Block) -> None:
+    """Read a block that is not run: does what it names exist?"""
+    if block.language == "python":
+        check_names(compile(block.code, block.where, "exec", ast.PyCF_ONLY_AST), block.where)
+        return
+    for command in commands(block):
+        check_command(command, block.where)
+
+
+def check_names(tree: ast.AST, where: str) -> None:
+    """Every name imported from ipdiverse exists, and every keyword that is given to one."""
+    known: dict[str, Any] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "ipdiverse":
+            module = importlib.import_module(str(node.module))
+            for alias in node.names:
+                assert hasattr(module, alias.name), f"{where}: {node.module} has no {alias.name}"
+                known[alias.asname or alias.name] = getattr(module, alias.name)
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == "ipdiverse":
+                    known[alias.asname or "ipdiverse"] = importlib.import_module(alias.name)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            _resolved(node, known, where)
+        elif isinstance(node, ast.Call):
+            _check_keywords(node, known, where)
+
+
+def _resolved(node: ast.expr, known: dict[str, Any], where: str) -> Any:
+    """What a dotted name means, as far as it begins with one that is ours; else None."""
+    if isinstance(node, ast.Name):
+        return known.get(node.id)
+    if not isinstance(node, ast.Attribute):
+        return None
+    owner = _resolved(node.value, known, where)
+    if owner is None:
+        return None
+    assert hasattr(owner, node.attr), f"{where}: {ast.unparse(node)} does not exist"
+    return getattr(owner, node.attr)
+
+
+def _check_keywords(call: ast.Call, known: dict[str, Any], where: str) -> None:
+    import inspect
+
+    called = _resolved(call.func, known, where)
+    if not callable(called):
+        return
+    taken = inspect.signature(called).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
+        return
+    for keyword in call.keywords:
+        assert keyword.arg in taken, f"{where}: {ast.unparse(call.func)} takes no {keyword.arg}"
+
+
+def check_command(command: str, where: str) -> None:
+    """A command of ours exists with every flag, as do a script and a target of `make`."""
+    words = shlex.split(command, comments=True)
+    if words[0] == "ipdiverse":
+        known = _flags_of(*words[1 : 3 if words[1] == "critters" else 2])
+        given = {word.partition("=")[0] for word in words if word.startswith("--")}
+        assert given <= known, f"{where}: {sorted(given - known)} unknown to {words[:2]}"
+    elif words[0] == "python" and words[1] != "-m":
+        script = (ROOT / words[1]).read_text("utf-8")
+        for flag in _FLAG.findall(command):
+            assert f'"{flag}"' in script, f"{where}: {words[1]} has no {flag}"
+    elif words[0] == "make":
+        makefile = (ROOT / "Makefile").read_text("utf-8")
+        for target in words[1:]:
+            assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"{where}: make {target}"
+    else:
+        assert words[0] in _OTHERS, f"{where}: nothing is known of {words[0]}"
+
+
+@cache
+def _flags_of(*command: str) -> frozenset[str]:
+    from ipdiverse.cli import main
+
+    printed = StringIO()
+    with redirect_stdout(printed), suppress(SystemExit):
+        main([*command, "--help"])
+    usage = " ".join(("usage: ipdiverse", *command, "["))
+    assert printed.getvalue().startswith(usage), f"there is no ipdiverse {' '.join(command)}"
+    return frozenset(_FLAG.findall(printed.getvalue()))

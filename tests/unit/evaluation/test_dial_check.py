@@ -1,0 +1,73 @@
+"""What a dial promises, on arms whose scores are made up."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ipdiverse.evaluation.dial_check import check_dials, dial_table, straightness
+from ipdiverse.evaluation.groups import Parts
+from ipdiverse.evaluation.running import Measured
+from ipdiverse.evaluation.study import Arm
+
+PAIRS = 30
+
+
+def parts(mean: float) -> Parts:
+    spread = np.random.default_rng(0).normal(0, 0.05, PAIRS)
+    return Parts(mean + spread - spread.mean(), np.ones(PAIRS))
+
+
+def arm(setting: float, entropy: float, retention: float, prompt: float, family: str) -> Measured:
+    scores = {
+        "entropy": parts(entropy),
+        "retention": parts(retention),
+        "prompt_accuracy": parts(prompt),
+    }
+    made = Arm(f"{family} {setting}", family, {"adapter": "plus", "diversity": setting})
+    return Measured(made, [scores], np.zeros((1, 2, 8, 8, 3), np.uint8))
+
+
+STRAIGHT = [(0.0, 0.2, 0.8, 0.9), (0.5, 0.4, 0.79, 0.92), (1.0, 0.6, 0.72, 0.91)]
+
+
+def test_a_straight_dial_says_what_it_kept_and_how_the_prompt_fared() -> None:
+    [check] = check_dials([arm(*point, "dial") for point in reversed(STRAIGHT)])
+    assert check.settings == (0.0, 0.5, 1.0)
+    assert check.variety == pytest.approx((0.2, 0.4, 0.6))
+    assert check.r_squared == pytest.approx(1)
+    assert check.r_squared_low == pytest.approx(1), "pairs move all settings together"
+    assert check.kept == pytest.approx(0.9)
+    assert check.accuracy_change is not None
+    assert check.accuracy_change == pytest.approx((0.01, 0.01, 0.01))
+    assert check.as_json()["kept"] == 0.9
+
+
+def test_a_dial_that_comes_on_late_is_not_straight() -> None:
+    late = [(0.0, 0.2, 0.8, 0.9), (0.25, 0.2, 0.8, 0.9), (0.5, 0.2, 0.8, 0.8), (1.0, 0.6, 0.8, 0.9)]
+    [check] = check_dials([arm(*point, "late") for point in late])
+    assert check.r_squared < 0.9
+    assert check.accuracy_change is not None
+    assert check.accuracy_change[0] == pytest.approx(-0.1)
+
+
+def test_only_whole_dials_are_checked() -> None:
+    without_zero = [arm(*point, "no zero") for point in STRAIGHT[1:]]
+    other = Measured(
+        Arm("λ", "dial", {"diversity": 0.0, "scale": 0.5}),
+        [{"entropy": parts(0.1)}],
+        np.zeros((1, 2, 8, 8, 3), np.uint8),
+    )
+    assert check_dials([*without_zero, other]) == []
+    assert dial_table([*without_zero, other]) == ""
+
+
+def test_the_page_shows_every_dial() -> None:
+    page = dial_table([arm(*point, "a & b") for point in STRAIGHT])
+    assert "a &amp; b" in page
+    assert "90.0%" in page
+    assert "0.5: 0.400" in page
+
+
+def test_what_does_not_move_is_not_straight() -> None:
+    assert straightness(np.array([0.0, 0.5, 1.0]), np.full(3, 0.4)) == 0

@@ -1,0 +1,128 @@
+"""Encoders through transformers: a CLIP and a DINOv2 with random weights, saved as on the hub."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    BitImageProcessorPil,
+    CLIPConfig,
+    CLIPModel,
+    Dinov2Config,
+    Dinov2Model,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from ipdiverse.critters.tokenizer import build_tokenizer
+from ipdiverse.errors import ModelError
+from ipdiverse.evaluation import features
+from ipdiverse.evaluation.features import feature_parts, open_encoder
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SIZE = {"height": 28, "width": 28}
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("clip")
+    tokenizer = build_tokenizer()
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    text = small | {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    vision = small | {"image_size": 28, "patch_size": 14}
+    CLIPModel(
+        CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)
+    ).save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=SIZE).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dino(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("dino")
+    config = Dinov2Config(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+    )
+    Dinov2Model(config).save_pretrained(folder)
+    BitImageProcessorPil(size={"shortest_edge": 28}, crop_size=SIZE).save_pretrained(folder)
+    return folder
+
+
+def picture(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (40, 40, 3), np.uint8))
+
+
+def test_a_clip_compares_with_images_and_texts(clip: Path) -> None:
+    encoder = open_encoder(str(clip))
+    assert encoder.reads_text
+    seen, said = encoder.images([picture(0), picture(1)]), encoder.texts(["a cat", "a red hat"])
+    assert seen.shape == said.shape == (2, 24)
+    assert np.linalg.norm(seen, axis=1) == pytest.approx([1, 1])
+    assert np.linalg.norm(said, axis=1) == pytest.approx([1, 1])
+    whole = CLIPModel.from_pretrained(clip)
+    tokens = build_tokenizer()(["a cat", "a red hat"], padding=True, return_tensors="pt")
+    pixels = encoder.processor([picture(0), picture(1)], return_tensors="pt").pixel_values
+    with torch.no_grad():
+        logits = whole(**tokens, pixel_values=pixels).logits_per_image
+    cosines = logits / whole.logit_scale.exp()
+    assert seen @ said.T == pytest.approx(cosines.detach().numpy(), abs=1e-5)
+
+
+def test_a_dino_compares_images_alone_by_its_class_token(dino: Path) -> None:
+    encoder = open_encoder(str(dino))
+    assert not encoder.reads_text
+    pixels = encoder.processor([picture(3)], return_tensors="pt").pixel_values
+    with torch.no_grad():
+        token = Dinov2Model.from_pretrained(dino)(pixel_values=pixels).last_hidden_state[0, 0]
+    expected = token / token.norm()
+    assert encoder.images([picture(3)])[0] == pytest.approx(expected.numpy(), abs=1e-5)
+
+
+def test_copies_and_clusters_have_the_scores_they_must(clip: Path, dino: Path) -> None:
+    reference = picture(0)
+    copies, two = [reference] * 4, [picture(1), picture(1), picture(2), picture(2)]
+    for folder, texts in ((clip, True), (dino, False)):
+        encoder = open_encoder(str(folder))
+        parts = feature_parts(encoder, [copies, two], [reference, reference], ["a cat", "a cat"])
+        assert len(parts) == 4 + texts
+        score = {name.split(" (")[0]: part.total for name, part in parts.items()}
+        assert score["vendi"][0] == pytest.approx(1, abs=1e-3)
+        assert 1 < score["vendi"][1] <= 2 + 1e-6, "two clusters are at most two"
+        assert score["distance"][0] == pytest.approx(0, abs=1e-5)
+        assert score["image"][0] == pytest.approx(1, abs=1e-5)
+        assert score["copies"][0] == 1
+
+
+def test_names_stand_for_hub_ids(dino: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(features.ENCODERS, "dino", str(dino))
+    assert open_encoder("dino").name == "dino"
+
+
+def test_pickled_weights_are_not_opened(dino: Path, tmp_path: Path) -> None:
+    for file in dino.iterdir():
+        if file.suffix == ".json":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    torch.save(Dinov2Model.from_pretrained(dino).state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="cannot be opened as an encoder"):
+        open_encoder(str(tmp_path))

@@ -1,0 +1,698 @@
+"""The ComfyUI nodes, against its interface in small: what diffusers' pipeline draws, they draw."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import functools
+import importlib
+import inspect
+import logging
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from diffusers import EulerDiscreteScheduler
+from tests import comfyui, models
+from tests.comfyui import COND, UNCOND
+
+from ipdiverse.adapter.attach import attach
+from ipdiverse.adapter.attention import decoupled_cross_attention
+from ipdiverse.adapter.checkpoint import save_adapter
+from ipdiverse.adapter.fusion import GatedFusion
+from ipdiverse.adapter.model import ImagePromptAdapter, attention_layers
+from ipdiverse.adapter.noise import NoiseConditioning
+from ipdiverse.adapter.reference import Reference
+from ipdiverse.adapter.scale import PRESETS, unet_layers
+from ipdiverse.errors import IpdiverseError, ModelError
+from ipdiverse.sampling.denoiser import steer
+from ipdiverse.sampling.dial import OFF, Dial, Levers
+from ipdiverse.seeding import derived_seed
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+PACK = comfyui.load_pack()
+NODES = PACK.NODE_CLASS_MAPPINGS
+INPUTS, PROMPTING, SITES = (
+    importlib.import_module(f"{PACK.__name__}.{name}") for name in ("inputs", "prompting", "sites")
+)
+PROMPT, NEGATIVE = "a red critter in the snow", "two blue critters"
+GUIDANCE = 4.0
+DEFAULTS: dict[str, Any] = {"scale": 0.8, "preset": "linear", "start_at": 0.0, "end_at": 1.0}
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(autouse=True)
+def comfy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    comfyui.install(monkeypatch, tmp_path / "models")
+
+
+@functools.cache
+def pipeline(architecture: str) -> Any:
+    pipe = models.pipeline(architecture)
+    whole = {"timestep_spacing": "leading"}  # ComfyUI knows no timesteps between the trained ones
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, **whole)
+    return pipe
+
+
+def model_of(architecture: str) -> comfyui.ModelPatcher:
+    pipe = pipeline(architecture)
+    return comfyui.ModelPatcher(comfyui.BaseModel(pipe.unet, pipe.scheduler))
+
+
+def adapter_of(architecture: str, kind: str = "base", fused: bool = False) -> ImagePromptAdapter:
+    made = models.adapter(kind, pipeline(architecture).unet)
+    if fused:
+        tokens = made.image_proj.num_tokens
+        assert tokens is not None
+        torch.manual_seed(8)
+        made.fusion = GatedFusion(made.token_width, tokens, heads=2)
+        torch.nn.init.ones_(made.fusion.gate)
+    return made
+
+
+def clip_vision() -> comfyui.ClipVision:
+    return comfyui.ClipVision(pipeline("sd1").image_encoder)
+
+
+def image(seed: int = 1, count: int = 1) -> Tensor:
+    drawn = torch.rand(count, 4, 4, 3, generator=torch.Generator().manual_seed(seed))
+    return drawn.repeat_interleave(16, 1).repeat_interleave(16, 2)
+
+
+def applied(model: Any, adapter: ImagePromptAdapter, **changes: Any) -> Any:
+    """Through the node, as ComfyUI runs it."""
+    given = {"clip_vision": clip_vision(), "image": image(), **DEFAULTS, **changes}
+    with torch.inference_mode():
+        (patched,) = NODES["IpdiverseApplyAdapter"]().apply(model, adapter, **given)
+    return patched
+
+
+def turned(adapter: ImagePromptAdapter, diversity: float, **more: Any) -> Any:
+    return NODES["IpdiverseDiversity"]().turn(adapter, diversity, **{"seed": 5, **more})[0]
+
+
+@functools.cache
+def conds(architecture: str) -> tuple[comfyui.Cond, comfyui.Cond]:
+    pipe = pipeline(architecture)
+    with torch.no_grad():
+        if architecture != "sdxl":
+            text, negative = pipe.encode_prompt(PROMPT, "cpu", 1, True, NEGATIVE)
+            return (text, None), (negative, None)
+        text, negative, pooled, no_pooled = pipe.encode_prompt(
+            PROMPT, None, "cpu", 1, True, NEGATIVE
+        )
+    ids = torch.tensor([[64.0, 64, 0, 0, 64, 64]])
+    return (
+        (text, {"text_embeds": pooled, "time_ids": ids}),
+        (negative, {"text_embeds": no_pooled, "time_ids": ids}),
+    )
+
+
+def noise(items: int = 2) -> Tensor:
+    return torch.randn(items, 4, 16, 16, generator=torch.Generator().manual_seed(3))
+
+
+def sampled(patcher: Any, architecture: str = "sd1", steps: int = 3, **options: Any) -> Tensor:
+    scheduler = copy.deepcopy(pipeline(architecture).scheduler)
+    scheduler.set_timesteps(steps)
+    start = noise() * scheduler.init_noise_sigma
+    with torch.inference_mode():
+        return comfyui.sample(
+            patcher, *conds(architecture), GUIDANCE, start, scheduler.sigmas, **options
+        )
+
+
+def in_diffusers(
+    adapter: ImagePromptAdapter,
+    architecture: str = "sd1",
+    steps: int = 3,
+    levers: Levers = OFF,
+    scale: Any = 0.8,
+    given: Tensor | None = None,
+    **setting: Any,
+) -> Tensor:
+    """The same with ipdiverse on a stock pipeline; images are given as what CLIP vision reads."""
+    pipe = pipeline(architecture)
+    name = "image_embeds" if adapter.reads == ("pooled",) else "penultimate_hidden_states"
+    with torch.no_grad():
+        embeds = clip_vision().encode_image(image() if given is None else given)[name]
+    with attach(pipe, copy.deepcopy(adapter)) as prompt:
+        prompt.set_reference(Reference(embeds=[embeds]))
+        prompt.set_scale(scale, **setting)
+        steer(prompt, levers, [derived_seed(5, i, "levers") for i in range(2)])
+        sizes = {"height": 64, "width": 64} if architecture == "sdxl" else {}
+        return pipe(
+            PROMPT,
+            negative_prompt=NEGATIVE,
+            num_inference_steps=steps,
+            guidance_scale=GUIDANCE,
+            num_images_per_prompt=2,
+            latents=noise(),
+            output_type="latent",
+            **sizes,
+        ).images
+
+
+def assert_close(found: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:
+    assert (found - expected).abs().max() <= tolerance * max(1.0, float(expected.abs().max()))
+
+
+def assert_differ(one: Tensor, other: Tensor) -> None:
+    assert (one - other).abs().max() > 1e-2
+
+
+# --- ComfyUI's node interface ----------------------------------------------------------------
+
+
+def test_the_pack_offers_what_comfyui_looks_for() -> None:
+    assert NODES.keys() == PACK.NODE_DISPLAY_NAME_MAPPINGS.keys()
+    assert sorted(PACK.NODE_DISPLAY_NAME_MAPPINGS.values()) == [
+        "Apply ipdiverse adapter",
+        "Load ipdiverse adapter",
+        "ipdiverse Diversity",
+    ]
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_a_node_is_one(name: str, tmp_path: Path) -> None:
+    (tmp_path / "models/ipadapter").mkdir(parents=True)
+    node = NODES[name]
+    inputs = node.INPUT_TYPES()
+    assert "required" in inputs
+    assert inputs.keys() <= {"required", "optional", "hidden"}
+    named = {key: entry for part in inputs.values() for key, entry in part.items()}
+    for entry in named.values():
+        assert isinstance(entry, tuple)
+        assert isinstance(entry[0], (str, list)), "a type, or the choices"
+        assert len(entry) == 1 or isinstance(entry[1], dict)
+    assert isinstance(node.CATEGORY, str)
+    assert all(isinstance(kind, str) for kind in node.RETURN_TYPES)
+    assert len(getattr(node, "RETURN_NAMES", node.RETURN_TYPES)) == len(node.RETURN_TYPES)
+    takes = inspect.signature(getattr(node, node.FUNCTION)).parameters
+    assert list(takes)[1:] == list(named), "ComfyUI calls with these names"
+    defaults = {key for key, one in takes.items() if one.default is not inspect.Parameter.empty}
+    assert defaults == set(inputs.get("optional", {})), "only optional inputs may be absent"
+
+
+def test_what_one_node_gives_the_next_takes(tmp_path: Path) -> None:
+    (tmp_path / "models/ipadapter").mkdir(parents=True)
+    load, apply, turn = (
+        NODES[f"Ipdiverse{name}"] for name in ("LoadAdapter", "ApplyAdapter", "Diversity")
+    )
+    adapter, diversity = load.RETURN_TYPES[0], turn.RETURN_TYPES[0]
+    assert apply.INPUT_TYPES()["required"]["adapter"][0] == adapter
+    assert turn.INPUT_TYPES()["required"]["adapter"][0] == adapter
+    assert apply.INPUT_TYPES()["optional"]["diversity"][0] == diversity
+    presets = apply.INPUT_TYPES()["required"]["preset"][0]
+    named = {"style", "layout", "instantstyle"}
+    assert presets == [one for one in PRESETS if not one.endswith(" precise") and one not in named]
+
+
+def test_modules_import_only_what_comfyui_has() -> None:
+    allowed = {*sys.stdlib_module_names, "torch", "numpy"}
+    files = sorted(comfyui.FOLDER.glob("*.py"))
+    assert len(files) >= 4
+    for file in files:
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.Import):
+                assert {name.name.partition(".")[0] for name in node.names} <= allowed, file
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level or (node.module or "").partition(".")[0] in allowed, file
+
+
+def test_it_imports_where_nothing_else_is_installed_and_says_what_is_missing() -> None:
+    code = f"""
+import importlib.util, sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        top = name.partition(".")[0]
+        if top in ("ipdiverse", "diffusers", "transformers", "safetensors", "jaxtyping", "PIL"):
+            raise ModuleNotFoundError(f"No module named {{top!r}}", name=top)
+sys.meta_path.insert(0, Blocked())
+spec = importlib.util.spec_from_file_location("pack", {str(comfyui.FOLDER / "__init__.py")!r})
+pack = importlib.util.module_from_spec(spec)
+sys.modules["pack"] = pack
+spec.loader.exec_module(pack)
+import pack.inputs, pack.nodes, pack.prompting, pack.sites
+for name in ("ApplyAdapter", "Diversity"):
+    pack.NODE_CLASS_MAPPINGS["Ipdiverse" + name].INPUT_TYPES()
+try:
+    pack.NODE_CLASS_MAPPINGS["IpdiverseDiversity"]().turn(None, 0.5, 0)
+except RuntimeError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    assert done.stdout == (
+        "ipdiverse is not installed in ComfyUI's Python: install it there with pip.\n"
+    )
+
+
+def test_running_needs_no_diffusers() -> None:
+    code = """
+import sys
+import ipdiverse.adapter.attention, ipdiverse.adapter.checkpoint, ipdiverse.adapter.scale
+import ipdiverse.sampling.dial, ipdiverse.sampling.guidance, ipdiverse.sampling.levers
+import ipdiverse.sampling.references
+print(sorted({"diffusers", "transformers", "accelerate"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_load_opens_a_file_of_the_folder_and_sees_when_it_changes(tmp_path: Path) -> None:
+    import os
+
+    folder = tmp_path / "models/ipadapter"
+    folder.mkdir(parents=True)
+    made = adapter_of("sd1", fused=True)
+    save_adapter(made, folder / "mine.safetensors", {"steps": 3}, torch.float32)
+    node = NODES["IpdiverseLoadAdapter"]
+    assert node.INPUT_TYPES()["required"]["adapter_name"][0] == ["mine.safetensors"]
+    with torch.inference_mode():
+        (opened,) = node().load("mine.safetensors")
+    assert opened.spec["steps"] == 3
+    assert torch.equal(
+        sampled(applied(model_of("sd1"), opened)), sampled(applied(model_of("sd1"), made))
+    )
+    before = node.IS_CHANGED("mine.safetensors")
+    os.utime(folder / "mine.safetensors", (1, 1))
+    assert node.IS_CHANGED("mine.safetensors") == 1 != before
+
+
+# --- layers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", models.ARCHITECTURES)
+def test_layers_are_those_of_diffusers_in_its_order(architecture: str) -> None:
+    """Where each stands, and whose weights it has: names of blocks are told by ComfyUI's UNet."""
+    unet = pipeline(architecture).unet
+    model = model_of(architecture)
+    sites = SITES.sites_of(model)
+    assert [site.layer for site in sites] == unet_layers(unet)
+    names = attention_layers(unet)
+    parts = model.model.diffusion_model
+    for site in sites:
+        name, number = site.block
+        block = parts.middle_block if name == "middle" else getattr(parts, f"{name}_blocks")[number]
+        (transformer,) = [m for m in block if hasattr(m, "transformer_blocks")]
+        mine = transformer.transformer_blocks[site.index].attn2
+        theirs = unet.get_submodule(names[site.layer.number])
+        assert mine.to_k is theirs.to_k
+        assert site.widths == (theirs.to_k.in_features, theirs.to_q.out_features)
+
+
+def test_blocks_have_comfyuis_well_known_names() -> None:
+    """The tables that every ComfyUI user of SD 1.x and SDXL knows."""
+    sd1 = [site.block for site in SITES.sites_of(model_of("sd1"))]
+    assert sd1 == [
+        *(("input", number) for number in (1, 2, 4, 5, 7, 8)),
+        ("middle", 0),
+        *(("output", number) for number in range(3, 12)),
+    ]
+    sdxl = [(site.block, site.index) for site in SITES.sites_of(model_of("sdxl"))]
+    assert sdxl == [
+        *((("input", number), i) for number in (4, 5) for i in range(2)),
+        *((("input", number), i) for number in (7, 8) for i in range(10)),
+        *((("middle", 0), i) for i in range(10)),
+        *((("output", number), i) for number in (0, 1, 2) for i in range(10)),
+        *((("output", number), i) for number in (3, 4, 5) for i in range(2)),
+    ]
+    assert len(sdxl) == 70
+
+
+@pytest.mark.parametrize("architecture", ["sd1", "sdxl"])
+def test_every_layer_computes_our_decoupled_attention(architecture: str) -> None:
+    """Each patch alone, on query, key and value of its layer, against the pure function."""
+    adapter = adapter_of(architecture)
+    patched = applied(model_of(architecture), adapter, scale=0.7)
+    sites = SITES.sites_of(patched)
+    replaced = patched.model_options["transformer_options"]["patches_replace"]["attn2"]
+    assert set(replaced) == {(*site.block, site.index) for site in sites}
+    with torch.no_grad():
+        positive = adapter.tokens(clip_vision().encode_image(image()).image_embeds)
+        negative = adapter.tokens(torch.zeros(1, models.CLIP_DIM))
+    tokens = torch.cat([negative, negative, positive, positive])
+    generator = torch.Generator().manual_seed(0)
+    for site in sites:
+        width, heads = site.widths[1], 2
+        query, key, value = (
+            torch.randn(4, count, width, generator=generator) for count in (9, 5, 5)
+        )
+        options = {
+            "cond_or_uncond": [UNCOND, COND],
+            "n_heads": heads,
+            "dim_head": width // heads,
+            "ipdiverse_text": torch.zeros(4, 5, site.widths[0]),
+            "sigmas": torch.ones(1),
+        }
+        weights = adapter.layers()[site.layer.number]
+        with torch.no_grad():
+            found = replaced[*site.block, site.index](query, key, value, options)
+            split = [
+                states.unflatten(-1, (heads, -1)).transpose(1, 2)
+                for states in (query, key, value, weights.to_k_ip(tokens), weights.to_v_ip(tokens))
+            ]
+            expected = decoupled_cross_attention(*split, 0.7).transpose(1, 2).flatten(2)
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+
+
+# --- whole images ----------------------------------------------------------------------------
+
+
+def test_the_fake_is_diffusers_unet_in_another_order() -> None:
+    """Without a prompt both sample the same: what follows compares prompts alone."""
+    for architecture in models.ARCHITECTURES:
+        adapter = adapter_of(architecture)
+        expected = in_diffusers(adapter, architecture, scale=0.0)
+        assert_close(sampled(model_of(architecture), architecture), expected, 1e-5)
+
+
+@pytest.mark.parametrize("architecture", models.ARCHITECTURES)
+@pytest.mark.parametrize("kind", ["base", "plus", "full-face"])
+def test_images_are_those_of_the_pipeline(architecture: str, kind: str) -> None:
+    adapter = adapter_of(architecture, kind)
+    found = sampled(applied(model_of(architecture), adapter), architecture)
+    assert_close(found, in_diffusers(adapter, architecture))
+    assert_differ(found, sampled(model_of(architecture), architecture))
+
+
+@pytest.mark.parametrize("architecture", ["sd1", "sdxl"])
+def test_a_fusion_reads_each_rows_own_text_without_padding(architecture: str) -> None:
+    adapter = adapter_of(architecture, "plus", fused=True)
+    clip = comfyui.Clip(pipeline(architecture).tokenizer)
+    words = {"clip": clip, "text": PROMPT, "negative_text": NEGATIVE}
+    found = sampled(applied(model_of(architecture), adapter, **words), architecture)
+    assert_close(found, in_diffusers(adapter, architecture))
+    without = sampled(applied(model_of(architecture), adapter), architecture)
+    assert (found - without).abs().max() > 1e-3, "padding matters"
+
+
+@pytest.mark.parametrize("preset", [one for one in PRESETS if not one.endswith("precise")])
+def test_presets_are_ours(preset: str) -> None:
+    adapter = adapter_of("sd1")
+    found = sampled(applied(model_of("sd1"), adapter, preset=preset), steps=2)
+    assert_close(found, in_diffusers(adapter, steps=2, scale=preset, weight=0.8))
+
+
+def test_it_acts_in_its_share_of_the_steps() -> None:
+    adapter = adapter_of("sd1")
+    found = sampled(applied(model_of("sd1"), adapter, start_at=0.25, end_at=0.75), steps=4)
+    assert_close(found, in_diffusers(adapter, steps=4, start=0.25, end=0.75))
+    assert_differ(found, sampled(applied(model_of("sd1"), adapter), steps=4))
+
+
+def test_several_images_are_one_reference_together() -> None:
+    adapter, both = adapter_of("sd1", "plus", fused=True), image(2, count=2)
+    clip = comfyui.Clip(pipeline("sd1").tokenizer)
+    words = {"clip": clip, "text": PROMPT, "negative_text": NEGATIVE}
+    found = sampled(applied(model_of("sd1"), adapter, image=both, **words))
+    assert_close(found, in_diffusers(adapter, given=both))
+
+
+def test_a_negative_image_is_what_the_unconditional_rows_get() -> None:
+    adapter = adapter_of("sd1", "plus")
+    plain = sampled(applied(model_of("sd1"), adapter))
+    same = sampled(applied(model_of("sd1"), adapter, negative_image=image()))
+    other = sampled(applied(model_of("sd1"), adapter, negative_image=image(7)))
+    assert_differ(plain, other)
+    assert_differ(same, other)
+
+
+# --- rows ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_rows_get_their_own_tokens_however_they_are_batched(fused: bool) -> None:
+    """In one call, unconditional first, or one by one where memory is short."""
+    patched = applied(model_of("sd1"), adapter_of("sd1", fused=fused))
+    assert_close(sampled(patched, together=False), sampled(patched, together=True), 1e-5)
+
+
+def test_conditional_and_unconditional_rows_differ_in_tokens() -> None:
+    patched = applied(model_of("sd1"), adapter_of("sd1"))
+    positive, _ = conds("sd1")
+    sigma, sigmas = torch.ones(1), torch.tensor([1.0, 0.0])
+    with torch.inference_mode():
+        cond, uncond = comfyui.predict(patched, [positive, positive], noise(), sigma, sigmas)
+        free, _ = comfyui.predict(model_of("sd1"), [positive, positive], noise(), sigma, sigmas)
+    assert_differ(cond, uncond)
+    assert_differ(cond, free)
+
+
+def test_guidance_with_more_branches_is_refused() -> None:
+    patched = applied(model_of("sd1"), adapter_of("sd1"))
+    positive, negative = conds("sd1")
+    with pytest.raises(IpdiverseError, match="guidance: has more than two branches"):
+        comfyui.predict(
+            patched, [positive, negative, negative], noise(), torch.ones(1), torch.ones(2)
+        )
+
+
+# --- scale 0, other patches ------------------------------------------------------------------
+
+
+def test_scale_0_is_the_model_itself() -> None:
+    patched = applied(model_of("sd1"), adapter_of("sd1"), scale=0.0)
+    assert patched.model_options == {"transformer_options": {}}
+    assert torch.equal(sampled(patched), sampled(model_of("sd1")))
+
+
+def test_layers_whose_scale_is_0_are_left_alone() -> None:
+    patched = applied(model_of("sdxl"), adapter_of("sdxl"), preset="style transfer")
+    replaced = patched.model_options["transformer_options"]["patches_replace"]["attn2"]
+    assert {key[:2] for key in replaced} == {("output", 1)}, "InstantStyle's block"
+
+
+def test_outside_its_steps_it_changes_nothing_to_the_bit() -> None:
+    patched = applied(model_of("sd1"), adapter_of("sd1"), start_at=1.0)
+    assert torch.equal(sampled(patched), sampled(model_of("sd1")))
+
+
+def test_the_model_that_came_in_is_not_changed() -> None:
+    model = model_of("sd1")
+    before = sampled(model)
+    applied(model, adapter_of("sd1"))
+    assert model.model_options == {"transformer_options": {}}
+    assert torch.equal(sampled(model), before)
+
+
+def test_the_adapter_that_came_in_is_not_changed() -> None:
+    adapter = adapter_of("sd1", fused=True)
+    before = {name: tensor.clone() for name, tensor in adapter.state_dict().items()}
+    patched = applied(model_of("sd1"), adapter)
+    layer = SITES.sites_of(patched)[0]
+    patch = patched.model_options["transformer_options"]["patches_replace"]["attn2"]
+    rows = torch.zeros(2, 3, layer.widths[1], dtype=torch.bfloat16)
+    options = {
+        "cond_or_uncond": [UNCOND, COND],
+        "n_heads": 2,
+        "ipdiverse_text": torch.zeros(2, 5, layer.widths[0], dtype=torch.bfloat16),
+        "sigmas": torch.ones(1),
+    }
+    with torch.no_grad():
+        found = patch[*layer.block, layer.index](rows, rows, rows, options)
+    assert found.dtype == torch.bfloat16, "it computes as the model does"
+    after = adapter.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_two_adapters_add_up() -> None:
+    one, two = adapter_of("sd1"), models.adapter("plus", pipeline("sd1").unet, seed=11)
+    both = sampled(applied(applied(model_of("sd1"), one), two, image=image(4)))
+    pipe = pipeline("sd1")
+    with torch.no_grad():
+        pooled = clip_vision().encode_image(image()).image_embeds
+        states = clip_vision().encode_image(image(4)).penultimate_hidden_states
+    with attach(pipe, one, two) as prompt:
+        prompt.set_reference(Reference(embeds=[pooled]), adapter=0)
+        prompt.set_reference(Reference(embeds=[states]), adapter=1)
+        prompt.set_scale(0.8)
+        expected = pipe(
+            PROMPT,
+            negative_prompt=NEGATIVE,
+            num_inference_steps=3,
+            guidance_scale=GUIDANCE,
+            num_images_per_prompt=2,
+            latents=noise(),
+            output_type="latent",
+        ).images
+    assert_close(both, expected)
+
+
+def test_a_patch_of_others_is_called_inside() -> None:
+    model = model_of("sd1")
+    called = []
+
+    def theirs(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+        called.append(options["block"])
+        return comfyui.optimized_attention(q, k, v, options["n_heads"])
+
+    model.set_model_attn2_replace(theirs, "middle", 0)
+    found = sampled(applied(model, adapter_of("sd1")), steps=1)
+    assert called == [("middle", 0)]
+    assert torch.equal(found, sampled(applied(model_of("sd1"), adapter_of("sd1")), steps=1))
+
+
+def test_an_attention_that_was_chosen_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[dict[str, Any]] = []
+
+    def attention(*args: Any, **options: Any) -> Tensor:
+        given.append(options)
+        return comfyui.optimized_attention(*args)
+
+    monkeypatch.setattr(
+        sys.modules["comfy.ldm.modules.attention"], "optimized_attention", attention
+    )
+    patched = applied(model_of("sd1"), adapter_of("sd1"))
+    sampled(patched, steps=1)
+    assert all("transformer_options" not in options for options in given)
+    patched.model_options["transformer_options"]["optimized_attention_override"] = print
+    sampled(patched, steps=1)
+    assert given[-1]["transformer_options"]["optimized_attention_override"] is print
+
+
+# --- the dial --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_diversity_0_is_stock_ip_adapter(fused: bool) -> None:
+    adapter = adapter_of("sd1", fused=fused)
+    found = sampled(applied(model_of("sd1"), adapter, diversity=turned(adapter, 0.0)))
+    adapter.fusion = None
+    assert torch.equal(found, sampled(applied(model_of("sd1"), adapter)))
+
+
+@pytest.mark.parametrize(
+    "levers",
+    [
+        Levers(cads=0.4),
+        Levers(drop=0.5),
+        Levers(late_layout=0.5),
+        Levers(fusion_strength=0.5),
+        Levers(interval=(0.0, 4.0)),
+        Levers(noise_level=300),
+        Levers(repulsion=0.3),
+        Levers(particle=0.2),
+        Levers(sparke=0.2),
+        Levers(interval=(0.2, 6.0), cads=0.3, drop=0.25, late_layout=0.25, fusion_strength=1.5),
+    ],
+    ids=lambda levers: ", ".join(k for k, v in vars(levers).items() if v != getattr(OFF, k)),
+)
+def test_levers_do_what_they_do_in_a_pipeline(levers: Levers) -> None:
+    """The same seeds, so the same images, lever by lever."""
+    adapter = adapter_of("sd1", "plus", fused=True)
+    torch.manual_seed(9)
+    adapter.noise = NoiseConditioning(models.CLIP_WIDTH)
+    torch.nn.init.normal_(adapter.noise.level[2].weight, std=0.1)
+    clip = comfyui.Clip(pipeline("sd1").tokenizer)
+    setting = PROMPTING.Setting(levers, 5)
+    words = {"clip": clip, "text": PROMPT, "negative_text": NEGATIVE}
+    found = sampled(applied(model_of("sd1"), adapter, diversity=setting, **words), steps=4)
+    assert_close(found, in_diffusers(adapter, steps=4, levers=levers), 3e-4)
+    without = sampled(applied(model_of("sd1"), adapter, **words), steps=4)
+    assert (found - without).abs().max() > 1e-3, "it acts"
+
+
+def test_the_default_path_acts_and_repeats() -> None:
+    adapter = adapter_of("sd1")
+    drawn = [
+        sampled(applied(model_of("sd1"), adapter, diversity=turned(adapter, setting, seed=seed)))
+        for setting, seed in ((0.5, 1), (0.5, 1), (0.5, 2), (1.0, 1))
+    ]
+    assert torch.equal(drawn[0], drawn[1])
+    assert (drawn[0] - drawn[2]).abs().max() > 1e-3
+    assert (drawn[0] - drawn[3]).abs().max() > 1e-3
+
+
+def test_an_adapters_own_path_is_taken(caplog: pytest.LogCaptureFixture) -> None:
+    adapter = adapter_of("sd1")
+    last = Levers(cads=0.8, remove_stated=1.0, image_guidance=2.0, shield=0.3)
+    adapter.spec["dial"] = Dial(((0.0, OFF), (1.0, last)), "by hand").as_spec()
+    with caplog.at_level(logging.WARNING):
+        setting = turned(adapter, 1.0, particle=0.2)
+    assert setting.levers == Levers(cads=0.8, particle=0.2)
+    for name in ("remove_stated", "image_guidance", "shield"):
+        assert name in caplog.text, "what is left out is said"
+    kept = turned(adapter, 1.0, reference_latent={"samples": torch.zeros(1, 4, 16, 16)})
+    assert kept.levers.shield == 0.3
+
+
+def test_the_shield_keeps_away_from_the_references_latents() -> None:
+    adapter = adapter_of("sd1")
+    plain = sampled(applied(model_of("sd1"), adapter))
+    latents = plain[:1] / comfyui.BaseModel.scale_factor
+    setting = PROMPTING.Setting(Levers(shield=0.5), 5, latents)
+    shielded = sampled(applied(model_of("sd1"), adapter, diversity=setting))
+    radius = 0.5 * plain[0].numel() ** 0.5
+    assert (shielded[0] - plain[0]).norm() > radius
+    wrong = PROMPTING.Setting(Levers(shield=0.5), 5, torch.zeros(1, 4, 8, 8))
+    with pytest.raises(IpdiverseError, match=r"reference_latent: differs .* Scale the reference"):
+        sampled(applied(model_of("sd1"), adapter, diversity=wrong))
+
+
+# --- what cannot be --------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_is_one_line() -> None:
+    sd1, faces = adapter_of("sd1"), models.adapter("faceid", pipeline("sd1").unet)
+    noisy = PROMPTING.Setting(Levers(noise_level=100))
+    cases: list[tuple[Any, ImagePromptAdapter, dict[str, Any], str]] = [
+        (
+            model_of("sdxl"),
+            sd1,
+            {},
+            r"layer 1 does not fit this model; expected \(tokens, hidden\)",
+        ),
+        (model_of("sd1"), faces, {}, "a faceid adapter: reads faces, which these nodes do not"),
+        (model_of("sd1"), sd1, {"diversity": noisy}, "is not noise-conditioned"),
+        (model_of("sd1"), sd1, {"start_at": 2.0}, "start: is out of range"),
+        (type("Flux", (), {"model": object()})(), sd1, {}, "model: has no UNet"),
+    ]
+    for model, adapter, changes, message in cases:
+        with pytest.raises(IpdiverseError, match=message) as said:
+            applied(model, adapter, **changes)
+        assert "\n" not in str(said.value)
+    wide = comfyui.ClipVision(pipeline("sd1").image_encoder)
+    wide.encode_image = lambda _: {"image_embeds": torch.zeros(1, 7)}  # type: ignore[assignment]
+    with pytest.raises(ModelError, match=r"does not fit this CLIP vision model; .* width 7"):
+        applied(model_of("sd1"), sd1, clip_vision=wide)
+
+
+def test_a_comfyui_that_does_not_tell_its_steps_is_named() -> None:
+    adapter = adapter_of("sd1")
+    patched = applied(model_of("sd1"), adapter, start_at=0.5)
+    layer = SITES.sites_of(patched)[0]
+    patch = patched.model_options["transformer_options"]["patches_replace"]["attn2"]
+    rows = torch.zeros(2, 3, layer.widths[1])
+    options = {"cond_or_uncond": [1, 0], "n_heads": 2, "sigmas": torch.ones(1)}
+    with pytest.raises(ModelError, match=r"ComfyUI: does not tell the sampler's steps\. Update"):
+        patch[*layer.block, layer.index](rows, rows, rows, options)
+
+
+# --- words -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("chunks", "expected"),
+    [
+        ({"l": [[8, 1, 2, 9, 9, 9]]}, "1111.."),  # padded with the mark of the end
+        ({"g": [[8, 1, 2, 9, 0, 0]]}, "1111.."),  # padded with 0
+        ({"g": [[8, 9, 0, 0, 0, 0]], "l": [[8, 9, 9, 9, 9, 9]]}, "11...."),
+        ({"l": [[8, 1, 2, 3, 4, 9]]}, "111111"),  # full
+        ({"h": [[8, 1, 2, 3, 4, 9]]}, "111111"),
+        ({"l": [[8, 1, 2, 3, 4, 9], [8, 1, 9, 9, 9, 9]]}, "111111111..."),
+    ],
+)
+def test_words_are_told_from_padding(chunks: dict[str, list[list[int]]], expected: str) -> None:
+    class Fixed:
+        def tokenize(self, text: str) -> Any:
+            return {k: [[(i, 1.0) for i in c] for c in part] for k, part in chunks.items()}
+
+    assert "".join(".1"[int(one)] for one in INPUTS.word_mask(Fixed(), "")) == expected

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ipdiverse.data.manifest import Record
+from ipdiverse.data.references import References
+from ipdiverse.training.config import TrainConfig
+from ipdiverse.training.samples import Samples
+
+
+class _OneImage:
+    """Data of one image, all of it zeros."""
+
+    records = (Record("a.png", "a cat", "cat", None, "0", 8, 8, "a.png"),)
+    no_text: dict[str, Any] = {"states": torch.zeros(2, 3)}  # noqa: RUF012
+    no_image: dict[str, Any] = {"pooled": torch.zeros(3)}  # noqa: RUF012
+
+    def text(self, index: int) -> dict[str, Any]:
+        return self.no_text
+
+    def target(self, index: int, variant: int) -> dict[str, Any]:
+        return {"mean": torch.zeros(1, 2, 2), "std": torch.zeros(1, 2, 2)}
+
+    def reference(self, file_name: str, change: int) -> dict[str, Any]:
+        return self.no_image
+
+
+def timesteps(kind: Any, count: int = 4000) -> np.ndarray:
+    data: Any = _OneImage()
+    config = TrainConfig(data="d", out="o", timesteps=kind, steps=count, batch=1)
+    samples = Samples(
+        data, [0], References(data.records, {"self": 1}), config, "pooled", (1.0, 0.0), 1000
+    )
+    return np.array([int(samples[number]["timestep"]) for number in range(count)])
+
+
+@pytest.mark.parametrize(
+    ("kind", "above"),
+    [("uniform", lambda t: 1 - t), ("cubic", lambda t: (1 - t) ** (1 / 3))],
+)
+def test_timesteps_have_the_distribution_that_is_asked_for(kind: str, above: Any) -> None:
+    drawn = timesteps(kind)
+    assert drawn.min() >= 0
+    assert drawn.max() <= 999
+    for share in (0.1, 0.5, 0.7, 0.9):
+        assert np.mean(drawn >= 1000 * share) == pytest.approx(above(share), abs=0.03)
+
+
+def test_a_timestep_belongs_to_its_sample() -> None:
+    assert np.array_equal(timesteps("cubic", 50), timesteps("cubic", 60)[:50])

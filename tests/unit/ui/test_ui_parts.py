@@ -1,0 +1,354 @@
+"""Words, recipes, choices and reports of the page, without a browser."""
+
+from __future__ import annotations
+
+import ast
+import io
+import shlex
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from ipdiverse.errors import ArgumentError, IpdiverseError
+from ipdiverse.sampling.request import Request
+from ipdiverse.ui import closeness, hints, recipes, reports, status
+from ipdiverse.ui.closeness import BANDS, CRITTER_BANDS, Closeness
+from ipdiverse.ui.installed import Installed, defaults_of, find_installed
+
+REQUEST = Request(
+    image=("cat.png",),
+    prompt=('it\'s "in" the $(snow)',),
+    n=2,
+    diversity=0.5,
+    scale=1.0,
+    steps=4,
+    guidance_scale=3.0,
+    adapter="plus",
+)
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ("cat.png", "cat.png"),
+        ("../../etc/passwd", "passwd.png"),
+        ("..\\..\\boot.ini", "boot.ini.png"),
+        ("-rf.png", "rf.png"),
+        (".hidden.jpg", "hidden.jpg"),
+        ("a b;$(id)`x`.JPG", "a_b_id_x_.JPG"),
+        ("x" * 500 + ".png", "x" * 80 + ".png"),
+        ("repeat.py", "repeat.py.png"),
+        ("", "reference.png"),
+        ("\x00\n/\u202e.png", "png.png"),
+    ],
+)
+def test_names_are_nothing_but_names(given: str, name: str) -> None:
+    assert recipes.safe_name(given) == name
+    assert Path(name).name == name
+    assert shlex.quote(name) == name
+
+
+def test_names_differ() -> None:
+    assert recipes.safe_name("cat.png", ["cat.png"]) == "cat-2.png"
+    assert recipes.safe_name("cat.png", ["cat.png", "cat-2.png"]) == "cat-3.png"
+
+
+def test_a_command_keeps_any_prompt_whole() -> None:
+    words = shlex.split(recipes.as_commands({"out": REQUEST}))
+    assert f"--prompt={REQUEST.prompt[0]}" in words
+    assert words[-1] == "--out=out"
+
+
+def called(program: str) -> list[tuple[list[Any], dict[str, Any], str]]:
+    """What a program asks of `generate`, and where it saves."""
+    found: list[Any] = []
+
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        return SimpleNamespace(save=lambda out: found.append((list(args), kwargs, out)))
+
+    fake = SimpleNamespace(generate=generate)
+    body = ast.parse(program).body
+    assert ast.unparse(body[0]) == "import ipdiverse"
+    exec(compile(ast.Module(body[1:], []), "recipe", "exec"), {"ipdiverse": fake})  # noqa: S102
+    return found
+
+
+def test_a_program_asks_for_the_same() -> None:
+    ((args, kwargs, out),) = called(recipes.as_python({"out": REQUEST}))
+    assert Request(image=args[0], prompt=args[1], **kwargs) == REQUEST
+    assert out == "out"
+
+
+def test_a_program_of_a_grid_asks_for_every_cell() -> None:
+    cells = {
+        f"out/{d:g}-{s:g}": replace(REQUEST, image=("a.png", "b.png"), diversity=d, scale=s)
+        for d in (0.0, 0.5)
+        for s in (0.5, 1.0)
+    }
+    found = called(recipes.as_python(cells))
+    assert {o: Request(image=tuple(a[0]), prompt=a[1], **k) for a, k, o in found} == cells
+
+
+def test_a_set_holds_what_its_recipes_need(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "0000.png").write_bytes(b"image")
+    (tmp_path / "kept").write_bytes(b"reference")
+    files = {"cat.png": tmp_path / "kept"}
+    data = recipes.packed(tmp_path, files, {"out": REQUEST}, "set")
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        assert archive.read("set/cat.png") == b"reference"
+        assert archive.read("set/out/0000.png") == b"image"
+        assert archive.read("set/command.sh").decode().startswith("ipdiverse generate")
+        assert b"ipdiverse.generate(" in archive.read("set/repeat.py")
+
+
+def seen(*near: float, prompt: tuple[float, ...] | None = None, alike: float = 0.2) -> Closeness:
+    return Closeness(near, prompt, alike if len(near) > 1 else None, CRITTER_BANDS)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (0.1, "unlike the reference"),
+        (0.25, "related to the reference"),
+        (0.66, "close to the reference"),
+        (0.85, "almost a copy of the reference"),
+    ],
+)
+def test_closeness_in_words(value: float, words: str) -> None:
+    assert closeness.reference_words(value, CRITTER_BANDS) == words
+
+
+def test_summaries_read_as_sentences() -> None:
+    told = seen(0.1, 0.2, 0.9, prompt=(1.0, 1.0, 1.0)).summary()
+    assert told == (
+        "2 are unlike the reference, 1 is almost a copy of the reference. "
+        "All 3 show the prompt. Among each other they are varied."
+    )
+    assert seen(0.3, prompt=(0.85,)).summary() == (
+        "It is related to the reference. It shows part of the prompt."
+    )
+    assert "much alike" in seen(0.9, 0.9, alike=0.9).summary()
+
+
+def test_bands_tell_rendered_critters_apart(references: list[Image.Image]) -> None:
+    from ipdiverse.bases import load_base
+    from ipdiverse.critters.make import example
+    from ipdiverse.critters.render import render
+
+    pipe = load_base().pipe
+    attachment: Any = SimpleNamespace(
+        pipe=pipe, image_encoder=pipe.image_encoder, image_processor=pipe.feature_extractor
+    )
+    made = example(200, 0, "train")
+    same = [Image.fromarray(render(made.scene, made.seed + i)) for i in (0, 1, 2)]
+    request = Request(image=("x",), prompt=(made.text,))
+    found = closeness.judged(attachment, same, same[:1], request)
+    assert found is not None
+    assert found.reference[0] == pytest.approx(1, abs=1e-4)
+    assert min(found.reference) > CRITTER_BANDS.close
+    assert found.narrow
+    assert found.prompt is not None
+    assert min(found.prompt) >= closeness.SHOWN
+    others = closeness.judged(attachment, references, same[:1], request)
+    assert others is not None
+    assert others.prompt is not None
+    assert max(others.reference) < CRITTER_BANDS.close
+    assert max(others.prompt) < closeness.SHOWN
+    assert not others.narrow
+    untold = closeness.judged(attachment, same, same[:1], replace(request, prompt=("",)))
+    assert untold is not None
+    assert untold.prompt is None
+
+
+def test_the_plot_says_in_words_what_it_shows() -> None:
+    svg = closeness.plot(seen(0.1, 0.9, prompt=(1.0, 0.2)))
+    assert 'role="img"' in svg
+    assert "image 2 almost a copy of the reference; hardly shows the prompt" in svg
+    assert svg.count("<circle") == 2
+    assert "shows the prompt →" not in closeness.plot(seen(0.1))
+
+
+NARROWEST = replace(REQUEST, diversity=0.0, guidance_scale=9.0, image=("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("request_", "calibrated", "words"),
+    [
+        (NARROWEST, True, "Diversity is 0"),
+        (NARROWEST, True, "The adapter scale is 1"),
+        (NARROWEST, True, "Guidance is 9, and this base's default is 3"),
+        (NARROWEST, True, "Several references"),
+        (NARROWEST, False, "was not calibrated"),
+        (replace(REQUEST, prompt=(" ",)), True, "There is no prompt"),
+        (replace(REQUEST, prompt=("word " * 12,)), True, "states much (12 words)"),
+    ],
+)
+def test_hints_come_from_what_was_used(request_: Request, calibrated: bool, words: str) -> None:
+    assert any(words in text for text in hints.why_alike(request_, calibrated, 3.0))
+
+
+def test_no_hint_is_made_up() -> None:
+    open_ = replace(REQUEST, diversity=0.6, scale=0.5)
+    (text,) = hints.why_alike(open_, True, 3.0)
+    assert "Nothing in the settings narrows it" in text
+
+
+def test_the_report_hints_only_where_images_are_alike() -> None:
+    sheet: Any = SimpleNamespace(
+        request=NARROWEST, calibrated=False, usual_guidance=3.0, closeness=seen(0.9, 0.9, alike=0.9)
+    )
+    assert "Why are these alike?" in status.report(sheet)
+    sheet.closeness = seen(0.3, 0.3)
+    assert "Why" not in status.report(sheet)
+    sheet.closeness = None
+    assert "nothing to compare" in status.report(sheet)
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(0.2, "1 s"), (59, "59 s"), (61, "1 min 01 s")])
+def test_durations(seconds: float, words: str) -> None:
+    assert status.duration(seconds) == words
+
+
+def test_errors_cannot_carry_markup() -> None:
+    assert "<script" not in status.problem("<script>alert(1)</script>")
+
+
+def test_critters_and_its_adapters_are_always_there(tmp_path: Path) -> None:
+    found = find_installed()
+    assert found.bases["critters"] == "critters"
+    assert list(found.adapters_of("critters")) == ["diverse", "plus", "base"]
+    mine = tmp_path / "mine.safetensors"
+    mine.write_bytes(b"")
+    more = find_installed([str(tmp_path)], [str(mine)])
+    label = f"{tmp_path.name}/mine.safetensors"
+    assert more.adapters_of("critters")[label] == str(mine)
+    assert more.adapters_of(str(tmp_path)) == {label: str(mine)}
+    assert str(tmp_path) in more.bases.values()
+
+
+def test_a_preset_is_offered_once_all_of_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ipdiverse.presets import PRESETS
+
+    assert "sd15" not in find_installed().bases
+    there = {"sd15-plus", "sd15-plus-face"}
+    lacks = {name: [] if name in there else [1] for name in PRESETS}
+    names = {tuple(one.all_files()): name for name, one in PRESETS.items()}
+    monkeypatch.setattr("ipdiverse.ui.installed.missing", lambda files: lacks[names[tuple(files)]])
+    found = find_installed()
+    assert list(found.bases) == ["critters", "sd15-plus"]
+    assert list(found.adapters_of("sd15-plus")) == ["sd15-plus", "sd15-plus-face"]
+
+
+def test_defaults_are_those_of_the_opened_base() -> None:
+    from ipdiverse.bases import load_base
+
+    base, told = load_base(), defaults_of("critters")
+    assert (told.steps, told.scale, told.guidance_scale) == (
+        base.steps,
+        base.scale,
+        base.guidance_scale,
+    )
+    assert defaults_of("sdxl").guidance_scale == 5.0
+
+
+def asked(**changes: Any) -> Request:
+    from ipdiverse.ui.inputs import Given
+    from ipdiverse.ui.inputs import asked as ask
+
+    values = {
+        "given": [Given("cat.png", "kept.png")],
+        "prompt": "p",
+        "negative": "",
+        "seed": 1,
+        "steps": 4,
+        "guidance": 3.0,
+        "base": "critters",
+        "adapter": "plus",
+        "combine": "concat",
+        "diversity": 0.5,
+        "n": 2.0,
+        "scale": 1.0,
+    }
+    return ask(Installed({"critters": "critters"}), **(values | changes))
+
+
+def test_what_was_set_becomes_a_request() -> None:
+    request = asked()
+    assert (request.image, request.n, request.seed) == (("kept.png",), 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"given": []}, "reference: is missing"),
+        ({"n": 17}, "n: is out of range"),
+        ({"n": 1.5}, "n: is no whole number"),
+        ({"steps": 101}, "steps: is out of range"),
+        ({"seed": -1}, "seed: is out of range"),
+        ({"seed": None}, "seed: is no whole number"),
+        ({"seed": float("inf")}, "seed: is no whole number"),
+        ({"diversity": 2}, "diversity: is out of range"),
+        ({"guidance": "x"}, "guidance_scale: is out of range"),
+        ({"prompt": "x" * 2001}, "length of the prompt: is out of range"),
+        ({"base": "/etc"}, "base: is not installed"),
+        ({"adapter": "../x.safetensors"}, "adapter: is not installed"),
+    ],
+)
+def test_programs_cannot_ask_for_more_than_the_page_offers(
+    changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(IpdiverseError, match=message):
+        asked(**changes)
+
+
+def test_a_grid_needs_something_to_draw() -> None:
+    from ipdiverse.ui import grid
+
+    with pytest.raises(ArgumentError, match="scale: nothing is chosen"):
+        grid._numbers("scale", ["7"], grid.SCALES)
+    assert grid._numbers("scale", ["1", "0.5"], grid.SCALES) == [0.5, 1.0]
+
+
+PAGE = "<!doctype html><h1>Variety against fidelity</h1><script>parent.hit = 1</script>"
+
+
+def test_reports_are_found_and_nothing_else(tmp_path: Path) -> None:
+    inside = tmp_path / "out" / "study"
+    inside.mkdir(parents=True)
+    (inside / "report.html").write_text(PAGE)
+    (tmp_path / "out" / "other").mkdir()
+    (tmp_path / "out" / "other" / "report.html").write_text("<p>something else")
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "report.html").write_text(PAGE)
+    (tmp_path / "out" / "link").mkdir()
+    (tmp_path / "out" / "link" / "report.html").symlink_to(tmp_path / "outside" / "report.html")
+    found = reports.find_reports([tmp_path / "out", tmp_path / "missing"])
+    assert list(found.values()) == [inside / "report.html"]
+
+
+def test_a_written_report_is_recognised() -> None:
+    from inspect import getsource
+
+    from ipdiverse.evaluation import report
+
+    head = report._PAGE[: reports._HEAD_BYTES]
+    assert "<h1>{title}</h1>" in head
+    title = reports._MARK.removeprefix("<h1>").removesuffix("</h1>")
+    assert f'title="{title}"' in getsource(report)
+
+
+def test_a_frame_can_do_nothing() -> None:
+    frame = reports.framed('a"b', PAGE)
+    assert 'sandbox=""' in frame
+    assert "<script" not in frame, "escaped into the attribute"
+    assert 'title="report a&quot;b"' in frame
+
+
+def test_other_bases_have_their_own_bands() -> None:
+    assert closeness.reference_words(0.7, BANDS) == "related to the reference"

@@ -1,0 +1,151 @@
+"""Who may ask the page for what."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ipdiverse.cli import main
+from ipdiverse.errors import ArgumentError
+from ipdiverse.ui.safety import (
+    LOGINS_A_MINUTE,
+    MAX_BODY,
+    MAX_UPLOAD,
+    OwnPageOnly,
+    check_binding,
+    is_loopback,
+    private_folder,
+)
+
+
+def asked(path: str, method: str = "GET", loopback: bool = True, **headers: str) -> Any:
+    """Status of a refusal; None if it is let through."""
+    given = {"host": "127.0.0.1:7860"} | {k.replace("_", "-"): v for k, v in headers.items()}
+    raw = [(name.encode(), value.encode()) for name, value in given.items()]
+    scope = {"type": "http", "path": path, "method": method, "headers": raw}
+    refusal = OwnPageOnly(None, loopback).refusal(scope)
+    return refusal and refusal[0]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1:7860", "localhost", "[::1]:80", "127.9.9.9"])
+def test_names_of_this_machine_are_answered(host: str) -> None:
+    assert asked("/", host=host) is None
+
+
+@pytest.mark.parametrize("host", ["evil.example:7860", "127.0.0.1.evil.example", "", "10.0.0.1"])
+def test_other_names_are_not_so_that_rebinding_gains_nothing(host: str) -> None:
+    assert asked("/", host=host) == 421
+    assert asked("/", host=host, loopback=False) is None, "there a password is asked for"
+
+
+@pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1:7861"])
+def test_other_sites_may_not_use_the_page(origin: str) -> None:
+    for loopback in (True, False):
+        assert asked("/gradio_api/queue/join", "POST", loopback, origin=origin) == 403
+    same = {"origin": "http://127.0.0.1:7860", "content_length": "10"}
+    assert asked("/gradio_api/queue/join", "POST", **same) is None
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/docs", "/openapi.json", "/gradio_api/info", "/gradio_api/openapi.json", "/monitoring"),
+        *("/gradio_api/proxy=http://10.0.0.1/", "/gradio_api/file=http://10.0.0.1/x.png"),
+        *("/gradio_api/file=https:/evil", "/gradio_api/component_server", "/gradio_api/call/x"),
+        *("/gradio_api/vibe-edit/", "/gradio_api/process_recording", "/gradio_api/runs"),
+        *("/gradio_api/dev/reload", "/gradio_api/deep_link", "/custom_component/x"),
+    ],
+)
+def test_what_the_page_does_not_use_is_not_there(path: str) -> None:
+    assert asked(path) == 404
+    assert asked(path, "POST", content_length="1") == 404
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/config", "/assets/index.js", "/theme.css", "/gradio_api/file=/tmp/x/a.png"]
+)
+def test_what_it_uses_is(path: str) -> None:
+    assert asked(path) is None
+
+
+def test_requests_have_a_size() -> None:
+    join, upload = "/gradio_api/queue/join", "/gradio_api/upload"
+    assert asked(join, "POST") == 411
+    assert asked(join, "POST", content_length=str(MAX_BODY + 1)) == 413
+    assert asked(upload, "POST", content_length=str(MAX_BODY + 1)) is None
+    assert asked(upload, "POST", content_length=str(MAX_UPLOAD + 1)) == 413
+
+
+def test_passwords_cannot_be_tried_for_long() -> None:
+    layer = OwnPageOnly(None, loopback=False)
+    headers = [(b"host", b"x"), (b"content-length", b"30")]
+    scope = {"type": "http", "path": "/login", "method": "POST", "headers": headers}
+    told = [layer.refusal(scope) for _ in range(LOGINS_A_MINUTE + 1)]
+    assert told[:-1] == [None] * LOGINS_A_MINUTE
+    assert told[-1] == (429, "too many attempts; wait a minute")
+
+
+@pytest.mark.parametrize(("host", "here"), [("::1", True), ("10.0.0.1", False), ("x.y", False)])
+def test_loopback(host: str, here: bool) -> None:
+    assert is_loopback(host) is here
+
+
+def test_others_are_let_in_with_a_password_only() -> None:
+    check_binding("127.0.0.1", "")
+    check_binding("0.0.0.0", "long enough")  # noqa: S104 - nothing listens
+    with pytest.raises(ArgumentError, match="open to everyone"):
+        check_binding("0.0.0.0", "")  # noqa: S104
+    with pytest.raises(ArgumentError, match="password: is too short"):
+        check_binding("127.0.0.1", "short")
+
+
+def test_the_command_says_so_in_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("IPDIVERSE_UI_PASSWORD", raising=False)
+    assert main(["ui", "--host", "0.0.0.0"]) == 2  # noqa: S104
+    error = capsys.readouterr().err
+    assert "host 0.0.0.0: would be open to everyone who can reach this machine" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--port", "0"], "port: is out of range"),
+        (["--bases", "no/such"], "base no/such: is not there"),
+        (["--adapters", "no.safetensors"], "adapter no.safetensors: is not there"),
+        (["--waiting", "0"], "waiting: is out of range"),
+    ],
+)
+def test_bad_options_are_one_line(
+    flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["ui", *flags]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_without_gradio_the_command_says_what_to_install(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ipdiverse.commands.ui.find_spec", lambda name: None)
+    assert main(["ui"]) == 2
+    error = capsys.readouterr().err
+    assert error == (
+        "ipdiverse: ui: needs gradio, which is not installed. "
+        "Install it: pip install 'ipdiverse[ui]'.\n"
+    )
+
+
+def test_the_cache_is_private_and_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with private_folder() as folder:
+        assert folder.stat().st_mode & 0o077 == 0
+        (folder / "in").mkdir()
+        (folder / "in" / "x").write_bytes(b"x")
+    assert os.listdir(tmp_path) == []  # noqa: PTH208
