@@ -71,7 +71,7 @@ def vary_tab(studio: Studio, installed: Installed) -> None:
                 0.5,
                 step=0.05,
                 label="Diversity",
-                info="0 is a plain image prompt, which copies; 1 varies most.",
+                info="0 is the image prompt as it is; 1 varies most.",
                 buttons=[],
                 elem_id="vary-diversity",
             )
