@@ -354,6 +354,18 @@ def test_yes_downloads_and_says_what(
     assert len(lacking) == 1
 
 
+def test_pictures_are_read_before_a_download_is_offered(
+    lacking: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    assert main(words(str(broken), tmp_path / "o")) == 2
+    error = capsys.readouterr().err
+    assert "broken.png" in error
+    assert "download" not in error
+    assert not lacking
+
+
 @pytest.mark.parametrize(("answer", "status"), [("y\n", 0), ("\n", 2), ("", 2)])
 def test_on_terminals_it_asks(
     answer: str,

@@ -64,10 +64,15 @@ class Generate(Request):
 
     def _may_download(self, requests: Sequence[Request]) -> None:
         from ipdiverse.commands.consent import agree
+        from ipdiverse.image_io import load_image
         from ipdiverse.presets import PRESETS
         from ipdiverse.sampling.drawing import needed_files
 
         files = [file for request in requests for file in needed_files(request)]
+        if files:  # what is wrong with the pictures is said before gigabytes come
+            pictures = {file for r in requests for file in (*r.image, *r.mask)}
+            for file in sorted(pictures):
+                load_image(Path(file))
         named = [name for r in requests for name in (r.base, r.adapter) if name in PRESETS]
         agree(", ".join(dict.fromkeys(named)), list(dict.fromkeys(files)), self.yes)
 
