@@ -156,7 +156,9 @@ def test_the_shipped_study_is_one() -> None:
     study = read_study(ROOT / "studies" / "variety.toml")
     families = {arm.family for arm in study.arms}
     assert {"plain, λ × guidance", "dial", "cads"} <= families
-    assert study.baseline_arm.name == study.baseline, "plain IP-Adapter, by its name"
+    assert {f"reference {kind}" for kind in ("self", "augmented", "paired")} <= families
+    assert study.baseline_arm.name == study.baseline == "self-none", "plain IP-Adapter, by its name"
+    assert not study.baseline_arm.settings, "at the default scale and guidance, 1 and 3"
     assert (study.pairs, study.images) == (200, 16)
     recipe = (ROOT / "Makefile").read_text().partition("--seeds 1 2 --arms")[2].partition("\n\n")[0]
     several = recipe.replace("\\", " ").split()

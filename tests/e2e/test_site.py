@@ -216,7 +216,7 @@ def test_what_evaluate_writes_is_what_the_page_reads(hook: ModuleType, tmp_path:
     arms = tuple(Arm(f"dial {x}", "dial", {"diversity": x}, at=x) for x in (0.0, 0.5, 1.0))
     study = Study(arms, pairs=2, images=2, steps=2)
     done = run_study(study, tmp_path, progress=False)
-    write_report(study, done.measured, done.references, tmp_path)
+    write_report(study, done, tmp_path)
     shown = hook.results(tmp_path, "study/")
     assert "2 pairs of a prompt and a reference, 2 images of each, 2 steps" in shown
     for text in (

@@ -115,6 +115,9 @@ def take_example(page: Page, tab: str = "vary", number: int = 0) -> None:
 def set_number(page: Page, element: str, value: float) -> None:
     page.fill(f"{element} input[type=number]", str(value))
     page.keyboard.press("Tab")
+    slider = page.locator(f"{element} input[type=range]")
+    if slider.count():  # the page has taken the number once its slider stands there
+        until(lambda: float(slider.input_value()) == value, f"{element} is {value}")
 
 
 def configure(page: Page, prompt: str, steps: int, count: int, tab: str = "vary") -> None:
@@ -264,6 +267,7 @@ def test_cancelling_frees_the_slot_within_a_step(
     told = job.done
     says(page, "#vary-status", "Cancelled.")
     assert job.done <= told + 4, "no more than the batch's step that was at work"
+    assert job.total == 1600
     page.click("#vary-cancel")
     says(page, "#vary-status", "Cancelled.")
 

@@ -46,19 +46,19 @@ class Evaluate:
         self._made() if self.images else self._study()
 
     def _study(self) -> None:
-        from ipdiverse.evaluation.report import publish, volumes, write_report
+        from ipdiverse.evaluation.report import publish, write_report
         from ipdiverse.evaluation.running import run_study
         from ipdiverse.evaluation.study import quick_study, read_study
 
         study = read_study(Path(self.config)) if self.config else quick_study()
         out = Path(self.out or "out/evaluation")
         done = run_study(study, out)
-        page = write_report(study, done.measured, done.references, out)
+        page = write_report(study, done, out)
         if self.publish:
             publish(out, Path(self.publish))
         if self.json:
             rows = [one.row() for one in done.measured]
-            say_json({"arms": rows, "hypervolumes": volumes(study, done.measured)})
+            say_json({"arms": rows, "hypervolumes": done.hypervolumes})
         else:
             say(f"open {page}")
 

@@ -70,8 +70,7 @@ class Generate(Request):
 
         files = [file for request in requests for file in needed_files(request)]
         if files:  # what is wrong with the pictures is said before gigabytes come
-            pictures = {file for r in requests for file in (*r.image, *r.mask)}
-            for file in sorted(pictures):
+            for file in dict.fromkeys(file for r in requests for file in r.pictures if file):
                 load_image(Path(file))
         named = [name for r in requests for name in (r.base, r.adapter) if name in PRESETS]
         agree(", ".join(dict.fromkeys(named)), list(dict.fromkeys(files)), self.yes)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from ipdiverse.evaluation.running import Measured
+    from ipdiverse.evaluation.running import Done, Measured
     from ipdiverse.evaluation.study import Study
 
 _SHOWN_PAIRS, _SHOWN_IMAGES = 3, 8
@@ -53,20 +53,18 @@ td:first-child, th:first-child {{ text-align: left; }} small {{ color: #667; }}
 """
 
 
-def write_report(
-    study: Study, measured: Sequence[Measured], references: Sequence[Image.Image], out: Path
-) -> Path:
+def write_report(study: Study, done: Done, out: Path) -> Path:
     """Write `report.html` and its plots as PNG and SVG.
 
     Args:
         study: What was measured.
-        measured: Arms and anchors.
-        references: Of the first pairs, for the images.
+        done: Its arms and anchors, and the references that they were given.
         out: The folder.
 
     Returns:
         The page.
     """
+    measured, references = done.measured, done.references
     plots = []
     for across, up in axes_of(measured):
         figure = tradeoff(measured, across, up)
@@ -80,7 +78,7 @@ def write_report(
         title="Variety against fidelity",
         about=_about(study, len(references)),
         plots="".join(plots),
-        volumes=_volumes(study, measured),
+        volumes=_volumes(study, done.hypervolumes),
         dials=dial_table(measured),
         sets=_sets(measured, references),
         baseline=escape(study.baseline_arm.name),
@@ -141,8 +139,7 @@ def volumes(study: Study, measured: Sequence[Measured]) -> list[dict[str, Any]]:
     return found
 
 
-def _volumes(study: Study, measured: Sequence[Measured]) -> str:
-    rows = volumes(study, measured)
+def _volumes(study: Study, rows: Sequence[dict[str, Any]]) -> str:
     if len({row["family"] for row in rows}) < 2:
         return ""
     body = "".join(

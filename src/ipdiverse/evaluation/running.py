@@ -103,10 +103,12 @@ class Done:
     Args:
         measured: Every arm, anchors last.
         references: Of every pair.
+        hypervolumes: As `report.volumes` gives them.
     """
 
     measured: list[Measured]
     references: list[Image.Image]
+    hypervolumes: list[dict[str, Any]]
 
 
 def run_study(study: Study, out: Path, progress: bool | None = None) -> Done:
@@ -133,17 +135,18 @@ def run_study(study: Study, out: Path, progress: bool | None = None) -> Done:
             lines = "".join(json.dumps(row) + "\n" for row in rows)
             write_text_atomic(out / "results.jsonl", lines)
     anchored = runner.anchors()
+    areas = volumes(study, measured)
     report = {
         "study": study.settings(),
         "baseline": study.baseline_arm.name,
         "versions": versions(),
         "base": fingerprint(runner.base.pipe.unet),
         "dials": [check.as_json() for check in check_dials(measured)],
-        "hypervolumes": volumes(study, measured),
+        "hypervolumes": areas,
         "arms": [*rows, *(one.row() for one in anchored)],
     }
     write_text_atomic(out / "results.json", json.dumps(report, indent=1) + "\n")
-    return Done([*measured, *anchored], runner.references)
+    return Done([*measured, *anchored], runner.references, areas)
 
 
 class Runner:

@@ -118,6 +118,12 @@ class Request(Levers):
         self._check_together()
         self.memory()
 
+    @property
+    def pictures(self) -> tuple[str, ...]:
+        """Every file that is read as a picture; empty where there is none."""
+        ones = (self.negative_image, self.init_image, self.mask_image, self.control_image)
+        return (*self.image, *self.mask, *ones)
+
     def memory(self) -> MemoryOptions:
         """How the base is to be placed.
 

@@ -58,10 +58,10 @@ class PromptedUnet(nn.Module):
 def fast_backward(latents: Tensor, precision: str) -> AbstractContextManager[Any]:
     """Around forward and backward: the attention that is fastest both ways.
 
-    PyTorch's fused attention is, but for few tokens in half precision on a CPU: there its backward
-    pass takes three times as long as the plain one (64 and 144 tokens), which from 576 tokens on,
-    and in float32 at any number, is the slower by 1.5 to 2.9 times, and holds every attention
-    matrix. Backward too, as gradient checkpointing runs the forward pass again in there.
+    PyTorch's fused attention is, by two times and more, and it holds no attention matrix; but for
+    few tokens in half precision on a CPU, where its backward pass is the slower
+    (`benchmarks/attention.py`). Backward too, as gradient checkpointing runs the forward pass again
+    in there.
 
     Args:
         latents: (batch, channels, h, w); a UNet's largest attention is over their h·w places.
