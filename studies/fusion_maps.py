@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ import torch
 from torch.nn import functional as F
 
 from ipdiverse.adapter.checkpoint import load_adapter, read_spec
+from ipdiverse.adapter.fusion import BlendFusion, GatedFusion
 from ipdiverse.bases import load_base
 from ipdiverse.critters.caption import WORDINGS, caption
 from ipdiverse.critters.scene import ATTRIBUTES, IDENTITY
+from ipdiverse.errors import CheckpointError
 from ipdiverse.evaluation.plots import as_bytes
 from ipdiverse.evaluation.sampling import Pair, study_pairs
 from ipdiverse.provenance import ensure_writable_folder, write_bytes_atomic, write_text_atomic
@@ -34,14 +37,14 @@ KINDS = ("start", "stated scene", "other words", "end")
 def word_kinds(tokenizer: Any, text: str) -> list[str]:
     """The kind of every token of a prompt, start and end included."""
     tokens = tokenizer.convert_ids_to_tokens(tokenizer(text).input_ids)
-    spans = [
-        (text.find(wording), text.find(wording) + len(wording))
-        for name, values in WORDINGS.items()
+    said = [
+        wording
+        for name, values in ATTRIBUTES.items()
         if name not in IDENTITY
-        for wordings in values.values()
-        for wording in wordings
-        if wording in text
+        for value in values
+        for wording in WORDINGS.get(name, {}).get(value, (value,))
     ]
+    spans = [found.span() for word in said for found in re.finditer(rf"\b{word}\b", text)]
     kinds, at = ["start"], 0
     for token in tokens[1:-1]:
         word = token.replace("</w>", "")
@@ -52,23 +55,16 @@ def word_kinds(tokenizer: Any, text: str) -> list[str]:
     return [*kinds, "end"]
 
 
-class Maps:
-    """Attention of a fusion over words, as it is computed."""
-
-    def __init__(self, fusion: Any) -> None:
-        self.fusion = fusion
-
-    @torch.no_grad()
-    def __call__(self, tokens: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        """Mean over heads, (tokens, words)."""
-        fusion = self.fusion
-        if fusion.kind == "blend":
-            query, key = fusion.query(tokens)[:, None], fusion.key(text)[:, None]
-        else:
-            query = fusion._split(fusion.to_q(fusion.norm_image(tokens)))
-            key = fusion._split(fusion.to_k(fusion.norm_text(text)))
-        weights = (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(-1)
-        return weights.mean(1)[0]
+def attention_map(
+    fusion: BlendFusion | GatedFusion, tokens: torch.Tensor, text: torch.Tensor
+) -> torch.Tensor:
+    """Attention of one reference's tokens over the words, mean over heads, (tokens, words)."""
+    if isinstance(fusion, BlendFusion):
+        query, key = fusion.query(tokens)[:, None], fusion.key(text)[:, None]
+    else:
+        query = fusion._split(fusion.to_q(fusion.norm_image(tokens)))
+        key = fusion._split(fusion.to_k(fusion.norm_text(text)))
+    return (query @ key.mT / query.shape[-1] ** 0.5).softmax(-1).mean(1)[0]
 
 
 def probe(features: torch.Tensor, labels: torch.Tensor, classes: int) -> float:
@@ -88,46 +84,43 @@ def probe(features: torch.Tensor, labels: torch.Tensor, classes: int) -> float:
 def analyse(file: Path, encoders: FrozenEncoders, pairs: list[Pair]) -> dict[str, Any]:
     """The three numbers, and an example's map."""
     adapter = load_adapter(file).eval()
-    maps, tokenizer = Maps(adapter.fusion), encoders.pipe.tokenizer
+    fusion, tokenizer = adapter.fusion, encoders.pipe.tokenizer
+    if fusion is None:
+        raise CheckpointError("has no text-image fusion", where=file)
     embeds = encoders.image([pair.image() for pair in pairs])[adapter.reads[0]]
-    before = torch.cat([adapter.tokens(e[None]) for e in embeds])
+    before = adapter.tokens(embeds)
     share: dict[str, list[float]] = {kind: [] for kind in KINDS}
     fair: dict[str, list[float]] = {kind: [] for kind in KINDS}
     moved: dict[str, list[float]] = {"contradicts": [], "agrees": []}
     after, example = [], None
     for pair, tokens in zip(pairs, before, strict=True):
-        states = encoders.text([pair.prompt])["states"]
+        text = encoders.text([pair.prompt])
         kinds = word_kinds(tokenizer, pair.prompt)
-        seen = maps(tokens[None], states[:, : len(kinds)])
+        seen = attention_map(fusion, tokens[None], text["states"][:, : len(kinds)])
         for kind in KINDS:
             chosen = torch.tensor([k == kind for k in kinds])
             share[kind].append(float(seen[:, chosen].sum(1).mean()))
             fair[kind].append(float(chosen.float().mean()))
-        words = torch.ones(1, states.shape[1], dtype=torch.bool)
-        words[:, len(kinds) :] = False
-        fused = adapter.fuse(tokens[None], states, words)[0]
-        after.append(fused)
+        after.append(adapter.fuse(tokens[None], text["states"], text.get("mask"))[0])
         for name, value in pair.stated.items():
             which = "agrees" if getattr(pair.reference, name) == value else "contradicts"
-            said = caption({name: value}, pair.seed)
-            alone = encoders.text([said])["states"]
-            short = torch.zeros(1, alone.shape[1], dtype=torch.bool)
-            short[:, : len(word_kinds(tokenizer, said))] = True
-            change = adapter.fuse(tokens[None], alone, short)[0] - tokens
+            alone = encoders.text([caption({name: value}, pair.seed)])
+            fused = adapter.fuse(tokens[None], alone["states"], alone.get("mask"))[0]
+            change = fused - tokens
             moved[which].append(float(change.norm() / tokens.norm()))
         if example is None:
             labels = tokenizer.convert_ids_to_tokens(tokenizer(pair.prompt).input_ids)
             example = (pair.prompt, [w.replace("</w>", "") for w in labels], seen.numpy())
-    gate = getattr(adapter.fusion, "gate", None)
+    gate = getattr(fusion, "gate", None)
     report = {
         "adapter": file.parent.name if file.name == "adapter.safetensors" else file.stem,
         "reference": read_spec(file).get("reference"),
-        "kind": adapter.fusion.kind,
+        "kind": fusion.kind,
         "attention": {k: round(float(np.mean(share[k])), 4) for k in KINDS},
         "uniform": {k: round(float(np.mean(fair[k])), 4) for k in KINDS},
         "moved": {k: round(float(np.mean(v)), 4) for k, v in moved.items() if v},
         "gate": None if gate is None else round(float(torch.tanh(gate).abs().mean()), 4),
-        "blend": round(float(adapter.fusion.blend), 4) if gate is None else None,
+        "blend": round(float(fusion.blend), 4) if gate is None else None,
         "readable": readable(before, torch.stack(after), pairs),
     }
     return report | {"_example": example}

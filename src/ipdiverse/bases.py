@@ -81,6 +81,29 @@ class Base:
     plan: Plan | None = None
 
 
+@dataclass(frozen=True)
+class Defaults:
+    """Good settings for a base, to begin with.
+
+    Args:
+        steps: Denoising steps.
+        scale: Weight of the image prompt.
+        guidance_scale: Weight of the prompt.
+    """
+
+    steps: int = 25
+    scale: float = 1.0
+    guidance_scale: float = 7.5
+
+
+def defaults_of(base: str) -> Defaults:
+    """A preset's own; of other bases what diffusers takes, and of critters a lower guidance."""
+    if base in PRESETS:
+        one = PRESETS[base]
+        return Defaults(one.steps, one.scale, one.guidance_scale)
+    return Defaults(guidance_scale=3.0) if base == CRITTERS else Defaults()
+
+
 def load_base(
     name: str = CRITTERS,
     *,
@@ -134,9 +157,8 @@ def load_base(
     if device is not None and memory is not None:
         plan = plan_memory(device, sizes_of(pipe, preset.weights[1] if preset else 0), memory)
         arrange(pipe, plan)
-    if preset is not None:
-        return Base(name, pipe, preset.guidance_scale, 1, preset.steps, preset.scale, plan)
-    return Base(name, pipe, 3.0 if embedded else 7.5, 4 if embedded else 1, plan=plan)
+    usual, batch = defaults_of(name), 4 if embedded else 1
+    return Base(name, pipe, usual.guidance_scale, batch, usual.steps, usual.scale, plan)
 
 
 def load_part(kind: str, source: str, base: Base, *, local_files_only: bool = False) -> Any:

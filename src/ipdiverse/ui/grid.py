@@ -14,7 +14,7 @@ from PIL import Image
 from ipdiverse.errors import ArgumentError, IpdiverseError
 from ipdiverse.ui import status
 from ipdiverse.ui.inputs import PRIVATE, Given, advanced, asked, picker, text_inputs
-from ipdiverse.ui.vary import (
+from ipdiverse.ui.results import (
     TAKES_TURNS,
     Results,
     cancelled,

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 from PIL import Image
 
+from ipdiverse.bases import defaults_of
 from ipdiverse.critters.make import example, png
 from ipdiverse.errors import ArgumentError, ImageError, check_range
 from ipdiverse.image_io import MAX_FILE_BYTES, load_image_bytes
 from ipdiverse.provenance import write_bytes_atomic
 from ipdiverse.sampling.request import Request
-from ipdiverse.ui.installed import defaults_of
 from ipdiverse.ui.recipes import SUFFIXES, safe_name
 from ipdiverse.ui.safety import MAX_REFERENCES
 from ipdiverse.ui.status import line, problem

@@ -16,29 +16,6 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Defaults:
-    """Good settings for a base, to begin with.
-
-    Args:
-        steps: Denoising steps.
-        scale: Weight of the image prompt.
-        guidance_scale: Weight of the prompt.
-    """
-
-    steps: int = 25
-    scale: float = 1.0
-    guidance_scale: float = 7.5
-
-
-def defaults_of(base: str) -> Defaults:
-    """A preset's own; of other bases those that `load_base` gives them."""
-    if base in PRESETS:
-        one = PRESETS[base]
-        return Defaults(one.steps, one.scale, one.guidance_scale)
-    return Defaults(guidance_scale=3.0) if base == CRITTERS else Defaults()
-
-
-@dataclass(frozen=True)
 class Installed:
     """Bases and adapters by what a visitor reads.
 

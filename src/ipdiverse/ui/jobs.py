@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ipdiverse.errors import IpdiverseError
 from ipdiverse.provenance import ensure_writable_folder, save_png
+from ipdiverse.sampling.dial import dial_of
 from ipdiverse.sampling.drawing import Drawing, drawing
 from ipdiverse.sampling.generation import Generation
 from ipdiverse.ui.closeness import Closeness, judged
@@ -199,8 +200,6 @@ def _sheet(
     Image i does not depend on how many there are, so fewer of them are a request of their own. On
     a set they would; but a set is one batch, finished as a whole or not at all.
     """
-    from ipdiverse.sampling.dial import dial_of
-
     indices = [job.index for job in work.jobs[: len(images)]]
     fewer = replace(named, n=len(images))
     Generation(fewer, work.references, images, work.notes, indices).save(out, inside)

@@ -90,7 +90,7 @@ class Studio:
         Args:
             key: What the browser calls it: any text.
         """
-        name = hashlib.sha256(str(key).encode("utf-8", "replace")).hexdigest()[:24]
+        name = _folder_name(key)
         with self._lock:
             if name not in self._sessions:
                 folder = self._folder / name
@@ -103,7 +103,7 @@ class Studio:
 
     def leave(self, key: str | None) -> None:
         """A visitor has gone: stop what is drawn for them, and delete what was."""
-        name = hashlib.sha256(str(key).encode("utf-8", "replace")).hexdigest()[:24]
+        name = _folder_name(key)
         with self._lock:
             self._forget(name)
 
@@ -120,3 +120,8 @@ class Studio:
         for job in session.jobs.values():
             job.stop()
         shutil.rmtree(session.folder, ignore_errors=True)
+
+
+def _folder_name(key: str | None) -> str:
+    """A safe name for whatever a browser calls itself."""
+    return hashlib.sha256(str(key).encode("utf-8", "replace")).hexdigest()[:24]

@@ -18,7 +18,7 @@ from ipdiverse.errors import ArgumentError, IpdiverseError
 from ipdiverse.sampling.request import Request
 from ipdiverse.ui import closeness, hints, recipes, reports, status
 from ipdiverse.ui.closeness import BANDS, CRITTER_BANDS, Closeness
-from ipdiverse.ui.installed import Installed, defaults_of, find_installed
+from ipdiverse.ui.installed import Installed, find_installed
 
 REQUEST = Request(
     image=("cat.png",),
@@ -246,7 +246,7 @@ def test_a_preset_is_offered_once_all_of_it_is_there(monkeypatch: pytest.MonkeyP
 
 
 def test_defaults_are_those_of_the_opened_base() -> None:
-    from ipdiverse.bases import load_base
+    from ipdiverse.bases import defaults_of, load_base
 
     base, told = load_base(), defaults_of("critters")
     assert (told.steps, told.scale, told.guidance_scale) == (
