@@ -122,11 +122,11 @@ class Diversity:
         _require_ipdiverse()
         from dataclasses import replace
 
-        from ipdiverse.sampling.dial import default_dial, dial_of
+        from ipdiverse.sampling.sample import dial_for
 
         from .prompting import Setting
 
-        dial = dial_of(adapter.spec, "adapter") or default_dial(adapter.fusion is not None)
+        dial = dial_for(adapter)
         levers = replace(dial.at(diversity), repulsion=repulsion, particle=particle, sparke=sparke)
         latents = None if reference_latent is None else reference_latent["samples"]
         left_out = _unsupported(levers, latents is not None)

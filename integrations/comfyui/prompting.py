@@ -74,6 +74,9 @@ class ImagePrompt:
         setting: Setting,
         words: tuple[Tensor, Tensor] | None = None,
     ) -> None:
+        from ipdiverse.adapter.mixing import mixed
+
+        adapter = mixed(adapter, setting.levers.training)
         self.adapter, self.embeds, self.scale, self.setting = adapter, embeds, scale, setting
         self.words = words
         with torch.no_grad():
@@ -167,12 +170,13 @@ class ImagePrompt:
             tokens = self._negative.expand(items, *self._positive.shape)
         tokens = tokens.to(text)
         adapter, references = self._on(text), tokens.shape[1]
-        if adapter.fusion is not None and levers.fusion_strength:
+        strength = levers.fusion_strength * levers.training
+        if adapter.fusion is not None and strength:
             fused = adapter.fuse(
                 tokens.flatten(0, 1),
                 text.repeat_interleave(references, 0),
                 self._mask(branch, items * references, text.shape[1]),
-                levers.fusion_strength,
+                strength,
             )
             tokens = fused.unflatten(0, (items, references))
         tokens = tokens.flatten(1, 2)

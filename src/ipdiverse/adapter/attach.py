@@ -86,7 +86,7 @@ class Attachment:
     def _encode(self, adapter: int) -> None:
         prompt, (references, negative) = self._prompt(adapter), self._given[adapter]
         prompt.references = encode_references(
-            references, negative, prompt.adapter, self._encoding, self._change
+            references, negative, prompt.acting, self._encoding, self._change
         )
         self._hook.changed()
 
@@ -151,6 +151,29 @@ class Attachment:
         chosen = self._hook.prompts if adapter is None else [self._prompt(adapter)]
         for prompt in chosen:
             prompt.fusion_strength = float(strength)
+        self._hook.changed()
+
+    def set_training(self, share: float, *, adapter: int | None = None) -> None:
+        """Act with an adapter some way along its training: 1 as trained, 0 what it went on from.
+
+        Args:
+            share: 0..1.
+            adapter: Which adapter; None is all.
+
+        Raises:
+            ArgumentError: The share is out of range.
+            ModelError: An adapter does not hold the weights it went on from.
+        """
+        numbers = range(len(self._hook.prompts)) if adapter is None else [adapter]
+        for number in numbers:
+            prompt = self._prompt(number)
+            if prompt.training == share:
+                continue
+            prompt.train(share)
+            if number in self._given:
+                self._encode(number)
+        for _, processor in self._hook.processors:
+            processor.forget()
         self._hook.changed()
 
     def _prompt(self, adapter: int) -> Prompt:

@@ -145,6 +145,10 @@ class DecoupledAttention:
         self._text = _Once()
         self._images: dict[tuple[int, int], _Once] = {}
 
+    def forget(self) -> None:
+        """Drop what was kept: weights changed."""
+        self._text, self._images = _Once(), {}
+
     def __call__(
         self,
         attn: Any,

@@ -1,7 +1,7 @@
 """Adapters as files: the published IP-Adapter layout in safetensors, with a JSON spec beside.
 
-Keys are `image_proj.*`, `ip_adapter.N.*` and `fusion.*`; stock diffusers loads the same file and
-leaves out the fusion. `layouts` says in which other layouts adapters are read.
+Keys are `image_proj.*`, `ip_adapter.N.*` and `fusion.*`, and `plain.*` for the weights that it went
+on from; stock diffusers loads the same file and leaves out the last two. `layouts` says in which other layouts adapters are read.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ipdiverse.adapter.containers import Contents, open_checkpoint
 from ipdiverse.adapter.layouts import normalise
+from ipdiverse.adapter.mixing import PLAIN, remember_plain
 from ipdiverse.adapter.model import ImagePromptAdapter
 from ipdiverse.adapter.sources import find_checkpoint
 from ipdiverse.adapter.structure import DTYPES, describe, misfits, skeleton
@@ -44,7 +45,8 @@ def save_adapter(
             added.
         dtype: Of the stored tensors.
     """
-    tensors = {k: v.detach().to("cpu", dtype).contiguous() for k, v in adapter.state_dict().items()}
+    held = {**adapter.state_dict(), **{PLAIN + k: v for k, v in adapter.plain.items()}}
+    tensors = {k: v.detach().to("cpu", dtype).contiguous() for k, v in held.items()}
     write_bytes_atomic(file, as_safetensors(tensors, {**spec, **describe(adapter)}))
 
 
@@ -145,6 +147,24 @@ def copy_with_spec(source: Path, target: Path, changes: Mapping[str, Any]) -> No
     write_bytes_atomic(target, as_safetensors(kept, {**spec_of(contents), **changes}))
 
 
+def remember_in_file(source: Path, plain: Path, target: Path) -> None:
+    """Write an adapter of ours again, with the weights that it went on from beside its own.
+
+    Args:
+        source: The adapter's file; its spec and the type of its weights are kept.
+        plain: File of the plain adapter (`mixing.remember_plain`).
+        target: Where to write; may be the source.
+
+    Raises:
+        CheckpointError: A file is broken or of another layout.
+        ModelError: The two are no such pair.
+    """
+    adapter = load_adapter(source)
+    remember_plain(adapter, load_adapter(plain))
+    stored = next(iter(open_checkpoint(source).tensors.values())).dtype
+    save_adapter(adapter, target, adapter.spec, stored)
+
+
 def adapter_from_tensors(
     tensors: Mapping[str, Tensor],
     where: object,
@@ -154,7 +174,7 @@ def adapter_from_tensors(
     """Build the adapter that these tensors describe; every size is read from their shapes.
 
     Args:
-        tensors: Flat, keys `image_proj.*`, `ip_adapter.*` and `fusion.*`; copied to float32.
+        tensors: Flat, with our keys; copied to float32.
         where: The source's name, for messages.
         spec: What the file says of itself.
         face_id_plus_v2: Version 2 (True) or 1 (False) of FaceID-Plus, when the spec does not say.
@@ -170,8 +190,8 @@ def adapter_from_tensors(
     problems += wrong["mismatched"]
     loaded = {
         key: tensors[key].detach().to(torch.float32, copy=True)
-        for key in adapter.state_dict().keys() & tensors.keys()
-        if tensors[key].dtype in DTYPES
+        for key in tensors
+        if tensors[key].dtype in DTYPES and key not in wrong["unexpected"]
     }
     problems += [f"{key} is not finite" for key in sorted(loaded) if not _finite(loaded[key])]
     if problems:
@@ -180,7 +200,9 @@ def adapter_from_tensors(
         raise CheckpointError(f"does not fit together: {named}", where=where)
     shortcut = _shortcut(adapter, where, spec or {}, face_id_plus_v2)
     adapter = skeleton(tensors, where, spec or {}, shortcut) if shortcut else adapter
+    plain = {key: loaded.pop(key) for key in list(loaded) if key.startswith(PLAIN)}
     adapter.load_state_dict(loaded, assign=True)
+    adapter.plain = {key.removeprefix(PLAIN): tensor for key, tensor in plain.items()}
     adapter.spec = dict(spec or {})
     return adapter
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from ipdiverse.adapter.checkpoint import adapter_from_tensors, as_safetensors, spec_of
 from ipdiverse.adapter.containers import open_checkpoint
 from ipdiverse.adapter.layouts import ANCESTOR_BLEND, normalise
+from ipdiverse.adapter.mixing import PLAIN
 from ipdiverse.adapter.model import ImagePromptAdapter
 from ipdiverse.adapter.noise import NoiseConditioning
 from ipdiverse.adapter.structure import describe
@@ -102,10 +103,13 @@ def _kept(
     kept = {
         name: tensor.detach().contiguous().clone()
         for name, tensor in tensors.items()
-        if with_fusion or not name.startswith("fusion.")
+        if (with_fusion or not name.startswith("fusion."))
+        and (to == "ipdiverse" or not name.startswith(PLAIN))
     }
     if fusion is not None and not with_fusion:
         notes.append(f"the {fusion.kind} fusion is left out: {to} has none")
+    if adapter.plain and to != "ipdiverse":
+        notes.append(f"the weights that it went on from are left out: {to} has no place for them")
     if adapter.noise is not None and to != "ipdiverse":
         kept = _without_noise(kept, adapter.noise)
         notes.append(

@@ -10,6 +10,7 @@ from diffusers.hooks import ModelHook
 from torch import Tensor
 
 from ipdiverse.adapter.attention import BOTH, NOTHING, DecoupledAttention, Slot, TokenGroup
+from ipdiverse.adapter.mixing import mixed
 from ipdiverse.adapter.scale import without_layout_until
 from ipdiverse.errors import ArgumentError, ModelError
 
@@ -58,6 +59,8 @@ class Prompt:
         change: What levers make of an item's fused tokens, (items, references, tokens, width).
         fusion_factor: Of a lever, on the fusion's strength.
         late_layout: Of a lever: share of the steps for which layers of the layout wait.
+        training: Of a lever: share of the way from the weights it went on from.
+        acting: The adapter, or the one that `training` makes of it.
     """
 
     adapter: ImagePromptAdapter
@@ -68,11 +71,21 @@ class Prompt:
     change: Callable[[Tensor], Tensor] | None = None
     fusion_factor: float = 1.0
     late_layout: float = 0.0
+    training: float = 1.0
+    acting: ImagePromptAdapter = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.acting = self.adapter
+
+    def train(self, share: float) -> None:
+        """Act with the adapter some way along its training (`mixing.mixed`)."""
+        self.acting = mixed(self.adapter, share)
+        self.training, self.slot.weights = share, self.acting.layers()
 
     @property
     def strength(self) -> float:
-        """Of the fusion, with the lever on it."""
-        return self.fusion_strength * self.fusion_factor
+        """Of the fusion, with the levers on it."""
+        return self.fusion_strength * self.fusion_factor * self.training
 
     @property
     def items(self) -> int:
@@ -172,7 +185,7 @@ class ImagePromptHook(ModelHook):
         self._check_references()
         for prompt in self.prompts:
             layout = self.layout or self._layout(len(text), prompt.items)
-            prompt.adapter.to(text.device, text.dtype)
+            prompt.acting.to(text.device, text.dtype)
             prompt.slot.groups = [
                 self._group(prompt, part, text, layout) for part in prompt.references
             ]
@@ -188,7 +201,7 @@ class ImagePromptHook(ModelHook):
         positive = part.positive.to(text).repeat_interleave(repeats, 0)
         negative = part.negative.to(text).expand_as(part.positive).repeat_interleave(repeats, 0)
         tokens = torch.cat([positive if branch == BOTH else negative for branch in layout])
-        if prompt.adapter.fusion is not None and prompt.strength:
+        if prompt.acting.fusion is not None and prompt.strength:
             tokens = self._fused(prompt, tokens, text, layout)
         if prompt.change is not None and BOTH in layout:
             parts = list(tokens.chunk(branches))
@@ -207,7 +220,7 @@ class ImagePromptHook(ModelHook):
         """Fuse each reference of each item with that item's text."""
         references = tokens.shape[1]
         mask = self._mask_for(text, layout)
-        fused = prompt.adapter.fuse(
+        fused = prompt.acting.fuse(
             tokens.flatten(0, 1),
             text.repeat_interleave(references, 0),
             None if mask is None else mask.repeat_interleave(references, 0),

@@ -1,7 +1,8 @@
 """The layouts in which adapters are found, each turned into ours.
 
 Ours is the published one, flat: `image_proj.*` and `ip_adapter.N.*`, N being the layer's index in
-`unet.attn_processors`; a fusion is `fusion.*`, noise conditioning `noise.*`.
+`unet.attn_processors`; a fusion is `fusion.*`, noise conditioning `noise.*`, the weights that it
+went on from `plain.image_proj.*` and `plain.ip_adapter.N.*`.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def recognise(names: Iterable[str]) -> str:
         return "accelerate" if "adapter_modules" in tops else "accelerate, shared tensors dropped"
     if tops & set(_FUSION):
         return "five-key"
-    if tops & {"fusion", "noise"}:
+    if tops & {"fusion", "noise", "plain"}:
         return "ipdiverse"
     return "published" if tops & {"image_proj", "ip_adapter"} else "unknown"
 

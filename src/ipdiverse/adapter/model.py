@@ -108,6 +108,7 @@ class ImagePromptAdapter(nn.Module):
         self.fusion = fusion
         self.noise = noise
         self.spec: dict[str, Any] = {}
+        self.plain: dict[str, Tensor] = {}  # what it went on from (`mixing`); empty if not known
 
     def layers(self) -> dict[int, LayerWeights]:
         """Each layer's weights by its number in `unet.attn_processors`."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ipdiverse.adapter.faces import FaceIDPlusProjection, FaceIDProjection, FullFaceProjection
 from ipdiverse.adapter.fusion import BlendFusion, Fusion, GatedFusion
+from ipdiverse.adapter.mixing import PLAIN, mixable
 from ipdiverse.adapter.model import ImagePromptAdapter, LoraShapes, Projection
 from ipdiverse.adapter.noise import NoiseConditioning
 from ipdiverse.adapter.projection import LinearProjection, ResamplerProjection
@@ -73,6 +74,8 @@ def misfits(tensors: Tensors, adapter: ImagePromptAdapter) -> dict[str, list[str
         Keys that are `missing` and `unexpected`, and sentences on what is `mismatched`.
     """
     expected = adapter.state_dict()
+    if any(key.startswith(PLAIN) for key in tensors):
+        expected |= {PLAIN + key: tensor for key, tensor in mixable(expected).items()}
     both = sorted(expected.keys() & tensors.keys())
     mismatched = [
         f"{key} is {tuple(tensors[key].shape)}, expected {tuple(expected[key].shape)}"
@@ -99,6 +102,7 @@ def describe(adapter: ImagePromptAdapter) -> dict[str, Any]:
         "family": base_family(adapter),
         "fusion": None if fusion is None else {"kind": fusion.kind},
         "noise_conditioned": adapter.noise is not None,
+        "remembers_plain": bool(adapter.plain),
         "dims": {
             "num_tokens": projection.num_tokens,
             "token_width": adapter.token_width,

@@ -95,6 +95,8 @@ class Calibrate:
     Args:
         adapter: A name, file or hub id.
         base: What it prompts.
+        plain: The plain adapter that it went on from, to be stored beside its own weights: the dial
+            then leads from one to the other, and 0 is the plain one, to the bit.
         references: Folder of reference images; None takes critters that nothing was trained on.
         prompts: File with a prompt a line.
         features: Encoders to compare images by, for references of your own.
@@ -108,6 +110,7 @@ class Calibrate:
 
     adapter: str
     base: str = "critters"
+    plain: str | None = None
     references: str | None = None
     prompts: str | None = None
     features: tuple[str, ...] = ()
@@ -120,7 +123,7 @@ class Calibrate:
 
     def run(self) -> None:
         """Climb, say every point, write."""
-        from ipdiverse.adapter.checkpoint import copy_with_spec
+        from ipdiverse.adapter.checkpoint import copy_with_spec, remember_in_file
         from ipdiverse.adapter.sources import local_file
         from ipdiverse.bases import adapter_source
         from ipdiverse.evaluation.calibrate import calibrate
@@ -130,8 +133,12 @@ class Calibrate:
         if target.suffix != ".safetensors":
             raise ArgumentError("must end in .safetensors", where="out", found=target)
         check_target(str(target))
+        adapter = self.adapter
+        if self.plain is not None:
+            remember_in_file(source, local_file(adapter_source(self.base, self.plain)), target)
+            source, adapter = target, str(target)
         dial, path = calibrate(
-            self.adapter,
+            adapter,
             Path(self.work),
             self.base,
             self.references,

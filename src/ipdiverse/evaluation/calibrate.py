@@ -1,6 +1,6 @@
 """Calibration of the dial: the levers' best path for one adapter on one base.
 
-From stock IP-Adapter, the lever whose next rung gains most variety for what it costs is moved,
+From stock IP-Adapter (of an adapter that holds the weights it went on from: from these), the lever whose next rung gains most variety for what it costs is moved,
 again and again, as long as what was asked for is kept. Isotonic regression then places each point
 so that the dial is linear in the variety that was achieved.
 """
@@ -33,6 +33,7 @@ _LEAST_COST = 0.005
 """Fidelity that cannot be told from nothing, on as few pairs."""
 
 LADDERS: dict[str, tuple[Any, ...]] = {
+    "training": (0.0, 0.15, 0.3, 0.45, 0.6, 0.8, 1.0),
     "fusion_strength": (0.0, 0.5, 1.0, 1.5),
     "noise_level": (0, 150, 300, 450, 600, 750),
     "interval": (None, (0.0, 8.0), (0.0, 4.0), (0.2, 4.0), (0.3, 2.5)),
@@ -212,8 +213,11 @@ def _ladders(adapter: str, base: str) -> tuple[Levers, dict[str, tuple[Any, ...]
 
     opened = load_adapter(local_file(adapter_source(base, adapter)))
     lacks = {
+        "training": not opened.plain,
         "fusion_strength": opened.fusion is None,
         "noise_level": opened.noise is None,
     }
     ladders = {name: rungs for name, rungs in LADDERS.items() if not lacks.get(name)}
+    if opened.plain:  # at a training of 0 there is no fusion
+        return replace(OFF, training=0.0), ladders | {"fusion_strength": (1.0, 1.5)}
     return OFF if opened.fusion is None else replace(OFF, fusion_strength=0.0), ladders

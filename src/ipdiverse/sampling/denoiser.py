@@ -47,9 +47,9 @@ def steer(
         ArgumentError: There are no seeds, or no prompts where a lever reads them.
         ModelError: A lever needs what this base or adapter does not have.
     """
-    release(attachment)
     _check(levers, attachment, len(seeds))
     hook, unet = attachment.hook, attachment.pipe.unet
+    _take_off(attachment)
     steering = Steering(attachment, levers, tuple(seeds))
     change = None
     if levers.noise_level or levers.remove_stated:
@@ -57,6 +57,7 @@ def steer(
     with inside_offloading(unet):
         HookRegistry.check_if_exists_or_initialize(unet).register_hook(steering, LEVERS_HOOK)
     try:
+        attachment.set_training(levers.training)
         attachment.change_embeds(change)
     except BaseException:
         release(attachment)
@@ -71,6 +72,12 @@ def steer(
 
 def release(attachment: Attachment) -> None:
     """Take levers off again, exactly."""
+    _take_off(attachment)
+    attachment.set_training(1.0)
+
+
+def _take_off(attachment: Attachment) -> None:
+    """All but the adapter's mixed weights, which the next levers may want too."""
     unet, hook = attachment.pipe.unet, attachment.hook
     registry = HookRegistry.check_if_exists_or_initialize(unet)
     steering = registry.get_hook(LEVERS_HOOK)

@@ -19,6 +19,8 @@ class Levers:
     """How strongly each lever acts; the defaults change nothing, bit for bit.
 
     Args:
+        training: Share of the way from the weights that the adapter went on from, which it must
+            hold, to its own: 1 as trained, 0 the plain adapter.
         fusion_strength: Weight of what text-image fusion adds; 1 as trained, 0 plain IP-Adapter.
         image_guidance: w_I of factorised guidance: weight of what the image adds to the text; the
             guidance scale is w_T. None guides text and image together.
@@ -37,6 +39,7 @@ class Levers:
         sparke: SPARKE inside a set.
     """
 
+    training: float = 1.0
     fusion_strength: float = 1.0
     image_guidance: float | None = None
     interval: tuple[float, float] | None = None
@@ -61,7 +64,7 @@ class Levers:
         check_range("image_guidance", self.image_guidance or 0, 0, 100)
         check_range("noise_level", self.noise_level, 0, 999)
         check_range("removal_rank", self.removal_rank, 1, 1000)
-        for name in ("late_layout", "drop", "remove_stated"):
+        for name in ("training", "late_layout", "drop", "remove_stated"):
             check_range(name, getattr(self, name), 0, 1)
         for name in ("cads", "repulsion", "shield", "particle", "sparke"):
             check_range(name, getattr(self, name), 0, 100)
@@ -199,15 +202,20 @@ def dial_of(spec: Mapping[str, Any], where: object) -> Dial | None:
         raise CheckpointError("its dial is broken", where=where, found=error) from error
 
 
-def default_dial(fused: bool) -> Dial:
-    """A conservative path of levers that need no training, for adapters that were not calibrated.
+def default_dial(fused: bool, remembers: bool = False) -> Dial:
+    """A conservative path, for adapters that were not calibrated.
 
-    First guidance is left out where it narrows most and serves least (high noise), then token
+    One that holds the weights it went on from is led from these to its own. Others take levers that
+    need no training: first guidance is left out where it narrows most and serves least (high noise), then token
     noise is annealed and the layout waits, last some tokens are left out.
 
     Args:
         fused: The adapter has a text-image fusion: 0 leaves it out, as stock IP-Adapter does.
+        remembers: It holds the weights that it went on from.
     """
+    if remembers:
+        path = ((0.0, replace(OFF, training=0.0)), (1.0, OFF))
+        return Dial(path, "from the weights it went on from to its own, not calibrated")
     start = replace(OFF, fusion_strength=0.0) if fused else OFF
     first = replace(OFF, interval=(0.0, 4.0), cads=0.1, late_layout=0.1)
     middle = replace(first, cads=0.25, late_layout=0.2, drop=0.1)

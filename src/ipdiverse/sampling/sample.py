@@ -78,7 +78,8 @@ def dial_for(adapter: ImagePromptAdapter) -> Dial:
     Raises:
         CheckpointError: Its own is broken.
     """
-    return dial_of(adapter.spec, "adapter") or default_dial(adapter.fusion is not None)
+    calibrated = dial_of(adapter.spec, "adapter")
+    return calibrated or default_dial(adapter.fusion is not None, bool(adapter.plain))
 
 
 def sample(

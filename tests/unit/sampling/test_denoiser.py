@@ -13,6 +13,7 @@ from tests import models
 from ipdiverse.adapter.attach import attach, detach
 from ipdiverse.adapter.attention import NOTHING, TEXT
 from ipdiverse.adapter.fusion import GatedFusion
+from ipdiverse.adapter.mixing import remember_plain
 from ipdiverse.adapter.noise import NoiseConditioning
 from ipdiverse.errors import ArgumentError, ModelError
 from ipdiverse.sampling.denoiser import release, steer
@@ -20,6 +21,7 @@ from ipdiverse.sampling.dial import Levers
 
 SEEDS = (11, 12)
 EVERY_LEVER = {
+    "training": 0.5,
     "fusion_strength": 0.5,
     "image_guidance": 1.5,
     "interval": (0.5, 3.0),
@@ -58,6 +60,7 @@ def prompted(pipe: Any) -> Any:
     adapter.fusion = GatedFusion(adapter.token_width, 8, heads=2)
     torch.nn.init.constant_(adapter.fusion.gate, 0.5)
     adapter.noise = NoiseConditioning(models.CLIP_WIDTH)
+    remember_plain(adapter, models.adapter("plus", pipe.unet, seed=6))
     attachment = attach(pipe, adapter)
     attachment.set_reference(models.picture(1))
     return attachment
