@@ -22,6 +22,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from ipdiverse.adapter.attach import attach
 from ipdiverse.adapter.model import new_adapter
+from ipdiverse.bases import load_base
 from ipdiverse.critters.make import make_dataset
 from ipdiverse.critters.tokenizer import build_tokenizer
 from ipdiverse.data.manifest import read_manifest
@@ -218,13 +220,13 @@ class Ours:
     """`ipdiverse train` on the same data, embedded before.
 
     Args:
-        pipe: The base.
+        base: A pipeline, or the folder of one.
         data: A prepared folder.
         size: Of `SIZES`.
         precision: As `TrainConfig` takes it.
     """
 
-    def __init__(self, pipe: Any, data: Path, size: dict[str, Any], precision: str) -> None:
+    def __init__(self, base: Any, data: Path, size: dict[str, Any], precision: str) -> None:
         config = TrainConfig(
             data=str(data),
             out=str(data / f"run-{precision}"),
@@ -237,7 +239,9 @@ class Ours:
             steps=1_000_000,
             precision=precision,  # type: ignore[arg-type]
         )
-        self.trainer = Trainer(config, FrozenEncoders(pipe))
+        opened = isinstance(base, str)
+        config = replace(config, base=base) if opened else config
+        self.trainer = Trainer(config, None if opened else FrozenEncoders(base))
         self._batches: Iterator[Any] = self.trainer.batches()
 
     def step(self) -> None:
@@ -286,20 +290,20 @@ def bound(parts: dict[str, float]) -> float:
     return 1 + sum(parts[part] for part in ("vae", "vision", "text"))
 
 
-def measure_full(arm: str) -> None:
-    """One step and one checkpoint at full size; prints peak memory and bytes."""
+def measure_full(arm: str, base: Path) -> None:
+    """One step and one checkpoint of a base in a folder; prints peak memory and bytes."""
     size = SIZES["full"]
     with tempfile.TemporaryDirectory() as temporary:
         data = dataset(Path(temporary), size["pixels"], 2)
         saved = Path(temporary) / "saved"
         saved.mkdir()
         if arm == "original":
-            original = Original(pipeline("full"), data, size)
+            original = Original(load_base(str(base)).pipe, data, size)
             original.step()
             peak = _peak()
             original.save(saved)
         else:
-            ours = Ours(pipeline("full"), data, size, arm)
+            ours = Ours(str(base), data, size, arm)
             ours.step()
             peak = _peak()
             ours.trainer.save()
@@ -313,13 +317,15 @@ def _peak() -> int:
 
 
 def full() -> dict[str, Any]:
-    """Peak memory and checkpoint of each arm, each in a process of its own."""
+    """Peak memory and checkpoint of each arm, each in a process of its own, from files."""
     found = {}
-    for arm in ("original", "fp32", "bf16"):
-        command = [sys.executable, __file__, "--arm", arm]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        found[arm] = json.loads(done.stdout.splitlines()[-1])
-        print(arm, found[arm], flush=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        for arm in ("written", "original", "fp32", "bf16"):
+            command = [sys.executable, __file__, "--arm", arm, "--base", temporary]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            if arm != "written":
+                found[arm] = json.loads(done.stdout.splitlines()[-1])
+                print(arm, found[arm], flush=True)
     return found
 
 
@@ -328,11 +334,15 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--full", action="store_true")
-    parser.add_argument("--arm", choices=("original", "fp32", "bf16"))
+    parser.add_argument("--arm", choices=("written", "original", "fp32", "bf16"))
+    parser.add_argument("--base", type=Path)
     parser.add_argument("--out", type=Path)
     chosen = parser.parse_args()
+    if chosen.arm == "written":
+        pipeline("full").save_pretrained(chosen.base)
+        return
     if chosen.arm:
-        measure_full(chosen.arm)
+        measure_full(chosen.arm, chosen.base)
         return
     parts = {name: shares(name) for name in SIZES}
     report: dict[str, Any] = {"parts": parts, **machine(), "rounds": chosen.rounds}

@@ -112,6 +112,7 @@ def load_base(
     safety_checker: bool = True,
     encoder: str | None = None,
     memory: MemoryOptions | None = None,
+    unet: bool = True,
 ) -> Base:
     """Open a base model; what a preset or a hub id lacks in the local cache is downloaded.
 
@@ -128,6 +129,7 @@ def load_base(
         encoder: The preset whose image encoder comes along; None is this preset's own, empty none.
         memory: Place the pipeline by what the device has, within these wishes; None leaves it in
             float32 on the CPU, for the caller to move. `critters` always stays there.
+        unet: False leaves the UNet's weights for `pipelines.load_unet`; a single file's come along.
 
     Raises:
         ModelError: There is no such base, or it cannot be opened or had.
@@ -142,7 +144,7 @@ def load_base(
         )
     device = None if embedded or memory is None else this_device()
     dtype = "float32" if device is None or memory is None else plan_dtype(device, memory.dtype)
-    opening = Opening(local_files_only, revision, safety_checker, encoder, dtype)
+    opening = Opening(local_files_only, revision, safety_checker, encoder, dtype, unet)
     pipe = open_pipeline(name, opening)
     if getattr(pipe, "unet", None) is None:
         raise ModelError(

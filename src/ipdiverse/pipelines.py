@@ -30,6 +30,8 @@ class Opening:
         safety_checker: With it, if there is one.
         encoder: The preset whose image encoder comes along; None is its own, empty none.
         dtype: `float32`, `float16` or `bfloat16`.
+        unet: False leaves the UNet's weights for `load_unet`, where the pipeline is a folder or a
+            repository.
     """
 
     local_files_only: bool
@@ -37,6 +39,7 @@ class Opening:
     safety_checker: bool
     encoder: str | None
     dtype: str
+    unet: bool = True
 
     def options(self) -> dict[str, Any]:
         """What `from_pretrained` is given from wherever."""
@@ -152,9 +155,62 @@ def _opened(name: str, source: str, opening: Opening, **options: Any) -> Any:
         # the class is stated where it is known: looking it up costs seconds of imports
         kind: Any = StableDiffusionPipeline if name == CRITTERS else DiffusionPipeline
         try:
-            return kind.from_pretrained(source, **opening.options(), **options)
+            options |= opening.options()
+            if opening.unet:
+                return kind.from_pretrained(source, **options)
+            later = _UnetLater(source, options)
+            pipe = kind.from_pretrained(source, unet=later.skeleton(), **options)
+            pipe.unet_later = later
+            return pipe
         except Exception as error:  # whatever the libraries raise on a broken or absent source
             raise cannot_be_opened("cannot be opened", name, error) from error
+
+
+class _UnetLater:
+    """A UNet whose weights are loaded when the others' may be gone.
+
+    Args:
+        source: A folder or hub id.
+        options: Of `from_pretrained`.
+    """
+
+    def __init__(self, source: str, options: dict[str, Any]) -> None:
+        self.source = source
+        known = ("dtype", "use_safetensors", "variant", "local_files_only", "revision")
+        self.options = {name: options[name] for name in known if name in options}
+        self.options["torch_dtype"] = self.options.pop("dtype")
+
+    def skeleton(self) -> Any:
+        """Its layers and config, without memory for weights."""
+        import torch
+        from diffusers import UNet2DConditionModel as Unet
+
+        where = {k: v for k, v in self.options.items() if k in ("local_files_only", "revision")}
+        config: Any = Unet.load_config(self.source, subfolder="unet", **where)
+        with torch.device("meta"):
+            return Unet.from_config(config)
+
+    def load(self) -> Any:
+        """The whole."""
+        from diffusers import UNet2DConditionModel as Unet
+
+        return Unet.from_pretrained(self.source, subfolder="unet", **self.options)
+
+
+def load_unet(pipe: Any) -> None:
+    """Load a UNet that was left for later (`Opening.unet`); any other pipeline stays as it is.
+
+    Raises:
+        ModelError: It cannot be opened.
+    """
+    later = getattr(pipe, "unet_later", None)
+    if later is None or pipe.unet.device.type != "meta":
+        return
+    with quiet():
+        try:
+            pipe.register_modules(unet=later.load().eval())
+        except Exception as error:
+            raise cannot_be_opened("its UNet cannot be opened", later.source, error) from error
 
 
 def cannot_be_opened(what: str, where: str, error: Exception) -> ModelError:

@@ -1,7 +1,8 @@
 """Adapters as files: the published IP-Adapter layout in safetensors, with a JSON spec beside.
 
-Keys are `image_proj.*`, `ip_adapter.N.*` and `fusion.*`, and `plain.*` for the weights that it went
-on from; stock diffusers loads the same file and leaves out the last two. `layouts` says in which other layouts adapters are read.
+Keys are `image_proj.*`, `ip_adapter.N.*` and `fusion.*`, and `plain.*` for the weights that it
+went on from; stock diffusers loads the same file and leaves out the last two. `layouts` says in
+which other layouts adapters are read.
 """
 
 from __future__ import annotations

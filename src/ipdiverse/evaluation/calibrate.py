@@ -1,8 +1,9 @@
 """Calibration of the dial: the levers' best path for one adapter on one base.
 
-From stock IP-Adapter (of an adapter that holds the weights it went on from: from these), the lever whose next rung gains most variety for what it costs is moved,
-again and again, as long as what was asked for is kept. Isotonic regression then places each point
-so that the dial is linear in the variety that was achieved.
+From stock IP-Adapter (of an adapter that holds the weights it went on from: from these), the lever
+whose next rung gains most variety for what it costs is moved, again and again, as long as what was
+asked for is kept. Isotonic regression then places each point so that the dial is linear in the
+variety that was achieved.
 """
 
 from __future__ import annotations

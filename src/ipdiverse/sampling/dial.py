@@ -206,8 +206,8 @@ def default_dial(fused: bool, remembers: bool = False) -> Dial:
     """A conservative path, for adapters that were not calibrated.
 
     One that holds the weights it went on from is led from these to its own. Others take levers that
-    need no training: first guidance is left out where it narrows most and serves least (high noise), then token
-    noise is annealed and the layout waits, last some tokens are left out.
+    need no training: first guidance is left out where it narrows most and serves least (high
+    noise), then token noise is annealed and the layout waits, last some tokens are left out.
 
     Args:
         fused: The adapter has a text-image fusion: 0 leaves it out, as stock IP-Adapter does.

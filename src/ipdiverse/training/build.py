@@ -36,24 +36,40 @@ _STANDARDISED = 512
 """Images whose embeddings say what is usual."""
 
 
-def build_adapter(config: TrainConfig, encoders: FrozenEncoders) -> ImagePromptAdapter:
-    """A new adapter that fits the base, or the one to start from.
+def adapter_to_start_from(config: TrainConfig) -> ImagePromptAdapter | None:
+    """The adapter that a run goes on from; None learns from new weights.
 
     Raises:
-        ArgumentError: The one to start from is of another kind.
+        ArgumentError: It is of another kind than is asked for.
         CheckpointError: It cannot be opened.
     """
+    if config.start is None:
+        return None
+    adapter = load_adapter(config.start)
+    if config.adapter not in ("auto", adapter.kind):
+        raise ArgumentError(
+            "is of another kind",
+            where=config.start,
+            expected=config.adapter,
+            found=adapter.kind,
+        )
+    return adapter
+
+
+def embedding_read(config: TrainConfig, start: ImagePromptAdapter | None) -> str:
+    """What the run's adapter reads from the image encoder, `pooled` or `hidden`."""
+    if start is not None:
+        return start.reads[0]
+    return "pooled" if config.adapter == "base" else "hidden"
+
+
+def build_adapter(
+    config: TrainConfig, encoders: FrozenEncoders, start: ImagePromptAdapter | None
+) -> ImagePromptAdapter:
+    """The adapter to start from, or a new one that fits the base, with the fusion asked for."""
     unet, encoder = encoders.pipe.unet, encoders.images.encoder
-    if config.start is not None:
-        adapter = load_adapter(config.start)
-        if config.adapter not in ("auto", adapter.kind):
-            raise ArgumentError(
-                "is of another kind",
-                where=config.start,
-                expected=config.adapter,
-                found=adapter.kind,
-            )
-    else:
+    adapter = start
+    if adapter is None:
         kind = "base" if config.adapter == "base" else "plus"
         tokens = config.tokens or (4 if kind == "base" else 16)
         width = config.width or unet.config.cross_attention_dim
@@ -75,7 +91,7 @@ def build_adapter(config: TrainConfig, encoders: FrozenEncoders) -> ImagePromptA
 def build_samples(
     config: TrainConfig,
     encoders: FrozenEncoders,
-    adapter: ImagePromptAdapter,
+    reads: str,
     first: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Samples:
     """The run's samples, from the cache, which is completed first, or encoded at every step.
@@ -83,7 +99,7 @@ def build_samples(
     Args:
         config: The run.
         encoders: Of its base.
-        adapter: What reads the image embeddings.
+        reads: What the adapter reads, `pooled` or `hidden`.
         first: A context that lets the main process go first.
 
     Raises:
@@ -97,9 +113,8 @@ def build_samples(
         config.image_seed,
     )
     folder = Path(config.data)
-    reads: Any = adapter.reads[0]
     if config.cache:
-        images = reads if config.cache_images == "auto" else config.cache_images
+        images: Any = reads if config.cache_images == "auto" else config.cache_images
         stored = Stored(images, config.cache_dtype)
         with first():
             embed(folder, encoders, shown, stored)

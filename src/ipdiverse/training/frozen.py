@@ -12,6 +12,7 @@ from ipdiverse.adapter.encoding import ImageEncoding
 from ipdiverse.adapter.text_mask import text_mask
 from ipdiverse.bases import load_base, load_image_encoder
 from ipdiverse.errors import ModelError
+from ipdiverse.pipelines import load_unet
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,9 +51,15 @@ class FrozenEncoders:
 
     def to(self, device: torch.device) -> FrozenEncoders:
         """Move everything, the UNet too, to a device."""
-        self.pipe.to(device)
-        self.images.encoder.to(device)
+        for module in (*self._modules(), self.pipe.unet):
+            if module.device.type != "meta":
+                module.to(device)
         return self
+
+    def load_unet(self, device: torch.device) -> None:
+        """Load the UNet, if it was left for later."""
+        load_unet(self.pipe)
+        self.pipe.unet.to(device).requires_grad_(False)
 
     def set_aside(self, for_good: bool) -> None:
         """Free the device, or all memory, of everything but the UNet.
@@ -98,7 +105,7 @@ class FrozenEncoders:
         """
         encoded = self.pipe.encode_prompt(
             prompt=list(captions),
-            device=self.pipe.unet.device,
+            device=self.texts[0].device,
             num_images_per_prompt=1,
             do_classifier_free_guidance=False,
         )
@@ -134,7 +141,11 @@ class FrozenEncoders:
 
 
 def open_encoders(
-    base: str, image_encoder: str | None = None, *, local_files_only: bool = False
+    base: str,
+    image_encoder: str | None = None,
+    *,
+    local_files_only: bool = False,
+    unet: bool = True,
 ) -> FrozenEncoders:
     """The encoders of a base by name.
 
@@ -142,6 +153,7 @@ def open_encoders(
         base: As `bases.load_base` takes it.
         image_encoder: A CLIP vision model, folder or hub id; None takes the base's.
         local_files_only: Never connect.
+        unet: False leaves its weights for `FrozenEncoders.load_unet`.
 
     Raises:
         ModelError: One of them cannot be opened.
@@ -151,6 +163,7 @@ def open_encoders(
         local_files_only=local_files_only,
         safety_checker=False,
         encoder=None if image_encoder is None else "",
+        unet=unet,
     )
     if image_encoder is None:
         return FrozenEncoders(opened.pipe)

@@ -19,10 +19,12 @@ from ipdiverse.adapter.checkpoint import save_adapter
 from ipdiverse.errors import ArgumentError, Interrupted, ModelError
 from ipdiverse.provenance import ensure_writable_folder
 from ipdiverse.training.build import (
+    adapter_to_start_from,
     add_noise_conditioning,
     build_adapter,
     build_optimizer,
     build_samples,
+    embedding_read,
     hold_as_computed,
     open_accelerator,
 )
@@ -80,33 +82,35 @@ class Trainer:
 
         self.config, self.out = config, ensure_writable_folder(Path(config.out))
         self.accelerator = open_accelerator(config.precision)
+        device = self.accelerator.device
+        encoders = encoders or open_encoders(
+            config.base, config.image_encoder, unet=not config.cache
+        )
+        self.encoders, self.pipe = encoders.to(device), encoders.pipe
+        start = adapter_to_start_from(config)
+        first = self.accelerator.main_process_first
+        self.samples = build_samples(config, encoders, embedding_read(config, start), first)
+        if config.cache:  # of the encoders and the UNet, only what is needed is in memory
+            encoders.set_aside(for_good=not config.held_out)
+        encoders.load_unet(device)
         set_seed(config.seed)  # initial weights; nothing random after that asks the global state
-        encoders = encoders or open_encoders(config.base, config.image_encoder)
-        encoders.to(self.accelerator.device)
-        self.pipe = encoders.pipe
-        self.adapter = build_adapter(config, encoders)
+        self.adapter = build_adapter(config, encoders, start)
         attachment = attach(
             self.pipe,
             self.adapter,
             image_encoder=encoders.images.encoder,
             image_processor=encoders.images.processor,
         )
-        # before the encoders need room of their own, and after the adapter has taken its type
-        hold_as_computed(self.pipe.unet, config.precision)
-        first = self.accelerator.main_process_first
-        self.samples = build_samples(config, encoders, self.adapter, first)
+        hold_as_computed(self.pipe.unet, config.precision)  # the adapter has taken its type
         add_noise_conditioning(config, self.adapter, self.samples)
         if config.epochs is not None:
             steps = config.epochs * -(-len(self.samples.trained) // config.batch)
             self.config = self.samples.config = config = replace(config, steps=steps)
-        self.pipe.unet.requires_grad_(False)
         if config.gradient_checkpointing:
             self.pipe.unet.enable_gradient_checkpointing()
         records, trained = self.samples.data.records, set(self.samples.trained)
         held_out = [index for index in range(len(records)) if index not in trained]
         self.validation = Validation(config, records, held_out, encoders, attachment)
-        self.encoders = encoders
-        self._set_encoders_aside()
         learning = self._learning()
         self.names = [name for name, _ in learning]
         self.parameters = [parameter for _, parameter in learning]
@@ -202,13 +206,9 @@ class Trainer:
         self.encoders.to(self.accelerator.device)
         with self._averaged(), self.accelerator.autocast():
             figures = self.validation.run(self.step, self.out)
-        self._set_encoders_aside()
-        return figures
-
-    def _set_encoders_aside(self) -> None:
-        """Everything frozen is in the cache: only drawing still needs the encoders."""
         if self.config.cache:
-            self.encoders.set_aside(for_good=not self.validation.cases)
+            self.encoders.set_aside(for_good=False)
+        return figures
 
     def _backward(self, batch: list[dict[str, Any]]) -> float:
         """Gradients of the whole batch's mean loss; smaller micro-batches when memory runs out."""
