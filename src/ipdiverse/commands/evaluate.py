@@ -22,7 +22,9 @@ class Evaluate:
         prompts: File with a prompt a line, for `images`.
         features: Encoders to compare images by: `dino`, `clip`, `base`, a folder or a hub id.
         out: Folder for the study's images, results and report; file for `images`' JSON.
-        publish: Copy the study's numbers and pictures, without its images, to this folder.
+        publish: Copy the study's numbers and pictures, and what was read in its images, to this
+            folder.
+        readings: A folder `publish` wrote readings to: arms that are there are not drawn again.
         json: Print the results as JSON.
     """
 
@@ -34,6 +36,7 @@ class Evaluate:
     features: tuple[str, ...] = ("dino",)
     out: str | None = None
     publish: str | None = None
+    readings: str | None = None
     json: bool = False
 
     def run(self) -> None:
@@ -52,7 +55,7 @@ class Evaluate:
 
         study = read_study(Path(self.config)) if self.config else quick_study()
         out = Path(self.out or "out/evaluation")
-        done = run_study(study, out)
+        done = run_study(study, out, known=Path(self.readings) if self.readings else None)
         page = write_report(study, done, out)
         if self.publish:
             publish(out, Path(self.publish))

@@ -13,6 +13,7 @@ from PIL import Image
 from ipdiverse.evaluation.dial_check import dial_table
 from ipdiverse.evaluation.groups import difference, estimate, hypervolume, interval
 from ipdiverse.evaluation.plots import LABELS, as_bytes, axes_of, tradeoff
+from ipdiverse.evaluation.readings import FOLDER
 from ipdiverse.provenance import ensure_writable_folder, write_bytes_atomic, write_text_atomic
 
 if TYPE_CHECKING:
@@ -99,6 +100,8 @@ def publish(out: Path, target: Path) -> None:
     folder = ensure_writable_folder(target)
     for file in (out / "results.json", *sorted(out.glob("*.svg")), *sorted(out.glob("*.png"))):
         write_bytes_atomic(folder / file.name, file.read_bytes())
+    for file in sorted((out / FOLDER).glob("*.npz")):
+        write_bytes_atomic(ensure_writable_folder(folder / FOLDER) / file.name, file.read_bytes())
 
 
 def volumes(study: Study, measured: Sequence[Measured]) -> list[dict[str, Any]]:
@@ -169,9 +172,10 @@ def _sets(measured: Sequence[Measured], references: Sequence[Image.Image]) -> st
     """The baseline, and of each family the arm that varies most while it keeps most."""
     rows = []
     for one in _chosen(measured):
+        images = _shown(one)
         strips = [
-            _strip(references[pair], one.images[pair][:_SHOWN_IMAGES])
-            for pair in range(min(_SHOWN_PAIRS, len(one.images), len(references)))
+            _strip(references[pair], images[pair][:_SHOWN_IMAGES])
+            for pair in range(min(_SHOWN_PAIRS, len(images), len(references)))
         ]
         pictures = "<br>".join(
             f'<img src="{_inline(s)}" alt="{escape(one.arm.name)}, pair {i + 1}">'
@@ -189,7 +193,7 @@ def _sets_figure(measured: Sequence[Measured], references: Sequence[Image.Image]
     figure = Figure(figsize=(9, 1.25 * len(chosen)), dpi=100, layout="constrained")
     rows = figure.subplots(len(chosen), 1, squeeze=False)[:, 0]
     for axes, one in zip(rows, chosen, strict=True):
-        axes.imshow(_strip(references[0], one.images[0][:_SHOWN_IMAGES]), interpolation="nearest")
+        axes.imshow(_strip(references[0], _shown(one)[0][:_SHOWN_IMAGES]), interpolation="nearest")
         axes.set_title(one.arm.name, fontsize=8, loc="left", pad=2)
         axes.axis("off")
     return figure
@@ -199,6 +203,8 @@ def _chosen(measured: Sequence[Measured]) -> list[Measured]:
     across, up = axes_of(measured)[0]
     best: dict[str, Measured] = {}
     for one in measured:
+        if one.images is None:
+            continue
         if one.arm.family == "anchor":
             best[one.arm.name] = one
             continue
@@ -209,6 +215,11 @@ def _chosen(measured: Sequence[Measured]) -> list[Measured]:
         if one.arm.family not in best or product[0] > product[1]:
             best[one.arm.family] = one
     return list(best.values())
+
+
+def _shown(one: Measured) -> np.ndarray:
+    """Images of the first pairs, of an arm that has any."""
+    return np.empty((0,)) if one.images is None else one.images
 
 
 def _words(one: Measured) -> str:

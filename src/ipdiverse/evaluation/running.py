@@ -1,6 +1,7 @@
 """Runs a study: every arm's images are kept as they come, so that it goes on where it stopped.
 
 OUT/images/KEY/00000.npz    images of some pairs of one arm, uint8
+OUT/readings/ARM.npz        what the oracle read in them
 OUT/results.jsonl           a line for each finished arm
 OUT/results.json            settings, provenance and every arm, for programs
 OUT/report.html, *.svg      for people
@@ -24,7 +25,7 @@ from ipdiverse.adapter.sources import local_file
 from ipdiverse.bases import CRITTERS, adapter_source, load_base
 from ipdiverse.critters.oracle import read
 from ipdiverse.critters.training.loop import autocast, fingerprint
-from ipdiverse.errors import ArgumentError
+from ipdiverse.errors import ArgumentError, IpdiverseError
 from ipdiverse.evaluation.anchors import anchors
 from ipdiverse.evaluation.dial_check import check_dials
 from ipdiverse.evaluation.features import feature_parts, open_encoder
@@ -36,6 +37,7 @@ from ipdiverse.evaluation.groups import (
     js_interval,
     leak_interval,
 )
+from ipdiverse.evaluation.readings import FOLDER, Readings, file_of, load_readings
 from ipdiverse.evaluation.report import volumes
 from ipdiverse.evaluation.sampling import sample_array, shipped_oracle, study_pairs
 from ipdiverse.image_io import content_hash
@@ -60,7 +62,8 @@ class Measured:
     Args:
         arm: What was measured.
         runs: For each training seed the parts of every score.
-        images: The images of the first pairs, for the report: (pairs, images, height, width, 3).
+        images: The images of the first pairs, for the report: (pairs, images, height, width, 3);
+            None where only what was read in them is known.
         readings: What the oracle read, (pairs, images of all seeds, attributes); None where the
             world is not known.
         pairs: What was asked.
@@ -68,7 +71,7 @@ class Measured:
 
     arm: Arm
     runs: list[dict[str, Parts]]
-    images: np.ndarray
+    images: np.ndarray | None
     readings: np.ndarray | None = None
     pairs: Sequence[Any] = ()
 
@@ -111,21 +114,24 @@ class Done:
     hypervolumes: list[dict[str, Any]]
 
 
-def run_study(study: Study, out: Path, progress: bool | None = None) -> Done:
+def run_study(
+    study: Study, out: Path, progress: bool | None = None, known: Path | None = None
+) -> Done:
     """Measure every arm, or what is left of them.
 
     Args:
         study: What to measure.
         out: Folder for images and results; an interrupted study in it goes on.
         progress: Show a bar on standard error; None does so on terminals only.
+        known: Folder of readings that were published: an arm that is there, with these settings and
+            weights, is not drawn again. Weights that are not here cannot be compared; then the
+            readings are taken.
 
     Raises:
         IpdiverseError: A base, adapter, reference or folder is unusable.
     """
-    runner = Runner(study, out, progress)
-    for arm in study.arms:  # refuse what is missing before hours are spent
-        for source in arm.sources:
-            local_file(adapter_source(study.base, source))
+    runner = Runner(study, out, progress, known)
+    runner.check_sources()
     measured: list[Measured] = []
     rows: list[dict[str, Any]] = []
     with runner:
@@ -156,13 +162,16 @@ class Runner:
         study: Pairs, seeds and steps; its arms are those that progress is estimated from.
         out: Folder for images.
         progress: Show a bar on standard error; None does so on terminals only.
+        known: As `run_study` takes it.
 
     Raises:
         IpdiverseError: The base, a reference, an encoder or the folder is unusable.
     """
 
-    def __init__(self, study: Study, out: Path, progress: bool | None = None) -> None:
-        self.study, self.out = study, ensure_writable_folder(out)
+    def __init__(
+        self, study: Study, out: Path, progress: bool | None = None, known: Path | None = None
+    ) -> None:
+        self.study, self.out, self.known = study, ensure_writable_folder(out), known
         self.base = load_base(study.base)
         known = study.base == CRITTERS and study.references is None
         self.oracle = shipped_oracle() if known else None
@@ -205,7 +214,51 @@ class Runner:
         """Draw what is not there of an arm, and score it."""
         if self._bar is not None:
             self._bar.set_description(arm.name)
+        if (found := self._known(arm)) is not None:
+            self._advance(len(arm.sources) * len(self.pairs))
+            runs = [
+                critters_parts(read, invalid, self.pairs)
+                for read, invalid in zip(found.attributes, found.invalid, strict=True)
+            ]
+            return Measured(arm, runs, None, np.concatenate([*found.attributes], 1), self.pairs)
         return self._scored(arm, [self._images(arm, source) for source in arm.sources])
+
+    def check_sources(self) -> None:
+        """Refuse what is missing before hours are spent.
+
+        Raises:
+            IpdiverseError: An adapter is missing.
+        """
+        for arm in self.study.arms:
+            if self._known(arm) is None:
+                for source in arm.sources:
+                    local_file(adapter_source(self.study.base, source))
+
+    def _known(self, arm: Arm) -> Readings | None:
+        """An arm's published readings, if they are of this study, these settings and weights."""
+        if self.known is None or self.oracle is None or self.encoders:
+            return None
+        found = load_readings(file_of(self.known, arm.name))
+        if found is None or len(found.attributes) != len(arm.sources):
+            return None
+        wanted = json.loads(json.dumps(self._about(arm)))
+        weights = zip(found.about.pop("adapters", ()), wanted.pop("adapters"), strict=True)
+        same_weights = all(mine in (None, theirs) for theirs, mine in weights)
+        return found if same_weights and found.about == wanted else None
+
+    def _about(self, arm: Arm) -> dict[str, Any]:
+        """What decides an arm's images; an adapter that is not here is None."""
+        study, hashes = self.study, []
+        for source in arm.sources:
+            try:
+                file = local_file(adapter_source(study.base, source))
+                hashes.append(hashlib.sha256(file.read_bytes()).hexdigest())
+            except IpdiverseError:
+                hashes.append(None)
+        numbers = {name: getattr(study, name) for name in ("pairs", "images", "steps", "seed")}
+        settings = {name: value for name, value in arm.settings.items() if name != "adapter"}
+        base = hashlib.sha256(json.dumps(self._decides).encode()).hexdigest()
+        return {"settings": settings, **numbers, "base": base, "adapters": hashes}
 
     def anchors(self) -> list[Measured]:
         """What bounds every arm, where it is known."""
@@ -225,19 +278,23 @@ class Runner:
     def _scored(self, arm: Arm, runs: list[np.ndarray]) -> Measured:
         """An arm's images, (pairs · images, height, width, 3), of each training seed."""
         shape = (len(self.pairs), self.study.images)
-        scored, seen = [], []
+        scored, seen, broken = [], [], []
         for images in runs:
             parts: dict[str, Parts] = {}
             if self.oracle is not None:
                 reading = read(self.oracle, images)
                 seen.append(reading.attributes.numpy().reshape(*shape, -1))
-                invalid = reading.invalid.numpy().reshape(shape)
-                parts |= critters_parts(seen[-1], invalid, self.pairs)
+                broken.append(reading.invalid.numpy().reshape(shape))
+                parts |= critters_parts(seen[-1], broken[-1], self.pairs)
             for encoder in self.encoders:
                 parts |= self._features(encoder, images)
             scored.append(parts)
         shown = runs[0].reshape(*shape, *runs[0].shape[1:])
         readings = np.concatenate(seen, 1) if seen else None
+        if seen and arm.family != "anchor":
+            folder = ensure_writable_folder(self.out / FOLDER)
+            found = Readings(np.stack(seen), np.stack(broken), self._about(arm))
+            found.save(file_of(folder, arm.name))
         return Measured(arm, scored, shown[:_CHUNK].copy(), readings, self.pairs)
 
     def _features(self, encoder: FeatureEncoder, images: np.ndarray) -> dict[str, Parts]:

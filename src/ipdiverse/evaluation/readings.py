@@ -1,0 +1,77 @@
+"""What the oracle read in a study's images, arm by arm: small, and enough for every number.
+
+A study that is published with its readings can be scored again, with other intervals or other
+scores, without an image being drawn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from io import BytesIO
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ipdiverse.errors import DataError
+from ipdiverse.provenance import write_bytes_atomic
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ipdiverse.evaluation.metrics import Bools, Ints
+
+FOLDER = "readings"
+
+
+@dataclass(frozen=True)
+class Readings:
+    """Of one arm.
+
+    Args:
+        attributes: Index of each attribute's value, (training seeds, pairs, images, attributes).
+        invalid: Images that are no valid scene, (training seeds, pairs, images).
+        about: What decided the images: settings, numbers of the study, hashes of base and adapters.
+    """
+
+    attributes: Ints
+    invalid: Bools
+    about: dict[str, Any]
+
+    def save(self, file: Path) -> None:
+        """Write atomically; attributes have few values, so a byte holds one."""
+        buffer = BytesIO()
+        np.savez_compressed(
+            buffer,
+            attributes=self.attributes.astype(np.uint8),
+            invalid=np.packbits(self.invalid),
+            about=np.frombuffer(json.dumps(self.about, sort_keys=True).encode(), np.uint8),
+        )
+        write_bytes_atomic(file, buffer.getvalue())
+
+
+def load_readings(file: Path) -> Readings | None:
+    """Readings that were saved; None where there are none.
+
+    Raises:
+        DataError: The file is broken.
+    """
+    if not file.is_file():
+        return None
+    try:
+        with np.load(file, allow_pickle=False, max_header_size=4096) as stored:
+            attributes = stored["attributes"].astype(int)
+            bits, about = stored["invalid"], stored["about"]
+        invalid = np.unpackbits(bits, count=attributes[..., 0].size).astype(bool)
+        shaped = invalid.reshape(attributes.shape[:3])
+        return Readings(attributes, shaped, json.loads(about.tobytes()))
+    except Exception as error:  # whatever NumPy and zipfile raise on a broken file
+        raise DataError("are no readings", where=file, found=error, fix="Remove it.") from error
+
+
+def file_of(folder: Path, arm: str) -> Path:
+    """Where an arm's readings are kept: its name, made fit for a file and told from its likes."""
+    kept = "".join(c if c.isascii() and c.isalnum() else " " for c in arm.lower()).split()
+    told = hashlib.sha256(arm.encode()).hexdigest()[:6]
+    return folder / f"{'-'.join(kept)[:60]}-{told}.npz"

@@ -1,0 +1,90 @@
+"""A study's readings: kept small, published, and taken in place of drawing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ipdiverse.bases import CRITTERS_ADAPTERS
+from ipdiverse.cli import main
+from ipdiverse.errors import DataError
+from ipdiverse.evaluation import running
+from ipdiverse.evaluation.readings import Readings, file_of, load_readings
+
+PLUS = CRITTERS_ADAPTERS / "ip-adapter-plus_critters.safetensors"
+
+
+def study(folder: Path, adapter: Path, scale: float = 0.5) -> Path:
+    """A study of one arm."""
+    file = folder / "study.toml"
+    file.write_text(
+        "pairs = 2\nimages = 2\nsteps = 2\n"
+        f'[[arm]]\nname = "half"\nadapters = ["{adapter.as_posix()}"]\nscale = {scale}\n'
+    )
+    return file
+
+
+def scores(out: Path) -> Any:
+    """Of every arm but the anchors."""
+    return json.loads((out / "results.json").read_text())["arms"][0]["scores"]
+
+
+def test_they_come_back_as_they_were(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    attributes = rng.integers(0, 7, (3, 5, 2, 9))
+    invalid = rng.random((3, 5, 2)) < 0.3
+    Readings(attributes, invalid, {"steps": 4}).save(tmp_path / "a.npz")
+    found = load_readings(tmp_path / "a.npz")
+    assert found is not None
+    np.testing.assert_array_equal(found.attributes, attributes)
+    np.testing.assert_array_equal(found.invalid, invalid)
+    assert found.about == {"steps": 4}
+    assert load_readings(tmp_path / "b.npz") is None
+    (tmp_path / "c.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:200])
+    with pytest.raises(DataError, match="are no readings"):
+        load_readings(tmp_path / "c.npz")
+
+
+def test_names_that_differ_only_in_signs_have_files_of_their_own(tmp_path: Path) -> None:
+    assert file_of(tmp_path, "λ: scale 1") != file_of(tmp_path, "w: scale 1")
+    assert file_of(tmp_path, "../../x").parent == tmp_path
+
+
+def test_published_readings_are_taken_where_settings_and_weights_are_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = tmp_path / "mine.safetensors"
+    adapter.write_bytes(PLUS.read_bytes())
+    drawn: list[int] = []
+    real = running.sample_array
+
+    def counting(base: Any, jobs: Any, *rest: Any) -> Any:
+        drawn.append(len(jobs))
+        return real(base, jobs, *rest)
+
+    monkeypatch.setattr(running, "sample_array", counting)
+
+    def run(name: str, config: Path, *more: str) -> int:
+        out = ["--out", str(tmp_path / name)]
+        return main(["evaluate", "--config", str(config), *out, *more])
+
+    published = tmp_path / "published"
+    assert run("first", study(tmp_path, adapter), "--publish", str(published)) == 0
+    assert drawn == [4]
+    taken = ["--readings", str(published / "readings")]
+    adapter.unlink()
+    assert run("again", study(tmp_path, adapter), *taken) == 0, "weights that are gone are trusted"
+    assert drawn == [4]
+    assert scores(tmp_path / "again") == scores(tmp_path / "first")
+    assert "half" in (tmp_path / "again" / "report.html").read_text()
+    assert run("without", study(tmp_path, adapter)) == 2, "without readings they are missed"
+    adapter.write_bytes(PLUS.read_bytes())
+    assert run("other", study(tmp_path, adapter, scale=0.25), *taken) == 0
+    assert drawn == [4, 4], "other settings are drawn"
+    adapter.write_bytes((CRITTERS_ADAPTERS / "ip-adapter-diverse_critters.safetensors").read_bytes())
+    assert run("changed", study(tmp_path, adapter), *taken) == 0
+    assert drawn == [4, 4, 4], "other weights are drawn"
