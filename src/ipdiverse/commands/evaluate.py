@@ -106,6 +106,7 @@ class Calibrate:
         pairs: (prompt, reference) pairs.
         images: Of each.
         steps: Denoising steps.
+        levers: Those that the dial may move; all that the adapter has by default.
         work: Folder for images; an interrupted calibration in it goes on.
         out: The file to write; None adds to the adapter's own, if `ipdiverse train` wrote it.
         json: Print the path with what it achieved.
@@ -120,6 +121,7 @@ class Calibrate:
     pairs: int = 32
     images: int = 8
     steps: int = 25
+    levers: tuple[str, ...] = ()
     work: str = "out/calibration"
     out: str | None = None
     json: bool = False
@@ -150,6 +152,7 @@ class Calibrate:
             self.pairs,
             self.images,
             self.steps,
+            self.levers,
             _tell,
         )
         copy_with_spec(source, target, {"dial": dial.as_spec()})

@@ -34,7 +34,7 @@ _LEAST_COST = 0.005
 """Fidelity that cannot be told from nothing, on as few pairs."""
 
 LADDERS: dict[str, tuple[Any, ...]] = {
-    "training": (0.0, 0.15, 0.3, 0.45, 0.6, 0.8, 1.0),
+    "training": (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0),
     "fusion_strength": (0.0, 0.5, 1.0, 1.5),
     "noise_level": (0, 150, 300, 450, 600, 750),
     "interval": (None, (0.0, 8.0), (0.0, 4.0), (0.2, 4.0), (0.3, 2.5)),
@@ -58,6 +58,7 @@ def calibrate(
     pairs: int = 32,
     images: int = 8,
     steps: int = 25,
+    levers: Sequence[str] = (),
     say: Callable[[str], None] = lambda _: None,
 ) -> tuple[Dial, list[dict[str, Any]]]:
     """Find the path of an adapter.
@@ -73,6 +74,7 @@ def calibrate(
         pairs: (prompt, reference) pairs.
         images: Of each.
         steps: Denoising steps.
+        levers: Those that it may move, of `LADDERS`; empty is all that the adapter has.
         say: Told of every point that the path gains.
 
     Returns:
@@ -81,6 +83,13 @@ def calibrate(
     Raises:
         IpdiverseError: Something is unusable, or no lever gains anything.
     """
+    if unknown := sorted(set(levers) - LADDERS.keys()):
+        raise ArgumentError(
+            "are none that a dial may move",
+            where="levers",
+            expected=", ".join(LADDERS),
+            found=", ".join(unknown),
+        )
     study = Study(
         arms=(Arm("stock", "path", {"adapter": adapter}),),
         base=base,
@@ -102,7 +111,7 @@ def calibrate(
         found = {n: estimate(measured.parts(n)) for n in measured.runs[0]}
         return _scores(found, images)
 
-    start, ladders = _ladders(adapter, base)
+    start, ladders = _ladders(adapter, base, levers)
     path = climb(start, ladders, measure, say)
     if len(path) < 2:
         raise ArgumentError(
@@ -206,7 +215,9 @@ def _scores(found: dict[str, float], images: int) -> Achieved:
     return Achieved(vendi / images, close, said)
 
 
-def _ladders(adapter: str, base: str) -> tuple[Levers, dict[str, tuple[Any, ...]]]:
+def _ladders(
+    adapter: str, base: str, levers: Sequence[str]
+) -> tuple[Levers, dict[str, tuple[Any, ...]]]:
     """Where an adapter's dial starts, and the ladders that it can climb."""
     from ipdiverse.adapter.checkpoint import load_adapter
     from ipdiverse.adapter.sources import local_file
@@ -218,7 +229,13 @@ def _ladders(adapter: str, base: str) -> tuple[Levers, dict[str, tuple[Any, ...]
         "fusion_strength": opened.fusion is None,
         "noise_level": opened.noise is None,
     }
-    ladders = {name: rungs for name, rungs in LADDERS.items() if not lacks.get(name)}
+    ladders = {
+        name: rungs
+        for name, rungs in LADDERS.items()
+        if not lacks.get(name) and (name in levers or not levers)
+    }
     if opened.plain:  # at a training of 0 there is no fusion
-        return replace(OFF, training=0.0), ladders | {"fusion_strength": (1.0, 1.5)}
+        if "fusion_strength" in ladders:
+            ladders["fusion_strength"] = (1.0, 1.5)
+        return replace(OFF, training=0.0), ladders
     return OFF if opened.fusion is None else replace(OFF, fusion_strength=0.0), ladders
