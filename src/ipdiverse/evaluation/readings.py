@@ -1,4 +1,4 @@
-"""What the oracle read in a study's images, arm by arm: small, and enough for every number.
+"""What the oracle read in a study's images, adapter by adapter: small, and enough for every number.
 
 A study that is published with its readings can be scored again, with other intervals or other
 scores, without an image being drawn.
@@ -27,12 +27,12 @@ FOLDER = "readings"
 
 @dataclass(frozen=True)
 class Readings:
-    """Of one arm.
+    """Of one arm with one of its adapters.
 
     Args:
-        attributes: Index of each attribute's value, (training seeds, pairs, images, attributes).
-        invalid: Images that are no valid scene, (training seeds, pairs, images).
-        about: What decided the images: settings, numbers of the study, hashes of base and adapters.
+        attributes: Index of each attribute's value, (pairs, images, attributes).
+        invalid: Images that are no valid scene, (pairs, images).
+        about: What decided the images: settings, numbers of the study, hashes of base and adapter.
     """
 
     attributes: Ints
@@ -64,14 +64,20 @@ def load_readings(file: Path) -> Readings | None:
             attributes = stored["attributes"].astype(int)
             bits, about = stored["invalid"], stored["about"]
         invalid = np.unpackbits(bits, count=attributes[..., 0].size).astype(bool)
-        shaped = invalid.reshape(attributes.shape[:3])
+        shaped = invalid.reshape(attributes.shape[:2])
         return Readings(attributes, shaped, json.loads(about.tobytes()))
     except Exception as error:  # whatever NumPy and zipfile raise on a broken file
         raise DataError("are no readings", where=file, found=error, fix="Remove it.") from error
 
 
-def file_of(folder: Path, arm: str) -> Path:
-    """Where an arm's readings are kept: its name, made fit for a file and told from its likes."""
+def file_of(folder: Path, arm: str, seed: int) -> Path:
+    """Where readings are kept: the arm's name, made fit for a file and told from its likes.
+
+    Args:
+        folder: Of all of them.
+        arm: Its name.
+        seed: Which of its adapters, from 0.
+    """
     kept = "".join(c if c.isascii() and c.isalnum() else " " for c in arm.lower()).split()
     told = hashlib.sha256(arm.encode()).hexdigest()[:6]
-    return folder / f"{'-'.join(kept)[:60]}-{told}.npz"
+    return folder / f"{'-'.join(kept)[:60]}-{told}-{seed}.npz"

@@ -1,7 +1,7 @@
 """Runs a study: every arm's images are kept as they come, so that it goes on where it stopped.
 
 OUT/images/KEY/00000.npz    images of some pairs of one arm, uint8
-OUT/readings/ARM.npz        what the oracle read in them
+OUT/readings/ARM-0.npz      what the oracle read in those of one adapter
 OUT/results.jsonl           a line for each finished arm
 OUT/results.json            settings, provenance and every arm, for programs
 OUT/report.html, *.svg      for people
@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ipdiverse.evaluation.features import FeatureEncoder
+    from ipdiverse.evaluation.metrics import Ints
     from ipdiverse.evaluation.study import Arm, Study
 
 _CHUNK = 8
@@ -214,14 +215,15 @@ class Runner:
         """Draw what is not there of an arm, and score it."""
         if self._bar is not None:
             self._bar.set_description(arm.name)
-        if (found := self._known(arm)) is not None:
-            self._advance(len(arm.sources) * len(self.pairs))
-            runs = [
-                critters_parts(read, invalid, self.pairs)
-                for read, invalid in zip(found.attributes, found.invalid, strict=True)
-            ]
-            return Measured(arm, runs, None, np.concatenate([*found.attributes], 1), self.pairs)
-        return self._scored(arm, [self._images(arm, source) for source in arm.sources])
+        found = [self._run(arm, number) for number in range(len(arm.sources))]
+        readings = [read for _, read, _ in found if read is not None]
+        return Measured(
+            arm,
+            [parts for parts, _, _ in found],
+            next((images for _, _, images in found if images is not None), None),
+            np.concatenate(readings, 1) if readings else None,
+            self.pairs,
+        )
 
     def check_sources(self) -> None:
         """Refuse what is missing before hours are spent.
@@ -230,35 +232,9 @@ class Runner:
             IpdiverseError: An adapter is missing.
         """
         for arm in self.study.arms:
-            if self._known(arm) is None:
-                for source in arm.sources:
+            for number, source in enumerate(arm.sources):
+                if self._known(arm, number) is None:
                     local_file(adapter_source(self.study.base, source))
-
-    def _known(self, arm: Arm) -> Readings | None:
-        """An arm's published readings, if they are of this study, these settings and weights."""
-        if self.known is None or self.oracle is None or self.encoders:
-            return None
-        found = load_readings(file_of(self.known, arm.name))
-        if found is None or len(found.attributes) != len(arm.sources):
-            return None
-        wanted = json.loads(json.dumps(self._about(arm)))
-        weights = zip(found.about.pop("adapters", ()), wanted.pop("adapters"), strict=True)
-        same_weights = all(mine in (None, theirs) for theirs, mine in weights)
-        return found if same_weights and found.about == wanted else None
-
-    def _about(self, arm: Arm) -> dict[str, Any]:
-        """What decides an arm's images; an adapter that is not here is None."""
-        study, hashes = self.study, []
-        for source in arm.sources:
-            try:
-                file = local_file(adapter_source(study.base, source))
-                hashes.append(hashlib.sha256(file.read_bytes()).hexdigest())
-            except IpdiverseError:
-                hashes.append(None)
-        numbers = {name: getattr(study, name) for name in ("pairs", "images", "steps", "seed")}
-        settings = {name: value for name, value in arm.settings.items() if name != "adapter"}
-        base = hashlib.sha256(json.dumps(self._decides).encode()).hexdigest()
-        return {"settings": settings, **numbers, "base": base, "adapters": hashes}
 
     def anchors(self) -> list[Measured]:
         """What bounds every arm, where it is known."""
@@ -266,7 +242,12 @@ class Runner:
         pipe = self.base.pipe
         side = pipe.unet.config.sample_size * pipe.vae_scale_factor
         found = anchors(self.pairs, self.references, self.study.images, known, side)
-        return [self._scored(arm, [images]) for arm, images in found]
+        measured = []
+        for arm, images in found:
+            parts, seen = self._scored(images)
+            readings = None if seen is None else seen.attributes
+            measured.append(Measured(arm, [parts], self._first(images), readings, self.pairs))
+        return measured
 
     def _drawn(self) -> list[Any]:
         study = self.study
@@ -275,27 +256,65 @@ class Runner:
         prompts = Path(study.prompts) if study.prompts else None
         return list(folder_pairs(Path(study.references), prompts, study.pairs))
 
-    def _scored(self, arm: Arm, runs: list[np.ndarray]) -> Measured:
-        """An arm's images, (pairs · images, height, width, 3), of each training seed."""
-        shape = (len(self.pairs), self.study.images)
-        scored, seen, broken = [], [], []
-        for images in runs:
-            parts: dict[str, Parts] = {}
-            if self.oracle is not None:
-                reading = read(self.oracle, images)
-                seen.append(reading.attributes.numpy().reshape(*shape, -1))
-                broken.append(reading.invalid.numpy().reshape(shape))
-                parts |= critters_parts(seen[-1], broken[-1], self.pairs)
-            for encoder in self.encoders:
-                parts |= self._features(encoder, images)
-            scored.append(parts)
-        shown = runs[0].reshape(*shape, *runs[0].shape[1:])
-        readings = np.concatenate(seen, 1) if seen else None
-        if seen and arm.family != "anchor":
+    def _run(
+        self, arm: Arm, number: int
+    ) -> tuple[dict[str, Parts], Ints | None, np.ndarray | None]:
+        """Scores, readings and images of an arm with one of its adapters."""
+        if (known := self._known(arm, number)) is not None:
+            self._advance(len(self.pairs))
+            scores = critters_parts(known.attributes, known.invalid, self.pairs)
+            seen, images = known, None
+        else:
+            drawn = self._images(arm, arm.sources[number])
+            scores, seen = self._scored(drawn)
+            images = self._first(drawn)
+        if seen is not None:  # those that were known stay beside those that are new
             folder = ensure_writable_folder(self.out / FOLDER)
-            found = Readings(np.stack(seen), np.stack(broken), self._about(arm))
-            found.save(file_of(folder, arm.name))
-        return Measured(arm, scored, shown[:_CHUNK].copy(), readings, self.pairs)
+            about = seen.about or self._about(arm, number)
+            replace(seen, about=about).save(file_of(folder, arm.name, number))
+        return scores, None if seen is None else seen.attributes, images
+
+    def _known(self, arm: Arm, number: int) -> Readings | None:
+        """Published readings, if they are of this study, these settings and weights."""
+        if self.known is None or self.oracle is None or self.encoders:
+            return None
+        found = load_readings(file_of(self.known, arm.name, number))
+        if found is None:
+            return None
+        wanted = json.loads(json.dumps(self._about(arm, number)))
+        wanted["adapter"] = wanted["adapter"] or found.about.get("adapter")
+        return found if found.about == wanted else None
+
+    def _about(self, arm: Arm, number: int) -> dict[str, Any]:
+        """What decides images; the hash of an adapter that is not here is None."""
+        study = self.study
+        try:
+            file = local_file(adapter_source(study.base, arm.sources[number]))
+            weights = hashlib.sha256(file.read_bytes()).hexdigest()
+        except IpdiverseError:
+            weights = None
+        numbers = {name: getattr(study, name) for name in ("pairs", "images", "steps", "seed")}
+        settings = {name: value for name, value in arm.settings.items() if name != "adapter"}
+        base = hashlib.sha256(json.dumps(self._decides).encode()).hexdigest()
+        return {"settings": settings, **numbers, "base": base, "adapter": weights}
+
+    def _scored(self, images: np.ndarray) -> tuple[dict[str, Parts], Readings | None]:
+        """Of (pairs · images, height, width, 3)."""
+        parts: dict[str, Parts] = {}
+        seen = None
+        if self.oracle is not None:
+            reading, shape = read(self.oracle, images), (len(self.pairs), self.study.images)
+            attributes = reading.attributes.numpy().reshape(*shape, -1)
+            seen = Readings(attributes, reading.invalid.numpy().reshape(shape), {})
+            parts |= critters_parts(seen.attributes, seen.invalid, self.pairs)
+        for encoder in self.encoders:
+            parts |= self._features(encoder, images)
+        return parts, seen
+
+    def _first(self, images: np.ndarray) -> np.ndarray:
+        """Those of the first pairs, for the report, (pairs, images, height, width, 3)."""
+        size = self.study.images
+        return images[: _CHUNK * size].reshape(-1, size, *images.shape[1:]).copy()
 
     def _features(self, encoder: FeatureEncoder, images: np.ndarray) -> dict[str, Parts]:
         size = self.study.images
@@ -346,8 +365,8 @@ class Runner:
 
     def _key(self, arm: Arm, weights: Path | str) -> str:
         """What decides an arm's images, as 16 hexadecimal digits."""
-        settings = {k: v for k, v in arm.settings.items() if k != "adapter"}
-        study = [self.study.images, self.study.steps, self.study.seed]
+        settings = asdict(arm.request(self.study.steps, self.base.guidance_scale))
+        study = [self.study.images, self.study.seed]
         adapter = hashlib.sha256(local_file(weights).read_bytes()).hexdigest()
         decides = [settings, study, adapter, self._decides, versions()]
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]

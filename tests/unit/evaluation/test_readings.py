@@ -35,8 +35,8 @@ def scores(out: Path) -> Any:
 
 def test_they_come_back_as_they_were(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    attributes = rng.integers(0, 7, (3, 5, 2, 9))
-    invalid = rng.random((3, 5, 2)) < 0.3
+    attributes = rng.integers(0, 7, (5, 3, 9))
+    invalid = rng.random((5, 3)) < 0.3
     Readings(attributes, invalid, {"steps": 4}).save(tmp_path / "a.npz")
     found = load_readings(tmp_path / "a.npz")
     assert found is not None
@@ -50,8 +50,9 @@ def test_they_come_back_as_they_were(tmp_path: Path) -> None:
 
 
 def test_names_that_differ_only_in_signs_have_files_of_their_own(tmp_path: Path) -> None:
-    assert file_of(tmp_path, "λ: scale 1") != file_of(tmp_path, "w: scale 1")
-    assert file_of(tmp_path, "../../x").parent == tmp_path
+    assert file_of(tmp_path, "λ: scale 1", 0) != file_of(tmp_path, "w: scale 1", 0)
+    assert file_of(tmp_path, "x", 0) != file_of(tmp_path, "x", 1)
+    assert file_of(tmp_path, "../../x", 0).parent == tmp_path
 
 
 def test_published_readings_are_taken_where_settings_and_weights_are_theirs(
@@ -85,6 +86,8 @@ def test_published_readings_are_taken_where_settings_and_weights_are_theirs(
     adapter.write_bytes(PLUS.read_bytes())
     assert run("other", study(tmp_path, adapter, scale=0.25), *taken) == 0
     assert drawn == [4, 4], "other settings are drawn"
-    adapter.write_bytes((CRITTERS_ADAPTERS / "ip-adapter-diverse_critters.safetensors").read_bytes())
+    adapter.write_bytes(
+        (CRITTERS_ADAPTERS / "ip-adapter-diverse_critters.safetensors").read_bytes()
+    )
     assert run("changed", study(tmp_path, adapter), *taken) == 0
     assert drawn == [4, 4, 4], "other weights are drawn"
