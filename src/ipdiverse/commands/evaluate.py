@@ -25,6 +25,7 @@ class Evaluate:
         publish: Copy the study's numbers and pictures, and what was read in its images, to this
             folder.
         readings: A folder `publish` wrote readings to: arms that are there are not drawn again.
+        skip_missing: Leave out adapters that are not there, in place of refusing.
         json: Print the results as JSON.
     """
 
@@ -37,6 +38,7 @@ class Evaluate:
     out: str | None = None
     publish: str | None = None
     readings: str | None = None
+    skip_missing: bool = False
     json: bool = False
 
     def run(self) -> None:
@@ -55,7 +57,8 @@ class Evaluate:
 
         study = read_study(Path(self.config)) if self.config else quick_study()
         out = Path(self.out or "out/evaluation")
-        done = run_study(study, out, known=Path(self.readings) if self.readings else None)
+        known = Path(self.readings) if self.readings else None
+        done = run_study(study, out, known=known, skip_missing=self.skip_missing)
         page = write_report(study, done, out)
         if self.publish:
             publish(out, Path(self.publish))

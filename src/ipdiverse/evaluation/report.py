@@ -77,7 +77,7 @@ def write_report(study: Study, done: Done, out: Path) -> Path:
         plots.append(f'<img src="data:image/png;base64,{encoded}" alt="{escape(words)}">')
     page = _PAGE.format(
         title="Variety against fidelity",
-        about=_about(study, len(references)),
+        about=_about(study, len(references)) + _left_out(done.left_out),
         plots="".join(plots),
         volumes=_volumes(study, done.hypervolumes),
         dials=dial_table(measured),
@@ -166,6 +166,11 @@ def _about(study: Study, pairs: int) -> str:
         f"{study.steps} steps, base {escape(study.base)}, seed {study.seed}. The noise of an image "
         "is the same in every arm."
     )
+
+
+def _left_out(adapters: list[str]) -> str:
+    names = ", ".join(escape(name) for name in adapters)
+    return f" Left out, as they were not there: {names}." if adapters else ""
 
 
 def _sets(measured: Sequence[Measured], references: Sequence[Image.Image]) -> str:

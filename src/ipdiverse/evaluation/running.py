@@ -108,15 +108,21 @@ class Done:
         measured: Every arm, anchors last.
         references: Of every pair.
         hypervolumes: As `report.volumes` gives them.
+        left_out: Adapters that were not there.
     """
 
     measured: list[Measured]
     references: list[Image.Image]
     hypervolumes: list[dict[str, Any]]
+    left_out: list[str]
 
 
 def run_study(
-    study: Study, out: Path, progress: bool | None = None, known: Path | None = None
+    study: Study,
+    out: Path,
+    progress: bool | None = None,
+    known: Path | None = None,
+    skip_missing: bool = False,
 ) -> Done:
     """Measure every arm, or what is left of them.
 
@@ -127,12 +133,14 @@ def run_study(
         known: Folder of readings that were published: an arm that is there, with these settings and
             weights, is not drawn again. Weights that are not here cannot be compared; then the
             readings are taken.
+        skip_missing: Leave out adapters that are not here and whose readings are not either.
 
     Raises:
         IpdiverseError: A base, adapter, reference or folder is unusable.
     """
     runner = Runner(study, out, progress, known)
-    runner.check_sources()
+    left_out = runner.check_sources(skip_missing)
+    study = runner.study
     measured: list[Measured] = []
     rows: list[dict[str, Any]] = []
     with runner:
@@ -148,12 +156,13 @@ def run_study(
         "baseline": study.baseline_arm.name,
         "versions": versions(),
         "base": fingerprint(runner.base.pipe.unet),
+        "left_out": left_out,
         "dials": [check.as_json() for check in check_dials(measured)],
         "hypervolumes": areas,
         "arms": [*rows, *(one.row() for one in anchored)],
     }
     write_text_atomic(out / "results.json", json.dumps(report, indent=1) + "\n")
-    return Done([*measured, *anchored], runner.references, areas)
+    return Done([*measured, *anchored], runner.references, areas, left_out)
 
 
 class Runner:
@@ -225,16 +234,36 @@ class Runner:
             self.pairs,
         )
 
-    def check_sources(self) -> None:
+    def check_sources(self, skip: bool = False) -> list[str]:
         """Refuse what is missing before hours are spent.
 
+        Args:
+            skip: Leave it out of the study instead.
+
+        Returns:
+            The adapters that are left out.
+
         Raises:
-            IpdiverseError: An adapter is missing.
+            IpdiverseError: An adapter is missing, or the baseline's is, or nothing is left.
         """
+        arms, missing = [], []
         for arm in self.study.arms:
+            there = 0
             for number, source in enumerate(arm.sources):
-                if self._known(arm, number) is None:
-                    local_file(adapter_source(self.study.base, source))
+                try:
+                    if self._known(arm, number) is None:
+                        local_file(adapter_source(self.study.base, source))
+                except IpdiverseError:
+                    if not skip:
+                        raise
+                    missing.append(source)
+                    break
+                there += 1
+            if there:
+                adapters = arm.adapters[:there]  # seeds are numbered, so those before
+                arms.append(replace(arm, adapters=adapters))
+        self.study = replace(self.study, arms=tuple(arms))
+        return list(dict.fromkeys(missing))
 
     def anchors(self) -> list[Measured]:
         """What bounds every arm, where it is known."""
