@@ -6,6 +6,7 @@ PYTHON ?= python3
 TORCH_ARGS ?=
 
 VENV := .venv
+DIVERSE := src/ipdiverse/critters/weights/adapters/ip-adapter-diverse_critters.safetensors
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 TORCH := $(shell sed -n 's/^torch==.*/&/p' requirements.lock)
@@ -83,6 +84,8 @@ study: adapters ## the whole study (hours; it resumes)
 
 adapters: $(STAMP) ## train every adapter of the study (hours; it resumes) and ship the best
 	$(BIN)/ipdiverse critters train-adapters --ship
+	$(BIN)/ipdiverse calibrate --adapter diverse --plain plus --levers training interval \
+		--pairs 40 --images 8 --steps 15 --work out/calibration --out $(DIVERSE)
 	$(BIN)/ipdiverse critters train-adapters --seeds 1 2 --arms self-none self-gated paired-none \
 		paired-gated diverse
 

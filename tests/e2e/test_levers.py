@@ -40,6 +40,18 @@ def test_the_dial_moves_images_and_0_is_what_it_is_without(reference: Path) -> N
     assert 0 < moved[0] < moved[1]
 
 
+def test_the_default_adapters_dial_leads_from_the_plain_adapter_to_the_bit(reference: Path) -> None:
+    base = load_base()
+    given: Any = {"n": 2, "loaded": base, **FAST}
+    plain = generate(reference, adapter="plus", **given)
+    drawn = {d: generate(reference, diversity=d, **given) for d in (0.0, 0.5, 1.0)}
+    np.testing.assert_array_equal(pixels(drawn[0.0].images), pixels(plain.images))
+    moved = [np.abs(pixels(drawn[d].images) - pixels(plain.images)).mean() for d in (0.5, 1.0)]
+    assert 0 < moved[0] < moved[1]
+    again = generate(reference, diversity=0.0, **given)
+    np.testing.assert_array_equal(pixels(again.images), pixels(plain.images))
+
+
 def test_with_levers_image_i_is_the_same_alone(reference: Path) -> None:
     base = load_base()
     several = generate(reference, n=3, loaded=base, diversity=0.7, **FAST)

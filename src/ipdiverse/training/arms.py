@@ -5,7 +5,7 @@ users do with the published one, every other arm goes on from it, for the same n
 every reference (the target itself, a changed copy of it, another image of its subject) and every
 text-image fusion, by the trainer that users have. `self-none` is plain IP-Adapter trained on as
 long as the others, the copier that they must beat. `diverse`, the default, is `paired-gated`
-trained on.
+trained on; it ships with the weights of `plus` beside its own, between which its dial leads.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any, Literal
 import torch
 
 from ipdiverse.adapter.checkpoint import load_adapter, save_adapter
-from ipdiverse.bases import CRITTERS, CRITTERS_ADAPTERS, SHIPPED_ADAPTERS
+from ipdiverse.adapter.mixing import remember_plain
+from ipdiverse.bases import CRITTERS, CRITTERS_ADAPTERS, SHIPPED_ADAPTERS, adapter_source
 from ipdiverse.critters.pipeline import provenance
 from ipdiverse.critters.training.loop import bf16_is_fast
 from ipdiverse.data.options import PrepareOptions
@@ -162,5 +163,7 @@ def ship_arm(name: str, folder: Path, steps: int | None = None, seed: int = 0) -
     CRITTERS_ADAPTERS.mkdir(parents=True, exist_ok=True)
     target = CRITTERS_ADAPTERS / f"{file}.safetensors"
     trained = load_adapter(f"{config.out}/adapter.safetensors")
+    if name == "diverse":  # calibration then places its dial (`make adapters`)
+        remember_plain(trained, load_adapter(adapter_source(CRITTERS, "plus")))
     save_adapter(trained, target, made, torch.float16)
     return target
