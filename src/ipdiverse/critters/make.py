@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ipdiverse.critters.caption import caption_of
+from ipdiverse.critters.caption import caption, mentioned
 from ipdiverse.critters.render import render
-from ipdiverse.critters.scene import SPLITS, Scene, pair_of, sample_scene
+from ipdiverse.critters.scene import SPLITS, Scene, edited, pair_of, sample_scene
 from ipdiverse.errors import ArgumentError
 from ipdiverse.provenance import ensure_writable_folder, write_text_atomic
 from ipdiverse.seeding import derived_seed
@@ -89,17 +89,32 @@ class Example:
     text: str
 
 
-def example(index: int, seed: int, split: str) -> Example:
-    """Number `index` of the data set of a seed and a split; the others do not influence it."""
+def example(index: int, seed: int, split: str, edits: float = 0.0) -> Example:
+    """Number `index` of the data set of a seed and a split; the others do not influence it.
+
+    Args:
+        index: From 0.
+        seed: Of the data set.
+        split: Whose identities.
+        edits: Share of examples whose other scene differs in one attribute of identity, which the
+            caption then states: the prompt contradicts the reference, and the image obeys it.
+    """
     key = (seed, split, index)
     rng = np.random.default_rng(derived_seed(*key))
     scene = sample_scene(rng, split=split)
+    other = pair_of(scene, rng)
+    words = derived_seed(*key, "caption")
+    stated = mentioned(scene, words)
+    choice = np.random.default_rng(derived_seed(*key, "edit"))
+    if choice.random() < edits:
+        name, other = edited(other, choice, split)
+        stated |= {name: getattr(scene, name)}
     return Example(
         scene,
         derived_seed(*key, "render"),
-        pair_of(scene, rng),
+        other,
         derived_seed(*key, "pair"),
-        caption_of(scene, derived_seed(*key, "caption")),
+        caption(stated, words),
     )
 
 

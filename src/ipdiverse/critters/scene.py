@@ -191,6 +191,25 @@ def split_of(scene: Scene) -> str:
     return _split_of_subject(scene.subject)
 
 
+def edited(scene: Scene, rng: np.random.Generator, split: str | None = None) -> tuple[str, Scene]:
+    """The name of one attribute of identity, and the scene with another value of it.
+
+    Args:
+        scene: The scene.
+        rng: Source of randomness.
+        split: Only identities of this split, drawn by rejection; None takes any.
+    """
+    for _ in range(1000):
+        name = str(rng.choice(IDENTITY))
+        others = [value for value in ATTRIBUTES[name] if value != getattr(scene, name)]
+        changed = replace(scene, **{name: str(rng.choice(others))})
+        if split is None or split_of(changed) == split:
+            return name, changed
+    raise ValueError(
+        f"no identity of split {split!r} differs from {scene.subject} in one attribute"
+    )
+
+
 def pair_of(scene: Scene, rng: np.random.Generator) -> Scene:
     """Another scene of the same creature: identity kept, scene attributes drawn afresh."""
     known = scene.as_dict()

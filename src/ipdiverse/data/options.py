@@ -24,6 +24,8 @@ class SourceOptions:
         n: How many scenes of critters.
         pairs: Give each critters scene a reference of the same creature.
         seed: Of critters.
+        edits: Share of critters' references that differ from their scene in one attribute of
+            identity, which the caption then states.
     """
 
     kind: Literal[
@@ -37,6 +39,7 @@ class SourceOptions:
     n: int = 1000
     pairs: bool = True
     seed: int = 0
+    edits: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -54,3 +57,4 @@ class PrepareOptions(SourceOptions):
 
     def __post_init__(self) -> None:
         check_range("max_bad", self.max_bad, 0, 1)
+        check_range("edits", self.edits, 0, 1)

@@ -101,7 +101,8 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
     if not file.is_file():
         write_text_atomic(file, json.dumps(settings, indent=2) + "\n")
         return
-    before = json.loads(file.read_text())
+    # an option that came later was at its default before
+    before = asdict(PrepareOptions()) | json.loads(file.read_text())
     different = sorted(
         key for key in settings if before.get(key) != settings[key] and key != "max_bad"
     )

@@ -26,7 +26,7 @@ def rendered(options: SourceOptions) -> Source:
 
 
 def _item(index: int, options: SourceOptions) -> Item:
-    made = example(index, options.seed, "train")
+    made = example(index, options.seed, "train", options.edits)
     return Item(
         f"critter-{index:07d}",
         lambda: png(made.scene, made.seed),

@@ -67,7 +67,9 @@ def critters_parts(outputs: Ints, invalid: Bools, pairs: Sequence[Pair]) -> dict
     spread, cells = _spreads(outputs, free, pairs)
     copied = (keeps | ~free[:, None]).all(-1).mean(1) - _chance(references, free, pairs)
     some = free.any(1).astype(float)
+    edited = stated & identity
     return {
+        **({"edit_accuracy": _hits(shows, edited)} if edited.any() else {}),
         "prompt_accuracy": _hits(shows, stated),
         "agree_accuracy": _hits(shows, agree),
         "contradict_accuracy": _hits(shows, contradict),

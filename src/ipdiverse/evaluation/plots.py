@@ -16,6 +16,7 @@ LABELS = {
     "entropy": "variety of what nobody fixed (1 = the world's own)",
     "retention": "identity kept",
     "prompt_accuracy": "prompt obeyed",
+    "edit_accuracy": "prompt obeyed where it changes the reference's identity",
     "contradict_accuracy": "prompt obeyed where it contradicts the reference",
     "agree_accuracy": "prompt obeyed where it agrees with the reference",
     "copy_rate": "copies of the whole scene, minus chance",

@@ -281,7 +281,7 @@ class Runner:
     def _drawn(self) -> list[Any]:
         study = self.study
         if study.references is None:
-            return list(study_pairs(study.pairs, study.seed, study.split))
+            return list(study_pairs(study.pairs, study.seed, study.split, study.edits))
         prompts = Path(study.prompts) if study.prompts else None
         return list(folder_pairs(Path(study.references), prompts, study.pairs))
 

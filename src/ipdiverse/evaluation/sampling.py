@@ -11,7 +11,7 @@ from ipdiverse.bases import CRITTERS, CRITTERS_ORACLE, Base
 from ipdiverse.critters.caption import caption
 from ipdiverse.critters.oracle import Oracle, load_oracle
 from ipdiverse.critters.render import render
-from ipdiverse.critters.scene import ATTRIBUTES, IDENTITY, Scene, sample_scene
+from ipdiverse.critters.scene import ATTRIBUTES, IDENTITY, Scene, edited, sample_scene
 from ipdiverse.errors import ModelError
 from ipdiverse.sampling.sample import Job, sample
 from ipdiverse.seeding import derived_seed
@@ -70,11 +70,12 @@ def held_out_scenes(count: int, seed: int) -> list[tuple[Scene, int]]:
     return [(sample_scene(rng, split="test"), int(rng.integers(2**31))) for _ in range(count)]
 
 
-def study_pairs(count: int, seed: int, split: str = "test") -> list[Pair]:
+def study_pairs(count: int, seed: int, split: str = "test", edits: bool = False) -> list[Pair]:
     """(prompt, reference) pairs: the prompt states one or two scene attributes.
 
     They are drawn from the prior apart from the reference, so some agree with it and most
     contradict it; identity is left to the reference, and at least two scene attributes stay open.
+    With `edits` the prompt also states one attribute of identity, not as the reference has it.
     """
     rng = np.random.default_rng(derived_seed("pairs", seed))
     pairs = []
@@ -82,6 +83,9 @@ def study_pairs(count: int, seed: int, split: str = "test") -> list[Pair]:
         reference, wanted = sample_scene(rng, split=split), sample_scene(rng).as_dict()
         names = rng.choice([n for n in ATTRIBUTES if n not in IDENTITY], rng.integers(1, 3), False)
         stated = {str(name): wanted[str(name)] for name in names}
+        if edits:
+            name, changed = edited(reference, rng)
+            stated |= {name: getattr(changed, name)}
         words = caption(stated, int(rng.integers(2**31)))
         pairs.append(Pair(reference, stated, words, int(rng.integers(2**31))))
     return pairs

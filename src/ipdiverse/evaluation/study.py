@@ -82,6 +82,7 @@ class Study:
         steps: Denoising steps.
         seed: Of pairs and noise.
         split: Identities of critters to draw: `test` to report, `validation` to calibrate.
+        edits: Prompts on critters state one attribute of identity too, not as the reference has it.
         references: Folder of reference images; None draws held-out critters.
         prompts: File with a prompt a line, for `references`.
         features: Encoders to compare images by: of `features.ENCODERS`, folders, hub ids.
@@ -95,6 +96,7 @@ class Study:
     steps: int = 25
     seed: int = 3
     split: Literal["test", "validation"] = "test"
+    edits: bool = False
     references: str | None = None
     prompts: str | None = None
     features: tuple[str, ...] = ()
@@ -147,7 +149,7 @@ def read_study(file: Path) -> Study:
         raise ArgumentError("unknown key", where=file, found=", ".join(unknown))
     for name, kind in _KINDS.items():
         if name in content and (
-            not isinstance(content[name], kind) or isinstance(content[name], bool)
+            not isinstance(content[name], kind) or isinstance(content[name], bool) != (kind is bool)
         ):
             raise ArgumentError(
                 "is of another type", where=f"{file}: {name}", found=repr(content[name])
@@ -180,6 +182,7 @@ _KINDS: dict[str, type] = {
     **dict.fromkeys(("pairs", "images", "steps", "seed"), int),
     **dict.fromkeys(("base", "references", "prompts", "baseline", "split"), str),
     "features": list,
+    "edits": bool,
 }
 
 

@@ -39,6 +39,7 @@ class Arm:
         fusion_learns: False keeps its random weights, as the fusion's first publication did.
         adapter: `plus` (16 tokens) or `base` (4).
         noise_conditioning: Embeddings are noised by a random level that the adapter is told.
+        edits: Share of references that contradict the caption in one attribute of identity.
         start: The arm that it goes on from; None learns from random weights.
         steps: Optimizer steps of 64 samples.
         rate: Learning rate, which falls to 0.
@@ -49,6 +50,7 @@ class Arm:
     fusion_learns: bool = True
     adapter: Literal["plus", "base"] = "plus"
     noise_conditioning: bool = False
+    edits: float = 0.0
     start: str | None = "plain"
     steps: int = 500
     rate: float = 5e-4
@@ -63,6 +65,8 @@ def _arms() -> dict[str, Arm]:
         arms[f"{reference}-blend"] = Arm(reference, "blend")
         arms[f"{reference}-gated"] = Arm(reference, "gated")
     arms["paired-gated-noise"] = Arm("paired", "gated", noise_conditioning=True)
+    for fusion in ("none", "gated"):  # what only a fusion could tell: which part the text replaces
+        arms[f"edited-{fusion}"] = Arm("paired", fusion, edits=0.5)
     arms["diverse"] = Arm("paired", "gated", start="paired-gated", steps=1500)
     return arms
 
@@ -87,7 +91,7 @@ def arm_config(name: str, folder: Path, steps: int | None, seed: int) -> TrainCo
         raise ArgumentError("unknown arm", where=name, expected=", ".join(ARMS))
     arm = ARMS[name]
     return TrainConfig(
-        data=str(folder / "data"),
+        data=str(folder / _data(arm)),
         out=str(folder / f"{name}-seed{seed}"),
         base=CRITTERS,
         adapter=arm.adapter,
@@ -110,6 +114,10 @@ def arm_config(name: str, folder: Path, steps: int | None, seed: int) -> TrainCo
         seed=seed,
         keep=1,
     )
+
+
+def _data(arm: Arm) -> str:
+    return "data-edited" if arm.edits else "data"
 
 
 def _start_seed(arm: Arm, seed: int) -> int:
@@ -140,7 +148,8 @@ def train_arm(
     if config.start and not Path(config.start).exists():
         before = ARMS[name].start or ""
         train_arm(before, folder, steps, _start_seed(ARMS[name], seed), images)
-    prepare(CRITTERS, folder / "data", PrepareOptions(n=images))
+    arm = ARMS[name]
+    prepare(CRITTERS, folder / _data(arm), PrepareOptions(n=images, edits=arm.edits))
     return train(config)
 
 
