@@ -102,3 +102,29 @@ def test_bad_input_is_one_line(
     more = [str(tmp_path / "x.safetensors") if word == "OUT" else word for word in more]
     assert main(["calibrate", "--work", str(tmp_path / "work"), *more]) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_the_plain_adapter_is_stored_beside_and_the_dial_leads_from_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: dict[str, object] = {}
+
+    def climb(start, ladders, measure, say):
+        seen.update(start=start, ladders=ladders, first=measure(start))
+        return [(start, Achieved(0.2, 0.8, 0.5)), (OFF, Achieved(0.6, 0.8, 0.9))]
+
+    monkeypatch.setattr(calibrate, "climb", climb)
+    source, target = Path(adapter_source("critters", "diverse")), tmp_path / "mine.safetensors"
+    words = ["calibrate", "--adapter", "diverse", "--plain", "plus", "--out", str(target)]
+    words += ["--work", str(tmp_path / "work"), *TINY]
+    assert main([*words, "--levers", "training", "interval"]) == 0
+    assert seen["start"] == Levers(training=0.0)
+    assert set(seen["ladders"]) == {"training", "interval"}  # pyright: ignore[reportArgumentType]
+    adapter, plain = load_adapter(target), load_file(adapter_source("critters", "plus"))
+    assert all(torch.equal(adapter.plain[name], t.float()) for name, t in plain.items())
+    assert adapter.spec["arm"] == load_adapter(source).spec["arm"], "what it said before is kept"
+    dial = dial_of(adapter.spec, target)
+    assert dial is not None
+    assert dial.at(0.5).training == pytest.approx(0.5)
+    assert main([*words, "--levers", "nothing"]) == 2
+    assert "are none that a dial may move" in capsys.readouterr().err
