@@ -174,12 +174,19 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def hold_as_computed(unet: torch.nn.Module, precision: str) -> None:
-    """Keep frozen matrices in the type that autocast computes them in; norms stay in float32."""
+    """Keep frozen matrices in the type that autocast computes them in; norms stay in float32.
+
+    Weights that were just loaded are pages of their file, which stay in memory as long as one of
+    them is used: so norms are copied.
+    """
     if precision not in _DTYPES:
         return
     for module in unet.modules():
         if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
             module.to(_DTYPES[precision])
+        else:
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.clone()
 
 
 def open_accelerator(precision: str) -> Accelerator:
