@@ -71,7 +71,7 @@ def test_the_path_goes_into_the_file_and_generate_follows_it(
 def test_a_finished_calibration_draws_nothing_again(
     climbed: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ipdiverse.evaluation import running
+    from ipdiverse.evaluation import arm_images
 
     target = str(tmp_path / "mine.safetensors")
     words = ["calibrate", "--adapter", "plus", "--work", str(tmp_path / "work"), *TINY]
@@ -80,7 +80,7 @@ def test_a_finished_calibration_draws_nothing_again(
     def never(*_: object) -> None:
         raise AssertionError("drawn again")
 
-    monkeypatch.setattr(running, "sample_array", never)
+    monkeypatch.setattr(arm_images, "sample_array", never)
     assert main([*words, "--out", target]) == 0
 
 

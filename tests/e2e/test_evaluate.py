@@ -11,7 +11,7 @@ from PIL import Image
 
 from ipdiverse.cli import main
 from ipdiverse.critters.make import make_dataset
-from ipdiverse.evaluation import running
+from ipdiverse.evaluation import arm_images
 
 STUDY = """
 pairs = 3
@@ -73,13 +73,13 @@ def test_a_finished_study_is_not_drawn_again_and_a_torn_one_goes_on(
     out = finished / "out"
     results = (out / "results.json").read_text()
     drawn: list[int] = []
-    real = running.sample_array
+    real = arm_images.sample_array
 
     def counting(base, jobs, *rest):
         drawn.append(len(jobs))
         return real(base, jobs, *rest)
 
-    monkeypatch.setattr(running, "sample_array", counting)
+    monkeypatch.setattr(arm_images, "sample_array", counting)
     assert run(finished) == 0
     assert drawn == []
     next((out / "images").rglob("00000.npz")).unlink()
@@ -92,7 +92,7 @@ def test_an_adapter_that_is_missing_is_said_before_anything_is_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     drawn: list[int] = []
-    monkeypatch.setattr(running, "sample_array", lambda *_: drawn.append(1))
+    monkeypatch.setattr(arm_images, "sample_array", lambda *_: drawn.append(1))
     more = '[[arm]]\nname = "last"\nadapter = "no such adapter"\n'
     (tmp_path / "study.toml").write_text(STUDY + more)
     assert run(tmp_path) == 2

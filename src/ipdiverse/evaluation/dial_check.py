@@ -13,7 +13,7 @@ from ipdiverse.evaluation.groups import Parts, difference, estimate, resampled
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ipdiverse.evaluation.running import Measured
+    from ipdiverse.evaluation.measured import Measured
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from ipdiverse.evaluation.groups import estimate, interval
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ipdiverse.evaluation.running import Measured
+    from ipdiverse.evaluation.measured import Measured
 
 LABELS = {
     "entropy": "variety of what nobody fixed (1 = the world's own)",

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from ipdiverse.evaluation.running import Done, Measured
+    from ipdiverse.evaluation.measured import Done, Measured
     from ipdiverse.evaluation.study import Study
 
 _SHOWN_PAIRS, _SHOWN_IMAGES = 3, 8

@@ -11,10 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
-from io import BytesIO
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,97 +21,25 @@ from PIL import Image
 from ipdiverse.adapter.sources import local_file
 from ipdiverse.bases import CRITTERS, adapter_source, load_base
 from ipdiverse.critters.oracle import read
-from ipdiverse.critters.training.loop import autocast, fingerprint
+from ipdiverse.critters.training.loop import fingerprint
 from ipdiverse.errors import ArgumentError, IpdiverseError
 from ipdiverse.evaluation.anchors import anchors
+from ipdiverse.evaluation.arm_images import CHUNK, ArmImages
 from ipdiverse.evaluation.dial_check import check_dials
 from ipdiverse.evaluation.features import feature_parts, open_encoder
 from ipdiverse.evaluation.folders import folder_pairs
-from ipdiverse.evaluation.groups import (
-    Parts,
-    critters_parts,
-    interval,
-    js_interval,
-    leak_interval,
-)
+from ipdiverse.evaluation.groups import Parts, critters_parts
+from ipdiverse.evaluation.measured import Done, Measured
 from ipdiverse.evaluation.readings import FOLDER, Readings, file_of, load_readings
 from ipdiverse.evaluation.report import volumes
-from ipdiverse.evaluation.sampling import sample_array, shipped_oracle, study_pairs
-from ipdiverse.image_io import content_hash
-from ipdiverse.provenance import ensure_writable_folder, write_bytes_atomic, write_text_atomic
+from ipdiverse.evaluation.sampling import shipped_oracle, study_pairs
+from ipdiverse.provenance import ensure_writable_folder, write_text_atomic
 from ipdiverse.sampling.generation import versions
-from ipdiverse.sampling.sample import Job, attached, scale_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from ipdiverse.evaluation.features import FeatureEncoder
     from ipdiverse.evaluation.metrics import Ints
     from ipdiverse.evaluation.study import Arm, Study
-
-_CHUNK = 8
-"""Pairs whose images are kept together."""
-
-
-@dataclass(frozen=True)
-class Measured:
-    """An arm with its scores.
-
-    Args:
-        arm: What was measured.
-        runs: For each training seed the parts of every score.
-        images: The images of the first pairs, for the report: (pairs, images, height, width, 3);
-            None where only what was read in them is known.
-        readings: What the oracle read, (pairs, images of all seeds, attributes); None where the
-            world is not known.
-        pairs: What was asked.
-    """
-
-    arm: Arm
-    runs: list[dict[str, Parts]]
-    images: np.ndarray | None
-    readings: np.ndarray | None = None
-    pairs: Sequence[Any] = ()
-
-    @cached_property
-    def leak(self) -> tuple[float, float, float] | None:
-        """In nats with its interval, where the world is known."""
-        return None if self.readings is None else leak_interval(self.readings, self.pairs)
-
-    @cached_property
-    def js(self) -> tuple[float, float, float] | None:
-        """Distance from the world's own scenes with its interval, where the world is known."""
-        return None if self.readings is None else js_interval(self.readings, self.pairs)
-
-    def parts(self, name: str) -> list[Parts]:
-        """One score of every training seed."""
-        return [run[name] for run in self.runs]
-
-    def row(self) -> dict[str, Any]:
-        """For JSON: each score with its interval."""
-        scores = {name: _rounded(interval(self.parts(name))) for name in self.runs[0]}
-        for name, found in (("leak", self.leak), ("js", self.js)):
-            if found is not None:
-                scores[name] = _rounded(found)
-        about = {"name": self.arm.name, "family": self.arm.family, "at": self.arm.at}
-        return {**about, "settings": self.arm.settings, "seeds": len(self.runs), "scores": scores}
-
-
-@dataclass(frozen=True)
-class Done:
-    """A finished study.
-
-    Args:
-        measured: Every arm, anchors last.
-        references: Of every pair.
-        hypervolumes: As `report.volumes` gives them.
-        left_out: Adapters that were not there.
-    """
-
-    measured: list[Measured]
-    references: list[Image.Image]
-    hypervolumes: list[dict[str, Any]]
-    left_out: list[str]
 
 
 def run_study(
@@ -183,8 +108,8 @@ class Runner:
     ) -> None:
         self.study, self.out, self.known = study, ensure_writable_folder(out), known
         self.base = load_base(study.base)
-        known = study.base == CRITTERS and study.references is None
-        self.oracle = shipped_oracle() if known else None
+        exact = study.base == CRITTERS and study.references is None
+        self.oracle = shipped_oracle() if exact else None
         self.pairs: list[Any] = self._drawn()
         if len(self.pairs) < 2:
             raise ArgumentError(
@@ -195,11 +120,9 @@ class Runner:
             )
         self.study = study = replace(study, pairs=len(self.pairs))
         self.references = [pair.image() for pair in self.pairs]
-        asked = [content_hash(image) for image in self.references]
-        asked += [pair.prompt for pair in self.pairs]
-        self._decides = [*_models(self.base.pipe), *asked]
+        self._images = ArmImages(study, self.base, self.pairs, self.references, out / "images")
         self.encoders = [open_encoder(name, self.base.pipe) for name in study.features]
-        if not known and not self.encoders:
+        if not exact and not self.encoders:
             raise ArgumentError(
                 "are missing",
                 where="features",
@@ -294,7 +217,7 @@ class Runner:
             scores = critters_parts(known.attributes, known.invalid, self.pairs)
             seen, images = known, None
         else:
-            drawn = self._images(arm, arm.sources[number])
+            drawn = self._images.of(arm, arm.sources[number], self._advance)
             scores, seen = self._scored(drawn)
             images = self._first(drawn)
         if seen is not None:  # those that were known stay beside those that are new
@@ -324,7 +247,7 @@ class Runner:
             weights = None
         numbers = {name: getattr(study, name) for name in ("pairs", "images", "steps", "seed")}
         settings = {name: value for name, value in arm.settings.items() if name != "adapter"}
-        base = hashlib.sha256(json.dumps(self._decides).encode()).hexdigest()
+        base = hashlib.sha256(json.dumps(self._images.decides).encode()).hexdigest()
         return {"settings": settings, **numbers, "base": base, "adapter": weights}
 
     def _scored(self, images: np.ndarray) -> tuple[dict[str, Parts], Readings | None]:
@@ -343,7 +266,7 @@ class Runner:
     def _first(self, images: np.ndarray) -> np.ndarray:
         """Those of the first pairs, for the report, (pairs, images, height, width, 3)."""
         size = self.study.images
-        return images[: _CHUNK * size].reshape(-1, size, *images.shape[1:]).copy()
+        return images[: CHUNK * size].reshape(-1, size, *images.shape[1:]).copy()
 
     def _features(self, encoder: FeatureEncoder, images: np.ndarray) -> dict[str, Parts]:
         size = self.study.images
@@ -352,73 +275,6 @@ class Runner:
         prompts = [pair.prompt for pair in self.pairs]
         return feature_parts(encoder, sets, self.references, prompts)
 
-    def _jobs(self, numbers: range) -> list[Job]:
-        """Every image of some pairs; noise depends on pair and number alone, not on the arm."""
-        seed = self.study.seed * 1_000_003
-        return [
-            Job(self.pairs[number].prompt, seed + number, index, self.references[number])
-            for number in numbers
-            for index in range(self.study.images)
-        ]
-
-    def _images(self, arm: Arm, source: str) -> np.ndarray:
-        """All images of an arm with one adapter; chunks that are there are not made again."""
-        weights = adapter_source(self.study.base, source)
-        folder = self.out / "images" / self._key(arm, weights)
-        starts = range(0, len(self.pairs), _CHUNK)
-        chunks = [range(start, min(start + _CHUNK, len(self.pairs))) for start in starts]
-        files = [folder / f"{number:05d}.npz" for number in range(len(chunks))]
-        missing = [(c, f) for c, f in zip(chunks, files, strict=True) if not f.exists()]
-        self._advance(len(self.pairs) - sum(len(chunk) for chunk, _ in missing))
-        if missing:
-            ensure_writable_folder(folder)
-            self._draw(arm, weights, missing)
-        return np.concatenate([np.load(file)["images"] for file in files])
-
-    def _draw(self, arm: Arm, weights: Path | str, missing: list[tuple[range, Path]]) -> None:
-        request = arm.request(self.study.steps, self.base.guidance_scale)
-        fast = autocast() if self.study.base == CRITTERS else nullcontext()
-        with attached(self.base, weights) as attachment:
-            scale = scale_of(self.base, request)
-            attachment.set_scale(
-                request.preset or scale,
-                weight=scale,
-                start=request.start,
-                end=request.end,
-            )
-            for chunk, file in missing:
-                with fast:
-                    made = sample_array(self.base, self._jobs(chunk), request, attachment, False)
-                _save(file, made)
-                self._advance(len(chunk))
-
-    def _key(self, arm: Arm, weights: Path | str) -> str:
-        """What decides an arm's images, as 16 hexadecimal digits."""
-        settings = asdict(arm.request(self.study.steps, self.base.guidance_scale))
-        study = [self.study.images, self.study.seed]
-        adapter = hashlib.sha256(local_file(weights).read_bytes()).hexdigest()
-        decides = [settings, study, adapter, self._decides, versions()]
-        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
-
     def _advance(self, pairs: int) -> None:
         if self._bar is not None:
             self._bar.update(pairs * self.study.images)
-
-
-def _save(file: Path, images: np.ndarray) -> None:
-    buffer = BytesIO()
-    np.savez_compressed(buffer, images=images)
-    write_bytes_atomic(file, buffer.getvalue())
-
-
-def _models(pipe: Any) -> list[str]:
-    """What decides images, of a base: every model's weights, and the scheduler."""
-    names = ("unet", "vae", "text_encoder", "text_encoder_2", "image_encoder")
-    modules = [getattr(pipe, name, None) for name in names]
-    scheduler = json.dumps(dict(pipe.scheduler.config), sort_keys=True, default=str)
-    return [*(fingerprint(module) for module in modules if module is not None), scheduler]
-
-
-def _rounded(found: tuple[float, float, float]) -> list[float | None]:
-    """Estimate, low and high with four digits; None, which JSON knows, for what is not known."""
-    return [None if np.isnan(value) else round(float(value), 4) for value in found]

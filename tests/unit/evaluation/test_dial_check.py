@@ -7,7 +7,7 @@ import pytest
 
 from ipdiverse.evaluation.dial_check import check_dials, dial_table, straightness
 from ipdiverse.evaluation.groups import Parts
-from ipdiverse.evaluation.running import Measured
+from ipdiverse.evaluation.measured import Measured
 from ipdiverse.evaluation.study import Arm
 
 PAIRS = 30

@@ -12,7 +12,7 @@ import pytest
 from ipdiverse.bases import CRITTERS_ADAPTERS
 from ipdiverse.cli import main
 from ipdiverse.errors import DataError
-from ipdiverse.evaluation import running
+from ipdiverse.evaluation import arm_images
 from ipdiverse.evaluation.readings import Readings, file_of, load_readings
 
 PLUS = CRITTERS_ADAPTERS / "ip-adapter-plus_critters.safetensors"
@@ -61,13 +61,13 @@ def test_published_readings_are_taken_where_settings_and_weights_are_theirs(
     adapter = tmp_path / "mine.safetensors"
     adapter.write_bytes(PLUS.read_bytes())
     drawn: list[int] = []
-    real = running.sample_array
+    real = arm_images.sample_array
 
     def counting(base: Any, jobs: Any, *rest: Any) -> Any:
         drawn.append(len(jobs))
         return real(base, jobs, *rest)
 
-    monkeypatch.setattr(running, "sample_array", counting)
+    monkeypatch.setattr(arm_images, "sample_array", counting)
 
     def run(name: str, config: Path, *more: str) -> int:
         out = ["--out", str(tmp_path / name)]

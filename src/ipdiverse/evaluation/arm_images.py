@@ -1,0 +1,136 @@
+"""An arm's images: drawn pair by pair, and kept, so that none is drawn twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import nullcontext
+from dataclasses import asdict
+from io import BytesIO
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ipdiverse.adapter.sources import local_file
+from ipdiverse.bases import CRITTERS, adapter_source
+from ipdiverse.critters.training.loop import autocast, fingerprint
+from ipdiverse.evaluation.sampling import sample_array
+from ipdiverse.image_io import content_hash
+from ipdiverse.provenance import ensure_writable_folder, write_bytes_atomic
+from ipdiverse.sampling.generation import versions
+from ipdiverse.sampling.sample import Job, attached, scale_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from PIL import Image
+
+    from ipdiverse.bases import Base
+    from ipdiverse.evaluation.study import Arm, Study
+
+CHUNK = 8
+"""Pairs whose images are kept together."""
+
+
+class ArmImages:
+    """Draws and keeps images.
+
+    Args:
+        study: Its numbers; `pairs` is how many there are.
+        base: Open.
+        pairs: What is asked for.
+        references: Of every pair.
+        folder: Where images are kept.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        base: Base,
+        pairs: Sequence[Any],
+        references: Sequence[Image.Image],
+        folder: Path,
+    ) -> None:
+        self.study, self.base, self.folder = study, base, folder
+        self.pairs, self.references = pairs, references
+        asked = [content_hash(image) for image in references]
+        asked += [pair.prompt for pair in pairs]
+        self.decides = [*_models(base.pipe), *asked]
+
+    def of(self, arm: Arm, source: str, progress: Callable[[int], None]) -> np.ndarray:
+        """All images of an arm with one adapter; chunks that are there are not made again.
+
+        Args:
+            arm: Which.
+            source: The adapter.
+            progress: Told how many pairs are done.
+
+        Returns:
+            (pairs · images, height, width, 3), uint8.
+        """
+        weights = adapter_source(self.study.base, source)
+        folder = self.folder / self._key(arm, weights)
+        starts = range(0, len(self.pairs), CHUNK)
+        chunks = [range(start, min(start + CHUNK, len(self.pairs))) for start in starts]
+        files = [folder / f"{number:05d}.npz" for number in range(len(chunks))]
+        missing = [(c, f) for c, f in zip(chunks, files, strict=True) if not f.exists()]
+        progress(len(self.pairs) - sum(len(chunk) for chunk, _ in missing))
+        if missing:
+            ensure_writable_folder(folder)
+            self._draw(arm, weights, missing, progress)
+        return np.concatenate([np.load(file)["images"] for file in files])
+
+    def _jobs(self, numbers: range) -> list[Job]:
+        """Every image of some pairs; noise depends on pair and number alone, not on the arm."""
+        seed = self.study.seed * 1_000_003
+        return [
+            Job(self.pairs[number].prompt, seed + number, index, self.references[number])
+            for number in numbers
+            for index in range(self.study.images)
+        ]
+
+    def _draw(
+        self,
+        arm: Arm,
+        weights: Path | str,
+        missing: list[tuple[range, Path]],
+        progress: Callable[[int], None],
+    ) -> None:
+        request = arm.request(self.study.steps, self.base.guidance_scale)
+        fast = autocast() if self.study.base == CRITTERS else nullcontext()
+        with attached(self.base, weights) as attachment:
+            scale = scale_of(self.base, request)
+            attachment.set_scale(
+                request.preset or scale,
+                weight=scale,
+                start=request.start,
+                end=request.end,
+            )
+            for chunk, file in missing:
+                with fast:
+                    made = sample_array(self.base, self._jobs(chunk), request, attachment, False)
+                _save(file, made)
+                progress(len(chunk))
+
+    def _key(self, arm: Arm, weights: Path | str) -> str:
+        """What decides an arm's images, as 16 hexadecimal digits."""
+        settings = asdict(arm.request(self.study.steps, self.base.guidance_scale))
+        study = [self.study.images, self.study.seed]
+        adapter = hashlib.sha256(local_file(weights).read_bytes()).hexdigest()
+        decides = [settings, study, adapter, self.decides, versions()]
+        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _save(file: Path, images: np.ndarray) -> None:
+    buffer = BytesIO()
+    np.savez_compressed(buffer, images=images)
+    write_bytes_atomic(file, buffer.getvalue())
+
+
+def _models(pipe: Any) -> list[str]:
+    """What decides images, of a base: every model's weights, and the scheduler."""
+    names = ("unet", "vae", "text_encoder", "text_encoder_2", "image_encoder")
+    modules = [getattr(pipe, name, None) for name in names]
+    scheduler = json.dumps(dict(pipe.scheduler.config), sort_keys=True, default=str)
+    return [*(fingerprint(module) for module in modules if module is not None), scheduler]
