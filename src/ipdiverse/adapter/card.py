@@ -126,6 +126,9 @@ def _facts(adapter: ImagePromptAdapter, base: str | None, licensed: str | None) 
         "image tokens": f"{tokens}, of width {adapter.token_width}",
         "layers with an image branch": len(adapter.widths()),
         "text-image fusion": "none" if adapter.fusion is None else adapter.fusion.kind,
+        "went on from": "a plain adapter, whose weights it holds"
+        if adapter.plain
+        else "not stored",
         "noise-conditioned": "no" if adapter.noise is None else "yes",
         "license": licensed or "not stated",
     }

@@ -14,6 +14,7 @@ from torch import Tensor
 from ipdiverse.adapter.checkpoint import spec_of
 from ipdiverse.adapter.containers import Contents, open_checkpoint
 from ipdiverse.adapter.layouts import Normalised, normalise, recognise
+from ipdiverse.adapter.mixing import PLAIN
 from ipdiverse.adapter.model import ImagePromptAdapter
 from ipdiverse.adapter.structure import describe, dtype_name, misfits, skeleton
 from ipdiverse.errors import CheckpointError
@@ -86,7 +87,8 @@ def as_text(report: Report) -> str:
         "layers": f"{report['layers']} with an image branch",
         "fusion": _fusion(report["fusion"]),
         "LoRA": _lora(report["lora"]),
-        "weights": f"{report['parameters'] / 1e6:.1f} M as {_dtypes(report['dtypes'])}",
+        "weights": f"{report['parameters'] / 1e6:.1f} M as {_dtypes(report['dtypes'])}"
+        + (", the weights it went on from beside" if report["remembers_plain"] else ""),
     }
     if report["frozen_tensors"]:
         rows["base model"] = f"{report['frozen_tensors']} frozen tensors beside it, never read"
@@ -114,7 +116,8 @@ def _understand(contents: Contents, spec: Mapping[str, Any]) -> _Found:
 
 def _nothing() -> Report:
     sizes = dict.fromkeys(("num_tokens", "token_width", "clip_dim", "face_dim"))
-    return {"kind": None, "family": None, **sizes, "layers": 0, "fusion": None, "lora": None}
+    parts = {"fusion": None, "lora": None, "remembers_plain": False}
+    return {"kind": None, "family": None, **sizes, "layers": 0, **parts}
 
 
 def _about(
@@ -127,6 +130,7 @@ def _about(
         **described["dims"],
         "fusion": described["fusion"],
         "lora": _lora_of(tensors),
+        "remembers_plain": any(name.startswith(PLAIN) for name in tensors),
     }
     if adapter.kind == "faceid-plus":
         about["shortcut"] = spec.get("shortcut")

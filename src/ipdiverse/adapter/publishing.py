@@ -13,6 +13,7 @@ from ipdiverse.adapter.checkpoint import save_adapter
 from ipdiverse.adapter.sources import PUBLISHED
 from ipdiverse.bases import HUB_ID
 from ipdiverse.errors import ArgumentError, ModelError
+from ipdiverse.labels import apart
 from ipdiverse.provenance import ensure_writable_folder, write_bytes_atomic, write_text_atomic
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def curve_png(spec: Mapping[str, Any]) -> bytes | None:
         points = [(row["variety"], row[name]) for row in rows if row[name] is not None]
         if points:
             axes.plot(*zip(*points, strict=True), "o-", color=colour, markersize=4, label=label)
-    for row in rows:
+    for row in (rows[index] for index in apart([row["variety"] for row in rows])):
         at = (row["variety"], row["retention"])
         words = f"{row['setting']:.2g}"
         axes.annotate(words, at, (3, 5), textcoords="offset points", fontsize=7, color="#2962c9")

@@ -102,7 +102,6 @@ def describe(adapter: ImagePromptAdapter) -> dict[str, Any]:
         "family": base_family(adapter),
         "fusion": None if fusion is None else {"kind": fusion.kind},
         "noise_conditioned": adapter.noise is not None,
-        "remembers_plain": bool(adapter.plain),
         "dims": {
             "num_tokens": projection.num_tokens,
             "token_width": adapter.token_width,

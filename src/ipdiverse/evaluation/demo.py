@@ -20,6 +20,7 @@ from ipdiverse.bases import (
 )
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import Scene
+from ipdiverse.labels import apart
 from ipdiverse.provenance import ensure_writable_folder, save_png, write_text_atomic
 from ipdiverse.sampling.request import Request
 from ipdiverse.sampling.sample import Job, attached, dial_for, sample
@@ -182,7 +183,8 @@ def plot_dial(dial: Dial, report: dict[str, Any]) -> Image.Image:
         axes.plot(
             [x for x, _, _ in curve], [y for _, y, _ in curve], "o-", color=colour, label=label
         )
-        for x, y, words in curve:
+        told = apart([x for x, _, _ in curve]) if curve is points else range(len(curve))
+        for x, y, words in (curve[index] for index in told):
             axes.annotate(words, (x, y), (4, 4), textcoords="offset points", fontsize=7)
     axes.set_xlabel("variety of what nobody fixed (1 = the world's own)")
     axes.set_ylabel("identity kept")

@@ -14,7 +14,7 @@ from ipdiverse.adapter.attach import attach, detach
 from ipdiverse.adapter.checkpoint import load_adapter, remember_in_file, save_adapter
 from ipdiverse.adapter.conversion import convert
 from ipdiverse.adapter.fusion import GatedFusion
-from ipdiverse.adapter.inspection import inspect_checkpoint
+from ipdiverse.adapter.inspection import as_text, inspect_checkpoint
 from ipdiverse.adapter.mixing import mixed, remember_plain
 from ipdiverse.adapter.noise import NoiseConditioning
 from ipdiverse.adapter.reference import Reference
@@ -89,11 +89,12 @@ def test_files_hold_both_and_what_is_missing_is_named(tmp_path: Path) -> None:
     file = tmp_path / "own.safetensors"
     save_adapter(own, file, {}, torch.float32)
     loaded = load_adapter(file)
-    assert loaded.spec["remembers_plain"] is True
     assert loaded.plain.keys() == plain.state_dict().keys()
     assert all(torch.equal(loaded.plain[name], t) for name, t in plain.state_dict().items())
     report = inspect_checkpoint(file)
     assert report["loads"]
+    assert report["remembers_plain"]
+    assert "the weights it went on from beside" in as_text(report)
     assert report["parameters"] == sum(t.numel() for t in load_file(file).values())
     tensors = load_file(file)
     dropped = tensors.pop("plain.image_proj.latents")
