@@ -69,9 +69,10 @@ fmt: $(STAMP) ## format, and mend what can be mended
 	$(BIN)/ruff check --fix-only
 	$(BIN)/ruff format
 
-benchmarks: $(STAMP) ## time rendering, generation and training
+benchmarks: $(STAMP) ## time rendering, generation, the dial and training
 	$(BIN)/python benchmarks/render.py
 	$(BIN)/python benchmarks/generate.py
+	$(BIN)/python benchmarks/dial.py
 	$(BIN)/python benchmarks/training.py
 
 study-quick: $(STAMP) ## a coarse curve of variety against fidelity, in minutes

@@ -1,6 +1,6 @@
 """Time per image at settings of the dial against stock diffusers, same steps, one process.
 
-    python benchmarks/dial.py [--adapter plus] [--rounds 15] [--settings 0 0.5 1] [--out FILE.json]
+    python benchmarks/dial.py [--adapter diverse] [--rounds 15] [--settings 0 0.5 1] [--out FILE.json]
 
 On the embedded base. Stock is diffusers' own IP-Adapter with the same file, guidance and image;
 above 1 ours is faster. Where the dial skips unconditional passes, operations fall too.
@@ -44,7 +44,7 @@ def main() -> None:
     import numpy as np
 
     parser = argparse.ArgumentParser()
-    parser.add_argument("--adapter", default="plus")
+    parser.add_argument("--adapter", default="diverse")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--settings", type=float, nargs="+", default=[0, 0.25, 0.5, 0.75, 1])
     parser.add_argument("--out", type=Path)
