@@ -1,6 +1,6 @@
 """Time per image at settings of the dial against stock diffusers, same steps, one process.
 
-    python benchmarks/dial.py [--adapter diverse] [--rounds 15] [--settings 0 0.5 1] [--out FILE.json]
+    python benchmarks/dial.py [--adapter diverse] [--rounds 15] [--settings 0 1] [--out FILE.json]
 
 On the embedded base. Stock is diffusers' own IP-Adapter with the same file, guidance and image;
 above 1 ours is faster. Where the dial skips unconditional passes, operations fall too.
@@ -21,7 +21,7 @@ from ipdiverse.bases import CRITTERS, adapter_source
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import sample_scene
 from ipdiverse.sampling.denoiser import release, steer
-from ipdiverse.sampling.sample import dial_for
+from ipdiverse.sampling.dial import dial_for
 from ipdiverse.seeding import generator
 
 PROMPT, IMAGES, STEPS = "a critter in the snow", 4, 25

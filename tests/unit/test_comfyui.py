@@ -22,6 +22,7 @@ from ipdiverse.adapter.attach import attach
 from ipdiverse.adapter.attention import decoupled_cross_attention
 from ipdiverse.adapter.checkpoint import save_adapter
 from ipdiverse.adapter.fusion import GatedFusion
+from ipdiverse.adapter.mixing import remember_plain
 from ipdiverse.adapter.model import ImagePromptAdapter, attention_layers
 from ipdiverse.adapter.noise import NoiseConditioning
 from ipdiverse.adapter.reference import Reference
@@ -572,6 +573,7 @@ def test_diversity_0_is_stock_ip_adapter(fused: bool) -> None:
 @pytest.mark.parametrize(
     "levers",
     [
+        Levers(training=0.5),
         Levers(cads=0.4),
         Levers(drop=0.5),
         Levers(late_layout=0.5),
@@ -591,6 +593,7 @@ def test_levers_do_what_they_do_in_a_pipeline(levers: Levers) -> None:
     torch.manual_seed(9)
     adapter.noise = NoiseConditioning(models.CLIP_WIDTH)
     torch.nn.init.normal_(adapter.noise.level[2].weight, std=0.1)
+    remember_plain(adapter, models.adapter("plus", pipeline("sd1").unet, seed=8))
     clip = comfyui.Clip(pipeline("sd1").tokenizer)
     setting = PROMPTING.Setting(levers, 5)
     words = {"clip": clip, "text": PROMPT, "negative_text": NEGATIVE}
@@ -598,6 +601,14 @@ def test_levers_do_what_they_do_in_a_pipeline(levers: Levers) -> None:
     assert_close(found, in_diffusers(adapter, steps=4, levers=levers), 3e-4)
     without = sampled(applied(model_of("sd1"), adapter, **words), steps=4)
     assert (found - without).abs().max() > 1e-3, "it acts"
+
+
+def test_diversity_0_is_the_adapter_it_went_on_from() -> None:
+    adapter = adapter_of("sd1", fused=True)
+    plain = models.adapter("base", pipeline("sd1").unet, seed=8)
+    remember_plain(adapter, plain)
+    found = sampled(applied(model_of("sd1"), adapter, diversity=turned(adapter, 0.0)))
+    assert torch.equal(found, sampled(applied(model_of("sd1"), plain)))
 
 
 def test_the_default_path_acts_and_repeats() -> None:

@@ -22,8 +22,9 @@ from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import Scene
 from ipdiverse.labels import apart
 from ipdiverse.provenance import ensure_writable_folder, save_png, write_text_atomic
+from ipdiverse.sampling.dial import dial_for
 from ipdiverse.sampling.request import Request
-from ipdiverse.sampling.sample import Job, attached, dial_for, sample
+from ipdiverse.sampling.sample import Job, attached, sample
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -13,6 +13,8 @@ from ipdiverse.errors import ArgumentError, CheckpointError, check_range
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from ipdiverse.adapter.model import ImagePromptAdapter
+
 
 @dataclass(frozen=True)
 class Levers:
@@ -200,6 +202,16 @@ def dial_of(spec: Mapping[str, Any], where: object) -> Dial | None:
         return Dial(points, str(found["source"]), achieved)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArgumentError) as error:
         raise CheckpointError("its dial is broken", where=where, found=error) from error
+
+
+def dial_for(adapter: ImagePromptAdapter) -> Dial:
+    """An adapter's own dial, or the default one if it was not calibrated.
+
+    Raises:
+        CheckpointError: Its own is broken.
+    """
+    calibrated = dial_of(adapter.spec, "adapter")
+    return calibrated or default_dial(adapter.fusion is not None, bool(adapter.plain))
 
 
 def default_dial(fused: bool, remembers: bool = False) -> Dial:

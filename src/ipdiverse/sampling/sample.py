@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ipdiverse.bases import Base, any_latents, load_image_encoder
 from ipdiverse.errors import ModelError
-from ipdiverse.sampling.dial import OFF, Dial, Levers, default_dial, dial_of
+from ipdiverse.sampling.dial import OFF, Levers, dial_for
 from ipdiverse.sampling.tasks import Task
 from ipdiverse.seeding import derived_seed
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ipdiverse.adapter.attach import Attachment
-    from ipdiverse.adapter.model import ImagePromptAdapter
     from ipdiverse.adapter.reference import Reference
     from ipdiverse.sampling.denoiser import Steering
     from ipdiverse.sampling.request import Request
@@ -70,16 +69,6 @@ def steps_of(base: Base, request: Request) -> int:
 def scale_of(base: Base, request: Request) -> float:
     """Weight of the image prompt: the request's, or the base's default."""
     return base.scale if request.scale is None else request.scale
-
-
-def dial_for(adapter: ImagePromptAdapter) -> Dial:
-    """An adapter's own dial, or the default one if it was not calibrated.
-
-    Raises:
-        CheckpointError: Its own is broken.
-    """
-    calibrated = dial_of(adapter.spec, "adapter")
-    return calibrated or default_dial(adapter.fusion is not None, bool(adapter.plain))
 
 
 def sample(
