@@ -81,14 +81,15 @@ study-quick: $(STAMP) ## a coarse curve of variety against fidelity, in minutes
 study: adapters ## the whole study (hours; it resumes)
 	$(BIN)/python studies/fusion_maps.py runs/adapters/*-gated-seed0/adapter.safetensors \
 		runs/adapters/*-blend*-seed0/adapter.safetensors --out docs/study
-	$(BIN)/ipdiverse evaluate --config studies/variety.toml --out out/study --publish docs/study
+	$(BIN)/ipdiverse evaluate --config studies/edits.toml --out out/edits --publish docs/study/edits
+	$(BIN)/ipdiverse evaluate --config studies/variety.toml --out out/study --publish docs/study \
+		--readings docs/study/readings
 
 adapters: $(STAMP) ## train every adapter of the study (hours; it resumes) and ship the best
 	$(BIN)/ipdiverse critters train-adapters --ship
 	$(BIN)/ipdiverse calibrate --adapter diverse --plain plus --levers training interval \
 		--pairs 40 --images 8 --steps 15 --work out/calibration --out $(DIVERSE)
-	$(BIN)/ipdiverse critters train-adapters --seeds 1 2 --arms self-none self-gated paired-none \
-		paired-gated diverse
+	$(BIN)/ipdiverse critters train-adapters --seeds 1 2 --arms self-none diverse
 
 clean: ## remove what was built, not .venv
 	rm -rf out build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -165,7 +165,9 @@ def test_the_shipped_study_is_one() -> None:
     assert set(several) <= set(ARMS)
     runs = [(arm, seed) for arm in ARMS for seed in ((0, 1, 2) if arm in several else (0,))]
     made = {f"runs/adapters/{arm}-seed{seed}/adapter.safetensors" for arm, seed in runs}
-    named = {source for arm in study.arms for source in arm.sources}
+    edits = read_study(ROOT / "studies" / "edits.toml")
+    assert edits.edits
+    named = {source for arm in (*study.arms, *edits.arms) for source in arm.sources}
     assert named <= made | set(ADAPTERS), "what `make adapters` makes, or what ships"
 
 
