@@ -25,7 +25,7 @@ class Evaluate:
         publish: Copy the study's numbers and pictures, and what was read in its images, to this
             folder.
         readings: A folder `publish` wrote readings to: arms that are there are not drawn again.
-        skip_missing: Leave out adapters that are not there, in place of refusing.
+        partial: Draw nothing: report on what of the study was drawn or read so far.
         json: Print the results as JSON.
     """
 
@@ -38,7 +38,7 @@ class Evaluate:
     out: str | None = None
     publish: str | None = None
     readings: str | None = None
-    skip_missing: bool = False
+    partial: bool = False
     json: bool = False
 
     def run(self) -> None:
@@ -58,7 +58,7 @@ class Evaluate:
         study = read_study(Path(self.config)) if self.config else quick_study()
         out = Path(self.out or "out/evaluation")
         known = Path(self.readings) if self.readings else None
-        done = run_study(study, out, known=known, skip_missing=self.skip_missing)
+        done = run_study(study, out, known=known, partial=self.partial)
         page = write_report(study, done, out)
         if self.publish:
             publish(out, Path(self.publish))

@@ -70,16 +70,29 @@ class ArmImages:
             (pairs · images, height, width, 3), uint8.
         """
         weights = adapter_source(self.study.base, source)
-        folder = self.folder / self._key(arm, weights)
-        starts = range(0, len(self.pairs), CHUNK)
-        chunks = [range(start, min(start + CHUNK, len(self.pairs))) for start in starts]
-        files = [folder / f"{number:05d}.npz" for number in range(len(chunks))]
+        chunks, files = self._files(arm, weights)
         missing = [(c, f) for c, f in zip(chunks, files, strict=True) if not f.exists()]
         progress(len(self.pairs) - sum(len(chunk) for chunk, _ in missing))
         if missing:
-            ensure_writable_folder(folder)
+            ensure_writable_folder(files[0].parent)
             self._draw(arm, weights, missing, progress)
         return np.concatenate([np.load(file)["images"] for file in files])
+
+    def all_there(self, arm: Arm, source: str) -> bool:
+        """Whether nothing of an arm with one adapter is left to draw.
+
+        Raises:
+            IpdiverseError: The adapter is missing.
+        """
+        _, files = self._files(arm, adapter_source(self.study.base, source))
+        return all(file.exists() for file in files)
+
+    def _files(self, arm: Arm, weights: Path | str) -> tuple[list[range], list[Path]]:
+        """The chunks of pairs, and the file of each."""
+        folder = self.folder / self._key(arm, weights)
+        starts = range(0, len(self.pairs), CHUNK)
+        chunks = [range(start, min(start + CHUNK, len(self.pairs))) for start in starts]
+        return chunks, [folder / f"{number:05d}.npz" for number in range(len(chunks))]
 
     def _jobs(self, numbers: range) -> list[Job]:
         """Every image of some pairs; noise depends on pair and number alone, not on the arm."""

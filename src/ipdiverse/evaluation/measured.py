@@ -70,7 +70,7 @@ class Done:
         measured: Every arm, anchors last.
         references: Of every pair.
         hypervolumes: As `report.volumes` gives them.
-        left_out: Adapters that were not there.
+        left_out: Arms that were neither drawn nor read.
     """
 
     measured: list[Measured]

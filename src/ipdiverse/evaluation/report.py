@@ -168,9 +168,9 @@ def _about(study: Study, pairs: int) -> str:
     )
 
 
-def _left_out(adapters: list[str]) -> str:
-    names = ", ".join(escape(name) for name in adapters)
-    return f" Left out, as they were not there: {names}." if adapters else ""
+def _left_out(arms: list[str]) -> str:
+    names = ", ".join(escape(name) for name in arms)
+    return f" A part of the study; not drawn yet: {names}." if arms else ""
 
 
 def _sets(measured: Sequence[Measured], references: Sequence[Image.Image]) -> str:

@@ -47,7 +47,7 @@ def run_study(
     out: Path,
     progress: bool | None = None,
     known: Path | None = None,
-    skip_missing: bool = False,
+    partial: bool = False,
 ) -> Done:
     """Measure every arm, or what is left of them.
 
@@ -58,13 +58,13 @@ def run_study(
         known: Folder of readings that were published: an arm that is there, with these settings and
             weights, is not drawn again. Weights that are not here cannot be compared; then the
             readings are taken.
-        skip_missing: Leave out adapters that are not here and whose readings are not either.
+        partial: Draw nothing: report on what was drawn or read so far.
 
     Raises:
         IpdiverseError: A base, adapter, reference or folder is unusable.
     """
     runner = Runner(study, out, progress, known)
-    left_out = runner.check_sources(skip_missing)
+    left_out = runner.keep_what_is_there() if partial else runner.check_sources()
     study = runner.study
     measured: list[Measured] = []
     rows: list[dict[str, Any]] = []
@@ -157,36 +157,49 @@ class Runner:
             self.pairs,
         )
 
-    def check_sources(self, skip: bool = False) -> list[str]:
+    def check_sources(self) -> list[str]:
         """Refuse what is missing before hours are spent.
 
-        Args:
-            skip: Leave it out of the study instead.
-
         Returns:
-            The adapters that are left out.
+            Nothing that is left out.
 
         Raises:
-            IpdiverseError: An adapter is missing, or the baseline's is, or nothing is left.
+            IpdiverseError: An adapter is missing.
         """
-        arms, missing = [], []
         for arm in self.study.arms:
-            there = 0
             for number, source in enumerate(arm.sources):
-                try:
-                    if self._known(arm, number) is None:
-                        local_file(adapter_source(self.study.base, source))
-                except IpdiverseError:
-                    if not skip:
-                        raise
-                    missing.append(source)
-                    break
-                there += 1
+                if self._known(arm, number) is None:
+                    local_file(adapter_source(self.study.base, source))
+        return []
+
+    def keep_what_is_there(self) -> list[str]:
+        """Leave out of the study what would have to be drawn.
+
+        Returns:
+            The arms that are left out, wholly or some of their training seeds.
+
+        Raises:
+            ArgumentError: The baseline is left out.
+        """
+        arms, left_out = [], []
+        for arm in self.study.arms:
+            sources = range(len(arm.sources))
+            # readings are numbered by training seed: those before the first that is missing
+            there = next((n for n in sources if not self._is_there(arm, n)), len(sources))
             if there:
-                adapters = arm.adapters[:there]  # seeds are numbered, so those before
-                arms.append(replace(arm, adapters=adapters))
+                arms.append(replace(arm, adapters=arm.adapters[:there]))
+            if there < len(sources):
+                left_out.append(f"{arm.name} (of some seeds)" if there else arm.name)
         self.study = replace(self.study, arms=tuple(arms))
-        return list(dict.fromkeys(missing))
+        return left_out
+
+    def _is_there(self, arm: Arm, number: int) -> bool:
+        if self._known(arm, number) is not None:
+            return True
+        try:
+            return self._images.all_there(arm, arm.sources[number])
+        except IpdiverseError:  # its adapter is not there
+            return False
 
     def anchors(self) -> list[Measured]:
         """What bounds every arm, where it is known."""

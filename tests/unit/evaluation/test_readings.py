@@ -83,6 +83,14 @@ def test_published_readings_are_taken_where_settings_and_weights_are_theirs(
     assert scores(tmp_path / "again") == scores(tmp_path / "first")
     assert "half" in (tmp_path / "again" / "report.html").read_text()
     assert run("without", study(tmp_path, adapter)) == 2, "without readings they are missed"
+    more = study(tmp_path, adapter).read_text() + '[[arm]]\nname = "later"\nadapter = "plus"\n'
+    (tmp_path / "study.toml").write_text(more)
+    assert run("part", tmp_path / "study.toml", *taken, "--partial") == 0
+    assert drawn == [4], "nothing is drawn"
+    part = json.loads((tmp_path / "part" / "results.json").read_text())
+    assert part["left_out"] == ["later"]
+    assert "not drawn yet: later" in (tmp_path / "part" / "report.html").read_text()
+    assert run("none", tmp_path / "study.toml", "--partial") == 2, "not even its baseline"
     adapter.write_bytes(PLUS.read_bytes())
     assert run("other", study(tmp_path, adapter, scale=0.25), *taken) == 0
     assert drawn == [4, 4], "other settings are drawn"
