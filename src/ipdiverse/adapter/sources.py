@@ -32,9 +32,13 @@ def local_file(source: Path | str) -> Path:
         CheckpointError: It is missing.
     """
     if isinstance(source, Path):
-        return find_checkpoint(source)
-    repository, file = split_hub_id(source)
-    return find_checkpoint(repository, weight_name=file)
+        found = find_checkpoint(source)
+    else:
+        repository, name = split_hub_id(source)
+        found = find_checkpoint(repository, weight_name=name)
+    if not found.is_file():
+        raise CheckpointError("no such file", where=found, fix="Check the path.")
+    return found
 
 
 def find_checkpoint(

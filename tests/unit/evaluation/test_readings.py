@@ -90,6 +90,10 @@ def test_published_readings_are_taken_where_settings_and_weights_are_theirs(
     part = json.loads((tmp_path / "part" / "results.json").read_text())
     assert part["left_out"] == ["later"]
     assert "not drawn yet: later" in (tmp_path / "part" / "report.html").read_text()
+    (tmp_path / "runs" / "adapters").mkdir(parents=True)  # also how a hub id begins
+    lost = study(tmp_path, Path("runs/adapters/lost/adapter.safetensors"))
+    monkeypatch.chdir(tmp_path)
+    assert run("lost", lost) == 2
     assert run("none", tmp_path / "study.toml", "--partial") == 2, "not even its baseline"
     adapter.write_bytes(PLUS.read_bytes())
     assert run("other", study(tmp_path, adapter, scale=0.25), *taken) == 0
