@@ -87,6 +87,15 @@ class ArmImages:
         _, files = self._files(arm, adapter_source(self.study.base, source))
         return all(file.exists() for file in files)
 
+    def first(self, arm: Arm, source: str) -> np.ndarray | None:
+        """Images of the first pairs, as `of` gives them; None if they are not there.
+
+        Raises:
+            IpdiverseError: The adapter is missing.
+        """
+        _, files = self._files(arm, adapter_source(self.study.base, source))
+        return np.load(files[0])["images"] if files[0].exists() else None
+
     def _files(self, arm: Arm, weights: Path | str) -> tuple[list[range], list[Path]]:
         """The chunks of pairs, and the file of each."""
         folder = self.folder / self._key(arm, weights)

@@ -228,7 +228,7 @@ class Runner:
         if (known := self._known(arm, number)) is not None:
             self._advance(len(self.pairs))
             scores = critters_parts(known.attributes, known.invalid, self.pairs)
-            seen, images = known, None
+            seen, images = known, self._first_kept(arm, arm.sources[number])
         else:
             drawn = self._images.of(arm, arm.sources[number], self._advance)
             scores, seen = self._scored(drawn)
@@ -280,6 +280,14 @@ class Runner:
         """Those of the first pairs, for the report, (pairs, images, height, width, 3)."""
         size = self.study.images
         return images[: CHUNK * size].reshape(-1, size, *images.shape[1:]).copy()
+
+    def _first_kept(self, arm: Arm, source: str) -> np.ndarray | None:
+        """The same, if they were drawn here."""
+        try:
+            images = self._images.first(arm, source)
+        except IpdiverseError:  # its adapter is not there
+            return None
+        return None if images is None else self._first(images)
 
     def _features(self, encoder: FeatureEncoder, images: np.ndarray) -> dict[str, Parts]:
         size = self.study.images
