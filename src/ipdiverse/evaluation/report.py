@@ -81,12 +81,12 @@ def write_report(study: Study, done: Done, out: Path) -> Path:
         plots="".join(plots),
         volumes=_volumes(study, done.hypervolumes),
         dials=dial_table(measured),
-        sets=_sets(measured, references),
+        sets=_sets(study, measured, references),
         baseline=escape(study.baseline_arm.name),
         table=_table(study, measured),
     )
     write_text_atomic(out / "report.html", page)
-    write_bytes_atomic(out / "sets.png", as_bytes(_sets_figure(measured, references), "png"))
+    write_bytes_atomic(out / "sets.png", as_bytes(_sets_figure(study, measured, references), "png"))
     return out / "report.html"
 
 
@@ -173,10 +173,10 @@ def _left_out(arms: list[str]) -> str:
     return f" A part of the study; not drawn yet: {names}." if arms else ""
 
 
-def _sets(measured: Sequence[Measured], references: Sequence[Image.Image]) -> str:
+def _sets(study: Study, measured: Sequence[Measured], references: Sequence[Image.Image]) -> str:
     """The baseline, and of each family the arm that varies most while it keeps most."""
     rows = []
-    for one in _chosen(measured):
+    for one in _chosen(study, measured):
         images = _shown(one)
         strips = [
             _strip(references[pair], images[pair][:_SHOWN_IMAGES])
@@ -190,11 +190,13 @@ def _sets(measured: Sequence[Measured], references: Sequence[Image.Image]) -> st
     return "".join(rows)
 
 
-def _sets_figure(measured: Sequence[Measured], references: Sequence[Image.Image]) -> Any:
+def _sets_figure(
+    study: Study, measured: Sequence[Measured], references: Sequence[Image.Image]
+) -> Any:
     """The first pair's set of every chosen arm, under each other."""
     from matplotlib.figure import Figure
 
-    chosen = _chosen(measured)
+    chosen = _chosen(study, measured)
     figure = Figure(figsize=(9, 1.25 * len(chosen)), dpi=100, layout="constrained")
     rows = figure.subplots(len(chosen), 1, squeeze=False)[:, 0]
     for axes, one in zip(rows, chosen, strict=True):
@@ -204,13 +206,13 @@ def _sets_figure(measured: Sequence[Measured], references: Sequence[Image.Image]
     return figure
 
 
-def _chosen(measured: Sequence[Measured]) -> list[Measured]:
+def _chosen(study: Study, measured: Sequence[Measured]) -> list[Measured]:
     across, up = axes_of(measured)[0]
     best: dict[str, Measured] = {}
     for one in measured:
         if one.images is None:
             continue
-        if one.arm.family == "anchor":
+        if one.arm.family == "anchor" or one.arm.name == study.baseline_arm.name:
             best[one.arm.name] = one
             continue
         product = [
@@ -219,7 +221,8 @@ def _chosen(measured: Sequence[Measured]) -> list[Measured]:
         ]
         if one.arm.family not in best or product[0] > product[1]:
             best[one.arm.family] = one
-    return list(best.values())
+    first = best.get(study.baseline_arm.name)  # what all is compared with
+    return sorted(best.values(), key=lambda one: one is not first)
 
 
 def _shown(one: Measured) -> np.ndarray:
