@@ -107,7 +107,8 @@ def test_the_demo_page_holds_everything(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["demo", "--out", str(tmp_path / "demo")]) == 0
     page = (tmp_path / "demo" / "index.html").read_text()
     assert capsys.readouterr().out.strip() == f"open {tmp_path / 'demo' / 'index.html'}"
-    assert page.count("data:image/png;base64,") == 1 + 2 * 3 * 6 + 2
+    assert page.count("data:image/png;base64,") == 1 + 2 * 3 * 6 + 1 + 2
+    assert "identity kept over variety: the dial's points" in page
     assert "http://" not in page
     assert "https://" not in page
     assert "<table>" in page
