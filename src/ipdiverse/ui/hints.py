@@ -11,6 +11,7 @@ HIGH_SCALE = 0.8
 HIGH_GUIDANCE = 1.5
 """Times the base's own default."""
 LOW_DIAL = 0.2
+WIDE_DIAL = 0.9
 DETAILED = 12
 """Words from which a prompt states much."""
 
@@ -33,7 +34,11 @@ def why_alike(request: Request, calibrated: bool, usual_guidance: float) -> list
             f"Diversity is {dial:g}: a plain image prompt, which copies. Move it up.",
         ),
         (
-            scale >= HIGH_SCALE,
+            calibrated and LOW_DIAL < dial < WIDE_DIAL,
+            f"Diversity is {dial:g}: this adapter's dial goes further. Move it up.",
+        ),
+        (
+            scale >= HIGH_SCALE and not calibrated,
             f"The adapter scale is {scale:g}: the reference decides nearly everything. "
             "Try 0.5 to 0.7.",
         ),

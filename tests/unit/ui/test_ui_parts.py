@@ -181,7 +181,12 @@ NARROWEST = replace(REQUEST, diversity=0.0, guidance_scale=9.0, image=("a", "b")
     ("request_", "calibrated", "words"),
     [
         (NARROWEST, True, "Diversity is 0"),
-        (NARROWEST, True, "The adapter scale is 1"),
+        (NARROWEST, False, "The adapter scale is 1"),
+        (
+            replace(REQUEST, diversity=0.5),
+            True,
+            "Diversity is 0.5: this adapter's dial goes further",
+        ),
         (NARROWEST, True, "Guidance is 9, and this base's default is 3"),
         (NARROWEST, True, "Several references"),
         (NARROWEST, False, "was not calibrated"),
@@ -194,7 +199,7 @@ def test_hints_come_from_what_was_used(request_: Request, calibrated: bool, word
 
 
 def test_no_hint_is_made_up() -> None:
-    open_ = replace(REQUEST, diversity=0.6, scale=0.5)
+    open_ = replace(REQUEST, diversity=0.95)  # a calibrated dial keeps the scale
     (text,) = hints.why_alike(open_, True, 3.0)
     assert "Nothing in the settings narrows it" in text
 
