@@ -30,6 +30,8 @@ KEPT = 0.95
 """Share of the retention at 0 that every setting must keep."""
 _LEAST_GAIN = 0.01
 """Variety below which a rung is not worth a point of the path."""
+_REACH = 2
+"""Rungs of a lever that are tried before it counts as gaining nothing."""
 _LEAST_COST = 0.005
 """Fidelity that cannot be told from nothing, on as few pairs."""
 
@@ -143,22 +145,24 @@ def climb(
     first = path[0][1]
     while True:
         levers, now = path[-1]
-        best: tuple[float, str, Levers, Achieved] | None = None
+        best: tuple[float, str, int, Levers, Achieved] | None = None
         for name, rungs in ladders.items():
-            if heights[name] + 1 >= len(rungs):
-                continue
-            candidate = replace(levers, **{name: rungs[heights[name] + 1]})
-            found = measure(candidate)
-            gain = found.variety - now.variety
-            if gain < _LEAST_GAIN or not _keeps(found, first):
-                continue
-            worth = gain / (max(0.0, now.retention - found.retention) + _LEAST_COST)
-            if best is None or worth > best[0]:
-                best = (worth, name, candidate, found)
+            for height in range(heights[name] + 1, min(heights[name] + 1 + _REACH, len(rungs))):
+                candidate = replace(levers, **{name: rungs[height]})
+                found = measure(candidate)
+                gain = found.variety - now.variety
+                if not _keeps(found, first):
+                    break
+                if gain < _LEAST_GAIN:
+                    continue  # a rung may be too near the one before
+                worth = gain / (max(0.0, now.retention - found.retention) + _LEAST_COST)
+                if best is None or worth > best[0]:
+                    best = (worth, name, height, candidate, found)
+                break
         if best is None:
             return path
-        _, name, candidate, found = best
-        heights[name] += 1
+        _, name, height, candidate, found = best
+        heights[name] = height
         path.append((candidate, found))
         say(
             f"{name} {getattr(candidate, name)}: variety {found.variety:.3f}, "

@@ -23,6 +23,16 @@ def test_the_path_moves_the_best_lever_first_and_never_one_that_gains_nothing() 
     assert moved == [(0, 0, 0), (0.5, 0, 0), (1, 0, 0), (1, 0.25, 0), (1, 0.5, 0)]
 
 
+def test_a_rung_that_gains_too_little_is_stepped_over_but_not_two() -> None:
+    ladders = {"drop": (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)}
+
+    def late(levers: Levers) -> Achieved:
+        steps = {0.0: 0.1, 0.1: 0.101, 0.2: 0.3, 0.3: 0.301, 0.4: 0.302, 0.5: 0.9}
+        return Achieved(steps[levers.drop], 0.9, 0.9)
+
+    assert [levers.drop for levers, _ in climb(OFF, ladders, late)] == [0.0, 0.2]
+
+
 def test_what_breaks_a_bound_is_not_on_the_path() -> None:
     def strict(levers: Levers) -> Achieved:
         found = world(levers)
