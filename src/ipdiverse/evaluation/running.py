@@ -64,7 +64,8 @@ def run_study(
         IpdiverseError: A base, adapter, reference or folder is unusable.
     """
     runner = Runner(study, out, progress, known)
-    left_out = runner.keep_what_is_there() if partial else runner.check_sources()
+    left_out = runner.keep_what_is_there() if partial else []
+    runner.check_sources()
     study = runner.study
     measured: list[Measured] = []
     rows: list[dict[str, Any]] = []
@@ -157,11 +158,8 @@ class Runner:
             self.pairs,
         )
 
-    def check_sources(self) -> list[str]:
+    def check_sources(self) -> None:
         """Refuse what is missing before hours are spent.
-
-        Returns:
-            Nothing that is left out.
 
         Raises:
             IpdiverseError: An adapter is missing.
@@ -170,7 +168,6 @@ class Runner:
             for number, source in enumerate(arm.sources):
                 if self._known(arm, number) is None:
                     local_file(adapter_source(self.study.base, source))
-        return []
 
     def keep_what_is_there(self) -> list[str]:
         """Leave out of the study what would have to be drawn.
