@@ -87,7 +87,7 @@ study: adapters ## the whole study (hours; it resumes)
 
 adapters: $(STAMP) ## train every adapter of the study (hours; it resumes) and ship the best
 	$(BIN)/ipdiverse critters train-adapters --ship
-	$(BIN)/ipdiverse calibrate --adapter diverse --plain plus --levers training interval \
+	$(BIN)/ipdiverse calibrate --adapter diverse --levers training interval \
 		--pairs 40 --images 8 --steps 15 --work out/calibration --out $(DIVERSE)
 	$(BIN)/ipdiverse critters train-adapters --seeds 1 2 --arms self-none diverse
 

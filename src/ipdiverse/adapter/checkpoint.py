@@ -2,7 +2,7 @@
 
 Keys are `image_proj.*`, `ip_adapter.N.*` and `fusion.*`, and `plain.*` for the weights that it
 went on from; stock diffusers loads the same file and leaves out the last two. `layouts` says in
-which other layouts adapters are read.
+which other layouts adapters are read, `beside` how a file names the plain weights instead.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from ipdiverse.adapter.beside import completed
 from ipdiverse.adapter.containers import Contents, open_checkpoint
 from ipdiverse.adapter.layouts import normalise
 from ipdiverse.adapter.mixing import PLAIN, remember_plain
@@ -97,8 +98,9 @@ def load_adapter(
         cache_dir=cache_dir,
     )
     contents = open_checkpoint(file)
-    found, spec = normalise(contents.tensors, file), spec_of(contents)
-    adapter = adapter_from_tensors(found.tensors, file, spec, face_id_plus_v2)
+    found = normalise(contents.tensors, file)
+    tensors, spec = completed(found.tensors, spec_of(contents), file)
+    adapter = adapter_from_tensors(tensors, file, spec, face_id_plus_v2)
     for note in found.notes:
         warnings.warn(f"{file.name}: {note}", stacklevel=2)
     return adapter
@@ -142,10 +144,13 @@ def copy_with_spec(source: Path, target: Path, changes: Mapping[str, Any]) -> No
         CheckpointError: The file is broken or of another layout.
     """
     contents = open_checkpoint(source)
-    tensors = dict(normalise(contents.tensors, source).tensors)
-    adapter_from_tensors(tensors, source, spec_of(contents))
+    stored, said = dict(normalise(contents.tensors, source).tensors), spec_of(contents)
+    tensors, spec = completed(stored, said, source)
+    adapter_from_tensors(tensors, source, spec)
+    if target.resolve().parent == source.resolve().parent:  # what it names is beside it there too
+        tensors, spec = stored, said
     kept = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    write_bytes_atomic(target, as_safetensors(kept, {**spec_of(contents), **changes}))
+    write_bytes_atomic(target, as_safetensors(kept, {**spec, **changes}))
 
 
 def remember_in_file(source: Path, plain: Path, target: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from ipdiverse.adapter.beside import completed
 from ipdiverse.adapter.checkpoint import adapter_from_tensors, as_safetensors, spec_of
 from ipdiverse.adapter.containers import open_checkpoint
 from ipdiverse.adapter.layouts import ANCESTOR_BLEND, normalise
@@ -62,10 +63,11 @@ def convert(
     goal = Path(target)
     _check_target(Path(source), goal, to, force)
     contents = open_checkpoint(Path(source))
-    found, spec = normalise(contents.tensors, source), spec_of(contents)
+    found = normalise(contents.tensors, source)
+    tensors, spec = completed(found.tensors, spec_of(contents), Path(source))
     version = face_id_plus_v2 if to == "ipdiverse" or "shortcut" in spec else bool(face_id_plus_v2)
-    adapter = adapter_from_tensors(found.tensors, source, spec, version)
-    kept, notes = _kept(found.tensors, adapter, to)
+    adapter = adapter_from_tensors(tensors, source, spec, version)
+    kept, notes = _kept(tensors, adapter, to)
     if not spec and to == "ipdiverse":
         spec = {"converted_from": found.layout}
     data = _as_bytes(kept, adapter, to, spec, goal)

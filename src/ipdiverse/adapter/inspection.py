@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ipdiverse.adapter.beside import completed
 from ipdiverse.adapter.checkpoint import spec_of
 from ipdiverse.adapter.containers import Contents, open_checkpoint
 from ipdiverse.adapter.layouts import Normalised, normalise, recognise
@@ -27,13 +28,19 @@ Report = dict[str, Any]
 
 @dataclass(frozen=True)
 class _Found:
-    """What was understood; `adapter` is None when nothing was."""
+    """What was understood; `adapter` is None when nothing was.
+
+    `tensors` are the file's own, `whole` those and what lies beside it; `loads` is False where
+    something stands in the way that keys and shapes do not show.
+    """
 
     layout: str
     tensors: Mapping[str, Tensor]
+    whole: Mapping[str, Tensor]
     frozen: tuple[str, ...]
     notes: tuple[str, ...]
     adapter: ImagePromptAdapter | None
+    loads: bool
 
 
 def inspect_checkpoint(file: Path) -> Report:
@@ -54,13 +61,13 @@ def inspect_checkpoint(file: Path) -> Report:
     contents = open_checkpoint(file)
     spec = spec_of(contents)
     found = _understand(contents, spec)
-    about = _nothing() if found.adapter is None else _about(found.adapter, found.tensors, spec)
+    about = _nothing() if found.adapter is None else _about(found.adapter, found.whole, spec)
     if found.layout == "flux":
         about |= _about_flux(contents.tensors)
     if found.adapter is None:
         wrong = {"missing": [], "unexpected": [], "mismatched": []}
     else:
-        wrong = misfits(found.tensors, found.adapter)
+        wrong = misfits(found.whole, found.adapter)
     return {
         "file": str(file),
         "container": contents.container,
@@ -70,7 +77,7 @@ def inspect_checkpoint(file: Path) -> Report:
         **_stored(found.tensors),
         "frozen_tensors": len(found.frozen),
         **wrong,
-        "loads": found.adapter is not None and not any(wrong.values()),
+        "loads": found.loads and not any(wrong.values()),
         "notes": list(found.notes),
         "spec": spec,
     }
@@ -103,15 +110,20 @@ def _understand(contents: Contents, spec: Mapping[str, Any]) -> _Found:
     layout, tensors = recognise(contents.tensors), contents.tensors
     found = Normalised(layout, tensors)
     notes: tuple[str, ...] = ()
-    adapter = None
+    adapter, loads = None, False
+    whole: Mapping[str, Tensor] = {}
     try:
         found = normalise(tensors, contents.file.name)
         adapter = skeleton(found.tensors, contents.file.name, spec)
         if adapter.kind == "faceid-plus" and "shortcut" not in spec:
             notes = ("FaceID-Plus version 1 or 2: nothing in the file tells which",)
+        whole = found.tensors
+        whole, _ = completed(found.tensors, spec, contents.file)
+        loads = True
     except CheckpointError as error:
         notes = (str(error),)
-    return _Found(layout, found.tensors, found.frozen, found.notes + notes, adapter)
+    notes = found.notes + notes
+    return _Found(layout, found.tensors, whole, found.frozen, notes, adapter, loads)
 
 
 def _nothing() -> Report:

@@ -16,7 +16,7 @@ from ipdiverse.bases import CRITTERS, adapter_source
 from ipdiverse.critters.training.loop import autocast, fingerprint
 from ipdiverse.evaluation.sampling import sample_array
 from ipdiverse.image_io import content_hash
-from ipdiverse.provenance import ensure_writable_folder, write_bytes_atomic
+from ipdiverse.provenance import ensure_writable_folder, file_hash, write_bytes_atomic
 from ipdiverse.sampling.generation import versions
 from ipdiverse.sampling.sample import Job, attached, scale_of
 
@@ -139,7 +139,7 @@ class ArmImages:
         """What decides an arm's images, as 16 hexadecimal digits."""
         settings = asdict(arm.request(self.study.steps, self.base.guidance_scale))
         study = [self.study.images, self.study.seed]
-        adapter = hashlib.sha256(local_file(weights).read_bytes()).hexdigest()
+        adapter = file_hash(local_file(weights))
         decides = [settings, study, adapter, self.decides, versions()]
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 

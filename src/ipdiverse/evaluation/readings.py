@@ -32,7 +32,7 @@ class Readings:
     Args:
         attributes: Index of each attribute's value, (pairs, images, attributes).
         invalid: Images that are no valid scene, (pairs, images).
-        about: What decided the images: settings, numbers of the study, hashes of base and adapter.
+        about: What decided them: settings, numbers of the study, hashes of base, adapter, oracle.
     """
 
     attributes: Ints

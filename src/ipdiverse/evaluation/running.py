@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from ipdiverse.adapter.sources import local_file
-from ipdiverse.bases import CRITTERS, adapter_source, load_base
+from ipdiverse.bases import CRITTERS, CRITTERS_ORACLE, adapter_source, load_base
 from ipdiverse.critters.oracle import read
 from ipdiverse.critters.training.loop import fingerprint
 from ipdiverse.errors import ArgumentError, IpdiverseError
@@ -33,7 +33,7 @@ from ipdiverse.evaluation.measured import Done, Measured
 from ipdiverse.evaluation.readings import FOLDER, Readings, file_of, load_readings
 from ipdiverse.evaluation.report import volumes
 from ipdiverse.evaluation.sampling import shipped_oracle, study_pairs
-from ipdiverse.provenance import ensure_writable_folder, write_text_atomic
+from ipdiverse.provenance import ensure_writable_folder, file_hash, write_text_atomic
 from ipdiverse.sampling.generation import versions
 
 if TYPE_CHECKING:
@@ -248,17 +248,23 @@ class Runner:
         return found if found.about == wanted else None
 
     def _about(self, arm: Arm, number: int) -> dict[str, Any]:
-        """What decides images; the hash of an adapter that is not here is None."""
+        """What decides readings; the hash of an adapter that is not here is None."""
         study = self.study
         try:
-            file = local_file(adapter_source(study.base, arm.sources[number]))
-            weights = hashlib.sha256(file.read_bytes()).hexdigest()
+            weights = file_hash(local_file(adapter_source(study.base, arm.sources[number])))
         except IpdiverseError:
             weights = None
         numbers = {name: getattr(study, name) for name in ("pairs", "images", "steps", "seed")}
         settings = {name: value for name, value in arm.settings.items() if name != "adapter"}
         base = hashlib.sha256(json.dumps(self._images.decides).encode()).hexdigest()
-        return {"settings": settings, **numbers, "base": base, "adapter": weights}
+        oracle = file_hash(CRITTERS_ORACLE)
+        return {
+            "settings": settings,
+            **numbers,
+            "base": base,
+            "adapter": weights,
+            "oracle": oracle,
+        }
 
     def _scored(self, images: np.ndarray) -> tuple[dict[str, Parts], Readings | None]:
         """Of (pairs · images, height, width, 3)."""

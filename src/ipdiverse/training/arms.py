@@ -1,11 +1,12 @@
 """The adapters of the embedded world: which ones are trained, how, and which ship.
 
 `plain` is the published IP-Adapter of this world: references that are the target, no fusion. As
-users do with the published one, every other arm goes on from it, for the same number of steps: with
+users do with the published one, every other arm goes on from its file as it ships, `plus`, for the
+same number of steps: with
 every reference (the target itself, a changed copy of it, another image of its subject) and every
 text-image fusion, by the trainer that users have. `self-none` is plain IP-Adapter trained on as
 long as the others, the copier that they must beat. `diverse`, the default, is `paired-gated`
-trained on; it ships with the weights of `plus` beside its own, between which its dial leads.
+trained on; its file names `plus` beside it, and between the two its dial leads.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ from typing import Any, Literal
 
 import torch
 
+from ipdiverse.adapter.beside import naming
 from ipdiverse.adapter.checkpoint import load_adapter, save_adapter
 from ipdiverse.adapter.mixing import remember_plain
+from ipdiverse.adapter.model import ImagePromptAdapter
+from ipdiverse.adapter.sources import local_file
 from ipdiverse.bases import CRITTERS, CRITTERS_ADAPTERS, SHIPPED_ADAPTERS, adapter_source
 from ipdiverse.critters.pipeline import provenance
 from ipdiverse.critters.training.loop import bf16_is_fast
@@ -27,6 +31,9 @@ from ipdiverse.errors import ArgumentError, check_range
 from ipdiverse.training.checkpoints import ADAPTER
 from ipdiverse.training.config import TrainConfig
 from ipdiverse.training.trainer import train
+
+PUBLISHED = "plus"
+"""The file of `plain` in the package: there is one published adapter, whatever the seed."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,8 @@ class Arm:
         adapter: `plus` (16 tokens) or `base` (4).
         noise_conditioning: Embeddings are noised by a random level that the adapter is told.
         edits: Share of references that contradict the caption in one attribute of identity.
-        start: The arm that it goes on from; None learns from random weights.
+        start: What it goes on from: `plus`, the published adapter, or an arm of the same seed; None
+            learns from random weights.
         steps: Optimizer steps of 64 samples.
         rate: Learning rate, which falls to 0.
     """
@@ -51,7 +59,7 @@ class Arm:
     adapter: Literal["plus", "base"] = "plus"
     noise_conditioning: bool = False
     edits: float = 0.0
-    start: str | None = "plain"
+    start: str | None = PUBLISHED
     steps: int = 500
     rate: float = 5e-4
 
@@ -95,9 +103,7 @@ def arm_config(name: str, folder: Path, steps: int | None, seed: int) -> TrainCo
         out=str(folder / f"{name}-seed{seed}"),
         base=CRITTERS,
         adapter=arm.adapter,
-        start=None
-        if arm.start is None
-        else str(folder / f"{arm.start}-seed{_start_seed(arm, seed)}" / ADAPTER),
+        start=_start(arm, folder, seed),
         fusion=arm.fusion,
         frozen=() if arm.fusion_learns else ("fusion",),
         reference=arm.reference,
@@ -120,9 +126,11 @@ def _data(arm: Arm) -> str:
     return "data-edited" if arm.edits else "data"
 
 
-def _start_seed(arm: Arm, seed: int) -> int:
-    """There is one published adapter; what goes on from another arm goes on from its own seed."""
-    return 0 if arm.start == "plain" else seed
+def _start(arm: Arm, folder: Path, seed: int) -> str | None:
+    """The file that an arm goes on from."""
+    if arm.start in (None, PUBLISHED):
+        return arm.start and str(adapter_source(CRITTERS, PUBLISHED))
+    return str(folder / f"{arm.start}-seed{seed}" / ADAPTER)
 
 
 def train_arm(
@@ -146,8 +154,7 @@ def train_arm(
     check_range("images", images, 2, 10_000_000)
     config = arm_config(name, folder, steps, seed)
     if config.start and not Path(config.start).exists():
-        before = ARMS[name].start or ""
-        train_arm(before, folder, steps, _start_seed(ARMS[name], seed), images)
+        train_arm(ARMS[name].start or "", folder, steps, seed, images)
     arm = ARMS[name]
     prepare(CRITTERS, folder / _data(arm), PrepareOptions(n=images, edits=arm.edits))
     return train(config)
@@ -173,6 +180,14 @@ def ship_arm(name: str, folder: Path, steps: int | None = None, seed: int = 0) -
     target = CRITTERS_ADAPTERS / f"{file}.safetensors"
     trained = load_adapter(f"{config.out}/adapter.safetensors")
     if name == "diverse":  # calibration then places its dial (`make adapters`)
-        remember_plain(trained, load_adapter(adapter_source(CRITTERS, "plus")))
+        made |= _beside(trained)
     save_adapter(trained, target, made, torch.float16)
     return target
+
+
+def _beside(trained: ImagePromptAdapter) -> dict[str, Any]:
+    """What a spec says of the weights that this went on from, which ship in a file beside it."""
+    file = local_file(adapter_source(CRITTERS, PUBLISHED))
+    remember_plain(trained, load_adapter(file))  # refuses what is no such pair
+    trained.plain = {}
+    return naming(file)

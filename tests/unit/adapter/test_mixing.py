@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +12,14 @@ from safetensors.torch import load_file, save_file
 from tests import models
 
 from ipdiverse.adapter.attach import attach, detach
-from ipdiverse.adapter.checkpoint import load_adapter, remember_in_file, save_adapter
+from ipdiverse.adapter.beside import naming
+from ipdiverse.adapter.checkpoint import (
+    copy_with_spec,
+    load_adapter,
+    read_spec,
+    remember_in_file,
+    save_adapter,
+)
 from ipdiverse.adapter.conversion import convert
 from ipdiverse.adapter.fusion import GatedFusion
 from ipdiverse.adapter.inspection import as_text, inspect_checkpoint
@@ -192,3 +200,81 @@ def _latents(pipe: Any) -> np.ndarray:
         num_inference_steps=2,
         guidance_scale=3.0,
     ).images.numpy()
+
+
+def named(folder: Path) -> tuple[Path, ImagePromptAdapter, ImagePromptAdapter]:
+    """A file that names the plain weights beside it, and the pair."""
+    own, plain = pair(models.two_levels())
+    save_adapter(plain, folder / "plain.safetensors", {}, torch.float32)
+    before, own.plain = own.plain, {}
+    file = folder / "own.safetensors"
+    save_adapter(own, file, {"steps": 7, **naming(folder / "plain.safetensors")}, torch.float32)
+    own.plain = before
+    return file, own, plain
+
+
+def test_a_file_may_name_the_plain_one_beside_it(tmp_path: Path) -> None:
+    file, own, plain = named(tmp_path)
+    assert not [name for name in load_file(file) if name.startswith("plain.")]
+    loaded = load_adapter(file)
+    assert loaded.spec["steps"] == 7
+    assert "plain" not in loaded.spec, "it holds them now"
+    assert loaded.plain.keys() == plain.state_dict().keys()
+    assert all(torch.equal(loaded.plain[name], t) for name, t in own.plain.items())
+    report = inspect_checkpoint(file)
+    assert report["loads"]
+    assert report["remembers_plain"]
+    assert report["parameters"] == sum(t.numel() for t in load_file(file).values())
+
+
+def test_whatever_leaves_the_folder_holds_the_plain_one_itself(tmp_path: Path) -> None:
+    file, own, _ = named(tmp_path)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    copy_with_spec(file, tmp_path / "beside.safetensors", {"dial": {}})
+    copy_with_spec(file, elsewhere / "copied.safetensors", {"dial": {}})
+    convert(file, elsewhere / "converted.safetensors", "ipdiverse")
+    convert(file, tmp_path / "both.safetensors", "ipdiverse")
+    save_adapter(load_adapter(file), elsewhere / "saved.safetensors", {}, torch.float32)
+    remember_in_file(file, tmp_path / "plain.safetensors", tmp_path / "again.safetensors")
+    assert "plain" in read_spec(tmp_path / "beside.safetensors")
+    written = [tmp_path / "both.safetensors", tmp_path / "again.safetensors"]
+    for whole in [*elsewhere.iterdir(), *written]:
+        assert "plain" not in read_spec(whole), whole
+        assert any(name.startswith("plain.") for name in load_file(whole)), whole
+    (tmp_path / "plain.safetensors").rename(tmp_path / "gone.safetensors")
+    for whole in [*elsewhere.iterdir(), *written]:
+        found = load_adapter(whole)
+        assert all(torch.equal(found.plain[name], t) for name, t in own.plain.items()), whole
+
+
+def test_a_plain_file_that_is_gone_or_another_is_refused(tmp_path: Path) -> None:
+    file, _, plain = named(tmp_path)
+    beside = tmp_path / "plain.safetensors"
+    beside.rename(tmp_path / "gone.safetensors")
+    refused = "the weights that it went on from are not beside it; expected plain.safetensors"
+    with pytest.raises(CheckpointError, match=refused):
+        load_adapter(file)
+    report = inspect_checkpoint(file)
+    assert not report["loads"]
+    assert refused in str(report["notes"])
+    plain.image_proj.state_dict()["latents"].add_(1)
+    save_adapter(plain, beside, {}, torch.float32)
+    with pytest.raises(CheckpointError, match="beside it are not the weights that it went on from"):
+        load_adapter(file)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../plain.safetensors", "/plain.safetensors", "a\\plain.safetensors", "plain.bin", "", None],
+)
+def test_a_name_that_leads_elsewhere_is_not_followed(name: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "inner"
+    folder.mkdir()
+    file, _, _ = named(folder)
+    found = naming(folder / "plain.safetensors")["plain"]
+    (folder / "plain.safetensors").rename(tmp_path / "plain.safetensors")
+    spec = {**read_spec(file), "plain": {**found, "file": name}}
+    save_file(load_file(file), file, {"ipdiverse": json.dumps(spec)})
+    with pytest.raises(CheckpointError, match="cannot be followed; expected a safetensors file"):
+        load_adapter(file)

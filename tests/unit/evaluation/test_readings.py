@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ipdiverse.adapter.checkpoint import load_adapter, save_adapter
 from ipdiverse.bases import CRITTERS_ADAPTERS
 from ipdiverse.cli import main
 from ipdiverse.errors import DataError
-from ipdiverse.evaluation import arm_images
+from ipdiverse.evaluation import arm_images, running
 from ipdiverse.evaluation.readings import Readings, file_of, load_readings
 
 PLUS = CRITTERS_ADAPTERS / "ip-adapter-plus_critters.safetensors"
@@ -98,8 +99,12 @@ def test_published_readings_are_taken_where_settings_and_weights_are_theirs(
     adapter.write_bytes(PLUS.read_bytes())
     assert run("other", study(tmp_path, adapter, scale=0.25), *taken) == 0
     assert drawn == [4, 4], "other settings are drawn"
-    adapter.write_bytes(
-        (CRITTERS_ADAPTERS / "ip-adapter-diverse_critters.safetensors").read_bytes()
-    )
+    monkeypatch.setattr(running, "CRITTERS_ORACLE", PLUS)
+    assert run("read", study(tmp_path, adapter), *taken) == 0
+    assert drawn == [4, 4, 4], "another oracle reads for itself"
+    monkeypatch.undo()
+    monkeypatch.setattr(arm_images, "sample_array", counting)
+    diverse = load_adapter(CRITTERS_ADAPTERS / "ip-adapter-diverse_critters.safetensors")
+    save_adapter(diverse, adapter, {})
     assert run("changed", study(tmp_path, adapter), *taken) == 0
-    assert drawn == [4, 4, 4], "other weights are drawn"
+    assert drawn == [4, 4, 4, 4], "other weights are drawn"

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from ipdiverse.adapter.checkpoint import load_adapter, read_spec
 from ipdiverse.adapter.fusion import GatedFusion
-from ipdiverse.bases import SHIPPED_ADAPTERS
+from ipdiverse.bases import CRITTERS, SHIPPED_ADAPTERS, adapter_source
 from ipdiverse.cli import main
 from ipdiverse.errors import ArgumentError
 from ipdiverse.training import arms
@@ -35,14 +35,14 @@ def test_seeds_and_arms_have_folders_of_their_own(tmp_path: Path) -> None:
     assert len(outs) == 2 * len(ARMS)
 
 
-def test_arms_go_on_from_the_plain_adapter_and_the_default_from_its_own_seed(
+def test_arms_go_on_from_the_adapter_that_ships_and_the_default_from_its_own_seed(
     tmp_path: Path,
 ) -> None:
     starts = {name: arm_config(name, tmp_path, None, 1).start for name in ARMS}
     assert starts.pop("plain") is None
     assert starts.pop("base-plain") is None
     assert starts.pop("diverse") == f"{tmp_path}/paired-gated-seed1/adapter.safetensors"
-    assert set(starts.values()) == {f"{tmp_path}/plain-seed0/adapter.safetensors"}
+    assert set(starts.values()) == {str(adapter_source(CRITTERS, "plus"))}
     for name, arm in ARMS.items():
         assert arm_config(name, tmp_path, None, 1).steps == arm.steps
 
@@ -70,8 +70,8 @@ def test_an_arm_is_trained_and_shipped_without_paths(
         1,
     )
     assert str(tmp_path) not in str(spec)
-    assert spec["recipe"]["start"] == "plain"
-    plain = load_file(tmp_path / "runs" / "plain-seed0" / "adapter.safetensors")
+    assert spec["recipe"]["start"] == "plus"
+    plain = load_file(adapter_source(CRITTERS, "plus"))
     adapter = tmp_path / "runs" / "paired-gated-seed0" / "adapter.safetensors"
     moved = [(load_file(adapter)[name] - plain[name]).abs().max() for name in plain]
     assert 0 < max(moved) < 2e-3, "one step from where plain ended"
