@@ -7,6 +7,8 @@ import importlib
 import re
 import runpy
 import shlex
+import signal
+import socket
 import subprocess
 import sys
 from contextlib import redirect_stdout, suppress
@@ -19,6 +21,8 @@ from unittest import mock
 
 ROOT = Path(__file__).parents[1]
 RUN = ("bash", "python")
+SERVES = "Ctrl-C to end it"
+"""Need of a command that serves until it is interrupted."""
 SHOWN = ("text", "toml", "json")
 """Languages of blocks that are files or output; a file has its name as the title."""
 _FENCE = re.compile(
@@ -27,6 +31,7 @@ _FENCE = re.compile(
 _OPTION = re.compile(r'([\w-]+)="([^"]*)"')
 _FLAG = re.compile(r"--[a-z][a-z0-9-]*")
 _OTHERS = ("accelerate", "cp", "pip", "python")
+_OPEN = re.compile(r"open http://\S+ \(Ctrl-C ends it\)")
 _STEPS = re.compile(r"\bnum_inference_steps=\d+")
 
 
@@ -38,7 +43,7 @@ class Block:
         page: Where it stands, relative to the repository.
         line: Of its first line of code.
         language: First word of the fence; empty without one.
-        options: `title`, `no-run`.
+        options: `title`, `needs`, `no-run`.
         code: What is in it.
     """
 
@@ -51,6 +56,11 @@ class Block:
     @property
     def marked(self) -> bool:
         return "no-run" in self.options
+
+    @property
+    def need(self) -> str:
+        """What it needs that an empty folder has not (`tests.needs`)."""
+        return self.options.get("needs", "")
 
     @property
     def where(self) -> str:
@@ -90,7 +100,10 @@ def run(block: Block, folder: Path, names: dict[str, Any]) -> None:
         exec(compile("\n" * (block.line - 1) + code, block.page, "exec"), names)  # noqa: S102
     elif block.language == "bash":
         for command in commands(block):
-            run_command(command, block.where)
+            if block.need == SERVES:
+                serve_and_interrupt(command)
+            else:
+                run_command(command, block.where)
     elif "title" in block.options:
         (folder / block.options["title"]).write_text(block.code, "utf-8")
 
@@ -113,6 +126,23 @@ def run_command(command: str, where: str) -> None:
             runpy.run_path(str(ROOT / words[1]), run_name="__main__")
     else:
         subprocess.run(["bash", "-ec", command], check=True, timeout=60)
+
+
+def serve_and_interrupt(command: str) -> None:
+    """Run a command of ours that serves, on a free port, until its page is open; then Ctrl-C."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    words = [sys.executable, "-m", *shlex.split(command), "--port", str(port)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            line = process.stdout.readline()
+            assert _OPEN.search(line), f"{command}: {line}"
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 0, command
+        finally:
+            process.kill()
 
 
 def check_unrun(block: Block) -> None:

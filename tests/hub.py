@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 
+from ipdiverse.evaluation.features import ENCODERS
 from ipdiverse.presets import PRESETS, HubFile, Preset, Repository
 from tests import models
 from tests.checkpoint_files import nested, tensors_of
@@ -29,6 +30,8 @@ KINDS = {
     "sdxl-plus": "plus",
 }
 """Kind of each preset's adapter."""
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+"""Of what is pinned nowhere."""
 
 
 def folder_of(cache: Path, repository: Repository) -> Path:
@@ -54,6 +57,58 @@ def fill(cache: Path, scratch: Path) -> None:
         refs = folder_of(cache, repository).parents[1] / "refs"
         refs.mkdir()
         (refs / "main").write_text(repository.revision)
+
+
+def fill_others(cache: Path, scratch: Path) -> None:
+    """What pages name beside presets: a ControlNet, and the encoders that compare images."""
+    from diffusers import ControlNetModel
+
+    from_unet: Any = ControlNetModel.from_unet
+    controlnet = from_unet(models.unet("sd1"), conditioning_embedding_out_channels=(8, 8, 16))
+    controlnet.save_pretrained(scratch / "controlnet")
+    _clip(scratch / "clip")
+    _dino(scratch / "dino")
+    placed = {
+        "lllyasviel/sd-controlnet-openpose": "controlnet",
+        ENCODERS["clip"]: "clip",
+        ENCODERS["dino"]: "dino",
+    }
+    for repository, made in placed.items():
+        home = cache / f"models--{repository.replace('/', '--')}"
+        shutil.copytree(scratch / made, home / "snapshots" / REVISION)
+        (home / "refs").mkdir()
+        (home / "refs" / "main").write_text(REVISION)
+
+
+def _clip(folder: Path) -> None:
+    from transformers import CLIPConfig, CLIPModel
+
+    torch.manual_seed(7)
+    build: Any = CLIPConfig
+    text: dict[str, Any] = {"vocab_size": 190, "hidden_size": 16, "intermediate_size": 32}
+    text |= {"num_hidden_layers": 1, "num_attention_heads": 2, "eos_token_id": 1}
+    vision = models.image_encoder().config.to_dict()
+    config = build(text_config=text, vision_config=vision, projection_dim=16)
+    CLIPModel(config).save_pretrained(folder)
+    models.image_processor().save_pretrained(folder)
+    (folder / "tokenizer").mkdir()
+    write_tokenizer(folder / "tokenizer")
+    for file in (folder / "tokenizer").iterdir():
+        file.rename(folder / file.name)
+    (folder / "tokenizer").rmdir()
+
+
+def _dino(folder: Path) -> None:
+    from transformers import Dinov2Config, Dinov2Model
+
+    torch.manual_seed(8)
+    build: Any = Dinov2Config
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    Dinov2Model(build(**sizes, image_size=32, patch_size=8)).save_pretrained(folder)
+    square = {"height": 32, "width": 32}
+    about = {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 32}}
+    about |= {"crop_size": square, "do_center_crop": True, "do_resize": True}
+    (folder / "preprocessor_config.json").write_text(json.dumps(about))
 
 
 def base_of(preset: Preset, architecture: str, cache: Path, scratch: Path) -> None:

@@ -1,13 +1,21 @@
-"""Blocks that the tests only read say why: `no-run="REASON"` in the fence becomes its title."""
+"""Blocks say what they need, and those that the tests only read say why.
+
+`needs="weights from the hub"` and `no-run="takes hours"` in a fence become its title.
+"""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-_MARKED = re.compile(r'^(\s*```\w+ )no-run="([^"]+)"', re.MULTILINE)
+_MARKED = re.compile(r'^(\s*```\w+ )(no-run="|needs=")([^"]+)"', re.MULTILINE)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Show the reason above the block."""
-    return _MARKED.sub(r'\1title="\2"', markdown)
+    """Show both above the block."""
+    return _MARKED.sub(_titled, markdown)
+
+
+def _titled(found: re.Match[str]) -> str:
+    before = "needs " if found[2].startswith("needs") else ""
+    return f'{found[1]}title="{before}{found[3]}"'

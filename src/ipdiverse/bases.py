@@ -189,8 +189,10 @@ def load_part(kind: str, source: str, base: Base, *, local_files_only: bool = Fa
             part = getattr(library, kind).from_pretrained(where, **options)
         except Exception as error:
             raise cannot_be_opened(f"cannot be opened as a {kind}", source, error) from error
-    unet: Any = base.pipe.unet
-    return part.to(unet.device, unet.dtype).eval() if hasattr(part, "parameters") else part
+        pipe: Any = base.pipe
+        if not hasattr(part, "parameters"):
+            return part
+        return part.to(pipe.vae.device, pipe.unet.dtype).eval()  # the UNet may be left for later
 
 
 def load_image_encoder(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import socket
 import subprocess
@@ -20,11 +21,14 @@ from ipdiverse.sampling.dial import Achieved, Levers
 from ipdiverse.sampling.request import Request
 from ipdiverse.training.arms import ARMS
 from ipdiverse.training.config import TrainConfig
+from tests import hub
 from tests.fences import ROOT, RUN, SHOWN, Block, blocks, check_unrun, pages, run
+from tests.needs import NEEDS, given
 
 ALL = {page.relative_to(ROOT).as_posix(): blocks(page) for page in pages()}
 RUNNABLE = [name for name, found in ALL.items() if any(b.language in RUN for b in found)]
 COMMAND = r"^(ipdiverse|python|pip|make|cp|git) "
+TAKES = ("takes minutes", "takes an hour on two cores", "takes hours")
 MARKED = [block for found in ALL.values() for block in found if block.marked]
 
 LIMITS: dict[type, dict[str, Any]] = {
@@ -80,15 +84,35 @@ def _limited(init: Callable[..., None], limits: dict[str, Any]) -> Callable[...,
     return limited
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
+    """The hub's local cache with what pages name, made once it is asked for."""
+
+    @functools.cache
+    def made() -> Path:
+        full = tmp_path_factory.mktemp("hub")
+        hub.fill(full, tmp_path_factory.mktemp("presets"))
+        hub.fill_others(full, tmp_path_factory.mktemp("others"))
+        return full
+
+    return made
+
+
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_a_page_runs_from_top_to_bottom(
-    name: str, few: None, offline: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    few: None,
+    offline: None,
+    cache: Callable[[], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": "__main__"}
     for block in ALL[name]:
         if not block.marked:
-            run(block, tmp_path, names)
+            with given(block.need, tmp_path, cache):
+                run(block, tmp_path, names)
 
 
 @pytest.mark.parametrize("block", MARKED, ids=lambda block: block.where)
@@ -100,11 +124,10 @@ def test_what_is_not_run_says_why_and_names_what_exists(block: Block) -> None:
 
 def test_few_blocks_are_not_run() -> None:
     runnable = [b for found in ALL.values() for b in found if b.language in RUN]
-    assert len(MARKED) < 0.4 * len(runnable)
-    for name in RUNNABLE:
-        if name.startswith("docs/guides/"):
-            mine = [b for b in ALL[name] if b.language in RUN]
-            assert sum(b.marked for b in mine) <= len(mine) / 2, name
+    assert len(MARKED) < 0.15 * len(runnable)
+    assert not [b.where for b in MARKED if b.page.startswith("docs/guides/")]
+    assert {b.options["no-run"] for b in MARKED} <= {"installs packages", *TAKES}
+    assert {b.need for b in runnable} == {"", *NEEDS}
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -113,7 +136,7 @@ def test_every_fence_says_what_it_is(name: str) -> None:
         assert block.language in RUN + SHOWN, block.where
         hidden = block.language == "text" and re.search(COMMAND, block.code, re.MULTILINE)
         assert not hidden, f"{block.where}: a command is bash; mark it if it cannot run"
-        assert block.options.keys() <= {"title", "no-run"}, block.where
+        assert block.options.keys() <= {"title", "needs", "no-run"}, block.where
 
 
 @pytest.mark.parametrize(

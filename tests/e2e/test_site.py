@@ -164,9 +164,11 @@ def test_a_notebook_becomes_a_page(hook: ModuleType, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("hook", ["fences"], indirect=True)
-def test_why_a_block_is_not_run_is_its_title(hook: ModuleType) -> None:
+def test_what_a_block_needs_or_why_it_is_not_run_is_its_title(hook: ModuleType) -> None:
     text = '```bash no-run="takes hours"\nmake study\n```\n'
     assert hook.on_page_markdown(text) == text.replace("no-run", "title")
+    text = '- x\n\n  ```python needs="weights"\n  x\n  ```\n'
+    assert hook.on_page_markdown(text) == text.replace('needs="', 'title="needs ')
 
 
 @pytest.mark.parametrize("hook", ["study"], indirect=True)

@@ -96,7 +96,7 @@ class TrainAdapters:
 
     Args:
         arms: By name, REFERENCE-FUSION; all by default. `self-none` is plain IP-Adapter. All but
-            `plain` and `base-plain` go on from `plus`, which is `plain` as it ships.
+            `plain` and `base-plain` go on from `plain`, which is trained first where it is missing.
         folder: Working folder: data, cache, runs.
         steps: Optimizer steps of 64 samples; None takes each arm's own.
         seeds: One run for each.

@@ -1,8 +1,7 @@
 """The adapters of the embedded world: which ones are trained, how, and which ship.
 
 `plain` is the published IP-Adapter of this world: references that are the target, no fusion. As
-users do with the published one, every other arm goes on from its file as it ships, `plus`, for the
-same number of steps: with
+users do with the published one, every other arm goes on from it, for the same number of steps: with
 every reference (the target itself, a changed copy of it, another image of its subject) and every
 text-image fusion, by the trainer that users have. `self-none` is plain IP-Adapter trained on as
 long as the others, the copier that they must beat. `diverse`, the default, is `paired-gated`
@@ -32,9 +31,6 @@ from ipdiverse.training.checkpoints import ADAPTER
 from ipdiverse.training.config import TrainConfig
 from ipdiverse.training.trainer import train
 
-PUBLISHED = "plus"
-"""The file of `plain` in the package: there is one published adapter, whatever the seed."""
-
 
 @dataclass(frozen=True)
 class Arm:
@@ -47,8 +43,7 @@ class Arm:
         adapter: `plus` (16 tokens) or `base` (4).
         noise_conditioning: Embeddings are noised by a random level that the adapter is told.
         edits: Share of references that contradict the caption in one attribute of identity.
-        start: What it goes on from: `plus`, the published adapter, or an arm of the same seed; None
-            learns from random weights.
+        start: The arm that it goes on from; None learns from random weights.
         steps: Optimizer steps of 64 samples.
         rate: Learning rate, which falls to 0.
     """
@@ -59,7 +54,7 @@ class Arm:
     adapter: Literal["plus", "base"] = "plus"
     noise_conditioning: bool = False
     edits: float = 0.0
-    start: str | None = PUBLISHED
+    start: str | None = "plain"
     steps: int = 500
     rate: float = 5e-4
 
@@ -103,7 +98,9 @@ def arm_config(name: str, folder: Path, steps: int | None, seed: int) -> TrainCo
         out=str(folder / f"{name}-seed{seed}"),
         base=CRITTERS,
         adapter=arm.adapter,
-        start=_start(arm, folder, seed),
+        start=None
+        if arm.start is None
+        else str(folder / f"{arm.start}-seed{_start_seed(arm, seed)}" / ADAPTER),
         fusion=arm.fusion,
         frozen=() if arm.fusion_learns else ("fusion",),
         reference=arm.reference,
@@ -126,11 +123,9 @@ def _data(arm: Arm) -> str:
     return "data-edited" if arm.edits else "data"
 
 
-def _start(arm: Arm, folder: Path, seed: int) -> str | None:
-    """The file that an arm goes on from."""
-    if arm.start in (None, PUBLISHED):
-        return arm.start and str(adapter_source(CRITTERS, PUBLISHED))
-    return str(folder / f"{arm.start}-seed{seed}" / ADAPTER)
+def _start_seed(arm: Arm, seed: int) -> int:
+    """There is one published adapter; what goes on from another arm goes on from its own seed."""
+    return 0 if arm.start == "plain" else seed
 
 
 def train_arm(
@@ -154,7 +149,8 @@ def train_arm(
     check_range("images", images, 2, 10_000_000)
     config = arm_config(name, folder, steps, seed)
     if config.start and not Path(config.start).exists():
-        train_arm(ARMS[name].start or "", folder, steps, seed, images)
+        before = ARMS[name].start or ""
+        train_arm(before, folder, steps, _start_seed(ARMS[name], seed), images)
     arm = ARMS[name]
     prepare(CRITTERS, folder / _data(arm), PrepareOptions(n=images, edits=arm.edits))
     return train(config)
@@ -186,8 +182,8 @@ def ship_arm(name: str, folder: Path, steps: int | None = None, seed: int = 0) -
 
 
 def _beside(trained: ImagePromptAdapter) -> dict[str, Any]:
-    """What a spec says of the weights that this went on from, which ship in a file beside it."""
-    file = local_file(adapter_source(CRITTERS, PUBLISHED))
+    """What a spec says of the plain weights, which ship in a file beside it."""
+    file = local_file(adapter_source(CRITTERS, "plus"))
     remember_plain(trained, load_adapter(file))  # refuses what is no such pair
     trained.plain = {}
     return naming(file)

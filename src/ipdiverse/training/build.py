@@ -13,6 +13,8 @@ from ipdiverse.adapter.checkpoint import load_adapter
 from ipdiverse.adapter.fusion import BlendFusion, GatedFusion
 from ipdiverse.adapter.model import ImagePromptAdapter, new_adapter
 from ipdiverse.adapter.noise import NoiseConditioning
+from ipdiverse.adapter.sources import local_file
+from ipdiverse.bases import adapter_source
 from ipdiverse.data.references import References, parse_references
 from ipdiverse.errors import ArgumentError
 from ipdiverse.seeding import derived_seed
@@ -41,11 +43,11 @@ def adapter_to_start_from(config: TrainConfig) -> ImagePromptAdapter | None:
 
     Raises:
         ArgumentError: It is of another kind than is asked for.
-        CheckpointError: It cannot be opened.
+        ModelError: There is no such adapter, or it cannot be opened.
     """
     if config.start is None:
         return None
-    adapter = load_adapter(config.start)
+    adapter = load_adapter(local_file(adapter_source(config.base, config.start)))
     if config.adapter not in ("auto", adapter.kind):
         raise ArgumentError(
             "is of another kind",

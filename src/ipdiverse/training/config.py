@@ -34,7 +34,8 @@ class TrainConfig:
         tokens: Image tokens; None is 4 for base and 16 for plus.
         width: Of the resampler, a multiple of 64; None is the UNet's text width.
         depth: Layers of the resampler.
-        start: A published adapter to start from; its sizes then hold.
+        start: A published adapter to start from, by name, file, folder or hub id
+            (`owner/repository/FILE`); its sizes then hold.
         fusion: Text-image fusion; `none` is plain IP-Adapter.
         noise_conditioning: Embeddings are noised by a random level that the adapter is told
             (Stable unCLIP's noise level).

@@ -1,22 +1,19 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from ipdiverse.adapter.checkpoint import load_adapter, read_spec
+from ipdiverse.adapter.checkpoint import load_adapter, read_spec, save_adapter
 from ipdiverse.adapter.fusion import GatedFusion
 from ipdiverse.bases import CRITTERS, SHIPPED_ADAPTERS, adapter_source
 from ipdiverse.cli import main
-from ipdiverse.errors import ArgumentError
+from ipdiverse.errors import ArgumentError, CheckpointError
 from ipdiverse.training import arms
-from ipdiverse.training.arms import ARMS, arm_config
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from ipdiverse.training.arms import ARMS, arm_config, ship_arm
 
 
 def test_every_reference_meets_every_fusion_and_no_two_arms_are_alike(tmp_path: Path) -> None:
@@ -35,14 +32,14 @@ def test_seeds_and_arms_have_folders_of_their_own(tmp_path: Path) -> None:
     assert len(outs) == 2 * len(ARMS)
 
 
-def test_arms_go_on_from_the_adapter_that_ships_and_the_default_from_its_own_seed(
+def test_arms_go_on_from_the_plain_adapter_and_the_default_from_its_own_seed(
     tmp_path: Path,
 ) -> None:
     starts = {name: arm_config(name, tmp_path, None, 1).start for name in ARMS}
     assert starts.pop("plain") is None
     assert starts.pop("base-plain") is None
     assert starts.pop("diverse") == f"{tmp_path}/paired-gated-seed1/adapter.safetensors"
-    assert set(starts.values()) == {str(adapter_source(CRITTERS, "plus"))}
+    assert set(starts.values()) == {f"{tmp_path}/plain-seed0/adapter.safetensors"}
     for name, arm in ARMS.items():
         assert arm_config(name, tmp_path, None, 1).steps == arm.steps
 
@@ -70,8 +67,8 @@ def test_an_arm_is_trained_and_shipped_without_paths(
         1,
     )
     assert str(tmp_path) not in str(spec)
-    assert spec["recipe"]["start"] == "plus"
-    plain = load_file(adapter_source(CRITTERS, "plus"))
+    assert spec["recipe"]["start"] == "plain"
+    plain = load_file(tmp_path / "runs" / "plain-seed0" / "adapter.safetensors")
     adapter = tmp_path / "runs" / "paired-gated-seed0" / "adapter.safetensors"
     moved = [(load_file(adapter)[name] - plain[name]).abs().max() for name in plain]
     assert 0 < max(moved) < 2e-3, "one step from where plain ended"
@@ -79,3 +76,23 @@ def test_an_arm_is_trained_and_shipped_without_paths(
     assert main(command) == 0
     again = load_file(adapter)
     assert all(torch.equal(again[name], trained[name]) for name in trained), "it was finished"
+
+
+def test_the_default_ships_with_the_plain_one_named_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "package"
+    monkeypatch.setattr(arms, "CRITTERS_ADAPTERS", package)
+    plus = Path(adapter_source(CRITTERS, "plus"))
+    diverse = load_adapter(adapter_source(CRITTERS, "diverse"))
+    trained, diverse.plain = diverse.plain, {}
+    (tmp_path / "diverse-seed0").mkdir()
+    save_adapter(diverse, tmp_path / "diverse-seed0" / "adapter.safetensors", {}, torch.float32)
+    file = ship_arm("diverse", tmp_path)
+    assert file is not None
+    assert file.stat().st_size < 1.2 * plus.stat().st_size
+    with pytest.raises(CheckpointError, match=f"are not beside it; expected {plus.name}"):
+        load_adapter(file)
+    (package / plus.name).write_bytes(plus.read_bytes())
+    found = load_adapter(file)
+    assert all(torch.equal(found.plain[name], tensor) for name, tensor in trained.items())

@@ -15,7 +15,7 @@ from ipdiverse.data.options import PrepareOptions
 from ipdiverse.data.prepare import prepare
 from ipdiverse.errors import DataError, ModelError
 from ipdiverse.training.embed import Embedded, Online, Stored, embed
-from ipdiverse.training.frozen import FrozenEncoders
+from ipdiverse.training.frozen import FrozenEncoders, open_encoders
 from ipdiverse.training.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
@@ -140,3 +140,12 @@ def test_a_base_without_image_encoder_says_how_to_name_one() -> None:
     pipe.image_encoder = None
     with pytest.raises(ModelError, match=r"has no image encoder\. Name one with --image-encoder"):
         FrozenEncoders(pipe)
+
+
+def test_another_image_encoder_is_read_before_the_unet_is_there(tmp_path: Path) -> None:
+    models.image_encoder().save_pretrained(tmp_path / "encoder")
+    own = open_encoders("critters", unet=False)
+    other = open_encoders("critters", str(tmp_path / "encoder"), unet=False)
+    assert other.pipe.unet.device.type == "meta"
+    assert other.fingerprint() != own.fingerprint()
+    assert other.image([models.picture(0)])["pooled"].shape == (1, models.CLIP_DIM)

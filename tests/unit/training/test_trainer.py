@@ -21,7 +21,9 @@ from safetensors.torch import load_file
 from tests import models
 
 from ipdiverse import ImagePromptAdapter
+from ipdiverse.adapter.checkpoint import load_adapter
 from ipdiverse.adapter.fusion import BlendFusion, GatedFusion
+from ipdiverse.bases import adapter_source
 from ipdiverse.cli import main
 from ipdiverse.data.options import PrepareOptions
 from ipdiverse.data.prepare import prepare
@@ -34,6 +36,7 @@ from ipdiverse.errors import (
     OutputError,
 )
 from ipdiverse.training import checkpoints
+from ipdiverse.training.build import adapter_to_start_from
 from ipdiverse.training.config import TrainConfig
 from ipdiverse.training.trainer import Trainer, learning_rate, train
 
@@ -399,6 +402,15 @@ def test_it_starts_from_a_published_adapter(config: TrainConfig) -> None:
     assert same(started, weights(config))
     with pytest.raises(ArgumentError, match="is of another kind; expected base; found plus"):
         Trainer(replace(other, adapter="base"))
+
+
+def test_what_it_starts_from_may_have_a_name(config: TrainConfig) -> None:
+    named = adapter_to_start_from(replace(config, base="critters", start="plus"))
+    assert named is not None
+    shipped = load_adapter(adapter_source("critters", "plus"))
+    assert same(named.state_dict(), shipped.state_dict())
+    with pytest.raises(ModelError, match="minus: unknown adapter"):
+        adapter_to_start_from(replace(config, start="minus"))
 
 
 def test_references_that_cannot_be_are_refused(config: TrainConfig, tmp_path: Path) -> None:
