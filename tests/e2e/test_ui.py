@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     from ipdiverse.ui.server import Page as Served
 
 WAITING = 6
-PICTURES = Path(__file__).parents[2] / "docs" / "images"
+ROOT = Path(__file__).parents[2]
+PICTURES = ROOT / "docs" / "images"
 PASSWORD = "correct horse"  # noqa: S105 - of the test's own page
 SHOOTS = os.environ.get("IPDIVERSE_SCREENSHOTS") == "1"
 REPORT = (
@@ -628,6 +629,25 @@ def test_pictures_of_the_first_tab(visit: Callable[..., Page]) -> None:
     says(page, "#vary-status", "Done: 8 images.")
     page.get_by_role("button", name="How to repeat this").click()
     picture(page, "vary")
+
+
+@pytest.mark.skipif(not SHOOTS, reason="pictures for the documentation: IPDIVERSE_SCREENSHOTS=1")
+def test_picture_of_the_third_tab(
+    browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    study, readings = ROOT / "studies" / "variety.toml", ROOT / "docs" / "study" / "readings"
+    command = ["evaluate", "--config", str(study), "--readings", str(readings), "--partial"]
+    assert main([*command, "--out", "out/study"]) == 0
+    with opened_page(Options(port=free_port(), reports=("out",))) as served:
+        page = browser.new_page(viewport={"width": 1280, "height": 1000})
+        page.goto(served.url)
+        page.get_by_role("tab", name="Reports").click()
+        page.locator("#reports-chosen input").click()
+        page.get_by_role("option", name="out/study").click()
+        page.frame_locator("#reports-shown iframe").locator("table").first.wait_for()
+        picture(page, "reports")
+        page.close()
 
 
 @pytest.mark.slow

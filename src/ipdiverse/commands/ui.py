@@ -33,7 +33,7 @@ class Ui:
     port: int = 7860
     user: str = "ipdiverse"
     password: str = ""
-    reports: tuple[str, ...] = ("out", "docs/study")
+    reports: tuple[str, ...] = ("out",)
     bases: tuple[str, ...] = ()
     adapters: tuple[str, ...] = ()
     waiting: int = 8
