@@ -39,6 +39,7 @@ from ipdiverse.training.checkpoints import (
 )
 from ipdiverse.training.config import MAY_CHANGE, TrainConfig
 from ipdiverse.training.frozen import FrozenEncoders, open_encoders
+from ipdiverse.training.frugal import hold_less
 from ipdiverse.training.prompted_unet import PromptedUnet, fast_backward
 from ipdiverse.training.tracking import tracking
 from ipdiverse.training.validation import Validation
@@ -108,6 +109,8 @@ class Trainer:
             self.config = self.samples.config = config = replace(config, steps=steps)
         if config.gradient_checkpointing:
             self.pipe.unet.enable_gradient_checkpointing()
+        else:
+            hold_less(self.pipe.unet)
         records, trained = self.samples.data.records, set(self.samples.trained)
         held_out = [index for index in range(len(records)) if index not in trained]
         self.validation = Validation(config, records, held_out, encoders, attachment)
