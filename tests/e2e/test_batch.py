@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -140,3 +141,23 @@ def test_results_of_other_jobs_are_not_mixed_in(
     jobs.write_text("\n".join([lines[1], lines[0]]))
     assert run(jobs) == 2
     assert "holds results of other jobs" in capsys.readouterr().err
+
+
+def test_images_of_files_that_changed_are_not_mixed_in(
+    jobs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(jobs) == 0
+    first, second = sorted((jobs.parent / "refs" / "images").iterdir())
+    assert landed(jobs)[0]["inputs"] == {str(first): hashlib.sha256(first.read_bytes()).hexdigest()}
+    kept = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    assert run(jobs) == 2
+    said = capsys.readouterr().err
+    assert "holds images that were made from other files" in said
+    assert f"job 0: {first} has changed" in said
+    first.unlink()
+    assert run(jobs) == 0, "what is finished needs no reference"
+    first.write_bytes(kept)
+    (jobs.parent / "out" / "0000" / "0001.png").unlink()
+    assert run(jobs) == 0, "the same file again"
+    assert len(landed(jobs)) == 6

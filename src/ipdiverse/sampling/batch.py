@@ -15,7 +15,7 @@ from ipdiverse.bases import default_adapter
 from ipdiverse.errors import ArgumentError, DataError, IpdiverseError
 from ipdiverse.image_io import content_hash
 from ipdiverse.presets import PRESETS
-from ipdiverse.provenance import ensure_writable_folder, save_png
+from ipdiverse.provenance import ensure_writable_folder, file_hash, save_png
 from ipdiverse.sampling.drawing import drawing, open_base
 from ipdiverse.sampling.request import Request
 
@@ -65,7 +65,7 @@ def run_batch(
         How many images were drawn now.
 
     Raises:
-        ArgumentError: The folder holds results of other jobs.
+        ArgumentError: The folder holds results of other jobs, or of files that have changed.
         IpdiverseError: A job cannot be drawn; what came before it stays.
     """
     ensure_writable_folder(out)
@@ -98,7 +98,7 @@ def _draw(
     tell: Callable[[dict[str, Any]], None],
 ) -> int:
     folder = ensure_writable_folder(out / f"{number:04d}")
-    drawn = 0
+    drawn, inputs = 0, _inputs(job)
     with drawing(job, base) as work, (out / RESULTS).open("a", buffering=1) as results:
         for position, image in work.images(skip=there):
             name = f"{position:04d}.png"
@@ -106,7 +106,7 @@ def _draw(
             command = work.request.command(str(folder))
             save_png(image, folder / name, {"tool": "ipdiverse", **about, "command": command})
             line = {**about, "file": f"{folder.name}/{name}", "sha256": content_hash(image)}
-            line |= {"request": _stated(job), "notes": work.notes}
+            line |= {"request": _stated(job), "inputs": inputs, "notes": work.notes}
             results.write(json.dumps(line) + "\n")
             tell(line)
             drawn += 1
@@ -119,7 +119,8 @@ def _known(out: Path, jobs: list[Request]) -> dict[int, set[int]]:
     if not file.is_file():
         return {}
     known: dict[int, set[int]] = {}
-    kept = []
+    kept: list[str] = []
+    inputs: dict[int, dict[str, str]] = {}
     for text in file.read_text("utf-8").splitlines():
         try:
             line = json.loads(text)
@@ -138,11 +139,26 @@ def _known(out: Path, jobs: list[Request]) -> dict[int, set[int]]:
                 found=f"job {number}",
                 fix="Choose a new folder for --out.",
             )
+        now = inputs.setdefault(number, _inputs(jobs[number]))
+        before = line.get("inputs", {})
+        if changed := [name for name in now if before.get(name, now[name]) != now[name]]:
+            raise ArgumentError(
+                "holds images that were made from other files",
+                where=file,
+                found=f"job {number}: {changed[0]} has changed",
+                fix="Choose a new folder for --out.",
+            )
         if (out / f"{number:04d}" / Path(str(name)).name).is_file():
             known.setdefault(number, set()).add(int(position))
             kept.append(text)
     file.write_text("".join(f"{text}\n" for text in kept), "utf-8")
     return known
+
+
+def _inputs(job: Request) -> dict[str, str]:
+    """SHA-256 of every file that a request names."""
+    named = [Path(name) for name in (*job.pictures, job.faces, job.adapter) if name]
+    return {str(file): file_hash(file) for file in named if file.is_file()}
 
 
 def _stated(job: Request) -> dict[str, Any]:
