@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from ipdiverse.bases import ADAPTERS
+from ipdiverse.bases import ADAPTERS, load_base
 from ipdiverse.commands.critters import Make
 from ipdiverse.data.options import PrepareOptions
 from ipdiverse.evaluation import calibrate
@@ -188,9 +188,11 @@ def test_the_shipped_study_is_one() -> None:
     assert set(several) <= set(ARMS)
     runs = [(arm, seed) for arm in ARMS for seed in ((0, 1, 2) if arm in several else (0,))]
     made = {f"runs/adapters/{arm}-seed{seed}/adapter.safetensors" for arm, seed in runs}
-    edits = read_study(ROOT / "studies" / "edits.toml")
+    edits, steps = (read_study(ROOT / "studies" / f"{name}.toml") for name in ("edits", "steps"))
     assert edits.edits
-    named = {source for arm in (*study.arms, *edits.arms) for source in arm.sources}
+    assert steps.steps == load_base().steps > study.steps
+    every = (*study.arms, *edits.arms, *steps.arms)
+    named = {source for arm in every for source in arm.sources}
     assert named <= made | set(ADAPTERS), "what `make adapters` makes, or what ships"
 
 
