@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -129,19 +130,26 @@ def run_command(command: str, where: str) -> None:
 
 
 def serve_and_interrupt(command: str) -> None:
-    """Run a command of ours that serves, on a free port, until its page is open; then Ctrl-C."""
+    """Run a command of ours that serves, until its page is open; then Ctrl-C.
+
+    It listens on a free port, and on no other machine's behalf, whatever the page says.
+    """
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
-    words = [sys.executable, "-m", *shlex.split(command), "--port", str(port)]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+    words = shlex.split(command.replace("0.0.0.0", "127.0.0.1"), comments=True)  # noqa: S104
+    served = [sys.executable, "-m", *words, "--port", str(port)]
+    with subprocess.Popen(served, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
+        watchdog = threading.Timer(120, process.kill)
+        watchdog.start()
         try:
             line = process.stdout.readline()
             assert _OPEN.search(line), f"{command}: {line}"
             process.send_signal(signal.SIGINT)
             assert process.wait(60) == 0, command
         finally:
+            watchdog.cancel()
             process.kill()
 
 

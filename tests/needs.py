@@ -122,7 +122,7 @@ def _insightface(patch: pytest.MonkeyPatch, _: Path, __: Any) -> Files:
 def _comfyui(_: pytest.MonkeyPatch, folder: Path, __: Any) -> Files:
     """Its folders, beside this repository's."""
     for name in ("custom_nodes", "models/ipadapter"):
-        (folder / "COMFYUI" / name).mkdir(parents=True)
+        (folder / "COMFYUI" / name).mkdir(parents=True, exist_ok=True)
     return {
         "integrations": lambda path: path.symlink_to(ROOT / "integrations"),
         "adapter.safetensors": _trained,

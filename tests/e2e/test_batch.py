@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -157,7 +158,15 @@ def test_images_of_files_that_changed_are_not_mixed_in(
     assert f"job 0: {first} has changed" in said
     first.unlink()
     assert run(jobs) == 0, "what is finished needs no reference"
+    results = jobs.parent / "out" / "results.jsonl"
+    text = results.read_text()
+    results.write_text(text.replace('"inputs": {', '"inputs": null, "was": {'))
     first.write_bytes(kept)
     (jobs.parent / "out" / "0000" / "0001.png").unlink()
     assert run(jobs) == 0, "the same file again"
     assert len(landed(jobs)) == 6
+    results.write_text(text)
+    first.write_bytes(second.read_bytes())
+    for job in ("0000", "0002"):
+        shutil.rmtree(jobs.parent / "out" / job)
+    assert run(jobs) == 0, "what is gone is drawn from what is there"

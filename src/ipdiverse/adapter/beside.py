@@ -1,33 +1,70 @@
 """The weights that an adapter went on from, named in the file beside its own that holds them.
 
 Two adapters that lie together need no second copy of the plain one's weights: the spec's `plain` is
-{"file": NAME, "sha256": HASH}. Whoever reads such a file gets the weights as if they lay in it, and
-what is written from them anywhere else holds them itself.
+{"file": NAME, "sha256": HASH of its weights}. Whoever reads such a file gets the weights as if they
+lay in it, and what is written from them anywhere else holds them itself.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ipdiverse.adapter.containers import open_checkpoint
 from ipdiverse.adapter.layouts import normalise
 from ipdiverse.adapter.mixing import PLAIN, mixable
-from ipdiverse.errors import CheckpointError
-from ipdiverse.provenance import file_hash
+from ipdiverse.errors import CheckpointError, OutputError
 
-_KEY = "plain"
+KEY = "plain"
+"""Of a spec."""
+_LONGEST = 255
 _FIX = (
     "Put it there, or write one file that holds both, where they are together: ipdiverse convert."
 )
 
 
 def naming(plain: Path) -> dict[str, Any]:
-    """What a spec says of weights that lie in a file beside it."""
-    return {_KEY: {"file": plain.name, "sha256": file_hash(plain)}}
+    """What a spec says of weights that lie in a file beside it.
+
+    Raises:
+        CheckpointError: They are no plain adapter's in safetensors.
+    """
+    return {KEY: {"file": plain.name, "sha256": _hash(_weights(plain))}}
+
+
+def named(spec: Mapping[str, Any], file: Path) -> Path | None:
+    """The file beside it that an adapter's file names; None where it names none.
+
+    Args:
+        spec: The adapter's.
+        file: Where it is from; what is named is in the same folder.
+
+    Raises:
+        CheckpointError: The name leads elsewhere, or is none.
+    """
+    if KEY not in spec:
+        return None
+    given = spec[KEY]
+    fits = isinstance(given, dict) and all(
+        isinstance(given.get(k), str) for k in ("file", "sha256")
+    )
+    name = given["file"] if fits else ""
+    alone = PureWindowsPath(name).name == name and ":" not in name and "/" not in name
+    if not (
+        alone and name.endswith(".safetensors") and name.isprintable() and len(name) < _LONGEST
+    ):
+        raise CheckpointError(
+            "its spec names the weights that it went on from in a way that cannot be followed",
+            where=file,
+            expected="a safetensors file of the same folder, and its weights' sha256",
+            found=ascii(given)[:200],
+        )
+    return file.parent / name
 
 
 def completed(
@@ -43,10 +80,10 @@ def completed(
     Raises:
         CheckpointError: What is named is not there, is another file, or its name leads elsewhere.
     """
-    rest = {key: value for key, value in spec.items() if key != _KEY}
-    if _KEY not in spec:
+    rest = {key: value for key, value in spec.items() if key != KEY}
+    plain = named(spec, file)
+    if plain is None:
         return dict(tensors), rest
-    plain = file.parent / _checked(spec[_KEY], file)
     if not plain.is_file():
         raise CheckpointError(
             "the weights that it went on from are not beside it",
@@ -54,29 +91,52 @@ def completed(
             expected=plain.name,
             fix=_FIX,
         )
-    if file_hash(plain) != spec[_KEY]["sha256"]:
+    theirs, wanted = _weights(plain), spec[KEY]["sha256"]
+    if _hash(theirs) != wanted:
         raise CheckpointError(
             "beside it are not the weights that it went on from",
             where=file,
-            expected=f"{plain.name} with the SHA-256 {spec[_KEY]['sha256'][:12]}…",
-            found="a file of this name with another",
+            expected=f"{plain.name} with weights of SHA-256 {ascii(wanted)[1:13]}…",
+            found="a file of this name with others",
             fix=_FIX,
         )
-    theirs = mixable(normalise(open_checkpoint(plain).tensors, plain).tensors)
     return {**tensors, **{PLAIN + key: tensor for key, tensor in theirs.items()}}, rest
 
 
-def _checked(named: Any, file: Path) -> str:
-    """The name of a file in the same folder."""
-    fits = isinstance(named, dict) and all(
-        isinstance(named.get(k), str) for k in ("file", "sha256")
-    )
-    name = named["file"] if fits else ""
-    if Path(name).suffix != ".safetensors" or "/" in name or "\\" in name:
-        raise CheckpointError(
-            "its spec names the weights that it went on from in a way that cannot be followed",
-            where=file,
-            expected="a safetensors file of the same folder, and its sha256",
-            found=named,
+def check_target(spec: Mapping[str, Any], source: Path, target: Path) -> None:
+    """Refuse to write over the file that a source names.
+
+    Raises:
+        OutputError: The target is that file.
+    """
+    plain = named(spec, source)
+    if plain is not None and target.exists() and plain.exists() and target.samefile(plain):
+        raise OutputError(
+            f"holds the weights that {source.name} went on from",
+            where=target,
+            fix="Choose another name.",
         )
-    return name
+
+
+def _weights(plain: Path) -> dict[str, Tensor]:
+    """Of a file that holds a plain adapter and nothing else."""
+    contents = open_checkpoint(plain)
+    tensors = normalise(contents.tensors, plain).tensors
+    theirs = mixable(tensors)
+    if contents.container != "safetensors" or theirs.keys() != tensors.keys():
+        raise CheckpointError(
+            "cannot be named as what an adapter went on from",
+            where=plain,
+            expected="safetensors of a plain adapter, without fusion or noise-conditioning",
+            found=contents.container,
+        )
+    return theirs
+
+
+def _hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, types, shapes and every bit."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from ipdiverse.adapter.beside import completed
+from ipdiverse.adapter.beside import KEY, check_target, completed, named
 from ipdiverse.adapter.containers import Contents, open_checkpoint
 from ipdiverse.adapter.layouts import normalise
 from ipdiverse.adapter.mixing import PLAIN, remember_plain
@@ -44,12 +44,18 @@ def save_adapter(
         adapter: What to save.
         file: Target, `*.safetensors`.
         spec: Provenance, stored as JSON in the file's metadata; kind, family, fusion and sizes are
-            added.
+            added. Its `plain` may name a file beside this one (`beside.naming`), where the adapter
+            does not hold those weights itself.
         dtype: Of the stored tensors.
+
+    Raises:
+        CheckpointError: `plain` names no such file.
     """
+    said = {key: value for key, value in spec.items() if key != KEY or not adapter.plain}
+    named(said, file)
     held = {**adapter.state_dict(), **{PLAIN + k: v for k, v in adapter.plain.items()}}
     tensors = {k: v.detach().to("cpu", dtype).contiguous() for k, v in held.items()}
-    write_bytes_atomic(file, as_safetensors(tensors, {**spec, **describe(adapter)}))
+    write_bytes_atomic(file, as_safetensors(tensors, {**said, **describe(adapter)}))
 
 
 def as_safetensors(tensors: dict[str, Tensor], spec: Mapping[str, Any]) -> bytes:
@@ -142,12 +148,14 @@ def copy_with_spec(source: Path, target: Path, changes: Mapping[str, Any]) -> No
 
     Raises:
         CheckpointError: The file is broken or of another layout.
+        OutputError: The target holds the weights that the source names.
     """
     contents = open_checkpoint(source)
+    check_target(spec_of(contents), source, target)
     stored, said = dict(normalise(contents.tensors, source).tensors), spec_of(contents)
     tensors, spec = completed(stored, said, source)
     adapter_from_tensors(tensors, source, spec)
-    if target.resolve().parent == source.resolve().parent:  # what it names is beside it there too
+    if target.parent.resolve() == source.parent.resolve():  # what it names is beside it there too
         tensors, spec = stored, said
     kept = {name: tensor.contiguous() for name, tensor in tensors.items()}
     write_bytes_atomic(target, as_safetensors(kept, {**spec, **changes}))

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from ipdiverse.adapter.beside import completed
+from ipdiverse.adapter.beside import check_target, completed
 from ipdiverse.adapter.checkpoint import adapter_from_tensors, as_safetensors, spec_of
 from ipdiverse.adapter.containers import open_checkpoint
 from ipdiverse.adapter.layouts import ANCESTOR_BLEND, normalise
@@ -58,12 +58,14 @@ def convert(
 
     Raises:
         CheckpointError: The source cannot be loaded, or the result is not equal to it.
-        OutputError: The target is there already, is the source, or cannot be written.
+        OutputError: The target is there already, is the source or what the source names, or
+            cannot be written.
     """
     goal = Path(target)
     _check_target(Path(source), goal, to, force)
     contents = open_checkpoint(Path(source))
     found = normalise(contents.tensors, source)
+    check_target(spec_of(contents), Path(source), goal)
     tensors, spec = completed(found.tensors, spec_of(contents), Path(source))
     version = face_id_plus_v2 if to == "ipdiverse" or "shortcut" in spec else bool(face_id_plus_v2)
     adapter = adapter_from_tensors(tensors, source, spec, version)

@@ -7,6 +7,7 @@ OUT/0003/0001.png          image 1 of the job in line 3 (counted from 0)
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,16 +140,10 @@ def _known(out: Path, jobs: list[Request]) -> dict[int, set[int]]:
                 found=f"job {number}",
                 fix="Choose a new folder for --out.",
             )
-        now = inputs.setdefault(number, _inputs(jobs[number]))
-        before = line.get("inputs", {})
-        if changed := [name for name in now if before.get(name, now[name]) != now[name]]:
-            raise ArgumentError(
-                "holds images that were made from other files",
-                where=file,
-                found=f"job {number}: {changed[0]} has changed",
-                fix="Choose a new folder for --out.",
-            )
         if (out / f"{number:04d}" / Path(str(name)).name).is_file():
+            if number not in inputs:
+                inputs[number] = _inputs(jobs[number])
+            _check_inputs(file, number, line.get("inputs"), inputs[number])
             known.setdefault(number, set()).add(int(position))
             kept.append(text)
     file.write_text("".join(f"{text}\n" for text in kept), "utf-8")
@@ -156,9 +151,29 @@ def _known(out: Path, jobs: list[Request]) -> dict[int, set[int]]:
 
 
 def _inputs(job: Request) -> dict[str, str]:
-    """SHA-256 of every file that a request names."""
-    named = [Path(name) for name in (*job.pictures, job.faces, job.adapter) if name]
-    return {str(file): file_hash(file) for file in named if file.is_file()}
+    """SHA-256 of every file that a request names; folders are not looked into."""
+    found = {}
+    for name in (*job.pictures, job.faces, job.adapter, job.base):
+        with suppress(OSError):  # drawing says what is wrong with it
+            if name and Path(name).is_file():
+                found[name] = file_hash(Path(name))
+    return found
+
+
+def _check_inputs(file: Path, number: int, before: Any, now: dict[str, str]) -> None:
+    """Refuse images that were made from what has changed since.
+
+    Raises:
+        ArgumentError: A file has.
+    """
+    known = before if isinstance(before, dict) else {}
+    if changed := [name for name in now if known.get(name, now[name]) != now[name]]:
+        raise ArgumentError(
+            "holds images that were made from other files",
+            where=file,
+            found=f"job {number}: {changed[0]} has changed",
+            fix="Choose a new folder for --out.",
+        )
 
 
 def _stated(job: Request) -> dict[str, Any]:

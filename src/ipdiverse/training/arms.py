@@ -10,6 +10,7 @@ trained on; its file names `plus` beside it, and between the two its dial leads.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,16 +18,28 @@ from typing import Any, Literal
 import torch
 
 from ipdiverse.adapter.beside import naming
-from ipdiverse.adapter.checkpoint import load_adapter, save_adapter
+from ipdiverse.adapter.checkpoint import (
+    adapter_from_tensors,
+    load_adapter,
+    save_adapter,
+    spec_of,
+)
+from ipdiverse.adapter.containers import open_checkpoint
 from ipdiverse.adapter.mixing import remember_plain
 from ipdiverse.adapter.model import ImagePromptAdapter
 from ipdiverse.adapter.sources import local_file
-from ipdiverse.bases import CRITTERS, CRITTERS_ADAPTERS, SHIPPED_ADAPTERS, adapter_source
+from ipdiverse.bases import (
+    ADAPTERS,
+    CRITTERS,
+    CRITTERS_ADAPTERS,
+    SHIPPED_ADAPTERS,
+    adapter_source,
+)
 from ipdiverse.critters.pipeline import provenance
 from ipdiverse.critters.training.loop import bf16_is_fast
 from ipdiverse.data.options import PrepareOptions
 from ipdiverse.data.prepare import prepare
-from ipdiverse.errors import ArgumentError, check_range
+from ipdiverse.errors import ArgumentError, ModelError, check_range
 from ipdiverse.training.checkpoints import ADAPTER
 from ipdiverse.training.config import TrainConfig
 from ipdiverse.training.trainer import train
@@ -178,7 +191,23 @@ def ship_arm(name: str, folder: Path, steps: int | None = None, seed: int = 0) -
     if name == "diverse":  # calibration then places its dial (`make adapters`)
         made |= _beside(trained)
     save_adapter(trained, target, made, torch.float16)
+    if file == ADAPTERS["plus"]:
+        _lead_to(target)
     return target
+
+
+def _lead_to(plain: Path) -> None:
+    """Let the default that ships name this plain adapter, in place of the one that was there."""
+    default = CRITTERS_ADAPTERS / f"{ADAPTERS['diverse']}.safetensors"
+    if not default.is_file():
+        return
+    contents = open_checkpoint(default)
+    spec = spec_of(contents)
+    with suppress(ModelError):  # one of another size: the default has to be trained anew
+        adapter = adapter_from_tensors(contents.tensors, default, spec)
+        remember_plain(adapter, load_adapter(plain))
+        adapter.plain = {}
+        save_adapter(adapter, default, {**spec, **naming(plain)}, torch.float16)
 
 
 def _beside(trained: ImagePromptAdapter) -> dict[str, Any]:

@@ -142,6 +142,8 @@ class TrainConfig:
                 check_range(name, value, low, high)
         check_range("width modulo 64", (self.width or 64) % 64, 0, 0)  # heads of 64, as published
         check_range("drops together", self.drop_text + self.drop_image + self.drop_both, 0, 1)
+        if self.start == "":
+            raise ArgumentError("is empty", where="start", fix="Leave it out for new weights.")
         if unknown := sorted(set(self.frozen) - set(PARTS)):
             raise ArgumentError(
                 "is no part", where="frozen", expected=", ".join(PARTS), found=", ".join(unknown)

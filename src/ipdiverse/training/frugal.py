@@ -39,7 +39,7 @@ def hold_less(unet: nn.Module) -> None:
     blocks: list[Any] = [m for m in modules if isinstance(m, BasicTransformerBlock)]
     widest = max((block.dim for block in blocks), default=0)
     for block in blocks:
-        if block.dim < widest:
+        if block.dim < widest and "forward" not in block.ff.__dict__:  # once is enough
             block.ff.forward = partial(_again, block.ff.forward)
 
 
@@ -57,7 +57,9 @@ def _again(feed_forward: Callable[[Tensor], Tensor], states: Tensor) -> Tensor:
 
 
 def _convolved(module: nn.Conv2d, states: Tensor) -> Tensor:
-    """A convolution of (batch, channels, h, w) whose weights do not learn."""
+    """A convolution of (batch, channels, h, w); autograd's own once its weights learn."""
+    if any(parameter.requires_grad for parameter in module.parameters()):
+        return nn.Conv2d.forward(module, states)
     settings = (module.stride, module.padding, module.dilation, module.groups)
     return _FrozenConvolution.apply(states, module.weight, module.bias, settings)
 

@@ -26,7 +26,7 @@ from ipdiverse.adapter.inspection import as_text, inspect_checkpoint
 from ipdiverse.adapter.mixing import mixed, remember_plain
 from ipdiverse.adapter.noise import NoiseConditioning
 from ipdiverse.adapter.reference import Reference
-from ipdiverse.errors import ArgumentError, CheckpointError, ModelError
+from ipdiverse.errors import ArgumentError, CheckpointError, ModelError, OutputError
 from ipdiverse.sampling.denoiser import release, steer
 from ipdiverse.sampling.dial import OFF, Levers, default_dial
 
@@ -248,6 +248,47 @@ def test_whatever_leaves_the_folder_holds_the_plain_one_itself(tmp_path: Path) -
         assert all(torch.equal(found.plain[name], t) for name, t in own.plain.items()), whole
 
 
+def test_the_folder_is_where_a_name_is_and_not_where_a_link_leads(tmp_path: Path) -> None:
+    file, own, _ = named(tmp_path)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "link.safetensors").symlink_to(file)
+    copy_with_spec(file, elsewhere / "link.safetensors", {"dial": {}})
+    found = load_adapter(elsewhere / "link.safetensors")
+    assert all(torch.equal(found.plain[name], t) for name, t in own.plain.items())
+    assert "dial" not in read_spec(file)
+
+
+def test_the_plain_file_is_not_written_over(tmp_path: Path) -> None:
+    file, _, _ = named(tmp_path)
+    plain = tmp_path / "plain.safetensors"
+    before = plain.read_bytes()
+    with pytest.raises(OutputError, match=r"holds the weights that own\.safetensors went on from"):
+        copy_with_spec(file, plain, {})
+    with pytest.raises(OutputError, match=r"holds the weights that own\.safetensors went on from"):
+        convert(file, plain, "ipdiverse", force=True)
+    assert plain.read_bytes() == before
+
+
+def test_what_is_written_names_nothing_that_it_holds_or_that_is_no_name(tmp_path: Path) -> None:
+    file, _, plain = named(tmp_path)
+    whole = tmp_path / "whole.safetensors"
+    save_adapter(load_adapter(file), whole, read_spec(file), torch.float32)
+    assert "plain" not in read_spec(whole)
+    with pytest.raises(CheckpointError, match="cannot be followed"):
+        save_adapter(plain, whole, {"plain": "plus"})
+    own, _ = pair(models.two_levels())
+    save_adapter(own, tmp_path / "fused.safetensors", {}, torch.float32)
+    with pytest.raises(CheckpointError, match="expected safetensors of a plain adapter"):
+        naming(tmp_path / "fused.safetensors")
+
+
+def test_a_plain_file_may_say_something_else_of_itself(tmp_path: Path) -> None:
+    file, own, _ = named(tmp_path)
+    copy_with_spec(tmp_path / "plain.safetensors", tmp_path / "plain.safetensors", {"steps": 9})
+    assert load_adapter(file).plain.keys() == own.plain.keys(), "the weights are the same"
+
+
 def test_a_plain_file_that_is_gone_or_another_is_refused(tmp_path: Path) -> None:
     file, _, plain = named(tmp_path)
     beside = tmp_path / "plain.safetensors"
@@ -266,7 +307,17 @@ def test_a_plain_file_that_is_gone_or_another_is_refused(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     "name",
-    ["../plain.safetensors", "/plain.safetensors", "a\\plain.safetensors", "plain.bin", "", None],
+    [
+        "../plain.safetensors",
+        "/plain.safetensors",
+        "a\\plain.safetensors",
+        "C:plain.safetensors",
+        "plain.bin",
+        f"{'x' * 300}.safetensors",
+        "\ud800.safetensors",
+        "",
+        None,
+    ],
 )
 def test_a_name_that_leads_elsewhere_is_not_followed(name: Any, tmp_path: Path) -> None:
     folder = tmp_path / "inner"

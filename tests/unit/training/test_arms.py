@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -96,3 +97,23 @@ def test_the_default_ships_with_the_plain_one_named_beside_it(
     (package / plus.name).write_bytes(plus.read_bytes())
     found = load_adapter(file)
     assert all(torch.equal(found.plain[name], tensor) for name, tensor in trained.items())
+
+
+def test_the_default_follows_a_plain_one_that_ships_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "package"
+    shutil.copytree(arms.CRITTERS_ADAPTERS, package)
+    monkeypatch.setattr(arms, "CRITTERS_ADAPTERS", package)
+    trained = load_adapter(package / "ip-adapter-plus_critters.safetensors")
+    trained.state_dict()["image_proj.latents"].add_(1)
+    (tmp_path / "self-none-seed0").mkdir()
+    save_adapter(trained, tmp_path / "self-none-seed0" / "adapter.safetensors", {}, torch.float32)
+    ship_arm("self-none", tmp_path)
+    default = package / "ip-adapter-diverse_critters.safetensors"
+    latents = load_adapter(default).plain["image_proj.latents"]
+    torch.testing.assert_close(latents, trained.state_dict()["image_proj.latents"].half().float())
+    before = load_adapter(adapter_source(CRITTERS, "diverse"))
+    assert read_spec(default)["dial"] == before.spec["dial"]
+    own = load_adapter(default).state_dict()
+    assert all(torch.equal(own[name], tensor) for name, tensor in before.state_dict().items())

@@ -69,6 +69,7 @@ def test_the_original_trainers_command_is_understood() -> None:
     [
         ({"steps": 0}, "steps: is out of range"),
         ({"drop_text": 0.5, "drop_both": 0.6}, "drops together: is out of range"),
+        ({"start": ""}, "start: is empty. Leave it out for new weights."),
         ({"frozen": ("unet",)}, "frozen: is no part; expected projection, layers, fusion"),
         ({"workers": 1, "cache": False}, "workers: needs the cache"),
         ({"learning_rate": float("nan")}, "learning_rate: is out of range"),

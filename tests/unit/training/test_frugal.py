@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from tests import models
 from torch import nn
 
@@ -39,6 +40,11 @@ def passed(
     return out.detach(), context.grad, bytes_held
 
 
+def fed(unet: nn.Module) -> list[nn.Module]:
+    """Feed-forwards that were changed."""
+    return [m for m in unet.modules() if isinstance(m, FeedForward) and "forward" in m.__dict__]
+
+
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["fp32", "bf16"])
 def test_less_is_held_and_gradients_are_the_same(dtype: torch.dtype | None) -> None:
     unet = copy.deepcopy(models.unet("sd1")).requires_grad_(False)
@@ -56,12 +62,28 @@ def test_less_is_held_and_gradients_are_the_same(dtype: torch.dtype | None) -> N
 def test_the_widest_blocks_are_left_alone() -> None:
     unet = copy.deepcopy(models.unet("sd1")).requires_grad_(False)
     hold_less(unet)
-    from diffusers.models.attention import BasicTransformerBlock
-
     blocks = [m for m in unet.modules() if isinstance(m, BasicTransformerBlock)]
     widest = max(block.dim for block in blocks)
     changed = {block.dim for block in blocks if "forward" in block.ff.__dict__}
     assert changed == {block.dim for block in blocks} - {widest}
+
+
+def test_a_second_time_changes_nothing() -> None:
+    unet = copy.deepcopy(models.unet("sd1")).requires_grad_(False)
+    hold_less(unet)
+    before = [m.__dict__["forward"] for m in fed(unet)]
+    hold_less(unet)
+    assert before
+    assert [m.__dict__["forward"] for m in fed(unet)] == before
+
+
+def test_weights_that_learn_again_get_their_gradients() -> None:
+    convolution = nn.Conv2d(2, 3, 3, padding=1).requires_grad_(False)
+    hold_less(convolution)
+    convolution.requires_grad_(True)
+    convolution(torch.ones(1, 2, 4, 4)).sum().backward()
+    for parameter in convolution.parameters():
+        assert parameter.grad is not None
 
 
 def test_other_paddings_are_autograds_own() -> None:
