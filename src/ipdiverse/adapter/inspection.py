@@ -1,4 +1,4 @@
-"""Say what a checkpoint file is, from names and shapes alone."""
+"""Say what a checkpoint file is, from names and shapes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ class _Found:
 def inspect_checkpoint(file: Path) -> Report:
     """Kind, base family, tokens, widths and fusion of an adapter, and what does not fit.
 
-    Whether weights are finite is not checked: no weight is read.
+    Whether weights are finite is not checked: none is read, but those of the file that this one
+    names beside it, which must be the ones that it means.
 
     Args:
         file: A checkpoint in any container.

@@ -237,7 +237,7 @@ class Runner:
         return scores, None if seen is None else seen.attributes, images
 
     def _known(self, arm: Arm, number: int) -> Readings | None:
-        """Published readings, if they are of this study, these settings and weights."""
+        """Published readings, if they are of this study, these settings, weights and oracle."""
         if self.known is None or self.oracle is None or self.encoders:
             return None
         found = load_readings(file_of(self.known, arm.name, number))
