@@ -30,6 +30,8 @@ _COLOURS = (
     *("#2962c9", "#d35400", "#1b7f4d", "#8e44ad", "#c0392b", "#00838f", "#7a6a00", "#ad1457"),
     *("#455a64", "#6d4c41"),
 )
+_MARKS = "os^Dv"
+"""Another once all colours are taken, so that no two families look alike."""
 _ANCHOR = "#1d2330"
 
 
@@ -65,8 +67,8 @@ def tradeoff(measured: Sequence[Measured], across: str, up: str) -> Any:
     for one in measured:
         families.setdefault(one.arm.family, []).append(one)
     anchors = families.pop("anchor", [])
-    for (family, arms), colour in zip(families.items(), _cycled(len(families)), strict=True):
-        _draw_family(axes, family, arms, across, up, colour)
+    for number, (family, arms) in enumerate(families.items()):
+        _draw_family(axes, family, arms, across, up, number)
     for one in anchors:
         x, y = (estimate(one.parts(name)) for name in (across, up))
         axes.plot(x, y, "*", color=_ANCHOR, markersize=12)
@@ -79,8 +81,9 @@ def tradeoff(measured: Sequence[Measured], across: str, up: str) -> Any:
 
 
 def _draw_family(
-    axes: Any, family: str, arms: Sequence[Measured], across: str, up: str, colour: str
+    axes: Any, family: str, arms: Sequence[Measured], across: str, up: str, number: int
 ) -> None:
+    colour, mark = _look(number)
     ordered = list(arms)
     if all(one.arm.at is not None for one in ordered):
         ordered.sort(key=lambda one: one.arm.at or 0.0)
@@ -93,7 +96,7 @@ def _draw_family(
         [y.estimate for y in ys],
         xerr=[[x.estimate - x.low for x in xs], [x.high - x.estimate for x in xs]],
         yerr=[[y.estimate - y.low for y in ys], [y.high - y.estimate for y in ys]],
-        fmt=f"o{joined}",
+        fmt=f"{mark}{joined}",
         color=colour,
         markersize=4,
         elinewidth=0.8,
@@ -115,8 +118,10 @@ def _draw_family(
             axes.annotate(words, at, (3, 3), textcoords="offset points", fontsize=6, color=colour)
 
 
-def _cycled(count: int) -> list[str]:
-    return [_COLOURS[i % len(_COLOURS)] for i in range(count)]
+def _look(number: int) -> tuple[str, str]:
+    """Colour and mark of a family."""
+    again, colour = divmod(number, len(_COLOURS))
+    return _COLOURS[colour], _MARKS[again % len(_MARKS)]
 
 
 def as_bytes(figure: Any, kind: str) -> bytes:
