@@ -637,15 +637,17 @@ def test_picture_of_the_third_tab(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     study, readings = ROOT / "studies" / "variety.toml", ROOT / "docs" / "study" / "readings"
-    command = ["evaluate", "--config", str(study), "--readings", str(readings), "--partial"]
-    assert main([*command, "--out", "out/study"]) == 0
+    command = [sys.executable, "-m", "ipdiverse", "evaluate", "--config", str(study), "--partial"]
+    subprocess.run([*command, "--readings", str(readings), "--out", "out/study"], check=True)
     with opened_page(Options(port=free_port(), reports=("out",))) as served:
         page = browser.new_page(viewport={"width": 1280, "height": 1000})
         page.goto(served.url)
+        page.wait_for_selector("#vary-go")
         page.get_by_role("tab", name="Reports").click()
         page.locator("#reports-chosen input").click()
         page.get_by_role("option", name="out/study").click()
-        page.frame_locator("#reports-shown iframe").locator("table").first.wait_for()
+        page.frame_locator("#reports-shown iframe").locator("h1").wait_for()
+        page.wait_for_timeout(1000)
         picture(page, "reports")
         page.close()
 
