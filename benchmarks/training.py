@@ -31,6 +31,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from timing import alternating, flops, machine, ratio_of
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
     CLIPTextConfig,
@@ -50,6 +51,7 @@ from ipdiverse.data.options import PrepareOptions
 from ipdiverse.data.prepare import prepare
 from ipdiverse.training.config import TrainConfig
 from ipdiverse.training.frozen import FrozenEncoders
+from ipdiverse.training.frugal import hold_less
 from ipdiverse.training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -285,6 +287,47 @@ def shares(name: str) -> dict[str, float]:
     return {part: count / step for part, count in frozen.items()} | {"step_gflop": step / 1e9}
 
 
+def held(name: str) -> dict[str, float]:
+    """Bytes that the UNet's forward pass of one image leaves to the backward pass.
+
+    Returns:
+        As autograd does it, as `hold_less` does, and what that costs, in operations over those of
+        a step without.
+    """
+    size = SIZES[name]
+    side, width = size["pixels"] // 8, size["cross"]
+
+    def predicted(unet: Any) -> torch.Tensor:
+        context = torch.empty(1, 77 + 4, width, requires_grad=True)
+        return unet(torch.empty(1, 4, side, side), torch.zeros(1), context).sample
+
+    def left(unet: Any) -> float:
+        known = {p.untyped_storage()._cdata for p in unet.parameters()}
+        kept: dict[int, Any] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in known:
+                kept[storage._cdata] = storage  # alive, so that no other gets its address
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = predicted(unet)
+        held = sum(storage.nbytes() for storage in kept.values())
+        del out  # until here it kept all of them
+        return float(held)
+
+    def operations(unet: Any) -> int:
+        with sdpa_kernel(SDPBackend.MATH):  # whose operations are counted
+            return flops(lambda: predicted(unet).sum().backward())
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        unet = pipeline(name).unet.requires_grad_(False)
+        before, step = left(unet), operations(unet)
+        hold_less(unet)
+        return {"before": before, "after": left(unet), "operations": operations(unet) / step}
+
+
 def bound(parts: dict[str, float]) -> float:
     """Operations with the frozen parts over operations without."""
     return 1 + sum(parts[part] for part in ("vae", "vision", "text"))
@@ -346,6 +389,7 @@ def main() -> None:
         return
     parts = {name: shares(name) for name in SIZES}
     report: dict[str, Any] = {"parts": parts, **machine(), "rounds": chosen.rounds}
+    report["held"] = {name: held(name) for name in SIZES}
     report["bounds"] = {name: bound(shared) for name, shared in parts.items()}
     size = SIZES["miniature"]
     report["cells"] = {}
@@ -377,6 +421,11 @@ def table(report: dict[str, Any]) -> str:
     rows.append(
         f"| bound by operations | {report['bounds']['miniature']:.2f} "
         f"| full size {report['bounds']['full']:.2f} | |"
+    )
+    less = report["held"]["full"]
+    rows.append(
+        f"| held of an image's forward pass, full size | {less['before'] / 1e9:.2f} GB, "
+        f"{less['after'] / 1e9:.2f} GB | | {less['operations'] - 1:+.1%} operations |"
     )
     if "full" in report:
         original = report["full"]["original"]

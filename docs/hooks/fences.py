@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-_MARKED = re.compile(r'^(\s*```\w+ )(no-run="|needs=")([^"]+)"', re.MULTILINE)
+_MARKED = re.compile(r'^(\s*```\w+ )(no-run|needs)="([^"]+)"', re.MULTILINE)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -17,5 +17,5 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def _titled(found: re.Match[str]) -> str:
-    before = "needs " if found[2].startswith("needs") else ""
+    before = "needs " if found[2] == "needs" else ""
     return f'{found[1]}title="{before}{found[3]}"'

@@ -151,12 +151,12 @@ def copy_with_spec(source: Path, target: Path, changes: Mapping[str, Any]) -> No
         OutputError: The target holds the weights that the source names.
     """
     contents = open_checkpoint(source)
-    check_target(spec_of(contents), source, target)
-    stored, said = dict(normalise(contents.tensors, source).tensors), spec_of(contents)
+    stored, said = normalise(contents.tensors, source).tensors, spec_of(contents)
+    check_target(said, source, target)
     tensors, spec = completed(stored, said, source)
     adapter_from_tensors(tensors, source, spec)
     if target.parent.resolve() == source.parent.resolve():  # what it names is beside it there too
-        tensors, spec = stored, said
+        tensors, spec = dict(stored), said
     kept = {name: tensor.contiguous() for name, tensor in tensors.items()}
     write_bytes_atomic(target, as_safetensors(kept, {**spec, **changes}))
 

@@ -25,8 +25,12 @@ _NO_WEIGHTS = (
 _TRUE = {"1", "true", "yes", "on"}
 
 
-def local_file(source: Path | str) -> Path:
+def local_file(source: Path | str, *, local_files_only: bool = False) -> Path:
     """The file that `bases.adapter_source` names: a path, or a hub id with the file behind it.
+
+    Args:
+        source: What it names.
+        local_files_only: Never connect.
 
     Raises:
         CheckpointError: It is missing.
@@ -35,7 +39,7 @@ def local_file(source: Path | str) -> Path:
         found = find_checkpoint(source)
     else:
         repository, name = split_hub_id(source)
-        found = find_checkpoint(repository, weight_name=name)
+        found = find_checkpoint(repository, weight_name=name, local_files_only=local_files_only)
     if not found.is_file():
         raise CheckpointError("no such file", where=found, fix="Check the path.")
     return found

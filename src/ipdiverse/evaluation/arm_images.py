@@ -82,23 +82,27 @@ class ArmImages:
         """Whether nothing of an arm with one adapter is left to draw.
 
         Raises:
-            IpdiverseError: The adapter is missing.
+            IpdiverseError: The adapter is not on this machine.
         """
-        _, files = self._files(arm, adapter_source(self.study.base, source))
+        _, files = self._files(arm, adapter_source(self.study.base, source), True)
         return all(file.exists() for file in files)
 
     def first(self, arm: Arm, source: str) -> np.ndarray | None:
         """Images of the first pairs, as `of` gives them; None if they are not there.
 
         Raises:
-            IpdiverseError: The adapter is missing.
+            IpdiverseError: The adapter is not on this machine.
         """
-        _, files = self._files(arm, adapter_source(self.study.base, source))
+        _, files = self._files(arm, adapter_source(self.study.base, source), True)
         return np.load(files[0])["images"] if files[0].exists() else None
 
-    def _files(self, arm: Arm, weights: Path | str) -> tuple[list[range], list[Path]]:
+    def _files(
+        self, arm: Arm, weights: Path | str, local_files_only: bool = False
+    ) -> tuple[list[range], list[Path]]:
         """The chunks of pairs, and the file of each."""
-        folder = self.folder / self._key(arm, weights)
+        folder = self.folder / self._key(
+            arm, local_file(weights, local_files_only=local_files_only)
+        )
         starts = range(0, len(self.pairs), CHUNK)
         chunks = [range(start, min(start + CHUNK, len(self.pairs))) for start in starts]
         return chunks, [folder / f"{number:05d}.npz" for number in range(len(chunks))]
@@ -135,12 +139,11 @@ class ArmImages:
                 _save(file, made)
                 progress(len(chunk))
 
-    def _key(self, arm: Arm, weights: Path | str) -> str:
+    def _key(self, arm: Arm, weights: Path) -> str:
         """What decides an arm's images, as 16 hexadecimal digits."""
         settings = asdict(arm.request(self.study.steps, self.base.guidance_scale))
         study = [self.study.images, self.study.seed]
-        adapter = file_hash(local_file(weights))
-        decides = [settings, study, adapter, self.decides, versions()]
+        decides = [settings, study, file_hash(weights), self.decides, versions()]
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 
 

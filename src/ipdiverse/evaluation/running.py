@@ -111,6 +111,7 @@ class Runner:
         self.base = load_base(study.base)
         exact = study.base == CRITTERS and study.references is None
         self.oracle = shipped_oracle() if exact else None
+        self._oracle_hash = file_hash(CRITTERS_ORACLE) if exact else None
         self.pairs: list[Any] = self._drawn()
         if len(self.pairs) < 2:
             raise ArgumentError(
@@ -251,20 +252,15 @@ class Runner:
         """What decides readings; the hash of an adapter that is not here is None."""
         study = self.study
         try:
-            weights = file_hash(local_file(adapter_source(study.base, arm.sources[number])))
+            source = adapter_source(study.base, arm.sources[number])
+            weights = file_hash(local_file(source, local_files_only=True))  # asked, not needed
         except IpdiverseError:
             weights = None
         numbers = {name: getattr(study, name) for name in ("pairs", "images", "steps", "seed")}
         settings = {name: value for name, value in arm.settings.items() if name != "adapter"}
         base = hashlib.sha256(json.dumps(self._images.decides).encode()).hexdigest()
-        oracle = file_hash(CRITTERS_ORACLE)
-        return {
-            "settings": settings,
-            **numbers,
-            "base": base,
-            "adapter": weights,
-            "oracle": oracle,
-        }
+        hashes = {"base": base, "adapter": weights, "oracle": self._oracle_hash}
+        return {"settings": settings, **numbers, **hashes}
 
     def _scored(self, images: np.ndarray) -> tuple[dict[str, Parts], Readings | None]:
         """Of (pairs · images, height, width, 3)."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from contextlib import suppress
 from dataclasses import fields
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,8 +157,15 @@ def _inputs(job: Request) -> dict[str, str]:
     for name in (*job.pictures, job.faces, job.adapter, job.base):
         with suppress(OSError):  # drawing says what is wrong with it
             if name and Path(name).is_file():
-                found[name] = file_hash(Path(name))
+                state = Path(name).stat()
+                found[name] = _hash_of(Path(name), state.st_mtime_ns, state.st_size)
     return found
+
+
+@lru_cache(maxsize=1024)
+def _hash_of(file: Path, *_state: int) -> str:
+    """Of a file as it is: jobs share references, and an adapter is large."""
+    return file_hash(file)
 
 
 def _check_inputs(file: Path, number: int, before: Any, now: dict[str, str]) -> None:

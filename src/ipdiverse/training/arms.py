@@ -189,7 +189,7 @@ def ship_arm(name: str, folder: Path, steps: int | None = None, seed: int = 0) -
     target = CRITTERS_ADAPTERS / f"{file}.safetensors"
     trained = load_adapter(f"{config.out}/adapter.safetensors")
     if name == "diverse":  # calibration then places its dial (`make adapters`)
-        made |= _beside(trained)
+        made |= _named(trained, local_file(adapter_source(CRITTERS, "plus")))
     save_adapter(trained, target, made, torch.float16)
     if file == ADAPTERS["plus"]:
         _lead_to(target)
@@ -205,14 +205,11 @@ def _lead_to(plain: Path) -> None:
     spec = spec_of(contents)
     with suppress(ModelError):  # one of another size: the default has to be trained anew
         adapter = adapter_from_tensors(contents.tensors, default, spec)
-        remember_plain(adapter, load_adapter(plain))
-        adapter.plain = {}
-        save_adapter(adapter, default, {**spec, **naming(plain)}, torch.float16)
+        save_adapter(adapter, default, {**spec, **_named(adapter, plain)}, torch.float16)
 
 
-def _beside(trained: ImagePromptAdapter) -> dict[str, Any]:
-    """What a spec says of the plain weights, which ship in a file beside it."""
-    file = local_file(adapter_source(CRITTERS, "plus"))
-    remember_plain(trained, load_adapter(file))  # refuses what is no such pair
+def _named(trained: ImagePromptAdapter, plain: Path) -> dict[str, Any]:
+    """What the adapter's spec says of the plain weights, which ship in a file beside it."""
+    remember_plain(trained, load_adapter(plain))  # refuses what is no such pair
     trained.plain = {}
-    return naming(file)
+    return naming(plain)

@@ -1,8 +1,8 @@
 """What a frozen UNet need not hold from the forward pass to the backward pass.
 
 Gradients run through it to the adapter, and none to its own weights. Autograd holds more than that
-takes: on SD 1.5 at 512 pixels 1.51 GB for an image, where 0.84 do, for 6 % more operations. Losses
-and gradients are the same to rounding.
+takes: on SD 1.5 at 512 pixels 1.47 GB for an image, where 0.80 do, for 4 % more operations
+(`benchmarks/training.py`). Losses and gradients are the same to rounding.
 """
 
 from __future__ import annotations
@@ -58,10 +58,11 @@ def _again(feed_forward: Callable[[Tensor], Tensor], states: Tensor) -> Tensor:
 
 def _convolved(module: nn.Conv2d, states: Tensor) -> Tensor:
     """A convolution of (batch, channels, h, w); autograd's own once its weights learn."""
-    if any(parameter.requires_grad for parameter in module.parameters()):
+    bias = module.bias
+    if module.weight.requires_grad or (bias is not None and bias.requires_grad):
         return nn.Conv2d.forward(module, states)
     settings = (module.stride, module.padding, module.dilation, module.groups)
-    return _FrozenConvolution.apply(states, module.weight, module.bias, settings)
+    return _FrozenConvolution.apply(states, module.weight, bias, settings)
 
 
 class _FrozenConvolution(torch.autograd.Function):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from ipdiverse.adapter.checkpoint import load_adapter, save_adapter
 from ipdiverse.bases import CRITTERS_ADAPTERS
@@ -108,3 +111,30 @@ def test_published_readings_are_taken_where_settings_and_weights_are_theirs(
     save_adapter(diverse, adapter, {})
     assert run("changed", study(tmp_path, adapter), *taken) == 0
     assert drawn == [4, 4, 4, 4], "other weights are drawn"
+
+
+def test_asking_what_is_there_connects_to_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published = tmp_path / "published"
+    adapter = tmp_path / "runs" / "adapters" / "lost" / "adapter.safetensors"
+    adapter.parent.mkdir(parents=True)
+    adapter.write_bytes(PLUS.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    config = study(tmp_path, adapter.relative_to(tmp_path))  # also how a hub id begins
+    command = ["evaluate", "--config", str(config), "--out"]
+    assert main([*command, "first", "--publish", str(published)]) == 0
+    shutil.rmtree(tmp_path / "runs")  # as on a fresh clone
+    asked: list[bool] = []
+
+    def download(*_: Any, local_files_only: bool, **__: Any) -> str:
+        asked.append(local_files_only)
+        raise LocalEntryNotFoundError("it is not there")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    taken = ["--readings", str(published / "readings"), "--partial"]
+    assert main([*command, "again", *taken]) == 0
+    assert scores(tmp_path / "again") == scores(tmp_path / "first")
+    assert asked
+    assert all(asked)
