@@ -114,11 +114,20 @@ def take_example(page: Page, tab: str = "vary", number: int = 0) -> None:
 
 
 def set_number(page: Page, element: str, value: float) -> None:
-    page.fill(f"{element} input[type=number]", str(value))
-    page.keyboard.press("Tab")
+    """Type a number until the page has taken it: a panel being opened may lose what is typed."""
     slider = page.locator(f"{element} input[type=range]")
-    if slider.count():  # the page has taken the number once its slider stands there
-        until(lambda: float(slider.input_value()) == value, f"{element} is {value}")
+
+    def taken() -> bool:
+        page.fill(f"{element} input[type=number]", str(value))
+        page.keyboard.press("Tab")
+        deadline = time.monotonic() + 5.0
+        while slider.count() and float(slider.input_value()) != value:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+        return True
+
+    until(taken, f"{element} is {value}")
 
 
 def configure(page: Page, prompt: str, steps: int, count: int, tab: str = "vary") -> None:
