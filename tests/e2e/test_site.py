@@ -31,7 +31,7 @@ QUIET = (
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 )
-METRICS = ("metrics.leak", "variety.vendi", "sets.score_sets", "groups.hypervolume")
+METRICS = ("metrics.leak", "variety.vendi", "sets.score_sets", "bootstrap.hypervolume")
 
 
 def build(folder: Path, config: Path) -> subprocess.CompletedProcess[str]:

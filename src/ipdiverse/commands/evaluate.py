@@ -70,9 +70,9 @@ class Evaluate:
 
     def _made(self) -> None:
         from ipdiverse.bases import load_base
+        from ipdiverse.evaluation.bootstrap import interval
         from ipdiverse.evaluation.features import open_encoder
         from ipdiverse.evaluation.folders import made_sets, score_made
-        from ipdiverse.evaluation.groups import interval
 
         if not self.references:
             raise ArgumentError("is missing", where="references", fix="Give --references DIR.")

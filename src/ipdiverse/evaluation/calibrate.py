@@ -15,7 +15,7 @@ import numpy as np
 
 from ipdiverse.bases import CRITTERS
 from ipdiverse.errors import ArgumentError
-from ipdiverse.evaluation.groups import estimate
+from ipdiverse.evaluation.bootstrap import estimate
 from ipdiverse.evaluation.running import Runner
 from ipdiverse.evaluation.study import Arm, Study
 from ipdiverse.sampling.dial import OFF, Achieved, Dial, Levers

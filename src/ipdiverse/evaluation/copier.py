@@ -9,10 +9,14 @@ import numpy as np
 
 from ipdiverse.bases import CRITTERS, adapter_source, load_base
 from ipdiverse.critters.oracle import Oracle, read
-from ipdiverse.critters.scene import ATTRIBUTES, IDENTITY, conditional
 from ipdiverse.evaluation.anchors import copied, rendered
-from ipdiverse.evaluation.groups import wanted_indices
-from ipdiverse.evaluation.sampling import Pair, sample_array, shipped_oracle, study_pairs
+from ipdiverse.evaluation.sampling import (
+    Pair,
+    critters_sets,
+    sample_array,
+    shipped_oracle,
+    study_pairs,
+)
 from ipdiverse.evaluation.sets import score_sets
 from ipdiverse.sampling.request import Request
 from ipdiverse.sampling.sample import Job, attached
@@ -95,17 +99,12 @@ def score(
         images: Images a pair.
     """
     reading = read(oracle, outputs)
-    names = list(ATTRIBUTES)
-    scores = score_sets(
+    sets = critters_sets(
         reading.attributes.numpy().reshape(len(pairs), images, -1),
         reading.invalid.numpy().reshape(len(pairs), images),
-        np.array([pair.reference.indices() for pair in pairs]),
-        np.array([[name in pair.stated for name in names] for pair in pairs]),
-        np.array([wanted_indices(pair) for pair in pairs]),
-        np.array([name in IDENTITY for name in names]),
-        tuple(len(values) for values in ATTRIBUTES.values()),
-        [[conditional(name, pair.stated) for name in names] for pair in pairs],
+        pairs,
     )
+    scores = score_sets(sets)
     return {name: _number(value) for name, value in asdict(scores).items()}
 
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ipdiverse.evaluation.groups import Parts, difference, estimate, resampled
+from ipdiverse.evaluation.bootstrap import difference, estimate, resampled
+from ipdiverse.evaluation.sets import Parts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from ipdiverse.bases import quiet
 from ipdiverse.errors import ModelError
-from ipdiverse.evaluation.groups import Parts
+from ipdiverse.evaluation.sets import Parts
 from ipdiverse.evaluation.variety import mean_pairwise_distance, vendi
 
 if TYPE_CHECKING:

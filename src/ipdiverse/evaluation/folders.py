@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
-    from ipdiverse.evaluation.groups import Parts
+    from ipdiverse.evaluation.sets import Parts
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 

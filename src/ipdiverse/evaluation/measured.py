@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ipdiverse.evaluation.groups import Parts, interval, js_interval, leak_interval
+from ipdiverse.evaluation.bootstrap import interval, js_interval, leak_interval
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from PIL import Image
 
+    from ipdiverse.evaluation.sets import Parts, Sets
     from ipdiverse.evaluation.study import Arm
 
 
@@ -27,26 +26,24 @@ class Measured:
         runs: For each training seed the parts of every score.
         images: The images of the first pairs, for the report: (pairs, images, height, width, 3);
             None where only what was read in them is known.
-        readings: What the oracle read, (pairs, images of all seeds, attributes); None where the
+        sets: What was asked and read, the images of all seeds of a pair together; None where the
             world is not known.
-        pairs: What was asked.
     """
 
     arm: Arm
     runs: list[dict[str, Parts]]
     images: np.ndarray | None
-    readings: np.ndarray | None = None
-    pairs: Sequence[Any] = ()
+    sets: Sets | None = None
 
     @cached_property
     def leak(self) -> tuple[float, float, float] | None:
         """In nats with its interval, where the world is known."""
-        return None if self.readings is None else leak_interval(self.readings, self.pairs)
+        return None if self.sets is None else leak_interval(self.sets)
 
     @cached_property
     def js(self) -> tuple[float, float, float] | None:
         """Distance from the world's own scenes with its interval, where the world is known."""
-        return None if self.readings is None else js_interval(self.readings, self.pairs)
+        return None if self.sets is None else js_interval(self.sets)
 
     def parts(self, name: str) -> list[Parts]:
         """One score of every training seed."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,13 +21,6 @@ Bools = NDArray[np.bool_]
 
 _DRAWS = 20_000
 _TOLERANCE = 1e-6
-
-
-class Accuracy(NamedTuple):
-    """Share of right values: over every masked cell, and per attribute (NaN where none is)."""
-
-    mean: float
-    per_attribute: Floats
 
 
 def entropy_miller_madow(counts: ArrayLike) -> float:
@@ -180,55 +173,6 @@ def leak(
         for _ in range(permutations)
     )
     return observed - sum(null) / permutations
-
-
-def copy_rate(
-    outputs: ArrayLike, references: ArrayLike, chance: ArrayLike, open_mask: ArrayLike = True
-) -> float:
-    """Share of images whose open attributes all equal the reference's, minus chance.
-
-    Args:
-        outputs: Values, (..., attributes).
-        references: The same of each image's reference; broadcasts against `outputs`.
-        chance: Probability that a fair draw matches, (...): the product of the priors of the
-            reference's values; broadcasts against the images.
-        open_mask: Which attributes are open; broadcasts. Images with none do not count.
-    """
-    made = np.asarray(outputs)
-    closed = ~np.broadcast_to(np.asarray(open_mask, dtype=bool), made.shape)
-    copied = ((made == np.asarray(references)) | closed).all(-1)
-    return mean_or_nan((copied - np.asarray(chance))[~closed.all(-1)])
-
-
-def accuracy(outputs: ArrayLike, wanted: ArrayLike, mask: ArrayLike) -> Accuracy:
-    """Share of masked attributes that have the wanted value.
-
-    Args:
-        outputs: Values, (groups, images, attributes).
-        wanted: Right values, (groups, attributes).
-        mask: Which attributes count, (groups, attributes).
-
-    Raises:
-        ShapeError: The shapes do not fit.
-    """
-    made, right, counted = np.asarray(outputs), np.asarray(wanted), np.asarray(mask, dtype=bool)
-    check_dimensions("outputs", made, 3)
-    check_shape("wanted", right.shape, made.shape[::2])
-    check_shape("mask", counted.shape, made.shape[::2])
-    hits = made == right[:, None]
-    columns = [mean_or_nan(hits[counted[:, a], :, a]) for a in range(made.shape[2])]
-    return Accuracy(mean_or_nan(hits.transpose(0, 2, 1)[counted]), np.array(columns))
-
-
-def retention(outputs: ArrayLike, reference: ArrayLike, mask: ArrayLike) -> Accuracy:
-    """Share of masked identity attributes kept: `accuracy` with the reference as what is right.
-
-    Args:
-        outputs: Values, (groups, images, attributes).
-        reference: The reference's values, (groups, attributes).
-        mask: Identity attributes that the prompt leaves to the reference, (groups, attributes).
-    """
-    return accuracy(outputs, reference, mask)
 
 
 def plug_in_entropy(probabilities: Floats) -> Floats:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
-from ipdiverse.evaluation.groups import estimate, interval
+from ipdiverse.evaluation.bootstrap import estimate, interval
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from ipdiverse.evaluation.bootstrap import difference, estimate, hypervolume, interval
 from ipdiverse.evaluation.dial_check import dial_table
-from ipdiverse.evaluation.groups import difference, estimate, hypervolume, interval
 from ipdiverse.evaluation.plots import LABELS, as_bytes, axes_of, tradeoff
 from ipdiverse.evaluation.readings import FOLDER
 from ipdiverse.provenance import ensure_writable_folder, write_bytes_atomic, write_text_atomic
@@ -253,7 +253,7 @@ def _strip(reference: Image.Image, images: np.ndarray) -> Image.Image:
 
 def _table(study: Study, measured: Sequence[Measured]) -> str:
     names = list(measured[0].runs[0])
-    known = any(one.readings is not None for one in measured)
+    known = any(one.sets is not None for one in measured)
     head = "".join(f"<th>{escape(LABELS.get(name, name))}</th>" for name in names)
     head += f"<th>{escape(LABELS['leak'])}</th><th>{escape(LABELS['js'])}</th>" if known else ""
     baseline = next((m for m in measured if m.arm.name == study.baseline_arm.name), measured[0])

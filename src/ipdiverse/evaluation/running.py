@@ -28,17 +28,17 @@ from ipdiverse.evaluation.arm_images import CHUNK, ArmImages
 from ipdiverse.evaluation.dial_check import check_dials
 from ipdiverse.evaluation.features import feature_parts, open_encoder
 from ipdiverse.evaluation.folders import folder_pairs
-from ipdiverse.evaluation.groups import Parts, critters_parts
 from ipdiverse.evaluation.measured import Done, Measured
 from ipdiverse.evaluation.readings import FOLDER, Readings, file_of, load_readings
 from ipdiverse.evaluation.report import volumes
-from ipdiverse.evaluation.sampling import shipped_oracle, study_pairs
+from ipdiverse.evaluation.sampling import critters_sets, shipped_oracle, study_pairs
+from ipdiverse.evaluation.sets import Parts, set_parts
 from ipdiverse.provenance import ensure_writable_folder, file_hash, write_text_atomic
 from ipdiverse.sampling.generation import versions
 
 if TYPE_CHECKING:
     from ipdiverse.evaluation.features import FeatureEncoder
-    from ipdiverse.evaluation.metrics import Ints
+    from ipdiverse.evaluation.sets import Sets
     from ipdiverse.evaluation.study import Arm, Study
 
 
@@ -150,13 +150,12 @@ class Runner:
         if self._bar is not None:
             self._bar.set_description(arm.name)
         found = [self._run(arm, number) for number in range(len(arm.sources))]
-        readings = [read for _, read, _ in found if read is not None]
+        read = [seen for _, seen, _ in found if seen is not None]
         return Measured(
             arm,
             [parts for parts, _, _ in found],
             next((images for _, _, images in found if images is not None), None),
-            np.concatenate(readings, 1) if readings else None,
-            self.pairs,
+            self._sets(read) if read else None,
         )
 
     def check_sources(self) -> None:
@@ -208,8 +207,8 @@ class Runner:
         measured = []
         for arm, images in found:
             parts, seen = self._scored(images)
-            readings = None if seen is None else seen.attributes
-            measured.append(Measured(arm, [parts], self._first(images), readings, self.pairs))
+            sets = None if seen is None else self._sets([seen])
+            measured.append(Measured(arm, [parts], self._first(images), sets))
         return measured
 
     def _drawn(self) -> list[Any]:
@@ -221,11 +220,11 @@ class Runner:
 
     def _run(
         self, arm: Arm, number: int
-    ) -> tuple[dict[str, Parts], Ints | None, np.ndarray | None]:
+    ) -> tuple[dict[str, Parts], Readings | None, np.ndarray | None]:
         """Scores, readings and images of an arm with one of its adapters."""
         if (known := self._known(arm, number)) is not None:
             self._advance(len(self.pairs))
-            scores = critters_parts(known.attributes, known.invalid, self.pairs)
+            scores = set_parts(self._sets([known]))
             seen, images = known, self._first_kept(arm, arm.sources[number])
         else:
             drawn = self._images.of(arm, arm.sources[number], self._advance)
@@ -235,7 +234,7 @@ class Runner:
             folder = ensure_writable_folder(self.out / FOLDER)
             about = seen.about or self._about(arm, number)
             replace(seen, about=about).save(file_of(folder, arm.name, number))
-        return scores, None if seen is None else seen.attributes, images
+        return scores, seen, images
 
     def _known(self, arm: Arm, number: int) -> Readings | None:
         """Published readings, if they are of this study, these settings, weights and oracle."""
@@ -270,10 +269,16 @@ class Runner:
             reading, shape = read(self.oracle, images), (len(self.pairs), self.study.images)
             attributes = reading.attributes.numpy().reshape(*shape, -1)
             seen = Readings(attributes, reading.invalid.numpy().reshape(shape), {})
-            parts |= critters_parts(seen.attributes, seen.invalid, self.pairs)
+            parts |= set_parts(self._sets([seen]))
         for encoder in self.encoders:
             parts |= self._features(encoder, images)
         return parts, seen
+
+    def _sets(self, read: list[Readings]) -> Sets:
+        """What was read in the images of every training seed, those of a pair together."""
+        outputs = np.concatenate([one.attributes for one in read], 1)
+        invalid = np.concatenate([one.invalid for one in read], 1)
+        return critters_sets(outputs, invalid, self.pairs)
 
     def _first(self, images: np.ndarray) -> np.ndarray:
         """Those of the first pairs, for the report, (pairs, images, height, width, 3)."""

@@ -11,15 +11,19 @@ from ipdiverse.bases import CRITTERS, CRITTERS_ORACLE, Base
 from ipdiverse.critters.caption import caption
 from ipdiverse.critters.oracle import Oracle, load_oracle
 from ipdiverse.critters.render import render
-from ipdiverse.critters.scene import ATTRIBUTES, IDENTITY, Scene, edited, sample_scene
+from ipdiverse.critters.scene import ATTRIBUTES, IDENTITY, Scene, conditional, edited, sample_scene
 from ipdiverse.errors import ModelError
+from ipdiverse.evaluation.sets import Sets
 from ipdiverse.sampling.sample import Job, sample
 from ipdiverse.seeding import derived_seed
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from PIL import Image
 
     from ipdiverse.adapter.attach import Attachment
+    from ipdiverse.evaluation.metrics import Bools, Ints
     from ipdiverse.sampling.request import Request
 
 MEASURING_BATCH = 64
@@ -89,6 +93,34 @@ def study_pairs(count: int, seed: int, split: str = "test", edits: bool = False)
         words = caption(stated, int(rng.integers(2**31)))
         pairs.append(Pair(reference, stated, words, int(rng.integers(2**31))))
     return pairs
+
+
+def critters_sets(outputs: Ints, invalid: Bools, pairs: Sequence[Pair]) -> Sets:
+    """What was asked of pairs and what the oracle read, to be scored.
+
+    Args:
+        outputs: Values that the oracle read, (pairs, images, attributes).
+        invalid: Images that are no valid scene, (pairs, images).
+        pairs: What was asked.
+    """
+    return Sets(
+        outputs,
+        invalid,
+        references=np.array([pair.reference.indices() for pair in pairs]),
+        stated=np.array([[name in pair.stated for name in ATTRIBUTES] for pair in pairs]),
+        wanted=np.array([_wanted(pair) for pair in pairs]),
+        identity=np.array([name in IDENTITY for name in ATTRIBUTES]),
+        n_values=tuple(len(values) for values in ATTRIBUTES.values()),
+        priors=[[conditional(name, pair.stated) for name in ATTRIBUTES] for pair in pairs],
+    )
+
+
+def _wanted(pair: Pair) -> list[int]:
+    """Index of each stated value; 0 where nothing is stated, which no score reads."""
+    return [
+        values.index(pair.stated[name]) if name in pair.stated else 0
+        for name, values in ATTRIBUTES.items()
+    ]
 
 
 def sample_array(

@@ -1,4 +1,9 @@
-"""Scores of sets of images whose attributes are known: all of `metrics` at once."""
+"""Scores of sets of images whose attributes are known, as sums over (prompt, reference) pairs.
+
+A score is Σ total / Σ weight over pairs, so that `bootstrap` can draw pairs anew; two are no such
+sums, and are computed again for every draw: the distance from the world (`distance`) and the leak
+(`leaked`).
+"""
 
 from __future__ import annotations
 
@@ -13,13 +18,11 @@ from ipdiverse.evaluation.metrics import (
     Bools,
     Floats,
     Ints,
-    accuracy,
     check_at_least,
     check_dimensions,
     check_shape,
     checked_prior,
     checked_values,
-    copy_rate,
     entropy_miller_madow,
     expected_entropy,
     jensen_shannon,
@@ -27,16 +30,86 @@ from ipdiverse.evaluation.metrics import (
     mean_or_nan,
     normalised_entropy,
     plug_in_entropy,
-    retention,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
+
+
+@dataclass(frozen=True)
+class Sets:
+    """What was asked of sets of images and what they show, an equal number of images in each.
+
+    A group is one (prompt, reference) pair with its images. S is what the prompt states, R the
+    identity attributes that it leaves to the reference, U the scene attributes that nobody fixed.
+
+    Args:
+        outputs: Values that the oracle reads, (groups, images, attributes).
+        invalid: Images that are no valid scene, (groups, images).
+        references: The reference's values, (groups, attributes).
+        stated: The mask S, (groups, attributes).
+        wanted: The prompt's values, read only in S, (groups, attributes).
+        identity: Attributes that a reference is for, (attributes,); the others are the scene.
+        n_values: Number of values of each attribute.
+        priors: For each group and attribute the world's probabilities given what the prompt
+            states; read only in U.
+
+    Raises:
+        ShapeError: The shapes do not fit.
+        ArgumentError: A value is out of range, there are no images, or a prior is none.
+    """
+
+    outputs: Ints
+    invalid: Bools
+    references: Ints
+    stated: Bools
+    wanted: Ints
+    identity: Bools
+    n_values: tuple[int, ...]
+    priors: Sequence[Sequence[ArrayLike]]
+
+    def __post_init__(self) -> None:
+        for name in ("outputs", "references", "wanted"):
+            object.__setattr__(self, name, np.asarray(getattr(self, name)))
+        for name in ("invalid", "stated", "identity"):
+            object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=bool))
+        _check_shapes(self)
+        _check_values(self)
+
+    @property
+    def free(self) -> Bools:
+        """The mask U, (groups, attributes)."""
+        return ~self.stated & ~self.identity
+
+    def prior(self, group: int, attribute: int) -> Floats:
+        """The world's probabilities of an attribute of U, (values,)."""
+        return np.asarray(self.priors[group][attribute], dtype=np.float64)
+
+
+class Parts(NamedTuple):
+    """One score of one arm: what each pair adds, and how much it weighs, (pairs,) both."""
+
+    total: Floats
+    weight: Floats
+
+    @property
+    def estimate(self) -> float:
+        """The score over all pairs; NaN where no pair has what it needs."""
+        return float(self.total.sum() / self.weight.sum()) if self.weight.sum() else float("nan")
+
+
+class Pool(NamedTuple):
+    """One open attribute under one conditional: under the null all its outputs are one sample."""
+
+    prior: Floats
+    groups: list[int]
+    counts: list[Ints]
+    """Of each group: how often each value occurred, (values,)."""
 
 
 @dataclass(frozen=True)
 class SetScores:
-    """Scores of sets of images; S, R and U are the masks that `score_sets` describes.
+    """Scores of sets of images; S, R and U are the masks that `Sets` describes.
 
     Args:
         prompt_accuracy: Share of S that the outputs show.
@@ -51,6 +124,7 @@ class SetScores:
         invalid_rate: Share of images that are no valid scene. They count in every other score.
         n: Number of images, over all groups.
         pooled_entropy: As `entropy`, pooled as `js` is: high for a copier of varied references.
+        edit_accuracy: As `prompt_accuracy`, of stated identity alone.
     """
 
     prompt_accuracy: float
@@ -64,93 +138,97 @@ class SetScores:
     invalid_rate: float
     n: int
     pooled_entropy: float = math.nan
+    edit_accuracy: float = math.nan
 
 
-class _Sets(NamedTuple):
-    """The arguments of `score_sets`, as arrays."""
+def score_sets(sets: Sets) -> SetScores:
+    """Score sets of images whose attributes are known.
 
-    outputs: Ints
-    invalid: Bools
-    references: Ints
-    stated: Bools
-    wanted: Ints
-    identity: Bools
-    n_values: tuple[int, ...]
-    priors: Sequence[Sequence[ArrayLike]]
-
-    @property
-    def free(self) -> Bools:
-        """The mask U, (groups, attributes)."""
-        return ~self.stated & ~self.identity
-
-
-class _Cell(NamedTuple):
-    """Outputs of one open attribute: in one group, or pooled over `groups` with equal priors."""
-
-    attribute: int
-    counts: Ints
-    prior: Floats
-    groups: int = 1
-
-
-def score_sets(
-    outputs: ArrayLike,
-    invalid: ArrayLike,
-    references: ArrayLike,
-    stated: ArrayLike,
-    wanted: ArrayLike,
-    identity: ArrayLike,
-    n_values: tuple[int, ...],
-    priors: Sequence[Sequence[ArrayLike]],
-) -> SetScores:
-    """Score sets of images whose attributes are known, an equal number in every group.
-
-    S is what the prompt states, R the identity attributes it leaves to the reference, U the scene
-    attributes that nobody fixed. Accuracies weigh every (group, attribute) of their mask equally,
-    as `entropy` and `js` do; `leak` weighs attributes equally. Invalid images are counted in
-    `invalid_rate` and stay in every other score: dropping them would reward a model for failing
-    where it would have erred. NaN stands where no group has what a score needs.
+    Accuracies weigh every (group, attribute) of their mask equally, as `entropy` and `js` do;
+    `leak` weighs attributes equally. Invalid images are counted in `invalid_rate` and stay in
+    every other score: dropping them would reward a model for failing where it would have erred.
+    NaN stands where no group has what a score needs.
 
     `entropy` divides each group's Miller-Madow entropy by what draws from its true conditional
     are expected to score at that many images, so that a perfect sampler scores 1 at any n.
     The chance of copying multiplies the conditionals as if open attributes were independent.
     `leak` supposes that references are dealt to prompts independently of what is open.
+    """
+    found = pools(sets)
+    wide = [pool for pool in found if plug_in_entropy(pool.prior) > 0]
+    spread = [normalised_entropy(np.sum(pool.counts, 0), pool.prior) for pool in wide]
+    return SetScores(
+        **{name: part.estimate for name, part in set_parts(sets).items()},
+        js=distance(found, np.ones(len(sets.outputs))),
+        leak=leaked(sets, np.arange(len(sets.outputs))),
+        n=sets.invalid.size,
+        pooled_entropy=mean_or_nan(spread, [len(pool.groups) for pool in wide]),
+    )
+
+
+def set_parts(sets: Sets) -> dict[str, Parts]:
+    """Every score of `SetScores` that is a sum over pairs; that of edits only if there are any."""
+    agree, contradict = agreement_masks(sets.wanted, sets.references, sets.stated)
+    shows, keeps = (sets.outputs == value[:, None] for value in (sets.wanted, sets.references))
+    free, edited = sets.free, sets.stated & sets.identity
+    copied = (keeps | ~free[:, None]).all(-1).mean(1) - _chance(sets)
+    some = free.any(1).astype(float)
+    images = np.full(len(sets.invalid), sets.invalid.shape[1], float)
+    return {
+        **({"edit_accuracy": _hits(shows, edited)} if edited.any() else {}),
+        "prompt_accuracy": _hits(shows, sets.stated),
+        "agree_accuracy": _hits(shows, agree),
+        "contradict_accuracy": _hits(shows, contradict),
+        "retention": _hits(keeps, sets.identity & ~sets.stated),
+        "entropy": _spread(sets),
+        "copy_rate": Parts(copied * some, some),
+        "invalid_rate": Parts(sets.invalid.sum(1).astype(float), images),
+    }
+
+
+def pools(sets: Sets) -> list[Pool]:
+    """The outputs of open attributes, those with equal conditionals together."""
+    found: dict[tuple[int, bytes], Pool] = {}
+    for group, attribute in np.argwhere(sets.free).tolist():
+        prior = sets.prior(group, attribute)
+        pool = found.setdefault((attribute, prior.round(9).tobytes()), Pool(prior, [], []))
+        pool.groups.append(group)
+        pool.counts.append(_counts(sets, group, attribute))
+    return list(found.values())
+
+
+def distance(found: Sequence[Pool], weights: Floats) -> float:
+    """Mean Jensen-Shannon distance of pools from their conditionals, 0..1.
 
     Args:
-        outputs: Values that the oracle reads, (groups, images, attributes).
-        invalid: Images that are no valid scene, (groups, images).
-        references: The reference's values, (groups, attributes).
-        stated: Attributes that the prompt states, (groups, attributes).
-        wanted: The prompt's values, read only where stated, (groups, attributes).
-        identity: Attributes that a reference is for, (attributes,); the others are the scene.
-        n_values: Number of values of each attribute.
-        priors: For each group and attribute the world's probabilities given what the prompt
-            states; read only where the attribute is open.
-
-    Raises:
-        ShapeError: The shapes do not fit.
-        ArgumentError: A value is out of range, there are no images, or a prior is none.
+        found: As `pools` gives them; each weighs as much as its groups do.
+        weights: How often each group counts, (groups,).
     """
-    sets = _Sets(
-        np.asarray(outputs),
-        np.asarray(invalid, dtype=bool),
-        np.asarray(references),
-        np.asarray(stated, dtype=bool),
-        np.asarray(wanted),
-        np.asarray(identity, dtype=bool),
-        n_values,
-        priors,
-    )
-    _check_shapes(sets)
-    _check_values(sets)
-    return SetScores(
-        **_accuracies(sets),
-        **_spreads(_open_cells(sets)),
-        leak=mean_or_nan(_leaks(sets)),
-        copy_rate=_copying(sets),
-        invalid_rate=mean_or_nan(sets.invalid.ravel()),
-        n=sets.invalid.size,
-    )
+    apart, sizes = [], []
+    for pool in found:
+        times = weights[pool.groups]
+        if times.sum():
+            apart.append(jensen_shannon(times @ np.stack(pool.counts), pool.prior))
+            sizes.append(times.sum())
+    return mean_or_nan(apart, sizes)
+
+
+def leaked(sets: Sets, drawn: Ints, permutations: int = 200) -> float:
+    """What open attributes tell about the reference's, nats: mean of `metrics.leak` over them.
+
+    Args:
+        sets: What was asked and read.
+        drawn: Groups that count, by number; one that is drawn twice counts as two.
+        permutations: As `metrics.leak` takes them.
+    """
+    free, images, found = sets.free[drawn], sets.outputs.shape[1], list[float]()
+    for attribute in np.flatnonzero(free.sum(0) > 1).tolist():  # fewer cannot be permuted
+        rows = drawn[free[:, attribute]]
+        given = sets.references[rows, attribute].repeat(images)
+        groups = np.arange(len(rows)).repeat(images)
+        made, values = sets.outputs[rows, :, attribute].ravel(), sets.n_values[attribute]
+        found.append(leak(made, given, values, permutations, groups=groups))
+    return mean_or_nan(found)
 
 
 def agreement_masks(
@@ -167,7 +245,7 @@ def agreement_masks(
     return said & same, said & ~same
 
 
-def _check_shapes(sets: _Sets) -> None:
+def _check_shapes(sets: Sets) -> None:
     check_dimensions("outputs", sets.outputs, 3)
     check_at_least("outputs", sets.outputs.size, 1)
     groups, images, attributes = sets.outputs.shape
@@ -183,87 +261,40 @@ def _check_shapes(sets: _Sets) -> None:
         check_shape(name, found, expected)
 
 
-def _check_values(sets: _Sets) -> None:
+def _check_values(sets: Sets) -> None:
     for attribute, size in enumerate(sets.n_values):
         checked_values(sets.outputs[:, :, attribute].ravel(), size, "outputs")
         checked_values(sets.references[:, attribute], size, "references")
         checked_values(sets.wanted[sets.stated[:, attribute], attribute], size, "wanted")
-
-
-def _accuracies(sets: _Sets) -> dict[str, float]:
-    agree, contradict = agreement_masks(sets.wanted, sets.references, sets.stated)
-    kept = ~sets.stated & sets.identity
-    return {
-        "prompt_accuracy": accuracy(sets.outputs, sets.wanted, sets.stated).mean,
-        "agree_accuracy": accuracy(sets.outputs, sets.wanted, agree).mean,
-        "contradict_accuracy": accuracy(sets.outputs, sets.wanted, contradict).mean,
-        "retention": retention(sets.outputs, sets.references, kept).mean,
-    }
-
-
-def _open_cells(sets: _Sets) -> list[_Cell]:
-    cells: list[_Cell] = []
     for group, attribute in np.argwhere(sets.free).tolist():
-        size = sets.n_values[attribute]
-        counts = np.bincount(sets.outputs[group, :, attribute], minlength=size)
-        prior = checked_prior(sets.priors[group][attribute], (size,))
-        cells.append(_Cell(attribute, counts, prior))
-    return cells
+        checked_prior(sets.prior(group, attribute), (sets.n_values[attribute],))
 
 
-def _spreads(cells: list[_Cell]) -> dict[str, float]:
-    pools = _pooled(cells)
-    wide = [pool for pool in pools if plug_in_entropy(pool.prior) > 0]
-    js = [jensen_shannon(pool.counts, pool.prior) for pool in pools]
-    spread = [normalised_entropy(pool.counts, pool.prior) for pool in wide]
-    return {
-        "entropy": mean_or_nan(_relative_entropies(cells)),
-        "js": mean_or_nan(js, [pool.groups for pool in pools]),
-        "pooled_entropy": mean_or_nan(spread, [pool.groups for pool in wide]),
-    }
+def _hits(right: Bools, mask: Bools) -> Parts:
+    counted = right & mask[:, None]
+    return Parts(counted.sum((1, 2)).astype(float), mask.sum(1) * float(right.shape[1]))
 
 
-def _relative_entropies(cells: Iterable[_Cell]) -> list[float]:
-    """Of each cell with a choice: Miller-Madow entropy over a perfect sampler's expectation."""
-    pairs = (
-        (entropy_miller_madow(c.counts), expected_entropy(tuple(c.prior), int(c.counts.sum())))
-        for c in cells
-    )
-    return [entropy / expected for entropy, expected in pairs if expected > 0]
+def _spread(sets: Sets) -> Parts:
+    """Entropies of open attributes that have a choice, each over a perfect sampler's."""
+    groups, images, _ = sets.outputs.shape
+    total, weight = np.zeros(groups), np.zeros(groups)
+    for group, attribute in np.argwhere(sets.free).tolist():
+        ideal = expected_entropy(tuple(sets.prior(group, attribute).tolist()), images)
+        if ideal > 0:
+            total[group] += entropy_miller_madow(_counts(sets, group, attribute)) / ideal
+            weight[group] += 1
+    return Parts(total, weight)
 
 
-def _pooled(cells: Iterable[_Cell]) -> list[_Cell]:
-    """Add up cells of one attribute and one conditional: under the null one large sample."""
-    pools: dict[tuple[int, bytes], _Cell] = {}
-    for cell in cells:
-        key = (cell.attribute, np.round(cell.prior, 9).tobytes())
-        old = pools.get(key)
-        pools[key] = (
-            cell._replace(counts=old.counts + cell.counts, groups=old.groups + 1) if old else cell
-        )
-    return list(pools.values())
+def _counts(sets: Sets, group: int, attribute: int) -> Ints:
+    values = sets.outputs[group, :, attribute]
+    return np.bincount(values, minlength=sets.n_values[attribute])
 
 
-def _leaks(sets: _Sets) -> list[float]:
-    """Of each attribute that two groups or more leave open; fewer cannot be permuted."""
-    images, found = sets.outputs.shape[1], list[float]()
-    for attribute in np.flatnonzero(sets.free.sum(0) > 1).tolist():
-        rows = np.flatnonzero(sets.free[:, attribute])
-        given = sets.references[rows, attribute].repeat(images)
-        made = sets.outputs[rows, :, attribute].ravel()
-        found.append(leak(made, given, sets.n_values[attribute], groups=rows.repeat(images)))
-    return found
-
-
-def _copying(sets: _Sets) -> float:
-    given, chance, free = (a[:, None] for a in (sets.references, _chance(sets), sets.free))
-    return copy_rate(sets.outputs, given, chance, free)
-
-
-def _chance(sets: _Sets) -> Floats:
+def _chance(sets: Sets) -> Floats:
     """Probability that a fair draw repeats the reference's open attributes, (groups,)."""
     chance = np.ones(len(sets.references))
     for group, attribute in np.argwhere(sets.free).tolist():
-        prior = np.asarray(sets.priors[group][attribute])
-        chance[group] *= prior[sets.references[group, attribute]]
+        chance[group] *= sets.prior(group, attribute)[sets.references[group, attribute]]
     return chance

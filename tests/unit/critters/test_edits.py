@@ -7,8 +7,8 @@ import numpy as np
 from ipdiverse.critters.caption import parse
 from ipdiverse.critters.make import example
 from ipdiverse.critters.scene import IDENTITY, edited, sample_scene, split_of
-from ipdiverse.evaluation.groups import critters_parts
-from ipdiverse.evaluation.sampling import study_pairs
+from ipdiverse.evaluation.sampling import critters_sets, study_pairs
+from ipdiverse.evaluation.sets import set_parts
 
 
 def different(one: object, other: object) -> list[str]:
@@ -46,8 +46,9 @@ def test_a_study_asks_for_edits_and_scores_them_apart() -> None:
         assert pair.stated[stated[0]] != getattr(pair.reference, stated[0])
         assert parse(pair.prompt) == {k: pair.stated[k] for k in parse(pair.prompt)}
     references = np.array([[pair.reference.indices()] * 4 for pair in pairs])
-    parts = critters_parts(references, np.zeros((30, 4), bool), pairs)
+    valid = np.zeros((30, 4), bool)
+    parts = set_parts(critters_sets(references, valid, pairs))
     assert parts["edit_accuracy"].estimate == 0, "the reference itself shows no edit"
     assert parts["retention"].estimate == 1
     plain = study_pairs(30, 3)
-    assert "edit_accuracy" not in critters_parts(references, np.zeros((30, 4), bool), plain)
+    assert "edit_accuracy" not in set_parts(critters_sets(references, valid, plain))

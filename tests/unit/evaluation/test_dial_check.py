@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from ipdiverse.evaluation.dial_check import check_dials, dial_table, straightness
-from ipdiverse.evaluation.groups import Parts
 from ipdiverse.evaluation.measured import Measured
+from ipdiverse.evaluation.sets import Parts
 from ipdiverse.evaluation.study import Arm
 
 PAIRS = 30

@@ -90,29 +90,6 @@ class TestLeak:
         assert np.mean([m.leak(*pair, 4, permutations=20) for pair in drawn]) > 0.1
         assert m.leak(*drawn[0], 4, seed=5) == m.leak(*drawn[0], 4, seed=5)
 
-    def test_copy_rate_counts_whole_matches_above_chance(self):
-        outputs = np.array([[[0, 1], [0, 0]], [[2, 2], [1, 1]], [[0, 0], [0, 0]]])
-        references = np.array([[0, 1], [2, 0], [0, 0]])[:, None]
-        open_mask = np.array([[True, True], [True, False], [False, False]])[:, None]
-        chance = np.array([0.1, 0.3, 1.0])[:, None]
-        assert m.copy_rate(outputs, references, chance, open_mask) == pytest.approx(0.5 - 0.2)
-        assert math.isnan(m.copy_rate(outputs, references, chance, False))
-
-
-class TestAccuracy:
-    OUTPUTS = np.array([[[0, 1], [0, 2]], [[1, 1], [1, 0]]])
-    WANTED = np.array([[0, 1], [1, 1]])
-
-    def test_mean_and_per_attribute(self):
-        found = m.accuracy(self.OUTPUTS, self.WANTED, [[True, True], [True, False]])
-        assert found.mean == pytest.approx(5 / 6)
-        assert found.per_attribute.tolist() == [1, 0.5]
-
-    def test_nothing_masked_is_nan(self):
-        found = m.retention(self.OUTPUTS, self.WANTED, [[True, False], [False, False]])
-        assert found.mean == 1
-        assert np.isnan(found.per_attribute).tolist() == [False, True]
-
 
 @pytest.mark.parametrize(
     ("call", "error", "message"),
@@ -127,7 +104,6 @@ class TestAccuracy:
         (lambda: m.leak([0, 1], [0, 1], 2, groups=[3, 3]), ArgumentError, "groups: too few"),
         (lambda: m.leak([0, 1], [0, 1], 2, permutations=0), ArgumentError, "permutations: too few"),
         (lambda: m.leak([0] * 3, [0, 1, 1], 2, groups=[0, 0, 1]), ArgumentError, "several"),
-        (lambda: m.accuracy(np.zeros((1, 2, 3)), [[0]], [[0]]), ShapeError, "wanted: shapes"),
     ],
 )
 def test_errors_say_what_and_where(call: Any, error: type[Exception], message: str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from ipdiverse.errors import ArgumentError, ShapeError
 from ipdiverse.evaluation import sets as m
+from ipdiverse.evaluation.metrics import entropy_miller_madow, expected_entropy, jensen_shannon
 
 UNIFORM = np.full(4, 0.25)
 SKEWED = np.array([0.5, 0.3, 0.2])
@@ -49,10 +51,14 @@ def world(
     }
 
 
+def score(sets: dict[str, Any]) -> m.SetScores:
+    return m.score_sets(m.Sets(**sets))
+
+
 class TestScoreSets:
     @pytest.mark.parametrize("images", [2, 8, 32])
     def test_perfect_sampler(self, images: int):
-        scores = m.score_sets(**world(images=images))
+        scores = score(world(images=images))
         assert scores.prompt_accuracy == scores.agree_accuracy == scores.contradict_accuracy == 1
         assert scores.retention == 1
         assert scores.entropy == pytest.approx(1, abs=0.05)
@@ -63,7 +69,7 @@ class TestScoreSets:
         assert (scores.invalid_rate, scores.n) == (0, 300 * images)
 
     def test_copier(self):
-        scores = m.score_sets(**world(groups=1000, copier=True))
+        scores = score(world(groups=1000, copier=True))
         assert (scores.retention, scores.agree_accuracy, scores.contradict_accuracy) == (1, 1, 0)
         assert scores.entropy == 0
         assert scores.leak == pytest.approx(np.mean([entropy(p) for p in PRIORS[1:]]), abs=0.03)
@@ -74,13 +80,13 @@ class TestScoreSets:
         sets, rng = world(), np.random.default_rng(3)
         for attribute in (2, 3):
             sets["outputs"][:, :, attribute] = rng.integers(N_VALUES[attribute], size=(300, 8))
-        assert m.score_sets(**sets).entropy > 1
-        assert m.score_sets(**sets).js > 0.1
+        assert score(sets).entropy > 1
+        assert score(sets).js > 0.1
 
     def test_order_of_groups_is_irrelevant(self):
         sets = world(groups=40)
         turned = {k: v if k in ("identity", "n_values") else v[::-1] for k, v in sets.items()}
-        one, other = m.score_sets(**sets), m.score_sets(**turned)
+        one, other = score(sets), score(turned)
         for name in ("prompt_accuracy", "retention", "entropy", "js", "copy_rate"):
             assert getattr(one, name) == pytest.approx(getattr(other, name))
 
@@ -88,8 +94,8 @@ class TestScoreSets:
         sets = world(groups=200, images=16)
         ends = [[*PRIORS[:2], np.eye(3)[g % 2], PRIORS[3]] for g in range(200)]
         sets["outputs"][:, :, 2] = (np.arange(200) % 2)[:, None]
-        right = m.score_sets(**sets | {"priors": ends})
-        wrong = m.score_sets(**sets | {"priors": ends[1:] + ends[:1]})
+        right = score(sets | {"priors": ends})
+        wrong = score(sets | {"priors": ends[1:] + ends[:1]})
         assert right.js < 0.06
         assert wrong.js > 0.3
         assert right.entropy == pytest.approx(1, abs=0.05)
@@ -98,14 +104,79 @@ class TestScoreSets:
         sets = world(groups=5)
         sets |= {"stated": np.ones((5, 4), dtype=bool), "wanted": sets["references"]}
         undefined = ("contradict_accuracy", "retention", "entropy", "js", "leak", "copy_rate")
-        assert all(math.isnan(getattr(m.score_sets(**sets), name)) for name in undefined)
+        assert all(math.isnan(getattr(score(sets), name)) for name in undefined)
 
     def test_invalid_images_are_reported_and_still_counted(self):
         sets = world(groups=10)
-        clean = m.score_sets(**sets)
-        scores = m.score_sets(**sets | {"invalid": np.arange(80).reshape(10, 8) % 4 == 0})
+        clean = score(sets)
+        scores = score(sets | {"invalid": np.arange(80).reshape(10, 8) % 4 == 0})
         assert scores.invalid_rate == 0.25
         assert (scores.entropy, scores.retention) == (clean.entropy, clean.retention)
+
+
+class TestParts:
+    """Three groups of two images, two scene attributes and one of identity, counted by hand."""
+
+    SETS = m.Sets(
+        outputs=np.array([[[0, 1, 2], [0, 0, 2]], [[2, 2, 0], [1, 1, 0]], [[0, 0, 1], [0, 0, 0]]]),
+        invalid=np.array([[0, 0], [0, 1], [0, 0]]),
+        references=np.array([[0, 1, 2], [2, 0, 1], [0, 0, 1]]),
+        stated=np.array([[False, False, False], [False, True, False], [True, True, True]]),
+        wanted=np.array([[9, 9, 9], [9, 2, 9], [0, 1, 0]]),
+        identity=np.array([False, False, True]),
+        n_values=(3, 3, 3),
+        priors=[[[0.2, 0.3, 0.5], [0.5, 0.5, 0.0], []], [[0.4, 0.3, 0.3], [], []], [[], [], []]],
+    )
+
+    def test_what_each_pair_adds_and_how_much_it_weighs(self):
+        found = m.set_parts(self.SETS)
+        assert {name: (list(p.total), list(p.weight)) for name, p in found.items()} == {
+            "edit_accuracy": ([0, 0, 1], [0, 0, 2]),
+            "prompt_accuracy": ([0, 1, 3], [0, 2, 6]),
+            "agree_accuracy": ([0, 0, 2], [0, 0, 2]),
+            "contradict_accuracy": ([0, 1, 1], [0, 2, 4]),
+            "retention": ([2, 0, 0], [2, 2, 0]),
+            "entropy": (pytest.approx(list(found["entropy"].total)), [2, 1, 0]),
+            "copy_rate": (pytest.approx([1 / 2 - 0.2 * 0.5, 1 / 2 - 0.3, 0]), [1, 1, 0]),
+            "invalid_rate": ([0, 1, 0], [2, 2, 2]),
+        }
+
+    def test_entropy_is_that_of_each_open_attribute_over_what_is_expected(self):
+        spread = m.set_parts(self.SETS)["entropy"]
+        two = entropy_miller_madow([1, 1, 0])
+        first = two / expected_entropy((0.5, 0.5, 0.0), 2)  # the other shows one value only
+        second = two / expected_entropy((0.4, 0.3, 0.3), 2)
+        assert spread.total == pytest.approx([first, second, 0])
+
+    def test_every_score_of_a_set_is_its_parts_over_their_weight(self):
+        scores, found = m.score_sets(self.SETS), m.set_parts(self.SETS)
+        for name, part in found.items():
+            assert getattr(scores, name) == part.estimate == part.total.sum() / part.weight.sum()
+
+    def test_pools_hold_groups_of_one_conditional_and_weights_draw_them(self):
+        found = m.pools(self.SETS)
+        assert [pool.groups for pool in found] == [[0], [0], [1]]
+        assert np.array([p.counts for p in found]).tolist() == [
+            [[2, 0, 0]],
+            [[1, 1, 0]],
+            [[0, 1, 1]],
+        ]
+        first, other = self.SETS.priors[0][:2]
+        same = replace(self.SETS, priors=[self.SETS.priors[0], [first, [], []], [[], [], []]])
+        found = m.pools(same)
+        assert [pool.groups for pool in found] == [[0, 1], [0]]
+        apart = jensen_shannon([2, 3, 3], first), jensen_shannon([1, 1, 0], other)
+        assert m.distance(found, np.array([1, 3, 0])) == pytest.approx(
+            (4 * apart[0] + apart[1]) / 5
+        )
+        assert m.distance(found, np.array([0, 1, 0])) == jensen_shannon([0, 1, 1], first)
+        assert math.isnan(m.distance(found, np.array([0, 0, 1])))
+
+    def test_a_group_that_is_drawn_twice_counts_as_two(self):
+        kept, once = ("identity", "n_values"), world(groups=4, copier=True)
+        twice: dict[str, Any] = {k: v if k in kept else [*v, *v] for k, v in once.items()}
+        drawn = np.tile(np.arange(4), 2)
+        assert m.leaked(m.Sets(**once), drawn) == pytest.approx(score(twice).leak)
 
 
 class TestAgreement:
@@ -116,7 +187,7 @@ class TestAgreement:
 
 
 def scored(**change: Any) -> Any:
-    return lambda: m.score_sets(**world(groups=5) | change)
+    return lambda: score(world(groups=5) | change)
 
 
 @pytest.mark.parametrize(
@@ -129,6 +200,7 @@ def scored(**change: Any) -> Any:
         (scored(outputs=np.full((5, 8, 4), 3)), ArgumentError, "outputs: value out of range"),
         (scored(references=np.zeros((5, 4))), ArgumentError, r"references: value .* indices 0..2"),
         (scored(wanted=np.full((5, 4), 9)), ArgumentError, "wanted: value out of range"),
+        (scored(priors=[[UNIFORM] * 4] * 5), ShapeError, "prior: shapes do not fit"),
     ],
 )
 def test_errors_say_what_and_where(call: Any, error: type[Exception], message: str):

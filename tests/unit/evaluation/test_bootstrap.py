@@ -1,4 +1,4 @@
-"""Sums over pairs: the same scores as `sets`, resampled together."""
+"""Draws of pairs and training seeds: intervals of scores, and of their differences."""
 
 from __future__ import annotations
 
@@ -7,24 +7,20 @@ import math
 import numpy as np
 import pytest
 
-from ipdiverse.critters.scene import ATTRIBUTES, IDENTITY, conditional, sample_scene
+from ipdiverse.critters.scene import IDENTITY, sample_scene
 from ipdiverse.errors import ArgumentError
-from ipdiverse.evaluation.groups import (
-    Parts,
-    critters_parts,
+from ipdiverse.evaluation.bootstrap import (
     difference,
     hypervolume,
     interval,
     js_interval,
     leak_interval,
     resampled,
-    wanted_indices,
 )
-from ipdiverse.evaluation.sampling import study_pairs
-from ipdiverse.evaluation.sets import score_sets
+from ipdiverse.evaluation.sampling import critters_sets, study_pairs
+from ipdiverse.evaluation.sets import Parts, Sets, score_sets, set_parts
 
 PAIRS = study_pairs(40, seed=1)
-NAMES = list(ATTRIBUTES)
 
 
 def drawn(images: int = 6, copies: bool = False) -> np.ndarray:
@@ -38,41 +34,30 @@ def drawn(images: int = 6, copies: bool = False) -> np.ndarray:
     return np.array(rows)
 
 
-def invalid(images: int = 6) -> np.ndarray:
-    return np.random.default_rng(1).random((len(PAIRS), images)) < 0.2
+def asked(images: int, copies: bool = False) -> Sets:
+    return critters_sets(drawn(images, copies), np.zeros((len(PAIRS), images), bool), PAIRS)
 
 
-@pytest.mark.parametrize("copies", [False, True])
-def test_sums_over_pairs_are_the_scores_of_sets(copies: bool) -> None:
-    outputs, broken = drawn(copies=copies), invalid()
-    outputs[::3, ::2, 1] = 0
-    whole = score_sets(
-        outputs,
-        broken,
-        np.array([pair.reference.indices() for pair in PAIRS]),
-        np.array([[name in pair.stated for name in NAMES] for pair in PAIRS]),
-        np.array([wanted_indices(pair) for pair in PAIRS]),
-        np.array([name in IDENTITY for name in NAMES]),
-        tuple(len(values) for values in ATTRIBUTES.values()),
-        [[conditional(name, pair.stated) for name in NAMES] for pair in PAIRS],
-    )
-    for name, part in critters_parts(outputs, broken, PAIRS).items():
-        assert part.estimate == pytest.approx(getattr(whole, name)), name
-    assert js_interval(outputs, PAIRS, resamples=2).estimate == pytest.approx(whole.js)
-    leak = leak_interval(outputs, PAIRS, resamples=10)
-    assert leak.estimate == pytest.approx(whole.leak)
+def test_intervals_of_leak_and_distance_are_about_the_scores_of_sets() -> None:
+    sets = asked(6)
+    whole = score_sets(sets)
+    for found, score in (
+        (js_interval(sets, resamples=50), whole.js),
+        (leak_interval(sets, resamples=20), whole.leak),
+    ):
+        assert found.estimate == score
+        assert found.low < score < found.high
 
 
 def test_a_perfect_sampler_and_a_copier() -> None:
-    fair = critters_parts(drawn(16), np.zeros((40, 16), bool), PAIRS)
-    copier = critters_parts(drawn(16, copies=True), np.zeros((40, 16), bool), PAIRS)
+    fair, copier = (set_parts(asked(16, copies=copies)) for copies in (False, True))
     assert fair["retention"].estimate == fair["prompt_accuracy"].estimate == 1
     assert fair["entropy"].estimate == pytest.approx(1, abs=0.05)
     assert copier["entropy"].estimate == 0
     assert copier["contradict_accuracy"].estimate == 0
     assert copier["copy_rate"].estimate > 0.9
     assert abs(fair["copy_rate"].estimate) < 0.05
-    free, bound = (leak_interval(drawn(16, copies=c), PAIRS, 40) for c in (False, True))
+    free, bound = (leak_interval(asked(16, copies=c), 40) for c in (False, True))
     assert free.low < 0.1 < bound.low
 
 

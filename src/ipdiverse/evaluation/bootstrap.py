@@ -1,0 +1,141 @@
+"""Intervals of scores: a hierarchical, paired bootstrap over training seeds and pairs.
+
+Arms that were measured on the same pairs are resampled together, and their differences keep what
+the pairs have in common.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ipdiverse.errors import ArgumentError
+from ipdiverse.evaluation.metrics import Floats, mean_or_nan
+from ipdiverse.evaluation.sets import Parts, distance, leaked, pools
+from ipdiverse.evaluation.variety import Interval, hypervolume_2d
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ipdiverse.evaluation.sets import Sets
+
+RESAMPLES = 2000
+_SLOW_RESAMPLES = 200
+_LEAK_PERMUTATIONS = 20
+
+
+def leak_interval(sets: Sets, resamples: int = _SLOW_RESAMPLES) -> Interval:
+    """Leak over all open attributes, nats, with an interval over pairs.
+
+    Args:
+        sets: What was asked and read.
+        resamples: Draws of pairs. Pairs that are drawn twice count as one group each time, which
+            biases a resampled leak upwards; the interval is shifted back by that bias.
+    """
+    rng, pairs = np.random.default_rng(0), len(sets.outputs)
+    draws = [rng.integers(pairs, size=pairs) for _ in range(resamples)]
+    drawn = [leaked(sets, rows, _LEAK_PERMUTATIONS) for rows in draws]
+    return _shifted(leaked(sets, np.arange(pairs)), drawn)
+
+
+def js_interval(sets: Sets, resamples: int = _SLOW_RESAMPLES) -> Interval:
+    """Jensen-Shannon distance of open attributes from the world's own conditional, 0..1.
+
+    Few images in a pool are some way off by chance alone, which biases a resampled distance
+    upwards; the interval is shifted back by that bias.
+
+    Args:
+        sets: What was asked and read.
+        resamples: Draws of pairs.
+    """
+    found, pairs = pools(sets), len(sets.outputs)
+    drawn = [distance(found, weights) for weights in _pair_weights(pairs, resamples)]
+    return _shifted(distance(found, np.ones(pairs)), drawn)
+
+
+def interval(runs: Sequence[Parts], resamples: int = RESAMPLES) -> Interval:
+    """A score with its percentile interval of 95 %: training seeds are drawn, then pairs.
+
+    Args:
+        runs: The score of each training seed, on the same pairs.
+        resamples: Draws.
+    """
+    return _interval(estimate(runs), resampled(runs, resamples))
+
+
+def estimate(runs: Sequence[Parts]) -> float:
+    """A score over all training seeds and pairs; NaN where none has what it needs."""
+    total, weight = (np.sum([run[i] for run in runs], axis=0) for i in range(2))
+    return Parts(total, weight).estimate
+
+
+def difference(
+    runs: Sequence[Parts], others: Sequence[Parts], resamples: int = RESAMPLES
+) -> Interval:
+    """One arm's score less another's, drawn together (arguments as `interval`)."""
+    apart = resampled(runs, resamples) - resampled(others, resamples)
+    return _interval(estimate(runs) - estimate(others), apart)
+
+
+def resampled(runs: Sequence[Parts], resamples: int = RESAMPLES) -> Floats:
+    """A score in every draw, (resamples,); the draws of pairs are the same for every arm.
+
+    Raises:
+        ArgumentError: Runs were measured on different numbers of pairs.
+    """
+    pairs = len(runs[0].total)
+    if any(len(run.total) != pairs for run in runs):
+        raise ArgumentError("differ in their pairs", where="runs")
+    weights = _pair_weights(pairs, resamples)
+    totals = np.stack([run.total for run in runs]) @ weights.T
+    counts = np.stack([run.weight for run in runs]) @ weights.T
+    if len(runs) > 1:
+        seeds = np.random.default_rng(1).multinomial(
+            len(runs), [1 / len(runs)] * len(runs), size=resamples
+        )
+        totals, counts = (totals * seeds.T).sum(0), (counts * seeds.T).sum(0)
+    else:
+        totals, counts = totals[0], counts[0]
+    return np.divide(totals, counts, out=np.full(resamples, np.nan), where=counts > 0)
+
+
+def hypervolume(
+    points: Sequence[tuple[Sequence[Parts], Sequence[Parts]]],
+    corner: tuple[float, float],
+    resamples: int = RESAMPLES,
+) -> tuple[float, Floats]:
+    """Area that arms dominate in (variety, fidelity), and the same in every draw of pairs.
+
+    Args:
+        points: Of each arm, the two scores of every training seed.
+        corner: What must be exceeded, the same for all that is compared.
+        resamples: Draws.
+    """
+    estimates = [[estimate(runs) for runs in point] for point in points]
+    whole = hypervolume_2d(estimates, corner)
+    drawn = np.stack([[resampled(runs, resamples) for runs in point] for point in points])
+    areas = [hypervolume_2d(drawn[:, :, i], corner) for i in range(resamples)]
+    return whole, np.array(areas)
+
+
+def _shifted(whole: float, drawn: list[float]) -> Interval:
+    """An interval of draws that are biased, moved back by their bias."""
+    low, high = np.quantile(drawn, [0.025, 0.975]) + (whole - mean_or_nan(drawn))
+    return Interval(whole, float(low), float(high))
+
+
+def _interval(whole: float, drawn: Floats) -> Interval:
+    known = drawn[~np.isnan(drawn)]
+    if not len(known):
+        return Interval(float("nan"), float("nan"), float("nan"))
+    low, high = np.quantile(known, [0.025, 0.975])
+    return Interval(whole, float(low), float(high))
+
+
+@lru_cache(maxsize=4)
+def _pair_weights(pairs: int, resamples: int) -> Floats:
+    """How often each pair is drawn, (resamples, pairs)."""
+    rng = np.random.default_rng(0)
+    return rng.multinomial(pairs, [1 / pairs] * pairs, size=resamples).astype(float)
