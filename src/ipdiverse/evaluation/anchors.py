@@ -8,9 +8,12 @@ import numpy as np
 
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import IDENTITY, sample_scene
+from ipdiverse.evaluation.arm_images import CHUNK
 from ipdiverse.evaluation.study import Arm
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from PIL import Image
 
     from ipdiverse.evaluation.sampling import Pair
@@ -20,8 +23,8 @@ RENDERER, COPY = "renderer", "pixel copy"
 
 def anchors(
     pairs: list[Any], references: list[Image.Image], images: int, known: bool, side: int
-) -> list[tuple[Arm, np.ndarray]]:
-    """Each anchor with its images, (pairs · images, height, width, 3).
+) -> list[tuple[Arm, Iterator[np.ndarray]]]:
+    """Each anchor with its images, (pairs · images, height, width, 3) of `CHUNK` pairs at a time.
 
     Args:
         pairs: What was asked.
@@ -34,18 +37,21 @@ def anchors(
     return [*found, (Arm(COPY, "anchor"), copied(references, images, side))]
 
 
-def rendered(pairs: list[Pair], images: int) -> np.ndarray:
+def rendered(pairs: Sequence[Pair], images: int) -> Iterator[np.ndarray]:
     """What a perfect model would make: identity and prompt kept, the rest from the prior."""
     rng = np.random.default_rng(0)
-    outputs = []
-    for pair in pairs:
-        known = {name: getattr(pair.reference, name) for name in IDENTITY} | pair.stated
-        drawn = [sample_scene(rng, known) for _ in range(images)]
-        outputs += [render(scene, int(rng.integers(2**31))) for scene in drawn]
-    return np.stack(outputs)
+    for start in range(0, len(pairs), CHUNK):
+        outputs = []
+        for pair in pairs[start : start + CHUNK]:
+            known = {name: getattr(pair.reference, name) for name in IDENTITY} | pair.stated
+            drawn = [sample_scene(rng, known) for _ in range(images)]
+            outputs += [render(scene, int(rng.integers(2**31))) for scene in drawn]
+        yield np.stack(outputs)
 
 
-def copied(references: list[Image.Image], images: int, side: int = 64) -> np.ndarray:
+def copied(references: Sequence[Image.Image], images: int, side: int = 64) -> Iterator[np.ndarray]:
     """The reference again and again, at the size of the output."""
-    shown = [np.asarray(image.convert("RGB").resize((side, side))) for image in references]
-    return np.stack([picture for picture in shown for _ in range(images)])
+    for start in range(0, len(references), CHUNK):
+        part = references[start : start + CHUNK]
+        shown = [np.asarray(image.convert("RGB").resize((side, side))) for image in part]
+        yield np.stack(shown).repeat(images, 0)

@@ -21,7 +21,7 @@ from ipdiverse.sampling.generation import versions
 from ipdiverse.sampling.sample import Job, attached, scale_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from PIL import Image
@@ -58,16 +58,18 @@ class ArmImages:
         asked += [pair.prompt for pair in pairs]
         self.decides = [*_models(base.pipe), *asked]
 
-    def of(self, arm: Arm, source: str, progress: Callable[[int], None]) -> np.ndarray:
-        """All images of an arm with one adapter; chunks that are there are not made again.
+    def chunks(
+        self, arm: Arm, source: str, progress: Callable[[int], None]
+    ) -> Iterator[np.ndarray]:
+        """All images of an arm with one adapter, `CHUNK` pairs at a time; what is there stays.
 
         Args:
             arm: Which.
             source: The adapter.
             progress: Told how many pairs are done.
 
-        Returns:
-            (pairs · images, height, width, 3), uint8.
+        Yields:
+            (pairs of the chunk · images, height, width, 3), uint8.
         """
         weights = adapter_source(self.study.base, source)
         chunks, files = self._files(arm, weights)
@@ -76,7 +78,8 @@ class ArmImages:
         if missing:
             ensure_writable_folder(files[0].parent)
             self._draw(arm, weights, missing, progress)
-        return np.concatenate([np.load(file)["images"] for file in files])
+        for file in files:
+            yield np.load(file)["images"]
 
     def all_there(self, arm: Arm, source: str) -> bool:
         """Whether nothing of an arm with one adapter is left to draw.
@@ -88,7 +91,7 @@ class ArmImages:
         return all(file.exists() for file in files)
 
     def first(self, arm: Arm, source: str) -> np.ndarray | None:
-        """Images of the first pairs, as `of` gives them; None if they are not there.
+        """The first chunk, as `chunks` gives it; None if they are not there.
 
         Raises:
             IpdiverseError: The adapter is not on this machine.

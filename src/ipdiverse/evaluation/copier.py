@@ -9,7 +9,7 @@ import numpy as np
 
 from ipdiverse.bases import CRITTERS, adapter_source, load_base
 from ipdiverse.critters.oracle import Oracle, read
-from ipdiverse.evaluation.anchors import copied, rendered
+from ipdiverse.evaluation.anchors import COPY, RENDERER, copied, rendered
 from ipdiverse.evaluation.sampling import (
     Pair,
     critters_sets,
@@ -81,8 +81,11 @@ def measure_copier(
         "guidance": guidance,
         "rows": rows,
         "anchors": {
-            "renderer": score(oracle, rendered(chosen, images), chosen, images),
-            "pixel copy": score(oracle, copied(references, images), chosen, images),
+            name: score(oracle, np.concatenate(list(chunks)), chosen, images)
+            for name, chunks in (
+                (RENDERER, rendered(chosen, images)),
+                (COPY, copied(references, images)),
+            )
         },
     }
 

@@ -24,7 +24,7 @@ from ipdiverse.evaluation.sets import Parts
 from ipdiverse.evaluation.variety import mean_pairwise_distance, vendi
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from PIL import Image
 
@@ -126,7 +126,7 @@ def open_encoder(name: str, base_pipe: Any = None) -> FeatureEncoder:
 
 def feature_parts(
     encoder: FeatureEncoder,
-    sets: Sequence[Sequence[Image.Image]],
+    sets: Iterable[Sequence[Image.Image]],
     references: Sequence[Image.Image],
     prompts: Sequence[str],
 ) -> dict[str, Parts]:

@@ -75,6 +75,13 @@ def folder_pairs(references: Path, prompts: Path | None, count: int) -> list[Fol
     return [FolderPair(file, text) for file, text in islice(crossed, count)]
 
 
+def opened(pairs: Sequence[FolderPair]) -> list[Image.Image]:
+    """The reference of each pair; a file that several share is opened once."""
+    known = {pair.file: pair for pair in pairs}
+    images = {file: pair.image() for file, pair in known.items()}
+    return [images[pair.file] for pair in pairs]
+
+
 @dataclass(frozen=True)
 class MadeSet:
     """Images that a tool made from one reference and prompt."""
@@ -143,13 +150,10 @@ def score_made(sets: Sequence[MadeSet], encoders: Sequence[FeatureEncoder]) -> d
     """
     if not encoders:
         raise ArgumentError("are missing", where="features", fix="Name one: --features dino.")
-    opened: dict[Path, Image.Image] = {}
-    for one in sets:
-        opened.setdefault(one.pair.file, one.pair.image())
-    images = [[load_image(file) for file in one.files] for one in sets]
-    references = [opened[one.pair.file] for one in sets]
+    references = opened([one.pair for one in sets])
     prompts = [one.pair.prompt for one in sets]
     parts: dict[str, Parts] = {}
-    for encoder in encoders:
+    for encoder in encoders:  # one set is held at a time
+        images = ([load_image(file) for file in one.files] for one in sets)
         parts |= feature_parts(encoder, images, references, prompts)
     return parts

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from ipdiverse.evaluation.study import Arm
 
 
+SHOWN_PAIRS, SHOWN_IMAGES = 3, 8
+"""How many images of an arm a report shows, and how many are held for it."""
+
+
 @dataclass(frozen=True)
 class Measured:
     """An arm with its scores.
@@ -24,8 +28,8 @@ class Measured:
     Args:
         arm: What was measured.
         runs: For each training seed the parts of every score.
-        images: The images of the first pairs, for the report: (pairs, images, height, width, 3);
-            None where only what was read in them is known.
+        images: For the report, (`SHOWN_PAIRS`, `SHOWN_IMAGES`, height, width, 3) or fewer; None
+            where only what was read in them is known.
         sets: What was asked and read, the images of all seeds of a pair together; None where the
             world is not known.
     """

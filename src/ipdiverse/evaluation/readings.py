@@ -18,6 +18,7 @@ from ipdiverse.errors import DataError
 from ipdiverse.provenance import write_bytes_atomic
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from ipdiverse.evaluation.metrics import Bools, Ints
@@ -68,6 +69,17 @@ def load_readings(file: Path) -> Readings | None:
         return Readings(attributes, shaped, json.loads(about.tobytes()))
     except Exception as error:  # whatever NumPy and zipfile raise on a broken file
         raise DataError("are no readings", where=file, found=error, fix="Remove it.") from error
+
+
+def together(read: Sequence[Readings], axis: int = 0) -> Readings:
+    """Several as one, which says nothing of what decided them.
+
+    Args:
+        read: At least one.
+        axis: 0 for pairs that follow each other, 1 for more images of the same pairs.
+    """
+    attributes = np.concatenate([one.attributes for one in read], axis)
+    return Readings(attributes, np.concatenate([one.invalid for one in read], axis), {})
 
 
 def file_of(folder: Path, arm: str, seed: int) -> Path:

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from ipdiverse.evaluation.measured import Done, Measured
     from ipdiverse.evaluation.study import Study
 
-_SHOWN_PAIRS, _SHOWN_IMAGES = 3, 8
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
@@ -179,8 +178,7 @@ def _sets(study: Study, measured: Sequence[Measured], references: Sequence[Image
     for one in _chosen(study, measured):
         images = _shown(one)
         strips = [
-            _strip(references[pair], images[pair][:_SHOWN_IMAGES])
-            for pair in range(min(_SHOWN_PAIRS, len(images), len(references)))
+            _strip(reference, drawn) for reference, drawn in zip(references, images, strict=False)
         ]
         pictures = "<br>".join(
             f'<img src="{_inline(s)}" alt="{escape(one.arm.name)}, pair {i + 1}">'
@@ -200,7 +198,7 @@ def _sets_figure(
     figure = Figure(figsize=(9, 1.25 * len(chosen)), dpi=100, layout="constrained")
     rows = figure.subplots(len(chosen), 1, squeeze=False)[:, 0]
     for axes, one in zip(rows, chosen, strict=True):
-        axes.imshow(_strip(references[0], _shown(one)[0][:_SHOWN_IMAGES]), interpolation="nearest")
+        axes.imshow(_strip(references[0], _shown(one)[0]), interpolation="nearest")
         axes.set_title(one.arm.name, fontsize=8, loc="left", pad=2)
         axes.axis("off")
     return figure

@@ -24,20 +24,22 @@ from ipdiverse.critters.oracle import read
 from ipdiverse.critters.training.loop import fingerprint
 from ipdiverse.errors import ArgumentError, IpdiverseError
 from ipdiverse.evaluation.anchors import anchors
-from ipdiverse.evaluation.arm_images import CHUNK, ArmImages
+from ipdiverse.evaluation.arm_images import ArmImages
 from ipdiverse.evaluation.dial_check import check_dials
 from ipdiverse.evaluation.features import feature_parts, open_encoder
-from ipdiverse.evaluation.folders import folder_pairs
-from ipdiverse.evaluation.measured import Done, Measured
-from ipdiverse.evaluation.readings import FOLDER, Readings, file_of, load_readings
+from ipdiverse.evaluation.folders import folder_pairs, opened
+from ipdiverse.evaluation.measured import SHOWN_IMAGES, SHOWN_PAIRS, Done, Measured
+from ipdiverse.evaluation.readings import FOLDER, Readings, file_of, load_readings, together
 from ipdiverse.evaluation.report import volumes
 from ipdiverse.evaluation.sampling import critters_sets, shipped_oracle, study_pairs
-from ipdiverse.evaluation.sets import Parts, set_parts
+from ipdiverse.evaluation.sets import Parts, joined, set_parts
 from ipdiverse.provenance import ensure_writable_folder, file_hash, write_text_atomic
 from ipdiverse.sampling.generation import versions
 
 if TYPE_CHECKING:
-    from ipdiverse.evaluation.features import FeatureEncoder
+    from collections.abc import Iterable
+
+    from ipdiverse.critters.oracle import Oracle
     from ipdiverse.evaluation.sets import Sets
     from ipdiverse.evaluation.study import Arm, Study
 
@@ -121,7 +123,8 @@ class Runner:
                 found=len(self.pairs),
             )
         self.study = study = replace(study, pairs=len(self.pairs))
-        self.references = [pair.image() for pair in self.pairs]
+        drawn = study.references is None
+        self.references = [p.image() for p in self.pairs] if drawn else opened(self.pairs)
         self._images = ArmImages(study, self.base, self.pairs, self.references, out / "images")
         self.encoders = [open_encoder(name, self.base.pipe) for name in study.features]
         if not exact and not self.encoders:
@@ -205,10 +208,10 @@ class Runner:
         side = pipe.unet.config.sample_size * pipe.vae_scale_factor
         found = anchors(self.pairs, self.references, self.study.images, known, side)
         measured = []
-        for arm, images in found:
-            parts, seen = self._scored(images)
+        for arm, chunks in found:
+            parts, seen, images = self._scored(chunks)
             sets = None if seen is None else self._sets([seen])
-            measured.append(Measured(arm, [parts], self._first(images), sets))
+            measured.append(Measured(arm, [parts], images, sets))
         return measured
 
     def _drawn(self) -> list[Any]:
@@ -227,9 +230,8 @@ class Runner:
             scores = set_parts(self._sets([known]))
             seen, images = known, self._first_kept(arm, arm.sources[number])
         else:
-            drawn = self._images.of(arm, arm.sources[number], self._advance)
-            scores, seen = self._scored(drawn)
-            images = self._first(drawn)
+            chunks = self._images.chunks(arm, arm.sources[number], self._advance)
+            scores, seen, images = self._scored(chunks)
         if seen is not None:  # those that were known stay beside those that are new
             folder = ensure_writable_folder(self.out / FOLDER)
             about = seen.about or self._about(arm, number)
@@ -261,45 +263,59 @@ class Runner:
         hashes = {"base": base, "adapter": weights, "oracle": self._oracle_hash}
         return {"settings": settings, **numbers, **hashes}
 
-    def _scored(self, images: np.ndarray) -> tuple[dict[str, Parts], Readings | None]:
-        """Of (pairs · images, height, width, 3)."""
-        parts: dict[str, Parts] = {}
-        seen = None
-        if self.oracle is not None:
-            reading, shape = read(self.oracle, images), (len(self.pairs), self.study.images)
-            attributes = reading.attributes.numpy().reshape(*shape, -1)
-            seen = Readings(attributes, reading.invalid.numpy().reshape(shape), {})
-            parts |= set_parts(self._sets([seen]))
-        for encoder in self.encoders:
-            parts |= self._features(encoder, images)
-        return parts, seen
+    def _scored(
+        self, chunks: Iterable[np.ndarray]
+    ) -> tuple[dict[str, Parts], Readings | None, np.ndarray | None]:
+        """Scores, readings and images to show, of `CHUNK` pairs' images at a time."""
+        read, features = list[Readings](), list[dict[str, Parts]]()
+        shown, done = None, 0
+        for images in chunks:
+            sets = images.reshape(-1, self.study.images, *images.shape[1:])
+            shown = _shown(sets) if shown is None else shown
+            pairs = slice(done, done := done + len(sets))
+            features.append(self._features(sets, pairs))
+            if self.oracle is not None:
+                read.append(_read(self.oracle, sets))
+        seen = together(read) if read else None
+        exact = {} if seen is None else set_parts(self._sets([seen]))
+        return exact | joined(features), seen, shown
 
     def _sets(self, read: list[Readings]) -> Sets:
         """What was read in the images of every training seed, those of a pair together."""
-        outputs = np.concatenate([one.attributes for one in read], 1)
-        invalid = np.concatenate([one.invalid for one in read], 1)
-        return critters_sets(outputs, invalid, self.pairs)
+        seen = together(read, axis=1)
+        return critters_sets(seen.attributes, seen.invalid, self.pairs)
 
-    def _first(self, images: np.ndarray) -> np.ndarray:
-        """Those of the first pairs, for the report, (pairs, images, height, width, 3)."""
-        size = self.study.images
-        return images[: CHUNK * size].reshape(-1, size, *images.shape[1:]).copy()
+    def _features(self, sets: np.ndarray, pairs: slice) -> dict[str, Parts]:
+        """Every encoder's scores of some pairs, (pairs, images, height, width, 3)."""
+        parts: dict[str, Parts] = {}
+        pictures = [[Image.fromarray(image) for image in drawn] for drawn in sets]
+        prompts = [pair.prompt for pair in self.pairs[pairs]]
+        for encoder in self.encoders:
+            parts |= feature_parts(encoder, pictures, self.references[pairs], prompts)
+        return parts
 
     def _first_kept(self, arm: Arm, source: str) -> np.ndarray | None:
-        """The same, if they were drawn here."""
+        """Images to show, if they were drawn here."""
         try:
             images = self._images.first(arm, source)
         except IpdiverseError:  # its adapter is not there
             return None
-        return None if images is None else self._first(images)
-
-    def _features(self, encoder: FeatureEncoder, images: np.ndarray) -> dict[str, Parts]:
-        size = self.study.images
-        pictures = [Image.fromarray(image) for image in images]
-        sets = [pictures[i : i + size] for i in range(0, len(pictures), size)]
-        prompts = [pair.prompt for pair in self.pairs]
-        return feature_parts(encoder, sets, self.references, prompts)
+        if images is None:
+            return None
+        return _shown(images.reshape(-1, self.study.images, *images.shape[1:]))
 
     def _advance(self, pairs: int) -> None:
         if self._bar is not None:
             self._bar.update(pairs * self.study.images)
+
+
+def _read(oracle: Oracle, sets: np.ndarray) -> Readings:
+    """What is seen in (pairs, images, height, width, 3)."""
+    seen, shape = read(oracle, sets.reshape(-1, *sets.shape[2:])), sets.shape[:2]
+    attributes = seen.attributes.numpy().reshape(*shape, -1)
+    return Readings(attributes, seen.invalid.numpy().reshape(shape), {})
+
+
+def _shown(sets: np.ndarray) -> np.ndarray:
+    """What a report shows of them, and no view of the rest."""
+    return sets[:SHOWN_PAIRS, :SHOWN_IMAGES].copy()

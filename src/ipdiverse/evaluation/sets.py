@@ -166,6 +166,14 @@ def score_sets(sets: Sets) -> SetScores:
     )
 
 
+def joined(parts: Sequence[dict[str, Parts]]) -> dict[str, Parts]:
+    """Scores of pairs that follow each other, as one."""
+    return {
+        name: Parts(*(np.concatenate([one[name][i] for one in parts]) for i in range(2)))
+        for name in (parts[0] if parts else ())
+    }
+
+
 def set_parts(sets: Sets) -> dict[str, Parts]:
     """Every score of `SetScores` that is a sum over pairs; that of edits only if there are any."""
     agree, contradict = agreement_masks(sets.wanted, sets.references, sets.stated)

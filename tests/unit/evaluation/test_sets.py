@@ -153,6 +153,15 @@ class TestParts:
         for name, part in found.items():
             assert getattr(scores, name) == part.estimate == part.total.sum() / part.weight.sum()
 
+    def test_parts_of_pairs_that_follow_each_other_are_joined(self):
+        one = m.set_parts(self.SETS)
+        found = m.joined([one, one])
+        assert found.keys() == one.keys()
+        for name, part in found.items():
+            assert part.weight.tolist() == [*one[name].weight, *one[name].weight]
+            assert part.estimate == pytest.approx(one[name].estimate)
+        assert m.joined([]) == {}
+
     def test_pools_hold_groups_of_one_conditional_and_weights_draw_them(self):
         found = m.pools(self.SETS)
         assert [pool.groups for pool in found] == [[0], [0], [1]]
