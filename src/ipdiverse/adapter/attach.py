@@ -9,14 +9,14 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from diffusers.hooks import HookRegistry
 
 from ipdiverse.adapter.attention import DecoupledAttention, Slot
 from ipdiverse.adapter.encoding import EmbedChange, ImageEncoding, encode_references
+from ipdiverse.adapter.fit import check_encoder_fits, check_unet_fits, checked_unet
 from ipdiverse.adapter.hook import ImagePromptHook, Prompt
-from ipdiverse.adapter.model import ImagePromptAdapter, attention_layers, layer_widths
+from ipdiverse.adapter.model import ImagePromptAdapter, attention_layers
 from ipdiverse.adapter.reference import Reference, as_reference
 from ipdiverse.adapter.scale import Scale, resolve_scale, unet_layers
 from ipdiverse.adapter.text_mask import forget_words, watch_words
@@ -187,18 +187,6 @@ class Attachment:
         detach(self.pipe)
 
 
-def image_embeds(encoder: torch.nn.Module, pixels: torch.Tensor, kind: str) -> torch.Tensor:
-    """What an adapter of this kind reads from the image encoder.
-
-    Returns:
-        base: the pooled projection, (batch, clip_dim); plus: the penultimate hidden states,
-        (batch, patches, clip_dim).
-    """
-    if kind == "base":
-        return encoder(pixels).image_embeds
-    return encoder(pixels, output_hidden_states=True).hidden_states[-2]
-
-
 def attach(
     pipe: Any,
     *adapters: ImagePromptAdapter,
@@ -217,7 +205,11 @@ def attach(
         ModelError: The model is of another kind, something is attached already, sizes differ, or
             attention is sliced or fused.
     """
-    unet = _checked_unet(pipe)
+    unet = checked_unet(pipe)
+    if _hook_of(unet) is not None:
+        raise ModelError(
+            "an adapter is attached already", where="pipeline", fix="Call detach first."
+        )
     if not adapters:
         raise ArgumentError("is missing", where="adapter", fix="Give at least one.")
     encoding = ImageEncoding(
@@ -225,8 +217,8 @@ def attach(
         image_processor or getattr(pipe, "feature_extractor", None),
     )
     for adapter in adapters:
-        _check_fit(adapter, unet)
-        _check_encoder(adapter, encoding.encoder)
+        check_unet_fits(adapter, unet)
+        check_encoder_fits(adapter, encoding.encoder)
         adapter.to(unet.device, unet.dtype).eval()
     layers = unet_layers(unet)
     one = Scale(lambda _layer, _progress: 1.0)
@@ -292,86 +284,3 @@ def _processors(unet: Any, slots: list[Slot]) -> dict[str, DecoupledAttention]:
         for number, name in attention_layers(unet).items()
         if number in touched
     }
-
-
-def _checked_unet(pipe: Any) -> Any:
-    unet = getattr(pipe, "unet", None)
-    if unet is None or not hasattr(unet, "attn_processors"):
-        raise ModelError(
-            "has no UNet with attention processors",
-            where=type(pipe).__name__,
-            expected="a Stable Diffusion 1.x, 2.x or XL pipeline of diffusers",
-        )
-    if _hook_of(unet) is not None:
-        raise ModelError(
-            "an adapter is attached already", where="pipeline", fix="Call detach first."
-        )
-    if unet.config.get("encoder_hid_dim_type") is not None:
-        raise ModelError(
-            "already projects another prompt",
-            where="UNet",
-            found=f"encoder_hid_dim_type {unet.config.encoder_hid_dim_type!r}",
-            fix="If load_ip_adapter was called, call unload_ip_adapter first.",
-        )
-    if unet.device.type == "meta":
-        raise ModelError(
-            "is offloaded layer by layer",
-            where="UNet",
-            fix="Call enable_model_cpu_offload in place of enable_sequential_cpu_offload.",
-        )
-    for name in attention_layers(unet).values():
-        _check_attention(unet.get_submodule(name), name)
-    return unet
-
-
-def _check_attention(attention: Any, name: str) -> None:
-    if "Sliced" in type(attention.processor).__name__:
-        raise ModelError(
-            "attention is sliced",
-            where=name,
-            fix="Call pipe.disable_attention_slicing(), then attach.",
-        )
-    if getattr(attention, "fused_projections", False):
-        raise ModelError(
-            "query, key and value are fused", where=name, fix="Call unet.unfuse_qkv_projections()."
-        )
-    unusual = [
-        part
-        for part in ("added_kv_proj_dim", "norm_cross", "group_norm", "spatial_norm", "norm_q")
-        if getattr(attention, part, None)
-    ]
-    if unusual or not hasattr(attention, "to_q"):
-        raise ModelError(
-            "attention of a kind that image prompts do not support",
-            where=name,
-            found=", ".join(unusual) or type(attention).__name__,
-        )
-
-
-def _check_fit(adapter: ImagePromptAdapter, unet: Any) -> None:
-    mine, theirs = adapter.widths(), layer_widths(unet)
-    if mine != theirs:
-        different = sorted(n for n in mine.keys() | theirs.keys() if mine.get(n) != theirs.get(n))
-        first = different[0]
-        raise ModelError(
-            f"layer {first} does not fit this UNet",
-            where="adapter",
-            expected=f"(tokens, hidden) {theirs.get(first, 'no such layer')}",
-            found=mine.get(first, "no such layer"),
-            fix="It was trained for another base model.",
-        )
-
-
-def _check_encoder(adapter: ImagePromptAdapter, encoder: Any) -> None:
-    if encoder is None or adapter.clip_dim is None:
-        return
-    pooled = "pooled" in adapter.reads
-    width = encoder.config.projection_dim if pooled else encoder.config.hidden_size
-    if adapter.clip_dim != width:
-        raise ModelError(
-            "does not fit this image encoder",
-            where="adapter",
-            expected=f"embeddings of width {width}",
-            found=adapter.clip_dim,
-            fix="It was trained for another image encoder.",
-        )

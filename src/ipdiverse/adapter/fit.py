@@ -1,0 +1,109 @@
+"""Whether a pipeline, an adapter and an image encoder fit together, before anything is changed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ipdiverse.adapter.model import attention_layers, layer_widths
+from ipdiverse.errors import ModelError
+
+if TYPE_CHECKING:
+    from ipdiverse.adapter.model import ImagePromptAdapter
+
+
+def checked_unet(pipe: Any) -> Any:
+    """The UNet of a pipeline, of a kind that adapters can be attached to.
+
+    Args:
+        pipe: A pipeline of diffusers.
+
+    Raises:
+        ModelError: It has none, or one that another image prompt, offloading or an attention of
+            another kind keeps from it.
+    """
+    unet = getattr(pipe, "unet", None)
+    if unet is None or not hasattr(unet, "attn_processors"):
+        raise ModelError(
+            "has no UNet with attention processors",
+            where=type(pipe).__name__,
+            expected="a Stable Diffusion 1.x, 2.x or XL pipeline of diffusers",
+        )
+    if unet.config.get("encoder_hid_dim_type") is not None:
+        raise ModelError(
+            "already projects another prompt",
+            where="UNet",
+            found=f"encoder_hid_dim_type {unet.config.encoder_hid_dim_type!r}",
+            fix="If load_ip_adapter was called, call unload_ip_adapter first.",
+        )
+    if unet.device.type == "meta":
+        raise ModelError(
+            "is offloaded layer by layer",
+            where="UNet",
+            fix="Call enable_model_cpu_offload in place of enable_sequential_cpu_offload.",
+        )
+    for name in attention_layers(unet).values():
+        _check_attention(unet.get_submodule(name), name)
+    return unet
+
+
+def check_unet_fits(adapter: ImagePromptAdapter, unet: Any) -> None:
+    """Refuse an adapter whose layers have not the UNet's sizes.
+
+    Raises:
+        ModelError: They differ.
+    """
+    mine, theirs = adapter.widths(), layer_widths(unet)
+    if mine != theirs:
+        different = sorted(n for n in mine.keys() | theirs.keys() if mine.get(n) != theirs.get(n))
+        first = different[0]
+        raise ModelError(
+            f"layer {first} does not fit this UNet",
+            where="adapter",
+            expected=f"(tokens, hidden) {theirs.get(first, 'no such layer')}",
+            found=mine.get(first, "no such layer"),
+            fix="It was trained for another base model.",
+        )
+
+
+def check_encoder_fits(adapter: ImagePromptAdapter, encoder: Any) -> None:
+    """Refuse an image encoder whose embeddings have not the adapter's width; None always fits.
+
+    Raises:
+        ModelError: They differ.
+    """
+    if encoder is None or adapter.clip_dim is None:
+        return
+    pooled = "pooled" in adapter.reads
+    width = encoder.config.projection_dim if pooled else encoder.config.hidden_size
+    if adapter.clip_dim != width:
+        raise ModelError(
+            "does not fit this image encoder",
+            where="adapter",
+            expected=f"embeddings of width {width}",
+            found=adapter.clip_dim,
+            fix="It was trained for another image encoder.",
+        )
+
+
+def _check_attention(attention: Any, name: str) -> None:
+    if "Sliced" in type(attention.processor).__name__:
+        raise ModelError(
+            "attention is sliced",
+            where=name,
+            fix="Call pipe.disable_attention_slicing(), then attach.",
+        )
+    if getattr(attention, "fused_projections", False):
+        raise ModelError(
+            "query, key and value are fused", where=name, fix="Call unet.unfuse_qkv_projections()."
+        )
+    unusual = [
+        part
+        for part in ("added_kv_proj_dim", "norm_cross", "group_norm", "spatial_norm", "norm_q")
+        if getattr(attention, part, None)
+    ]
+    if unusual or not hasattr(attention, "to_q"):
+        raise ModelError(
+            "attention of a kind that image prompts do not support",
+            where=name,
+            found=", ".join(unusual) or type(attention).__name__,
+        )
