@@ -13,7 +13,8 @@ from PIL import Image
 
 from ipdiverse.errors import ArgumentError, IpdiverseError
 from ipdiverse.ui import status
-from ipdiverse.ui.inputs import PRIVATE, Given, advanced, asked, picker, text_inputs
+from ipdiverse.ui.inputs import PRIVATE, advanced, asked, text_inputs
+from ipdiverse.ui.references import Given, picker
 from ipdiverse.ui.results import (
     TAKES_TURNS,
     Results,

@@ -11,8 +11,9 @@ import gradio as gr
 from ipdiverse.bases import defaults_of
 from ipdiverse.errors import IpdiverseError
 from ipdiverse.ui import status
-from ipdiverse.ui.inputs import MAX_SET, PRIVATE, Given, advanced, asked, picker, text_inputs
+from ipdiverse.ui.inputs import MAX_SET, PRIVATE, advanced, asked, text_inputs
 from ipdiverse.ui.jobs import Job
+from ipdiverse.ui.references import Given, picker
 from ipdiverse.ui.results import (
     TAKES_TURNS,
     Results,

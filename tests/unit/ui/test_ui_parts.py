@@ -263,8 +263,8 @@ def test_defaults_are_those_of_the_opened_base() -> None:
 
 
 def asked(**changes: Any) -> Request:
-    from ipdiverse.ui.inputs import Given
     from ipdiverse.ui.inputs import asked as ask
+    from ipdiverse.ui.references import Given
 
     values = {
         "given": [Given("cat.png", "kept.png")],
