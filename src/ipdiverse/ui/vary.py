@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +12,9 @@ import gradio as gr
 from ipdiverse.bases import defaults_of
 from ipdiverse.errors import IpdiverseError
 from ipdiverse.ui import status
-from ipdiverse.ui.inputs import MAX_SET, PRIVATE, advanced, asked, text_inputs
+from ipdiverse.ui.inputs import MAX_SET, PRIVATE, Advanced, advanced, asked, text_inputs
 from ipdiverse.ui.jobs import Job
-from ipdiverse.ui.references import Given, picker
+from ipdiverse.ui.references import Given, Picker, picker
 from ipdiverse.ui.results import (
     TAKES_TURNS,
     Results,
@@ -33,17 +34,98 @@ if TYPE_CHECKING:
     from ipdiverse.ui.installed import Installed
     from ipdiverse.ui.studio import Studio
 
+TAB = "vary"
 _SMALL = 128
 """Pictures up to this side are shown with hard pixels."""
 
 
+@dataclass(frozen=True)
+class _Parts:
+    """The tab's components."""
+
+    chosen: Picker
+    prompt: gr.Textbox
+    negative: gr.Textbox
+    diversity: gr.Slider
+    count: gr.Slider
+    scale: gr.Slider
+    more: Advanced
+    go: gr.Button
+    cancel: gr.Button
+    gallery: gr.Gallery
+    report: gr.HTML
+    results: Results
+
+    def given(self) -> list[Any]:
+        """What is drawn from, in the order in which `start` takes it."""
+        texts = [self.prompt, self.negative]
+        return [self.chosen.given, *texts, self.diversity, self.count, self.scale, *self.more.all()]
+
+
 def vary_tab(studio: Studio, installed: Installed) -> None:
     """Lay the tab out and say what its buttons do."""
-    tab = "vary"
+    parts = _laid_out(studio, installed)
+    gallery, report, results = parts.gallery, parts.report, parts.results
+
+    def start(
+        request: gr.Request,
+        given: list[Given],
+        prompt: str,
+        negative: str,
+        diversity: float,
+        count: int,
+        scale: float,
+        *others: Any,
+    ) -> Iterator[dict[Any, Any]]:
+        session = studio.session(request.session_hash)
+        try:
+            wanted = asked(
+                installed,
+                given,
+                prompt,
+                negative,
+                *others,
+                diversity=diversity,
+                n=count,
+                scale=scale,
+            )
+        except IpdiverseError as error:
+            yield {results.told: status.problem(str(error)), results.progress: ""}
+            return
+        job = new_job(studio, session, TAB, {"out": wanted}, given)
+        yield {gallery: [], report: "", results.told: status.going(job), **emptied(results)}
+        yield from watched(job, results, lambda: {gallery: _pictures(job)})
+        yield finished(job)
+
+    def finished(job: Job) -> dict[Any, Any]:
+        sheet = job.sheets.get("out")
+        shown = {gallery: _pictures(job), report: status.report(sheet) if sheet else ""}
+        return shown | ended(job, results)
+
+    def stop(request: gr.Request) -> dict[Any, Any]:
+        job = studio.session(request.session_hash).jobs.get(TAB)
+        return finished(job) if job is not None and settled(job) else cancelled(job, results)
+
+    def on_base(label: str) -> float:
+        return defaults_of(installed.bases[label]).scale
+
+    parts.more.base.change(on_base, parts.more.base, parts.scale, queue=False, **PRIVATE)
+    outputs = [gallery, report, *results.all()]
+    shows = {"show_progress": "minimal", "show_progress_on": results.progress}
+    options = PRIVATE | shows | TAKES_TURNS
+    drawing: list[Any] = [
+        trigger(start, parts.given(), outputs, **options)
+        for trigger in (parts.go.click, parts.prompt.submit)
+    ]
+    parts.cancel.click(stop, None, outputs, cancels=drawing, queue=False, **PRIVATE)
+
+
+def _laid_out(studio: Studio, installed: Installed) -> _Parts:
+    """What is asked on the left, what comes back on the right."""
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=300):
-            chosen = picker(studio, tab)
-            prompt, negative = text_inputs(tab)
+            chosen = picker(studio, TAB)
+            prompt, negative = text_inputs(TAB)
             diversity = gr.Slider(
                 0,
                 1,
@@ -72,9 +154,9 @@ def vary_tab(studio: Studio, installed: Installed) -> None:
                     buttons=[],
                     elem_id="vary-scale",
                 )
-                more = advanced(installed, tab)
+                more = advanced(installed, TAB)
         with gr.Column(scale=3, min_width=300):
-            progress, told = progress_parts(tab)
+            progress, told = progress_parts(TAB)
             with gr.Row(equal_height=False):
                 with gr.Column(scale=1, min_width=110):
                     chosen.shown.render()
@@ -91,58 +173,21 @@ def vary_tab(studio: Studio, installed: Installed) -> None:
                         elem_classes=["images"],
                     )
             report = gr.HTML(elem_id="vary-report")
-            results = Results(progress, told, *recipe_parts(tab))
-
-    def start(
-        request: gr.Request,
-        given: list[Given],
-        prompt: str,
-        negative: str,
-        diversity: float,
-        count: int,
-        scale: float,
-        *others: Any,
-    ) -> Iterator[dict[Any, Any]]:
-        session = studio.session(request.session_hash)
-        try:
-            wanted = asked(
-                installed,
-                given,
-                prompt,
-                negative,
-                *others,
-                diversity=diversity,
-                n=count,
-                scale=scale,
-            )
-        except IpdiverseError as error:
-            yield {told: status.problem(str(error)), progress: ""}
-            return
-        job = new_job(studio, session, tab, {"out": wanted}, given)
-        yield {gallery: [], report: "", told: status.going(job), **emptied(results)}
-        yield from watched(job, results, lambda: {gallery: _pictures(job)})
-        yield finished(job)
-
-    def finished(job: Job) -> dict[Any, Any]:
-        sheet = job.sheets.get("out")
-        shown = {gallery: _pictures(job), report: status.report(sheet) if sheet else ""}
-        return shown | ended(job, results)
-
-    def stop(request: gr.Request) -> dict[Any, Any]:
-        job = studio.session(request.session_hash).jobs.get(tab)
-        return finished(job) if job is not None and settled(job) else cancelled(job, results)
-
-    def on_base(label: str) -> float:
-        return defaults_of(installed.bases[label]).scale
-
-    more.base.change(on_base, more.base, scale, queue=False, **PRIVATE)
-    outputs = [gallery, report, *results.all()]
-    inputs = [chosen.given, prompt, negative, diversity, count, scale, *more.all()]
-    options = PRIVATE | {"show_progress": "minimal", "show_progress_on": progress} | TAKES_TURNS
-    drawing: list[Any] = [
-        trigger(start, inputs, outputs, **options) for trigger in (go.click, prompt.submit)
-    ]
-    cancel.click(stop, None, outputs, cancels=drawing, queue=False, **PRIVATE)
+            results = Results(progress, told, *recipe_parts(TAB))
+    return _Parts(
+        chosen,
+        prompt,
+        negative,
+        diversity,
+        count,
+        scale,
+        more,
+        go,
+        cancel,
+        gallery,
+        report,
+        results,
+    )
 
 
 def _pictures(job: Job) -> Any:
