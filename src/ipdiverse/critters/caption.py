@@ -105,11 +105,6 @@ def caption(stated: Mapping[str, str], seed: int) -> str:
     return opening + subject + "".join(f" {part}" for part in parts)
 
 
-def caption_of(scene: Scene, seed: int, chance: float | None = None) -> str:
-    """A caption of a random subset of the scene's attributes."""
-    return caption(mentioned(scene, seed, chance), seed)
-
-
 def parse(text: str) -> dict[str, str]:
     """The attributes that a text states, in the order of `ATTRIBUTES`.
 

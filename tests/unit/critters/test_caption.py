@@ -9,7 +9,6 @@ from ipdiverse.critters.caption import (
     NOUNS,
     WORDINGS,
     caption,
-    caption_of,
     mentioned,
     parse,
     with_article,
@@ -31,7 +30,8 @@ def test_what_is_mentioned_belongs_to_the_scene(seed: int) -> None:
     scene = sample_scene(np.random.default_rng(seed))
     known = scene.as_dict()
     assert all(known[name] == value for name, value in mentioned(scene, seed).items())
-    assert parse(caption_of(scene, seed)) == mentioned(scene, seed)
+    stated = mentioned(scene, seed)
+    assert parse(caption(stated, seed)) == stated
 
 
 def test_mentions_range_from_nothing_to_everything() -> None:

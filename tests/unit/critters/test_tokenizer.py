@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ipdiverse.critters.architecture import MAX_TOKENS
-from ipdiverse.critters.caption import caption_of, vocabulary
+from ipdiverse.critters.caption import caption, vocabulary
 from ipdiverse.critters.scene import sample_scene
 from ipdiverse.critters.tokenizer import build_tokenizer, word_merges
 
@@ -27,7 +27,7 @@ def test_every_caption_word_is_one_token(tokenizer: CLIPTokenizer) -> None:
 
 def test_captions_hold_no_other_words_and_fit(tokenizer: CLIPTokenizer) -> None:
     rng = np.random.default_rng(0)
-    texts = [caption_of(sample_scene(rng), seed, 1.0) for seed in range(500)]
+    texts = [caption(sample_scene(rng).as_dict(), seed) for seed in range(500)]
     words = {word for text in texts for word in text.replace("-", " ").replace(",", "").split()}
     assert words <= vocabulary()
     assert max(len(tokenizer(text).input_ids) for text in texts) <= MAX_TOKENS
