@@ -2,13 +2,14 @@
 
 From stock IP-Adapter (of an adapter that holds the weights it went on from: from these), the lever
 whose next rung gains most variety for what it costs is moved, again and again, as long as what was
-asked for is kept. Isotonic regression then places each point so that the dial is linear in the
-variety that was achieved.
+asked for is kept; where none is left, one that copies less at the same variety. Isotonic regression
+then places each point so that the dial is linear in the variety that was achieved.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -135,40 +136,69 @@ def climb(
 ) -> list[tuple[Levers, Achieved]]:
     """The greedy path: each point is one rung of one lever above the one before.
 
+    Rungs that gain variety come first; once none does, those that copy less at the same variety.
+
     Args:
         start: Where the dial is at 0.
         ladders: Rungs of each lever, the first as in `start`.
         measure: What levers achieve.
         say: Told of every point.
     """
+    measure = cache(measure)
     path, heights = [(start, measure(start))], dict.fromkeys(ladders, 0)
-    first = path[0][1]
     while True:
-        levers, now = path[-1]
-        best: tuple[float, str, int, Levers, Achieved] | None = None
-        for name, rungs in ladders.items():
-            for height in range(heights[name] + 1, min(heights[name] + 1 + _REACH, len(rungs))):
-                candidate = replace(levers, **{name: rungs[height]})
-                found = measure(candidate)
-                gain = found.variety - now.variety
-                if not _keeps(found, first):
-                    break
-                if gain < _LEAST_GAIN:
-                    continue  # a rung may be too near the one before
-                worth = gain / (max(0.0, now.retention - found.retention) + _LEAST_COST)
-                if best is None or worth > best[0]:
-                    best = (worth, name, height, candidate, found)
-                break
-        if best is None:
+        above = partial(_best_rung, path, heights, ladders, measure)
+        found = above(_gain) or above(_copies_lost)
+        if found is None:
             return path
-        _, name, height, candidate, found = best
-        heights[name] = height
-        path.append((candidate, found))
+        name, heights[name], levers, scores = found
+        path.append((levers, scores))
         say(
-            f"{name} {getattr(candidate, name)}: variety {found.variety:.3f}, "
-            f"retention {found.retention:.3f}"
-            + ("" if found.accuracy is None else f", prompt {found.accuracy:.3f}")
+            f"{name} {getattr(levers, name)}: variety {scores.variety:.3f}, "
+            f"retention {scores.retention:.3f}"
+            + ("" if scores.accuracy is None else f", prompt {scores.accuracy:.3f}")
+            + ("" if scores.copies is None else f", copies {scores.copies:.3f}")
         )
+
+
+def _best_rung(
+    path: list[tuple[Levers, Achieved]],
+    heights: dict[str, int],
+    ladders: dict[str, tuple[Any, ...]],
+    measure: Callable[[Levers], Achieved],
+    gained: Callable[[Achieved, Achieved], float],
+) -> tuple[str, int, Levers, Achieved] | None:
+    """The lever, its rung, and what that achieves, whose gain is the largest for what it costs."""
+    (_, first), (levers, now) = path[0], path[-1]
+    best, most = None, 0.0
+    for name, rungs in ladders.items():
+        for height in range(heights[name] + 1, min(heights[name] + 1 + _REACH, len(rungs))):
+            candidate = replace(levers, **{name: rungs[height]})
+            found = measure(candidate)
+            if not _keeps(found, first):
+                break
+            gain = gained(found, now)
+            if not gain:
+                continue  # a rung may be too near the one before
+            worth = gain / (max(0.0, now.retention - found.retention) + _LEAST_COST)
+            if worth > most:
+                best, most = (name, height, candidate, found), worth
+            break
+    return best
+
+
+def _gain(found: Achieved, now: Achieved) -> float:
+    """Variety gained; 0 where it is not worth a point of the path."""
+    gain = found.variety - now.variety
+    return gain if gain >= _LEAST_GAIN else 0.0
+
+
+def _copies_lost(found: Achieved, now: Achieved) -> float:
+    """By how much less is copied at the same variety; 0 where that cannot be told from nothing."""
+    if found.copies is None or now.copies is None or found.variety < now.variety - _LEAST_COST:
+        return 0.0
+    lost = now.copies - found.copies
+    return lost if lost >= _LEAST_COST else 0.0
 
 
 def placed(path: Sequence[tuple[Levers, Achieved]], source: str) -> Dial:
@@ -212,11 +242,13 @@ def _scores(found: dict[str, float], images: int) -> Achieved:
             found["retention"],
             found["prompt_accuracy"],
             found["invalid_rate"],
+            found["copy_rate"],
         )
     vendi = next(value for name, value in found.items() if name.startswith("vendi"))
     close = next(value for name, value in found.items() if name.startswith("image"))
     said = next((value for name, value in found.items() if name.startswith("text")), None)
-    return Achieved(vendi / images, close, said)
+    copies = next(value for name, value in found.items() if name.startswith("copies"))
+    return Achieved(vendi / images, close, said, copies=copies)
 
 
 def _ladders(

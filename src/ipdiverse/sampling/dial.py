@@ -99,12 +99,15 @@ class Achieved:
         retention: Identity kept, or an encoder's similarity to the reference.
         accuracy: Prompt obeyed, or an encoder's similarity to the prompt; None where none reads.
         invalid: Share of broken images; 0 where that is not known.
+        copies: Share of images that repeat the reference's whole scene, beyond chance, or that an
+            encoder takes for it; None where that is not known.
     """
 
     variety: float
     retention: float
     accuracy: float | None = None
     invalid: float = 0.0
+    copies: float | None = None
 
 
 @dataclass(frozen=True)

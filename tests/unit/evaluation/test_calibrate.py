@@ -50,6 +50,30 @@ def test_what_breaks_a_bound_is_not_on_the_path() -> None:
     assert all(levers.cads == 0 for levers, _ in broken)
 
 
+def test_where_variety_is_spent_what_copies_less_is_taken_and_ends_the_dial() -> None:
+    ladders = {"training": (0.0, 0.5, 1.0), "shield": (0.0, 1.0)}
+
+    def copier(levers: Levers) -> Achieved:
+        variety = 0.2 + min(levers.training, 0.5)
+        return Achieved(variety, 0.9, 0.9, copies=0.7 - 0.69 * levers.training)
+
+    path = climb(Levers(training=0.0), ladders, copier)
+    assert [(x.training, x.shield) for x, _ in path] == [(0, 0), (0.5, 0), (1, 0)]
+    dial = placed(path, "test")
+    assert [(at, x.training) for at, x in dial.points] == [(0, 0), (1, 1)]
+    assert dial.achieved[-1].copies == pytest.approx(0.01)
+
+
+def test_less_copying_is_not_bought_with_variety() -> None:
+    ladders = {"training": (0.0, 0.5, 1.0)}
+
+    def narrow(levers: Levers) -> Achieved:
+        variety = {0.0: 0.2, 0.5: 0.7, 1.0: 0.69}[levers.training]
+        return Achieved(variety, 0.9, 0.9, copies=0.7 - 0.69 * levers.training)
+
+    assert len(climb(Levers(training=0.0), ladders, narrow)) == 2
+
+
 def test_the_dial_is_linear_in_what_was_achieved() -> None:
     path = climb(OFF, LADDERS, world)
     dial = placed(path, "test")
