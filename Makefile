@@ -81,8 +81,10 @@ study-quick: $(STAMP) ## a coarse curve of variety against fidelity, in minutes
 study: adapters ## the whole study (hours; it resumes)
 	$(BIN)/python studies/fusion_maps.py runs/adapters/*-gated-seed0/adapter.safetensors \
 		runs/adapters/*-blend*-seed0/adapter.safetensors --out docs/study
-	$(BIN)/ipdiverse evaluate --config studies/edits.toml --out out/edits --publish docs/study/edits
-	$(BIN)/ipdiverse evaluate --config studies/steps.toml --out out/steps --publish docs/study/steps
+	$(BIN)/ipdiverse evaluate --config studies/edits.toml --out out/edits --publish docs/study/edits \
+		--readings docs/study/edits/readings
+	$(BIN)/ipdiverse evaluate --config studies/steps.toml --out out/steps --publish docs/study/steps \
+		--readings docs/study/steps/readings
 	$(BIN)/ipdiverse evaluate --config studies/variety.toml --out out/study --publish docs/study \
 		--readings docs/study/readings
 
