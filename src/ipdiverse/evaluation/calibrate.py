@@ -136,7 +136,7 @@ def climb(
 ) -> list[tuple[Levers, Achieved]]:
     """The greedy path: each point is one rung of one lever above the one before.
 
-    Rungs that gain variety come first; once none does, those that copy less at the same variety.
+    Rungs that gain variety come first; once none does any more, those that copy less at the same.
 
     Args:
         start: Where the dial is at 0.
@@ -148,7 +148,7 @@ def climb(
     path, heights = [(start, measure(start))], dict.fromkeys(ladders, 0)
     while True:
         above = partial(_best_rung, path, heights, ladders, measure)
-        found = above(_gain) or above(_copies_lost)
+        found = above(_gain) or (above(_copies_lost) if len(path) > 1 else None)
         if found is None:
             return path
         name, heights[name], levers, scores = found

@@ -64,6 +64,13 @@ def test_where_variety_is_spent_what_copies_less_is_taken_and_ends_the_dial() ->
     assert dial.achieved[-1].copies == pytest.approx(0.01)
 
 
+def test_where_no_lever_gains_variety_there_is_no_path() -> None:
+    def flat(levers: Levers) -> Achieved:
+        return Achieved(0.5, 0.9, 0.9, copies=0.7 - 0.69 * levers.training)
+
+    assert len(climb(Levers(training=0.0), {"training": (0.0, 1.0)}, flat)) == 1
+
+
 def test_less_copying_is_not_bought_with_variety() -> None:
     ladders = {"training": (0.0, 0.5, 1.0)}
 
