@@ -85,6 +85,8 @@ study: adapters ## the whole study (hours; it resumes)
 		--readings docs/study/edits/readings
 	$(BIN)/ipdiverse evaluate --config studies/steps.toml --out out/steps --publish docs/study/steps \
 		--readings docs/study/steps/readings
+	$(BIN)/ipdiverse evaluate --config studies/ends.toml --out out/ends --publish docs/study/ends \
+		--readings docs/study/ends/readings
 	$(BIN)/ipdiverse evaluate --config studies/variety.toml --out out/study --publish docs/study \
 		--readings docs/study/readings
 

@@ -26,6 +26,7 @@ def encode(
     Raises:
         ModelError: It reads faces, or embeddings of another width.
     """
+    from ipdiverse.adapter.fit import check_embeddings
     from ipdiverse.errors import ModelError
 
     if adapter.reads not in (("pooled",), ("hidden",)):
@@ -36,14 +37,7 @@ def encode(
         )
     name = {"pooled": "image_embeds", "hidden": "penultimate_hidden_states"}[adapter.reads[0]]
     embeds = _embeds(clip_vision.encode_image(image)[name])
-    if embeds.shape[-1] != adapter.clip_dim:
-        raise ModelError(
-            "does not fit this CLIP vision model",
-            where="adapter",
-            expected=f"embeddings of width {embeds.shape[-1]}",
-            found=adapter.clip_dim,
-            fix="It was trained for another image encoder.",
-        )
+    check_embeddings(adapter, embeds.shape[-1], "this CLIP vision model")
     if negative is not None:
         return embeds, _embeds(clip_vision.encode_image(negative)[name][:1])
     if name == "image_embeds":

@@ -328,19 +328,10 @@ def _protected(latents: Tensor, guess: Tensor, model: Any) -> Tensor:
 
 
 def _check_fit(prompt: ImagePrompt, sites: Sequence[Site]) -> None:
+    from ipdiverse.adapter.fit import check_layers
     from ipdiverse.errors import ModelError
 
-    mine = prompt.adapter.widths()
-    theirs = {site.layer.number: site.widths for site in sites}
-    if mine != theirs:
-        first = min(n for n in mine.keys() | theirs.keys() if mine.get(n) != theirs.get(n))
-        raise ModelError(
-            f"layer {first} does not fit this model",
-            where="adapter",
-            expected=f"(tokens, hidden) {theirs.get(first, 'no such layer')}",
-            found=mine.get(first, "no such layer"),
-            fix="It was trained for another base model.",
-        )
+    check_layers(prompt.adapter, {site.layer.number: site.widths for site in sites}, "this model")
     if prompt.setting.levers.noise_level and prompt.adapter.noise is None:
         raise ModelError(
             "is not noise-conditioned",

@@ -14,9 +14,9 @@ from diffusers.hooks import HookRegistry
 
 from ipdiverse.adapter.attention import DecoupledAttention, Slot
 from ipdiverse.adapter.encoding import EmbedChange, ImageEncoding, encode_references
-from ipdiverse.adapter.fit import check_encoder_fits, check_unet_fits, checked_unet
+from ipdiverse.adapter.fit import check_encoder, check_layers, checked_unet
 from ipdiverse.adapter.hook import ImagePromptHook, Prompt
-from ipdiverse.adapter.model import ImagePromptAdapter, attention_layers
+from ipdiverse.adapter.model import ImagePromptAdapter, attention_layers, layer_widths
 from ipdiverse.adapter.reference import Reference, as_reference
 from ipdiverse.adapter.scale import Scale, resolve_scale, unet_layers
 from ipdiverse.adapter.text_mask import forget_words, watch_words
@@ -217,8 +217,8 @@ def attach(
         image_processor or getattr(pipe, "feature_extractor", None),
     )
     for adapter in adapters:
-        check_unet_fits(adapter, unet)
-        check_encoder_fits(adapter, encoding.encoder)
+        check_layers(adapter, layer_widths(unet))
+        check_encoder(adapter, encoding.encoder)
         adapter.to(unet.device, unet.dtype).eval()
     layers = unet_layers(unet)
     one = Scale(lambda _layer, _progress: 1.0)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ipdiverse.adapter.model import attention_layers, layer_widths
+from ipdiverse.adapter.model import attention_layers
 from ipdiverse.errors import ModelError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from ipdiverse.adapter.model import ImagePromptAdapter
 
 
@@ -46,26 +48,56 @@ def checked_unet(pipe: Any) -> Any:
     return unet
 
 
-def check_unet_fits(adapter: ImagePromptAdapter, unet: Any) -> None:
-    """Refuse an adapter whose layers have not the UNet's sizes.
+def check_layers(
+    adapter: ImagePromptAdapter, theirs: Mapping[int, tuple[int, int]], named: str = "this UNet"
+) -> None:
+    """Refuse an adapter whose layers have other sizes than a model's.
+
+    Args:
+        adapter: The adapter.
+        theirs: Widths of tokens and states of each of the model's layers, by its number.
+        named: What the model is called.
 
     Raises:
         ModelError: They differ.
     """
-    mine, theirs = adapter.widths(), layer_widths(unet)
-    if mine != theirs:
-        different = sorted(n for n in mine.keys() | theirs.keys() if mine.get(n) != theirs.get(n))
-        first = different[0]
+    mine = adapter.widths()
+    if mine == theirs:
+        return
+    first = min(n for n in mine.keys() | theirs.keys() if mine.get(n) != theirs.get(n))
+    raise ModelError(
+        f"layer {first} does not fit {named}",
+        where="adapter",
+        expected=f"(tokens, hidden) {theirs.get(first, 'no such layer')}",
+        found=mine.get(first, "no such layer"),
+        fix="It was trained for another base model.",
+    )
+
+
+def check_embeddings(
+    adapter: ImagePromptAdapter, width: int, named: str = "this image encoder"
+) -> None:
+    """Refuse an adapter that reads embeddings of another width.
+
+    Args:
+        adapter: The adapter.
+        width: Of what the encoder gives.
+        named: What the encoder is called.
+
+    Raises:
+        ModelError: They differ.
+    """
+    if adapter.clip_dim != width:
         raise ModelError(
-            f"layer {first} does not fit this UNet",
+            f"does not fit {named}",
             where="adapter",
-            expected=f"(tokens, hidden) {theirs.get(first, 'no such layer')}",
-            found=mine.get(first, "no such layer"),
-            fix="It was trained for another base model.",
+            expected=f"embeddings of width {width}",
+            found=adapter.clip_dim,
+            fix="It was trained for another image encoder.",
         )
 
 
-def check_encoder_fits(adapter: ImagePromptAdapter, encoder: Any) -> None:
+def check_encoder(adapter: ImagePromptAdapter, encoder: Any) -> None:
     """Refuse an image encoder whose embeddings have not the adapter's width; None always fits.
 
     Raises:
@@ -74,15 +106,9 @@ def check_encoder_fits(adapter: ImagePromptAdapter, encoder: Any) -> None:
     if encoder is None or adapter.clip_dim is None:
         return
     pooled = "pooled" in adapter.reads
-    width = encoder.config.projection_dim if pooled else encoder.config.hidden_size
-    if adapter.clip_dim != width:
-        raise ModelError(
-            "does not fit this image encoder",
-            where="adapter",
-            expected=f"embeddings of width {width}",
-            found=adapter.clip_dim,
-            fix="It was trained for another image encoder.",
-        )
+    check_embeddings(
+        adapter, encoder.config.projection_dim if pooled else encoder.config.hidden_size
+    )
 
 
 def _check_attention(attention: Any, name: str) -> None:

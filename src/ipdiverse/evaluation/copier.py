@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ipdiverse.bases import CRITTERS, adapter_source, load_base
-from ipdiverse.critters.oracle import Oracle, read
+from ipdiverse.critters.oracle import Oracle
 from ipdiverse.evaluation.anchors import COPY, RENDERER, copied, rendered
+from ipdiverse.evaluation.readings import read_sets
 from ipdiverse.evaluation.sampling import (
     Pair,
     critters_sets,
@@ -101,13 +102,8 @@ def score(
         pairs: What was asked.
         images: Images a pair.
     """
-    reading = read(oracle, outputs)
-    sets = critters_sets(
-        reading.attributes.numpy().reshape(len(pairs), images, -1),
-        reading.invalid.numpy().reshape(len(pairs), images),
-        pairs,
-    )
-    scores = score_sets(sets)
+    seen = read_sets(oracle, outputs.reshape(len(pairs), images, *outputs.shape[1:]))
+    scores = score_sets(critters_sets(seen.attributes, seen.invalid, pairs))
     return {name: _number(value) for name, value in asdict(scores).items()}
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ipdiverse.critters.oracle import read
 from ipdiverse.errors import DataError
 from ipdiverse.provenance import write_bytes_atomic
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from ipdiverse.critters.oracle import Oracle
     from ipdiverse.evaluation.metrics import Bools, Ints
 
 FOLDER = "readings"
@@ -50,6 +52,13 @@ class Readings:
             about=np.frombuffer(json.dumps(self.about, sort_keys=True).encode(), np.uint8),
         )
         write_bytes_atomic(file, buffer.getvalue())
+
+
+def read_sets(oracle: Oracle, sets: np.ndarray) -> Readings:
+    """What is seen in (pairs, images, height, width, 3), uint8."""
+    seen, shape = read(oracle, sets.reshape(-1, *sets.shape[2:])), sets.shape[:2]
+    attributes = seen.attributes.numpy().reshape(*shape, -1)
+    return Readings(attributes, seen.invalid.numpy().reshape(shape), {})
 
 
 def load_readings(file: Path) -> Readings | None:

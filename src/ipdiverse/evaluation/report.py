@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from ipdiverse.evaluation.measured import Done, Measured
     from ipdiverse.evaluation.study import Study
 
-
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -175,8 +174,7 @@ def _left_out(arms: list[str]) -> str:
 def _sets(study: Study, measured: Sequence[Measured], references: Sequence[Image.Image]) -> str:
     """The baseline, and of each family the arm that varies most while it keeps most."""
     rows = []
-    for one in _chosen(study, measured):
-        images = _shown(one)
+    for one, images in _chosen(study, measured):
         strips = [
             _strip(reference, drawn) for reference, drawn in zip(references, images, strict=False)
         ]
@@ -197,14 +195,15 @@ def _sets_figure(
     chosen = _chosen(study, measured)
     figure = Figure(figsize=(9, 1.25 * len(chosen)), dpi=100, layout="constrained")
     rows = figure.subplots(len(chosen), 1, squeeze=False)[:, 0]
-    for axes, one in zip(rows, chosen, strict=True):
-        axes.imshow(_strip(references[0], _shown(one)[0]), interpolation="nearest")
+    for axes, (one, images) in zip(rows, chosen, strict=True):
+        axes.imshow(_strip(references[0], images[0]), interpolation="nearest")
         axes.set_title(one.arm.name, fontsize=8, loc="left", pad=2)
         axes.axis("off")
     return figure
 
 
-def _chosen(study: Study, measured: Sequence[Measured]) -> list[Measured]:
+def _chosen(study: Study, measured: Sequence[Measured]) -> list[tuple[Measured, np.ndarray]]:
+    """Arms to show, with their images: anchors, the baseline first, the best of each family."""
     across, up = axes_of(measured)[0]
     best: dict[str, Measured] = {}
     for one in measured:
@@ -220,12 +219,8 @@ def _chosen(study: Study, measured: Sequence[Measured]) -> list[Measured]:
         if one.arm.family not in best or product[0] > product[1]:
             best[one.arm.family] = one
     first = best.get(study.baseline_arm.name)  # what all is compared with
-    return sorted(best.values(), key=lambda one: one is not first)
-
-
-def _shown(one: Measured) -> np.ndarray:
-    """Images of the first pairs, of an arm that has any."""
-    return np.empty((0,)) if one.images is None else one.images
+    ordered = sorted(best.values(), key=lambda one: one is not first)
+    return [(one, one.images) for one in ordered if one.images is not None]
 
 
 def _words(one: Measured) -> str:

@@ -20,7 +20,6 @@ from PIL import Image
 
 from ipdiverse.adapter.sources import local_file
 from ipdiverse.bases import CRITTERS, CRITTERS_ORACLE, adapter_source, load_base
-from ipdiverse.critters.oracle import read
 from ipdiverse.critters.training.loop import fingerprint
 from ipdiverse.errors import ArgumentError, IpdiverseError
 from ipdiverse.evaluation.anchors import anchors
@@ -29,7 +28,14 @@ from ipdiverse.evaluation.dial_check import check_dials
 from ipdiverse.evaluation.features import feature_parts, open_encoder
 from ipdiverse.evaluation.folders import folder_pairs, opened
 from ipdiverse.evaluation.measured import SHOWN_IMAGES, SHOWN_PAIRS, Done, Measured
-from ipdiverse.evaluation.readings import FOLDER, Readings, file_of, load_readings, together
+from ipdiverse.evaluation.readings import (
+    FOLDER,
+    Readings,
+    file_of,
+    load_readings,
+    read_sets,
+    together,
+)
 from ipdiverse.evaluation.report import volumes
 from ipdiverse.evaluation.sampling import critters_sets, shipped_oracle, study_pairs
 from ipdiverse.evaluation.sets import Parts, joined, set_parts
@@ -39,7 +45,6 @@ from ipdiverse.sampling.generation import versions
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from ipdiverse.critters.oracle import Oracle
     from ipdiverse.evaluation.sets import Sets
     from ipdiverse.evaluation.study import Arm, Study
 
@@ -114,7 +119,7 @@ class Runner:
         exact = study.base == CRITTERS and study.references is None
         self.oracle = shipped_oracle() if exact else None
         self._oracle_hash = file_hash(CRITTERS_ORACLE) if exact else None
-        self.pairs: list[Any] = self._drawn()
+        self.pairs, self.references = _asked(study)
         if len(self.pairs) < 2:
             raise ArgumentError(
                 "gives too few pairs of a prompt and a reference",
@@ -123,8 +128,6 @@ class Runner:
                 found=len(self.pairs),
             )
         self.study = study = replace(study, pairs=len(self.pairs))
-        drawn = study.references is None
-        self.references = [p.image() for p in self.pairs] if drawn else opened(self.pairs)
         self._images = ArmImages(study, self.base, self.pairs, self.references, out / "images")
         self.encoders = [open_encoder(name, self.base.pipe) for name in study.features]
         if not exact and not self.encoders:
@@ -214,13 +217,6 @@ class Runner:
             measured.append(Measured(arm, [parts], images, sets))
         return measured
 
-    def _drawn(self) -> list[Any]:
-        study = self.study
-        if study.references is None:
-            return list(study_pairs(study.pairs, study.seed, study.split, study.edits))
-        prompts = Path(study.prompts) if study.prompts else None
-        return list(folder_pairs(Path(study.references), prompts, study.pairs))
-
     def _run(
         self, arm: Arm, number: int
     ) -> tuple[dict[str, Parts], Readings | None, np.ndarray | None]:
@@ -275,7 +271,7 @@ class Runner:
             pairs = slice(done, done := done + len(sets))
             features.append(self._features(sets, pairs))
             if self.oracle is not None:
-                read.append(_read(self.oracle, sets))
+                read.append(read_sets(self.oracle, sets))
         seen = together(read) if read else None
         exact = {} if seen is None else set_parts(self._sets([seen]))
         return exact | joined(features), seen, shown
@@ -309,13 +305,16 @@ class Runner:
             self._bar.update(pairs * self.study.images)
 
 
-def _read(oracle: Oracle, sets: np.ndarray) -> Readings:
-    """What is seen in (pairs, images, height, width, 3)."""
-    seen, shape = read(oracle, sets.reshape(-1, *sets.shape[2:])), sets.shape[:2]
-    attributes = seen.attributes.numpy().reshape(*shape, -1)
-    return Readings(attributes, seen.invalid.numpy().reshape(shape), {})
-
-
 def _shown(sets: np.ndarray) -> np.ndarray:
     """What a report shows of them, and no view of the rest."""
     return sets[:SHOWN_PAIRS, :SHOWN_IMAGES].copy()
+
+
+def _asked(study: Study) -> tuple[list[Any], list[Image.Image]]:
+    """The pairs, and the reference of each."""
+    if study.references is None:
+        drawn = study_pairs(study.pairs, study.seed, study.split, study.edits)
+        return drawn, [pair.image() for pair in drawn]
+    prompts = Path(study.prompts) if study.prompts else None
+    found = folder_pairs(Path(study.references), prompts, study.pairs)
+    return found, opened(found)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,8 +37,7 @@ def test_scores_do_not_depend_on_the_pieces(
 ) -> None:
     monkeypatch.setattr(arm_images, "sample_array", painted)
     arm = Arm("a", "a", {"adapter": "plus"})
-    study = Study(arms=(arm,), baseline=None, pairs=PAIRS, images=IMAGES, steps=1)
-    study = replace(study, features=("base",))
+    study = Study(arms=(arm,), pairs=PAIRS, images=IMAGES, steps=1, features=("base",))
     found = []
     for size in (2, 8):
         monkeypatch.setattr(arm_images, "CHUNK", size)

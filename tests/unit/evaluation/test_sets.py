@@ -130,23 +130,20 @@ class TestParts:
 
     def test_what_each_pair_adds_and_how_much_it_weighs(self):
         found = m.set_parts(self.SETS)
+        two = entropy_miller_madow([1, 1, 0])  # the first pair's other attribute shows one value
+        first, second = (
+            two / expected_entropy(prior, 2) for prior in ((0.5, 0.5, 0.0), (0.4, 0.3, 0.3))
+        )
         assert {name: (list(p.total), list(p.weight)) for name, p in found.items()} == {
             "edit_accuracy": ([0, 0, 1], [0, 0, 2]),
             "prompt_accuracy": ([0, 1, 3], [0, 2, 6]),
             "agree_accuracy": ([0, 0, 2], [0, 0, 2]),
             "contradict_accuracy": ([0, 1, 1], [0, 2, 4]),
             "retention": ([2, 0, 0], [2, 2, 0]),
-            "entropy": (pytest.approx(list(found["entropy"].total)), [2, 1, 0]),
+            "entropy": (pytest.approx([first, second, 0]), [2, 1, 0]),
             "copy_rate": (pytest.approx([1 / 2 - 0.2 * 0.5, 1 / 2 - 0.3, 0]), [1, 1, 0]),
             "invalid_rate": ([0, 1, 0], [2, 2, 2]),
         }
-
-    def test_entropy_is_that_of_each_open_attribute_over_what_is_expected(self):
-        spread = m.set_parts(self.SETS)["entropy"]
-        two = entropy_miller_madow([1, 1, 0])
-        first = two / expected_entropy((0.5, 0.5, 0.0), 2)  # the other shows one value only
-        second = two / expected_entropy((0.4, 0.3, 0.3), 2)
-        assert spread.total == pytest.approx([first, second, 0])
 
     def test_every_score_of_a_set_is_its_parts_over_their_weight(self):
         scores, found = m.score_sets(self.SETS), m.set_parts(self.SETS)

@@ -1,0 +1,69 @@
+"""Differences between arms of a study, pair by pair, from what was read in their images.
+
+    python studies/differences.py paired-none paired-gated paired-blend [--seeds 1]
+        [--config studies/variety.toml] [--readings docs/study/readings]
+
+A report compares every arm with the baseline. This compares arms with any other: the first that is
+named, drawn together with each of the rest, so that what pairs have in common is not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ipdiverse.errors import DataError
+from ipdiverse.evaluation.bootstrap import difference
+from ipdiverse.evaluation.readings import file_of, load_readings
+from ipdiverse.evaluation.sampling import Pair, critters_sets, study_pairs
+from ipdiverse.evaluation.sets import Parts, set_parts
+from ipdiverse.evaluation.study import read_study
+
+SCORES = {
+    "entropy": "variety",
+    "retention": "identity",
+    "prompt_accuracy": "prompt",
+    "contradict_accuracy": "contradicting",
+    "copy_rate": "copies",
+    "invalid_rate": "invalid",
+}
+
+
+def runs_of(name: str, folder: Path, pairs: list[Pair], seeds: int) -> list[dict[str, Parts]]:
+    """The scores of each training seed of an arm, at most `seeds` of them.
+
+    Raises:
+        DataError: Nothing of the arm was read.
+    """
+    read = [load_readings(file_of(folder, name, number)) for number in range(seeds)]
+    found = [one for one in read if one is not None]
+    if not found:
+        raise DataError("has no readings", where=name, expected=f"a file in {folder}")
+    return [set_parts(critters_sets(one.attributes, one.invalid, pairs)) for one in found]
+
+
+def main() -> None:
+    """Print a Markdown table: estimate and 95 % interval of every difference."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("base")
+    parser.add_argument("others", nargs="+")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--config", type=Path, default=Path("studies/variety.toml"))
+    parser.add_argument("--readings", type=Path, default=Path("docs/study/readings"))
+    chosen = parser.parse_args()
+    study = read_study(chosen.config)
+    pairs = study_pairs(study.pairs, study.seed, study.split, study.edits)
+    base = runs_of(chosen.base, chosen.readings, pairs, chosen.seeds)
+    print(f"| less `{chosen.base}` | {' | '.join(SCORES.values())} |")
+    print("|---" * (len(SCORES) + 1) + "|")
+    for name in chosen.others:
+        runs = runs_of(name, chosen.readings, pairs, chosen.seeds)
+        cells = []
+        for score in SCORES:
+            less = difference([run[score] for run in runs], [run[score] for run in base])
+            cells.append(f"{less.estimate:+.3f} ({less.low:+.3f} to {less.high:+.3f})")
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
