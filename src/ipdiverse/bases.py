@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ipdiverse.downloads import fetch
 from ipdiverse.errors import ArgumentError, ModelError
+from ipdiverse.loading import loading
 from ipdiverse.memory import (
     MemoryOptions,
     Plan,
@@ -27,7 +28,6 @@ from ipdiverse.pipelines import (
     check_known,
     clip_processor,
     open_pipeline,
-    quiet,
     split_hub_id,
 )
 from ipdiverse.presets import PRESETS
@@ -175,7 +175,7 @@ def load_part(kind: str, source: str, base: Base, *, local_files_only: bool = Fa
     Raises:
         ModelError: It cannot be opened.
     """
-    with quiet():
+    with loading():
         import diffusers
         import transformers
 

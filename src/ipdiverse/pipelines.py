@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import re
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ipdiverse.downloads import fetch, reason, snapshot
 from ipdiverse.errors import ArgumentError, ModelError
+from ipdiverse.loading import loading
 from ipdiverse.presets import PRESETS, Preset
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 CRITTERS = "critters"
 CRITTERS_BASE = Path(__file__).parent / "critters" / "weights" / "base"
@@ -118,7 +115,7 @@ def _with_encoder(pipe: Any, opening: Opening, own: Preset | None = None) -> Any
     if preset is None or not files:
         return pipe
     found = fetch(files, preset.name, local_files_only=opening.local_files_only)
-    with quiet():
+    with loading():
         import torch
         import transformers
 
@@ -149,7 +146,7 @@ def clip_processor(encoder: Any) -> Any:
 
 
 def _opened(name: str, source: str, opening: Opening, **options: Any) -> Any:
-    with quiet():
+    with loading():
         from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
         # the class is stated where it is known: looking it up costs seconds of imports
@@ -206,7 +203,7 @@ def load_unet(pipe: Any) -> None:
     later = getattr(pipe, "unet_later", None)
     if later is None or pipe.unet.device.type != "meta":
         return
-    with quiet():
+    with loading():
         try:
             pipe.register_modules(unet=later.load().eval())
         except Exception as error:
@@ -231,7 +228,7 @@ def _single_file(file: Path, opening: Opening) -> Any:
             found=file.suffix or "no extension",
             fix="Other single files are pickles, which can run code; look for a safetensors one.",
         )
-    with quiet():
+    with loading():
         import diffusers
         import torch
         from safetensors import SafetensorError, safe_open
@@ -265,27 +262,6 @@ def split_hub_id(source: str) -> tuple[str, str | None]:
     """`owner/name/path/inside` as (`owner/name`, `path/inside`); anything shorter as it is."""
     parts = source.split("/", 2)
     return ("/".join(parts[:2]), parts[2]) if len(parts) == 3 else (source, None)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the libraries' progress bars and advice off the terminal; we say what matters."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    before = [(lib, lib.get_verbosity()) for lib in (diffusers_logging, transformers_logging)]
-    bars = transformers_logging.is_progress_bar_enabled()
-    for library, _ in before:
-        library.set_verbosity_error()
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library, verbosity in before:
-            library.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
-            diffusers_logging.enable_progress_bar()
 
 
 def first_line(error: Exception) -> str:

@@ -14,7 +14,7 @@ from ipdiverse.adapter.attach import detach
 from ipdiverse.adapter.fusion import GatedFusion
 from ipdiverse.adapter.model import attention_layers
 from ipdiverse.adapter.reference import Reference
-from ipdiverse.bases import quiet
+from ipdiverse.loading import quiet
 from tests import models
 from tests.acceptance.checks import REFERENCES, differ, equal, put_on, the_five
 from tests.acceptance.scenes import (

@@ -19,7 +19,7 @@ from ipdiverse.adapter.attach import attach
 from ipdiverse.adapter.model import ImagePromptAdapter, cross_attention_layers, layer_widths
 from ipdiverse.adapter.projection import LinearProjection, ResamplerProjection
 from ipdiverse.adapter.reference import Reference
-from ipdiverse.bases import quiet
+from ipdiverse.loading import quiet
 from tests import models
 
 if TYPE_CHECKING:

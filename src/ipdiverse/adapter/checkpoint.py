@@ -26,6 +26,7 @@ from ipdiverse.adapter.model import ImagePromptAdapter
 from ipdiverse.adapter.sources import find_checkpoint
 from ipdiverse.adapter.structure import DTYPES, describe, misfits, skeleton
 from ipdiverse.errors import CheckpointError
+from ipdiverse.loading import building
 from ipdiverse.provenance import write_bytes_atomic
 
 _SPEC_KEY = "ipdiverse"
@@ -215,7 +216,8 @@ def adapter_from_tensors(
     shortcut = _shortcut(adapter, where, spec or {}, face_id_plus_v2)
     adapter = skeleton(tensors, where, spec or {}, shortcut) if shortcut else adapter
     plain = {key: loaded.pop(key) for key in list(loaded) if key.startswith(PLAIN)}
-    adapter.load_state_dict(loaded, assign=True)
+    with building():
+        adapter.load_state_dict(loaded, assign=True)
     adapter.plain = {key.removeprefix(PLAIN): tensor for key, tensor in plain.items()}
     adapter.spec = dict(spec or {})
     return adapter

@@ -16,6 +16,7 @@ from ipdiverse.adapter.model import ImagePromptAdapter, LoraShapes, Projection
 from ipdiverse.adapter.noise import NoiseConditioning
 from ipdiverse.adapter.projection import LinearProjection, ResamplerProjection
 from ipdiverse.errors import CheckpointError
+from ipdiverse.loading import building
 
 Tensors = Mapping[str, Tensor]
 
@@ -49,7 +50,10 @@ def skeleton(
         CheckpointError: They describe none.
     """
     try:
-        with torch.device("meta"):  # a file's claims cost no memory before they are checked
+        with (
+            building(),
+            torch.device("meta"),
+        ):  # a file's claims cost no memory before they are checked
             projection = _projection(tensors, where, shortcut)
             adapter = ImagePromptAdapter(
                 projection,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ipdiverse.critters.scene import ATTRIBUTES
+from ipdiverse.loading import building
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -85,6 +86,7 @@ def load_oracle(file: Path) -> Oracle:
     """Open the oracle that `ipdiverse critters train-base` saved."""
     from safetensors.torch import load_file
 
-    oracle = Oracle()
+    with building():
+        oracle = Oracle()
     oracle.load_state_dict({name: tensor.float() for name, tensor in load_file(file).items()})
     return oracle.eval()

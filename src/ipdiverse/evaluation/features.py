@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ipdiverse.bases import quiet
 from ipdiverse.errors import ModelError
 from ipdiverse.evaluation.sets import Parts
 from ipdiverse.evaluation.variety import mean_pairwise_distance, vendi
+from ipdiverse.loading import loading
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -105,7 +105,7 @@ def open_encoder(name: str, base_pipe: Any = None) -> FeatureEncoder:
             raise ModelError("has no image encoder", where="base", fix="Name another encoder.")
         return FeatureEncoder(name, encoder.eval(), base_pipe.feature_extractor)
     source = ENCODERS.get(name, name)
-    with quiet():
+    with loading():
         from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
         try:

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ipdiverse.bases import Base, adapter_source, default_adapter, load_base, quiet
+from ipdiverse.bases import Base, adapter_source, default_adapter, load_base
 from ipdiverse.errors import ArgumentError
 from ipdiverse.image_io import load_image
+from ipdiverse.loading import quiet
 from ipdiverse.presets import PRESETS
 from ipdiverse.sampling.generation import Generation
 from ipdiverse.sampling.sample import Job, attached, preview, sampled, scale_of

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ipdiverse.bases import Base, load_part, quiet
+from ipdiverse.bases import Base, load_part
 from ipdiverse.errors import ModelError
 from ipdiverse.image_io import load_image
+from ipdiverse.loading import quiet
 from ipdiverse.memory import arrange
 
 if TYPE_CHECKING:

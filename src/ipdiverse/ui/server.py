@@ -90,7 +90,9 @@ def opened_page(options: Options) -> Iterator[Page]:
         page = build(studio, installed, reports, options.waiting)
         stack.callback(_close, page, studio)
         url = _launch(page, options, look())
-        threading.Thread(target=_warm, args=(studio,), daemon=True).start()
+        warming = threading.Thread(target=_warm, args=(studio,), daemon=True)
+        warming.start()
+        stack.callback(warming.join)  # nothing is being opened when the page has gone
         yield Page(url, studio, folder)
 
 
@@ -181,7 +183,7 @@ def _warm(studio: Studio) -> None:
 def _close(page: Any, studio: Studio) -> None:
     studio.close()
     page.close(verbose=False)
-    with suppress(TimeoutError), studio.turn(_patience(30)):
+    with suppress(TimeoutError), studio.turn(_patience(100)):
         pass  # what was at work has ended and writes nothing any more
 
 

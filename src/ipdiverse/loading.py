@@ -1,0 +1,81 @@
+"""Opening models where several threads may: the libraries change the whole process meanwhile."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_one_builds = threading.RLock()
+
+
+@contextmanager
+def building() -> Iterator[None]:
+    """Let one thread at a time build modules or load weights into them, for a `with` block.
+
+    diffusers loads inside accelerate's `init_empty_weights`, which replaces
+    `torch.nn.Module.register_parameter` for the whole process and afterwards puts back what it
+    found there; transformers does the like with the default dtype. Of two threads that load at
+    once the later puts back the other's replacement, and from then on every module of the process
+    is built without memory for its weights (device `meta`).
+    """
+    with _one_builds:
+        yield
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """`building`, and the libraries are quiet: for whatever calls their `from_pretrained`."""
+    with building(), quiet():
+        yield
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the libraries' progress bars and advice off the terminal; we say what matters.
+
+    Of blocks that overlap, in one thread or several, the last to end brings them back.
+    """
+    _silence.begin()
+    try:
+        yield
+    finally:
+        _silence.end()
+
+
+class _Silence:
+    """How many blocks want it, and what brings the libraries' voices back."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._wanted = 0
+        self._before = ExitStack()
+
+    def begin(self) -> None:
+        from diffusers.utils import logging as diffusers_logging
+        from transformers.utils import logging as transformers_logging
+
+        with self._lock:
+            self._wanted += 1
+            if self._wanted > 1:
+                return
+            bars = transformers_logging.is_progress_bar_enabled()
+            libraries: tuple[Any, ...] = (diffusers_logging, transformers_logging)
+            for library in libraries:
+                self._before.callback(library.set_verbosity, library.get_verbosity())
+                if bars:
+                    self._before.callback(library.enable_progress_bar)
+                library.set_verbosity_error()
+                library.disable_progress_bar()
+
+    def end(self) -> None:
+        with self._lock:
+            self._wanted -= 1
+            if self._wanted == 0:
+                self._before.close()
+
+
+_silence = _Silence()
