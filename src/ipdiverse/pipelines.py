@@ -14,7 +14,7 @@ from ipdiverse.presets import PRESETS, Preset
 
 CRITTERS = "critters"
 CRITTERS_BASE = Path(__file__).parent / "critters" / "weights" / "base"
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 @dataclass(frozen=True)

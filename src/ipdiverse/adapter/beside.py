@@ -34,7 +34,7 @@ def naming(plain: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: They are no plain adapter's in safetensors.
     """
-    return {KEY: {"file": plain.name, "sha256": _hash(_weights(plain))}}
+    return {KEY: {"file": plain.name, "sha256": tensors_hash(_weights(plain))}}
 
 
 def named(spec: Mapping[str, Any], file: Path) -> Path | None:
@@ -92,7 +92,7 @@ def completed(
             fix=_FIX,
         )
     theirs, wanted = _weights(plain), spec[KEY]["sha256"]
-    if _hash(theirs) != wanted:
+    if tensors_hash(theirs) != wanted:
         raise CheckpointError(
             "beside it are not the weights that it went on from",
             where=file,
@@ -133,7 +133,7 @@ def _weights(plain: Path) -> dict[str, Tensor]:
     return theirs
 
 
-def _hash(tensors: Mapping[str, Tensor]) -> str:
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of names, types, shapes and every bit."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):

@@ -7,6 +7,7 @@ which other layouts adapters are read, `beside` how a file names the plain weigh
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import warnings
@@ -18,7 +19,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from ipdiverse.adapter.beside import KEY, check_target, completed, named
+from ipdiverse.adapter.beside import KEY, check_target, completed, named, tensors_hash
 from ipdiverse.adapter.containers import Contents, open_checkpoint
 from ipdiverse.adapter.layouts import normalise
 from ipdiverse.adapter.mixing import PLAIN, remember_plain
@@ -31,6 +32,7 @@ from ipdiverse.provenance import write_bytes_atomic
 
 _SPEC_KEY = "ipdiverse"
 _NAMED_PROBLEMS = 5
+_READ_FROM_SPEC = ("fusion", "shortcut")  # what `adapter_from_tensors` asks of it
 
 
 def save_adapter(
@@ -137,6 +139,27 @@ def spec_of(contents: Contents) -> dict[str, Any]:
             "its spec is broken", where=contents.file, expected="a JSON object", found=spec
         )
     return spec
+
+
+def hash_of_what_decides(file: Path, *, dial: bool) -> str:
+    """SHA-256 of what of an adapter's file decides its images, and of nothing else in it.
+
+    That is its weights, with those it only names, and what the spec says of how they are read; not
+    when or by which revision they were trained. Equal weights trained again have the same.
+
+    Args:
+        file: In any layout that `layouts` knows.
+        dial: Whether `diversity` is set, so that the file's dial decides too.
+
+    Raises:
+        CheckpointError: The file is broken, or what it names is not beside it.
+    """
+    contents = open_checkpoint(file)
+    stored = normalise(contents.tensors, file).tensors
+    tensors, spec = completed(stored, spec_of(contents), file)
+    read = (*_READ_FROM_SPEC, "dial") if dial else _READ_FROM_SPEC
+    told = json.dumps([tensors_hash(tensors), [spec.get(name) for name in read]], sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()
 
 
 def copy_with_spec(source: Path, target: Path, changes: Mapping[str, Any]) -> None:

@@ -131,7 +131,9 @@ def _download(repository: str, weight_name: str | None, options: dict[str, Any])
             ) from error
         lines = str(error).strip().splitlines()
         raise CheckpointError(
-            "is not in the local cache" if offline else "cannot be had from the hub",
+            "is no file here, nor in the local cache"
+            if offline
+            else "is no file here, and cannot be had from the hub",
             where=wanted,
             found=lines[0][:200] if lines else type(error).__name__,
             fix="Allow downloads once, or give a local file."

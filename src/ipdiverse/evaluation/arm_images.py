@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ipdiverse.adapter.checkpoint import hash_of_what_decides
 from ipdiverse.adapter.sources import local_file
 from ipdiverse.bases import CRITTERS, adapter_source
 from ipdiverse.critters.training.loop import autocast, fingerprint
 from ipdiverse.evaluation.sampling import sample_array
 from ipdiverse.image_io import content_hash
-from ipdiverse.provenance import ensure_writable_folder, file_hash, write_bytes_atomic
+from ipdiverse.provenance import ensure_writable_folder, write_bytes_atomic
 from ipdiverse.sampling.generation import versions
 from ipdiverse.sampling.sample import Job, attached, scale_of
 
@@ -146,8 +147,13 @@ class ArmImages:
         """What decides an arm's images, as 16 hexadecimal digits."""
         settings = asdict(arm.request(self.study.steps, self.base.guidance_scale))
         study = [self.study.images, self.study.seed]
-        decides = [settings, study, file_hash(weights), self.decides, versions()]
+        decides = [settings, study, adapter_hash(arm, weights), self.decides, versions()]
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def adapter_hash(arm: Arm, weights: Path) -> str:
+    """What of an adapter decides an arm's images; its dial does where the arm turns it."""
+    return hash_of_what_decides(weights, dial=arm.settings.get("diversity") is not None)
 
 
 def _save(file: Path, images: np.ndarray) -> None:

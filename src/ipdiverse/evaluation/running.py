@@ -23,7 +23,7 @@ from ipdiverse.bases import CRITTERS, CRITTERS_ORACLE, adapter_source, load_base
 from ipdiverse.critters.training.loop import fingerprint
 from ipdiverse.errors import ArgumentError, IpdiverseError
 from ipdiverse.evaluation.anchors import anchors
-from ipdiverse.evaluation.arm_images import ArmImages
+from ipdiverse.evaluation.arm_images import ArmImages, adapter_hash
 from ipdiverse.evaluation.dial_check import check_dials
 from ipdiverse.evaluation.features import feature_parts, open_encoder
 from ipdiverse.evaluation.folders import folder_pairs, opened
@@ -248,16 +248,20 @@ class Runner:
     def _about(self, arm: Arm, number: int) -> dict[str, Any]:
         """What decides readings; the hash of an adapter that is not here is None."""
         study = self.study
-        try:
-            source = adapter_source(study.base, arm.sources[number])
-            weights = file_hash(local_file(source, local_files_only=True))  # asked, not needed
-        except IpdiverseError:
-            weights = None
         numbers = {name: getattr(study, name) for name in ("pairs", "images", "steps", "seed")}
         settings = {name: value for name, value in arm.settings.items() if name != "adapter"}
         base = hashlib.sha256(json.dumps(self._images.decides).encode()).hexdigest()
+        file = self._file_here(arm.sources[number])
+        weights = None if file is None else adapter_hash(arm, file)
         hashes = {"base": base, "adapter": weights, "oracle": self._oracle_hash}
         return {"settings": settings, **numbers, **hashes}
+
+    def _file_here(self, source: str) -> Path | None:
+        """An adapter's file, if it is on this machine: published readings do not need it."""
+        try:
+            return local_file(adapter_source(self.study.base, source), local_files_only=True)
+        except IpdiverseError:
+            return None
 
     def _scored(
         self, chunks: Iterable[np.ndarray]

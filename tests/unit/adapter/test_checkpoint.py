@@ -10,6 +10,7 @@ from tests.checkpoint_files import KINDS, assert_equal, tensors_of
 
 from ipdiverse.adapter.checkpoint import (
     adapter_from_tensors,
+    hash_of_what_decides,
     load_adapter,
     read_spec,
     save_adapter,
@@ -135,6 +136,28 @@ def test_gated_fusion_keeps_its_heads(heads: int, tmp_path: Path) -> None:
     assert loaded.fusion.heads == heads
     assert_equal(tensors_of(loaded), tensors_of(made))
     assert loaded.spec["fusion"] == {"kind": "gated", "heads": heads}
+
+
+@pytest.mark.parametrize("dial", [False, True])
+def test_a_hash_names_what_decides_images_and_nothing_else(dial: bool, tmp_path: Path) -> None:
+    made = checkpoint_files.adapter()
+    made.fusion = GatedFusion(64, 4, heads=1, width=32)
+
+    def hashed(spec: dict[str, Any], dtype: torch.dtype = torch.float32) -> str:
+        save_adapter(made, tmp_path / "a.safetensors", spec, dtype)
+        return hash_of_what_decides(tmp_path / "a.safetensors", dial=dial)
+
+    first = hashed({"steps": 1, "dial": {"settings": [0, 1]}})
+    assert hashed({"steps": 2, "dial": {"settings": [0, 1]}}) == first
+    assert (hashed({"dial": {"settings": [0, 0.5, 1]}}) == first) == (not dial)
+    assert (hashed({}) == first) == (not dial)
+    assert hashed({"dial": {"settings": [0, 1]}}, torch.float16) != first, "rounded weights"
+    made.fusion.heads = 2
+    assert hashed({"dial": {"settings": [0, 1]}}) != first, "heads are no weights"
+    made.fusion.heads = 1
+    assert hashed({"dial": {"settings": [0, 1]}}) == first
+    made.image_proj.norm.weight.data[3] += 1e-6
+    assert hashed({"dial": {"settings": [0, 1]}}) != first
 
 
 @pytest.mark.parametrize(("width", "heads"), [(128, 2), (64, 1), (48, 1)])
@@ -270,7 +293,7 @@ def test_hub_ids_that_cannot_be_had_are_one_line(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(CheckpointError, match=r"o/r: no such file; a hub repository needs"):
         load_adapter("o/r")
-    with pytest.raises(CheckpointError, match=r"o/r/x\.bin: is not in the local.*Allow") as said:
+    with pytest.raises(CheckpointError, match=r"o/r/x\.bin: is no file here, nor in the local.*Allow") as said:
         load_adapter("o/r", weight_name="x.bin", local_files_only=True)
     assert "\n" not in str(said.value)
     with pytest.raises(CheckpointError, match=r"models/gone\.bin: no such file\. Check the path"):

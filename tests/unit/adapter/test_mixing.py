@@ -15,6 +15,7 @@ from ipdiverse.adapter.attach import attach, detach
 from ipdiverse.adapter.beside import naming
 from ipdiverse.adapter.checkpoint import (
     copy_with_spec,
+    hash_of_what_decides,
     load_adapter,
     read_spec,
     remember_in_file,
@@ -239,6 +240,8 @@ def test_whatever_leaves_the_folder_holds_the_plain_one_itself(tmp_path: Path) -
     remember_in_file(file, tmp_path / "plain.safetensors", tmp_path / "again.safetensors")
     assert "plain" in read_spec(tmp_path / "beside.safetensors")
     written = [tmp_path / "both.safetensors", tmp_path / "again.safetensors"]
+    hashes = {hash_of_what_decides(copy, dial=False) for copy in (file, written[0])}
+    assert len(hashes) == 1, "wherever the plain weights lie"
     for whole in [*elsewhere.iterdir(), *written]:
         assert "plain" not in read_spec(whole), whole
         assert any(name.startswith("plain.") for name in load_file(whole)), whole

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from ipdiverse.adapter.checkpoint import load_adapter, save_adapter
+from ipdiverse.adapter.checkpoint import copy_with_spec, load_adapter, save_adapter
 from ipdiverse.bases import CRITTERS_ADAPTERS
 from ipdiverse.cli import main
 from ipdiverse.errors import DataError
@@ -99,6 +99,9 @@ def test_published_readings_are_taken_where_settings_and_weights_are_theirs(
     monkeypatch.chdir(tmp_path)
     assert run("lost", lost) == 2
     assert run("none", tmp_path / "study.toml", "--partial") == 2, "not even its baseline"
+    copy_with_spec(PLUS, adapter, {"git_revision": "another", "dial": {"settings": []}})
+    assert run("same", study(tmp_path, adapter), *taken) == 0
+    assert drawn == [4], "the same weights, trained or calibrated another day"
     adapter.write_bytes(PLUS.read_bytes())
     assert run("other", study(tmp_path, adapter, scale=0.25), *taken) == 0
     assert drawn == [4, 4], "other settings are drawn"
