@@ -293,7 +293,9 @@ def test_hub_ids_that_cannot_be_had_are_one_line(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(CheckpointError, match=r"o/r: no such file; a hub repository needs"):
         load_adapter("o/r")
-    with pytest.raises(CheckpointError, match=r"o/r/x\.bin: is no file here, nor in the local.*Allow") as said:
+    with pytest.raises(
+        CheckpointError, match=r"o/r/x\.bin: is no file here, nor in the local.*Allow"
+    ) as said:
         load_adapter("o/r", weight_name="x.bin", local_files_only=True)
     assert "\n" not in str(said.value)
     with pytest.raises(CheckpointError, match=r"models/gone\.bin: no such file\. Check the path"):
