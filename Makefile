@@ -69,10 +69,13 @@ fmt: $(STAMP) ## format, and mend what can be mended
 	$(BIN)/ruff check --fix-only
 	$(BIN)/ruff format
 
-benchmarks: $(STAMP) ## time rendering, generation, the dial and training
+# --small is the embedded base; what docs/inference.md tells of Stable Diffusion 1.5 takes far longer.
+benchmarks: $(STAMP) ## time rendering, generation, the dial, image prompts, attention and training
 	$(BIN)/python benchmarks/render.py
 	$(BIN)/python benchmarks/generate.py
 	$(BIN)/python benchmarks/dial.py
+	$(BIN)/python benchmarks/inference.py --small
+	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/training.py
 
 study-quick: $(STAMP) ## a coarse curve of variety against fidelity, in minutes
@@ -98,4 +101,4 @@ adapters: $(STAMP) ## train every adapter of the study (hours; it resumes) and s
 
 clean: ## remove what was built, not .venv
 	rm -rf out build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
-	find src tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+	find src tests benchmarks examples studies integrations docs/hooks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

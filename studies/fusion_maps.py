@@ -28,8 +28,8 @@ from ipdiverse.critters.scene import ATTRIBUTES, IDENTITY
 from ipdiverse.errors import CheckpointError
 from ipdiverse.evaluation.plots import as_bytes
 from ipdiverse.evaluation.sampling import Pair, study_pairs
-from ipdiverse.provenance import ensure_writable_folder, write_bytes_atomic, write_text_atomic
 from ipdiverse.training.frozen import FrozenEncoders
+from ipdiverse.writing import ensure_writable_folder, write_bytes_atomic, write_text_atomic
 
 KINDS = ("start", "stated scene", "other words", "end")
 

@@ -122,7 +122,7 @@ class Diversity:
         _require_ipdiverse()
         from dataclasses import replace
 
-        from ipdiverse.sampling.dial import dial_for
+        from ipdiverse.dial import dial_for
 
         from .prompting import Setting
 

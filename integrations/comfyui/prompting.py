@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from ipdiverse.adapter.model import ImagePromptAdapter
     from ipdiverse.adapter.scale import Layer, Scale
-    from ipdiverse.sampling.dial import Levers
+    from ipdiverse.dial import Levers
 
     from .sites import Site
 
@@ -33,7 +33,7 @@ _CONDITIONAL, _UNCONDITIONAL = 0, 1
 
 
 def _levers_off() -> Levers:
-    from ipdiverse.sampling.dial import OFF
+    from ipdiverse.dial import OFF
 
     return OFF
 

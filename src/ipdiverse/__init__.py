@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from ipdiverse.adapter.model import ImagePromptAdapter
     from ipdiverse.adapter.reference import Reference
     from ipdiverse.bases import load_base
+    from ipdiverse.dial import Levers
     from ipdiverse.errors import IpdiverseError
     from ipdiverse.sampling.denoiser import release, steer
-    from ipdiverse.sampling.dial import Levers
     from ipdiverse.sampling.generate import generate
     from ipdiverse.sampling.generation import Generation
     from ipdiverse.sampling.request import Request

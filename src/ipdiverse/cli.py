@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
-from typing import Annotated
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -18,6 +19,9 @@ from ipdiverse.commands.train import Train
 from ipdiverse.commands.ui import Ui
 from ipdiverse.errors import Interrupted, IpdiverseError
 from ipdiverse.training.config import as_flags
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 Command = (
     Annotated[Generate, tyro.conf.subcommand("generate")]
@@ -45,20 +49,9 @@ def main(arguments: list[str] | None = None) -> int:
     Args:
         arguments: Without the program's name; None takes the process's own.
     """
-    warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
     try:
-        arguments = sys.argv[1:] if arguments is None else arguments
-        if arguments[:1] == ["train"]:
-            arguments = ["train", *as_flags(arguments[1:])]
-        arguments = [_SWITCHES.get(word, word) for word in arguments]
-        command = tyro.cli(
-            Command,  # type: ignore[arg-type]
-            prog="ipdiverse",
-            args=arguments,
-            description="Image prompts with variety, without losing what you asked for.",
-            config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
-        )
-        command.run()
+        with _short_warnings():
+            _run(sys.argv[1:] if arguments is None else arguments)
     except IpdiverseError as error:
         sys.stderr.write(f"ipdiverse: {error}\n")
         return 2
@@ -69,3 +62,28 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.write("ipdiverse: interrupted\n")
         return 130
     return 0
+
+
+def _run(arguments: list[str]) -> None:
+    if arguments[:1] == ["train"]:
+        arguments = ["train", *as_flags(arguments[1:])]
+    arguments = [_SWITCHES.get(word, word) for word in arguments]
+    command = tyro.cli(
+        Command,  # type: ignore[arg-type]
+        prog="ipdiverse",
+        args=arguments,
+        description="Image prompts with variety, without losing what you asked for.",
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+    )
+    command.run()
+
+
+@contextmanager
+def _short_warnings() -> Iterator[None]:
+    """Warnings are one line each, without the place in the code."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before

@@ -56,17 +56,20 @@ class _Silence:
 
     def begin(self) -> None:
         from diffusers.utils import logging as diffusers_logging
+        from huggingface_hub import utils as hub
         from transformers.utils import logging as transformers_logging
 
         with self._lock:
             self._wanted += 1
             if self._wanted > 1:
                 return
-            bars = transformers_logging.is_progress_bar_enabled()
+            # transformers switches the hub's bars along with its own; what is first comes last
+            off = hub.are_progress_bars_disabled()
+            self._before.callback(hub.disable_progress_bars if off else hub.enable_progress_bars)
             libraries: tuple[Any, ...] = (diffusers_logging, transformers_logging)
             for library in libraries:
                 self._before.callback(library.set_verbosity, library.get_verbosity())
-                if bars:
+                if library.is_progress_bar_enabled():
                     self._before.callback(library.enable_progress_bar)
                 library.set_verbosity_error()
                 library.disable_progress_bar()

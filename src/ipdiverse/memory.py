@@ -15,6 +15,7 @@ from ipdiverse.errors import ArgumentError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from contextlib import AbstractContextManager
 
     import torch
 
@@ -186,15 +187,22 @@ def this_device() -> Device:
         return Device("cuda", free, torch.cuda.is_bf16_supported())
     if torch.backends.mps.is_available():
         return Device("mps", torch.mps.recommended_max_memory())
-    return Device("cpu", _main_memory(), _native_bfloat16())
+    return Device("cpu", _main_memory(), bf16_is_fast())
 
 
-def _native_bfloat16() -> bool:
-    """Whether this CPU multiplies in bfloat16; torch says so for x86 alone, in private names."""
+def bf16_is_fast() -> bool:
+    """Whether this CPU multiplies bf16 natively (AVX512-BF16 or AMX); never assume it."""
     import torch
 
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name, lambda: False)() for name in names)
+    capabilities = torch.cpu.get_capabilities()
+    return any(bool(capabilities.get(name)) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def autocast() -> AbstractContextManager[Any]:
+    """bf16 where the CPU is fast at it, else plain fp32."""
+    import torch
+
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16_is_fast())
 
 
 def _main_memory() -> int:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ipdiverse.downloads import fetch, reason, snapshot
 from ipdiverse.errors import ArgumentError, ModelError
 from ipdiverse.loading import loading
 from ipdiverse.presets import PRESETS, Preset
+
+if TYPE_CHECKING:
+    import torch
 
 CRITTERS = "critters"
 CRITTERS_BASE = Path(__file__).parent / "critters" / "weights" / "base"
@@ -256,6 +260,15 @@ def _single_file(file: Path, opening: Opening) -> Any:
                 found=first_line(error),
                 fix=f"Its configs come from the hub; offline, put them into {beside.name}/.",
             ) from error
+
+
+def fingerprint(module: torch.nn.Module) -> str:
+    """Twelve hex digits of a module's weights, to name what was computed with them."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def split_hub_id(source: str) -> tuple[str, str | None]:

@@ -1,16 +1,12 @@
-"""Write results so that none is ever half there, and let each PNG say how it was made."""
+"""Let each PNG say how it was made."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import hashlib
 import io
 import json
 import os
-import uuid
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,6 +14,7 @@ from PIL import Image, PngImagePlugin
 
 from ipdiverse.errors import ArgumentError, ImageError, OutputError
 from ipdiverse.image_io.files import opened
+from ipdiverse.writing import AnyPath, write_bytes_atomic
 
 RECORD_KEY = "ipdiverse"
 SUMMARY_KEY = "parameters"
@@ -27,13 +24,6 @@ MAX_RECORD_BYTES = 1024 * 1024
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _MAX_CHUNKS = 100_000
 _MAX_SUMMARY = 2000
-_PROBE_BYTES = 64 * 1024
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
-_IN_THE_WAY = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
-_NO_FOLDER_SYNC = (errno.EACCES, errno.EINVAL, errno.ENOTSUP)
-
-AnyPath = str | os.PathLike[str]
 
 
 def save_png(image: Image.Image, path: AnyPath, record: Mapping[str, Any]) -> None:
@@ -92,106 +82,14 @@ def read_provenance(path: AnyPath) -> dict[str, Any]:
     return _parse(text, path)
 
 
-def write_bytes_atomic(
-    path: AnyPath, data: bytes, check: Callable[[Path], None] | None = None
-) -> None:
-    """Write a file completely or not at all.
-
-    Args:
-        path: Where to, in a folder that exists; an existing file is replaced.
-        data: The whole content.
-        check: Called with the written file before it gets its name; what it raises prevents that.
-
-    Raises:
-        OutputError: It cannot be written; whatever stood there before still does. Only if the
-            disk fails in the very last step, making the name durable, the new file may be there.
-    """
-    target = Path(path)
-    temporary = target.parent / f".{uuid.uuid4().hex}.tmp"
-    try:
-        _write_synced(temporary, data)
-        if check is not None:
-            check(temporary)
-        temporary.replace(target)
-        _sync_folder(target.parent)
-    except (OSError, ValueError) as error:
-        raise _output_error(target, error) from error
-    finally:
-        with contextlib.suppress(OSError, ValueError):
-            temporary.unlink(missing_ok=True)
-
-
-def write_text_atomic(path: AnyPath, text: str) -> None:
-    """Write a text file, in UTF-8 and with the line ends as given, completely or not at all.
-
-    Args:
-        path: Where to, in a folder that exists; an existing file is replaced.
-        text: The whole content; a broken character becomes "?" rather than lose the rest.
-
-    Raises:
-        OutputError: It cannot be written; whatever stood there before still does.
-    """
-    write_bytes_atomic(path, text.encode("utf-8", "replace"))
-
-
-def ensure_writable_folder(path: AnyPath) -> Path:
-    """Create a folder if need be and prove, before long work starts, that results can go there.
-
-    Args:
-        path: The folder.
-
-    Returns:
-        The folder as a `Path`.
-
-    Raises:
-        OutputError: It is a file, cannot be created, may not be written to, or has no space.
-    """
-    folder = Path(path)
-    probe = folder / f".{uuid.uuid4().hex}.tmp"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_synced(probe, bytes(_PROBE_BYTES))
-    except (OSError, ValueError) as error:
-        raise _output_error(folder, error) from error
-    finally:
-        with contextlib.suppress(OSError, ValueError):
-            probe.unlink(missing_ok=True)
-    return folder
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the new name survive a power cut, where the system can do that."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        if error.errno not in _NO_FOLDER_SYNC:
-            raise
-
-
-def _output_error(path: Path, error: Exception) -> OutputError:
-    number = getattr(error, "errno", None)
-    if number in _NO_SPACE:
-        what, fix = "there is no space left", "Free some space or choose another disk."
-    elif number in _FORBIDDEN:
-        what, fix = "this place may not be written to", "Choose another folder."
-    elif number in _IN_THE_WAY:
-        what, fix = "a file or folder of that name is in the way", "Choose another name."
-    elif number == errno.ENOENT:
-        what, fix = "the folder does not exist", "Create it first."
-    else:
-        what, fix = "this cannot be written", "Choose another path."
-    return OutputError(what, where=path, found=getattr(error, "strerror", None) or error, fix=fix)
+def as_text(record: Mapping[str, Any]) -> str:
+    """A record for people: a line for every field that holds something, the request's too."""
+    rows: dict[str, Any] = {}
+    for name, value in record.items():
+        rows |= value if name == "request" and isinstance(value, dict) else {name: value}
+    told = {name: _told(value) for name, value in rows.items() if value not in (None, "", [], {})}
+    width = max(map(len, told), default=0)
+    return "\n".join(f"  {_printable(name):<{width}}  {text}" for name, text in told.items())
 
 
 def _as_json(record: Mapping[str, Any]) -> str:
@@ -218,8 +116,20 @@ def _summary(record: Mapping[str, Any]) -> str:
     prompt = str(plain.pop("prompt", ""))
     settings = ", ".join(f"{key}: {value}" for key, value in plain.items())
     line = " ".join(" | ".join(part for part in (prompt, settings) if part).split())
-    printable = "".join(character for character in line if character.isprintable())
-    return printable[:_MAX_SUMMARY].encode("utf-8", "replace").decode()
+    return _printable(line)[:_MAX_SUMMARY].encode("utf-8", "replace").decode()
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{_printable(name)} {_told(part)}" for name, part in value.items())
+    if isinstance(value, list):
+        return ", ".join(_told(part) for part in value)
+    return _printable(str(value))
+
+
+def _printable(text: str) -> str:
+    """Without what could steer a terminal: a record may come from anybody."""
+    return "".join(character for character in text if character.isprintable())
 
 
 def _find_record(file: IO[bytes], path: AnyPath) -> bytes | None:
@@ -288,9 +198,3 @@ def _broken(how: str, expected: str, found: object, path: AnyPath) -> ImageError
         found=found,
         fix="Use the original file.",
     )
-
-
-def file_hash(file: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from ipdiverse.adapter.attach import attach, detach
+from ipdiverse.dial import Levers
 from ipdiverse.sampling.denoiser import release, steer
-from ipdiverse.sampling.dial import Levers
 from tests import models
 
 if TYPE_CHECKING:

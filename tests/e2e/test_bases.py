@@ -386,7 +386,10 @@ def test_on_terminals_it_asks(
     monkeypatch.setattr("sys.stdin", Terminal())
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     assert main(words(reference, tmp_path / "o")) == status
-    assert "Download? [y/N] " in capsys.readouterr().err
+    _, asked, said = capsys.readouterr().err.partition("Download? [y/N] ")
+    assert asked
+    refused = "ipdiverse: sd15-plus: was not downloaded; found no. Answer y, or --yes.\n"
+    assert (said == refused) is (status == 2)
     assert len(lacking) == (status == 0)
 
 
@@ -425,6 +428,29 @@ def test_another_revision_is_looked_for(
     assert main(words(reference, tmp_path / "o", "--revision", "v2")) == 2
     assert "stable-diffusion-v1-5/model_index.json and" in capsys.readouterr().err
     assert main(words(reference, tmp_path / "o", "--revision", "main")) == 0, "a branch of it"
+
+
+def test_an_image_encoder_that_is_broken_is_one_line(own_cache: Path) -> None:
+    for file in PRESETS["sd15-plus"].encoder_files():
+        hub.place(own_cache, file).write_bytes(b"broken")
+    assert ipdiverse.load_base("sd15", encoder="").pipe.image_encoder is None
+    with pytest.raises(ipdiverse.IpdiverseError) as caught:
+        ipdiverse.load_base("sd15-plus")
+    line = str(caught.value)
+    assert line.startswith("sd15-plus: its image encoder cannot be opened; found ")
+    assert "\n" not in line
+
+
+def test_an_installation_without_the_embedded_model_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ipdiverse.pipelines.CRITTERS_BASE", tmp_path)
+    with pytest.raises(ipdiverse.IpdiverseError) as caught:
+        ipdiverse.load_base()
+    assert str(caught.value) == (
+        "critters: the embedded model is not in this installation. Run `ipdiverse critters "
+        "train-base`, or install a released package."
+    )
 
 
 def test_what_has_no_revisions_says_so(reference: str, tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from ipdiverse.adapter.checkpoint import load_adapter
 from ipdiverse.bases import adapter_source
 from ipdiverse.cli import main
 from ipdiverse.critters.make import make_dataset
+from ipdiverse.dial import OFF, Achieved, Levers, dial_of
 from ipdiverse.evaluation import calibrate
-from ipdiverse.sampling.dial import OFF, Achieved, Levers, dial_of
 
 TINY = ["--pairs", "2", "--images", "2", "--steps", "2"]
 

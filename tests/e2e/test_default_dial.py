@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from ipdiverse.adapter.checkpoint import read_spec
 from ipdiverse.bases import ADAPTERS, CRITTERS_ADAPTERS
+from ipdiverse.dial import OFF, Levers, default_dial
 from ipdiverse.evaluation.bootstrap import estimate
 from ipdiverse.evaluation.running import Runner
 from ipdiverse.evaluation.study import Arm, Study
-from ipdiverse.sampling.dial import OFF, Levers, default_dial
 
 if TYPE_CHECKING:
     from pathlib import Path

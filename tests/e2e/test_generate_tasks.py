@@ -156,6 +156,14 @@ def test_the_recorded_command_repeats_every_flag(
         ),
         (["--image", "REF", "--faces", "REF"], "holds no face embeddings; expected .npy"),
         (["--image", "REF", "--strength", "2"], "strength: is out of range"),
+        (
+            ["--image", "REF", "--init-image", "REF", "--strength", "0.4"],
+            "strength: redoes none of 2 steps; expected 1/2 or more; found 0.4. Raise --strength",
+        ),
+        (
+            ["--image", "REF", "--init-image", "REF", "--mask-image", "REF", "--strength", "0"],
+            "strength: redoes none of 2 steps",
+        ),
         (["--image", "REF", "--start", "0.5", "--end", "0.2"], "end: is out of range"),
     ],
 )

@@ -15,9 +15,9 @@ import pytest
 from ipdiverse.bases import ADAPTERS, load_base
 from ipdiverse.commands.critters import Make
 from ipdiverse.data.options import PrepareOptions
+from ipdiverse.dial import Achieved, Levers
 from ipdiverse.evaluation import calibrate
 from ipdiverse.evaluation.study import Study, read_study
-from ipdiverse.sampling.dial import Achieved, Levers
 from ipdiverse.sampling.request import Request
 from ipdiverse.training.arms import ARMS
 from ipdiverse.training.config import TrainConfig

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,12 +12,20 @@ import pytest
 import torch
 
 from ipdiverse.cli import main
-from ipdiverse.critters.caption import parse
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import IDENTITY, SCENE, sample_scene, split_of
-from ipdiverse.evaluation.copier import COLUMNS, copier_table, score
-from ipdiverse.evaluation.gates import GATES, check_base, gate_table, linear_probe
-from ipdiverse.evaluation.sampling import Pair, held_out_scenes, shipped_oracle, study_pairs
+from ipdiverse.evaluation.copier import COLUMNS, copier_command, copier_table
+from ipdiverse.evaluation.gates import GATES, _holds, check_base, gate_table, linear_probe
+from ipdiverse.evaluation.readings import read_sets
+from ipdiverse.evaluation.sampling import (
+    Pair,
+    critters_sets,
+    held_out_scenes,
+    shipped_oracle,
+    study_pairs,
+)
+from ipdiverse.evaluation.sets import score_sets
+from tests.captions import parse
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -37,6 +47,11 @@ def test_pairs_are_held_out_and_leave_scene_attributes_open(pairs: list[Pair]) -
         assert pair.image().size == (64, 64)
 
 
+def score(outputs: np.ndarray, pairs: list[Pair]) -> dict[str, float]:
+    seen = read_sets(shipped_oracle(), outputs.reshape(len(pairs), IMAGES, *outputs.shape[1:]))
+    return asdict(score_sets(critters_sets(seen.attributes, seen.invalid, pairs)))
+
+
 def test_the_renderer_itself_is_the_ceiling(pairs: list[Pair]) -> None:
     rng = np.random.default_rng(0)
     outputs = []
@@ -45,7 +60,7 @@ def test_the_renderer_itself_is_the_ceiling(pairs: list[Pair]) -> None:
         for index in range(IMAGES):
             scene = sample_scene(rng, identity | pair.stated)
             outputs.append(render(scene, 100 * number + index))
-    scores = score(shipped_oracle(), np.stack(outputs), pairs, IMAGES)
+    scores = score(np.stack(outputs), pairs)
     assert scores["retention"] > 0.97
     assert scores["prompt_accuracy"] > 0.97
     assert scores["entropy"] == pytest.approx(1, abs=0.08)
@@ -56,7 +71,7 @@ def test_the_renderer_itself_is_the_ceiling(pairs: list[Pair]) -> None:
 
 def test_pixel_copies_are_the_copy_ceiling(pairs: list[Pair]) -> None:
     outputs = np.stack([np.asarray(pair.image()) for pair in pairs for _ in range(IMAGES)])
-    scores = score(shipped_oracle(), outputs, pairs, IMAGES)
+    scores = score(outputs, pairs)
     assert scores["retention"] > 0.97
     assert scores["agree_accuracy"] > 0.95
     assert scores["contradict_accuracy"] < 0.05
@@ -80,12 +95,27 @@ def test_held_out_scenes_repeat() -> None:
     assert held_out_scenes(5, seed=1) != held_out_scenes(5, seed=2)
 
 
-def test_a_small_check_reports_every_gate() -> None:
+@pytest.mark.parametrize(
+    ("name", "better", "worse"), [("vae_psnr", 1.0, -1.0), ("invalid_rate", -0.01, 0.01)]
+)
+def test_a_gate_fails_on_its_wrong_side_alone(name: str, better: float, worse: float) -> None:
+    _, bound = GATES[name]
+    assert _holds(name, {name: bound})
+    assert _holds(name, {name: bound + better})
+    assert not _holds(name, {name: bound + worse})
+    assert not _holds(name, {name: float("nan")}), "what could not be measured"
+
+
+def test_one_gate_that_fails_fails_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(GATES, "vae_psnr", (">=", 99.0))
     report = check_base(images=64)
     assert report["gates"].keys() == GATES.keys()
-    assert report["passed"] == all(gate["holds"] for gate in report["gates"].values())
+    assert not report["gates"]["vae_psnr"]["holds"]
+    assert any(gate["holds"] for gate in report["gates"].values())
+    assert not report["passed"]
     assert {"probe_mean", "entropy_default_guidance"} <= report["figures"].keys()
     table = gate_table(report)
+    assert table.count("| >= 99.0 | NO |") == 1
     assert all(name in table for name in report["figures"])
 
 
@@ -94,8 +124,16 @@ def test_a_small_copier_run_prints_and_writes_json(
 ) -> None:
     out = tmp_path / "copier.json"
     small = ["--scales", "0", "1", "--pairs", "6", "--images", "2", "--steps", "3"]
+    small += ["--folder", str(tmp_path / "images")]
     assert main(["critters", "copier", *small, "--out", str(out), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
+    images = (tmp_path / "images" / "images").rglob("*.npz")
+    drawn = {file: file.stat().st_mtime_ns for file in images}
+    assert drawn
+    again = shlex.split(copier_command(report))[1:]
+    assert main([*again, "--folder", str(tmp_path / "images"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == report, "measured again by its own command"
+    assert drawn == {file: file.stat().st_mtime_ns for file in drawn}, "nothing is drawn twice"
     assert report == json.loads(out.read_text())
     assert [row["scale"] for row in report["rows"]] == [0, 1]
     assert report["anchors"].keys() == {"renderer", "pixel copy"}

@@ -19,10 +19,10 @@ import pytest
 import ipdiverse
 from ipdiverse.cli import Command
 from ipdiverse.commands.generate import Generate
+from ipdiverse.dial import Levers
 from ipdiverse.evaluation.report import write_report
 from ipdiverse.evaluation.running import run_study
 from ipdiverse.evaluation.study import Arm, Study
-from ipdiverse.sampling.dial import Levers
 from tests.fences import ROOT, pages
 
 DOCS = ROOT / "docs"

@@ -28,8 +28,11 @@ def test_from_a_folder_of_images_to_pictures(
         "validation_images = 2\nvalidation_steps = 2\n"
     )
     assert main(["prepare", str(tmp_path / "critters"), "--out", data]) == 0
-    assert main(["embed", data, "--images", "hidden", "--changed", "2"]) == 0
+    assert main(["embed", data]) == 0
+    embedded = {file: file.stat().st_mtime_ns for file in Path(data, "embedded").glob("*.s*")}
+    assert len(embedded) == 4
     assert main(["train", "--config", str(config), "--data", data, "--out", run]) == 0
+    assert embedded == {file: file.stat().st_mtime_ns for file in embedded}, "taken as it is"
     adapter = str(tmp_path / "run" / "adapter.safetensors")
     assert capsys.readouterr().out.strip().endswith(f"wrote {adapter}")
     with Image.open(tmp_path / "run" / "validation" / "00000003.png") as sheet:

@@ -41,7 +41,9 @@ class Client:
     """A program that sends what the page's own script would."""
 
     def __init__(self, url: str) -> None:
-        self.http = httpx.Client(base_url=url, timeout=PATIENCE, trust_env=False)
+        # a connection that is kept may be closed by the server just as it is used again
+        fresh = httpx.Limits(max_keepalive_connections=0)
+        self.http = httpx.Client(base_url=url, timeout=PATIENCE, trust_env=False, limits=fresh)
         self.session = uuid.uuid4().hex[:10]
         self._config: dict[str, Any] | None = None
 
@@ -71,9 +73,11 @@ class Client:
         event = {"index": number, "value": None, "selected": True}
         self.now("vary-examples", "select", [], event_data=event).raise_for_status()
 
-    def join(self, prompt: str = "a critter", seed: int = 0, steps: int = 1) -> httpx.Response:
-        """Ask for one image, and get a place in the queue or none."""
-        data = [None, prompt, "", 0.5, 1, 1, seed, steps, 3, "critters", "plus", "concat"]
+    def join(
+        self, prompt: str = "a critter", seed: int = 0, steps: int = 1, count: int = 1
+    ) -> httpx.Response:
+        """Ask for images, and get a place in the queue or none."""
+        data = [None, prompt, "", 0.5, count, 1, seed, steps, 3, "critters", "plus", "concat"]
         return self.http.post("/gradio_api/queue/join", json=self.body("vary-go", "click", data))
 
     def messages(self) -> Iterator[dict[str, Any]]:

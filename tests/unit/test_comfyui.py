@@ -19,7 +19,7 @@ from tests import comfyui, models
 from tests.comfyui import COND, UNCOND
 
 from ipdiverse.adapter.attach import attach
-from ipdiverse.adapter.attention import decoupled_cross_attention
+from ipdiverse.adapter.attention import ImageBranch, decoupled_cross_attention
 from ipdiverse.adapter.checkpoint import save_adapter
 from ipdiverse.adapter.fusion import GatedFusion
 from ipdiverse.adapter.mixing import remember_plain
@@ -27,9 +27,9 @@ from ipdiverse.adapter.model import ImagePromptAdapter, attention_layers
 from ipdiverse.adapter.noise import NoiseConditioning
 from ipdiverse.adapter.reference import Reference
 from ipdiverse.adapter.scale import PRESETS, unet_layers
+from ipdiverse.dial import OFF, Dial, Levers
 from ipdiverse.errors import IpdiverseError, ModelError
 from ipdiverse.sampling.denoiser import steer
-from ipdiverse.sampling.dial import OFF, Dial, Levers
 from ipdiverse.seeding import derived_seed
 
 if TYPE_CHECKING:
@@ -259,7 +259,7 @@ def test_running_needs_no_diffusers() -> None:
     code = """
 import sys
 import ipdiverse.adapter.attention, ipdiverse.adapter.checkpoint, ipdiverse.adapter.scale
-import ipdiverse.sampling.dial, ipdiverse.sampling.guidance, ipdiverse.sampling.levers
+import ipdiverse.dial, ipdiverse.sampling.guidance, ipdiverse.sampling.levers
 import ipdiverse.sampling.references
 print(sorted({"diffusers", "transformers", "accelerate"} & set(sys.modules)))
 """
@@ -356,11 +356,12 @@ def test_every_layer_computes_our_decoupled_attention(architecture: str) -> None
         weights = adapter.layers()[site.layer.number]
         with torch.no_grad():
             found = replaced[*site.block, site.index](query, key, value, options)
-            split = [
+            *text, image_key, image_value = (
                 states.unflatten(-1, (heads, -1)).transpose(1, 2)
                 for states in (query, key, value, weights.to_k_ip(tokens), weights.to_v_ip(tokens))
-            ]
-            expected = decoupled_cross_attention(*split, 0.7).transpose(1, 2).flatten(2)
+            )
+            branch = ImageBranch(image_key, image_value, 0.7)
+            expected = decoupled_cross_attention(*text, [branch]).transpose(1, 2).flatten(2)
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
 
 

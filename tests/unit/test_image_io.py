@@ -6,10 +6,10 @@ import io
 import os
 import struct
 import threading
-import time
 import warnings
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -228,13 +228,12 @@ def test_too_large_file_is_refused_unread(tmp_path: Path):
 # --- sizes -----------------------------------------------------------------------------------
 
 
-def test_bomb_is_refused_quickly_and_without_a_warning():
+def test_bomb_is_refused_by_its_header_and_without_a_warning(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Image, "open", None)  # nothing is decoded, so nothing takes long
     data = png(60000, 60000, 8, 2, b"")
-    started = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert_refused(data, "too large", "40 megapixels", "60000x60000 px", "Scale it down")
-    assert time.perf_counter() - started < 0.5
 
 
 @pytest.mark.parametrize("size", [(10000, 9000), (60000, 16), (16, 16385), (6400, 6400)])
@@ -313,11 +312,18 @@ def test_wrong_checksum_is_refused():
     assert_refused(bytes(data), "the PNG image is truncated or corrupt")
 
 
-def test_markers_without_end_are_refused_quickly():
-    started = time.perf_counter()
+def test_markers_without_end_are_not_all_looked_at(monkeypatch: pytest.MonkeyPatch):
+    pattern, looks = headers._JPEG_MARKER, []
+
+    def search(data: bytes, position: int) -> object:
+        looks.append(position)
+        return pattern.search(data, position)
+
+    monkeypatch.setattr(headers, "_JPEG_MARKER", SimpleNamespace(search=search))
     assert_refused(b"\xff\xd8\xff" + b"\xff" * 20_000_000, "truncated or corrupt")
+    assert looks == [2]
     assert_refused(b"\xff\xd8" + b"\xff\xfe\0\x02" * 5_000_000, "truncated or corrupt")
-    assert time.perf_counter() - started < 5
+    assert len(looks) == 1 + headers._MAX_JPEG_SEGMENTS
 
 
 @settings(max_examples=150, deadline=None)

@@ -18,6 +18,8 @@ from ipdiverse.memory import (
     Plan,
     Sizes,
     arrange,
+    autocast,
+    bf16_is_fast,
     bytes_needed,
     full_range,
     plan_dtype,
@@ -203,3 +205,25 @@ def test_a_vae_that_overflows_in_float16_is_called_in_float32(
     with full_range(vae):
         assert vae.dtype == inside
     assert vae.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("found", "fast"),
+    [
+        ({}, False),
+        ({"avx512_bf16": True}, True),
+        ({"amx_bf16": True}, True),
+        ({"avx2": True}, False),
+    ],
+)
+def test_a_cpu_computes_in_bf16_where_it_says_so(
+    found: dict[str, bool], fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    assert bf16_is_fast() == fast
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert this_device().bfloat16 == fast
+    with autocast():
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert product.dtype == (torch.bfloat16 if fast else torch.float32)

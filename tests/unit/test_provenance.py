@@ -1,10 +1,8 @@
-"""Writing whole files, and the record inside a PNG."""
+"""The record inside a PNG."""
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import struct
 import zlib
 from pathlib import Path
@@ -15,14 +13,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ipdiverse import provenance
+from ipdiverse.cli import main
 from ipdiverse.errors import ArgumentError, ImageError, OutputError
-from ipdiverse.provenance import (
-    ensure_writable_folder,
-    read_provenance,
-    save_png,
-    write_bytes_atomic,
-    write_text_atomic,
-)
+from ipdiverse.provenance import as_text, read_provenance, save_png
 
 RECORD = {"prompt": "a red frog", "seed": 3, "diversity": 0.5, "levers": {"interval": [0.2, 0.8]}}
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -51,13 +44,6 @@ def assert_explains(caught: pytest.ExceptionInfo, *words: object) -> None:
     line = str(caught.value)
     assert "\n" not in line
     assert all(str(word) in line for word in words), line
-
-
-def fail_with(number: int):
-    def fail(*_: object) -> None:
-        raise OSError(number, os.strerror(number))
-
-    return fail
 
 
 def test_record_comes_back_and_pixels_are_untouched(tmp_path: Path):
@@ -216,127 +202,55 @@ def test_a_record_from_nowhere(tmp_path: Path, name: str, words: str):
         read_provenance(tmp_path / name)
 
 
-def test_text_and_bytes_are_written_exactly(tmp_path: Path):
-    write_text_atomic(tmp_path / "a.txt", "größer\r\nline\n")
-    write_bytes_atomic(str(tmp_path / "b"), b"\0\1")
-    assert (tmp_path / "a.txt").read_bytes() == "größer\r\nline\n".encode()
-    assert (tmp_path / "b").read_bytes() == b"\0\1"
+def test_a_record_for_people_leaves_out_what_is_empty_and_cannot_steer_a_terminal():
+    record = {
+        "prompt": "a red\x1b[2J frog\n",
+        "request": {"image": ["a", "b"], "seed": 0, "preset": "", "width": None, "mask": []},
+        "versions": {"ipdiverse": "0.1.0", "torch": "2"},
+        "notes": [],
+    }
+    lines = [
+        "  prompt    a red[2J frog",
+        "  image     a, b",
+        "  seed      0",
+        "  versions  ipdiverse 0.1.0, torch 2",
+    ]
+    assert as_text(record) == "\n".join(lines)
+    assert as_text({}) == ""
 
 
-def test_a_broken_character_does_not_cost_the_text(tmp_path: Path):
-    write_text_atomic(tmp_path / "a.txt", "caf\udce9 noir")
-    assert (tmp_path / "a.txt").read_text() == "caf? noir"
-
-
-def test_an_existing_file_is_replaced(tmp_path: Path):
-    path = tmp_path / "a.txt"
-    path.write_text("a long old text")
-    write_text_atomic(path, "new")
-    assert path.read_text() == "new"
-
-
-@pytest.mark.skipif(os.name == "nt", reason="POSIX permissions")
-def test_files_have_ordinary_permissions(tmp_path: Path):
-    (tmp_path / "ordinary").touch()
-    write_bytes_atomic(tmp_path / "a", b"1")
-    assert (tmp_path / "a").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
-
-
-@pytest.mark.parametrize("call", ["os.fsync", "pathlib.Path.replace"])
-def test_a_failure_half_way_leaves_the_old_file_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
-):
-    (tmp_path / "a").write_bytes(b"old")
-    monkeypatch.setattr(call, fail_with(errno.ENOSPC))
-    with pytest.raises(OutputError) as caught:
-        write_bytes_atomic(tmp_path / "a", b"new")
-    assert_explains(caught, tmp_path / "a", "no space left", "Free some space")
-    assert (tmp_path / "a").read_bytes() == b"old"
-    assert len(list(tmp_path.iterdir())) == 1
-
-
-def test_an_interruption_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "fsync", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        write_bytes_atomic(tmp_path / "a", b"new")
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_folder_that_cannot_be_synced_is_no_failure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(os, "open", fail_with(errno.EINVAL))
-    provenance._sync_folder(tmp_path)
-
-
-def test_a_folder_that_fails_to_sync_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(os, "open", fail_with(errno.EIO))
-    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
-        provenance._sync_folder(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("number", "words"),
-    [
-        (errno.ENOSPC, ["no space left", "Free some space"]),
-        (errno.EDQUOT, ["no space left"]),
-        (errno.EACCES, ["may not be written to", "Choose another folder"]),
-        (errno.EROFS, ["may not be written to"]),
-        (errno.EIO, ["cannot be written", "Choose another path"]),
-    ],
-)
-def test_each_cause_has_its_own_words(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, words: list[str]
-):
-    monkeypatch.setattr(os, "fsync", fail_with(number))
-    with pytest.raises(OutputError) as caught:
-        ensure_writable_folder(tmp_path / "out")
-    assert_explains(caught, tmp_path / "out", os.strerror(number), *words)
-    assert not list((tmp_path / "out").iterdir())
+def test_inspect_says_how_a_picture_was_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    file = tmp_path / "a.PNG"
+    save_png(picture(), file, RECORD | {"command": "ipdiverse generate --seed=3"})
+    assert main(["inspect", str(file)]) == 0
+    first, *rows = capsys.readouterr().out.splitlines()
+    assert first == str(file)
+    assert rows == [
+        "  prompt     a red frog",
+        "  seed       3",
+        "  diversity  0.5",
+        "  levers     interval 0.2, 0.8",
+        "  command    ipdiverse generate --seed=3",
+    ]
+    assert main(["inspect", str(file), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["levers"] == RECORD["levers"]
 
 
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("absent/a", ["does not exist", "Create it first"]),
-        ("folder", ["in the way", "Choose another name"]),
-        ("file/a", ["in the way"]),
-        ("a\0b", ["cannot be written", "null byte"]),
+        ("a.png", "a.png: the image has no record of how it was made"),
+        ("a.jpg", "a.jpg: this is not a PNG file"),
+        ("absent.png", "absent.png: the image file does not exist"),
     ],
 )
-def test_places_that_cannot_be_written(tmp_path: Path, name: str, words: list[str]):
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "file").touch()
-    with pytest.raises(OutputError) as caught:
-        write_bytes_atomic(tmp_path / name, b"1")
-    assert_explains(caught, *words)
-    assert {path.name for path in tmp_path.iterdir()} == {"folder", "file"}
-
-
-def test_a_writable_folder_is_made_and_left_empty(tmp_path: Path):
-    folder = ensure_writable_folder(str(tmp_path / "a" / "b"))
-    assert folder == tmp_path / "a" / "b"
-    assert not list(folder.iterdir())
-    assert ensure_writable_folder(folder) == folder
-
-
-@pytest.mark.parametrize("name", ["file", "file/below"])
-def test_a_file_where_the_folder_should_be(tmp_path: Path, name: str):
-    (tmp_path / "file").touch()
-    with pytest.raises(OutputError) as caught:
-        ensure_writable_folder(tmp_path / name)
-    assert_explains(caught, tmp_path / name, "in the way", "Choose another name")
-
-
-@pytest.mark.skipif(
-    os.name == "nt" or os.geteuid() == 0, reason="the administrator may write anywhere"
-)
-def test_a_folder_that_forbids_writing(tmp_path: Path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(OutputError) as caught:
-        ensure_writable_folder(tmp_path)
-    tmp_path.chmod(0o700)
-    assert_explains(caught, "may not be written to", "Choose another folder")
+def test_inspect_says_in_a_line_that_a_picture_has_no_record(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, words: str
+):
+    if name != "absent.png":
+        picture().save(tmp_path / name)
+    assert main(["inspect", str(tmp_path / name)]) == 2
+    out, error = capsys.readouterr()
+    assert not out
+    assert words in error
+    assert error.count("\n") == 1

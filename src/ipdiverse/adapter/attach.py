@@ -195,6 +195,9 @@ def attach(
 ) -> Attachment:
     """Put adapters on a stock pipeline.
 
+    It is this pipeline that must be called: whether it guides, and at which step it is, is read
+    from it, and not from another that shares its UNet (`from_pipe`).
+
     Args:
         pipe: A Stable Diffusion pipeline of diffusers: 1.x, 2.x or XL, of any task.
         adapters: One or several whose layers have the UNet's sizes.

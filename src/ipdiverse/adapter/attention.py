@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ipdiverse.errors import ModelError, ShapeError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from ipdiverse.adapter.mask import RegionMask
     from ipdiverse.adapter.model import LayerWeights
@@ -22,34 +22,48 @@ NOTHING, TEXT, BOTH = "nothing", "text", "both"
 """Branches of guidance: neither prompt, the text alone, text and image."""
 
 
+class ImageBranch(NamedTuple):
+    """What one group of image tokens brings to a layer.
+
+    Args:
+        key: (batch, heads, tokens, head_dim).
+        value: The same.
+        scale: Weight of the branch, dimensionless, one for all or one for each item.
+        region: Weight of each pixel, (batch or 1, pixels); None is 1 everywhere.
+    """
+
+    key: Float[Tensor, "batch heads image head_dim"]
+    value: Float[Tensor, "batch heads image head_dim"]
+    scale: float | Float[Tensor, "*batch"]
+    region: Float[Tensor, "#batch pixels"] | None = None
+
+
 def decoupled_cross_attention(
     query: Float[Tensor, "batch heads pixels head_dim"],
     text_key: Float[Tensor, "batch heads text head_dim"],
     text_value: Float[Tensor, "batch heads text head_dim"],
-    image_key: Float[Tensor, "batch heads image head_dim"],
-    image_value: Float[Tensor, "batch heads image head_dim"],
-    scale: float | Float[Tensor, "*batch"],
+    images: Iterable[ImageBranch],
     text_mask: Tensor | None = None,
 ) -> Float[Tensor, "batch heads pixels head_dim"]:
-    """Attend to text and to image separately, then add.
+    """Attend to the text and to each group of image tokens separately, then add.
 
     Args:
-        query: Latent queries, shared by both branches.
+        query: Latent queries, shared by all branches.
         text_key: Keys of the text tokens.
         text_value: Values of the text tokens.
-        image_key: Keys of the image tokens.
-        image_value: Values of the image tokens.
-        scale: Weight of the image branch, dimensionless; 0 returns the text result exactly.
+        images: The image branches; without any, or at a scale of 0, the text result exactly.
         text_mask: Added to the text branch's attention logits; None attends to every token.
 
     Raises:
         ShapeError: The image and text batch sizes differ.
 
     Source:
-        arXiv:2308.06721, section 3.2 (λ is `scale`).
+        arXiv:2308.06721, section 3.2 (λ is a branch's `scale`).
     """
-    text = F.scaled_dot_product_attention(query, text_key, text_value, attn_mask=text_mask)
-    return add_image(text, query, image_key, image_value, scale)
+    mixed = F.scaled_dot_product_attention(query, text_key, text_value, attn_mask=text_mask)
+    for image in images:
+        mixed = add_image(mixed, query, *image)
+    return mixed
 
 
 def add_image(
@@ -176,29 +190,26 @@ class DecoupledAttention:
         else:
             key, value = self._text.get(text, lambda: self._key_value(attn, text, layers))
         mask = _mask(attn, attention_mask, text)
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        for scale, weights, image, group_mask, kept in self._branches():
-            if isinstance(scale, Tensor) or scale != 0:
-                image_key, image_value = kept.get(
-                    image, lambda w=weights, t=image: _image_key_value(attn, w, t)
-                )
-                region = None if group_mask is None else group_mask.at(query.shape[2])
-                mixed = add_image(mixed, query, image_key, image_value, scale, region)
+        images = self._branches(attn, pixels=query.shape[2])
+        mixed = decoupled_cross_attention(query, key, value, images, mask)
         merged = mixed.transpose(1, 2).flatten(2)
         return attn.to_out[1](_project(attn.to_out[0], merged, layers, "to_out_lora"))
 
-    def _branches(
-        self,
-    ) -> Iterable[tuple[float | Tensor, LayerWeights, Tensor, RegionMask | None, _Once]]:
-        """Scale, weights, tokens and mask of each group of image tokens, and what is kept of it."""
+    def _branches(self, attn: Any, pixels: int) -> Iterator[ImageBranch]:
+        """What each adapter's groups of image tokens bring; nothing where the scale is 0."""
         for index, slot in enumerate(self.slots):
-            weights = slot.weights.get(self.number)
-            if weights is None or weights.to_k_ip is None:
+            weights, scale = slot.weights.get(self.number), slot.scales.get(self.number, 1.0)
+            off = not isinstance(scale, Tensor) and scale == 0
+            if weights is None or weights.to_k_ip is None or off:
                 continue
             for position, group in enumerate(slot.groups):
                 kept = self._images.setdefault((index, position), _Once())
                 tokens = group.for_layer(self.number in slot.opposed)
-                yield slot.scales.get(self.number, 1.0), weights, tokens, group.mask, kept
+                key, value = kept.get(
+                    tokens, lambda w=weights, t=tokens: _image_key_value(attn, w, t)
+                )
+                region = None if group.mask is None else group.mask.at(pixels)
+                yield ImageBranch(key, value, scale, region)
 
     def _key_value(
         self, attn: Any, states: Tensor, layers: list[LayerWeights | None]

@@ -14,6 +14,7 @@ from ipdiverse.adapter.conversion import stock_notes
 from ipdiverse.adapter.sources import PUBLISHED
 from ipdiverse.adapter.structure import base_family, describe
 from ipdiverse.bases import CRITTERS, HUB_BASES, HUB_ID
+from ipdiverse.dial import dial_of
 from ipdiverse.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -232,60 +233,35 @@ def _stock_difference(adapter: ImagePromptAdapter) -> str:
 
 def _dial(spec: Mapping[str, Any]) -> str:
     """What the calibrated dial achieves at each of its points, or that nobody measured it."""
-    dial = spec.get("dial")
-    if not isinstance(dial, dict):
+    dial = dial_of(spec, "adapter")
+    if dial is None:
         return (
             "## Dial\n\nThis adapter was not calibrated. Its `diversity` takes a conservative path "
             "that is the same for every adapter, and what that achieves here was not measured: "
             "`ipdiverse calibrate` finds a path and measures it."
         )
-    rows = achieved(spec)
-    source = str(dial.get("source", "of unknown origin")).replace("\n", " ")
-    if not rows:
+    source = dial.source.replace("\n", " ")
+    if not dial.achieved:
         return f"## Dial\n\nIts path: {source}. What it achieves was not measured."
     head = (
-        "| `diversity` | variety | subject kept | prompt obeyed | broken images |\n"
-        "|---|---|---|---|---|"
+        "| `diversity` | variety | subject kept | prompt obeyed | copies | broken images |\n"
+        "|---|---|---|---|---|---|"
     )
     lines = [
-        f"| {row['setting']:.2f} | {row['variety']:.3f} | {row['retention']:.3f} | "
-        + ("-" if row["accuracy"] is None else f"{row['accuracy']:.3f}")
-        + f" | {row['invalid']:.3f} |"
-        for row in rows
+        f"| {setting:.2f} | {row.variety:.3f} | {row.retention:.3f} | {_number(row.accuracy)} | "
+        f"{_number(row.copies)} | {row.invalid:.3f} |"
+        for (setting, _), row in zip(dial.points, dial.achieved, strict=True)
     ]
     table = "\n".join([head, *lines])
     return (
         f"## Dial\n\nIts path was {source}. On other bases, prompts and references the numbers "
-        f"will differ.\n\n![variety against what is kept]({CURVE})\n\n{table}"
+        f"will differ.\n\n![variety against what is kept]({CURVE})\n\n{table}\n\nCopies are "
+        "images that repeat the reference's whole scene, beyond chance."
     )
 
 
-def achieved(spec: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The dial's points with what was measured of each.
-
-    Args:
-        spec: Of an adapter's file.
-
-    Returns:
-        `setting`, `variety`, `retention`, `accuracy` (None where nothing reads) and `invalid` of
-        each point; nothing if nothing was measured, or if it makes no sense.
-    """
-    dial = spec.get("dial")
-    if not isinstance(dial, dict) or not dial.get("achieved"):
-        return []
-    try:
-        return [
-            {
-                "setting": float(setting),
-                "variety": float(one["variety"]),
-                "retention": float(one["retention"]),
-                "accuracy": None if one.get("accuracy") is None else float(one["accuracy"]),
-                "invalid": float(one.get("invalid", 0.0)),
-            }
-            for (setting, _), one in zip(dial["points"], dial["achieved"], strict=True)
-        ]
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return []
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _training(spec: Mapping[str, Any]) -> str:

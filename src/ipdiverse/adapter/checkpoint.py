@@ -28,7 +28,7 @@ from ipdiverse.adapter.sources import find_checkpoint
 from ipdiverse.adapter.structure import DTYPES, describe, misfits, skeleton
 from ipdiverse.errors import CheckpointError
 from ipdiverse.loading import building
-from ipdiverse.provenance import write_bytes_atomic
+from ipdiverse.writing import write_bytes_atomic
 
 _SPEC_KEY = "ipdiverse"
 _NAMED_PROBLEMS = 5
@@ -141,15 +141,14 @@ def spec_of(contents: Contents) -> dict[str, Any]:
     return spec
 
 
-def hash_of_what_decides(file: Path, *, dial: bool) -> str:
-    """SHA-256 of what of an adapter's file decides its images, and of nothing else in it.
+def weights_hash(file: Path) -> str:
+    """SHA-256 of an adapter's weights, with those it only names, and of how they are read.
 
-    That is its weights, with those it only names, and what the spec says of how they are read; not
-    when or by which revision they were trained. Equal weights trained again have the same.
+    When and by which revision they were trained, and their dial, are not in it: equal weights
+    trained again, or calibrated anew, have the same.
 
     Args:
         file: In any layout that `layouts` knows.
-        dial: Whether `diversity` is set, so that the file's dial decides too.
 
     Raises:
         CheckpointError: The file is broken, or what it names is not beside it.
@@ -157,8 +156,8 @@ def hash_of_what_decides(file: Path, *, dial: bool) -> str:
     contents = open_checkpoint(file)
     stored = normalise(contents.tensors, file).tensors
     tensors, spec = completed(stored, spec_of(contents), file)
-    read = (*_READ_FROM_SPEC, "dial") if dial else _READ_FROM_SPEC
-    told = json.dumps([tensors_hash(tensors), [spec.get(name) for name in read]], sort_keys=True)
+    read = {name: spec.get(name) for name in _READ_FROM_SPEC}
+    told = json.dumps([tensors_hash(tensors), read], sort_keys=True)
     return hashlib.sha256(told.encode()).hexdigest()
 
 

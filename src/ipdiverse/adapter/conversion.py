@@ -21,7 +21,7 @@ from ipdiverse.adapter.model import ImagePromptAdapter
 from ipdiverse.adapter.noise import NoiseConditioning
 from ipdiverse.adapter.structure import describe
 from ipdiverse.errors import CheckpointError, OutputError
-from ipdiverse.provenance import write_bytes_atomic
+from ipdiverse.writing import write_bytes_atomic
 
 Target = Literal["ipdiverse", "diffusers", "tencent"]
 

@@ -136,8 +136,10 @@ class ImagePromptHook(ModelHook):
         text = kwargs["encoder_hidden_states"] if named else args[2]
         if isinstance(text, Tensor):
             self._prepare_tokens(text)
+            layouts = [self._layout_for(prompt, len(text)) for prompt in self.prompts]
         else:  # the UNet itself may read the text, to pool it, and knows no tokens beside it
             text, given = text
+            layouts = [(BOTH,)] * len(self.prompts)
             for prompt, tokens in zip(self.prompts, given, strict=True):
                 prompt.slot.groups = [
                     TokenGroup(tokens.flatten(1, 2) if tokens.ndim == 4 else tokens)
@@ -147,7 +149,7 @@ class ImagePromptHook(ModelHook):
             else:
                 args = (*args[:2], text, *args[3:])
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
-        self._set_scales(timestep, len(text))
+        self._set_scales(timestep, len(text), layouts)
         return args, kwargs
 
     def layout_of(self, batch: int) -> tuple[str, ...]:
@@ -184,7 +186,7 @@ class ImagePromptHook(ModelHook):
             return
         self._check_references()
         for prompt in self.prompts:
-            layout = self.layout or self._layout(len(text), prompt.items)
+            layout = self._layout_for(prompt, len(text))
             prompt.acting.to(text.device, text.dtype)
             prompt.slot.groups = [
                 self._group(prompt, part, text, layout) for part in prompt.references
@@ -236,27 +238,33 @@ class ImagePromptHook(ModelHook):
         rows = [mask[:items] if branch == NOTHING else mask[-items:] for branch in layout]
         return torch.cat(rows).to(text.device)
 
+    def _layout_for(self, prompt: Prompt, batch: int) -> tuple[str, ...]:
+        return self.layout or self._layout(batch, prompt.items)
+
     def _layout(self, batch: int, items: int) -> tuple[str, ...]:
         """The branches of a call of the pipeline's own: one, or two when it guides."""
-        fitting = [b for b in (1, 2) if batch % b == 0 and (batch // b) % items == 0]
-        if not fitting:
+        guided = getattr(self.pipe, "do_classifier_free_guidance", False)
+        layout = (NOTHING, BOTH) if guided else (BOTH,)
+        if batch % (len(layout) * items):
             raise ArgumentError(
                 "the number of references does not fit the batch",
                 where="adapter",
-                expected=f"a UNet batch of {items} or {2 * items} items, or a multiple",
-                found=batch,
-                fix="Give one reference, one per prompt, or one per output.",
+                expected=f"{items} outputs, or a multiple",
+                found=batch // len(layout),
+                fix="Give one reference, one per prompt, or one per output; several images of one "
+                "item are one Reference([...]).",
             )
-        guided = 2 if getattr(self.pipe, "do_classifier_free_guidance", False) else 1
-        return (BOTH,) if (guided if guided in fitting else fitting[0]) == 1 else (NOTHING, BOTH)
+        return layout
 
-    def _set_scales(self, timestep: Any, batch: int) -> None:
+    def _set_scales(self, timestep: Any, batch: int, layouts: list[tuple[str, ...]]) -> None:
         scales = [without_layout_until(p.scale, self.layers, p.late_layout) for p in self.prompts]
         progress = self.progress(timestep) if any(scale.by_step for scale in scales) else 0.0
-        for prompt, scale in zip(self.prompts, scales, strict=True):
+        for prompt, scale, layout in zip(self.prompts, scales, layouts, strict=True):
+            branches = len(layout)
             prompt.slot.opposed = scale.opposed
             prompt.slot.scales = {
-                layer.number: _for_batch(scale.at(layer, progress), batch) for layer in self.layers
+                layer.number: _for_batch(scale.at(layer, progress), batch // branches, branches)
+                for layer in self.layers
             }
 
     def progress(self, timestep: Any) -> float:
@@ -284,15 +292,18 @@ def _opposed(tokens: Tensor, layout: tuple[str, ...]) -> Tensor:
     return torch.cat(rows)
 
 
-def _for_batch(scale: float | Tensor, batch: int) -> float | Tensor:
-    """A scale for each item as one for each entry of the batch: (branches × items)."""
+def _for_batch(scale: float | Tensor, items: int, branches: int) -> float | Tensor:
+    """A scale for each item as one for each row of the batch, (branches × items).
+
+    Fewer than the items are for as many prompts, each of which has equally many items.
+    """
     if not isinstance(scale, Tensor) or scale.ndim == 0:
         return scale
-    if batch % len(scale):
+    if items % len(scale):
         raise ArgumentError(
             "has the wrong length",
             where="scale",
-            expected=f"a number for each item of a batch of {batch}",
+            expected=f"a number for each of {items} items, or for each prompt of theirs",
             found=len(scale),
         )
-    return scale.repeat(batch // len(scale))
+    return scale.repeat_interleave(items // len(scale)).repeat(branches)

@@ -42,10 +42,10 @@ class NoiseConditioning(nn.Module):
             nn.init.zeros_(parameter)
 
     def standardise(self, embeds: Float[Tensor, "... width"]) -> None:
-        """Take mean and deviation of each channel from these embeddings."""
+        """Take mean and deviation of each channel from these embeddings; one row has none."""
         rows = embeds.flatten(0, -2).float()
         self.mean.copy_(rows.mean(0))
-        self.std.copy_(rows.std(0).clamp_min(1e-4))
+        self.std.copy_(rows.std(0, correction=int(len(rows) > 1)).clamp_min(1e-4))
 
     def forward(
         self,
@@ -76,12 +76,15 @@ class NoiseConditioning(nn.Module):
 def alphas_cumprod(level: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:
     """ᾱ_τ of the cosine schedule (arXiv:2102.09672, equation 17); exactly 1 at 0."""
     offset = 0.008
-    angle = (level.double() / LEVELS + offset) / (1 + offset) * (math.pi / 2)
+    exact = level.cpu().double()  # not every device has float64
+    angle = (exact / LEVELS + offset) / (1 + offset) * (math.pi / 2)
     start = math.cos(offset / (1 + offset) * math.pi / 2) ** 2
-    return torch.where(level == 0, 1.0, angle.cos().square() / start).clamp(0, 1).float()
+    alphas = torch.where(exact == 0, 1.0, angle.cos().square() / start)
+    return alphas.clamp(0, 1).float().to(level.device)
 
 
 def _sinusoids(level: Int[Tensor, " batch"]) -> Float[Tensor, "batch width"]:
-    steps = torch.arange(_FREQUENCIES, device=level.device) / _FREQUENCIES
+    counted = torch.arange(_FREQUENCIES, dtype=torch.float32, device=level.device)
+    steps = counted / _FREQUENCIES
     angles = level[:, None].float() * torch.exp(-math.log(10_000) * steps)
     return torch.cat([angles.sin(), angles.cos()], dim=1)

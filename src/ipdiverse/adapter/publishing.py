@@ -8,13 +8,14 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ipdiverse.adapter.card import CURVE, Stated, achieved, model_card
+from ipdiverse.adapter.card import CURVE, Stated, model_card
 from ipdiverse.adapter.checkpoint import save_adapter
 from ipdiverse.adapter.sources import PUBLISHED
 from ipdiverse.bases import HUB_ID
+from ipdiverse.dial import dial_of
 from ipdiverse.errors import ArgumentError, ModelError
 from ipdiverse.labels import apart
-from ipdiverse.provenance import ensure_writable_folder, write_bytes_atomic, write_text_atomic
+from ipdiverse.writing import ensure_writable_folder, write_bytes_atomic, write_text_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -123,8 +124,8 @@ def curve_png(spec: Mapping[str, Any]) -> bytes | None:
     Returns:
         A PNG; None where nothing was measured.
     """
-    rows = achieved(spec)
-    if not rows:
+    dial = dial_of(spec, "adapter")
+    if dial is None or not dial.achieved:
         return None
     from matplotlib.figure import Figure
 
@@ -134,12 +135,13 @@ def curve_png(spec: Mapping[str, Any]) -> bytes | None:
         ("retention", "subject kept", "#2962c9"),
         ("accuracy", "prompt obeyed", "#d35400"),
     ):
-        points = [(row["variety"], row[name]) for row in rows if row[name] is not None]
+        found = [(row.variety, getattr(row, name)) for row in dial.achieved]
+        points = [point for point in found if point[1] is not None]
         if points:
             axes.plot(*zip(*points, strict=True), "o-", color=colour, markersize=4, label=label)
-    for row in (rows[index] for index in apart([row["variety"] for row in rows])):
-        at = (row["variety"], row["retention"])
-        words = f"{row['setting']:.2g}"
+    for index in apart([row.variety for row in dial.achieved]):
+        at = (dial.achieved[index].variety, dial.achieved[index].retention)
+        words = f"{dial.points[index][0]:.2g}"
         axes.annotate(words, at, (3, 5), textcoords="offset points", fontsize=7, color="#2962c9")
     axes.set_xlabel("variety")
     axes.set_ylabel("kept")

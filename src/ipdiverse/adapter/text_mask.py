@@ -23,23 +23,32 @@ def watch_words(pipe: Any, hook: ImagePromptHook) -> None:
     original = getattr(pipe, "encode_prompt", None)
     if not fusing or original is None:
         return
-    signature = inspect.signature(original)
-
-    @functools.wraps(original)
-    def encode_prompt(*args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        hook.text_mask = text_mask(pipe, bound.arguments)
-        return original(*args, **kwargs)
-
-    pipe.__dict__["encode_prompt"] = encode_prompt
+    pipe.__dict__["encode_prompt"] = _Watched(pipe, hook, original)
 
 
 def forget_words(pipe: Any) -> None:
-    """Undo `watch_words`."""
+    """Undo `watch_words`; what somebody else put there, before or since, stays."""
     watched = pipe.__dict__.get("encode_prompt")
-    if watched is not None and hasattr(watched, "__wrapped__"):
+    if isinstance(watched, _Watched):
         del pipe.__dict__["encode_prompt"]
+        if watched.before is not None:
+            pipe.__dict__["encode_prompt"] = watched.before
+
+
+class _Watched:
+    """A pipeline's `encode_prompt` that notes the words first."""
+
+    def __init__(self, pipe: Any, hook: ImagePromptHook, original: Any) -> None:
+        functools.update_wrapper(self, original)
+        self.pipe, self.hook, self.original = pipe, hook, original
+        self.signature = inspect.signature(original)
+        self.before = pipe.__dict__.get("encode_prompt")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        bound = self.signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        self.hook.text_mask = text_mask(self.pipe, bound.arguments)
+        return self.original(*args, **kwargs)
 
 
 def text_mask(pipe: Any, arguments: dict[str, Any]) -> Tensor | None:

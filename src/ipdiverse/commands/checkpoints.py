@@ -11,6 +11,8 @@ import tyro
 
 from ipdiverse.commands.printing import say, say_json
 
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+
 
 @dataclass(frozen=True)
 class Source:
@@ -47,6 +49,8 @@ class Source:
 class Inspect(Source):
     """Say what a checkpoint is: kind, base family, tokens, widths, fusion, what does not fit.
 
+    Of a PNG that ipdiverse wrote, say how it was made: prompt, command, seed and the rest.
+
     Args:
         json: Print everything as JSON.
     """
@@ -54,11 +58,20 @@ class Inspect(Source):
     json: bool = False
 
     def run(self) -> None:
-        """Read names and shapes, and print."""
+        """Read names and shapes, or a picture's record, and print."""
+        if Path(self.source).suffix.lower() in _PICTURES:
+            self._picture()
+            return
         from ipdiverse.adapter.inspection import as_text, inspect_checkpoint
 
         report = inspect_checkpoint(self.find())
         say_json(report) if self.json else say(as_text(report))
+
+    def _picture(self) -> None:
+        from ipdiverse.provenance import as_text, read_provenance
+
+        record = read_provenance(self.source)
+        say_json(record) if self.json else say(f"{self.source}\n{as_text(record)}")
 
 
 @dataclass(frozen=True)

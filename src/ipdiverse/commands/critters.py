@@ -11,7 +11,7 @@ import tyro
 from ipdiverse.commands.printing import check_target, say, say_json, write_json
 from ipdiverse.critters.recipe import STAGES, BaseRecipe
 from ipdiverse.errors import check_range
-from ipdiverse.sampling.request import MAX_IMAGES, MAX_STEPS
+from ipdiverse.evaluation.options import CopierOptions
 
 Count = Annotated[int, tyro.conf.arg(aliases=["-n"])]
 
@@ -165,39 +165,20 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Copier:
-    """Measure how plain IP-Adapter copies: fidelity, variety and leak over its scale.
+class Copier(CopierOptions):
+    """Measure how an adapter copies: fidelity, variety and leak over its scale.
 
     Args:
-        adapter: `base` or `plus`.
-        scales: Weights of the image prompt.
-        pairs: (prompt, reference) pairs, on held-out identities.
-        images: Images a pair.
-        steps: Denoising steps.
-        guidance: Classifier-free guidance; None takes the base's default.
+        folder: Where images are kept: the same command goes on where it was interrupted.
         ship: Write the report into the package, for the demo's plot.
         json: Print everything as JSON.
         out: Also write the JSON to this file.
     """
 
-    adapter: str = "plus"
-    scales: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    pairs: int = 200
-    images: int = 8
-    steps: int = 25
-    guidance: float | None = None
+    folder: str = "out/copier"
     ship: bool = False
     json: bool = False
     out: str | None = None
-
-    def __post_init__(self) -> None:
-        check_range("pairs", self.pairs, 2, 100_000)
-        check_range("images", self.images, 2, MAX_IMAGES)
-        check_range("steps", self.steps, 1, MAX_STEPS)
-        for scale in self.scales:
-            check_range("scales", scale, 0, 10)
-        if self.guidance is not None:
-            check_range("guidance", self.guidance, 0, 100)
 
     def run(self) -> None:
         """Measure and print."""
@@ -205,9 +186,7 @@ class Copier:
         from ipdiverse.evaluation.copier import copier_table, measure_copier
 
         check_target(self.out)
-        report = measure_copier(
-            self.adapter, self.scales, self.pairs, self.images, self.steps, self.guidance
-        )
+        report = measure_copier(self, Path(self.folder))
         say_json(report) if self.json else say(copier_table(report))
         write_json(self.out, report)
         if self.ship:

@@ -10,6 +10,7 @@ import tyro
 
 from ipdiverse.commands.printing import say, say_json
 from ipdiverse.data.options import PrepareOptions
+from ipdiverse.training.config import CacheConfig
 
 
 @dataclass(frozen=True)
@@ -39,36 +40,22 @@ class Prepare(PrepareOptions):
 
 
 @dataclass(frozen=True)
-class Embed:
+class Embed(CacheConfig):
     """Compute everything frozen of a prepared data set once, so that training need not.
+
+    Training takes it if it is asked for the same base, images and changes; what differs is computed
+    anew.
 
     Args:
         folder: A folder that `prepare` wrote.
-        base: Whose encoders: `critters`, a preset (`ipdiverse bases`), a hub id, a folder or a
-            file.
-        image_encoder: A CLIP vision model, folder or hub id; None takes the base's.
-        resolution: Height and width of targets in pixels; None takes the base's own.
-        variants: Random crops of each target; 1 is the centre crop alone.
-        flip: Mirror some of the variants.
-        changed: Changed references of each image, for `augmented`.
-        seed: Of crops, flips and changes.
-        images: `pooled` embeddings serve base adapters, `hidden` states plus adapters.
-        dtype: float16 halves the disk.
+        cache_images: `pooled` embeddings serve base adapters, `hidden` states plus adapters.
         local_files_only: Never connect.
         json: Print the report as JSON.
         yes: Download what a preset needs without asking.
     """
 
-    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
-    base: str = "critters"
-    image_encoder: str | None = None
-    resolution: int | None = None
-    variants: int = 1
-    flip: bool = False
-    changed: int = 0
-    seed: int = 0
-    images: Literal["pooled", "hidden", "both"] = "both"
-    dtype: Literal["float32", "float16"] = "float32"
+    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")] = field(kw_only=True)
+    cache_images: Literal["pooled", "hidden", "both"] = "both"
     local_files_only: bool = False
     json: bool = False
     yes: bool = False
@@ -84,14 +71,9 @@ class Embed:
         encoders = open_encoders(
             self.base, self.image_encoder, local_files_only=self.local_files_only
         )
-        shown = Preprocessing(
-            self.resolution or encoders.resolution,
-            self.variants,
-            self.flip,
-            self.changed,
-            self.seed,
-        )
-        report = embed(Path(self.folder), encoders, shown, Stored(self.images, self.dtype))
+        shown = Preprocessing.of(self, encoders.resolution)
+        stored = Stored(self.cache_images, self.cache_dtype)
+        report = embed(Path(self.folder), encoders, shown, stored)
         if self.json:
             say_json(report)
             return

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ipdiverse.commands.printing import check_target, say, say_json, write_json
 from ipdiverse.errors import ArgumentError
+from ipdiverse.evaluation.options import CalibrateOptions
 
 
 @dataclass(frozen=True)
@@ -95,36 +96,18 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
-class Calibrate:
+class Calibrate(CalibrateOptions):
     """Find the dial's path for an adapter and write it into its file.
 
     Args:
-        adapter: A name, file or hub id.
-        base: What it prompts.
         plain: The plain adapter that it went on from, to be stored beside its own weights: the dial
             then leads from one to the other, and 0 is the plain one, to the bit.
-        references: Folder of reference images; None takes critters that nothing was trained on.
-        prompts: File with a prompt a line.
-        features: Encoders to compare images by, for references of your own.
-        pairs: (prompt, reference) pairs.
-        images: Of each.
-        steps: Denoising steps.
-        levers: Those that the dial may move; all that the adapter has by default.
         work: Folder for images; an interrupted calibration in it goes on.
         out: The file to write; None adds to the adapter's own, if `ipdiverse train` wrote it.
         json: Print the path with what it achieved.
     """
 
-    adapter: str
-    base: str = "critters"
     plain: str | None = None
-    references: str | None = None
-    prompts: str | None = None
-    features: tuple[str, ...] = ()
-    pairs: int = 32
-    images: int = 8
-    steps: int = 25
-    levers: tuple[str, ...] = ()
     work: str = "out/calibration"
     out: str | None = None
     json: bool = False
@@ -145,19 +128,7 @@ class Calibrate:
         if self.plain is not None:
             remember_in_file(source, local_file(adapter_source(self.base, self.plain)), target)
             source, adapter = target, str(target)
-        dial, path = calibrate(
-            adapter,
-            Path(self.work),
-            self.base,
-            self.references,
-            self.prompts,
-            self.features,
-            self.pairs,
-            self.images,
-            self.steps,
-            self.levers,
-            _tell,
-        )
+        dial, path = calibrate(replace(self, adapter=adapter), Path(self.work), _tell)
         copy_with_spec(source, target, {"dial": dial.as_spec()})
         say_json({"path": path, "dial": dial.as_spec()}) if self.json else say(f"wrote {target}")
 

@@ -47,8 +47,8 @@ class Generate(Request):
         if self.batch:
             self._batch()
             return
-        from ipdiverse.provenance import ensure_writable_folder
         from ipdiverse.sampling.generate import generate
+        from ipdiverse.writing import ensure_writable_folder
 
         ensure_writable_folder(Path(self.out))
         self._may_download([self])

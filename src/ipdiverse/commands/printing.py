@@ -21,7 +21,7 @@ def say_json(content: Any) -> None:
 def check_target(out: str | None) -> None:
     """Refuse a file that cannot be written before hours are spent on its content."""
     if out is not None:
-        from ipdiverse.provenance import ensure_writable_folder
+        from ipdiverse.writing import ensure_writable_folder
 
         ensure_writable_folder(Path(out).parent)
 
@@ -29,6 +29,6 @@ def check_target(out: str | None) -> None:
 def write_json(out: str | None, content: Any) -> None:
     """Write a value as JSON, whole or not at all; to None, nowhere."""
     if out is not None:
-        from ipdiverse.provenance import write_text_atomic
+        from ipdiverse.writing import write_text_atomic
 
         write_text_atomic(Path(out), json.dumps(content, indent=2) + "\n")

@@ -1,8 +1,4 @@
-"""Describe a scene in words, and read such words back.
-
-`caption` and `parse` are inverse: parsing a caption gives exactly the attributes it states. `parse`
-also reads prompts that a person writes in these words ("a critter in the snow").
-"""
+"""Describe a scene in words: natural English in varied wording."""
 
 from __future__ import annotations
 
@@ -59,7 +55,8 @@ WORDINGS: Mapping[str, Mapping[str, tuple[str, ...]]] = MappingProxyType(
         },
     }
 )
-"""How each value may be said. A wording names its value uniquely among all wordings."""
+"""How each value may be said. A wording names its value uniquely among all wordings: a caption
+can be read back, as the tests do."""
 
 _OPENINGS = ("", "", "a photo of ", "a picture of ", "a drawing of ")
 _LEADING_WORDS = ("one-eyed", "two-eyed", "three-eyed", "bareheaded")
@@ -105,24 +102,6 @@ def caption(stated: Mapping[str, str], seed: int) -> str:
     return opening + subject + "".join(f" {part}" for part in parts)
 
 
-def parse(text: str) -> dict[str, str]:
-    """The attributes that a text states, in the order of `ATTRIBUTES`.
-
-    Args:
-        text: A caption, or a prompt in the same words; unknown words are ignored.
-    """
-    text = " ".join(re.findall(r"[a-z-]+", text.lower()))
-    found: dict[str, str] = {}
-    held = _HELD.search(text)
-    if held:
-        found |= {k: v for k, v in (("item_colour", held["colour"]), ("item", held["item"])) if v}
-        text = text[: held.start()] + text[held.end() :]
-    for name, pattern, value in _PATTERNS:
-        if pattern.search(text):
-            found.setdefault(name, value)
-    return {name: found[name] for name in ATTRIBUTES if name in found}
-
-
 def _say(name: str, value: str, rng: np.random.Generator) -> str:
     choices = WORDINGS.get(name, {}).get(value, (value,))
     return choices[rng.integers(len(choices))]
@@ -157,29 +136,6 @@ def with_article(phrase: str) -> str:
     """Put "a" or "an" before a phrase, by sound: "a one-eyed", "an unpatterned"."""
     sounds_open = phrase[0] in "aeiou" and not phrase.startswith("one")
     return f"{'an' if sounds_open else 'a'} {phrase}"
-
-
-def _wording_patterns() -> list[tuple[str, re.Pattern[str], str]]:
-    patterns = [
-        (name, re.compile(rf"(?<![\w-]){re.escape(wording)}(?![\w-])"), value)
-        for name, values in WORDINGS.items()
-        for value, wordings in values.items()
-        for wording in wordings
-    ]
-    patterns += [("eyes", re.compile(rf"\b{count} eyes?\b"), count) for count in ATTRIBUTES["eyes"]]
-    patterns += [
-        ("headgear", re.compile(rf"\b(?:in|wearing|with) an? (?:top )?{word}\b"), word)
-        for word in ("hat", "crown", "flower")
-    ]
-    patterns += [("colour", re.compile(rf"(?<![\w-]){c}(?![\w-])"), c) for c in COLOURS]
-    return patterns
-
-
-_PATTERNS = _wording_patterns()
-_HELD = re.compile(
-    r"\b(?:holding|carrying) (?:an? |something ?)"
-    rf"(?:(?P<colour>{'|'.join(COLOURS)})\b ?)?(?P<item>{'|'.join(ATTRIBUTES['item'])})?"
-)
 
 
 def vocabulary() -> set[str]:

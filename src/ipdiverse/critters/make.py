@@ -21,8 +21,8 @@ from ipdiverse.critters.caption import caption, mentioned
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import SPLITS, Scene, edited, pair_of, sample_scene
 from ipdiverse.errors import ArgumentError
-from ipdiverse.provenance import ensure_writable_folder, write_text_atomic
 from ipdiverse.seeding import derived_seed
+from ipdiverse.writing import ensure_writable_folder, write_text_atomic
 
 _CHUNK = 250
 

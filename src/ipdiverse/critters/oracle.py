@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+_WIDTHS = (32, 64, 128, 192)
+_BATCH = 256
+
+
 class _Block(nn.Module):
     """Halve the resolution, then one residual convolution."""
 
@@ -39,11 +43,11 @@ class _Block(nn.Module):
 class Oracle(nn.Module):
     """Pixels in -1..1, (batch, 3, 64, 64), to logits per attribute and one for validity."""
 
-    def __init__(self, widths: tuple[int, ...] = (32, 64, 128, 192)) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        pairs = zip((3, *widths[:-1]), widths, strict=True)
+        pairs = zip((3, *_WIDTHS[:-1]), _WIDTHS, strict=True)
         self.blocks = nn.Sequential(*[_Block(a, b) for a, b in pairs])
-        features = widths[-1] * 16
+        features = _WIDTHS[-1] * 16
         self.hidden = nn.Linear(features, 384)
         self.heads = nn.ModuleList([nn.Linear(384, len(v)) for v in ATTRIBUTES.values()])
         self.valid = nn.Linear(384, 1)
@@ -68,11 +72,11 @@ class Reading:
 
 
 @torch.no_grad()
-def read(oracle: Oracle, images: np.ndarray, batch: int = 256) -> Reading:
+def read(oracle: Oracle, images: np.ndarray) -> Reading:
     """Read uint8 images (count, size, size, 3) in any size; others than 64 are resized first."""
     attributes, invalid = [], []
-    for start in range(0, len(images), batch):
-        pixels = torch.from_numpy(images[start : start + batch]).permute(0, 3, 1, 2).float()
+    for start in range(0, len(images), _BATCH):
+        pixels = torch.from_numpy(images[start : start + _BATCH]).permute(0, 3, 1, 2).float()
         pixels = pixels / 127.5 - 1
         if pixels.shape[-1] != 64:
             pixels = nn.functional.interpolate(pixels, 64, mode="bilinear", antialias=True)

@@ -13,7 +13,7 @@ from ipdiverse.critters import architecture
 from ipdiverse.critters.recipe import STAGES
 from ipdiverse.critters.training.stages import revision, stage_model
 from ipdiverse.errors import ModelError
-from ipdiverse.provenance import write_bytes_atomic
+from ipdiverse.writing import write_bytes_atomic
 
 _LARGEST_FILE = "12MB"
 

@@ -13,7 +13,7 @@ from ipdiverse.critters.pipeline import (
     ship_oracle,
     stage_history,
 )
-from ipdiverse.provenance import write_text_atomic
+from ipdiverse.writing import write_text_atomic
 
 if TYPE_CHECKING:
     from pathlib import Path

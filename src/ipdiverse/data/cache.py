@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from ipdiverse.errors import DataError
-from ipdiverse.provenance import write_bytes_atomic
+from ipdiverse.writing import write_bytes_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -120,7 +120,8 @@ def manifest_text(records: Iterable[Record]) -> str:
 def json_lines(file: Path) -> Iterator[tuple[int, Any]]:
     """Number and value of each line that is not blank; a line that is no JSON gives its text."""
     try:
-        lines = file.read_text("utf-8-sig").splitlines()
+        # not splitlines: other marks that it cuts at may stand within a JSON string
+        lines = file.read_text("utf-8-sig").split("\n")
     except (OSError, UnicodeError) as error:
         raise DataError(
             "cannot be read", where=file, expected="a text in UTF-8", found=error

@@ -29,7 +29,7 @@ from ipdiverse.data.square import to_square
 from ipdiverse.errors import DataError, ImageError
 from ipdiverse.image_io import content_hash, load_image_bytes
 from ipdiverse.image_io.headers import format_of
-from ipdiverse.provenance import ensure_writable_folder, write_bytes_atomic, write_text_atomic
+from ipdiverse.writing import ensure_writable_folder, write_bytes_atomic, write_text_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

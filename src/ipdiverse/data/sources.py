@@ -172,7 +172,7 @@ def _classes(folder: Path) -> dict[str, str]:
     for name in ("classes.csv", "prompts_and_classes.txt"):
         file = folder / name
         if file.is_file():
-            for line in file.read_text("utf-8-sig", errors="replace").splitlines():
+            for line in file.read_text("utf-8-sig", errors="replace").split("\n"):
                 subject, comma, words = line.partition(",")
                 if comma and (folder / subject.strip()).is_dir() and subject.strip():
                     found[subject.strip()] = words.strip()

@@ -5,21 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import fields
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ipdiverse.adapter.checkpoint import hash_of_what_decides
+from ipdiverse.adapter.checkpoint import load_adapter, weights_hash
 from ipdiverse.adapter.sources import local_file
 from ipdiverse.bases import CRITTERS, adapter_source
-from ipdiverse.critters.training.loop import autocast, fingerprint
+from ipdiverse.dial import Levers, changed
 from ipdiverse.evaluation.sampling import sample_array
 from ipdiverse.image_io import content_hash
-from ipdiverse.provenance import ensure_writable_folder, write_bytes_atomic
+from ipdiverse.memory import autocast
+from ipdiverse.pipelines import fingerprint
 from ipdiverse.sampling.generation import versions
-from ipdiverse.sampling.sample import Job, attached, scale_of
+from ipdiverse.sampling.sample import Job, attached, levers_of, set_scale
+from ipdiverse.writing import ensure_writable_folder, write_bytes_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
     from ipdiverse.bases import Base
     from ipdiverse.evaluation.study import Arm, Study
+    from ipdiverse.sampling.request import Request
 
 CHUNK = 8
 """Pairs whose images are kept together."""
@@ -130,13 +133,7 @@ class ArmImages:
         request = arm.request(self.study.steps, self.base.guidance_scale)
         fast = autocast() if self.study.base == CRITTERS else nullcontext()
         with attached(self.base, weights) as attachment:
-            scale = scale_of(self.base, request)
-            attachment.set_scale(
-                request.preset or scale,
-                weight=scale,
-                start=request.start,
-                end=request.end,
-            )
+            set_scale(attachment, self.base, request)
             for chunk, file in missing:
                 with fast:
                     made = sample_array(self.base, self._jobs(chunk), request, attachment, False)
@@ -145,15 +142,44 @@ class ArmImages:
 
     def _key(self, arm: Arm, weights: Path) -> str:
         """What decides an arm's images, as 16 hexadecimal digits."""
-        settings = asdict(arm.request(self.study.steps, self.base.guidance_scale))
+        request = arm.request(self.study.steps, self.base.guidance_scale)
         study = [self.study.images, self.study.seed]
-        decides = [settings, study, adapter_hash(arm, weights), self.decides, versions()]
+        decides = [what_decides(request, weights), study, self.decides, versions()]
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def adapter_hash(arm: Arm, weights: Path) -> str:
-    """What of an adapter decides an arm's images; its dial does where the arm turns it."""
-    return hash_of_what_decides(weights, dial=arm.settings.get("diversity") is not None)
+def what_decides(request: Request, weights: Path | None) -> dict[str, Any]:
+    """What of an arm decides its images: settings, levers, the adapter's weights.
+
+    Where the dial is turned it is the levers that it stands for, so that a file may be calibrated
+    anew: what stays as it was need not be drawn again.
+
+    Args:
+        request: The arm's, with what it leaves to the base.
+        weights: The adapter's file; None where it is not here. Then its hash is None, and so are
+            the levers of a dial, which is in it.
+    """
+    levers = {field.name for field in fields(Levers)}
+    settings = {
+        field.name: getattr(request, field.name)
+        for field in fields(request)
+        if field.name not in {"adapter", "diversity", *levers}
+        and getattr(request, field.name) != field.default
+    }
+    turned = request.diversity is not None
+    adapter = load_adapter(weights) if turned and weights is not None else None
+    on = None if turned and adapter is None else _rounded(changed(levers_of(request, adapter)))
+    hashed = None if weights is None else weights_hash(weights)
+    return {"settings": settings, "levers": on, "adapter": hashed}
+
+
+def _rounded(value: Any) -> Any:
+    """Numbers to nine digits: between two settings of a dial the last ones are the machine's."""
+    if isinstance(value, dict):
+        return {name: _rounded(one) for name, one in value.items()}
+    if isinstance(value, tuple):
+        return [_rounded(one) for one in value]
+    return float(f"{value:.9g}") if isinstance(value, float) else value
 
 
 def _save(file: Path, images: np.ndarray) -> None:

@@ -7,14 +7,14 @@ the pairs have in common.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from ipdiverse.errors import ArgumentError
 from ipdiverse.evaluation.metrics import Floats, mean_or_nan
 from ipdiverse.evaluation.sets import Parts, distance, leaked, pools
-from ipdiverse.evaluation.variety import Interval, hypervolume_2d
+from ipdiverse.evaluation.variety import hypervolume_2d
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,6 +24,14 @@ if TYPE_CHECKING:
 RESAMPLES = 2000
 _SLOW_RESAMPLES = 200
 _LEAK_PERMUTATIONS = 20
+
+
+class Interval(NamedTuple):
+    """A statistic of all groups, with the ends of its confidence interval."""
+
+    estimate: float
+    low: float
+    high: float
 
 
 def leak_interval(sets: Sets, resamples: int = _SLOW_RESAMPLES) -> Interval:

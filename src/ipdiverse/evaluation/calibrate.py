@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ipdiverse.bases import CRITTERS
+from ipdiverse.dial import OFF, Achieved, Dial, Levers
 from ipdiverse.errors import ArgumentError
 from ipdiverse.evaluation.bootstrap import estimate
 from ipdiverse.evaluation.running import Runner
 from ipdiverse.evaluation.study import Arm, Study
-from ipdiverse.sampling.dial import OFF, Achieved, Dial, Levers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from ipdiverse.evaluation.metrics import Floats
+    from ipdiverse.evaluation.options import CalibrateOptions
 
 KEPT = 0.95
 """Share of the retention at 0 that every setting must keep."""
@@ -52,32 +52,13 @@ on the others, and factorised guidance, as its third pass costs more than stock.
 
 
 def calibrate(
-    adapter: str,
-    out: Path,
-    base: str = CRITTERS,
-    references: str | None = None,
-    prompts: str | None = None,
-    features: Sequence[str] = (),
-    pairs: int = 32,
-    images: int = 8,
-    steps: int = 25,
-    levers: Sequence[str] = (),
-    say: Callable[[str], None] = lambda _: None,
+    options: CalibrateOptions, out: Path, say: Callable[[str], None] = lambda _: None
 ) -> tuple[Dial, list[dict[str, Any]]]:
     """Find the path of an adapter.
 
     Args:
-        adapter: A name or file.
+        options: Which, and on what it is measured.
         out: Folder for images; an interrupted calibration in it goes on.
-        base: What it prompts.
-        references: Folder of references; None takes critters that nothing was trained on.
-        prompts: File with a prompt a line.
-        features: Encoders, for references of your own; the first measures variety and retention,
-            the first that reads text measures the prompt.
-        pairs: (prompt, reference) pairs.
-        images: Of each.
-        steps: Denoising steps.
-        levers: Those that it may move, of `LADDERS`; empty is all that the adapter has.
         say: Told of every point that the path gains.
 
     Returns:
@@ -86,46 +67,50 @@ def calibrate(
     Raises:
         IpdiverseError: Something is unusable, or no lever gains anything.
     """
-    if unknown := sorted(set(levers) - LADDERS.keys()):
+    if unknown := sorted(set(options.levers) - LADDERS.keys()):
         raise ArgumentError(
             "are none that a dial may move",
             where="levers",
             expected=", ".join(LADDERS),
             found=", ".join(unknown),
         )
-    study = Study(
-        arms=(Arm("stock", "path", {"adapter": adapter}),),
-        base=base,
-        pairs=pairs,
-        images=images,
-        steps=steps,
-        seed=11,
-        split="validation",
-        references=references,
-        prompts=prompts,
-        features=tuple(features),
-    )
-    runner = Runner(study, out, progress=False)
-
-    def measure(levers: Levers) -> Achieved:
-        changed = {k: v for k, v in asdict(levers).items() if v != getattr(OFF, k)}
-        name = ", ".join(f"{key} {value}" for key, value in changed.items()) or "stock"
-        measured = runner.measure(Arm(name, "path", {"adapter": adapter, **changed}))
-        found = {n: estimate(measured.parts(n)) for n in measured.runs[0]}
-        return _scores(found, images)
-
-    start, ladders = _ladders(adapter, base, levers)
-    path = climb(start, ladders, measure, say)
+    runner = Runner(_study(options), out, progress=False)
+    start, ladders = _ladders(options.adapter, options.base, options.levers)
+    path = climb(start, ladders, partial(_measured, runner, options), say)
     if len(path) < 2:
         raise ArgumentError(
             "gains variety from no lever at what must be kept",
-            where=adapter,
+            where=options.adapter,
             found=f"variety {path[0][1].variety:.3f}",
         )
-    dial = placed(
-        path, f"calibrated on {runner.study.pairs} pairs of {images} images, {steps} steps"
-    )
+    on = f"{runner.study.pairs} pairs of {options.images} images, {options.steps} steps"
+    dial = placed(path, f"calibrated on {on}")
     return dial, [{**asdict(levers), **asdict(scores)} for levers, scores in path]
+
+
+def _study(options: CalibrateOptions) -> Study:
+    """Pairs that neither training nor the published study saw."""
+    return Study(
+        arms=(Arm("stock", "path", {"adapter": options.adapter}),),
+        base=options.base,
+        pairs=options.pairs,
+        images=options.images,
+        steps=options.steps,
+        seed=11,
+        split="validation",
+        references=options.references,
+        prompts=options.prompts,
+        features=options.features,
+    )
+
+
+def _measured(runner: Runner, options: CalibrateOptions, levers: Levers) -> Achieved:
+    """What levers achieve."""
+    changed = {k: v for k, v in asdict(levers).items() if v != getattr(OFF, k)}
+    name = ", ".join(f"{key} {value}" for key, value in changed.items()) or "stock"
+    measured = runner.measure(Arm(name, "path", {"adapter": options.adapter, **changed}))
+    found = {n: estimate(measured.parts(n)) for n in measured.runs[0]}
+    return _scores(found, options.images)
 
 
 def climb(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from html import escape
-from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,17 +18,20 @@ from ipdiverse.bases import (
 )
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import Scene
+from ipdiverse.dial import dial_for
+from ipdiverse.evaluation.copier import copier_command
+from ipdiverse.evaluation.report import inline
 from ipdiverse.labels import apart
-from ipdiverse.provenance import ensure_writable_folder, save_png, write_text_atomic
-from ipdiverse.sampling.dial import dial_for
+from ipdiverse.provenance import save_png
 from ipdiverse.sampling.request import Request
 from ipdiverse.sampling.sample import Job, attached, sample
+from ipdiverse.writing import ensure_writable_folder, write_text_atomic
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from ipdiverse.bases import Base
-    from ipdiverse.sampling.dial import Dial
+    from ipdiverse.dial import Dial
 
 DIAL = (0.0, 0.5, 1.0)
 SCALES = (0.25, 0.5, 1.0)
@@ -113,7 +114,7 @@ def make_demo(out: Path) -> Path:
         dial_rows="\n".join(dial_rows),
         curve=_curve(dial),
         per_scale=PER_SCALE,
-        reference=_inline(reference),
+        reference=inline(reference),
         reference_words=escape(", ".join(REFERENCE.as_dict().values())),
         prompt=escape(PROMPT),
         rows=rows,
@@ -150,7 +151,7 @@ def _scaled(base: Base, reference: Image.Image) -> dict[float, list[Image.Image]
 
 def _row(label: str, images: list[Image.Image]) -> str:
     cells = "".join(
-        f'<img src="{_inline(image)}" alt="image {index} at {escape(label)}">'
+        f'<img src="{inline(image)}" alt="image {index} at {escape(label)}">'
         for index, image in enumerate(images)
     )
     return f'<div class="row"><b>{escape(label)}</b>{cells}</div>'
@@ -163,7 +164,7 @@ def _curve(dial: Dial) -> str:
         return ""
     picture = plot_dial(dial, json.loads(file.read_text()))
     words = "identity kept over variety: the dial's points, and plain IP-Adapter's scales"
-    return f'<div class="plot"><img src="{_inline(picture)}" alt="{words}"></div>'
+    return f'<div class="plot"><img src="{inline(picture)}" alt="{words}"></div>'
 
 
 def plot_dial(dial: Dial, report: dict[str, Any]) -> Image.Image:
@@ -214,11 +215,11 @@ def _measured(report: dict[str, Any], title: str) -> str:
     return (
         f"<h2>{escape(title)}: measured on {report['pairs']} held-out references × "
         f"{report['images']} images</h2>"
-        f'<div class="plot"><img src="{_inline(plot(report))}" alt="the table below, as curves">'
+        f'<div class="plot"><img src="{inline(plot(report))}" alt="the table below, as curves">'
         f"</div><table><tr><th></th>{head}</tr>{body}</table>"
         "<p>An ideal image prompt keeps identity and prompt near 1, has the variety of the world "
         "itself (1), and copies nothing (0): the renderer's row. Remake the numbers with "
-        f"<code>ipdiverse critters copier --adapter {escape(report['adapter'])} --ship</code>.</p>"
+        f"<code>{escape(copier_command(report))}</code>.</p>"
     )
 
 
@@ -248,9 +249,3 @@ def _drawn(figure: Any) -> Image.Image:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
-
-
-def _inline(image: Image.Image) -> str:
-    buffer = BytesIO()
-    image.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -67,7 +67,7 @@ class FeatureEncoder:
             part = list(images[start : start + _BATCH])
             pixels = self.processor(part, return_tensors="pt").pixel_values
             rows.append(self._embed(pixels))
-        return F.normalize(torch.cat(rows).float(), dim=1).numpy()
+        return _unit(torch.cat(rows))
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> np.ndarray:
@@ -76,17 +76,21 @@ class FeatureEncoder:
         tokens = self.tokenizer(
             list(texts), padding=True, truncation=True, max_length=limit, return_tensors="pt"
         )
-        found = self.model.get_text_features(**tokens)
-        found = getattr(found, "pooler_output", found)
-        return F.normalize(found.float(), dim=1).numpy()
+        found = self.model.get_text_features(**tokens.to(self.model.device))
+        return _unit(getattr(found, "pooler_output", found))
 
     def _embed(self, pixels: torch.Tensor) -> torch.Tensor:
+        pixels = pixels.to(self.model.device, self.model.dtype)
         if hasattr(self.model, "get_image_features"):
             found = self.model.get_image_features(pixel_values=pixels)
             return getattr(found, "pooler_output", found)
         output = self.model(pixel_values=pixels)
         embeds = getattr(output, "image_embeds", None)
         return output.last_hidden_state[:, 0] if embeds is None else embeds
+
+
+def _unit(rows: torch.Tensor) -> np.ndarray:
+    return F.normalize(rows.float(), dim=1).cpu().numpy()
 
 
 def open_encoder(name: str, base_pipe: Any = None) -> FeatureEncoder:

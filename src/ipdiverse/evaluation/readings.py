@@ -16,7 +16,7 @@ import numpy as np
 
 from ipdiverse.critters.oracle import read
 from ipdiverse.errors import DataError
-from ipdiverse.provenance import write_bytes_atomic
+from ipdiverse.writing import write_bytes_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

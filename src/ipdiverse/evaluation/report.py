@@ -14,7 +14,7 @@ from ipdiverse.evaluation.bootstrap import difference, estimate, hypervolume, in
 from ipdiverse.evaluation.dial_check import dial_table
 from ipdiverse.evaluation.plots import LABELS, as_bytes, axes_of, tradeoff
 from ipdiverse.evaluation.readings import FOLDER
-from ipdiverse.provenance import ensure_writable_folder, write_bytes_atomic, write_text_atomic
+from ipdiverse.writing import ensure_writable_folder, write_bytes_atomic, write_text_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from ipdiverse.evaluation.measured import Done, Measured
     from ipdiverse.evaluation.study import Study
 
+TITLE = "Variety against fidelity"
+"""What a report is known by."""
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -74,7 +76,7 @@ def write_report(study: Study, done: Done, out: Path) -> Path:
         encoded = base64.b64encode(as_bytes(figure, "png")).decode()
         plots.append(f'<img src="data:image/png;base64,{encoded}" alt="{escape(words)}">')
     page = _PAGE.format(
-        title="Variety against fidelity",
+        title=TITLE,
         about=_about(study, len(references)) + _left_out(done.left_out),
         plots="".join(plots),
         volumes=_volumes(study, done.hypervolumes),
@@ -179,7 +181,7 @@ def _sets(study: Study, measured: Sequence[Measured], references: Sequence[Image
             _strip(reference, drawn) for reference, drawn in zip(references, images, strict=False)
         ]
         pictures = "<br>".join(
-            f'<img src="{_inline(s)}" alt="{escape(one.arm.name)}, pair {i + 1}">'
+            f'<img src="{inline(s)}" alt="{escape(one.arm.name)}, pair {i + 1}">'
             for i, s in enumerate(strips)
         )
         rows.append(f"<h3>{escape(one.arm.name)} <small>{_words(one)}</small></h3>{pictures}")
@@ -283,7 +285,8 @@ def _slug(name: str) -> str:
     return "-".join(part for part in kept.split("-") if part)
 
 
-def _inline(image: Image.Image) -> str:
+def inline(image: Image.Image) -> str:
+    """An image as the address of itself, for a page of one file."""
     buffer = BytesIO()
     image.save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

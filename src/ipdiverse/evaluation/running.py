@@ -20,10 +20,9 @@ from PIL import Image
 
 from ipdiverse.adapter.sources import local_file
 from ipdiverse.bases import CRITTERS, CRITTERS_ORACLE, adapter_source, load_base
-from ipdiverse.critters.training.loop import fingerprint
 from ipdiverse.errors import ArgumentError, IpdiverseError
 from ipdiverse.evaluation.anchors import anchors
-from ipdiverse.evaluation.arm_images import ArmImages, adapter_hash
+from ipdiverse.evaluation.arm_images import ArmImages, what_decides
 from ipdiverse.evaluation.dial_check import check_dials
 from ipdiverse.evaluation.features import feature_parts, open_encoder
 from ipdiverse.evaluation.folders import folder_pairs, opened
@@ -39,8 +38,9 @@ from ipdiverse.evaluation.readings import (
 from ipdiverse.evaluation.report import volumes
 from ipdiverse.evaluation.sampling import critters_sets, shipped_oracle, study_pairs
 from ipdiverse.evaluation.sets import Parts, joined, set_parts
-from ipdiverse.provenance import ensure_writable_folder, file_hash, write_text_atomic
+from ipdiverse.pipelines import fingerprint
 from ipdiverse.sampling.generation import versions
+from ipdiverse.writing import ensure_writable_folder, file_hash, write_text_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -242,19 +242,17 @@ class Runner:
         if found is None:
             return None
         wanted = json.loads(json.dumps(self._about(arm, number)))
-        wanted["adapter"] = wanted["adapter"] or found.about.get("adapter")
+        wanted |= {k: found.about.get(k) for k in ("adapter", "levers") if wanted[k] is None}
         return found if found.about == wanted else None
 
     def _about(self, arm: Arm, number: int) -> dict[str, Any]:
-        """What decides readings; the hash of an adapter that is not here is None."""
-        study = self.study
-        numbers = {name: getattr(study, name) for name in ("pairs", "images", "steps", "seed")}
-        settings = {name: value for name, value in arm.settings.items() if name != "adapter"}
-        base = hashlib.sha256(json.dumps(self._images.decides).encode()).hexdigest()
-        file = self._file_here(arm.sources[number])
-        weights = None if file is None else adapter_hash(arm, file)
-        hashes = {"base": base, "adapter": weights, "oracle": self._oracle_hash}
-        return {"settings": settings, **numbers, **hashes}
+        """What decides readings; what only an adapter that is not here could tell is None."""
+        study, base = self.study, self._images.base
+        numbers = {name: getattr(study, name) for name in ("pairs", "images", "seed")}
+        request = arm.request(study.steps, base.guidance_scale)
+        decides = what_decides(request, self._file_here(arm.sources[number]))
+        shown = hashlib.sha256(json.dumps(self._images.decides).encode()).hexdigest()
+        return {**decides, **numbers, "base": shown, "oracle": self._oracle_hash}
 
     def _file_here(self, source: str) -> Path | None:
         """An adapter's file, if it is on this machine: published readings do not need it."""

@@ -24,8 +24,8 @@ from itertools import product
 from typing import TYPE_CHECKING, Any, Literal
 
 from ipdiverse.bases import CRITTERS, DEFAULT_ADAPTER
+from ipdiverse.dial import Levers
 from ipdiverse.errors import ArgumentError, IpdiverseError, check_range
-from ipdiverse.sampling.dial import Levers
 from ipdiverse.sampling.request import MAX_IMAGES, MAX_STEPS, Request
 
 if TYPE_CHECKING:

@@ -1,9 +1,8 @@
-"""Variety of sets of items, and how sure a comparison is: for features of any kind."""
+"""Variety of sets of items, for features of any kind."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -17,19 +16,8 @@ from ipdiverse.evaluation.metrics import (
     plug_in_entropy,
 )
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
 _EIGENVALUE_FLOOR = 1e-8  # below lies round-off, which small q would count as items
 _TOLERANCE = 1e-6
-
-
-class Interval(NamedTuple):
-    """A statistic of all groups, with the ends of its confidence interval."""
-
-    estimate: float
-    low: float
-    high: float
 
 
 def vendi(kernel_or_features: ArrayLike, q: float = 1.0, *, is_kernel: bool = False) -> float:
@@ -99,41 +87,6 @@ def hypervolume_2d(points: ArrayLike, reference_point: ArrayLike) -> float:
         area += max(x, 0.0) * max(y - height, 0.0)
         height = max(height, y)
     return area
-
-
-def bootstrap_interval(
-    values_by_group: Sequence[ArrayLike] | Floats,
-    statistic: Callable[[Any], Any] = np.mean,
-    resamples: int = 2000,
-    seed: int = 0,
-    level: float = 0.95,
-) -> Interval:
-    """Percentile bootstrap over groups, never over images: images of a group are not independent.
-
-    Args:
-        values_by_group: One entry a group: a number, or its images' values along the first axis.
-            For a paired comparison pass differences.
-        statistic: Maps the drawn groups' values, joined along the first axis, to a number.
-        resamples: Number of resamples.
-        seed: Seed of the resampling.
-        level: Coverage, between 0 and 1.
-
-    Raises:
-        ArgumentError: Under two groups, no resamples, or `level` outside (0, 1).
-
-    Source:
-        Davison & Hinkley, "Bootstrap Methods and their Application" (1997), section 3.8.
-    """
-    blocks: list[Floats] = [np.atleast_1d(np.asarray(values)) for values in values_by_group]
-    check_at_least("values_by_group", len(blocks), 2)
-    check_at_least("resamples", resamples, 1)
-    if not 0 < level < 1:
-        raise ArgumentError("coverage", where="level", expected="between 0 and 1", found=level)
-    size = (resamples, len(blocks))
-    draws: list[list[int]] = np.random.default_rng(seed).integers(len(blocks), size=size).tolist()
-    found = [float(statistic(np.concatenate([blocks[i] for i in draw]))) for draw in draws]
-    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(statistic(np.concatenate(blocks))), float(low), float(high))
 
 
 def _cosine_kernel(features: Floats) -> Floats:

@@ -13,13 +13,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ipdiverse.bases import default_adapter
 from ipdiverse.errors import ArgumentError, DataError, IpdiverseError
 from ipdiverse.image_io import content_hash
-from ipdiverse.presets import PRESETS
-from ipdiverse.provenance import ensure_writable_folder, file_hash, save_png
-from ipdiverse.sampling.drawing import drawing, open_base
+from ipdiverse.provenance import save_png
+from ipdiverse.sampling.drawing import drawing, open_base, opening
 from ipdiverse.sampling.request import Request
+from ipdiverse.writing import ensure_writable_folder, file_hash, write_text_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,7 +39,7 @@ def read_jobs(file: Path, defaults: dict[str, Any]) -> list[Request]:
         DataError: The file cannot be read, or a line is no request; the first of them is named.
     """
     try:
-        lines = file.read_text("utf-8").splitlines()
+        lines = file.read_text("utf-8").split("\n")  # JSON may hold other ends of lines
     except (OSError, UnicodeError) as error:
         raise DataError("cannot be read", where=file, expected="JSON lines") from error
     jobs = [
@@ -77,18 +76,11 @@ def run_batch(
         there = known.get(number, set())
         if len(there) >= job.n * len(job.prompt):
             continue
-        if base is None or opened != _opening(job):
+        if base is None or opened != opening(job):
             base = None  # two of them need not fit into memory
-            base, opened = open_base(job), _opening(job)
+            base, opened = open_base(job), opening(job)
         drawn += _draw(number, job, base, out, there, tell)
     return drawn
-
-
-def _opening(job: Request) -> tuple[object, ...]:
-    """What decides how its base is opened; jobs that agree share one."""
-    adapter = job.adapter or default_adapter(job.base)
-    encoder = job.image_encoder or (adapter if adapter in PRESETS else "")
-    return (job.base, encoder, job.revision, job.safety_checker, job.memory())
 
 
 def _draw(
@@ -123,7 +115,8 @@ def _known(out: Path, jobs: list[Request]) -> dict[int, set[int]]:
     known: dict[int, set[int]] = {}
     kept: list[str] = []
     inputs: dict[int, dict[str, str]] = {}
-    for text in file.read_text("utf-8").splitlines():
+    found = file.read_text("utf-8")
+    for text in found.split("\n"):
         try:
             line = json.loads(text)
             number, position, name = line["job"], line["image"], line["file"]
@@ -147,7 +140,8 @@ def _known(out: Path, jobs: list[Request]) -> dict[int, set[int]]:
             _check_inputs(file, number, line.get("inputs"), inputs[number])
             known.setdefault(number, set()).add(int(position))
             kept.append(text)
-    file.write_text("".join(f"{text}\n" for text in kept), "utf-8")
+    if (whole := "".join(f"{text}\n" for text in kept)) != found:
+        write_text_atomic(file, whole)
     return known
 
 

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from ipdiverse.adapter.attach import LEVERS_HOOK, inside_offloading
 from ipdiverse.adapter.attention import BOTH, NOTHING
+from ipdiverse.adapter.mixing import mixed
+from ipdiverse.dial import Levers
 from ipdiverse.errors import ArgumentError, ModelError
 from ipdiverse.sampling import guidance
-from ipdiverse.sampling.dial import Levers
 from ipdiverse.sampling.levers import Moment, latent_levers, token_levers, token_phase
 from ipdiverse.sampling.references import embed_change, reference_latents
 
@@ -37,6 +38,8 @@ def steer(
 ) -> Steering:
     """Put levers on a pipeline, in place of those that are on it; `detach` takes them off too.
 
+    Levers that are refused change nothing: those that are on it stay.
+
     Args:
         attachment: Of an adapter, its scale and reference set.
         levers: How strongly each acts.
@@ -49,11 +52,11 @@ def steer(
     """
     _check(levers, attachment, len(seeds))
     hook, unet = attachment.hook, attachment.pipe.unet
-    _take_off(attachment)
-    steering = Steering(attachment, levers, tuple(seeds))
     change = None
     if levers.noise_level or levers.remove_stated:
         change = embed_change(attachment, levers, tuple(seeds), prompts)
+    _take_off(attachment)
+    steering = Steering(attachment, levers, tuple(seeds))
     with inside_offloading(unet):
         HookRegistry.check_if_exists_or_initialize(unet).register_hook(steering, LEVERS_HOOK)
     try:
@@ -246,7 +249,8 @@ class Steering(ModelHook):
         t = float(torch.as_tensor(timestep).flatten()[0])
         low = min(max(int(t), 0), len(alphas) - 1)
         high = min(low + 1, len(alphas) - 1)
-        return float(torch.lerp(alphas[low].double(), alphas[high].double(), t - low))
+        below, above = alphas[low].cpu(), alphas[high].cpu()  # not every device has float64
+        return float(torch.lerp(below.double(), above.double(), t - low))
 
     @torch.no_grad()
     def _references_latents(self, sample: Tensor) -> Tensor:
@@ -277,6 +281,9 @@ def _check(levers: Levers, attachment: Attachment, seeds: int) -> None:
                 expected=f"a multiple of {references}",
                 found=seeds,
             )
+    for adapter in attachment.adapters:
+        if not adapter.plain:
+            mixed(adapter, levers.training)  # says so before anything is taken off
     if levers.noise_level and any(a.noise is None for a in attachment.adapters):
         raise ModelError(
             "is not noise-conditioned",

@@ -13,7 +13,7 @@ from ipdiverse.image_io import load_image
 from ipdiverse.loading import quiet
 from ipdiverse.presets import PRESETS
 from ipdiverse.sampling.generation import Generation
-from ipdiverse.sampling.sample import Job, attached, preview, sampled, scale_of
+from ipdiverse.sampling.sample import Job, attached, levers_of, preview, sampled, set_scale
 from ipdiverse.sampling.tasks import Task, task_for
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Drawing:
             on_step: Called after each denoising step with the number of images it was for; what
                 it raises stops the drawing there.
         """
-        whole = self.request.on_a_set
+        whole = levers_of(self.request, self.attachment.adapters[0]).on_a_set
         numbers = [n for n in range(len(self.jobs)) if whole or n not in skip]
         wanted = [self.jobs[number] for number in numbers]
         drawn = sampled(
@@ -111,13 +111,7 @@ def drawing(request: Request, loaded: Base | None = None) -> Iterator[Drawing]:
     notes += [f"memory: {base.plan.line()}"] if base.plan else []
     task = replace(task_for(base, request), notes=notes)
     with quiet(), attached(task.base, weights, request.image_encoder) as attachment:
-        scale = scale_of(base, request)
-        attachment.set_scale(
-            request.preset or scale,
-            weight=scale,
-            start=request.start,
-            end=request.end,
-        )
+        set_scale(attachment, base, request)
         jobs = [
             Job(text, request.seed, index, reference)
             for text in request.prompt
@@ -141,6 +135,17 @@ def open_base(request: Request) -> Base:
         encoder="" if request.image_encoder else encoder,
         memory=request.memory(),
     )
+
+
+def opening(request: Request) -> tuple[object, ...]:
+    """What decides how `open_base` opens a base: requests that agree can share one.
+
+    Raises:
+        IpdiverseError: There is no such base, or nothing that prompts it.
+    """
+    adapter = request.adapter or default_adapter(request.base)
+    encoder = request.image_encoder or (adapter if adapter in PRESETS else "")
+    return (request.base, encoder, request.revision, request.safety_checker, request.memory())
 
 
 def needed_files(request: Request) -> list[HubFile]:
@@ -185,6 +190,13 @@ def _selected(
     """Of each prompt's candidates the best group; all of them where there are no more."""
     if request.candidates in (None, request.n):
         return jobs
+    if levers_of(request, attachment.adapters[0]).on_a_set:
+        raise ArgumentError(
+            "does not go with levers that act on a set: its images would be others without those "
+            "that are not chosen",
+            where="candidates",
+            fix="Leave out candidates, or repulsion, particle and sparke.",
+        )
     from ipdiverse.sampling.selection import EARLY, judged, select
 
     guesses = preview(task.base, jobs, request, attachment, EARLY, task, negative)

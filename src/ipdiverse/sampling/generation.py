@@ -66,7 +66,8 @@ class Generation:
         import json
 
         from ipdiverse.contact_sheet import contact_sheet
-        from ipdiverse.provenance import ensure_writable_folder, save_png, write_text_atomic
+        from ipdiverse.provenance import save_png
+        from ipdiverse.writing import ensure_writable_folder, write_text_atomic
 
         folder = Path(out)
         ensure_writable_folder(folder)

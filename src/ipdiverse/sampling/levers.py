@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from ipdiverse.sampling.dial import Levers
+from ipdiverse.dial import Levers
 from ipdiverse.seeding import derived_seed
 
 Tokens = Float[Tensor, "items tokens width"]
@@ -56,7 +56,9 @@ class Moment:
         """Standard normal, the same for an item whatever stands beside it, and at every step."""
         drawn = [
             torch.randn(
-                row.shape, generator=torch.Generator().manual_seed(derived_seed(seed, name))
+                row.shape,
+                generator=torch.Generator().manual_seed(derived_seed(seed, name)),
+                dtype=torch.float32,  # whatever another thread that loads has as default
             )
             for seed, row in zip(self.seeds, like, strict=True)
         ]

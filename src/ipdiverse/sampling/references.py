@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ipdiverse.adapter.attach import Attachment
-    from ipdiverse.sampling.dial import Levers
+    from ipdiverse.dial import Levers
 
 
 class ChangedEmbeds:
@@ -74,6 +75,8 @@ def embed_change(
 def reference_latents(attachment: Attachment, sample: Tensor) -> Tensor:
     """References' latents, (items or 1, references, channels, height, width).
 
+    Of adapters with different numbers of items, each item has the references of all.
+
     Args:
         attachment: Whose references, and whose pipeline's VAE.
         sample: The UNet's, for its size.
@@ -82,7 +85,8 @@ def reference_latents(attachment: Attachment, sample: Tensor) -> Tensor:
         ArgumentError: A reference was given as embeddings.
     """
     rows = [_latents(attachment, number, sample) for number in range(len(attachment.adapters))]
-    return torch.cat(rows, dim=1)
+    items = math.lcm(*map(len, rows))
+    return torch.cat([row.repeat_interleave(items // len(row), 0) for row in rows], dim=1)
 
 
 def _latents(attachment: Attachment, number: int, sample: Tensor) -> Tensor:
@@ -99,14 +103,15 @@ def _latents(attachment: Attachment, number: int, sample: Tensor) -> Tensor:
         images = list(reference.images or ())
         images += [images[-1]] * (most - len(images))
         pixels = [np.asarray(image.convert("RGB").resize(size)) for image in images]
-        rows.append(_encoded(pipe.vae, torch.from_numpy(np.stack(pixels))))
+        rows.append(_encoded(pipe, torch.from_numpy(np.stack(pixels))))
     return torch.stack(rows)
 
 
-def _encoded(vae: Any, pixels: Tensor) -> Tensor:
+def _encoded(pipe: Any, pixels: Tensor) -> Tensor:
     """Scaled latents of pixels 0..255, (images, height, width, 3); in float32 where that is due."""
+    vae, device = pipe.vae, pipe._execution_device
     with full_range(vae):
-        scaled = (pixels.permute(0, 3, 1, 2).float() / 127.5 - 1).to(vae.device, vae.dtype)
+        scaled = (pixels.permute(0, 3, 1, 2).float() / 127.5 - 1).to(device, vae.dtype)
         latents = vae.encode(scaled).latent_dist.mode()
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     return (latents - shift) * vae.config.scaling_factor

@@ -73,7 +73,8 @@ def stated_basis(attachment: Attachment, prompt: str, rank: int) -> dict[str, Te
             fix="Leave remove_stated out with this base.",
         )
     rows = stated_subspace(said[:-1] - said[-1:], rank)
-    projection = encoder.visual_projection.weight.float()  # (width, hidden)
+    # (width, hidden); an offloaded encoder's weights wait elsewhere
+    projection = encoder.visual_projection.weight.to(rows)
     read = torch.linalg.qr((rows @ projection).T).Q.T if len(rows) else rows @ projection
     return {"pooled": rows, "hidden": read}
 

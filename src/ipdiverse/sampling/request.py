@@ -6,9 +6,9 @@ import shlex
 from dataclasses import dataclass, fields
 
 from ipdiverse.bases import CRITTERS
+from ipdiverse.dial import Levers
 from ipdiverse.errors import ArgumentError, check_range
 from ipdiverse.memory import Dtype, MemoryOptions, Offload
-from ipdiverse.sampling.dial import Levers
 
 MAX_IMAGES = 1024
 MAX_STEPS = 1000

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ipdiverse.bases import Base, any_latents, load_image_encoder
+from ipdiverse.dial import OFF, Levers, changed, dial_for
 from ipdiverse.errors import ModelError
-from ipdiverse.sampling.dial import OFF, Levers, dial_for
 from ipdiverse.sampling.tasks import Task
 from ipdiverse.seeding import derived_seed
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ipdiverse.adapter.attach import Attachment
+    from ipdiverse.adapter.model import ImagePromptAdapter
     from ipdiverse.adapter.reference import Reference
     from ipdiverse.sampling.denoiser import Steering
     from ipdiverse.sampling.request import Request
@@ -47,18 +48,20 @@ class Job:
     reference: Image.Image | Reference | None = None
 
 
-def levers_of(request: Request, attachment: Attachment) -> Levers:
+def levers_of(request: Request, adapter: ImagePromptAdapter | None) -> Levers:
     """The levers of a request: its dial's, over which those that it states itself hold.
+
+    Args:
+        request: What is asked.
+        adapter: The first that is attached, whose dial it is; None has none to turn.
 
     Raises:
         CheckpointError: The adapter's calibrated dial is broken.
     """
-    stated = {field.name: getattr(request, field.name) for field in fields(Levers)}
-    if request.diversity is None:
-        return Levers(**stated)
-    dial = dial_for(attachment.adapters[0])
-    changed = {name: v for name, v in stated.items() if v != getattr(OFF, name)}
-    return replace(dial.at(request.diversity), **changed)
+    stated = Levers(**{field.name: getattr(request, field.name) for field in fields(Levers)})
+    if request.diversity is None or adapter is None:
+        return stated
+    return replace(dial_for(adapter).at(request.diversity), **changed(stated))
 
 
 def steps_of(base: Base, request: Request) -> int:
@@ -66,9 +69,16 @@ def steps_of(base: Base, request: Request) -> int:
     return base.steps if request.steps is None else request.steps
 
 
-def scale_of(base: Base, request: Request) -> float:
-    """Weight of the image prompt: the request's, or the base's default."""
-    return base.scale if request.scale is None else request.scale
+def set_scale(attachment: Attachment, base: Base, request: Request) -> None:
+    """Weigh the image prompt as a request asks; what it leaves open the base says.
+
+    Raises:
+        ArgumentError: A scale that does not fit this UNet.
+    """
+    scale = base.scale if request.scale is None else request.scale
+    attachment.set_scale(
+        request.preset or scale, weight=scale, start=request.start, end=request.end
+    )
 
 
 def sample(
@@ -124,7 +134,7 @@ def sampled(
     from tqdm import tqdm
 
     show = sys.stderr.isatty() if progress is None else progress
-    levers = OFF if attachment is None else levers_of(request, attachment)
+    levers = OFF if attachment is None else levers_of(request, attachment.adapters[0])
     task = task or Task(base)
     with tqdm(total=len(jobs) * steps_of(base, request), disable=not show, unit="step") as bar:
 
@@ -162,7 +172,7 @@ def preview(
     """
     import torch
 
-    levers = levers_of(request, attachment)
+    levers = levers_of(request, attachment.adapters[0])
     task, guesses = task or Task(base), []
     steps = steps_of(base, request) * (request.strength if request.init_image else 1)
     last = max(1, round(share * steps)) - 1

@@ -93,13 +93,14 @@ def judged(
 
 def _seen(attachment: Attachment, guesses: Tensor) -> Tensor:
     vae, encoder = attachment.pipe.vae, attachment.image_encoder
+    device = attachment.pipe._execution_device  # an offloaded VAE moves itself, not its arguments
     parameter = next(encoder.parameters())
     side = encoder.config.image_size
     mean, std = _statistics(attachment.image_processor)
     rows = []
     for guess in guesses.split(_together(guesses, attachment.pipe.vae_scale_factor)):
         with full_range(vae):
-            latents = (guess / vae.config.scaling_factor).to(vae.device, vae.dtype)
+            latents = (guess / vae.config.scaling_factor).to(device, vae.dtype)
             pixels = vae.decode(latents).sample.float().clamp(-1, 1)
         shrunk = F.interpolate(pixels, (side, side), mode="bilinear", antialias=True)
         normal = ((shrunk + 1) / 2 - mean.to(shrunk)) / std.to(shrunk)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ipdiverse.bases import Base, load_part
-from ipdiverse.errors import ModelError
+from ipdiverse.errors import ArgumentError, ModelError
 from ipdiverse.image_io import load_image
 from ipdiverse.loading import quiet
 from ipdiverse.memory import arrange
@@ -43,9 +43,11 @@ def task_for(base: Base, request: Request) -> Task:
     """Text-to-image, image-to-image or inpainting, with a ControlNet or without.
 
     Raises:
+        ArgumentError: So little of the picture is to be redone that no step would be.
         ModelError: The base has no pipeline for the task, or the ControlNet cannot be opened.
         ImageError: A picture is unusable.
     """
+    _check_strength(base, request)
     size = image_size(base, request)
     pictures: dict[str, Image.Image] = {}
     settings: dict[str, Any] = {}
@@ -75,6 +77,18 @@ def image_size(base: Base, request: Request) -> tuple[int, int]:
     pipe: Any = base.pipe
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
     return request.width or side, request.height or side
+
+
+def _check_strength(base: Base, request: Request) -> None:
+    steps = base.steps if request.steps is None else request.steps
+    if request.init_image and int(steps * request.strength) == 0:  # as diffusers counts them
+        raise ArgumentError(
+            f"redoes none of {steps} steps",
+            where="strength",
+            expected=f"1/{steps} or more",
+            found=request.strength,
+            fix="Raise --strength or --steps.",
+        )
 
 
 def _pipeline(kind: str, base: Base, extra: dict[str, Any]) -> Any:

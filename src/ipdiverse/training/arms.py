@@ -36,10 +36,10 @@ from ipdiverse.bases import (
     adapter_source,
 )
 from ipdiverse.critters.pipeline import provenance
-from ipdiverse.critters.training.loop import bf16_is_fast
 from ipdiverse.data.options import PrepareOptions
 from ipdiverse.data.prepare import prepare
 from ipdiverse.errors import ArgumentError, ModelError, check_range
+from ipdiverse.memory import bf16_is_fast
 from ipdiverse.training.checkpoints import ADAPTER
 from ipdiverse.training.config import TrainConfig
 from ipdiverse.training.trainer import train

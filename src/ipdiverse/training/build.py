@@ -17,6 +17,7 @@ from ipdiverse.adapter.sources import local_file
 from ipdiverse.bases import adapter_source
 from ipdiverse.data.references import References, parse_references
 from ipdiverse.errors import ArgumentError
+from ipdiverse.loading import building
 from ipdiverse.seeding import derived_seed
 from ipdiverse.training.embed import Embedded, Online, Stored, embed
 from ipdiverse.training.preprocessing import Preprocessing
@@ -42,7 +43,7 @@ def adapter_to_start_from(config: TrainConfig) -> ImagePromptAdapter | None:
     """The adapter that a run goes on from; None learns from new weights.
 
     Raises:
-        ArgumentError: It is of another kind than is asked for.
+        ArgumentError: It is of another kind than is asked for, or the fusion does not fit it.
         ModelError: There is no such adapter, or it cannot be opened.
     """
     if config.start is None:
@@ -55,6 +56,12 @@ def adapter_to_start_from(config: TrainConfig) -> ImagePromptAdapter | None:
             expected=config.adapter,
             found=adapter.kind,
         )
+    if config.fusion == "gated" and adapter.fusion is None and not adapter.image_proj.num_tokens:
+        raise ArgumentError(
+            "makes as many tokens as the image encoder has states, and each gate is one token's",
+            where=config.start,
+            fix="Train with --fusion=blend or --fusion=none.",
+        )
     return adapter
 
 
@@ -65,6 +72,7 @@ def embedding_read(config: TrainConfig, start: ImagePromptAdapter | None) -> str
     return "pooled" if config.adapter == "base" else "hidden"
 
 
+@building()
 def build_adapter(
     config: TrainConfig, encoders: FrozenEncoders, start: ImagePromptAdapter | None
 ) -> ImagePromptAdapter:
@@ -107,13 +115,7 @@ def build_samples(
     Raises:
         DataError: The data set is not prepared, not embedded so, or has no pairs to take.
     """
-    shown = Preprocessing(
-        config.resolution or encoders.resolution,
-        config.variants,
-        config.flip,
-        config.changed,
-        config.image_seed,
-    )
+    shown = Preprocessing.of(config, encoders.resolution)
     folder = Path(config.data)
     if config.cache:
         images: Any = reads if config.cache_images == "auto" else config.cache_images
@@ -166,7 +168,9 @@ def add_noise_conditioning(
             )
         return
     if adapter.noise is None and adapter.clip_dim is not None:
-        adapter.noise = NoiseConditioning(adapter.clip_dim).to(next(adapter.parameters()).device)
+        with building():
+            noise = NoiseConditioning(adapter.clip_dim)
+        adapter.noise = noise.to(next(adapter.parameters()).device)
         records, chosen = samples.data.records, samples.trained[:_STANDARDISED]
         embeds = [samples.data.reference(records[i].file_name, 0)[samples.reads] for i in chosen]
         adapter.noise.standardise(torch.stack(embeds))

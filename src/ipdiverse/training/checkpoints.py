@@ -12,7 +12,6 @@ ones removed. Nothing is unpickled.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -23,7 +22,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from ipdiverse.errors import CheckpointError, OutputError
-from ipdiverse.provenance import ensure_writable_folder, write_bytes_atomic, write_text_atomic
+from ipdiverse.writing import (
+    ensure_writable_folder,
+    sync_folder,
+    write_bytes_atomic,
+    write_text_atomic,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -44,7 +48,8 @@ class State:
         weights: Trained parameters by name; once loaded, perhaps more than these.
         average: Their running average by name; empty without one.
         optimizer: The optimizer's tensors, `PARAMETER.NAME`.
-        counters: Numbers beside: batches skipped, the micro-batch that fits.
+        counters: Numbers beside: batches skipped, the micro-batch that fits, the state of a
+            gradient scaler.
     """
 
     step: int
@@ -93,7 +98,7 @@ def save_checkpoint(
         if target.exists():
             target.rename(replaced)
         partial.rename(target)
-        _sync(out)
+        sync_folder(out)
     except OSError as error:
         raise OutputError("cannot be written", where=target, found=error.strerror) from error
     finally:
@@ -160,11 +165,3 @@ def _flat(state: State) -> dict[str, Tensor]:
         for group, tensors in groups.items()
         for name, tensor in tensors.items()
     }
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -20,15 +20,38 @@ PARTS = ("projection", "layers", "fusion")
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """How an adapter is trained.
+class CacheConfig:
+    """What decides a data set's cache; `embed` and `train` are asked for it in the same words.
+
+    Args:
+        base: Whose UNet and encoders: `critters`, a preset (`ipdiverse bases`), a hub id, a folder
+            or a file.
+        image_encoder: A CLIP vision model, folder or hub id; None takes the base's.
+        cache_dtype: In which type embeddings and latents are stored; float16 halves the disk.
+        resolution: Height and width of targets in pixels; None takes the base's own.
+        variants: Random crops of each target; 1 is the centre crop alone.
+        flip: Whether crops may be mirrored.
+        changed: Changed references of each image; `augmented` needs at least one.
+        image_seed: Of crops, flips and changes.
+    """
+
+    base: str = "critters"
+    image_encoder: str | None = None
+    cache_dtype: Literal["float32", "float16"] = "float32"
+    resolution: int | None = None
+    variants: int = 1
+    flip: bool = False
+    changed: int = 2
+    image_seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(CacheConfig):
+    """How an adapter is trained, beside what its cache is told (`CacheConfig`).
 
     Args:
         data: A folder that `prepare` wrote.
         out: Folder for checkpoints, log and the finished adapter; an interrupted run in it goes on.
-        base: Whose UNet and encoders: `critters`, a preset (`ipdiverse bases`), a hub id, a folder
-            or a file.
-        image_encoder: A CLIP vision model, folder or hub id; None takes the base's.
         adapter: `base` (pooled embedding, Linear) or `plus` (hidden states, resampler); `auto` is
             that of `start`, or plus.
         tokens: Image tokens; None is 4 for base and 16 for plus.
@@ -43,13 +66,8 @@ class TrainConfig:
         reference: `self`, `augmented`, `paired`, or `mixed:paired=0.7,augmented=0.3`; `auto` is
             paired where an image has a partner, else augmented.
         cache: Encode everything once, before the first step (`embed`); False encodes at every step.
-        cache_images: Which image embeddings are stored; `auto` is what the adapter reads.
-        cache_dtype: In which type they are stored.
-        resolution: Of targets, in pixels; None is the base's own.
-        variants: Crops of each target.
-        flip: Whether crops may be mirrored.
-        changed: Changed references of each image; `augmented` needs at least one.
-        image_seed: Of crops and changes, as given to `embed`.
+        cache_images: Which image embeddings are stored; `auto` is what the adapter reads, unless
+            both are there.
         steps: Optimizer steps.
         epochs: Passes over the data; takes the place of `steps`.
         batch: Samples a step, over all processes.
@@ -85,8 +103,6 @@ class TrainConfig:
 
     data: str
     out: str
-    base: str = "critters"
-    image_encoder: str | None = None
     adapter: Literal["auto", "base", "plus"] = "auto"
     tokens: int | None = None
     width: int | None = None
@@ -98,12 +114,6 @@ class TrainConfig:
     reference: str = "auto"
     cache: bool = True
     cache_images: Literal["auto", "pooled", "hidden", "both"] = "auto"
-    cache_dtype: Literal["float32", "float16"] = "float32"
-    resolution: int | None = None
-    variants: int = 1
-    flip: bool = False
-    changed: int = 2
-    image_seed: int = 0
     steps: int = 1000
     epochs: int | None = None
     batch: int = 32

@@ -10,7 +10,7 @@ DIR/embedded/embedded.json                 with what, for people
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from ipdiverse.data.cache import RowReader, Rows, compute
 from ipdiverse.data.manifest import Record, inside, read_manifest
 from ipdiverse.image_io import load_image
-from ipdiverse.provenance import ensure_writable_folder, write_text_atomic
+from ipdiverse.writing import ensure_writable_folder, write_text_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -140,20 +140,44 @@ class Online:
 
 
 class _Layout:
-    """The shards of a data set: which rows, computed from what."""
+    """The shards of a data set: which rows, computed from what, and from nothing else."""
 
     def __init__(
-        self, folder: Path, records: list[Record], encoders: str, preprocessing: Any, stored: Stored
+        self,
+        folder: Path,
+        records: list[Record],
+        encoders: str,
+        shown: Preprocessing,
+        stored: Stored,
     ) -> None:
         home = folder / FOLDER
         pictures = [name for r in records for name in (r.file_name, r.reference) if name]
-        self.files = list(dict.fromkeys(pictures))
-        settings = json.dumps([encoders, asdict(preprocessing), asdict(stored)], sort_keys=True)
-        words = json.dumps([encoders, asdict(stored)], sort_keys=True)
-        self.targets = Rows(home, "targets", [r.sha256 for r in records], settings)
-        self.texts = Rows(home, "texts", [r.text for r in records], words)
-        self.references = Rows(home, "references", self.files, settings)
-        self.constants = Rows(home, "constants", ["no text, no image"], words)
+        self.files, self.stored = list(dict.fromkeys(pictures)), stored
+        words: list[object] = [encoders, stored.dtype]
+        targets = [*words, shown.resolution, shown.variants, shown.flip, shown.seed]
+        images = [*words, stored.images]
+        self.texts = Rows(home, "texts", [r.text for r in records], json.dumps(words))
+        self.targets = Rows(home, "targets", [r.sha256 for r in records], json.dumps(targets))
+        changes = json.dumps([*images, shown.changed, shown.seed])
+        self.references = Rows(home, "references", self.files, changes)
+        self.constants = Rows(home, "constants", ["no text, no image"], json.dumps(images))
+
+    @property
+    def serves(self) -> bool:
+        """Whether all that is of images is there."""
+        return all(
+            rows.is_done(shard)
+            for rows in (self.constants, self.references)
+            for shard in range(rows.shards)
+        )
+
+
+def _layout(
+    folder: Path, records: list[Record], encoders: str, shown: Preprocessing, stored: Stored
+) -> _Layout:
+    """As asked for, or with more if that is there: `both` serve whoever reads either."""
+    both = _Layout(folder, records, encoders, shown, replace(stored, images="both"))
+    return both if both.serves else _Layout(folder, records, encoders, shown, stored)
 
 
 class Embedded:
@@ -173,7 +197,7 @@ class Embedded:
         self, folder: Path, encoders: str, preprocessing: Preprocessing, stored: Stored
     ) -> None:
         self.records = read_manifest(folder)
-        layout = _Layout(folder, self.records, encoders, preprocessing, stored)
+        layout = _layout(folder, self.records, encoders, preprocessing, stored)
         self._rows = {name: index for index, name in enumerate(layout.files)}
         self._targets, self._texts = RowReader(layout.targets), RowReader(layout.texts)
         self._references = RowReader(layout.references)
@@ -232,7 +256,8 @@ def embed(
     online = Online(folder, encoders, preprocessing)
     ensure_writable_folder(folder / FOLDER)
     fingerprint = encoders.fingerprint()
-    layout = _Layout(folder, online.records, fingerprint, preprocessing, stored)
+    layout = _layout(folder, online.records, fingerprint, preprocessing, stored)
+    stored = layout.stored
     work = [
         (layout.constants, lambda _: _constants(online, stored)),
         (layout.texts, lambda span: _texts(online, span, stored)),

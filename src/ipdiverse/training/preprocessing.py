@@ -17,7 +17,11 @@ from ipdiverse.errors import check_range
 from ipdiverse.seeding import derived_seed
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from torch import Tensor
+
+    from ipdiverse.training.config import CacheConfig
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,22 @@ class Preprocessing:
         check_range("variants", self.variants, 1, 64)
         check_range("changed", self.changed, 0, 64)
         check_range("resolution modulo 8", self.resolution % 8, 0, 0)
+
+    @classmethod
+    def of(cls, config: CacheConfig, resolution: int) -> Self:
+        """What a cache is told.
+
+        Args:
+            config: Of `embed` or a run.
+            resolution: The base's own.
+        """
+        return cls(
+            config.resolution or resolution,
+            config.variants,
+            config.flip,
+            config.changed,
+            config.image_seed,
+        )
 
     def target(self, image: Image.Image, sha256: str, variant: int) -> Tensor:
         """One variant of a target, float32 (3, resolution, resolution) in -1..1.

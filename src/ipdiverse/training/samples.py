@@ -92,7 +92,8 @@ class Samples(Dataset[dict[str, Any]]):
         """Uniform, or T(1 − u³) for a uniform u ("cubic sampling", arXiv:2302.08453)."""
         if self.config.timesteps == "uniform":
             return torch.randint(self.timesteps, (), generator=rng)
-        drawn = self.timesteps * (1 - torch.rand((), generator=rng) ** 3)
+        uniform = torch.rand((), generator=rng, dtype=torch.float32)
+        drawn = self.timesteps * (1 - uniform**3)
         return drawn.long().clamp(max=self.timesteps - 1)
 
     def _image_noise(
@@ -102,7 +103,7 @@ class Samples(Dataset[dict[str, Any]]):
         if not self.config.noise_conditioning:
             return {}
         level = torch.randint(LEVELS, (), generator=rng)
-        drawn = torch.randn(embeds.shape, generator=rng).to(embeds)
+        drawn = _normal(embeds.shape, rng).to(embeds)
         return {"level": level * (not no_image), "image_noise": drawn}
 
     def _drops(self, u: float) -> tuple[bool, bool]:
@@ -118,10 +119,15 @@ class Samples(Dataset[dict[str, Any]]):
         mean, std = moments["mean"].cpu(), moments["std"].cpu()
         scale, shift = self.scaling
         self._shape = mean.shape
-        return (mean + std * torch.randn(mean.shape, generator=rng) - shift) * scale
+        return (mean + std * _normal(mean.shape, rng) - shift) * scale
 
     def _noise(self, rng: torch.Generator) -> Tensor:
-        return torch.randn(self._shape, generator=rng)
+        return _normal(self._shape, rng)
+
+
+def _normal(shape: torch.Size, rng: torch.Generator) -> Tensor:
+    """Standard normal, whatever another thread that loads has as default type."""
+    return torch.randn(shape, generator=rng, dtype=torch.float32)
 
 
 @lru_cache(maxsize=4)

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ipdiverse.errors import ArgumentError
+from ipdiverse.writing import write_text_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -38,8 +39,10 @@ def tracking(
         return
     log = out / LOG
     if log.is_file():
-        lines = [line for line in log.read_text().splitlines() if _step_of(line) <= step]
-        log.write_text("".join(f"{line}\n" for line in lines))
+        found = log.read_text()
+        lines = [line for line in found.split("\n") if _step_of(line) <= step]
+        if (whole := "".join(f"{line}\n" for line in lines)) != found:
+            write_text_atomic(log, whole)
     with (
         tqdm(total=config.steps, initial=step, unit="step", disable=None) as bar,
         log.open("a", buffering=1) as file,

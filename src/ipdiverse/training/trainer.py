@@ -17,7 +17,6 @@ from torch import Tensor
 from ipdiverse.adapter.attach import attach
 from ipdiverse.adapter.checkpoint import save_adapter
 from ipdiverse.errors import ArgumentError, Interrupted, ModelError
-from ipdiverse.provenance import ensure_writable_folder
 from ipdiverse.training.build import (
     adapter_to_start_from,
     add_noise_conditioning,
@@ -43,6 +42,7 @@ from ipdiverse.training.frugal import hold_less
 from ipdiverse.training.prompted_unet import PromptedUnet, fast_backward
 from ipdiverse.training.tracking import tracking
 from ipdiverse.training.validation import Validation
+from ipdiverse.writing import ensure_writable_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -246,12 +246,14 @@ class Trainer:
         """Write a checkpoint."""
         if self.accelerator.is_main_process:
             inner = getattr(self.optimizer, "optimizer", self.optimizer)
+            scaler = self.accelerator.scaler
             state = State(
                 self.step,
                 dict(zip(self.names, self.parameters, strict=True)),
                 dict(zip(self.names, self.average, strict=True)) if self.average else {},
                 optimizer_tensors(inner, self.names),
-                {"skipped": self.skipped, "bad": self.bad, "micro": self.micro},
+                {"skipped": self.skipped, "bad": self.bad, "micro": self.micro}
+                | ({} if scaler is None else {"scaler": scaler.state_dict()}),
             )
             settings = asdict(self.config)
             save_checkpoint(self.out, state, settings, self._save_adapter, self.config.keep)
@@ -308,6 +310,9 @@ class Trainer:
         self.step, self.bad = state.step, state.counters["bad"]
         self.skipped = state.counters["skipped"]
         self.micro = min(self.micro, state.counters["micro"])
+        scaler = self.accelerator.scaler
+        if scaler is not None and "scaler" in state.counters:  # older checkpoints have none
+            scaler.load_state_dict(state.counters["scaler"])
 
     @contextlib.contextmanager
     def _catching_signals(self) -> Iterator[None]:

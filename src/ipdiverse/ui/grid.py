@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Iterator
+from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +11,10 @@ import gradio as gr
 from PIL import Image
 
 from ipdiverse.errors import ArgumentError, IpdiverseError
+from ipdiverse.evaluation.report import inline
 from ipdiverse.ui import status
-from ipdiverse.ui.inputs import PRIVATE, advanced, asked, text_inputs
-from ipdiverse.ui.references import Given, picker
+from ipdiverse.ui.inputs import PRIVATE, Advanced, advanced, asked, text_inputs
+from ipdiverse.ui.references import Given, Picker, picker
 from ipdiverse.ui.results import (
     TAKES_TURNS,
     Results,
@@ -37,44 +37,38 @@ if TYPE_CHECKING:
     from ipdiverse.ui.jobs import Job
     from ipdiverse.ui.studio import Studio
 
+TAB = "grid"
 DIVERSITIES = (0.0, 0.25, 0.5, 0.75, 1.0)
 SCALES = (0.25, 0.5, 0.75, 1.0, 1.25)
-_THUMBNAIL = 256
+_SIDE = 256
+
+
+@dataclass(frozen=True)
+class _Asks:
+    """What a visitor gives."""
+
+    chosen: Picker
+    prompt: gr.Textbox
+    negative: gr.Textbox
+    diversities: gr.CheckboxGroup
+    scales: gr.CheckboxGroup
+    more: Advanced
+    go: gr.Button
+    cancel: gr.Button
+
+    def given(self) -> list[Any]:
+        """What is drawn from, in the order in which `start` takes it."""
+        texts = [self.prompt, self.negative]
+        return [self.chosen.given, *texts, self.diversities, self.scales, *self.more.all()]
 
 
 def grid_tab(studio: Studio, installed: Installed) -> None:
     """Lay the tab out and say what its buttons do."""
-    tab = "grid"
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=300):
-            chosen = picker(studio, tab)
-            prompt, negative = text_inputs(tab)
-            diversities = gr.CheckboxGroup(
-                [f"{value:g}" for value in DIVERSITIES],
-                value=["0", "0.5", "1"],
-                label="Diversity, across",
-                elem_id="grid-diversities",
-            )
-            scales = gr.CheckboxGroup(
-                [f"{value:g}" for value in SCALES],
-                value=["0.5", "1"],
-                label="Adapter scale, down",
-                elem_id="grid-scales",
-            )
-            with gr.Row():
-                go = gr.Button("Draw the grid", variant="primary", elem_id="grid-go")
-                cancel = gr.Button("Cancel", elem_id="grid-cancel")
-            with gr.Accordion("Advanced", open=False):
-                negative.render()
-                more = advanced(installed, tab)
+            asks = _asks(studio, installed)
         with gr.Column(scale=3, min_width=300):
-            progress, told = progress_parts(tab)
-            with gr.Row(equal_height=False):
-                with gr.Column(scale=1, min_width=110):
-                    chosen.shown.render()
-                with gr.Column(scale=4, min_width=240):
-                    table = gr.HTML(elem_id="grid-table")
-            results = Results(progress, told, *recipe_parts(tab))
+            table, results = _shows(asks.chosen)
 
     def start(
         request: gr.Request,
@@ -93,24 +87,60 @@ def grid_tab(studio: Studio, installed: Installed) -> None:
                 lambda **cell: asked(installed, given, prompt, negative, *others, n=1, **cell),
             )
         except IpdiverseError as error:
-            yield {told: status.problem(str(error)), progress: ""}
+            yield {results.told: status.problem(str(error)), results.progress: ""}
             return
-        job = new_job(studio, session, tab, requests, given)
-        yield {table: "", told: status.going(job), **emptied(results)}
+        job = new_job(studio, session, TAB, requests, given)
+        yield {table: "", results.told: status.going(job), **emptied(results)}
         yield from watched(job, results, lambda: {table: as_table(job)})
         yield {table: as_table(job), **ended(job, results)}
 
     def stop(request: gr.Request) -> dict[Any, Any]:
-        job = studio.session(request.session_hash).jobs.get(tab)
+        job = studio.session(request.session_hash).jobs.get(TAB)
         if job is None or not settled(job):
             return cancelled(job, results)
         return {table: as_table(job), **ended(job, results)}
 
     outputs = [table, *results.all()]
-    inputs = [chosen.given, prompt, negative, diversities, scales, *more.all()]
-    options = PRIVATE | {"show_progress": "minimal", "show_progress_on": progress} | TAKES_TURNS
-    drawing = go.click(start, inputs, outputs, **options)
-    cancel.click(stop, None, outputs, cancels=[drawing], queue=False, **PRIVATE)
+    options = PRIVATE | TAKES_TURNS
+    options |= {"show_progress": "minimal", "show_progress_on": results.progress}
+    drawing = asks.go.click(start, asks.given(), outputs, **options)
+    asks.cancel.click(stop, None, outputs, cancels=[drawing], queue=False, **PRIVATE)
+
+
+def _asks(studio: Studio, installed: Installed) -> _Asks:
+    """The left column."""
+    chosen = picker(studio, TAB)
+    prompt, negative = text_inputs(TAB)
+    diversities = gr.CheckboxGroup(
+        [f"{value:g}" for value in DIVERSITIES],
+        value=["0", "0.5", "1"],
+        label="Diversity, across",
+        elem_id="grid-diversities",
+    )
+    scales = gr.CheckboxGroup(
+        [f"{value:g}" for value in SCALES],
+        value=["0.5", "1"],
+        label="Adapter scale, down",
+        elem_id="grid-scales",
+    )
+    with gr.Row():
+        go = gr.Button("Draw the grid", variant="primary", elem_id="grid-go")
+        cancel = gr.Button("Cancel", elem_id="grid-cancel")
+    with gr.Accordion("Advanced", open=False):
+        negative.render()
+        more = advanced(installed, TAB)
+    return _Asks(chosen, prompt, negative, diversities, scales, more, go, cancel)
+
+
+def _shows(chosen: Picker) -> tuple[gr.HTML, Results]:
+    """The right column: the reference that was chosen stands beside the table."""
+    progress, told = progress_parts(TAB)
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=1, min_width=110):
+            chosen.shown.render()
+        with gr.Column(scale=4, min_width=240):
+            table = gr.HTML(elem_id="grid-table")
+    return table, Results(progress, told, *recipe_parts(TAB))
 
 
 def cells(diversities: Sequence[float], scales: Sequence[float], ask: Any) -> dict[str, Request]:
@@ -153,16 +183,14 @@ def _cell(job: Job, inside: str) -> str:
     words = f"diversity {request.diversity:g}, scale {request.scale:g}"
     said = sheet.closeness.words(0) if sheet is not None and sheet.closeness is not None else ""
     alt = escape(f"{words}: {said}" if said else words)
-    return f'<td><img src="{_inline(files[0])}" alt="{alt}"><small>{escape(said)}</small></td>'
+    return f'<td><img src="{_thumbnail(files[0])}" alt="{alt}"><small>{escape(said)}</small></td>'
 
 
-def _inline(file: Path) -> str:
+def _thumbnail(file: Path) -> str:
     with Image.open(file) as image:
         small = image.convert("RGB")
-    small.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    buffer = io.BytesIO()
-    small.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    small.thumbnail((_SIDE, _SIDE))
+    return inline(small)
 
 
 def _numbers(name: str, chosen: Sequence[str], offered: Sequence[float]) -> list[float]:

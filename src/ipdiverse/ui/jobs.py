@@ -9,12 +9,13 @@ import traceback
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from ipdiverse.dial import dial_of
 from ipdiverse.errors import IpdiverseError
-from ipdiverse.provenance import ensure_writable_folder, save_png
-from ipdiverse.sampling.dial import dial_of
+from ipdiverse.provenance import save_png
 from ipdiverse.sampling.drawing import Drawing, drawing
 from ipdiverse.sampling.generation import Generation
 from ipdiverse.ui.closeness import Closeness, judged
+from ipdiverse.writing import ensure_writable_folder
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping

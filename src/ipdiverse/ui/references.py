@@ -17,11 +17,11 @@ from PIL import Image
 from ipdiverse.critters.make import example, png
 from ipdiverse.errors import ImageError
 from ipdiverse.image_io import MAX_FILE_BYTES, load_image_bytes
-from ipdiverse.provenance import write_bytes_atomic
 from ipdiverse.ui.inputs import LIVE, PRIVATE
 from ipdiverse.ui.recipes import SUFFIXES, safe_name
 from ipdiverse.ui.safety import MAX_REFERENCES
 from ipdiverse.ui.status import line, problem
+from ipdiverse.writing import write_bytes_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import gradio as gr
 
+from ipdiverse.evaluation.report import TITLE
 from ipdiverse.ui import status
 from ipdiverse.ui.inputs import PRIVATE
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 MAX_REPORTS = 200
 MAX_BYTES = 64 * 2**20
 _NAME = "report.html"
-_MARK = "<h1>Variety against fidelity</h1>"
+_MARK = f"<h1>{TITLE}</h1>"
 _HEAD_BYTES = 4096
 
 

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from ipdiverse.provenance import write_bytes_atomic
 from ipdiverse.ui import status
 from ipdiverse.ui.inputs import LIVE, PRIVATE
 from ipdiverse.ui.jobs import Job
 from ipdiverse.ui.recipes import as_commands, as_python, packed
 from ipdiverse.ui.references import Given
+from ipdiverse.writing import write_bytes_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

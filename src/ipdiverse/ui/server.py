@@ -20,33 +20,10 @@ from ipdiverse.ui.studio import Studio
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from ipdiverse.ui.options import Options
+
 _FORGOTTEN = ("GRADIO_ALLOWED_PATHS", "GRADIO_SHARE", "GRADIO_MCP_SERVER", "GRADIO_DEBUG")
 """Settings of gradio that could open what is closed here."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """How the page is served.
-
-    Args:
-        host: What it is bound to.
-        port: Its port.
-        user: Its name for the password.
-        password: Empty where there is none.
-        reports: Folders of reports.
-        bases: More bases to offer.
-        adapters: More adapters to offer.
-        waiting: How many drawings may wait.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 7860
-    user: str = "ipdiverse"
-    password: str = ""
-    reports: tuple[str, ...] = ()
-    bases: tuple[str, ...] = ()
-    adapters: tuple[str, ...] = ()
-    waiting: int = 8
 
 
 @dataclass(frozen=True)

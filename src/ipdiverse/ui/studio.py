@@ -10,8 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ipdiverse.presets import PRESETS
-from ipdiverse.sampling.drawing import open_base
+from ipdiverse.sampling.drawing import open_base, opening
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -51,7 +50,7 @@ class Studio:
         self._turn, self._lock = threading.Lock(), threading.Lock()
         self._sessions: OrderedDict[str, Session] = OrderedDict()
         self._base: Base | None = None
-        self._opened: tuple[str, str] | None = None
+        self._opened: tuple[object, ...] | None = None
 
     @contextmanager
     def turn(self, check: Callable[[], None]) -> Iterator[None]:
@@ -78,7 +77,7 @@ class Studio:
         Raises:
             IpdiverseError: It cannot be opened.
         """
-        wanted = (request.base, request.adapter if request.adapter in PRESETS else "")
+        wanted = opening(request)
         if self._base is None or self._opened != wanted:
             self._base = None  # two of them need not fit into memory
             self._base, self._opened = open_base(request), wanted

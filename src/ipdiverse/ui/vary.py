@@ -40,8 +40,8 @@ _SMALL = 128
 
 
 @dataclass(frozen=True)
-class _Parts:
-    """The tab's components."""
+class _Asks:
+    """What a visitor gives."""
 
     chosen: Picker
     prompt: gr.Textbox
@@ -52,9 +52,6 @@ class _Parts:
     more: Advanced
     go: gr.Button
     cancel: gr.Button
-    gallery: gr.Gallery
-    report: gr.HTML
-    results: Results
 
     def given(self) -> list[Any]:
         """What is drawn from, in the order in which `start` takes it."""
@@ -62,10 +59,23 @@ class _Parts:
         return [self.chosen.given, *texts, self.diversity, self.count, self.scale, *self.more.all()]
 
 
+@dataclass(frozen=True)
+class _Shows:
+    """What comes back."""
+
+    gallery: gr.Gallery
+    report: gr.HTML
+    results: Results
+
+
 def vary_tab(studio: Studio, installed: Installed) -> None:
     """Lay the tab out and say what its buttons do."""
-    parts = _laid_out(studio, installed)
-    gallery, report, results = parts.gallery, parts.report, parts.results
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=2, min_width=300):
+            asks = _asks(studio, installed)
+        with gr.Column(scale=3, min_width=300):
+            shows = _shows(asks.chosen)
+    gallery, report, results = shows.gallery, shows.report, shows.results
 
     def start(
         request: gr.Request,
@@ -109,85 +119,73 @@ def vary_tab(studio: Studio, installed: Installed) -> None:
     def on_base(label: str) -> float:
         return defaults_of(installed.bases[label]).scale
 
-    parts.more.base.change(on_base, parts.more.base, parts.scale, queue=False, **PRIVATE)
+    asks.more.base.change(on_base, asks.more.base, asks.scale, queue=False, **PRIVATE)
     outputs = [gallery, report, *results.all()]
-    shows = {"show_progress": "minimal", "show_progress_on": results.progress}
-    options = PRIVATE | shows | TAKES_TURNS
+    options = PRIVATE | TAKES_TURNS
+    options |= {"show_progress": "minimal", "show_progress_on": results.progress}
     drawing: list[Any] = [
-        trigger(start, parts.given(), outputs, **options)
-        for trigger in (parts.go.click, parts.prompt.submit)
+        trigger(start, asks.given(), outputs, **options)
+        for trigger in (asks.go.click, asks.prompt.submit)
     ]
-    parts.cancel.click(stop, None, outputs, cancels=drawing, queue=False, **PRIVATE)
+    asks.cancel.click(stop, None, outputs, cancels=drawing, queue=False, **PRIVATE)
 
 
-def _laid_out(studio: Studio, installed: Installed) -> _Parts:
-    """What is asked on the left, what comes back on the right."""
-    with gr.Row(equal_height=False):
-        with gr.Column(scale=2, min_width=300):
-            chosen = picker(studio, TAB)
-            prompt, negative = text_inputs(TAB)
-            diversity = gr.Slider(
-                0,
-                1,
-                0.5,
-                step=0.05,
-                label="Diversity",
-                info="0 is the image prompt as it is; 1 varies most.",
-                buttons=[],
-                elem_id="vary-diversity",
-            )
-            count = gr.Slider(
-                1, MAX_SET, 4, step=1, label="Number of images", buttons=[], elem_id="vary-count"
-            )
-            with gr.Row():
-                go = gr.Button("Draw", variant="primary", elem_id="vary-go")
-                cancel = gr.Button("Cancel", elem_id="vary-cancel")
-            with gr.Accordion("Advanced", open=False, elem_id="vary-advanced"):
-                negative.render()
-                scale = gr.Slider(
-                    0,
-                    2,
-                    defaults_of(next(iter(installed.bases.values()))).scale,
-                    step=0.05,
-                    label="Adapter scale",
-                    info="Weight of the reference.",
-                    buttons=[],
-                    elem_id="vary-scale",
-                )
-                more = advanced(installed, TAB)
-        with gr.Column(scale=3, min_width=300):
-            progress, told = progress_parts(TAB)
-            with gr.Row(equal_height=False):
-                with gr.Column(scale=1, min_width=110):
-                    chosen.shown.render()
-                with gr.Column(scale=4, min_width=240):
-                    gallery = gr.Gallery(
-                        label="Images",
-                        columns=4,
-                        format="png",
-                        interactive=False,
-                        object_fit="contain",
-                        height="auto",
-                        buttons=["download", "fullscreen"],
-                        elem_id="vary-images",
-                        elem_classes=["images"],
-                    )
-            report = gr.HTML(elem_id="vary-report")
-            results = Results(progress, told, *recipe_parts(TAB))
-    return _Parts(
-        chosen,
-        prompt,
-        negative,
-        diversity,
-        count,
-        scale,
-        more,
-        go,
-        cancel,
-        gallery,
-        report,
-        results,
+def _asks(studio: Studio, installed: Installed) -> _Asks:
+    """The left column."""
+    chosen = picker(studio, TAB)
+    prompt, negative = text_inputs(TAB)
+    diversity = gr.Slider(
+        0,
+        1,
+        0.5,
+        step=0.05,
+        label="Diversity",
+        info="0 is the image prompt as it is; 1 varies most.",
+        buttons=[],
+        elem_id="vary-diversity",
     )
+    count = gr.Slider(
+        1, MAX_SET, 4, step=1, label="Number of images", buttons=[], elem_id="vary-count"
+    )
+    with gr.Row():
+        go = gr.Button("Draw", variant="primary", elem_id="vary-go")
+        cancel = gr.Button("Cancel", elem_id="vary-cancel")
+    with gr.Accordion("Advanced", open=False, elem_id="vary-advanced"):
+        negative.render()
+        scale = gr.Slider(
+            0,
+            2,
+            defaults_of(next(iter(installed.bases.values()))).scale,
+            step=0.05,
+            label="Adapter scale",
+            info="Weight of the reference.",
+            buttons=[],
+            elem_id="vary-scale",
+        )
+        more = advanced(installed, TAB)
+    return _Asks(chosen, prompt, negative, diversity, count, scale, more, go, cancel)
+
+
+def _shows(chosen: Picker) -> _Shows:
+    """The right column: the reference that was chosen stands beside the images."""
+    progress, told = progress_parts(TAB)
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=1, min_width=110):
+            chosen.shown.render()
+        with gr.Column(scale=4, min_width=240):
+            gallery = gr.Gallery(
+                label="Images",
+                columns=4,
+                format="png",
+                interactive=False,
+                object_fit="contain",
+                height="auto",
+                buttons=["download", "fullscreen"],
+                elem_id="vary-images",
+                elem_classes=["images"],
+            )
+    report = gr.HTML(elem_id="vary-report")
+    return _Shows(gallery, report, Results(progress, told, *recipe_parts(TAB)))
 
 
 def _pictures(job: Job) -> Any:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ipdiverse.adapter.attach import attach, detach
-from ipdiverse.adapter.attention import decoupled_cross_attention
+from ipdiverse.adapter.attention import ImageBranch, decoupled_cross_attention
 from ipdiverse.adapter.model import ImagePromptAdapter, cross_attention_layers, new_adapter
 from ipdiverse.adapter.reference import Reference
 from ipdiverse.errors import ArgumentError, ModelError, ShapeError
@@ -33,12 +33,23 @@ def naive(query: Any, key: Any, value: Any) -> torch.Tensor:
 def test_decoupled_attention_is_the_papers_sum() -> None:
     q, tk, tv, ik, iv = (heads(2, 3, n, 8) for n in (5, 7, 7, 4, 4))
     expected = naive(q, tk, tv) + 0.7 * naive(q, ik, iv)
-    torch.testing.assert_close(decoupled_cross_attention(q, tk, tv, ik, iv, 0.7), expected)
+    found = decoupled_cross_attention(q, tk, tv, [ImageBranch(ik, iv, 0.7)])
+    torch.testing.assert_close(found, expected)
+    two = [ImageBranch(ik, iv, 0.5), ImageBranch(iv, ik, 0.25)]
+    torch.testing.assert_close(
+        decoupled_cross_attention(q, tk, tv, two),
+        naive(q, tk, tv) + 0.5 * naive(q, ik, iv) + 0.25 * naive(q, iv, ik),
+    )
+    assert torch.equal(
+        decoupled_cross_attention(q, tk, tv, [ImageBranch(ik, iv, 0.0)]),
+        decoupled_cross_attention(q, tk, tv, []),
+    )
 
 
 def test_scale_may_differ_by_item() -> None:
     q, tk, tv, ik, iv = (heads(2, 3, n, 8) for n in (5, 7, 7, 4, 4))
-    both = decoupled_cross_attention(q, tk, tv, ik, iv, torch.tensor([0.0, 1.0]))
+    scales = torch.tensor([0.0, 1.0])
+    both = decoupled_cross_attention(q, tk, tv, [ImageBranch(ik, iv, scales)])
     torch.testing.assert_close(both[0], naive(q, tk, tv)[0])
     torch.testing.assert_close(both[1], (naive(q, tk, tv) + naive(q, ik, iv))[1])
 
@@ -47,15 +58,15 @@ def test_the_order_of_image_tokens_is_irrelevant() -> None:
     q, tk, tv, ik, iv = (heads(2, 3, n, 8) for n in (5, 7, 7, 4, 4))
     order = torch.tensor([2, 0, 3, 1])
     torch.testing.assert_close(
-        decoupled_cross_attention(q, tk, tv, ik, iv, 1.0),
-        decoupled_cross_attention(q, tk, tv, ik[:, :, order], iv[:, :, order], 1.0),
+        decoupled_cross_attention(q, tk, tv, [ImageBranch(ik, iv, 1.0)]),
+        decoupled_cross_attention(q, tk, tv, [ImageBranch(ik[:, :, order], iv[:, :, order], 1.0)]),
     )
 
 
 def test_batch_sizes_that_differ_are_named() -> None:
     q, t, i = heads(2, 3, 5, 8), heads(2, 3, 7, 8), heads(1, 3, 4, 8)
     with pytest.raises(ShapeError, match=r"expected 2 image prompts; found 1\. Give one"):
-        decoupled_cross_attention(q, t, t, i, i, 1.0)
+        decoupled_cross_attention(q, t, t, [ImageBranch(i, i, 1.0)])
 
 
 def test_layers_are_numbered_as_published(pipe: StableDiffusionPipeline) -> None:
@@ -103,7 +114,7 @@ def test_a_missing_or_misfitting_reference_is_an_error_not_a_guess(
     with pytest.raises(ArgumentError, match="no reference was set"):
         pipe("a critter", num_inference_steps=1)
     attachment.set_reference(references[:3])
-    with pytest.raises(ArgumentError, match=r"batch of 3 or 6 items.*found 2"):
+    with pytest.raises(ArgumentError, match=r"expected 3 outputs, or a multiple; found 1"):
         pipe("a critter", num_inference_steps=1, guidance_scale=3.0)
 
 

@@ -10,10 +10,10 @@ from tests.checkpoint_files import KINDS, assert_equal, tensors_of
 
 from ipdiverse.adapter.checkpoint import (
     adapter_from_tensors,
-    hash_of_what_decides,
     load_adapter,
     read_spec,
     save_adapter,
+    weights_hash,
 )
 from ipdiverse.adapter.fusion import BlendFusion, GatedFusion
 from ipdiverse.adapter.model import ImagePromptAdapter, new_adapter
@@ -138,26 +138,23 @@ def test_gated_fusion_keeps_its_heads(heads: int, tmp_path: Path) -> None:
     assert loaded.spec["fusion"] == {"kind": "gated", "heads": heads}
 
 
-@pytest.mark.parametrize("dial", [False, True])
-def test_a_hash_names_what_decides_images_and_nothing_else(dial: bool, tmp_path: Path) -> None:
+def test_a_hash_names_weights_and_how_they_are_read_and_nothing_else(tmp_path: Path) -> None:
     made = checkpoint_files.adapter()
     made.fusion = GatedFusion(64, 4, heads=1, width=32)
 
-    def hashed(spec: dict[str, Any], dtype: torch.dtype = torch.float32) -> str:
+    def hashed(dtype: torch.dtype = torch.float32, **spec: Any) -> str:
         save_adapter(made, tmp_path / "a.safetensors", spec, dtype)
-        return hash_of_what_decides(tmp_path / "a.safetensors", dial=dial)
+        return weights_hash(tmp_path / "a.safetensors")
 
-    first = hashed({"steps": 1, "dial": {"settings": [0, 1]}})
-    assert hashed({"steps": 2, "dial": {"settings": [0, 1]}}) == first
-    assert (hashed({"dial": {"settings": [0, 0.5, 1]}}) == first) == (not dial)
-    assert (hashed({}) == first) == (not dial)
-    assert hashed({"dial": {"settings": [0, 1]}}, torch.float16) != first, "rounded weights"
+    first = hashed(steps=1)
+    assert hashed(steps=2, dial={"points": []}) == first
+    assert hashed(torch.float16) != first, "rounded weights"
     made.fusion.heads = 2
-    assert hashed({"dial": {"settings": [0, 1]}}) != first, "heads are no weights"
+    assert hashed() != first, "heads are no weights"
     made.fusion.heads = 1
-    assert hashed({"dial": {"settings": [0, 1]}}) == first
+    assert hashed() == first
     made.image_proj.norm.weight.data[3] += 1e-6
-    assert hashed({"dial": {"settings": [0, 1]}}) != first
+    assert hashed() != first
 
 
 @pytest.mark.parametrize(("width", "heads"), [(128, 2), (64, 1), (48, 1)])

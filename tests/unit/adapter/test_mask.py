@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from PIL import Image
+from tests import models
 
+from ipdiverse.adapter.attach import attach
 from ipdiverse.adapter.mask import RegionMask, mask_weights
+from ipdiverse.adapter.reference import Reference
 from ipdiverse.errors import ArgumentError
 
 
@@ -50,3 +53,15 @@ def test_guidance_branches_share_the_items_masks() -> None:
 def test_a_mask_of_another_shape_is_refused() -> None:
     with pytest.raises(ArgumentError, match=r"mask: does not have the output's aspect ratio"):
         RegionMask(torch.rand(1, 8, 64)).at(13)
+
+
+def test_masks_of_two_items_are_of_one_size() -> None:
+    pipe = models.pipeline("sd1")
+    large, small = (
+        Reference([models.picture(1)], masks=[Image.new("L", (side, side), 255)])
+        for side in (64, 32)
+    )
+    with attach(pipe, models.adapter("base", pipe.unet)) as attachment:
+        attachment.set_reference([large, large])
+        with pytest.raises(ArgumentError, match=r"masks: differ in size\. Draw all at the output"):
+            attachment.set_reference([large, small])

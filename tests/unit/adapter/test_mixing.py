@@ -11,15 +11,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests import models
 
-from ipdiverse.adapter.attach import attach, detach
+from ipdiverse.adapter.attach import attach
 from ipdiverse.adapter.beside import naming
 from ipdiverse.adapter.checkpoint import (
     copy_with_spec,
-    hash_of_what_decides,
     load_adapter,
     read_spec,
     remember_in_file,
     save_adapter,
+    weights_hash,
 )
 from ipdiverse.adapter.conversion import convert
 from ipdiverse.adapter.fusion import GatedFusion
@@ -27,9 +27,9 @@ from ipdiverse.adapter.inspection import as_text, inspect_checkpoint
 from ipdiverse.adapter.mixing import mixed, remember_plain
 from ipdiverse.adapter.noise import NoiseConditioning
 from ipdiverse.adapter.reference import Reference
+from ipdiverse.dial import OFF, Levers, default_dial
 from ipdiverse.errors import ArgumentError, CheckpointError, ModelError, OutputError
 from ipdiverse.sampling.denoiser import release, steer
-from ipdiverse.sampling.dial import OFF, Levers, default_dial
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -144,16 +144,14 @@ def test_the_lever_draws_what_the_plain_adapter_draws_and_is_taken_off() -> None
     own, plain = pair(pipe.unet)
 
     def drawn(adapter: ImagePromptAdapter, *levers: Levers) -> list[np.ndarray]:
-        attachment = attach(pipe, adapter)
-        attachment.set_reference(models.picture(1))
-        images = []
-        for chosen in levers:
-            steer(attachment, chosen, (1, 2))
-            images.append(_latents(pipe))
-        release(attachment)
-        images.append(_latents(pipe))
-        detach(pipe)
-        return images
+        with attach(pipe, adapter) as attachment:
+            attachment.set_reference(models.picture(1))
+            images = []
+            for chosen in levers:
+                steer(attachment, chosen, (1, 2))
+                images.append(_latents(pipe))
+            release(attachment)
+            return [*images, _latents(pipe)]
 
     ends = drawn(own, Levers(training=0.0), Levers(training=0.5), OFF)
     stock, trained = drawn(plain)[0], drawn(own)[0]
@@ -173,15 +171,12 @@ def test_the_same_text_tensor_is_not_answered_from_before() -> None:
     pipe.scheduler.set_timesteps(4)
 
     def predicted(adapter: ImagePromptAdapter, *shares: float) -> torch.Tensor:
-        attachment = attach(pipe, adapter)
-        attachment.set_reference(Reference([models.picture(1)], faces=models.face(1)))
-        found = []
-        for share in shares:
-            attachment.set_training(share)
-            with torch.no_grad():
-                found.append(pipe.unet(latents, pipe.scheduler.timesteps[0], text).sample)
-        detach(pipe)
-        return found[-1]
+        with attach(pipe, adapter) as attachment, torch.no_grad():
+            attachment.set_reference(Reference([models.picture(1)], faces=models.face(1)))
+            for share in shares:
+                attachment.set_training(share)
+                found = pipe.unet(latents, pipe.scheduler.timesteps[0], text).sample
+        return found
 
     assert torch.equal(predicted(own, 1.0, 0.0), predicted(plain, 1.0))
 
@@ -240,7 +235,7 @@ def test_whatever_leaves_the_folder_holds_the_plain_one_itself(tmp_path: Path) -
     remember_in_file(file, tmp_path / "plain.safetensors", tmp_path / "again.safetensors")
     assert "plain" in read_spec(tmp_path / "beside.safetensors")
     written = [tmp_path / "both.safetensors", tmp_path / "again.safetensors"]
-    hashes = {hash_of_what_decides(copy, dial=False) for copy in (file, written[0])}
+    hashes = {weights_hash(copy) for copy in (file, written[0])}
     assert len(hashes) == 1, "wherever the plain weights lie"
     for whole in [*elsewhere.iterdir(), *written]:
         assert "plain" not in read_spec(whole), whole

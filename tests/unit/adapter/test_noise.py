@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from tests.devices import WithoutFloat64
 
 from ipdiverse.adapter.checkpoint import load_adapter, save_adapter
 from ipdiverse.adapter.conversion import convert
@@ -88,3 +89,18 @@ def test_noise_of_another_width_is_refused(tmp_path: Path) -> None:
     save_adapter(adapter, tmp_path / "a.safetensors", {})
     with pytest.raises(CheckpointError, match="noise is of width 10, expected the projection's 12"):
         load_adapter(tmp_path / "a.safetensors")
+
+
+def test_one_row_has_no_deviation_and_several_have_that_of_a_sample() -> None:
+    noise, rows = NoiseConditioning(4), torch.randn(5, 4)
+    noise.standardise(rows)
+    assert torch.equal(noise.std, rows.std(0))
+    noise.standardise(rows[:1])
+    assert torch.equal(noise.mean, rows[0])
+    assert torch.equal(noise.std, torch.full((4,), 1e-4))
+
+
+def test_the_schedule_needs_no_float64_of_its_device() -> None:
+    levels = torch.arange(0, 1000, 37)
+    found = alphas_cumprod(levels.as_subclass(WithoutFloat64))  # type: ignore[arg-type]
+    assert torch.equal(found, alphas_cumprod(levels))

@@ -117,7 +117,7 @@ def test_a_number_of_references_that_does_not_fit_is_refused(
         with pytest.raises(ArgumentError, match="references: is empty"):
             prompt.set_reference([])
         prompt.set_reference(references[:3])
-        with pytest.raises(ArgumentError, match=r"UNet batch of 3 or 6 items.*found 4"):
+        with pytest.raises(ArgumentError, match=r"expected 3 outputs, or a multiple; found 2"):
             latents(pipe, ["a", "b"])
         pair = Reference([references[0], references[1]])
         with pytest.raises(ArgumentError, match="references: differ in number"):
@@ -149,8 +149,33 @@ def test_scales_by_item_layer_and_step_act(pipe: Any, references: list[Image.Ima
         with pytest.raises(ArgumentError, match="one for each cross-attention layer; found 2"):
             prompt.set_scale([1.0, 1.0])
         prompt.set_scale(torch.ones(3))
-        with pytest.raises(ArgumentError, match="a number for each item of a batch of 4; found 3"):
+        with pytest.raises(ArgumentError, match=r"a number for each of 2 items.*; found 3"):
             latents(pipe, prompts)
+
+
+def test_scales_and_references_of_prompts_go_to_all_of_their_images(
+    pipe: Any, references: list[Image.Image]
+) -> None:
+    prompts = ["a red critter", "a blue critter"]
+
+    plain = latents(pipe, prompts, num_images_per_prompt=2)
+    with attach(pipe, trained(pipe)) as prompt:
+        prompt.set_reference(references[:2])
+        full = latents(pipe, prompts, num_images_per_prompt=2)
+        prompt.set_scale(torch.tensor([0.0, 1.0]))
+        mixed = latents(pipe, prompts, num_images_per_prompt=2)
+    for image, expected in enumerate((plain, plain, full, full)):
+        assert close(mixed[image], expected[image]), image
+        assert not close(plain[image], full[image])
+
+
+def test_two_references_for_one_guided_output_are_no_reference_and_its_negative(
+    pipe: Any, references: list[Image.Image]
+) -> None:
+    with attach(pipe, trained(pipe)) as prompt:
+        prompt.set_reference(references[:2])
+        with pytest.raises(ArgumentError, match=r"expected 2 outputs.*found 1.*one Reference"):
+            latents(pipe, ["a red critter"])
 
 
 def test_two_adapters_add_up(pipe: Any, references: list[Image.Image]) -> None:

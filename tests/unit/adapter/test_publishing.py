@@ -25,8 +25,8 @@ from ipdiverse.adapter.projection import LinearProjection
 from ipdiverse.adapter.publishing import curve_png
 from ipdiverse.bases import CRITTERS_ADAPTERS, HUB_BASES
 from ipdiverse.cli import main
+from ipdiverse.dial import OFF, Achieved, Dial, Levers
 from ipdiverse.errors import ArgumentError, CheckpointError, ModelError
-from ipdiverse.sampling.dial import OFF, Achieved, Dial, Levers
 
 PLUS = CRITTERS_ADAPTERS / "ip-adapter-plus_critters.safetensors"
 FILES = {"README.md", "ip-adapter.safetensors"}
@@ -45,7 +45,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FolderHub:
 
 
 def calibrated() -> dict[str, Any]:
-    achieved = (Achieved(0.3, 0.9, 0.95, 0.01), Achieved(0.8, 0.88, None, 0.02))
+    achieved = (Achieved(0.3, 0.9, 0.95, 0.01, 0.71), Achieved(0.8, 0.88, None, 0.02))
     points = ((0.0, OFF), (1.0, Levers(cads=0.5)))
     return Dial(points, "calibrated on 32 pairs", achieved).as_spec()
 
@@ -127,8 +127,8 @@ def test_the_card_shows_what_the_dial_achieves(adapter: ImagePromptAdapter) -> N
     adapter.spec["dial"] = calibrated()
     card = model_card(adapter, "me/mine")
     assert "Its path was calibrated on 32 pairs." in card
-    assert "| 0.00 | 0.300 | 0.900 | 0.950 | 0.010 |" in card
-    assert "| 1.00 | 0.800 | 0.880 | - | 0.020 |" in card
+    assert "| 0.00 | 0.300 | 0.900 | 0.950 | 0.710 | 0.010 |" in card
+    assert "| 1.00 | 0.800 | 0.880 | - | - | 0.020 |" in card
     assert '"points"' not in card, "the numbers are a table, not JSON"
 
 
@@ -137,8 +137,6 @@ def test_the_card_shows_what_the_dial_achieves(adapter: ImagePromptAdapter) -> N
     [
         (None, "This adapter was not calibrated. Its `diversity` takes a conservative path"),
         ({"points": [[0, {}], [1, {}]], "source": "by hand"}, "by hand. What it achieves was not"),
-        ({"points": [[0, {}]], "source": "x", "achieved": ["?"]}, "What it achieves was not"),
-        ({"points": 3, "achieved": [{"variety": "much"}]}, "What it achieves was not"),
     ],
 )
 def test_nothing_is_claimed_that_was_not_measured(
@@ -148,6 +146,16 @@ def test_nothing_is_claimed_that_was_not_measured(
     assert said in model_card(adapter, "me/mine")
     assert curve_png(adapter.spec) is None
     assert "dial.png" not in model_card(adapter, "me/mine")
+
+
+@pytest.mark.parametrize(
+    "dial", [{"points": [[0, {}], [1, {}]], "source": "x", "achieved": ["?"]}, {"points": 3}, 7]
+)
+def test_a_broken_dial_is_not_published(adapter: ImagePromptAdapter, dial: Any) -> None:
+    adapter.spec = {"dial": dial}
+    for publish in (lambda: model_card(adapter, "me/mine"), lambda: curve_png(adapter.spec)):
+        with pytest.raises(CheckpointError, match="adapter: its dial is broken"):
+            publish()
 
 
 def test_the_card_says_what_stock_diffusers_leaves_out(adapter: ImagePromptAdapter) -> None:

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.captions import parse
 
 from ipdiverse.critters.caption import (
     NOUNS,
     WORDINGS,
     caption,
     mentioned,
-    parse,
     with_article,
 )
 from ipdiverse.critters.scene import ATTRIBUTES, sample_scene

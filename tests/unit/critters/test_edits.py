@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
+from tests.captions import parse
 
-from ipdiverse.critters.caption import parse
 from ipdiverse.critters.make import example
 from ipdiverse.critters.scene import IDENTITY, edited, sample_scene, split_of
 from ipdiverse.evaluation.sampling import critters_sets, study_pairs

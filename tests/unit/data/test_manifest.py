@@ -76,3 +76,12 @@ def test_a_link_out_of_the_root_is_refused(tmp_path: Path) -> None:
         inside(root, "door/x.png")
     assert inside(root, "home/x.png") == root / "home" / "x.png"
     assert inside(root, "a/b c.png") == root / "a" / "b c.png"
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85"])
+def test_marks_that_json_strings_may_hold_end_no_line(mark: str, tmp_path: Path) -> None:
+    records = [replace(RECORD, subject=f"a{mark}b", source=mark), RECORD]
+    text = manifest_text(records)
+    assert mark in text
+    (tmp_path / "metadata.jsonl").write_bytes(text.replace("\n", "\r\n").encode())
+    assert read_manifest(tmp_path) == records

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from PIL import Image
+from tests.captions import parse
 
-from ipdiverse.critters.caption import parse
 from ipdiverse.data.items import Item, subject_class
 from ipdiverse.data.options import SourceOptions
 from ipdiverse.data.sources import kind_of, open_source
@@ -65,12 +65,15 @@ def test_folders_of_subjects_are_captioned_by_class(tmp_path: Path) -> None:
     for name in ("bear_plushie/0.png", "bear_plushie/1.png", "dog2/0.png", "can/0.png"):
         put(tmp_path / name, png())
     put(tmp_path / "dog2" / "0.txt", "a dog in the sun")
-    put(tmp_path / "prompts_and_classes.txt", "Classes\n\nsubject_name,class\ncan,tin can\nx,y\n")
+    put(
+        tmp_path / "prompts_and_classes.txt",
+        "Classes\n\nsubject_name,class\ncan,tin\u2028can\nx,y\n",
+    )
     found = items(tmp_path, "subjects")
     assert [(i.name, i.text, i.subject) for i in found] == [
         ("bear_plushie/0.png", "a photo of a bear plushie", "bear_plushie"),
         ("bear_plushie/1.png", "a photo of a bear plushie", "bear_plushie"),
-        ("can/0.png", "a photo of a tin can", "can"),
+        ("can/0.png", "a photo of a tin\u2028can", "can"),
         ("dog2/0.png", "a dog in the sun", "dog2"),
     ]
     assert subject_class("42") == "42"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from ipdiverse.dial import OFF, Achieved, Levers
 from ipdiverse.evaluation.calibrate import climb, isotonic, placed
-from ipdiverse.sampling.dial import OFF, Achieved, Levers
 
 LADDERS = {"cads": (0.0, 0.5, 1.0), "drop": (0.0, 0.25, 0.5), "shield": (0.0, 1.0)}
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import is_tensor
 from transformers import (
     BitImageProcessorPil,
     CLIPConfig,
@@ -97,6 +98,22 @@ def test_a_dino_compares_images_alone_by_its_class_token(dino: Path) -> None:
         token = Dinov2Model.from_pretrained(dino)(pixel_values=pixels).last_hidden_state[0, 0]
     expected = token / token.norm()
     assert encoder.images([picture(3)])[0] == pytest.approx(expected.numpy(), abs=1e-5)
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_inputs_go_where_the_model_is_and_as_precise(clip: Path, text: bool) -> None:
+    encoder = open_encoder(str(clip))
+    before = encoder.texts(["a cat"]) if text else encoder.images([picture(0)])
+    encoder.model.double()
+    given = list[torch.Tensor]()
+    part = encoder.model.text_model if text else encoder.model.vision_model
+    part.register_forward_pre_hook(
+        lambda _, args, kwargs: given.extend(t for t in (*args, *kwargs.values()) if is_tensor(t)),
+        with_kwargs=True,
+    )
+    after = encoder.texts(["a cat"]) if text else encoder.images([picture(0)])
+    assert after == pytest.approx(before, abs=1e-5)
+    assert {tensor.device for tensor in given} == {encoder.model.device}
 
 
 def test_copies_and_clusters_have_the_scores_they_must(clip: Path, dino: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,17 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from ipdiverse.adapter.checkpoint import copy_with_spec, load_adapter, save_adapter
 from ipdiverse.bases import CRITTERS_ADAPTERS
 from ipdiverse.cli import main
+from ipdiverse.dial import OFF, Dial
 from ipdiverse.errors import DataError
 from ipdiverse.evaluation import arm_images, running
+from ipdiverse.evaluation.arm_images import what_decides
 from ipdiverse.evaluation.readings import Readings, file_of, load_readings
+from ipdiverse.evaluation.study import Arm
 
 PLUS = CRITTERS_ADAPTERS / "ip-adapter-plus_critters.safetensors"
+
+
+DIAL = Dial(((0.0, OFF), (1.0, replace(OFF, drop=0.2))), "made up").as_spec()
 
 
 def study(folder: Path, adapter: Path, scale: float = 0.5) -> Path:
@@ -99,7 +106,7 @@ def test_published_readings_are_taken_where_settings_and_weights_are_theirs(
     monkeypatch.chdir(tmp_path)
     assert run("lost", lost) == 2
     assert run("none", tmp_path / "study.toml", "--partial") == 2, "not even its baseline"
-    copy_with_spec(PLUS, adapter, {"git_revision": "another", "dial": {"settings": []}})
+    copy_with_spec(PLUS, adapter, {"git_revision": "another", "dial": DIAL})
     assert run("same", study(tmp_path, adapter), *taken) == 0
     assert drawn == [4], "the same weights, trained or calibrated another day"
     adapter.write_bytes(PLUS.read_bytes())
@@ -141,3 +148,23 @@ def test_asking_what_is_there_connects_to_nothing(
     assert scores(tmp_path / "again") == scores(tmp_path / "first")
     assert asked
     assert all(asked)
+
+
+def test_a_dial_stands_for_its_levers_and_a_base_for_what_is_left_to_it(tmp_path: Path) -> None:
+    adapter = tmp_path / "a.safetensors"
+
+    def decides(spec: dict[str, Any], guidance: float = 3.0, **settings: Any) -> dict[str, Any]:
+        copy_with_spec(PLUS, adapter, spec)
+        return what_decides(Arm("a", "a", settings).request(10, guidance), adapter)
+
+    turned = decides({"dial": DIAL}, diversity=0.5)
+    assert turned == decides({}, drop=0.1)
+    assert turned["levers"] == {"drop": 0.1}
+    assert decides({}, diversity=0.5) != turned, "the default path"
+    assert decides({}) == decides({}, scale=1.0, fusion_strength=1.0)
+    assert decides({}, guidance=4.0) == decides({}, guidance_scale=4.0) != decides({})
+    gone = what_decides(Arm("a", "a", {"diversity": 0.5}).request(10, 3.0), None)
+    assert gone["levers"] is gone["adapter"] is None
+    assert what_decides(Arm("a", "a", {"drop": 0.1}).request(10, 3.0), None)["levers"] == {
+        "drop": 0.1
+    }

@@ -1,4 +1,4 @@
-"""Variety and intervals against answers known beforehand."""
+"""Variety against answers known beforehand."""
 
 from __future__ import annotations
 
@@ -54,23 +54,6 @@ class TestVariety:
         assert m.hypervolume_2d([], (0, 0)) == 0
 
 
-class TestBootstrap:
-    def test_covers_at_about_its_level(self):
-        rng = np.random.default_rng(0)
-        samples = rng.normal(size=(200, 40))
-        found = [m.bootstrap_interval(s, resamples=200, level=0.9) for s in samples]
-        assert np.mean([i.low <= 0 <= i.high for i in found]) == pytest.approx(0.9, abs=0.06)
-
-    def test_resamples_groups_not_images(self):
-        values = np.random.default_rng(0).normal(size=20)
-        repeated = m.bootstrap_interval(values[:, None].repeat(50, axis=1))
-        assert repeated == pytest.approx(m.bootstrap_interval(values))
-
-    def test_groups_of_any_size_and_any_statistic(self):
-        found = m.bootstrap_interval([[1, 2], [3], 4], np.max, resamples=50)
-        assert found.estimate == found.high == 4
-
-
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -81,8 +64,6 @@ class TestBootstrap:
         (lambda: m.mean_pairwise_distance([[1.0]]), ArgumentError, "features: too few"),
         (lambda: m.hypervolume_2d([(1, 2, 3)], (0, 0)), ShapeError, "points: shapes do not fit"),
         (lambda: m.hypervolume_2d([(1, math.nan)], (0, 0)), ArgumentError, "not finite"),
-        (lambda: m.bootstrap_interval([1]), ArgumentError, "values_by_group: too few"),
-        (lambda: m.bootstrap_interval([1, 2], level=95), ArgumentError, "level: coverage"),
     ],
 )
 def test_errors_say_what_and_where(call: Any, error: type[Exception], message: str):

@@ -8,16 +8,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.hooks import ModelHook as OffloadHook
+from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+from diffusers import EDMEulerScheduler
 from tests import models
+from tests.devices import WithoutFloat64
 
 from ipdiverse.adapter.attach import attach, detach
 from ipdiverse.adapter.attention import NOTHING, TEXT
 from ipdiverse.adapter.fusion import GatedFusion
 from ipdiverse.adapter.mixing import remember_plain
 from ipdiverse.adapter.noise import NoiseConditioning
+from ipdiverse.adapter.reference import Reference
+from ipdiverse.dial import Levers
 from ipdiverse.errors import ArgumentError, ModelError
 from ipdiverse.sampling.denoiser import release, steer
-from ipdiverse.sampling.dial import Levers
 
 SEEDS = (11, 12)
 EVERY_LEVER = {
@@ -219,6 +224,32 @@ def test_what_an_adapter_or_base_lacks_is_said() -> None:
         detach(pipe)
 
 
+def test_a_scheduler_that_does_not_say_the_noise_is_refused() -> None:
+    pipe = models.pipeline("sd1")
+    pipe.scheduler = EDMEulerScheduler()
+    with prompted(pipe) as attachment:
+        draw(pipe)
+        steer(attachment, Levers(cads=0.5), SEEDS)
+        refused = "EDMEulerScheduler: does not say how much noise is left; expected a scheduler"
+        with pytest.raises(ModelError, match=refused):
+            draw(pipe)
+
+
+def test_the_shield_is_refused_where_it_could_not_work(sd1: Any) -> None:
+    with prompted(sd1) as attachment:
+        hidden = torch.randn(1, 17, models.CLIP_WIDTH)
+        attachment.set_reference(Reference(embeds=[hidden]))
+        steer(attachment, Levers(shield=20.0), SEEDS)
+        with pytest.raises(ArgumentError, match="shield: needs the reference's images"):
+            draw(sd1)
+        release(attachment)
+        add_hook_to_module(sd1.unet, OffloadHook())
+        with pytest.raises(ModelError, match=r"shield: needs the VAE .* models are offloaded"):
+            steer(attachment, Levers(shield=20.0), SEEDS)
+        remove_hook_from_module(sd1.unet)
+        steer(attachment, Levers(shield=20.0), SEEDS)
+
+
 def test_a_scale_that_is_set_beside_levers_stays_when_they_go(sd1: Any) -> None:
     with prompted(sd1) as attachment:
         attachment.set_scale(0.4)
@@ -336,3 +367,42 @@ def test_constant_levers_keep_what_is_computed_once(sd1: Any) -> None:
         draw(sd1)
         handle.remove()
     assert len(counted) == 2, "once for each set of branches"
+
+
+def test_adapters_with_different_numbers_of_references_are_shielded(sd1: Any) -> None:
+    """One reference for all beside one for each: every item keeps away from both of its own."""
+    one, each = (models.adapter("plus", sd1.unet, seed=seed) for seed in (5, 6))
+    own = [models.picture(2), models.picture(3)]
+    with attach(sd1, one, each) as attachment:
+        attachment.set_reference(models.picture(1))
+        attachment.set_reference(own, adapter=1)
+        before = draw(sd1)
+        steer(attachment, Levers(shield=20.0), SEEDS)
+        both = draw(sd1)
+        assert np.abs(both - before).max() > 1e-3
+        attachment.set_reference(own[1:], adapter=1)
+        steer(attachment, Levers(shield=20.0), SEEDS[1:])
+        alone = draw(sd1, SEEDS[1:])
+    np.testing.assert_allclose(alone[0], both[1], atol=2e-3 * np.abs(both).max())
+
+
+@pytest.mark.parametrize("refused", [{"remove_stated": 0.5}, {"training": 0.2, "noise_level": 10}])
+def test_what_is_refused_leaves_the_levers_that_are_on(sd1: Any, refused: dict[str, float]) -> None:
+    with prompted(sd1) as attachment:
+        attachment.adapters[0].plain = {} if "training" in refused else attachment.adapters[0].plain
+        on = {name: EVERY_LEVER[name] for name in ("drop", "fusion_strength", "noise_level")}
+        steer(attachment, replace(Levers(), **on), SEEDS)
+        before = draw(sd1)
+        refusal = r"needs the prompts|does not hold the weights"
+        with pytest.raises((ArgumentError, ModelError), match=refusal):
+            steer(attachment, replace(Levers(), **refused), SEEDS)
+        np.testing.assert_array_equal(draw(sd1), before)
+
+
+def test_how_much_noise_is_left_needs_no_float64_of_its_device(sd1: Any) -> None:
+    with prompted(sd1) as attachment:
+        steering = steer(attachment, Levers(drop=0.5), SEEDS)
+        expected = steering._alpha(torch.tensor(123.4))
+        alphas = sd1.scheduler.alphas_cumprod
+        sd1.scheduler.alphas_cumprod = alphas.as_subclass(WithoutFloat64)
+        assert steering._alpha(torch.tensor(123.4)) == expected

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ipdiverse.sampling.dial import Levers
+from ipdiverse.dial import Levers
 from ipdiverse.sampling.levers import (
     Moment,
     cads,
@@ -162,3 +162,14 @@ def test_levers_that_are_off_are_not_called() -> None:
     assert latent_levers(off) == []
     on = Levers(drop=0.1, cads=0.2, shield=0.3)
     assert [strength for _, strength in token_levers(on) + latent_levers(on)] == [0.1, 0.2, 0.3]
+
+
+def test_noise_is_the_same_while_another_thread_loads_in_half_precision() -> None:
+    like = torch.zeros(2, 3, 4)
+    before, usual = Moment(0.0, (1, 2)).noise("a", like), torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float16)
+        meanwhile = Moment(0.0, (1, 2)).noise("a", like)
+    finally:
+        torch.set_default_dtype(usual)
+    assert torch.equal(meanwhile, before)

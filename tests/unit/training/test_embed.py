@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -90,6 +91,34 @@ def test_nothing_is_encoded_twice(
     Embedded(data, encoders.fingerprint(), SHOWN, Stored())
 
 
+def test_only_what_a_setting_decides_is_computed_anew(data: Path, encoders: FrozenEncoders) -> None:
+    embed(data, encoders, SHOWN, Stored())
+    computed = [
+        embed(data, encoders, shown, stored)["computed"]
+        for shown, stored in (
+            (replace(SHOWN, changed=2), Stored()),
+            (replace(SHOWN, changed=2), Stored("hidden")),
+            (replace(SHOWN, changed=2, variants=1), Stored("pooled")),
+            (replace(SHOWN, changed=2, variants=1, seed=1), Stored("pooled")),
+            (replace(SHOWN, changed=2, variants=1, seed=1), Stored("hidden")),
+        )
+    ]
+    assert computed == [
+        1,  # the references; neither targets nor texts
+        0,  # both serve those who read one
+        1,  # the targets
+        3,  # the targets, the references, and with them the constants
+        2,  # those of another embedding
+    ]
+    embedded = Embedded(
+        data,
+        encoders.fingerprint(),
+        replace(SHOWN, changed=2, variants=1, seed=1),
+        Stored("hidden"),
+    )
+    assert set(embedded.no_image) == {"hidden"}
+
+
 def test_other_encoders_or_settings_are_never_taken_for_these(
     data: Path, encoders: FrozenEncoders
 ) -> None:
@@ -124,7 +153,8 @@ def test_both_text_encoders_of_sdxl_are_kept(tmp_path: Path) -> None:
 def test_the_command_embeds_and_says_what_variants_mean(
     data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["embed", str(data), "--resolution", "64", "--variants", "2", "--images", "pooled"]
+    arguments = ["embed", str(data), "--resolution", "64", "--variants", "2"]
+    arguments += ["--cache-images", "pooled", "--changed", "0"]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert "5 images and 10 pictures in 4 shards, 4 of them computed now" in printed

@@ -52,3 +52,19 @@ def test_timesteps_have_the_distribution_that_is_asked_for(kind: str, above: Any
 
 def test_a_timestep_belongs_to_its_sample() -> None:
     assert np.array_equal(timesteps("cubic", 50), timesteps("cubic", 60)[:50])
+
+
+def test_draws_are_the_same_while_another_thread_loads_in_half_precision() -> None:
+    data: Any = _OneImage()
+    config = TrainConfig(data="d", out="o", timesteps="cubic", noise_conditioning=True)
+    references = References(data.records, {"self": 1})
+    samples = Samples(data, [0], references, config, "pooled", (1.0, 0.0), 1000)
+    before = [samples[number] for number in range(4)]
+    usual = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float16)
+        meanwhile = [samples[number] for number in range(4)]
+    finally:
+        torch.set_default_dtype(usual)
+    for one, other in zip(before, meanwhile, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)

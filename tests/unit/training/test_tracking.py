@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ipdiverse.errors import ArgumentError
+from ipdiverse.errors import ArgumentError, OutputError
 from ipdiverse.training.config import TrainConfig
-from ipdiverse.training.tracking import tracking
+from ipdiverse.training.tracking import LOG, tracking
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,3 +54,30 @@ def test_what_is_not_installed_is_one_line(
         tracking(config(name, tmp_path), tmp_path, 0, True),
     ):
         pass
+
+
+def test_a_log_is_cut_at_the_step_or_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [f'{{"step": {step}}}\n' for step in (1, 2, 3)]
+    log = tmp_path / LOG
+    log.write_text("".join(lines))
+    before = log.stat()
+    with tracking(config("none", tmp_path), tmp_path, 3, True):
+        pass
+    assert (log.stat().st_ino, log.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+    def fail(*_: object) -> None:
+        raise OSError("the power went out")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("pathlib.Path.replace", fail)
+        with (
+            pytest.raises(OutputError, match=LOG),
+            tracking(config("none", tmp_path), tmp_path, 2, True),
+        ):
+            pass
+    assert log.read_text() == "".join(lines), "nothing is lost"
+    with tracking(config("none", tmp_path), tmp_path, 2, True):
+        pass
+    assert log.read_text() == "".join(lines[:2])

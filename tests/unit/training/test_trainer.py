@@ -6,9 +6,11 @@ import errno
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,8 +22,8 @@ import torch
 from safetensors.torch import load_file
 from tests import models
 
-from ipdiverse import ImagePromptAdapter
-from ipdiverse.adapter.checkpoint import load_adapter
+from ipdiverse import ImagePromptAdapter, loading
+from ipdiverse.adapter.checkpoint import load_adapter, save_adapter
 from ipdiverse.adapter.fusion import BlendFusion, GatedFusion
 from ipdiverse.bases import adapter_source
 from ipdiverse.cli import main
@@ -35,8 +37,8 @@ from ipdiverse.errors import (
     ModelError,
     OutputError,
 )
-from ipdiverse.training import checkpoints
-from ipdiverse.training.build import adapter_to_start_from
+from ipdiverse.training import build, checkpoints
+from ipdiverse.training.build import adapter_to_start_from, open_accelerator
 from ipdiverse.training.config import TrainConfig
 from ipdiverse.training.trainer import Trainer, learning_rate, train
 
@@ -179,7 +181,7 @@ def test_a_signal_saves_first_and_the_same_command_goes_on(
 ) -> None:
     whole = replace(config, out=config.out + "-whole")
     train(whole)
-    step = Trainer.one_step
+    step, handler = Trainer.one_step, signal.getsignal(signal.SIGTERM)
 
     def asked(self: Trainer, batch: Any) -> Any:
         if self.step == 2:
@@ -190,7 +192,7 @@ def test_a_signal_saves_first_and_the_same_command_goes_on(
     with pytest.raises(Interrupted) as stopped:
         train(config)
     assert stopped.value.number == signal.SIGTERM
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == handler, "as it was before"
     from pathlib import Path
 
     assert checkpoints.finished(Path(config.out))[-1].name == "checkpoint-00000003"
@@ -212,22 +214,46 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
 
-def test_a_killed_process_goes_on_to_the_bit(config: TrainConfig) -> None:
+STUCK = """
+import sys, time
+from pathlib import Path
+from ipdiverse.cli import main
+from ipdiverse.training.trainer import Trainer
+
+save = Trainer._save_adapter
+
+def saves(run, file):
+    save(run, file)
+    if run.step == 4:
+        Path(run.config.out, "stuck").touch()
+        time.sleep(3600)
+
+Trainer._save_adapter = saves
+sys.exit(main())
+"""
+"""The command, which gets no further than half of its second checkpoint."""
+
+
+def test_a_process_killed_while_it_saves_goes_on_to_the_bit(config: TrainConfig) -> None:
     from pathlib import Path
 
-    whole = replace(config, out=config.out + "-whole", steps=40)
-    subprocess.run(command(whole), check=True, env=environment(), timeout=300)
-    killed = replace(config, steps=40)
-    process = subprocess.Popen(command(killed), env=environment())
-    deadline = time.monotonic() + 200
-    while not checkpoints.finished(Path(killed.out)) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.kill()
+    whole, out = replace(config, out=config.out + "-whole"), Path(config.out)
+    subprocess.run(command(whole), check=True, env=environment(), timeout=600)
+    _, _, *words = command(config)[1:]
+    process = subprocess.Popen([sys.executable, "-c", STUCK, *words], env=environment())
+    try:
+        deadline = time.monotonic() + 600
+        while process.poll() is None and not (out / "stuck").exists():
+            assert time.monotonic() < deadline, "waited in vain: the second checkpoint"
+            time.sleep(0.02)
+    finally:
+        process.kill()
     assert process.wait() == -signal.SIGKILL
-    assert not (Path(killed.out) / "adapter.safetensors").exists()
-    subprocess.run(command(killed), check=True, env=environment(), timeout=300)
-    assert same(weights(whole), weights(killed))
-    assert log(whole) == log(killed)
+    assert [folder.name for folder in checkpoints.finished(out)] == ["checkpoint-00000002"]
+    assert not (out / "adapter.safetensors").exists()
+    subprocess.run(command(config), check=True, env=environment(), timeout=600)
+    assert same(weights(whole), weights(config))
+    assert log(whole) == log(config)
 
 
 def test_two_processes_give_the_gradients_of_one(config: TrainConfig) -> None:
@@ -363,6 +389,52 @@ def test_the_last_checkpoints_are_kept_and_each_is_a_loadable_adapter(config: Tr
     assert not torch.equal(loaded["image_proj.latents"], state["weights/image_proj.latents"])
 
 
+def test_a_folder_that_cannot_be_synced_costs_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync = os.fsync
+
+    def files_only(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", files_only)
+    state = checkpoints.State(1, {}, {}, {"a/exp_avg": torch.ones(2)}, {"bad": 0})
+    folder = checkpoints.save_checkpoint(tmp_path, state, {}, Path.touch, 1)
+    assert checkpoints.finished(tmp_path) == [folder]
+
+
+def scaling(precision: str) -> Any:
+    """Accelerate with a gradient scaler that grows fast, as fp16 has one elsewhere."""
+    accelerator = open_accelerator(precision)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+    return accelerator
+
+
+def test_a_gradient_scaler_goes_on_where_it_was(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ipdiverse.training.trainer.open_accelerator", scaling)
+    whole = replace(config, out=config.out + "-whole", steps=5)
+    train(whole)
+    train(replace(config, steps=3))
+    run = Trainer(replace(config, steps=5))
+    scaler = run.accelerator.scaler
+    assert scaler is not None
+    assert (scaler.get_scale(), scaler.state_dict()["_growth_tracker"]) == (2048, 1)
+    run.run()
+    assert same(weights(whole), weights(config))
+    assert log(whole) == log(config)
+    file = checkpoints.finished(Path(config.out))[-1] / "training_state.json"
+    about = json.loads(file.read_text())
+    del about["counters"]["scaler"]
+    file.write_text(json.dumps(about))
+    scaler = Trainer(replace(config, steps=6)).accelerator.scaler
+    assert scaler is not None
+    assert scaler.get_scale() == 1024, "an older checkpoint says nothing of it"
+
+
 def test_another_run_in_the_same_folder_is_refused(config: TrainConfig) -> None:
     train(replace(config, steps=2))
     with pytest.raises(
@@ -404,6 +476,18 @@ def test_it_starts_from_a_published_adapter(config: TrainConfig) -> None:
         Trainer(replace(other, adapter="base"))
 
 
+def test_gates_need_a_number_of_tokens(config: TrainConfig, tmp_path: Path) -> None:
+    face = models.adapter("full-face", models.unet("sd1"))
+    save_adapter(face, tmp_path / "face.safetensors", {}, torch.float32)
+    chosen = replace(config, start=str(tmp_path / "face.safetensors"))
+    refused = r"face\.safetensors: makes as many tokens as .*--fusion=blend or --fusion=none"
+    with pytest.raises(ArgumentError, match=refused):
+        Trainer(chosen)
+    for fusion in ("blend", "none"):
+        run = Trainer(replace(chosen, fusion=fusion))
+        assert run.one_step(next(run.batches()))["skipped"] == 0
+
+
 def test_what_it_starts_from_may_have_a_name(config: TrainConfig) -> None:
     named = adapter_to_start_from(replace(config, base="critters", start="plus"))
     assert named is not None
@@ -439,6 +523,33 @@ def test_a_noise_conditioned_adapter_learns_its_levels(config: TrainConfig) -> N
     assert adapter.spec["noise_conditioned"]
     with pytest.raises(ArgumentError, match=r"is noise-conditioned.*--noise-conditioning"):
         Trainer(replace(config, start=f"{config.out}/adapter.safetensors", out=config.out + "-2"))
+
+
+def test_what_is_new_is_built_while_nobody_loads(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others: list[bool] = []
+
+    def may_load() -> bool:
+        """Whether another thread gets what loading holds."""
+        if free := loading._one_builds.acquire(blocking=False):
+            loading._one_builds.release()
+        return free
+
+    def asked(name: str) -> Any:
+        make = getattr(build, name)
+
+        def made(*args: Any, **options: Any) -> Any:
+            others.append(pool.submit(may_load).result())
+            return make(*args, **options)
+
+        return made
+
+    for name in ("new_adapter", "GatedFusion", "NoiseConditioning"):
+        monkeypatch.setattr(build, name, asked(name))
+    with ThreadPoolExecutor(1) as pool:
+        Trainer(replace(config, noise_conditioning=True))
+    assert others == [False] * 3
 
 
 def test_gradient_checkpointing_gives_the_same(config: TrainConfig) -> None:

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ipdiverse.critters.caption import caption, mentioned
 from ipdiverse.critters.scene import ATTRIBUTES
-from ipdiverse.critters.training.loop import autocast
+from ipdiverse.memory import autocast
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection

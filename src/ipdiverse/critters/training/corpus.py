@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from ipdiverse.critters.architecture import IMAGE_SIZE
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import ATTRIBUTES, Scene, sample_scene
-from ipdiverse.critters.training.loop import autocast
+from ipdiverse.memory import autocast
 from ipdiverse.seeding import derived_seed
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _CHUNK = 500
+_BATCH = 200
 
 
 @dataclass(frozen=True)
@@ -66,20 +68,20 @@ def draw(split: str, seed: int, index: int) -> tuple[Scene, int]:
     return sample_scene(rng, split=split), derived_seed(seed, split, index, "render")
 
 
-def _chunk(job: tuple[str, int, int, int, int]) -> tuple[np.ndarray, np.ndarray]:
-    split, seed, start, stop, size = job
+def _chunk(job: tuple[str, int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+    split, seed, start, stop = job
     drawn = [draw(split, seed, index) for index in range(start, stop)]
-    images = np.stack([render(scene, render_seed, size) for scene, render_seed in drawn])
+    images = np.stack([render(scene, render_seed, IMAGE_SIZE) for scene, render_seed in drawn])
     return images, np.array([scene.indices() for scene, _ in drawn], dtype=np.int64)
 
 
-def corpus(folder: Path, split: str, count: int, seed: int = 0, size: int = 64) -> Corpus:
+def corpus(folder: Path, split: str, count: int, seed: int = 0) -> Corpus:
     """Open the pool of a split, rendering it on all cores the first time."""
     folder.mkdir(parents=True, exist_ok=True)
-    stem = f"{split}-{seed}-{size}-{count}"
+    stem = f"{split}-{seed}-{IMAGE_SIZE}-{count}"
     image_file, attribute_file = folder / f"{stem}.images.npy", folder / f"{stem}.attributes.npy"
     if not (image_file.exists() and attribute_file.exists()):
-        jobs = [(split, seed, i, min(i + _CHUNK, count), size) for i in range(0, count, _CHUNK)]
+        jobs = [(split, seed, i, min(i + _CHUNK, count)) for i in range(0, count, _CHUNK)]
         with Pool(os.cpu_count()) as pool:
             images, attributes = zip(*pool.map(_chunk, jobs, chunksize=1), strict=True)
         for file, arrays in ((attribute_file, attributes), (image_file, images)):
@@ -88,21 +90,18 @@ def corpus(folder: Path, split: str, count: int, seed: int = 0, size: int = 64) 
 
 
 @torch.no_grad()
-def encoded_once(
-    file: Path, corpus: Corpus, encode: Callable[[Tensor], Tensor], batch: int = 200
-) -> np.ndarray:
+def encoded_once(file: Path, corpus: Corpus, encode: Callable[[Tensor], Tensor]) -> np.ndarray:
     """What an encoder gives for every image, float16; later calls open the file, memory-mapped.
 
     Args:
         file: Where it is kept; its name must tell scenes and weights apart.
         corpus: The images.
         encode: Pixels (batch, 3, size, size), channels last, to (batch, ...).
-        batch: Images encoded together.
     """
     if not file.exists():
         parts = []
-        for start in range(0, len(corpus), batch):
-            pixels = corpus.pixels(np.arange(start, min(start + batch, len(corpus))))
+        for start in range(0, len(corpus), _BATCH):
+            pixels = corpus.pixels(np.arange(start, min(start + _BATCH, len(corpus))))
             with autocast():
                 encoded = encode(pixels.contiguous(memory_format=torch.channels_last))
             parts.append(encoded.half().numpy())

@@ -6,7 +6,6 @@ data and noise as one that was never interrupted.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
@@ -65,26 +64,6 @@ class Schedule:
         warm = min(1.0, (step + 1) / self.warmup)
         left = (self.steps - step) / max(1.0, 0.25 * self.steps)
         return self.learning_rate * warm * max(0.05, min(1.0, left))
-
-
-def bf16_is_fast() -> bool:
-    """Whether this CPU multiplies bf16 natively (AVX512-BF16 or AMX); never assume it."""
-    capabilities = torch.cpu.get_capabilities()
-    return any(bool(capabilities.get(name)) for name in ("avx512_bf16", "amx_bf16"))
-
-
-def autocast() -> torch.autocast:
-    """bf16 where the CPU is fast at it, else plain fp32."""
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16_is_fast())
-
-
-def fingerprint(module: nn.Module) -> str:
-    """Twelve hex digits of a module's weights, to name what was computed with them."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:12]
 
 
 def _optimizer(module: nn.Module, schedule: Schedule) -> torch.optim.AdamW | MuonAdamW:

@@ -10,11 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ipdiverse.critters.training.corpus import to_pixels
-from ipdiverse.critters.training.loop import autocast
+from ipdiverse.memory import autocast
 
 if TYPE_CHECKING:
     from ipdiverse.critters.oracle import Oracle
     from ipdiverse.critters.training.corpus import Corpus
+
+_DECODED_AT_ONCE = 100
 
 
 class OracleObjective:
@@ -64,11 +66,11 @@ class OracleObjective:
 
 
 @torch.no_grad()
-def round_trip(vae: Any, images: np.ndarray, batch: int = 100) -> np.ndarray:
+def round_trip(vae: Any, images: np.ndarray) -> np.ndarray:
     """Encode and decode uint8 images (count, 64, 64, 3)."""
     parts = []
-    for start in range(0, len(images), batch):
-        pixels = to_pixels(images[start : start + batch]).contiguous(
+    for start in range(0, len(images), _DECODED_AT_ONCE):
+        pixels = to_pixels(images[start : start + _DECODED_AT_ONCE]).contiguous(
             memory_format=torch.channels_last
         )
         with autocast():

@@ -10,8 +10,6 @@ It reads latents, trains beside the UNet, is thrown away, and shares nothing wit
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -20,9 +18,6 @@ from torch.nn import functional as F
 from ipdiverse.critters.architecture import LATENT_CHANNELS, LATENT_SIZE
 from ipdiverse.critters.scene import ATTRIBUTES
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
 NOISE = 0.15
 """Deviation of noise on what the reader learns from: nothing can be hidden below it."""
 
@@ -30,24 +25,22 @@ NOISE = 0.15
 class LatentReader(nn.Module):
     """Scaled latents (batch, 16, 8, 8) to logits per attribute, in the order of `ATTRIBUTES`."""
 
-    def __init__(self, widths: Sequence[int] = (64, 128)) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        first, *rest = widths
-        self.conv_in = nn.Conv2d(LATENT_CHANNELS, first, 3, padding=1)
-        blocks, width = [], first
-        for wider in rest:
-            blocks += [
-                nn.GroupNorm(8, width),
-                nn.SiLU(),
-                nn.Conv2d(width, wider, 3, stride=2, padding=1),
-                nn.GroupNorm(8, wider),
-                nn.SiLU(),
-                nn.Conv2d(wider, wider, 3, padding=1),
-            ]
-            width = wider
-        self.blocks = nn.Sequential(*blocks, nn.GroupNorm(8, width), nn.SiLU(), nn.Flatten())
-        side = LATENT_SIZE // 2 ** len(rest)
-        self.hidden = nn.Linear(width * side**2, 256)
+        narrow, wide = 64, 128
+        self.conv_in = nn.Conv2d(LATENT_CHANNELS, narrow, 3, padding=1)
+        self.blocks = nn.Sequential(
+            nn.GroupNorm(8, narrow),
+            nn.SiLU(),
+            nn.Conv2d(narrow, wide, 3, stride=2, padding=1),
+            nn.GroupNorm(8, wide),
+            nn.SiLU(),
+            nn.Conv2d(wide, wide, 3, padding=1),
+            nn.GroupNorm(8, wide),
+            nn.SiLU(),
+            nn.Flatten(),
+        )
+        self.hidden = nn.Linear(wide * (LATENT_SIZE // 2) ** 2, 256)
         self.heads = nn.ModuleList([nn.Linear(256, len(v)) for v in ATTRIBUTES.values()])
 
     def forward(self, latents: Tensor) -> list[Tensor]:

@@ -19,8 +19,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ipdiverse.critters.training.clip import captions_and_labels, tokenize
 from ipdiverse.critters.training.corpus import encoded_once
-from ipdiverse.critters.training.loop import autocast, fingerprint
 from ipdiverse.critters.training.reader import NOISE, LatentReader, read_frozen, reading_loss
+from ipdiverse.memory import autocast
+from ipdiverse.pipelines import fingerprint
 
 if TYPE_CHECKING:
     from collections.abc import Callable

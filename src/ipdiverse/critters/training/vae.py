@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ipdiverse.critters.training.loop import autocast
 from ipdiverse.critters.training.reader import LatentReader, reading_loss
+from ipdiverse.memory import autocast
 
 if TYPE_CHECKING:
     from ipdiverse.critters.training.corpus import Corpus

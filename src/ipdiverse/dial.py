@@ -151,7 +151,7 @@ class Dial:
 
     def as_spec(self) -> dict[str, Any]:
         """For a checkpoint's spec; what is off is left out."""
-        points = [[setting, _changed(levers)] for setting, levers in self.points]
+        points = [[setting, changed(levers)] for setting, levers in self.points]
         achieved = [asdict(scores) for scores in self.achieved]
         return {"points": points, "source": self.source, "achieved": achieved}
 
@@ -186,6 +186,11 @@ def _mixed_interval(one: Any, other: Any, share: float) -> Any:
         return one
     (low, high), (next_low, next_high) = (ends or (0.0, _LOUDEST) for ends in (one, other))
     return (low + (next_low - low) * share, high * (next_high / high) ** share)
+
+
+def changed(levers: Levers) -> dict[str, Any]:
+    """The levers that are on, by name."""
+    return {name: value for name, value in asdict(levers).items() if value != getattr(OFF, name)}
 
 
 def dial_of(spec: Mapping[str, Any], where: object) -> Dial | None:
@@ -237,11 +242,6 @@ def default_dial(fused: bool, remembers: bool = False) -> Dial:
     last = replace(first, cads=0.6, late_layout=0.4, drop=0.25)
     path = ((0.0, start), (1e-6, OFF), (0.2, first), (0.5, middle), (1.0, last))
     return Dial(path if fused else (path[0], *path[2:]), "default path, not calibrated")
-
-
-def _changed(levers: Levers) -> dict[str, Any]:
-    defaults = asdict(OFF)
-    return {name: value for name, value in asdict(levers).items() if value != defaults[name]}
 
 
 def _tuples(levers: Mapping[str, Any]) -> dict[str, Any]:

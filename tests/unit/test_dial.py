@@ -6,8 +6,8 @@ from dataclasses import asdict, replace
 
 import pytest
 
+from ipdiverse.dial import OFF, Achieved, Dial, Levers, between, default_dial, dial_of
 from ipdiverse.errors import ArgumentError, CheckpointError
-from ipdiverse.sampling.dial import OFF, Achieved, Dial, Levers, between, default_dial, dial_of
 
 
 def path() -> Dial:

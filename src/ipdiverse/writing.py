@@ -1,0 +1,129 @@
+"""Write results so that none is ever half there."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+from ipdiverse.errors import OutputError
+
+_PROBE_BYTES = 64 * 1024
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+_IN_THE_WAY = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
+_NO_FOLDER_SYNC = (errno.EACCES, errno.EINVAL, errno.ENOTSUP)
+
+AnyPath = str | os.PathLike[str]
+
+
+def write_bytes_atomic(
+    path: AnyPath, data: bytes, check: Callable[[Path], None] | None = None
+) -> None:
+    """Write a file completely or not at all.
+
+    Args:
+        path: Where to, in a folder that exists; an existing file is replaced.
+        data: The whole content.
+        check: Called with the written file before it gets its name; what it raises prevents that.
+
+    Raises:
+        OutputError: It cannot be written; whatever stood there before still does. Only if the
+            disk fails in the very last step, making the name durable, the new file may be there.
+    """
+    target = Path(path)
+    temporary = target.parent / f".{uuid.uuid4().hex}.tmp"
+    try:
+        _write_synced(temporary, data)
+        if check is not None:
+            check(temporary)
+        temporary.replace(target)
+        sync_folder(target.parent)
+    except (OSError, ValueError) as error:
+        raise _output_error(target, error) from error
+    finally:
+        with contextlib.suppress(OSError, ValueError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_text_atomic(path: AnyPath, text: str) -> None:
+    """Write a text file, in UTF-8 and with the line ends as given, completely or not at all.
+
+    Args:
+        path: Where to, in a folder that exists; an existing file is replaced.
+        text: The whole content; a broken character becomes "?" rather than lose the rest.
+
+    Raises:
+        OutputError: It cannot be written; whatever stood there before still does.
+    """
+    write_bytes_atomic(path, text.encode("utf-8", "replace"))
+
+
+def ensure_writable_folder(path: AnyPath) -> Path:
+    """Create a folder if need be and prove, before long work starts, that results can go there.
+
+    Args:
+        path: The folder.
+
+    Returns:
+        The folder as a `Path`.
+
+    Raises:
+        OutputError: It is a file, cannot be created, may not be written to, or has no space.
+    """
+    folder = Path(path)
+    probe = folder / f".{uuid.uuid4().hex}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_synced(probe, bytes(_PROBE_BYTES))
+    except (OSError, ValueError) as error:
+        raise _output_error(folder, error) from error
+    finally:
+        with contextlib.suppress(OSError, ValueError):
+            probe.unlink(missing_ok=True)
+    return folder
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the new name survive a power cut, where the system can do that."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
+
+
+def file_hash(file: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _output_error(path: Path, error: Exception) -> OutputError:
+    number = getattr(error, "errno", None)
+    if number in _NO_SPACE:
+        what, fix = "there is no space left", "Free some space or choose another disk."
+    elif number in _FORBIDDEN:
+        what, fix = "this place may not be written to", "Choose another folder."
+    elif number in _IN_THE_WAY:
+        what, fix = "a file or folder of that name is in the way", "Choose another name."
+    elif number == errno.ENOENT:
+        what, fix = "the folder does not exist", "Create it first."
+    else:
+        what, fix = "this cannot be written", "Choose another path."
+    return OutputError(what, where=path, found=getattr(error, "strerror", None) or error, fix=fix)
