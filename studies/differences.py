@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 from ipdiverse.errors import DataError
-from ipdiverse.evaluation.bootstrap import difference
+from ipdiverse.evaluation.bootstrap import Difference, difference, holm
 from ipdiverse.evaluation.readings import file_of, load_readings
 from ipdiverse.evaluation.sampling import Pair, critters_sets, study_pairs
 from ipdiverse.evaluation.sets import Parts, set_parts
@@ -42,8 +42,17 @@ def runs_of(name: str, folder: Path, pairs: list[Pair], seeds: int) -> list[dict
     return [set_parts(critters_sets(one.attributes, one.invalid, pairs)) for one in found]
 
 
+def as_text(found: Difference, holds: bool) -> str:
+    """A difference with its interval, marked if it holds beside all others of its column."""
+    mark = " *" if holds else ""
+    return f"{found.estimate:+.3f}{mark} ({found.low:+.3f} to {found.high:+.3f})"
+
+
 def main() -> None:
-    """Print a Markdown table: estimate and 95 % interval of every difference."""
+    """Print a Markdown table: estimate and 95 % interval of every difference.
+
+    A * marks those that hold together over all arms of a column (Holm, 5 %).
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("base")
     parser.add_argument("others", nargs="+")
@@ -56,12 +65,13 @@ def main() -> None:
     base = runs_of(chosen.base, chosen.readings, pairs, chosen.seeds)
     print(f"| less `{chosen.base}` | {' | '.join(SCORES.values())} |")
     print("|---" * (len(SCORES) + 1) + "|")
-    for name in chosen.others:
-        runs = runs_of(name, chosen.readings, pairs, chosen.seeds)
-        cells = []
-        for score in SCORES:
-            less = difference([run[score] for run in runs], [run[score] for run in base])
-            cells.append(f"{less.estimate:+.3f} ({less.low:+.3f} to {less.high:+.3f})")
+    columns = list[list[str]]()
+    others = [runs_of(name, chosen.readings, pairs, chosen.seeds) for name in chosen.others]
+    for score in SCORES:
+        less = [difference([r[score] for r in runs], [r[score] for r in base]) for runs in others]
+        held = holm([found.p for found in less])
+        columns.append([as_text(*each) for each in zip(less, held, strict=True)])
+    for name, *cells in zip(chosen.others, *columns, strict=True):
         print(f"| {name} | {' | '.join(cells)} |")
 
 

@@ -17,3 +17,15 @@ class WithoutFloat64(Tensor):
     def cpu(self, *_: Any, **__: Any) -> Tensor:
         """The same numbers where float64 exists."""
         return self.as_subclass(Tensor)
+
+
+class Elsewhere(Tensor):
+    """As a tensor on an accelerator: NumPy cannot read it there."""
+
+    def numpy(self, *_: Any, **__: Any) -> Any:
+        """Refuse, as the device does."""
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+    def cpu(self, *_: Any, **__: Any) -> Tensor:
+        """The same numbers where NumPy can."""
+        return self.as_subclass(Tensor)

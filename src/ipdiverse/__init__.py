@@ -21,7 +21,7 @@ _HOMES = {
     "Generation": "sampling.generation",
     "ImagePromptAdapter": "adapter.model",
     "IpdiverseError": "errors",
-    "Levers": "sampling.dial",
+    "Levers": "dial",
     "Reference": "adapter.reference",
     "Request": "sampling.request",
     "attach": "adapter.attach",

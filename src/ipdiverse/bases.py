@@ -175,6 +175,7 @@ def load_part(kind: str, source: str, base: Base, *, local_files_only: bool = Fa
     Raises:
         ModelError: It cannot be opened.
     """
+    check_part(source)
     with loading():
         import diffusers
         import transformers
@@ -193,6 +194,18 @@ def load_part(kind: str, source: str, base: Base, *, local_files_only: bool = Fa
         if not hasattr(part, "parameters"):
             return part
         return part.to(pipe.vae.device, pipe.unet.dtype).eval()  # the UNet may be left for later
+
+
+def check_part(source: str) -> None:
+    """Refuse what `load_part` cannot open, without opening it.
+
+    Raises:
+        ModelError: It is neither a folder nor a hub id.
+    """
+    if not Path(source).is_dir() and not HUB_ID.match(source):
+        raise ModelError(
+            "no such folder", where=source, expected="a folder, or a hub id", fix="Check the path."
+        )
 
 
 def load_image_encoder(
@@ -249,29 +262,64 @@ def adapter_source(base: str, adapter: str) -> Path | str:
     """Where an adapter's weights are; a preset's are downloaded if they are not in the local cache.
 
     Args:
-        base: The base's name; `critters` has `base` and `plus` by name.
+        base: The base's name; `critters` has `diverse`, `plus` and `base` by name.
         adapter: One of those names, a preset's, a file, a folder, or a hub id with the file's path
             behind it; empty is the base's own, `default_adapter`.
 
     Raises:
         ModelError: There is no such adapter, or it cannot be had.
     """
+    check_adapter(base, adapter)
     adapter = adapter or default_adapter(base)
-    named = {file.stem: file for file in sorted(CRITTERS_ADAPTERS.glob("*.safetensors"))}
-    if base == CRITTERS and ADAPTERS.get(adapter, adapter) in named:
-        return named[ADAPTERS.get(adapter, adapter)]
+    if base == CRITTERS and (shipped := _shipped(adapter)):
+        return shipped
     if Path(adapter).exists():
         return Path(adapter)
-    if adapter in PRESETS:
-        return fetch(PRESETS[adapter].adapter_files(), adapter)[0]
-    if HUB_ID.match(adapter):
-        return adapter
-    raise ModelError(
-        "unknown adapter",
-        where=adapter,
-        expected=f"{', '.join(ADAPTERS)} (with the base {CRITTERS}), {', '.join(PRESETS)}, a file, "
-        "a folder, or a hub id",
-        fix="Check the path.",
+    return fetch(PRESETS[adapter].adapter_files(), adapter)[0] if adapter in PRESETS else adapter
+
+
+def check_adapter(base: str, adapter: str) -> None:
+    """Refuse what cannot name an adapter of a base, before anything is opened or downloaded.
+
+    Args:
+        base: As `adapter_source` takes it, and the adapter too.
+        adapter: Its name.
+
+    Raises:
+        ModelError: There is no such adapter, or it is of another base.
+        ArgumentError: None is named, and the base has none of its own.
+    """
+    adapter = adapter or default_adapter(base)
+    shipped = _shipped(adapter) is not None
+    if (shipped and base == CRITTERS) or Path(adapter).exists():
+        return
+    if shipped:
+        raise _of_another(adapter, CRITTERS, base)
+    if adapter not in PRESETS and not HUB_ID.match(adapter):
+        raise ModelError(
+            "unknown adapter",
+            where=adapter,
+            expected=f"{', '.join(ADAPTERS)} (with the base {CRITTERS}), {', '.join(PRESETS)}, "
+            "a file, a folder, or a hub id",
+            fix="Check the path.",
+        )
+    if adapter in PRESETS and base in (CRITTERS, *PRESETS):
+        own = PRESETS[adapter].base
+        if base == CRITTERS or PRESETS[base].base != own:
+            raise _of_another(adapter, own.id, base)
+
+
+def _shipped(adapter: str) -> Path | None:
+    """The file in the package that a name of critters' adapters stands for."""
+    file = CRITTERS_ADAPTERS / f"{ADAPTERS.get(adapter, adapter)}.safetensors"
+    return file if "/" not in adapter and file.is_file() else None
+
+
+def _of_another(adapter: str, owner: str, base: str) -> ModelError:
+    own = f", or none: {base} has its own" if base in (CRITTERS, *PRESETS) else ""
+    fix = f"Name one that fits with --adapter{own}."
+    return ModelError(
+        f"belongs to {owner}", where=f"adapter {adapter}", found=f"base {base}", fix=fix
     )
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
@@ -15,6 +17,7 @@ from ipdiverse.commands.critters import Critters
 from ipdiverse.commands.data import Embed, Prepare
 from ipdiverse.commands.evaluate import Calibrate, Evaluate
 from ipdiverse.commands.generate import Demo, Generate
+from ipdiverse.commands.parsing import in_one_line
 from ipdiverse.commands.train import Train
 from ipdiverse.commands.ui import Ui
 from ipdiverse.errors import Interrupted, IpdiverseError
@@ -43,6 +46,9 @@ _SWITCHES = {"--tiling": "--tiling=True", "--no-tiling": "--tiling=False"}
 """Short forms of a switch that has a third state: left to the device."""
 
 
+_SIGPIPE = 13  # which ends other programs there; Windows does not name it
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Parse and run; 0 when it worked, 2 for bad input, 128 + its number when a signal stopped it.
 
@@ -50,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: Without the program's name; None takes the process's own.
     """
     try:
-        with _short_warnings():
+        with _short_warnings(), _all_written():
             _run(sys.argv[1:] if arguments is None else arguments)
     except IpdiverseError as error:
         sys.stderr.write(f"ipdiverse: {error}\n")
@@ -58,6 +64,8 @@ def main(arguments: list[str] | None = None) -> int:
     except Interrupted as stop:
         sys.stderr.write(f"ipdiverse: {stop}; the same command goes on from there\n")
         return 128 + stop.number
+    except BrokenPipeError:  # as of `| head` when it has enough
+        return 128 + _SIGPIPE
     except KeyboardInterrupt:
         sys.stderr.write("ipdiverse: interrupted\n")
         return 130
@@ -68,14 +76,33 @@ def _run(arguments: list[str]) -> None:
     if arguments[:1] == ["train"]:
         arguments = ["train", *as_flags(arguments[1:])]
     arguments = [_SWITCHES.get(word, word) for word in arguments]
-    command = tyro.cli(
-        Command,  # type: ignore[arg-type]
-        prog="ipdiverse",
-        args=arguments,
-        description="Image prompts with variety, without losing what you asked for.",
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
-    )
+    with in_one_line(Command, arguments):
+        command = tyro.cli(
+            Command,  # type: ignore[arg-type]
+            prog="ipdiverse",
+            args=arguments,
+            description="Image prompts with variety, without losing what you asked for.",
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+        )
     command.run()
+
+
+@contextmanager
+def _all_written() -> Iterator[None]:
+    """What is printed is out at the end, or nobody reads it; then Python's own last try is quiet.
+
+    Raises:
+        BrokenPipeError: Nobody reads it.
+    """
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        with suppress(OSError), Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        raise
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from ipdiverse.errors import ArgumentError, CheckpointError, check_range
+from ipdiverse.errors import ArgumentError, CheckpointError, check_range, check_whole
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,8 +21,8 @@ class Levers:
     """How strongly each lever acts; the defaults change nothing, bit for bit.
 
     Args:
-        training: Share of the way from the weights that the adapter went on from, which it must
-            hold, to its own: 1 as trained, 0 the plain adapter.
+        training: Mix of the plain weights (0) and the trained ones (1); only for adapters that hold
+            both.
         fusion_strength: Weight of what text-image fusion adds; 1 as trained, 0 plain IP-Adapter.
         image_guidance: w_I of factorised guidance: weight of what the image adds to the text; the
             guidance scale is w_T. None guides text and image together.
@@ -63,7 +63,10 @@ class Levers:
 
     def __post_init__(self) -> None:
         check_range("fusion_strength", self.fusion_strength, 0, 10)
-        check_range("image_guidance", self.image_guidance or 0, 0, 100)
+        if self.image_guidance is not None:
+            check_range("image_guidance", self.image_guidance, 0, 100)
+        for name in ("noise_level", "removal_rank"):
+            check_whole(name, getattr(self, name))
         check_range("noise_level", self.noise_level, 0, 999)
         check_range("removal_rank", self.removal_rank, 1, 1000)
         for name in ("training", "late_layout", "drop", "remove_stated"):

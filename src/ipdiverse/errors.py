@@ -88,3 +88,13 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
     usable = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not usable or not low <= value <= high:
         raise ArgumentError("is out of range", where=name, expected=f"{low} to {high}", found=value)
+
+
+def check_whole(name: str, value: object) -> None:
+    """Refuse what is no whole number.
+
+    Raises:
+        ArgumentError: It is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ArgumentError("is no whole number", where=name, expected="an int", found=repr(value))

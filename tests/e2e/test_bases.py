@@ -128,6 +128,13 @@ def test_an_encoder_published_without_preprocessing_opens_by_its_hub_id(cache: P
     assert processor.crop_size["height"] == encoder.config.image_size
 
 
+@pytest.mark.parametrize("kind", ["ControlNetModel", "CLIPVisionModelWithProjection"])
+def test_a_part_that_is_not_there_is_no_question_for_the_hub(kind: str) -> None:
+    for source in ("./part", "nowhere", "/no/such/part"):
+        with pytest.raises(ipdiverse.IpdiverseError, match=f"{source}: no such folder; expected a"):
+            bases.load_part(kind, source, ipdiverse.bases.Base("x", None, 1.0, 1))
+
+
 def test_a_presets_adapter_goes_on_a_base_of_ones_own(
     cache: Path, reference: str, tmp_path: Path
 ) -> None:
@@ -267,8 +274,8 @@ def test_without_insightface_one_line_says_what_to_install(
     assert main(["generate", *given]) == 2
     error = capsys.readouterr().err
     assert error == (
-        "ipdiverse: insightface: is not installed. Run `pip install ipdiverse[faces]`, or give "
-        "embeddings from a file.\n"
+        "ipdiverse: insightface: is not installed. Run `pip install -e '.[faces]'` in your "
+        "copy of ipdiverse, or give embeddings: --faces FILE.\n"
     )
 
 
@@ -278,6 +285,29 @@ def test_faces_are_found_in_the_images(
     monkeypatch.setattr(face_embeddings, "detect_face", lambda image: models.face(0))
     found = ipdiverse.generate(reference, "a man", base="sd15-faceid", **SMALL)
     given = ipdiverse.generate((), "a man", base="sd15-faceid", faces=faces, **SMALL)
+    np.testing.assert_array_equal(pixels(found.images[0]), pixels(given.images[0]))
+
+
+def test_faces_that_the_adapter_does_not_read_are_refused(
+    cache: Path, reference: str, faces: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("sd15-plus", "critters"):
+        given = ["--image", reference, "--faces", faces, "--base", name, "--steps", "1"]
+        assert main(["generate", *given]) == 2
+        error = capsys.readouterr().err
+        found = "diverse" if name == "critters" else name
+        assert f"faces: are not read by this adapter; found {found}. Leave out --faces" in error
+        assert error.count("\n") == 1
+
+
+def test_an_adapters_file_says_that_it_reads_faces(
+    cache: Path, reference: str, faces: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = hub.place(cache, PRESETS["sd15-faceid"].adapter_files()[0])
+    common: dict[str, Any] = {"base": "sd15", "adapter": str(file), **SMALL}
+    monkeypatch.setattr(face_embeddings, "detect_face", lambda image: models.face(0))
+    found = ipdiverse.generate(reference, "a man", **common)
+    given = ipdiverse.generate(reference, "a man", faces=faces, **common)
     np.testing.assert_array_equal(pixels(found.images[0]), pixels(given.images[0]))
 
 
@@ -363,6 +393,47 @@ def test_pictures_are_read_before_a_download_is_offered(
     error = capsys.readouterr().err
     assert "broken.png" in error
     assert "download" not in error
+    assert not lacking
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--adapter", "plus"],
+            "adapter plus: belongs to critters; found base sd15-plus. Name one",
+        ),
+        (
+            ["--adapter", "sdxl"],
+            "adapter sdxl: belongs to stabilityai/stable-diffusion-xl-base-1.0",
+        ),
+        (["--adapter", "sd15", "--base", "critters"], "adapter sd15: belongs to stable-diff"),
+        (["--adapter", "nope"], "nope: unknown adapter; expected diverse, plus, base (with"),
+        (["--preset", "vibes"], "preset: is no preset"),
+        (["--combine", "mix"], "combine: is unknown"),
+        (["--mask", "REF", "--mask", "REF"], "mask: has the wrong length"),
+        (["--faces", "face.npy"], "faces: are not read by this adapter"),
+        (["--image-encoder", "./enc"], "./enc: no such folder"),
+        (["--controlnet", "./cn", "--control-image", "REF"], "./cn: no such folder"),
+    ],
+)
+@pytest.mark.parametrize("offline", [True, False])
+def test_names_are_read_before_a_download_is_offered(
+    flags: list[str],
+    message: str,
+    offline: bool,
+    lacking: list[str],
+    reference: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    given = [reference if flag == "REF" else flag for flag in flags]
+    assert main(words(reference, tmp_path / "o", "--yes", *given)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"ipdiverse: {message}")
+    assert error.count("\n") == 1
     assert not lacking
 
 

@@ -92,13 +92,26 @@ def test_a_finished_calibration_draws_nothing_again(
         (["--adapter", "plus"], "was published by others.*--out FILE"),
         (["--adapter", "plus", "--out", "OUT", "--pairs", "1"], "pairs"),
         (["--adapter", "plus", "--out", "OUT", "--references", "none"], "none: is no folder"),
+        (
+            ["--adapter", "plus", "--out", "OUT", "--prompts", "p.txt"],
+            "prompts: go with references",
+        ),
+        (
+            ["--adapter", "plus", "--out", "OUT", "--levers", "training", "cads"],
+            "adapter plus: has no such lever; expected interval, cads.*; found training",
+        ),
     ],
 )
 def test_bad_input_is_one_line(
-    more: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    more: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     import re
 
+    monkeypatch.setattr("ipdiverse.bases.open_pipeline", lambda *_: pytest.fail("was opened"))
     more = [str(tmp_path / "x.safetensors") if word == "OUT" else word for word in more]
     assert main(["calibrate", "--work", str(tmp_path / "work"), *more]) == 2
     assert re.search(message, capsys.readouterr().err)

@@ -176,9 +176,13 @@ def test_what_does_not_fit_is_one_line(
         (["--quick", "--images", "x"], "--config, --quick or --images"),
         (["--images", "x"], "--references DIR"),
         (["--config", "none.toml"], "none.toml"),
+        (["--config", "x", "--references", "r"], "--references: would not be heeded; found with a"),
+        (["--quick", "--prompts", "p", "--features", "clip"], "--prompts, --features: would not"),
+        (["--images", "x", "--publish", "p"], "--publish: would not be heeded; found with --image"),
+        (["--images", "x", "--readings", "r", "--partial"], "--readings, --partial: would not"),
     ],
 )
-def test_what_is_missing_is_said(
+def test_what_is_missing_or_would_do_nothing_is_said(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["evaluate", *arguments]) == 2

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 import ipdiverse
+from ipdiverse.bases import Base
 from ipdiverse.cli import main
 from ipdiverse.provenance import read_provenance
 
@@ -190,10 +191,14 @@ def test_a_folder_that_cannot_be_written_is_one_line(
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_an_unknown_option_exits_2_without_a_traceback(reference: Path) -> None:
-    with pytest.raises(SystemExit) as stop:
-        generate(reference, reference.parent / "out", "--diversty", "1")
-    assert stop.value.code == 2
+def test_an_unknown_option_is_one_line_with_the_likely_one(
+    reference: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate(reference, reference.parent / "out", "--diversty", "1") == 2
+    assert capsys.readouterr().err == (
+        "ipdiverse: --diversty: is no option of ipdiverse generate. Did you mean --diversity? "
+        "`ipdiverse generate --help` lists all.\n"
+    )
 
 
 def test_help_is_quick_because_it_imports_nothing_heavy() -> None:
@@ -266,17 +271,41 @@ def test_a_loaded_base_is_the_one_that_is_recorded(reference: Path, tmp_path: Pa
     assert result.request.base == str(CRITTERS_BASE)
 
 
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"base": "sd15"},
+        {"dtype": "float16"},
+        {"offload": "model"},
+        {"tiling": True},
+        {"revision": "main"},
+        {"safety_checker": False},
+    ],
+)
+def test_what_an_open_base_cannot_heed_is_refused(reference: Path, option: dict[str, Any]) -> None:
+    loaded = Base("critters", None, 3.0, 4)
+    (name,) = option
+    with pytest.raises(ipdiverse.IpdiverseError, match=rf"{name}: does not go with loaded.*load_b"):
+        ipdiverse.generate(reference, loaded=loaded, **option)
+
+
+def test_images_that_are_no_files_are_refused(references: list[Image.Image]) -> None:
+    for images in (references[0], references[:2], np.zeros(3)):
+        with pytest.raises(ipdiverse.IpdiverseError, match=r"image: is no file's path; .*Save it"):
+            ipdiverse.generate(images)  # type: ignore[arg-type]
+
+
 def test_a_broken_base_is_one_line(
     reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import shutil
 
-    from ipdiverse.bases import CRITTERS_BASE
+    from ipdiverse.bases import CRITTERS_BASE, adapter_source
 
     broken = tmp_path / "broken"
     shutil.copytree(CRITTERS_BASE, broken)
     (broken / "text_encoder" / "model.safetensors").write_bytes(b"not tensors")
-    wanted = ["--base", str(broken), "--adapter", "plus"]
+    wanted = ["--base", str(broken), "--adapter", str(adapter_source("critters", "plus"))]
     assert generate(reference, tmp_path / "out", *wanted) == 2
     error = capsys.readouterr().err
     assert f"{broken}: cannot be opened" in error

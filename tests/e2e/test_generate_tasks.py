@@ -146,16 +146,32 @@ def test_the_recorded_command_repeats_every_flag(
         ([], "image: is missing. Give a reference: --image FILE"),
         (["--image", "REF", "--mask-image", "REF"], "mask_image: needs init_image"),
         (["--image", "REF", "--control-image", "REF"], "control_image: needs controlnet"),
-        (["--image", "REF", "--preset", "vibes"], "scale: is no preset; expected linear | ease in"),
+        (
+            ["--image", "REF", "--preset", "vibes"],
+            "preset: is no preset; expected linear | ease in",
+        ),
         (["--image", "REF", "--combine", "mix"], "combine: is unknown; expected concat | average"),
-        (["--image", "REF", "--mask", "REF", "--mask", "REF"], "masks: has the wrong length"),
+        (
+            ["--image", "REF", "--mask", "REF", "--mask", "REF"],
+            "mask: has the wrong length; expected 1; found 2",
+        ),
         (["--image", "REF", "--width", "60"], "width: is no multiple of 8; found 60"),
         (
             ["--image", "REF", "--controlnet", "nowhere", "--control-image", "REF"],
-            "nowhere: cannot",
+            "nowhere: no such folder",
         ),
         (["--image", "REF", "--faces", "REF"], "holds no face embeddings; expected .npy"),
+        (
+            ["--image", "REF", "--image-encoder", "./enc"],
+            "./enc: no such folder; expected a folder",
+        ),
         (["--image", "REF", "--strength", "2"], "strength: is out of range"),
+        (["--image", "REF", "--strength", "0.5"], "strength: needs init_image. Give --init-image."),
+        (["--image", "REF", "--control-scale", "0.5"], "control_scale: needs controlnet"),
+        (
+            ["--image", "REF", "--mask", "REF", "--combine", "average"],
+            "mask: cannot be masked apart once combined",
+        ),
         (
             ["--image", "REF", "--init-image", "REF", "--strength", "0.4"],
             "strength: redoes none of 2 steps; expected 1/2 or more; found 0.4. Raise --strength",

@@ -478,7 +478,7 @@ def test_nothing_is_offered_to_programs_or_told_of_the_machine(client: Client) -
     assert client.config["analytics_enabled"] is False
 
 
-def waiting_job(served: Served, client: Client, **wanted: int) -> Job:
+def waiting_job(served: Served, client: Client, **wanted: Any) -> Job:
     """A client's, that is the next to draw; somebody else has the turn."""
     client.join(**wanted).raise_for_status()
     jobs = served.studio.session(client.session).jobs

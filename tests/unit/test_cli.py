@@ -1,16 +1,25 @@
-"""What the command line changes in the process is as before when it has ended."""
+"""What the command line refuses, and that it leaves the process as it was."""
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
 import sys
 import warnings
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import pytest
 
-from ipdiverse.cli import main
+import ipdiverse
+from ipdiverse.cli import Command, main
+from ipdiverse.commands import parsing
 from ipdiverse.commands.bases import Bases
+from ipdiverse.commands.generate import Generate
+from ipdiverse.dial import Levers
 from ipdiverse.errors import ArgumentError, Interrupted
+from ipdiverse.sampling.request import Request
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,6 +63,134 @@ def test_warnings_are_notes_for_as_long_as_a_command_runs(
 
 def test_a_word_that_is_no_command_leaves_no_trace_either() -> None:
     before = warnings.formatwarning
-    with pytest.raises(SystemExit):
-        main(["no-such-command"])
+    assert main(["no-such-command"]) == 2
     assert warnings.formatwarning is before
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("", "ipdiverse needs a command; expected generate | bases | demo | "),
+        (
+            "generat",
+            "generat: is no command of ipdiverse. Did you mean generate? `ipdiverse --help`",
+        ),
+        ("critters", "ipdiverse critters needs a command; expected make | train-base | "),
+        (
+            "critters mak",
+            "mak: is no command of ipdiverse critters. Did you mean make? `ipdiverse cr",
+        ),
+        ("critters make", "--out: is missing. `ipdiverse critters make --help` lists all."),
+        (
+            "critters make --nn 3",
+            "--nn: is no option of ipdiverse critters make. Did you mean --n?",
+        ),
+        ("convert a", "out, --to: are missing. `ipdiverse convert --help` lists all."),
+        (
+            "train --dta x",
+            "--dta: is no option of ipdiverse train. Did you mean --data? `ipdiverse tr",
+        ),
+        (
+            "inspect a --sourc",
+            "--sourc: is no option of ipdiverse inspect. `ipdiverse inspect --help",
+        ),
+        (
+            "generate --imge=a.png",
+            "--imge: is no option of ipdiverse generate. Did you mean --image?",
+        ),
+        (
+            "generate --no-safty-checker",
+            "--no-safty-checker: is no option of ipdiverse generate. Did",
+        ),
+        ("generate a.png", "a.png: belongs to no option. `ipdiverse generate --help` lists all."),
+        ("generate --image", "--image: has no value; expected STR. `ipdiverse generate --help`"),
+        (
+            "generate --n x",
+            "-n/--n: cannot be read; expected INT; found x. `ipdiverse generate --help",
+        ),
+        (
+            "generate --n=x",
+            "-n/--n: cannot be read; expected INT; found x. `ipdiverse generate --help",
+        ),
+        (
+            "generate --scale x",
+            "--scale: cannot be read; expected FLOAT; found x. `ipdiverse gener",
+        ),
+        (
+            "generate --interval 3",
+            "--interval: cannot be read; expected FLOAT FLOAT; found 3. `ipdi",
+        ),
+        (
+            "generate --dtype x",
+            "--dtype: is unknown; expected auto | float32 | float16 | bfloat16; f",
+        ),
+    ],
+)
+def test_what_cannot_be_parsed_is_one_line(
+    words: str, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"ipdiverse: {line}")
+    assert error.count("\n") == 1
+
+
+def test_every_command_says_what_is_no_option_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    commands = parsing._commands(Command)
+    assert len(commands) > 10
+    for name in commands:
+        assert main([name, "--qqq"]) == 2
+        error = capsys.readouterr().err
+        assert error == (
+            f"ipdiverse: --qqq: is no option of ipdiverse {name}. "
+            f"`ipdiverse {name} --help` lists all.\n"
+        )
+
+
+def test_a_tyro_that_tells_nothing_prints_its_boxes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "tyro._errors", None)
+        patched.delattr("tyro._errors", raising=False)
+        with parsing.in_one_line(Command, []):
+            pass
+    monkeypatch.setattr(parsing, "_error", lambda *_: object().tokens)  # type: ignore[attr-defined]
+    with pytest.raises(SystemExit) as stop:
+        main(["generate", "--qqq"])
+    assert stop.value.code == 2
+    assert "Unrecognized" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["bases", "--help"])
+def test_a_reader_that_went_away_is_no_error(command: str) -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+    words = [sys.executable, "-m", "ipdiverse", command]
+    done = subprocess.run(words, stdout=writes, stderr=subprocess.PIPE, check=False)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_help_begins_with_what_most_ask_for(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    flags = re.findall(r"^[^\w-]*(?:-n INT, )?--([a-z][a-z-]*)", capsys.readouterr().out, re.M)
+    levers = [field.name.replace("_", "-") for field in fields(Levers)]
+    assert flags[:5] == ["image", "prompt", "diversity", "n", "out"]
+    assert flags[-len(levers) :] == levers
+    assert sorted(flags) == sorted(field.name.replace("_", "-") for field in fields(Generate))
+
+
+def test_the_order_of_help_is_not_that_of_records() -> None:
+    assert [field.name for field in fields(Request)][: len(fields(Levers)) + 1] == [
+        *(field.name for field in fields(Levers)),
+        "diversity",
+    ]
+    given = Generate(image=("a.png",), cads=0.1)
+    assert given.command("o") == Request(image=("a.png",), cads=0.1).command("o")
+
+
+def test_every_public_name_can_be_imported() -> None:
+    for name in ipdiverse.__all__:
+        assert getattr(ipdiverse, name) is not None

@@ -10,6 +10,7 @@ import inspect
 import logging
 import subprocess
 import sys
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -708,3 +709,10 @@ def test_words_are_told_from_padding(chunks: dict[str, list[list[int]]], expecte
             return {k: [[(i, 1.0) for i in c] for c in part] for k, part in chunks.items()}
 
     assert "".join(".1"[int(one)] for one in INPUTS.word_mask(Fixed(), "")) == expected
+
+
+def test_the_readme_says_of_every_lever_what_becomes_of_it() -> None:
+    lines = (comfyui.FOLDER / "README.md").read_text().splitlines()
+    table = " ".join(line for line in lines if line.startswith("| `"))
+    levers = {field.name for field in fields(Levers)} - {"removal_rank"}  # of `remove_stated`
+    assert not {name for name in levers if f"`{name}`" not in table}

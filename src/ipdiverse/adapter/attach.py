@@ -25,8 +25,7 @@ from ipdiverse.errors import ArgumentError, ModelError, check_range
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from PIL import Image
-
+    from ipdiverse.adapter.reference import ImageLike
     from ipdiverse.adapter.scale import ScaleLike
 
 _HOOK = "ipdiverse.image_prompt"
@@ -57,21 +56,23 @@ class Attachment:
 
     def set_reference(
         self,
-        references: Image.Image | Reference | Sequence[Image.Image | Reference],
+        references: ImageLike | Reference | Sequence[ImageLike | Reference],
         *,
         adapter: int = 0,
-        negative: Image.Image | Reference | None = None,
+        negative: ImageLike | Reference | None = None,
     ) -> None:
         """Prompt with images.
 
         Args:
-            references: One for all outputs, or a list: one for each prompt or each output of the
-                next call, in order. Several images for one output are one `Reference`.
+            references: Images or their files. One for all outputs, or a list: one for each prompt
+                or each output of the next call, in order. Several images for one output are one
+                `Reference`.
             adapter: Which adapter, when several are attached.
             negative: The unconditional branch's image; None is no image.
 
         Raises:
             ArgumentError: References that do not fit together or this adapter.
+            ImageError: A file cannot be read.
         """
         many: list[Any] = (
             list(references) if isinstance(references, (list, tuple)) else [references]

@@ -78,7 +78,8 @@ class ImageEncoding:
             raise ModelError(
                 "has no image encoder",
                 where="pipeline",
-                fix="Give attach an image_encoder and an image_processor, or references as embeds.",
+                fix="Name one with --image-encoder; in Python give attach an image_encoder and an "
+                "image_processor, or references as embeds.",
             )
         return self
 
@@ -202,11 +203,16 @@ class _Projected:
                 raise ArgumentError(
                     "needs face embeddings",
                     where=f"a {self.adapter.kind} adapter",
-                    fix="Give Reference(faces=…): an array, or a file by `load_face_embeddings`.",
+                    fix="Give --faces FILE; in Python Reference(faces=…): an array, or a file by "
+                    "`load_face_embeddings`.",
                 )
             return reference.faces
         if not reference.images:
-            raise ArgumentError("needs an image", where=f"a {self.adapter.kind} adapter")
+            raise ArgumentError(
+                "needs an image",
+                where=f"a {self.adapter.kind} adapter",
+                fix="Give --image FILE; in Python Reference([image]).",
+            )
         return torch.cat([self.encoding.image(image)[name] for image in reference.images])
 
 

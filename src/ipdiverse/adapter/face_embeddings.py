@@ -98,7 +98,8 @@ def detect_face(image: Image.Image, root: Path | None = None) -> Tensor:
         raise ModelError(
             "is not installed",
             where="insightface",
-            fix="Run `pip install ipdiverse[faces]`, or give embeddings from a file.",
+            fix="Run `pip install -e '.[faces]'` in your copy of ipdiverse, or give embeddings: "
+            "--faces FILE.",
         ) from error
     options = {} if root is None else {"root": str(root)}
     try:
@@ -112,6 +113,8 @@ def detect_face(image: Image.Image, root: Path | None = None) -> Tensor:
         ) from error
     faces = analysis.get(np.asarray(image.convert("RGB"))[:, :, ::-1])
     if not faces:
-        raise ArgumentError("shows no face", where="image", fix="Crop closer, or give embeddings.")
+        raise ArgumentError(
+            "shows no face", where="image", fix="Crop closer, or give embeddings: --faces FILE."
+        )
     largest = max(faces, key=lambda f: (f.bbox[2] - f.bbox[0]) * (f.bbox[3] - f.bbox[1]))
     return face_array(largest.normed_embedding)

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ipdiverse.errors import ArgumentError
+from ipdiverse.image_io import load_image
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from collections.abc import Sized
+
+    ImageLike = Image.Image | str | Path
 
 Combine = Literal["concat", "average", "weighted", "subtract"]
 COMBINES: tuple[str, ...] = ("concat", "average", "weighted", "subtract")
@@ -48,23 +53,10 @@ class Reference:
         count = self.count()
         if not count:
             raise ArgumentError("is empty", where="reference", fix="Give at least one image.")
-        if self.combine not in COMBINES:
-            raise ArgumentError(
-                "is unknown", where="combine", expected=" | ".join(COMBINES), found=self.combine
-            )
-        if (self.weights is not None) != (self.combine == "weighted"):
-            raise ArgumentError(
-                "go together", where="combine='weighted' and weights", found=self.combine
-            )
-        for name, parts in (("weights", self.weights), ("masks", self.masks)):
-            if parts is not None and len(parts) != count:
-                raise ArgumentError(
-                    "has the wrong length", where=name, expected=f"{count}", found=len(parts)
-                )
-        if self.masks is not None and self.combine != "concat":
-            raise ArgumentError(
-                "cannot be masked apart once combined", where="masks", fix="Use combine='concat'."
-            )
+        check_parts(count, self.combine, self.weights, self.masks)
+        for image in (*self.images, *(self.masks or ())):
+            if not isinstance(image, Image.Image):
+                raise _no_image(image, "PIL images", "Open files with image_io.load_image.")
 
     def count(self) -> int:
         """How many images or faces."""
@@ -73,11 +65,67 @@ class Reference:
         return len(self.images) if self.images else 0 if self.faces is None else len(self.faces)
 
 
-def as_reference(item: Reference | Image.Image | Sequence[Image.Image]) -> Reference:
-    """One image, or several, as a reference."""
+def check_parts(
+    count: int | None,
+    combine: str,
+    weights: Sized | None,
+    masks: Sized | None,
+    mask_name: str = "masks",
+) -> None:
+    """Refuse parts of a reference that do not fit together.
+
+    Args:
+        count: How many images; None is not known yet.
+        combine: As `Reference` takes it, and what follows too.
+        weights: For `weighted`.
+        masks: Regions.
+        mask_name: What the user gave them as.
+
+    Raises:
+        ArgumentError: They do not.
+    """
+    if combine not in COMBINES:
+        raise ArgumentError(
+            "is unknown", where="combine", expected=" | ".join(COMBINES), found=combine
+        )
+    if (weights is not None) != (combine == "weighted"):
+        raise ArgumentError("go together", where="combine='weighted' and weights", found=combine)
+    for name, parts in (("weights", weights), (mask_name, masks)):
+        if parts is not None and count is not None and len(parts) != count:
+            raise ArgumentError(
+                "has the wrong length", where=name, expected=f"{count}", found=len(parts)
+            )
+    if masks is not None and combine != "concat":
+        raise ArgumentError(
+            "cannot be masked apart once combined", where=mask_name, fix="Use combine='concat'."
+        )
+
+
+def as_reference(item: Reference | ImageLike | Sequence[ImageLike]) -> Reference:
+    """One image, or several, as a reference; images or their files.
+
+    Raises:
+        ArgumentError: It is something else.
+        ImageError: A file cannot be read.
+    """
     if isinstance(item, Reference):
         return item
-    return Reference(list(item)) if isinstance(item, Sequence) else Reference([item])
+    if isinstance(item, str) or not isinstance(item, Sequence):
+        item = [item]
+    return Reference([_image(one) for one in item])
+
+
+def _image(item: Any) -> Image.Image:
+    if isinstance(item, Image.Image):
+        return item
+    if isinstance(item, (str, Path)):
+        return load_image(Path(item))
+    raise _no_image(item, "a PIL image, an image's file, or a Reference")
+
+
+def _no_image(item: object, expected: str, fix: str | None = None) -> ArgumentError:
+    found = type(item).__name__
+    return ArgumentError("is no image", where="reference", expected=expected, found=found, fix=fix)
 
 
 def combine_embeds(

@@ -234,14 +234,27 @@ PRESETS = (*_SMOOTH, *_BY_TRANSFORMER, *_ALIASES)
 """Every preset's name; `style`, `layout` and `instantstyle` are InstantStyle's."""
 
 
+def check_preset(name: str, where: str = "scale") -> None:
+    """Refuse what names no preset.
+
+    Args:
+        name: As the user gave it.
+        where: What the user gave it as.
+
+    Raises:
+        ArgumentError: It names none.
+    """
+    if name not in PRESETS:
+        raise ArgumentError(
+            "is no preset", where=where, expected=" | ".join(PRESETS), found=repr(name)
+        )
+
+
 def _preset(name: str, layers: Sequence[Layer], weight: float) -> ScaleFunction:
+    check_preset(name)
     full = _ALIASES.get(name, name)
     if full in _SMOOTH:
         return lambda layer, _: weight * _SMOOTH[full](layer)
-    if full not in _BY_TRANSFORMER:
-        raise ArgumentError(
-            "is no preset", where="scale", expected=" | ".join(PRESETS), found=repr(name)
-        )
     table = _BY_TRANSFORMER[full]
     count = layers[0].transformers
     weights = table.get(count) or _by_role(full, layers)

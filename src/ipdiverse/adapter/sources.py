@@ -13,7 +13,8 @@ from ipdiverse.errors import CheckpointError
 PUBLISHED = "ip-adapter.safetensors"
 """The file that `push_to_hub` writes, and that a repository is asked for if none is named."""
 
-_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt"}
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+"""Of files that may hold an adapter."""
 _NO_WEIGHTS = (
     "training_state",
     "optimizer",
@@ -75,7 +76,7 @@ def find_checkpoint(
         folder = path / subfolder
         return folder / weight_name if weight_name else _only_file(folder)
     is_id = isinstance(source, str) and HUB_ID.fullmatch(source) is not None
-    if path.exists() or not is_id or path.suffix.lower() in _SUFFIXES:
+    if path.exists() or not is_id or path.suffix.lower() in SUFFIXES:
         return path
     offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in _TRUE
     options: dict[str, Any] = {
@@ -93,7 +94,7 @@ def _only_file(folder: Path) -> Path:
     files = [
         file
         for file in (sorted(folder.iterdir()) if folder.is_dir() else [])
-        if file.suffix.lower() in _SUFFIXES and not file.name.startswith(_NO_WEIGHTS)
+        if file.suffix.lower() in SUFFIXES and not file.name.startswith(_NO_WEIGHTS)
     ]
     files = [file for file in files if file.suffix.lower() == ".safetensors"] or files
     if len(files) == 1:
@@ -105,7 +106,7 @@ def _only_file(folder: Path) -> Path:
         where=folder,
         expected="one .safetensors or .bin file",
         found=names + more or "none",
-        fix="Name one with weight_name." if files else "Check the path.",
+        fix="Give the file's path, or weight_name in Python." if files else "Check the path.",
     )
 
 
@@ -122,7 +123,8 @@ def _download(repository: str, weight_name: str | None, options: dict[str, Any])
                 "no such file; a hub repository needs the file's name too",
                 where=repository,
                 expected=f"{PUBLISHED}, or the name of another",
-                fix="Name it with weight_name, for example ip-adapter_sd15.safetensors.",
+                fix="Give the file's path behind it, as h94/IP-Adapter/models/"
+                "ip-adapter_sd15.safetensors, or weight_name in Python.",
             ) from error
         known = None if offline else reason(error, repository)
         if known is not None:

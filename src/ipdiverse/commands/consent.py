@@ -13,27 +13,54 @@ from ipdiverse.presets import PRESETS, as_size, total
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from ipdiverse.evaluation.study import Study
     from ipdiverse.presets import HubFile
 
 _SMALL = 1_000_000
 
 
-def agree_to_encoders(name: str, image_encoder: str | None, yes: bool) -> None:
-    """As `agree`, for what training takes of a preset: no adapter and no safety checker.
+def agree_to_encoders(
+    name: str, image_encoder: str | None, yes: bool, start: str | None = None
+) -> None:
+    """As `agree`, for what training takes of presets: no safety checker, and one adapter at most.
 
     Args:
         name: Of the base; nothing is asked for what is no preset.
         image_encoder: The user's own, in place of the preset's.
         yes: The user said so already.
+        start: The adapter to go on from; only a preset's is asked for.
 
     Raises:
         ArgumentError: The user said no, or there is no terminal to ask on.
         ModelError: Downloads are off.
     """
-    preset = PRESETS.get(name)
-    if preset is not None:
-        own = [] if image_encoder else preset.encoder_files()
-        agree(name, preset.base_files(checker=False) + own, yes)
+    preset, adapter = PRESETS.get(name), PRESETS.get(start or "")
+    files = [] if preset is None else preset.base_files(checker=False)
+    files += [] if preset is None or image_encoder else preset.encoder_files()
+    files += [] if adapter is None else adapter.adapter_files()
+    named = [one.name for one in (preset, adapter) if one is not None]
+    agree(", ".join(dict.fromkeys(named)), files, yes)
+
+
+def agree_to_study(study: Study, yes: bool) -> None:
+    """As `agree`, for what a study takes of presets; its own files are read first.
+
+    Args:
+        study: What is drawn, with every adapter that it takes.
+        yes: The user said so already.
+
+    Raises:
+        ArgumentError: As `agree` says, or the study has too few pairs.
+        DataError: A folder, or a file of prompts, is unusable.
+        ImageError: So is a reference.
+        ModelError: Downloads are off, or a preset's adapter is of another base.
+    """
+    from ipdiverse.evaluation.opening import asked, needed_files, sources
+
+    if study.references is not None:
+        asked(study)
+    named = [name for name in (study.base, *sources(study)) if name in PRESETS]
+    agree(", ".join(dict.fromkeys(named)), needed_files(study), yes)
 
 
 def agree(name: str, files: Sequence[HubFile], yes: bool) -> None:

@@ -21,12 +21,14 @@ class Evaluate:
         images: A folder of sets that any tool made, `STEM/*.png` for the reference STEM.
         references: Folder of references, for `images`.
         prompts: File with a prompt a line, for `images`.
-        features: Encoders to compare images by: `dino`, `clip`, `base`, a folder or a hub id.
+        features: Encoders to compare `images` by: `dino`, which is the default, `clip`, `base`, a
+            folder or a hub id.
         out: Folder for the study's images, results and report; file for `images`' JSON.
         publish: Copy the study's numbers and pictures, and what was read in its images, to this
             folder.
         readings: A folder `publish` wrote readings to: arms that are there are not drawn again.
         partial: Draw nothing: report on what of the study was drawn or read so far.
+        yes: Download what a study's preset needs without asking.
         json: Print the results as JSON.
     """
 
@@ -35,11 +37,12 @@ class Evaluate:
     images: str | None = None
     references: str | None = None
     prompts: str | None = None
-    features: tuple[str, ...] = ("dino",)
+    features: tuple[str, ...] = ()
     out: str | None = None
     publish: str | None = None
     readings: str | None = None
     partial: bool = False
+    yes: bool = False
     json: bool = False
 
     def run(self) -> None:
@@ -49,14 +52,26 @@ class Evaluate:
             raise ArgumentError(
                 "needs one of them", where="evaluate", expected="--config, --quick or --images"
             )
+        self._check_heard()
         self._made() if self.images else self._study()
 
+    def _check_heard(self) -> None:
+        """Refuse what only the other way of measuring would heed."""
+        way, others = ("--images", _OF_STUDIES) if self.images else ("a study", _OF_IMAGES)
+        if stray := [f"--{name}" for name in others if getattr(self, name)]:
+            own = "Leave out what is for studies." if self.images else "Its file says so itself."
+            raise ArgumentError(
+                "would not be heeded", where=", ".join(stray), found=f"with {way}", fix=own
+            )
+
     def _study(self) -> None:
+        from ipdiverse.commands.consent import agree_to_study
         from ipdiverse.evaluation.report import publish, write_report
         from ipdiverse.evaluation.running import run_study
         from ipdiverse.evaluation.study import quick_study, read_study
 
         study = read_study(Path(self.config)) if self.config else quick_study()
+        agree_to_study(study, self.yes)
         out = Path(self.out or "out/evaluation")
         known = Path(self.readings) if self.readings else None
         done = run_study(study, out, known=known, partial=self.partial)
@@ -80,12 +95,13 @@ class Evaluate:
         check_target(self.out)
         prompts = Path(self.prompts) if self.prompts else None
         sets = made_sets(Path(self.images or ""), Path(self.references), prompts)
-        pipe = load_base().pipe if "base" in self.features else None
-        encoders = [open_encoder(name, pipe) for name in self.features]
+        features = self.features or ("dino",)
+        pipe = load_base().pipe if "base" in features else None
+        encoders = [open_encoder(name, pipe) for name in features]
         parts = score_made(sets, encoders)
         scores = {name: list(interval([part])) for name, part in parts.items()}
         report = {"sets": len(sets), "images": sum(len(one.files) for one in sets)}
-        report |= {"features": list(self.features), "scores": scores}
+        report |= {"features": list(features), "scores": scores}
         write_json(self.out, report)
         if self.json:
             say_json(report)
@@ -93,6 +109,10 @@ class Evaluate:
         say(f"{report['sets']} sets, {report['images']} images")
         for name, (estimate, low, high) in scores.items():
             say(f"{name}: {estimate:.3f} ({low:.3f} to {high:.3f})")
+
+
+_OF_IMAGES = ("references", "prompts", "features")
+_OF_STUDIES = ("publish", "readings", "partial")
 
 
 @dataclass(frozen=True)
@@ -104,12 +124,14 @@ class Calibrate(CalibrateOptions):
             then leads from one to the other, and 0 is the plain one, to the bit.
         work: Folder for images; an interrupted calibration in it goes on.
         out: The file to write; None adds to the adapter's own, if `ipdiverse train` wrote it.
+        yes: Download what a preset needs without asking.
         json: Print the path with what it achieved.
     """
 
     plain: str | None = None
     work: str = "out/calibration"
     out: str | None = None
+    yes: bool = False
     json: bool = False
 
     def run(self) -> None:
@@ -117,8 +139,13 @@ class Calibrate(CalibrateOptions):
         from ipdiverse.adapter.checkpoint import copy_with_spec, remember_in_file
         from ipdiverse.adapter.sources import local_file
         from ipdiverse.bases import adapter_source
-        from ipdiverse.evaluation.calibrate import calibrate
+        from ipdiverse.commands.consent import agree_to_study
+        from ipdiverse.evaluation.calibrate import calibrate, study_of
+        from ipdiverse.evaluation.study import Arm
 
+        study = study_of(self)
+        plain = () if self.plain is None else (Arm("plain", "path", {"adapter": self.plain}),)
+        agree_to_study(replace(study, arms=study.arms + plain), self.yes)
         source = local_file(adapter_source(self.base, self.adapter))
         target = Path(self.out) if self.out else _own(source)
         if target.suffix != ".safetensors":

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from ipdiverse.commands.printing import say, say_json
+from ipdiverse.dial import Levers
 from ipdiverse.sampling.request import Request
 
 if TYPE_CHECKING:
@@ -47,9 +48,11 @@ class Generate(Request):
         if self.batch:
             self._batch()
             return
+        from ipdiverse.sampling.checks import check
         from ipdiverse.sampling.generate import generate
         from ipdiverse.writing import ensure_writable_folder
 
+        check(self)
         ensure_writable_folder(Path(self.out))
         self._may_download([self])
         wanted = {f.name: getattr(self, f.name) for f in fields(Request)}
@@ -82,11 +85,21 @@ class Generate(Request):
 
         defaults = {f.name: getattr(self, f.name) for f in fields(Request)}
         jobs = read_jobs(Path(self.batch), defaults)
-        self._may_download(jobs)
+        self._may_download(list(jobs.values()))
         tell = (lambda line: say(json.dumps(line))) if self.json else (lambda _: None)
         drawn = run_batch(jobs, Path(self.out), tell)
         if not self.json:
             say(f"wrote {drawn} images of {len(jobs)} jobs into {self.out}")
+
+
+def _listed_first(*names: str) -> dict[str, Field[Any]]:
+    """Fields as `--help` lists them: these, the others, and levers last, which few begin with."""
+    every, levers = Generate.__dataclass_fields__, [field.name for field in fields(Levers)]
+    others = [name for name in every if name not in (*names, *levers)]
+    return {name: every[name] for name in (*names, *others, *levers)}
+
+
+Generate.__dataclass_fields__ = _listed_first("image", "prompt", "diversity", "n", "out")
 
 
 @dataclass(frozen=True)

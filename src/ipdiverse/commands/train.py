@@ -32,7 +32,7 @@ class Train(TrainConfig):
         from ipdiverse.data.prepare import prepare
         from ipdiverse.training.trainer import train
 
-        agree_to_encoders(self.base, self.image_encoder, self.yes)
+        agree_to_encoders(self.base, self.image_encoder, self.yes, self.start)
         given = {f.name: getattr(self, f.name) for f in fields(TrainConfig)}
         if Path(self.data).is_file():
             prepared = Path(self.out) / "data"

@@ -24,7 +24,7 @@ class Ui(Options):
             raise ArgumentError(
                 "needs gradio, which is not installed",
                 where="ui",
-                fix="Install it: pip install 'ipdiverse[ui]'.",
+                fix="Run `pip install -e '.[ui]'` in your copy of ipdiverse.",
             )
         from ipdiverse.ui.safety import is_loopback
         from ipdiverse.ui.server import serve

@@ -10,6 +10,7 @@ cannot leave it.
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -58,6 +59,9 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "source": str,
 }
 
+_BY_PREPARE_ALONE = ("sha256", "width", "height", "source")
+"""Fields that other image folders, such as those of `critters make`, do without."""
+
 
 def inside(root: Path, name: str) -> Path:
     """A file below a root.
@@ -85,7 +89,8 @@ def read_manifest(folder: Path) -> list[Record]:
     """Read and check a prepared folder's manifest; whether images are there is not looked at.
 
     Raises:
-        DataError: It is missing, empty, or a line is broken; the first bad lines are named.
+        DataError: It is missing, empty, of a folder that was not prepared, or a line is broken; the
+            first bad lines are named.
     """
     file = folder / MANIFEST
     if not file.is_file():
@@ -95,8 +100,9 @@ def read_manifest(folder: Path) -> list[Record]:
             expected=f"a file {MANIFEST}",
             fix="Run `ipdiverse prepare SOURCE --out` with this folder first.",
         )
-    records, problems = [], []
-    for number, line in json_lines(file):
+    records, problems, lines = [], [], list(json_lines(file))
+    _check_prepared(file, [line for _, line in lines])
+    for number, line in lines:
         try:
             records.append(_record(line, folder))
         except DataError as error:
@@ -132,6 +138,23 @@ def json_lines(file: Path) -> Iterator[tuple[int, Any]]:
                 yield number, json.loads(line)
             except (ValueError, RecursionError):
                 yield number, line
+
+
+def _check_prepared(file: Path, lines: list[Any]) -> None:
+    """Tell another image folder, all of whose lines lack something, from a broken one."""
+    lacking = [
+        [name for name in _BY_PREPARE_ALONE if name not in line]
+        for line in lines
+        if isinstance(line, dict)
+    ]
+    if lines and len(lacking) == len(lines) and all(lacking):
+        raise DataError(
+            "was not written by prepare",
+            where=file,
+            found=f"no {', '.join(lacking[0])}",
+            fix=f"Run `ipdiverse prepare {shlex.quote(str(file.parent))} --out DIR`, and train on "
+            "DIR.",
+        )
 
 
 def _record(line: Any, folder: Path) -> Record:

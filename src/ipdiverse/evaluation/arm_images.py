@@ -46,6 +46,8 @@ class ArmImages:
         pairs: What is asked for.
         references: Of every pair.
         folder: Where images are kept.
+        reader: The image encoder that adapters read with, and its preprocessing; None is the
+            base's.
     """
 
     def __init__(
@@ -55,12 +57,14 @@ class ArmImages:
         pairs: Sequence[Any],
         references: Sequence[Image.Image],
         folder: Path,
+        reader: tuple[Any, Any] | None = None,
     ) -> None:
         self.study, self.base, self.folder = study, base, folder
-        self.pairs, self.references = pairs, references
+        self.pairs, self.references, self._reader = pairs, references, reader
         asked = [content_hash(image) for image in references]
         asked += [pair.prompt for pair in pairs]
-        self.decides = [*_models(base.pipe), *asked]
+        read = [] if reader is None else [fingerprint(reader[0]), str(reader[1])]
+        self.decides = [*_models(base.pipe), *_placed(base), *read, *asked]
 
     def chunks(
         self, arm: Arm, source: str, progress: Callable[[int], None]
@@ -84,6 +88,10 @@ class ArmImages:
             self._draw(arm, weights, missing, progress)
         for file in files:
             yield np.load(file)["images"]
+
+    def request(self, arm: Arm) -> Request:
+        """As a request, with what the arm leaves to the base."""
+        return arm.request(self.study.steps, self.base.guidance_scale, self.base.scale)
 
     def all_there(self, arm: Arm, source: str) -> bool:
         """Whether nothing of an arm with one adapter is left to draw.
@@ -130,9 +138,9 @@ class ArmImages:
         missing: list[tuple[range, Path]],
         progress: Callable[[int], None],
     ) -> None:
-        request = arm.request(self.study.steps, self.base.guidance_scale)
+        request = self.request(arm)
         fast = autocast() if self.study.base == CRITTERS else nullcontext()
-        with attached(self.base, weights) as attachment:
+        with attached(self.base, weights, self._reader or "") as attachment:
             set_scale(attachment, self.base, request)
             for chunk, file in missing:
                 with fast:
@@ -142,7 +150,7 @@ class ArmImages:
 
     def _key(self, arm: Arm, weights: Path) -> str:
         """What decides an arm's images, as 16 hexadecimal digits."""
-        request = arm.request(self.study.steps, self.base.guidance_scale)
+        request = self.request(arm)
         study = [self.study.images, self.study.seed]
         decides = [what_decides(request, weights), study, self.decides, versions()]
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
@@ -186,6 +194,11 @@ def _save(file: Path, images: np.ndarray) -> None:
     buffer = BytesIO()
     np.savez_compressed(buffer, images=images)
     write_bytes_atomic(file, buffer.getvalue())
+
+
+def _placed(base: Base) -> list[str]:
+    """How precisely it runs, and in tiles or not; nothing of one that was left as it was opened."""
+    return [] if base.plan is None else [base.plan.dtype, f"tiling {base.plan.tiling}"]
 
 
 def _models(pipe: Any) -> list[str]:

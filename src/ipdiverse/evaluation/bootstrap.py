@@ -6,6 +6,7 @@ the pairs have in common.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,6 +25,23 @@ if TYPE_CHECKING:
 RESAMPLES = 2000
 _SLOW_RESAMPLES = 200
 _LEAK_PERMUTATIONS = 20
+
+
+class Difference(NamedTuple):
+    """What two arms differ by, with the ends of its confidence interval.
+
+    Args:
+        estimate: One less the other.
+        low: Of the interval of this one comparison.
+        high: The same.
+        p: Two-sided, of a difference as large by chance: the estimate over the spread of its draws,
+            by the normal distribution, as draws are too few to count its tails.
+    """
+
+    estimate: float
+    low: float
+    high: float
+    p: float
 
 
 class Interval(NamedTuple):
@@ -81,10 +99,33 @@ def estimate(runs: Sequence[Parts]) -> float:
 
 def difference(
     runs: Sequence[Parts], others: Sequence[Parts], resamples: int = RESAMPLES
-) -> Interval:
+) -> Difference:
     """One arm's score less another's, drawn together (arguments as `interval`)."""
-    apart = resampled(runs, resamples) - resampled(others, resamples)
-    return _interval(estimate(runs) - estimate(others), apart)
+    drawn = resampled(runs, resamples) - resampled(others, resamples)
+    apart = _interval(estimate(runs) - estimate(others), drawn)
+    spread = float(np.nanstd(drawn)) if not np.isnan(drawn).all() else float("nan")
+    if spread == 0:
+        return Difference(*apart, float(apart.estimate == 0))
+    return Difference(*apart, math.erfc(abs(apart.estimate) / spread / math.sqrt(2)))
+
+
+def holm(p_values: Sequence[float], level: float = 0.05) -> list[bool]:
+    """Which of several comparisons hold together: a false one among them at most at `level`.
+
+    The smallest p must stay within level / m, the next within level / (m − 1), and so on to the
+    first that does not (Holm, 1979). What could not be compared (NaN) does not count.
+
+    Args:
+        p_values: Of the comparisons.
+        level: Chance that any that is said to hold does not.
+    """
+    order = sorted((p, at) for at, p in enumerate(p_values) if not math.isnan(p))
+    held = [False] * len(p_values)
+    for rank, (p, at) in enumerate(order):
+        if p > level / (len(order) - rank):
+            break
+        held[at] = True
+    return held
 
 
 def resampled(runs: Sequence[Parts], resamples: int = RESAMPLES) -> Floats:

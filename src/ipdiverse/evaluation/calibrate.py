@@ -19,9 +19,10 @@ from ipdiverse.errors import ArgumentError
 from ipdiverse.evaluation.bootstrap import estimate
 from ipdiverse.evaluation.running import Runner
 from ipdiverse.evaluation.study import Arm, Study
+from ipdiverse.sampling.removal import joint_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
     from ipdiverse.evaluation.metrics import Floats
@@ -74,8 +75,14 @@ def calibrate(
             expected=", ".join(LADDERS),
             found=", ".join(unknown),
         )
-    runner = Runner(_study(options), out, progress=False)
-    start, ladders = _ladders(options.adapter, options.base, options.levers)
+    study = study_of(options)
+    start, ladders = _ladders(options.adapter, options.base)
+    _check_there(options.levers, ladders, f"adapter {options.adapter}")
+    runner = Runner(study, out, progress=False)
+    ladders = {name: rungs for name, rungs in ladders.items() if _works(name, runner)}
+    _check_there(options.levers, ladders, f"base {options.base}")
+    if options.levers:
+        ladders = {name: rungs for name, rungs in ladders.items() if name in options.levers}
     path = climb(start, ladders, partial(_measured, runner, options), say)
     if len(path) < 2:
         raise ArgumentError(
@@ -83,13 +90,17 @@ def calibrate(
             where=options.adapter,
             found=f"variety {path[0][1].variety:.3f}",
         )
-    on = f"{runner.study.pairs} pairs of {options.images} images, {options.steps} steps"
+    on = f"{runner.study.pairs} pairs of {options.images} images, {study.steps} steps"
     dial = placed(path, f"calibrated on {on}")
     return dial, [{**asdict(levers), **asdict(scores)} for levers, scores in path]
 
 
-def _study(options: CalibrateOptions) -> Study:
-    """Pairs that neither training nor the published study saw."""
+def study_of(options: CalibrateOptions) -> Study:
+    """Pairs that neither training nor the published study saw.
+
+    Raises:
+        ArgumentError: A number is out of range, or prompts stand without references.
+    """
     return Study(
         arms=(Arm("stock", "path", {"adapter": options.adapter}),),
         base=options.base,
@@ -101,6 +112,7 @@ def _study(options: CalibrateOptions) -> Study:
         references=options.references,
         prompts=options.prompts,
         features=options.features,
+        image_encoder=options.image_encoder,
     )
 
 
@@ -236,9 +248,27 @@ def _scores(found: dict[str, float], images: int) -> Achieved:
     return Achieved(vendi / images, close, said, copies=copies)
 
 
-def _ladders(
-    adapter: str, base: str, levers: Sequence[str]
-) -> tuple[Levers, dict[str, tuple[Any, ...]]]:
+def _check_there(wanted: Sequence[str], there: Iterable[str], where: str) -> None:
+    """Refuse levers that would move nothing, or stop the climb."""
+    if lacking := sorted(set(wanted) - set(there)):
+        raise ArgumentError(
+            "has no such lever", where=where, expected=", ".join(there), found=", ".join(lacking)
+        )
+
+
+def _works(lever: str, runner: Runner) -> bool:
+    """Whether a lever finds what it needs in the base, as it was placed."""
+    base = runner.base
+    if lever == "shield":  # needs the VAE while the UNet runs
+        return base.plan is None or base.plan.offload != "model"
+    if lever != "remove_stated":
+        return True
+    encoder = base.pipe.image_encoder if runner.reader is None else runner.reader[0]
+    width = None if encoder is None else encoder.config.projection_dim
+    return width is not None and joint_text(base.pipe, [""], width) is not None
+
+
+def _ladders(adapter: str, base: str) -> tuple[Levers, dict[str, tuple[Any, ...]]]:
     """Where an adapter's dial starts, and the ladders that it can climb."""
     from ipdiverse.adapter.checkpoint import load_adapter
     from ipdiverse.adapter.sources import local_file
@@ -250,11 +280,7 @@ def _ladders(
         "fusion_strength": opened.fusion is None,
         "noise_level": opened.noise is None,
     }
-    ladders = {
-        name: rungs
-        for name, rungs in LADDERS.items()
-        if not lacks.get(name) and (name in levers or not levers)
-    }
+    ladders = {name: rungs for name, rungs in LADDERS.items() if not lacks.get(name)}
     if opened.plain:  # at a training of 0 there is no fusion
         if "fusion_strength" in ladders:
             ladders["fusion_strength"] = (1.0, 1.5)

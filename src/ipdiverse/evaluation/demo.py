@@ -179,8 +179,8 @@ def plot_dial(dial: Dial, report: dict[str, Any]) -> Image.Image:
     ]
     sweep = [(row["entropy"], row["retention"], f"λ {row['scale']:g}") for row in report["rows"]]
     for label, colour, curve in (
-        ("the dial, at its settings", "#1b7f4d", points),
-        ("plain IP-Adapter, at its scales", "#d35400", sweep),
+        ("the dial, on the pairs it\nwas calibrated with", "#1b7f4d", points),
+        ("plain IP-Adapter at its\nscales, on held-out pairs", "#d35400", sweep),
     ):
         axes.plot(
             [x for x, _, _ in curve], [y for _, y, _ in curve], "o-", color=colour, label=label

@@ -84,7 +84,8 @@ def _check(family: str, arms: Sequence[Measured]) -> DialCheck:
     worst = None
     if obeyed is not None:
         changes = [difference(one.parts(obeyed), arms[0].parts(obeyed)) for one in arms[1:]]
-        worst = min(changes, key=lambda change: change.estimate)
+        least = min(changes, key=lambda change: change.estimate)
+        worst = (least.estimate, least.low, least.high)
     return DialCheck(
         family,
         tuple(settings.tolist()),

@@ -93,12 +93,13 @@ def _unit(rows: torch.Tensor) -> np.ndarray:
     return F.normalize(rows.float(), dim=1).cpu().numpy()
 
 
-def open_encoder(name: str, base_pipe: Any = None) -> FeatureEncoder:
+def open_encoder(name: str, base_pipe: Any = None, device: str = "cpu") -> FeatureEncoder:
     """An encoder by name, folder or hub id.
 
     Args:
         name: One of `ENCODERS`, `base`, a folder, or a hub id.
         base_pipe: The pipeline whose image encoder `base` is.
+        device: Where any other runs, in float32.
 
     Raises:
         ModelError: It cannot be opened.
@@ -125,7 +126,7 @@ def open_encoder(name: str, base_pipe: Any = None) -> FeatureEncoder:
                 found=said[0][:300],
                 fix=f"Known by name: {', '.join(ENCODERS)}, base; else give a folder or a hub id.",
             ) from error
-    return FeatureEncoder(name, model, processor, tokenizer)
+    return FeatureEncoder(name, model.to(device), processor, tokenizer)
 
 
 def feature_parts(

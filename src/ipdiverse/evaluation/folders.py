@@ -59,7 +59,7 @@ def read_prompts(file: Path) -> list[str]:
         DataError: The file cannot be read or has none.
     """
     try:
-        lines = [line.strip() for line in file.read_text("utf-8").splitlines()]
+        lines = [line.strip() for line in file.read_text("utf-8").split("\n")]
     except (OSError, UnicodeError) as error:
         raise DataError("cannot be read", where=file, expected="a text file") from error
     prompts = [line for line in lines if line and not line.startswith("#")]

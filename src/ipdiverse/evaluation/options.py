@@ -22,7 +22,9 @@ class CalibrateOptions:
             variety and retention, the first that reads text measures the prompt.
         pairs: (prompt, reference) pairs.
         images: Of each.
-        steps: Denoising steps.
+        image_encoder: What the adapter reads references with, a folder or hub id; None takes the
+            base's, or a preset adapter's own.
+        steps: Denoising steps; None takes the base's own.
         levers: Those that the dial may move; all that the adapter has by default.
     """
 
@@ -33,7 +35,8 @@ class CalibrateOptions:
     features: tuple[str, ...] = ()
     pairs: int = 32
     images: int = 8
-    steps: int = 25
+    image_encoder: str | None = None
+    steps: int | None = None
     levers: tuple[str, ...] = ()
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from ipdiverse.evaluation.bootstrap import difference, estimate, hypervolume, interval
+from ipdiverse.evaluation.bootstrap import difference, estimate, holm, hypervolume, interval
 from ipdiverse.evaluation.dial_check import dial_table
 from ipdiverse.evaluation.plots import LABELS, as_bytes, axes_of, tradeoff
 from ipdiverse.evaluation.readings import FOLDER
@@ -48,7 +48,9 @@ td:first-child, th:first-child {{ text-align: left; }} small {{ color: #667; }}
 <p>The same seeds in every row; the reference stands first.</p>
 <div class="sets">{sets}</div>
 <h2>Every number</h2>
-<p>With 95 % intervals over pairs. Δ is the difference from “{baseline}”, drawn together.</p>
+<p>With 95 % intervals over pairs. Δ is the difference from “{baseline}”, drawn together; its
+interval is that of one comparison, and a * marks those that hold together over all arms of a column
+(Holm, 5 %).</p>
 <div class="wide">{table}</div>
 </body></html>
 """
@@ -252,25 +254,34 @@ def _table(study: Study, measured: Sequence[Measured]) -> str:
     head = "".join(f"<th>{escape(LABELS.get(name, name))}</th>" for name in names)
     head += f"<th>{escape(LABELS['leak'])}</th><th>{escape(LABELS['js'])}</th>" if known else ""
     baseline = next((m for m in measured if m.arm.name == study.baseline_arm.name), measured[0])
+    others = [one for one in measured if one is not baseline]
+    columns = {name: _column(others, baseline, name) for name in names}
     body = "".join(
-        f"<tr><td>{escape(one.arm.name)}</td>{''.join(_cell(one, baseline, n) for n in names)}"
+        f"<tr><td>{escape(one.arm.name)}</td>"
+        f"{''.join(_cell(one, name, columns[name].get(one.arm.name, '')) for name in names)}"
         f"{_plain_cell(one.leak) + _plain_cell(one.js) if known else ''}</tr>"
         for one in measured
     )
     return f"<table><tr><th></th>{head}</tr>{body}</table>"
 
 
-def _cell(one: Measured, baseline: Measured, name: str) -> str:
+def _column(others: Sequence[Measured], baseline: Measured, name: str) -> dict[str, str]:
+    """By arm, what a score differs by from the baseline's."""
+    apart = [difference(one.parts(name), baseline.parts(name)) for one in others]
+    held = holm([found.p for found in apart])
+    return {
+        one.arm.name: f"<br><small>Δ {found.estimate:+.3f}{' *' if holds else ''} "
+        f"({found.low:+.3f} to {found.high:+.3f})</small>"
+        for one, found, holds in zip(others, apart, held, strict=True)
+    }
+
+
+def _cell(one: Measured, name: str, apart: str) -> str:
     found = interval(one.parts(name))
     if np.isnan(found.estimate):
         return "<td>-</td>"
     text = f"{found.estimate:.3f}<br><small>{found.low:.3f} to {found.high:.3f}</small>"
-    if one is not baseline:
-        apart = difference(one.parts(name), baseline.parts(name))
-        text += (
-            f"<br><small>Δ {apart.estimate:+.3f} ({apart.low:+.3f} to {apart.high:+.3f})</small>"
-        )
-    return f"<td>{text}</td>"
+    return f"<td>{text}{apart}</td>"
 
 
 def _plain_cell(found: tuple[float, float, float] | None) -> str:

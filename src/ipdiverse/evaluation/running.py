@@ -19,14 +19,14 @@ import numpy as np
 from PIL import Image
 
 from ipdiverse.adapter.sources import local_file
-from ipdiverse.bases import CRITTERS, CRITTERS_ORACLE, adapter_source, load_base
+from ipdiverse.bases import CRITTERS, CRITTERS_ORACLE, adapter_source
 from ipdiverse.errors import ArgumentError, IpdiverseError
 from ipdiverse.evaluation.anchors import anchors
 from ipdiverse.evaluation.arm_images import ArmImages, what_decides
 from ipdiverse.evaluation.dial_check import check_dials
 from ipdiverse.evaluation.features import feature_parts, open_encoder
-from ipdiverse.evaluation.folders import folder_pairs, opened
 from ipdiverse.evaluation.measured import SHOWN_IMAGES, SHOWN_PAIRS, Done, Measured
+from ipdiverse.evaluation.opening import asked, open_base, open_reader
 from ipdiverse.evaluation.readings import (
     FOLDER,
     Readings,
@@ -36,7 +36,7 @@ from ipdiverse.evaluation.readings import (
     together,
 )
 from ipdiverse.evaluation.report import volumes
-from ipdiverse.evaluation.sampling import critters_sets, shipped_oracle, study_pairs
+from ipdiverse.evaluation.sampling import critters_sets, shipped_oracle
 from ipdiverse.evaluation.sets import Parts, joined, set_parts
 from ipdiverse.pipelines import fingerprint
 from ipdiverse.sampling.generation import versions
@@ -45,6 +45,7 @@ from ipdiverse.writing import ensure_writable_folder, file_hash, write_text_atom
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from ipdiverse.bases import Base
     from ipdiverse.evaluation.sets import Sets
     from ipdiverse.evaluation.study import Arm, Study
 
@@ -115,27 +116,22 @@ class Runner:
         self, study: Study, out: Path, progress: bool | None = None, known: Path | None = None
     ) -> None:
         self.study, self.out, self.known = study, ensure_writable_folder(out), known
-        self.base = load_base(study.base)
+        self.pairs, self.references = asked(study)  # before anything comes from the hub
         exact = study.base == CRITTERS and study.references is None
-        self.oracle = shipped_oracle() if exact else None
-        self._oracle_hash = file_hash(CRITTERS_ORACLE) if exact else None
-        self.pairs, self.references = _asked(study)
-        if len(self.pairs) < 2:
-            raise ArgumentError(
-                "gives too few pairs of a prompt and a reference",
-                where="study",
-                expected="2 or more",
-                found=len(self.pairs),
-            )
-        self.study = study = replace(study, pairs=len(self.pairs))
-        self._images = ArmImages(study, self.base, self.pairs, self.references, out / "images")
-        self.encoders = [open_encoder(name, self.base.pipe) for name in study.features]
-        if not exact and not self.encoders:
+        if not exact and not study.features:
             raise ArgumentError(
                 "are missing",
                 where="features",
                 expected='encoders to compare images by, as features = ["dino", "clip"]',
             )
+        self.oracle = shipped_oracle() if exact else None
+        self._oracle_hash = file_hash(CRITTERS_ORACLE) if exact else None
+        self.study = study = replace(study, pairs=len(self.pairs))
+        self.base = base = open_base(study)
+        self.reader = open_reader(study, base)
+        given = (study, base, self.pairs, self.references, out / "images", self.reader)
+        self._images = ArmImages(*given)
+        self.encoders = [open_encoder(name, base.pipe, _room(base)) for name in study.features]
         self._hidden = None if progress is None else not progress
         self._bar: Any = None
 
@@ -247,10 +243,9 @@ class Runner:
 
     def _about(self, arm: Arm, number: int) -> dict[str, Any]:
         """What decides readings; what only an adapter that is not here could tell is None."""
-        study, base = self.study, self._images.base
+        study = self.study
         numbers = {name: getattr(study, name) for name in ("pairs", "images", "seed")}
-        request = arm.request(study.steps, base.guidance_scale)
-        decides = what_decides(request, self._file_here(arm.sources[number]))
+        decides = what_decides(self._images.request(arm), self._file_here(arm.sources[number]))
         shown = hashlib.sha256(json.dumps(self._images.decides).encode()).hexdigest()
         return {**decides, **numbers, "base": shown, "oracle": self._oracle_hash}
 
@@ -312,11 +307,6 @@ def _shown(sets: np.ndarray) -> np.ndarray:
     return sets[:SHOWN_PAIRS, :SHOWN_IMAGES].copy()
 
 
-def _asked(study: Study) -> tuple[list[Any], list[Image.Image]]:
-    """The pairs, and the reference of each."""
-    if study.references is None:
-        drawn = study_pairs(study.pairs, study.seed, study.split, study.edits)
-        return drawn, [pair.image() for pair in drawn]
-    prompts = Path(study.prompts) if study.prompts else None
-    found = folder_pairs(Path(study.references), prompts, study.pairs)
-    return found, opened(found)
+def _room(base: Base) -> str:
+    """Where encoders that compare images run: beside the base, unless that has to wait for room."""
+    return base.plan.device if base.plan is not None and base.plan.offload == "none" else "cpu"

@@ -2,7 +2,7 @@
 
 pairs = 200                     # (prompt, reference) pairs
 images = 16                     # of each
-steps = 25
+steps = 25                      # else the base's own, as scale and guidance_scale
 
 [[arm]]
 name = "plain"                  # as the report calls it
@@ -19,11 +19,11 @@ guidance_scale = [1.0, 3.0, 7.5]
 from __future__ import annotations
 
 import tomllib
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any, Literal
 
-from ipdiverse.bases import CRITTERS, DEFAULT_ADAPTER
+from ipdiverse.bases import CRITTERS, DEFAULT_ADAPTER, default_adapter, defaults_of
 from ipdiverse.dial import Levers
 from ipdiverse.errors import ArgumentError, IpdiverseError, check_range
 from ipdiverse.sampling.request import MAX_IMAGES, MAX_STEPS, Request
@@ -59,14 +59,21 @@ class Arm:
         """The adapters, one for each training seed."""
         return self.adapters or (str(self.settings.get("adapter", DEFAULT_ADAPTER)),)
 
-    def request(self, steps: int, guidance_scale: float) -> Request:
+    def request(
+        self, steps: int | None, guidance_scale: float | None, scale: float | None = 1.0
+    ) -> Request:
         """As a request, without images and prompts.
+
+        Args:
+            steps: Denoising steps.
+            guidance_scale: What holds where the arm states none.
+            scale: The same, of the image prompt's weight.
 
         Raises:
             ArgumentError: A setting is out of range.
         """
         wanted = {name: value for name, value in self.settings.items() if name != "adapter"}
-        usual = {"n": 1, "steps": steps, "scale": 1.0, "guidance_scale": guidance_scale}
+        usual = {"n": 1, "steps": steps, "scale": scale, "guidance_scale": guidance_scale}
         return Request(**(usual | wanted))
 
 
@@ -75,17 +82,20 @@ class Study:
     """Arms, measured on the same pairs with the same seeds.
 
     Args:
-        arms: What is compared.
+        arms: What is compared; of another base than critters, those without an adapter take its
+            own.
         base: Whose images.
         pairs: (prompt, reference) pairs.
         images: Of each pair.
-        steps: Denoising steps.
+        steps: Denoising steps; None takes the base's own.
         seed: Of pairs and noise.
         split: Identities of critters to draw: `test` to report, `validation` to calibrate.
         edits: Prompts on critters state one attribute of identity too, not as the reference has it.
         references: Folder of reference images; None draws held-out critters.
         prompts: File with a prompt a line, for `references`.
         features: Encoders to compare images by: of `features.ENCODERS`, folders, hub ids.
+        image_encoder: What adapters read references with, a folder or hub id; None takes the
+            base's, or that of a preset whose adapter is among the arms'.
         baseline: Name of the arm that differences are taken from; None is the first.
     """
 
@@ -93,23 +103,34 @@ class Study:
     base: str = CRITTERS
     pairs: int = 200
     images: int = 16
-    steps: int = 25
+    steps: int | None = None
     seed: int = 3
     split: Literal["test", "validation"] = "test"
     edits: bool = False
     references: str | None = None
     prompts: str | None = None
     features: tuple[str, ...] = ()
+    image_encoder: str | None = None
     baseline: str | None = None
 
     def __post_init__(self) -> None:
+        if self.steps is None:
+            object.__setattr__(self, "steps", defaults_of(self.base).steps)
         check_range("pairs", self.pairs, 2, 100_000)
         check_range("images", self.images, 2, MAX_IMAGES)
-        check_range("steps", self.steps, 1, MAX_STEPS)
+        check_range("steps", self.steps or 0, 1, MAX_STEPS)
         if self.split not in ("test", "validation"):
             raise ArgumentError(
                 "is no split", where="split", expected="test or validation", found=self.split
             )
+        if self.prompts is not None and self.references is None:
+            raise ArgumentError(
+                "go with references alone",
+                where="prompts",
+                found="none",
+                fix="Give references too; critters have prompts of their own.",
+            )
+        object.__setattr__(self, "arms", tuple(_prompted(arm, self.base) for arm in self.arms))
         names = [arm.name for arm in self.arms]
         if not names or len(set(names)) < len(names):
             twice = sorted({name for name in names if names.count(name) > 1})
@@ -165,6 +186,13 @@ def read_study(file: Path) -> Study:
     return study
 
 
+def _prompted(arm: Arm, base: str) -> Arm:
+    """The arm with its adapter; what critters take stands in `Arm.sources`."""
+    if base == CRITTERS or arm.adapters or "adapter" in arm.settings:
+        return arm
+    return replace(arm, adapters=(default_adapter(base),))
+
+
 def quick_study() -> Study:
     """A coarse study of the shipped adapters: few pairs, the plain one's λ sweep, the dial."""
     sweep = [
@@ -178,9 +206,10 @@ def quick_study() -> Study:
     return Study(arms=(*sweep, *dial), pairs=24, images=8, steps=15)
 
 
+_TEXTS = ("base", "references", "prompts", "image_encoder", "baseline", "split")
 _KINDS: dict[str, type] = {
     **dict.fromkeys(("pairs", "images", "steps", "seed"), int),
-    **dict.fromkeys(("base", "references", "prompts", "baseline", "split"), str),
+    **dict.fromkeys(_TEXTS, str),
     "features": list,
     "edits": bool,
 }

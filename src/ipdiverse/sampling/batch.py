@@ -7,7 +7,7 @@ OUT/0003/0001.png          image 1 of the job in line 3 (counted from 0)
 from __future__ import annotations
 
 import json
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
@@ -16,24 +16,28 @@ from typing import TYPE_CHECKING, Any
 from ipdiverse.errors import ArgumentError, DataError, IpdiverseError
 from ipdiverse.image_io import content_hash
 from ipdiverse.provenance import save_png
+from ipdiverse.sampling.checks import check
 from ipdiverse.sampling.drawing import drawing, open_base, opening
-from ipdiverse.sampling.request import Request
+from ipdiverse.sampling.request import USED_WITH, Request
 from ipdiverse.writing import ensure_writable_folder, file_hash, write_text_atomic
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Mapping
 
     from ipdiverse.bases import Base
 
 RESULTS = "results.jsonl"
 
 
-def read_jobs(file: Path, defaults: dict[str, Any]) -> list[Request]:
+def read_jobs(file: Path, defaults: dict[str, Any]) -> dict[str, Request]:
     """Read requests, one JSON object a line; all are checked before the first is drawn.
 
     Args:
         file: Keys are the fields of `Request`; empty lines are left out.
         defaults: Fields that a line need not state.
+
+    Returns:
+        In their order, by the line that each stands in.
 
     Raises:
         DataError: The file cannot be read, or a line is no request; the first of them is named.
@@ -42,18 +46,17 @@ def read_jobs(file: Path, defaults: dict[str, Any]) -> list[Request]:
         lines = file.read_text("utf-8").split("\n")  # JSON may hold other ends of lines
     except (OSError, UnicodeError) as error:
         raise DataError("cannot be read", where=file, expected="JSON lines") from error
-    jobs = [
-        _request(line, defaults, f"{file}, line {number}")
-        for number, line in enumerate(lines, 1)
-        if line.strip()
-    ]
+    places = {f"{file}, line {number}": line for number, line in enumerate(lines, 1)}
+    jobs = {
+        where: _request(line, defaults, where) for where, line in places.items() if line.strip()
+    }
     if not jobs:
         raise DataError("holds no jobs", where=file, expected="a JSON object a line")
     return jobs
 
 
 def run_batch(
-    jobs: list[Request], out: Path, tell: Callable[[dict[str, Any]], None] = lambda _: None
+    jobs: Mapping[str, Request], out: Path, tell: Callable[[dict[str, Any]], None] = lambda _: None
 ) -> int:
     """Draw what is not there yet.
 
@@ -67,20 +70,41 @@ def run_batch(
 
     Raises:
         ArgumentError: The folder holds results of other jobs, or of files that have changed.
-        IpdiverseError: A job cannot be drawn; what came before it stays.
+        DataError: A job cannot be drawn, and its line; what came before it stays. Files that are
+            not there are said before the first is drawn.
     """
     ensure_writable_folder(out)
-    known = _known(out, jobs)
+    known = _known(out, list(jobs.values()))
+    waiting = [
+        (number, where, job)
+        for number, (where, job) in enumerate(jobs.items())
+        if len(known.get(number, ())) < job.n * len(job.prompt)
+    ]
+    for _, where, job in waiting:
+        _look_for_files(job, where)
     drawn, base, opened = 0, None, None
-    for number, job in enumerate(jobs):
-        there = known.get(number, set())
-        if len(there) >= job.n * len(job.prompt):
-            continue
-        if base is None or opened != opening(job):
-            base = None  # two of them need not fit into memory
-            base, opened = open_base(job), opening(job)
-        drawn += _draw(number, job, base, out, there, tell)
+    for number, where, job in waiting:
+        with _said_of(where):
+            if base is None or opened != opening(job):
+                base = None  # two of them need not fit into memory
+                base, opened = open_base(job), opening(job)
+            drawn += _draw(number, job, base, out, known.get(number, set()), tell)
     return drawn
+
+
+@contextmanager
+def _said_of(where: str) -> Iterator[None]:
+    """Errors say which line they are of."""
+    try:
+        yield
+    except IpdiverseError as error:
+        raise DataError(str(error), where=where) from error
+
+
+def _look_for_files(job: Request, where: str) -> None:
+    for name in (*job.pictures, job.faces):
+        if name and not Path(name).is_file():
+            raise DataError(f"{name}: no such file", where=where, fix="Check the path.")
 
 
 def _draw(
@@ -199,10 +223,15 @@ def _request(line: str, defaults: dict[str, Any], where: str) -> Request:
         name: tuple(value) if isinstance(value, list) else value
         for name, value in (defaults | stated).items()
     }
+    for name, needed in USED_WITH.items():  # a flag for all jobs need not act in each
+        if name not in stated and not values.get(needed):
+            values.pop(name, None)
     try:
         request = Request(**values)
     except (IpdiverseError, TypeError, ValueError) as error:
         raise DataError(str(error), where=where) from error
     if not request.image and not request.faces:
         raise DataError("has no image", where=where)
+    with _said_of(where):
+        check(request)
     return request

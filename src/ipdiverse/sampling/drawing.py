@@ -12,14 +12,16 @@ from ipdiverse.errors import ArgumentError
 from ipdiverse.image_io import load_image
 from ipdiverse.loading import quiet
 from ipdiverse.presets import PRESETS
+from ipdiverse.sampling.checks import check, faces_unread, reads_faces
 from ipdiverse.sampling.generation import Generation
 from ipdiverse.sampling.sample import Job, attached, levers_of, preview, sampled, set_scale
 from ipdiverse.sampling.tasks import Task, task_for
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator
+    from collections.abc import Callable, Collection, Iterator, Sequence
 
     from PIL import Image
+    from torch import Tensor
 
     from ipdiverse.adapter.attach import Attachment
     from ipdiverse.adapter.reference import Reference
@@ -97,8 +99,7 @@ def drawing(request: Request, loaded: Base | None = None) -> Iterator[Drawing]:
     Raises:
         IpdiverseError: An image, the base or the adapter is unusable.
     """
-    if not request.image and not request.faces:
-        raise ArgumentError("is missing", where="image", fix="Give a reference: --image FILE.")
+    check(request, opened=loaded is not None)
     references = [load_image(Path(file)) for file in request.image]
     reference = _reference(request, references)
     negative = load_image(Path(request.negative_image)) if request.negative_image else None
@@ -111,6 +112,7 @@ def drawing(request: Request, loaded: Base | None = None) -> Iterator[Drawing]:
     notes += [f"memory: {base.plan.line()}"] if base.plan else []
     task = replace(task_for(base, request), notes=notes)
     with quiet(), attached(task.base, weights, request.image_encoder) as attachment:
+        reference = _with_faces(reference, request, attachment.adapters[0].reads)
         set_scale(attachment, base, request)
         jobs = [
             Job(text, request.seed, index, reference)
@@ -160,12 +162,6 @@ def needed_files(request: Request) -> list[HubFile]:
     return files if encoder is None or request.image_encoder else files + encoder.encoder_files()
 
 
-def reads_faces(request: Request) -> bool:
-    """Whether the adapter is a preset's that reads face embeddings."""
-    preset = PRESETS.get(request.adapter or request.base)
-    return preset is not None and preset.faces
-
-
 def settled(request: Request, base: Base) -> Request:
     """The request with what it leaves to the base filled in, so that its record repeats it."""
     filled: dict[str, Any] = {
@@ -211,16 +207,33 @@ def _selected(
 
 
 def _reference(request: Request, images: list[Image.Image]) -> Reference:
-    import torch
-
-    from ipdiverse.adapter.face_embeddings import detect_face, load_face_embeddings
+    from ipdiverse.adapter.face_embeddings import load_face_embeddings
     from ipdiverse.adapter.reference import Reference
 
     faces = load_face_embeddings(Path(request.faces)) if request.faces else None
-    if faces is None and reads_faces(request):
-        faces = torch.cat([detect_face(image) for image in images])
+    if faces is None and reads_faces(request):  # before a large base is opened
+        faces = _faces_in(images)
     masks = [load_image(Path(file)) for file in request.mask] or None
     return Reference(images, faces, request.combine, request.weights or None, masks)  # type: ignore[arg-type]
+
+
+def _with_faces(reference: Reference, request: Request, reads: tuple[str, ...]) -> Reference:
+    """The reference with what an opened adapter reads of faces."""
+    if "face" not in reads:
+        if request.faces:
+            raise faces_unread(request.adapter)
+        return reference
+    if reference.faces is not None:
+        return reference
+    return replace(reference, faces=_faces_in(reference.images))
+
+
+def _faces_in(images: Sequence[Image.Image]) -> Tensor:
+    import torch
+
+    from ipdiverse.adapter.face_embeddings import detect_face
+
+    return torch.cat([detect_face(image) for image in images])
 
 
 def _cut_words(base: Any, name: str, prompt: str) -> list[str]:

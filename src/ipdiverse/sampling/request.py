@@ -7,13 +7,16 @@ from dataclasses import dataclass, fields
 
 from ipdiverse.bases import CRITTERS
 from ipdiverse.dial import Levers
-from ipdiverse.errors import ArgumentError, check_range
+from ipdiverse.errors import ArgumentError, check_range, check_whole
 from ipdiverse.memory import Dtype, MemoryOptions, Offload
 
 MAX_IMAGES = 1024
 MAX_STEPS = 1000
 MAX_SIDE = 4096
+MAX_WEIGHT = 1000
 
+USED_WITH = {"strength": "init_image", "control_scale": "controlnet"}
+"""Fields that change nothing without another."""
 _SEVERAL = ("image", "prompt", "mask", "weights")
 _WHOLE = ("n", "seed")
 _MAYBE_WHOLE = (("steps", 1, MAX_STEPS), ("width", 8, MAX_SIDE), ("height", 8, MAX_SIDE))
@@ -34,8 +37,8 @@ class Request(Levers):
         seed: Image i of a prompt depends on the seed and i alone, never on n.
         base: `critters`, a preset that `ipdiverse bases` lists, a hub id, a folder that diffusers
             saved, or a single `.safetensors` file.
-        adapter: `plus` or `base` of critters, a preset's name, a file, a folder, or a hub id with
-            the file's path behind it; empty is the base's own.
+        adapter: `diverse`, `plus` or `base` of critters, a preset's name, a file, a folder, or a
+            hub id with the file's path behind it; empty is the base's own.
         image_encoder: Folder or hub id of the image encoder; empty takes the base's own.
         revision: Branch, tag or commit of the base's repository; empty takes the preset's.
         safety_checker: Open the base with its safety checker, if it has one.
@@ -112,7 +115,7 @@ class Request(Levers):
         if not self.prompt:
             object.__setattr__(self, "prompt", ("",))
         for name in _WHOLE:
-            _check_whole(name, getattr(self, name))
+            check_whole(name, getattr(self, name))
         self._check_texts()
         self._check_ranges()
         self._check_together()
@@ -151,12 +154,14 @@ class Request(Levers):
         check_range("strength", self.strength, 0, 1)
         check_range("control_scale", self.control_scale, 0, 10)
         check_range("seed", self.seed, 0, 2**63 - 1)
+        for weight in self.weights:
+            check_range("weights", weight, -MAX_WEIGHT, MAX_WEIGHT)
         if self.guidance_scale is not None:
             check_range("guidance_scale", self.guidance_scale, 0, 100)
         if self.diversity is not None:
             check_range("diversity", self.diversity, 0, 1)
         if self.candidates is not None:
-            _check_whole("candidates", self.candidates)
+            check_whole("candidates", self.candidates)
             check_range("candidates", self.candidates, self.n, MAX_IMAGES)
         self._check_numbers()
 
@@ -165,7 +170,7 @@ class Request(Levers):
         for name, low, high in _MAYBE_WHOLE:
             value = getattr(self, name)
             if value is not None:
-                _check_whole(name, value)
+                check_whole(name, value)
                 check_range(name, value, low, high)
                 if low == 8 and value % 8:
                     raise ArgumentError("is no multiple of 8", where=name, found=value)
@@ -176,8 +181,23 @@ class Request(Levers):
             ("control_image", "controlnet"),
             ("controlnet", "control_image"),
         ):
-            if getattr(self, name) and not getattr(self, needed):
-                raise ArgumentError(f"needs {needed}", where=name, fix=f"Give --{_flag(needed)}.")
+            self._check_needs(name, needed)
+
+    def check_used(self) -> None:
+        """Refuse what would change nothing.
+
+        The flags of a batch are a request too, and may be for some of its jobs alone.
+
+        Raises:
+            ArgumentError: Something would.
+        """
+        for name, needed in USED_WITH.items():
+            self._check_needs(name, needed)
+
+    def _check_needs(self, name: str, needed: str) -> None:
+        default = getattr(type(self), name)
+        if getattr(self, name) != default and not getattr(self, needed):
+            raise ArgumentError(f"needs {needed}", where=name, fix=f"Give --{_flag(needed)}.")
 
     def command(self, out: str) -> str:
         """The shell command that repeats this request exactly."""
@@ -203,11 +223,6 @@ _ALWAYS = ("prompt", "n", "seed", "base", "adapter", "scale", "steps", "guidance
 
 def _flag(name: str) -> str:
     return name.replace("_", "-")
-
-
-def _check_whole(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ArgumentError("is no whole number", where=name, expected="an int", found=repr(value))
 
 
 def _check_text(name: str, value: object) -> None:

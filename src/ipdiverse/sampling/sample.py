@@ -291,10 +291,13 @@ class attached:  # noqa: N801 - reads as a verb: `with attached(base, file) as a
     Args:
         base: An open base.
         weights: The adapter's file, folder or hub id.
-        image_encoder: Folder or hub id of the image encoder; empty takes the base's.
+        image_encoder: Folder or hub id of the image encoder, or an open one with its preprocessing;
+            empty takes the base's.
     """
 
-    def __init__(self, base: Base, weights: Path | str, image_encoder: str = "") -> None:
+    def __init__(
+        self, base: Base, weights: Path | str, image_encoder: str | tuple[Any, Any] = ""
+    ) -> None:
         self._base, self._weights, self._encoder = base, weights, image_encoder
 
     def __enter__(self) -> Attachment:
@@ -306,7 +309,9 @@ class attached:  # noqa: N801 - reads as a verb: `with attached(base, file) as a
         adapter = load_adapter(local_file(self._weights))
         if not self._encoder:
             return attach(self._base.pipe, adapter)
-        encoder, processor = load_image_encoder(self._encoder, self._base)
+        named = self._encoder
+        opened = load_image_encoder(named, self._base) if isinstance(named, str) else named
+        encoder, processor = opened
         return attach(self._base.pipe, adapter, image_encoder=encoder, image_processor=processor)
 
     def __exit__(self, *_: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+import warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +11,8 @@ from typing import Any, Literal
 from ipdiverse.errors import ArgumentError, check_range
 
 MAY_CHANGE = (
-    *("steps", "epochs", "save_every", "keep", "workers", "micro_batch", "report_to", "out"),
+    *("steps", "epochs", "save_every", "keep", "workers", "report_to", "out"),
+    *("micro_batch", "process_batch"),
     *("validate_every", "validation_images", "validation_steps", "validation_guidance"),
     "validation_prompts",
 )
@@ -71,6 +73,7 @@ class TrainConfig(CacheConfig):
         steps: Optimizer steps.
         epochs: Passes over the data; takes the place of `steps`.
         batch: Samples a step, over all processes.
+        process_batch: Samples a step in each process; takes the place of `batch`.
         micro_batch: Samples computed together in one process; None is all of its share.
         learning_rate: After warm-up.
         schedule: What the rate does after it: `constant`, `linear` or `cosine` to zero.
@@ -117,6 +120,7 @@ class TrainConfig(CacheConfig):
     steps: int = 1000
     epochs: int | None = None
     batch: int = 32
+    process_batch: int | None = None
     micro_batch: int | None = None
     learning_rate: float = 1e-4
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -171,6 +175,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("steps", 1, 100_000_000),
     ("epochs", 1, 1_000_000),
     ("batch", 1, 1_000_000),
+    ("process_batch", 1, 1_000_000),
     ("micro_batch", 1, 1_000_000),
     ("learning_rate", 0, 10),
     ("warmup", 0, 100_000_000),
@@ -200,7 +205,7 @@ ORIGINAL_FLAGS = {
     "image_encoder_path": "image-encoder",
     "data_json_file": "data",
     "data_root_path": "root",
-    "train_batch_size": "batch",
+    "train_batch_size": "process-batch",
     "num_train_epochs": "epochs",
     "dataloader_num_workers": "workers",
     "mixed_precision": "precision",
@@ -208,6 +213,14 @@ ORIGINAL_FLAGS = {
     "save_steps": "save-every",
 }
 """The original trainer's flags that have another name here; the rest are spelled alike."""
+
+IGNORED_FLAGS = {
+    "--logging-dir": "logs are written to the folder of the run",
+    "--local-rank": "the launcher has told accelerate which process this is",
+}
+"""Flags of the original, each with a value, that change nothing here, and why."""
+
+_IN_PLACE_OF = {"epochs": "steps", "process-batch": "batch"}
 
 
 def read_toml(file: Path) -> dict[str, Any]:
@@ -249,6 +262,7 @@ def as_flags(arguments: list[str]) -> list[str]:
     for index, part in enumerate(renamed[:-1]):
         if part == "--precision" and renamed[index + 1] == "no":
             renamed[index + 1] = "fp32"
+    _leave_out_ignored(renamed)
     if "--config" not in renamed[:-1]:
         return renamed
     at = renamed.index("--config")
@@ -257,7 +271,7 @@ def as_flags(arguments: list[str]) -> list[str]:
     spelled: list[str] = []
     for key, value in read_toml(Path(renamed[at + 1])).items():
         flag = key.replace("_", "-")
-        if flag not in given:
+        if not {flag, _IN_PLACE_OF.get(flag)} & given:
             spelled += _flag(flag, value)
     return spelled + rest
 
@@ -272,6 +286,15 @@ def _renamed(part: str) -> str:
         return part
     name = part.removeprefix("--").replace("-", "_")
     return f"--{ORIGINAL_FLAGS.get(name, name.replace('_', '-'))}"
+
+
+def _leave_out_ignored(parts: list[str]) -> None:
+    for flag, why in IGNORED_FLAGS.items():
+        if flag in parts:
+            warnings.warn(f"{flag} is ignored: {why}", stacklevel=3)
+        while flag in parts:
+            at = parts.index(flag)
+            del parts[at : at + 2]
 
 
 def _flag(name: str, value: Any) -> list[str]:

@@ -81,8 +81,12 @@ class Trainer:
     def __init__(self, config: TrainConfig, encoders: FrozenEncoders | None = None) -> None:
         from accelerate.utils import set_seed
 
-        self.config, self.out = config, ensure_writable_folder(Path(config.out))
+        self.out = ensure_writable_folder(Path(config.out))
         self.accelerator = open_accelerator(config.precision)
+        if config.process_batch is not None:
+            batch = config.process_batch * self.accelerator.num_processes
+            config = replace(config, batch=batch)
+        self.config = config
         device = self.accelerator.device
         encoders = encoders or open_encoders(
             config.base, config.image_encoder, unet=not config.cache

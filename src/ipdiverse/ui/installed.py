@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ipdiverse.adapter.sources import SUFFIXES, local_file
 from ipdiverse.bases import ADAPTERS, CRITTERS, DEFAULT_ADAPTER
 from ipdiverse.downloads import missing
 from ipdiverse.errors import ModelError
@@ -48,14 +49,18 @@ def find_installed(bases: Sequence[str] = (), adapters: Sequence[str] = ()) -> I
         adapters: More of them: files and folders.
 
     Raises:
-        ModelError: One that the user named is not there.
+        ModelError: One that the user named is not there, or is something else.
     """
-    for kind, names in (("base", bases), ("adapter", adapters)):
-        for name in names:
-            if not Path(name).exists():
-                raise ModelError(
-                    "is not there", where=f"{kind} {name}", fix="Give a file or a folder."
-                )
+    for name in bases:
+        _check_there("base", name)
+        if Path(name).is_dir() and not (Path(name) / "model_index.json").is_file():
+            raise ModelError(
+                "holds no base", where=name, expected="a model_index.json, as diffusers saves one"
+            )
+        _check_suffix("base", Path(name), (".safetensors",))
+    for name in adapters:
+        _check_there("adapter", name)
+        _check_suffix("adapter", local_file(Path(name)), SUFFIXES)
     presets = tuple(name for name, one in PRESETS.items() if not missing(one.all_files()))
     first = {PRESETS[name].base.id: name for name in reversed(presets)}
     return Installed(
@@ -63,6 +68,29 @@ def find_installed(bases: Sequence[str] = (), adapters: Sequence[str] = ()) -> I
         presets,
         {_label(name): name for name in adapters},
     )
+
+
+def _check_there(kind: str, name: str) -> None:
+    if Path(name).exists():
+        return
+    if name in PRESETS:
+        raise ModelError(
+            "is a preset, no file or folder",
+            where=f"{kind} {name}",
+            fix="Leave it out: presets are on the page once their files are in the local cache. "
+            f"`ipdiverse generate --base {name} --image FILE` downloads them.",
+        )
+    raise ModelError("is not there", where=f"{kind} {name}", fix="Give a file or a folder.")
+
+
+def _check_suffix(kind: str, path: Path, known: Sequence[str]) -> None:
+    if path.is_file() and path.suffix.lower() not in known:
+        raise ModelError(
+            f"cannot be {'an' if kind == 'adapter' else 'a'} {kind}",
+            where=path,
+            expected=" | ".join(known),
+            found=path.suffix or "no extension",
+        )
 
 
 def _label(name: str) -> str:

@@ -12,6 +12,8 @@ from ipdiverse.adapter.reference import Reference
 from ipdiverse.errors import ArgumentError, ModelError, ShapeError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from diffusers import StableDiffusionPipeline
     from PIL import Image
 
@@ -86,12 +88,32 @@ def test_attaching_twice_or_to_nothing_is_refused(
     detach(pipe)
 
 
+def test_references_may_be_files(
+    pipe: StableDiffusionPipeline,
+    adapter: ImagePromptAdapter,
+    references: list[Image.Image],
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "ref.png"
+    references[0].save(file)
+    with attach(pipe, adapter) as prompt:
+        prompt.set_reference(str(file), negative=file)
+        (one,) = prompt.references()[0].images
+        assert one.tobytes() == references[0].tobytes()
+        prompt.set_reference([file, references[1]])
+        assert len(prompt.references()) == 2
+        with pytest.raises(ArgumentError, match="reference: is no image; expected a PIL image"):
+            prompt.set_reference(3)  # type: ignore[arg-type]
+
+
 def test_an_image_without_an_encoder_says_what_to_give(
     pipe: StableDiffusionPipeline, adapter: ImagePromptAdapter, references: list[Image.Image]
 ) -> None:
     pipe.image_encoder = None
     with attach(pipe, adapter) as prompt:
-        with pytest.raises(ModelError, match=r"has no image encoder\. Give attach"):
+        with pytest.raises(
+            ModelError, match=r"no image encoder\. Name one with --image-encoder; in"
+        ):
             prompt.set_reference(references[0])
         prompt.set_reference(Reference(embeds=[torch.zeros(1, 128)]))
         assert pipe("a critter", num_inference_steps=1).images

@@ -64,7 +64,9 @@ def test_an_array_of_objects_is_not_unpickled(tmp_path: Path) -> None:
 
 def test_without_insightface_the_message_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "insightface.app", None)
-    with pytest.raises(ModelError, match=r"insightface: is not installed\. Run `pip install"):
+    with pytest.raises(
+        ModelError, match=r"insightface: is not installed\. Run `pip install -e '\.\[faces\]'`"
+    ):
         detect_face(Image.new("RGB", (8, 8)))
 
 

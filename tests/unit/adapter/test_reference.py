@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from PIL import Image
 
 from ipdiverse.adapter.reference import Reference, as_reference, combine_embeds
-from ipdiverse.errors import ArgumentError
+from ipdiverse.errors import ArgumentError, ImageError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 RED, BLUE = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
 EMBEDS = torch.tensor([[2.0, 0.0], [0.0, 4.0], [4.0, 8.0]])
@@ -34,6 +37,8 @@ def test_one_reference_is_itself_however_it_is_combined() -> None:
     ("parts", "message"),
     [
         ({}, "reference: is empty"),
+        ({"images": ["red.png"]}, r"is no image; expected PIL images; found str\. Open files with"),
+        ({"images": [RED], "masks": [3]}, "is no image; expected PIL images; found int"),
         ({"images": [RED], "combine": "mix"}, "combine: is unknown; expected concat"),
         ({"images": [RED], "weights": [1.0]}, "combine='weighted' and weights: go together"),
         ({"images": [RED], "combine": "weighted"}, "combine='weighted' and weights: go together"),
@@ -59,3 +64,20 @@ def test_an_image_or_a_list_is_a_reference() -> None:
     whole = Reference(embeds=[torch.zeros(3, 8)])
     assert as_reference(whole) is whole
     assert whole.count() == 3
+
+
+def test_files_are_references_too(tmp_path: Path) -> None:
+    red = RED.resize((16, 16))
+    red.save(tmp_path / "red.png")
+    for given in (tmp_path / "red.png", str(tmp_path / "red.png")):
+        (image,) = as_reference(given).images
+        assert image.tobytes() == red.tobytes()
+    assert len(as_reference([tmp_path / "red.png", BLUE]).images) == 2
+    with pytest.raises(ImageError, match=r"gone\.png: the image file does not exist"):
+        as_reference(tmp_path / "gone.png")
+
+
+@pytest.mark.parametrize("given", [None, 3, EMBEDS, [RED, 3]])
+def test_what_is_no_image_is_one_error(given: Any) -> None:
+    with pytest.raises(ArgumentError, match="reference: is no image; expected a PIL image, an im"):
+        as_reference(given)

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from ipdiverse.critters.make import make_dataset
 from ipdiverse.data.manifest import Record, inside, manifest_text, read_manifest
+from ipdiverse.data.options import PrepareOptions
+from ipdiverse.data.prepare import prepare
 from ipdiverse.errors import DataError
 
 if TYPE_CHECKING:
@@ -55,6 +58,25 @@ def test_lines_that_are_no_records_are_refused(tmp_path: Path) -> None:
         read_manifest(tmp_path)
     (tmp_path / "metadata.jsonl").write_bytes(b"\xff\xfe\x00\xd8")
     with pytest.raises(DataError, match=r"cannot be read; expected a text in UTF-8"):
+        read_manifest(tmp_path)
+
+
+def test_a_folder_that_was_not_prepared_says_what_to_run(tmp_path: Path) -> None:
+    folder = tmp_path / "my refs"
+    make_dataset(folder, 2)
+    with pytest.raises(DataError) as told:
+        read_manifest(folder)
+    assert str(told.value) == (
+        f"{folder}/metadata.jsonl: was not written by prepare; found no sha256, width, height, "
+        f"source. Run `ipdiverse prepare '{folder}' --out DIR`, and train on DIR."
+    )
+    prepare(str(folder), tmp_path / "DIR", PrepareOptions())
+    assert len(read_manifest(tmp_path / "DIR")) == 2
+
+
+def test_one_prepared_line_makes_the_others_broken(tmp_path: Path) -> None:
+    write(tmp_path, asdict(RECORD), {"file_name": "x.png", "text": "x"})
+    with pytest.raises(DataError, match=r"1 of 2 lines are broken; found line 2: lacks subject"):
         read_manifest(tmp_path)
 
 

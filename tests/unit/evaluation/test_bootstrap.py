@@ -11,6 +11,7 @@ from ipdiverse.critters.scene import IDENTITY, sample_scene
 from ipdiverse.errors import ArgumentError
 from ipdiverse.evaluation.bootstrap import (
     difference,
+    holm,
     hypervolume,
     interval,
     js_interval,
@@ -79,6 +80,28 @@ def test_a_difference_keeps_what_pairs_have_in_common() -> None:
     assert apart.low > 0
     assert apart.estimate == pytest.approx(0.1)
     assert interval([one]).low < interval([other]).high
+
+
+def test_p_is_small_where_the_interval_excludes_0_and_one_where_nothing_differs() -> None:
+    rng = np.random.default_rng(0)
+    level, noise = rng.normal(size=(2, 400))
+    for shift, low, high in ((0.0, 0.3, 1.0), (0.1, 0.01, 0.1), (0.5, 0.0, 1e-6)):
+        one = Parts(level + shift + noise - noise.mean(), np.ones(400))
+        found = difference([one], [Parts(level, np.ones(400))])
+        assert low <= found.p <= high, shift
+        assert (found.low > 0) == (found.p < 0.05)
+    same = Parts(level, np.ones(400))
+    assert difference([same], [same]).p == 1
+    assert math.isnan(difference([same], [Parts(level, np.zeros(400))]).p)
+
+
+def test_holm_says_what_holds_together() -> None:
+    """Holm's own rule: the smallest within 5 % / 4, the next within 5 % / 3, up to a failure."""
+    assert holm([0.04, 0.012, 0.016, 0.5]) == [False, True, True, False]
+    assert holm([0.03, 0.012, 0.02, 0.024]) == [False, True, False, False], "none after a failure"
+    assert holm([0.04]) == [True]
+    assert holm([math.nan, 0.04, math.nan]) == [False, True, False]
+    assert holm([]) == []
 
 
 def test_training_seeds_widen_the_interval() -> None:

@@ -27,7 +27,7 @@ def test_differences_are_drawn_pair_by_pair(
     said = table(monkeypatch, capsys, "paired-none", "paired-none", "paired-blend-random")
     *_, same, other = said.strip().splitlines()
     assert set(re.findall(r"[+-]\d\.\d+", same)) == {"+0.000"}
-    assert other.split(" | ")[1].startswith("-0.037 (-0.048 to -0.02")
+    assert other.split(" | ")[1].startswith("-0.037 * (-0.048 to -0.02"), "holds beside the other"
 
 
 def test_an_arm_that_was_not_read_is_named(

@@ -136,6 +136,11 @@ def test_names_stand_for_hub_ids(dino: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert open_encoder("dino").name == "dino"
 
 
+def test_an_encoder_that_is_opened_by_name_goes_where_it_is_to_run(dino: Path) -> None:
+    assert open_encoder(str(dino)).model.device.type == "cpu"
+    assert open_encoder(str(dino), device="meta").model.device.type == "meta"
+
+
 def test_pickled_weights_are_not_opened(dino: Path, tmp_path: Path) -> None:
     for file in dino.iterdir():
         if file.suffix == ".json":

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from tests.devices import Elsewhere
 
+from ipdiverse.bases import load_base
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import sample_scene
-from ipdiverse.evaluation import anchors, arm_images
-from ipdiverse.evaluation.folders import folder_pairs, opened
+from ipdiverse.evaluation import anchors, arm_images, running
+from ipdiverse.evaluation.arm_images import ArmImages
+from ipdiverse.evaluation.folders import folder_pairs, opened, read_prompts
 from ipdiverse.evaluation.measured import SHOWN_IMAGES, SHOWN_PAIRS
 from ipdiverse.evaluation.running import Runner
 from ipdiverse.evaluation.study import Arm, Study
+from ipdiverse.memory import Plan
+from ipdiverse.pipelines import fingerprint
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 PAIRS, IMAGES = 5, 9
+CUDA = Plan("cuda", "float16", "none", False, 24 * 2**30)
 
 
 def painted(_base: Any, jobs: Any, *_: Any) -> np.ndarray:
@@ -65,3 +73,41 @@ def test_a_reference_that_pairs_share_is_opened_once(tmp_path: Path) -> None:
     first, second, again, _ = opened(folder_pairs(tmp_path, prompts, 9))
     assert first is again
     assert first is not second
+
+
+def test_prompts_end_where_lines_do(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("a cat\u2028in snow\r\n\n# none\na\x0bdog".encode())
+    assert read_prompts(file) == ["a cat\u2028in snow", "a\x0bdog"]
+
+
+@pytest.mark.parametrize(
+    ("plan", "where"),
+    [(None, "cpu"), (CUDA, "cuda"), (replace(CUDA, offload="model"), "cpu")],
+)
+def test_encoders_run_beside_the_base_unless_it_waits_for_room(
+    plan: Plan | None, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    base = replace(load_base(), plan=plan)
+    monkeypatch.setattr(running, "open_base", lambda _: base)
+    monkeypatch.setattr(running, "open_encoder", lambda _, __, device: opened.append(device))
+    Runner(Study((Arm("a", "a"),), pairs=2, images=2, features=("dino",)), tmp_path)
+    assert opened == [where]
+
+
+def test_precision_and_tiles_decide_images_and_critters_have_neither(tmp_path: Path) -> None:
+    base, study = load_base(), Study((Arm("a", "a"),), pairs=2, images=2)
+    plans = [None, CUDA, replace(CUDA, dtype="bfloat16"), replace(CUDA, tiling=True)]
+    decides = [
+        ArmImages(study, replace(base, plan=plan), [], [], tmp_path).decides for plan in plans
+    ]
+    assert len({tuple(each) for each in decides}) == len(plans)
+    assert Runner(study, tmp_path).base.plan is None
+
+
+def test_weights_have_the_same_fingerprint_wherever_they_are() -> None:
+    here, there = torch.nn.Module(), torch.nn.Module()
+    here.register_buffer("weight", torch.ones(3))
+    there.register_buffer("weight", torch.ones(3).as_subclass(Elsewhere))
+    assert fingerprint(here) == fingerprint(there)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from ipdiverse.bases import DEFAULT_ADAPTER
 from ipdiverse.errors import ArgumentError
 from ipdiverse.evaluation.study import Arm, Study, quick_study, read_study
 
+ROOT = Path(__file__).parents[3]
 WHOLE = """
 pairs = 10
 images = 4
@@ -81,6 +83,10 @@ def test_arms_and_sweeps_are_read(tmp_path: Path) -> None:
         ("[[arm]]\nname='a'\ninterval=[0.3]", "interval"),
         ("[[arm]]\nname='a'\ninterval=5", "interval"),
         ("[[sweep]]\nfamily='a'\nscale=[]", "is empty; found scale"),
+        ("prompts='p.txt'\n[[arm]]\nname='a'", "go with references alone"),
+        ("image_encoder=3\n[[arm]]\nname='a'", "of another type"),
+        ("base='owner/base'\n[[arm]]\nname='a'", "adapter: is missing"),
+        ("steps=0\n[[arm]]\nname='a'", "steps"),
     ],
 )
 def test_a_bad_study_names_file_and_fault(text: str, message: str, tmp_path: Path) -> None:
@@ -98,3 +104,32 @@ def test_the_quick_study_sweeps_what_users_have_and_the_dial() -> None:
 def test_an_arm_without_adapters_takes_the_default() -> None:
     assert Arm("a", "a").sources == (DEFAULT_ADAPTER,)
     assert Study((Arm("a", "a"),)).baseline_arm.name == "a"
+
+
+def test_the_readme_states_what_the_study_found() -> None:
+    found = json.loads((ROOT / "docs" / "study" / "results.json").read_text())["arms"]
+    scores = {arm["name"]: arm["scores"] for arm in found}
+    columns = ("prompt_accuracy", "contradict_accuracy", "retention", "entropy", "leak")
+    columns += ("copy_rate", "invalid_rate")
+    arms = {"text alone": "text only", "the renderer": "renderer", "pixel copies": "pixel copy"}
+    sweep = "plain, λ × guidance: scale {}, guidance_scale 3"
+    table = (ROOT / "README.md").read_text().split("## The copier and its remedy")[1]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line[:2] == "| "][1:]
+    assert len(rows) == 12
+    for label, *cells in rows:
+        words = label.strip("`").split()
+        arm = arms.get(label) or (
+            sweep.format(words[-1]) if "plain" in words else f"dial: diversity {words[-1]}"
+        )
+        expected = [round(scores[arm][name][0], 3) for name in columns]
+        assert [float(cell) for cell in cells] == pytest.approx(expected, abs=5e-4), label
+
+
+def test_what_is_left_open_is_the_bases_own() -> None:
+    arms = (Arm("a", "a"), Arm("b", "b", {"adapter": "x"}), Arm("c", "c", adapters=("y", "z")))
+    study = Study(arms, base="sd15-plus")
+    assert study.steps == 30
+    assert [arm.sources for arm in study.arms] == [("sd15-plus",), ("x",), ("y", "z")]
+    assert study.baseline_arm.settings == {}
+    critters = Study(arms)
+    assert (critters.steps, critters.arms) == (25, arms)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ipdiverse.errors import OutputError
+from ipdiverse.errors import DataError, OutputError
 from ipdiverse.sampling.batch import RESULTS, read_jobs, run_batch
 from ipdiverse.sampling.request import Request
 
@@ -20,13 +20,13 @@ def test_marks_that_json_strings_may_hold_end_no_line(mark: str, tmp_path: Path)
     lines = [{"image": "a.png", "prompt": f"a critter{mark}in the snow"}, {"image": "b.png"}]
     text = "\r\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
     (tmp_path / "jobs.jsonl").write_bytes(text.encode())
-    first, second = read_jobs(tmp_path / "jobs.jsonl", {})
+    first, second = read_jobs(tmp_path / "jobs.jsonl", {}).values()
     assert first.prompt == (f"a critter{mark}in the snow",)
     assert second.image == ("b.png",)
 
 
 @pytest.fixture
-def finished(tmp_path: Path) -> list[Request]:
+def finished(tmp_path: Path) -> dict[str, Request]:
     """A job whose two images are there, and its record."""
     job = Request(image=("a.png",), n=2)
     (tmp_path / "0000").mkdir()
@@ -37,11 +37,11 @@ def finished(tmp_path: Path) -> list[Request]:
         request = {"image": ["a.png"], "n": 2}
         lines.append({"job": 0, "image": image, "file": file, "request": request, "inputs": {}})
     (tmp_path / RESULTS).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return [job]
+    return {"line 1": job}
 
 
 def test_a_record_of_which_nothing_is_dropped_is_left_alone(
-    finished: list[Request], tmp_path: Path
+    finished: dict[str, Request], tmp_path: Path
 ) -> None:
     before = (tmp_path / RESULTS).stat()
     assert run_batch(finished, tmp_path) == 0
@@ -50,7 +50,7 @@ def test_a_record_of_which_nothing_is_dropped_is_left_alone(
 
 
 def test_a_record_that_cannot_be_rewritten_is_whole(
-    finished: list[Request], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: dict[str, Request], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / RESULTS
     whole = file.read_text()
@@ -66,3 +66,65 @@ def test_a_record_that_cannot_be_rewritten_is_whole(
     assert file.read_text() == torn
     assert run_batch(finished, tmp_path) == 0
     assert file.read_text() == whole
+
+
+def written(folder: Path, *lines: dict[str, object]) -> Path:
+    file = folder / "jobs.jsonl"
+    file.write_text("\n\n".join(json.dumps({"image": "a.png"} | line) for line in lines))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"image": ["a", "b"], "combine": "weighted", "weights": ["a", "b"]}, "weights: is out of"),
+        ({"remove_stated": 0.5, "removal_rank": 2.5}, "removal_rank: is no whole number"),
+        ({"noise_level": 2.5}, "noise_level: is no whole number"),
+        ({"image_guidance": ""}, "image_guidance: is out of range"),
+        ({"base": "sd99"}, "sd99: unknown base"),
+        ({"adapter": "nope"}, "nope: unknown adapter"),
+        ({"preset": "vibes"}, "preset: is no preset"),
+        ({"combine": "mix"}, "combine: is unknown"),
+        ({"strength": 0.5}, "strength: needs init_image"),
+    ],
+)
+def test_what_a_line_gets_wrong_is_said_with_its_line(
+    line: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    file = written(tmp_path, {}, line)
+    with pytest.raises(DataError) as caught:
+        read_jobs(file, {})
+    assert str(caught.value).startswith(f"{file}, line 3: {message}")
+
+
+def test_a_flag_for_all_jobs_need_not_act_in_each(tmp_path: Path) -> None:
+    file = written(tmp_path, {}, {"init_image": "b.png"})
+    plain, started = read_jobs(file, {"strength": 0.5, "control_scale": 0.5}).values()
+    assert (plain.strength, started.strength) == (0.8, 0.5)
+    assert plain.control_scale == started.control_scale == 1
+
+
+@pytest.mark.parametrize("field", ["image", "mask", "init_image", "negative_image", "faces"])
+def test_files_of_every_job_are_looked_for_before_the_first_is_drawn(
+    field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opens(_: Request) -> None:
+        raise AssertionError("a base is opened")
+
+    monkeypatch.setattr("ipdiverse.sampling.batch.open_base", opens)
+    there = tmp_path / "there.png"
+    there.touch()
+    line = {"image": str(there), field: str(tmp_path / "gone.png")}
+    file = written(tmp_path, {"image": str(there)}, line)
+    with pytest.raises(DataError) as caught:
+        run_batch(read_jobs(file, {}), tmp_path / "out")
+    assert str(caught.value) == (
+        f"{file}, line 3: {tmp_path / 'gone.png'}: no such file. Check the path."
+    )
+
+
+def test_a_job_that_cannot_be_drawn_is_said_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("no picture")
+    file = written(tmp_path, {"image": str(tmp_path / "text.png")})
+    with pytest.raises(DataError, match=rf"{file}, line 1: .*text\.png: "):
+        run_batch(read_jobs(file, {}), tmp_path / "out")

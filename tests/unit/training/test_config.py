@@ -56,7 +56,7 @@ ORIGINAL = """--pretrained_model_name_or_path sd15 --image_encoder_path enc --da
     --save_steps 10000 --num_train_epochs 2 --report_to tensorboard
     --pretrained_ip_adapter_path a.bin"""
 OURS = """--base sd15 --image-encoder enc --data d.json --root images --precision fp32
-    --resolution 512 --batch 8 --workers 4 --learning-rate 1e-04 --weight-decay 0.01
+    --resolution 512 --process-batch 8 --workers 4 --learning-rate 1e-04 --weight-decay 0.01
     --out out --save-every 10000 --epochs 2 --report-to tensorboard --start a.bin"""
 
 
@@ -65,10 +65,33 @@ def test_the_original_trainers_command_is_understood() -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "note"),
+    [
+        (["--logging_dir", "logs"], "--logging-dir is ignored: logs are written to the folder of"),
+        (["--local_rank=-1"], "--local-rank is ignored: the launcher has told accelerate which"),
+    ],
+)
+def test_what_means_nothing_here_is_left_out_with_a_note(given: list[str], note: str) -> None:
+    with pytest.warns(UserWarning, match=note) as told:
+        assert as_flags(["--steps", "2", *given, *given, "--batch", "8"]) == [
+            *("--steps", "2", "--batch", "8")
+        ]
+    assert len(told) == 1
+    assert as_flags(["--noise_offset", "0.1"]) == ["--noise-offset", "0.1"], "is refused later"
+
+
+def test_a_flag_holds_over_what_takes_its_place_in_the_file(tmp_path: Path) -> None:
+    file = toml(tmp_path, "epochs = 3\nprocess_batch = 2\nseed = 1\n")
+    flags = as_flags(["--config", str(file), "--steps", "9", "--batch", "8"])
+    assert flags == ["--seed", "1", "--steps", "9", "--batch", "8"]
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"steps": 0}, "steps: is out of range"),
         ({"drop_text": 0.5, "drop_both": 0.6}, "drops together: is out of range"),
+        ({"process_batch": 0}, "process_batch: is out of range"),
         ({"start": ""}, "start: is empty. Leave it out for new weights."),
         ({"frozen": ("unet",)}, "frozen: is no part; expected projection, layers, fusion"),
         ({"workers": 1, "cache": False}, "workers: needs the cache"),

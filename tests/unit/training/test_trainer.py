@@ -201,13 +201,14 @@ def test_a_signal_saves_first_and_the_same_command_goes_on(
     assert same(weights(whole), weights(config))
 
 
-def command(run: TrainConfig, *launcher: str) -> list[str]:
+def command(run: TrainConfig, *batch: str) -> list[str]:
     flags = [
         *("--data", run.data, "--out", run.out, "--base", run.base, "--resolution", "64"),
-        *("--steps", str(run.steps), "--batch", "4", "--tokens", "3", "--width", "64"),
+        *("--steps", str(run.steps), *(batch or ("--batch", "4"))),
+        *("--tokens", "3", "--width", "64"),
         *("--depth", "1", "--learning-rate", "1e-3", "--save-every", "2"),
     ]
-    return [sys.executable, *launcher, "-m", "ipdiverse", "train", *flags]
+    return [sys.executable, "-m", "ipdiverse", "train", *flags]
 
 
 def environment() -> dict[str, str]:
@@ -257,7 +258,10 @@ def test_a_process_killed_while_it_saves_goes_on_to_the_bit(config: TrainConfig)
 
 
 def test_two_processes_give_the_gradients_of_one(config: TrainConfig) -> None:
-    """AdamW's first moment after one step is a tenth of the gradient."""
+    """AdamW's first moment after one step is a tenth of the gradient.
+
+    The original's batch size is that of each process, so two have twice as many samples.
+    """
     one = replace(config, steps=1)
     two = replace(one, out=config.out + "-two")
     subprocess.run(command(one), check=True, env=environment(), timeout=300)
@@ -269,7 +273,7 @@ def test_two_processes_give_the_gradients_of_one(config: TrainConfig) -> None:
         "--standalone",
         "--no-python",
     )
-    parts = command(two)
+    parts = command(two, "--train_batch_size", "2")
     subprocess.run([sys.executable, *launcher, *parts], check=True, env=environment(), timeout=300)
     state = "checkpoint-00000001/training_state.safetensors"
     first, second = weights(one, state), weights(two, state)
@@ -619,8 +623,10 @@ def test_the_original_trainers_command_runs(
         *("--resolution", "64", "--train_batch_size", "3", "--num_train_epochs", "1"),
         *("--dataloader_num_workers", "0", "--learning_rate", "1e-04", "--weight_decay", "0.01"),
         *("--output_dir", str(tmp_path / "out"), "--save_steps", "1", "--width", "64"),
+        *("--logging_dir", "logs", "--local_rank", "0", "--report_to", "tensorboard"),
     ]
-    assert main(arguments) == 0
+    with pytest.warns(UserWarning, match="is ignored"):
+        assert main(arguments) == 0
     assert capsys.readouterr().out.strip() == f"wrote {tmp_path / 'out' / 'adapter.safetensors'}"
     ImagePromptAdapter.from_pretrained(tmp_path / "out" / "checkpoint-00000002")
     assert main(["train", "--data", str(tmp_path), "--out", str(tmp_path / "x")]) == 2

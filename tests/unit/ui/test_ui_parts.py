@@ -230,6 +230,7 @@ def test_critters_and_its_adapters_are_always_there(tmp_path: Path) -> None:
     assert list(found.adapters_of("critters")) == ["diverse", "plus", "base"]
     mine = tmp_path / "mine.safetensors"
     mine.write_bytes(b"")
+    (tmp_path / "model_index.json").touch()
     more = find_installed([str(tmp_path)], [str(mine)])
     label = f"{tmp_path.name}/mine.safetensors"
     assert more.adapters_of("critters")[label] == str(mine)

@@ -118,12 +118,25 @@ def test_the_command_says_so_in_one_line(
         (["--port", "0"], "port: is out of range"),
         (["--bases", "no/such"], "base no/such: is not there"),
         (["--adapters", "no.safetensors"], "adapter no.safetensors: is not there"),
+        (["--bases", "sd15"], "base sd15: is a preset, no file or folder. Leave it out: presets"),
+        (["--adapters", "sd15"], "`ipdiverse generate --base sd15 --image FILE` downloads them."),
+        (["--bases", "empty"], "empty: holds no base; expected a model_index.json"),
+        (["--bases", "ref.png"], "ref.png: cannot be a base; expected .safetensors; found .png"),
+        (["--adapters", "empty"], "empty: holds no checkpoint"),
+        (["--adapters", "ref.png"], "ref.png: cannot be an adapter; expected .safetensors | .bin"),
         (["--waiting", "0"], "waiting: is out of range"),
     ],
 )
 def test_bad_options_are_one_line(
-    flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    flags: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "ref.png").touch()
     assert main(["ui", *flags]) == 2
     error = capsys.readouterr().err
     assert message in error
@@ -138,7 +151,7 @@ def test_without_gradio_the_command_says_what_to_install(
     error = capsys.readouterr().err
     assert error == (
         "ipdiverse: ui: needs gradio, which is not installed. "
-        "Install it: pip install 'ipdiverse[ui]'.\n"
+        "Run `pip install -e '.[ui]'` in your copy of ipdiverse.\n"
     )
 
 
