@@ -124,6 +124,7 @@ def test_a_small_copier_run_prints_and_writes_json(
 ) -> None:
     out = tmp_path / "copier.json"
     small = ["--scales", "0", "1", "--pairs", "6", "--images", "2", "--steps", "3"]
+    small += ["--guidance", "2.5"]  # not the base's own
     small += ["--folder", str(tmp_path / "images")]
     assert main(["critters", "copier", *small, "--out", str(out), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)

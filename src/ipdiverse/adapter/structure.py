@@ -50,10 +50,8 @@ def skeleton(
         CheckpointError: They describe none.
     """
     try:
-        with (
-            building(),
-            torch.device("meta"),
-        ):  # a file's claims cost no memory before they are checked
+        # a file's claims cost no memory before they are checked
+        with building(), torch.device("meta"):
             projection = _projection(tensors, where, shortcut)
             adapter = ImagePromptAdapter(
                 projection,

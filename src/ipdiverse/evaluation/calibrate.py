@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ipdiverse.dial import OFF, Achieved, Dial, Levers
+from ipdiverse.dial import OFF, Achieved, Dial, Levers, changed
 from ipdiverse.errors import ArgumentError
 from ipdiverse.evaluation.bootstrap import estimate
 from ipdiverse.evaluation.running import Runner
@@ -118,9 +118,9 @@ def study_of(options: CalibrateOptions) -> Study:
 
 def _measured(runner: Runner, options: CalibrateOptions, levers: Levers) -> Achieved:
     """What levers achieve."""
-    changed = {k: v for k, v in asdict(levers).items() if v != getattr(OFF, k)}
-    name = ", ".join(f"{key} {value}" for key, value in changed.items()) or "stock"
-    measured = runner.measure(Arm(name, "path", {"adapter": options.adapter, **changed}))
+    on = changed(levers)
+    name = ", ".join(f"{key} {value}" for key, value in on.items()) or "stock"
+    measured = runner.measure(Arm(name, "path", {"adapter": options.adapter, **on}))
     found = {n: estimate(measured.parts(n)) for n in measured.runs[0]}
     return _scores(found, options.images)
 

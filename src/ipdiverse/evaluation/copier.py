@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ COLUMNS = (
     "copy_rate",
     "invalid_rate",
 )
+_NUMBERS = ("pairs", "images", "steps", "guidance")
 
 
 def measure_copier(
@@ -72,10 +74,9 @@ def _scores(measured: Measured) -> dict[str, float | None]:
 def copier_command(report: dict[str, Any]) -> str:
     """The command that measures a report again."""
     scales = " ".join(f"{row['scale']:g}" for row in report["rows"])
-    return (
-        f"ipdiverse critters copier --adapter {report['adapter']} --pairs {report['pairs']} "
-        f"--images {report['images']} --steps {report['steps']} --scales {scales}"
-    )
+    numbers = " ".join(f"--{name} {report[name]:g}" for name in _NUMBERS)
+    adapter = shlex.quote(report["adapter"])
+    return f"ipdiverse critters copier --adapter {adapter} {numbers} --scales {scales}"
 
 
 def copier_table(report: dict[str, Any]) -> str:
