@@ -296,7 +296,7 @@ def test_a_closed_tab_frees_the_slot(visit: Callable[..., Page], served: Served)
     says(page, "#vary-progress", "left")
     job = current_job(served)
     page.close()
-    until(lambda: job.wait(0), "the slot is free")
+    until(lambda: job.wait(0), "the slot is free", 60)
     assert job.stopped
 
 
@@ -557,7 +557,7 @@ def test_a_program_that_hangs_up_frees_the_slot(served: Served, client: Client) 
         pass
     job = served.studio.session(client.session).jobs["vary"]
     stream.close()  # type: ignore[attr-defined]
-    until(lambda: job.wait(0), "the slot is free")
+    until(lambda: job.wait(0), "the slot is free", 60)
     assert job.stopped
 
 

@@ -72,6 +72,13 @@ def test_an_interval_holds_its_estimate_and_narrows_with_pairs() -> None:
     assert np.ptp(interval([many])) < np.ptp(interval([few])) / 2
 
 
+def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
+    """Of 300 samples of 80 pairs, each with an interval of 95 %; the truth is 0."""
+    rng = np.random.default_rng(0)
+    found = [interval([Parts(rng.normal(size=80), np.ones(80))], 500) for _ in range(300)]
+    assert np.mean([one.low <= 0 <= one.high for one in found]) == pytest.approx(0.95, abs=0.03)
+
+
 def test_a_difference_keeps_what_pairs_have_in_common() -> None:
     """Pairs differ far more than arms do: only together is the difference seen."""
     level = np.random.default_rng(0).normal(size=100)
