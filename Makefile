@@ -31,7 +31,7 @@ export IMPORT_EVERYTHING
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test check docs fmt benchmarks adapters study study-quick clean
+.PHONY: help venv demo test check house docs fmt benchmarks base gates adapters study study-quick clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -55,7 +55,10 @@ demo: $(STAMP) ## draw a first set of images into out/demo, on the embedded mode
 test: $(STAMP) ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
 
-check: $(STAMP) docs ## format, lint, types, layers, docs, and that every module imports
+house: $(STAMP) ## count files, lines, import circles and what one image walks through
+	$(BIN)/python -m workshop.house
+
+check: $(STAMP) docs house ## format, lint, types, layers, docs, and that every module imports
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
@@ -93,12 +96,18 @@ study: adapters ## the whole study (hours; it resumes)
 	$(BIN)/ipdiverse evaluate --config studies/variety.toml --out out/study --publish docs/study \
 		--readings docs/study/readings
 
+base: $(STAMP) ## train the embedded base from nothing (hours; it resumes) and ship it
+	$(BIN)/python -m workshop train-base
+
+gates: $(STAMP) ## measure the embedded base against its gates
+	$(BIN)/python -m workshop check
+
 adapters: $(STAMP) ## train every adapter of the study (hours; it resumes) and ship the best
-	$(BIN)/ipdiverse critters train-adapters --ship
+	$(BIN)/python -m workshop train-adapters --ship
 	$(BIN)/ipdiverse calibrate --adapter diverse --levers training interval \
 		--pairs 40 --images 8 --steps 15 --work out/calibration --out $(DIVERSE)
-	$(BIN)/ipdiverse critters train-adapters --seeds 1 2 --arms self-none diverse
+	$(BIN)/python -m workshop train-adapters --seeds 1 2 --arms self-none diverse
 
 clean: ## remove what was built, not .venv
 	rm -rf out build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
-	find src tests benchmarks examples studies integrations docs/hooks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+	find src workshop tests benchmarks examples studies integrations docs/hooks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -17,7 +17,7 @@ from PIL import Image
 from timing import flops, machine, ratio
 
 from ipdiverse import attach, load_adapter, load_base
-from ipdiverse.bases import CRITTERS, adapter_source
+from ipdiverse.base.bases import CRITTERS, adapter_source
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import sample_scene
 from ipdiverse.dial import dial_for

@@ -35,7 +35,7 @@ from ipdiverse import attach, load_base
 from ipdiverse.adapter.fusion import GatedFusion
 from ipdiverse.adapter.model import ImagePromptAdapter, layer_widths
 from ipdiverse.adapter.projection import ResamplerProjection
-from ipdiverse.critters.tokenizer import build_tokenizer
+from workshop.base.tokenizer import build_tokenizer
 
 CELLS = {"ready": "ready embeddings", "repeated": "the same image again"}
 """What a call is given: embeddings computed before, or the reference image of the call before."""

@@ -41,11 +41,10 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from ipdiverse.adapter.attach import attach
+from ipdiverse.adapter.attach.attach import attach
 from ipdiverse.adapter.model import new_adapter
-from ipdiverse.bases import load_base
+from ipdiverse.base.bases import load_base
 from ipdiverse.critters.make import make_dataset
-from ipdiverse.critters.tokenizer import build_tokenizer
 from ipdiverse.data.manifest import read_manifest
 from ipdiverse.data.options import PrepareOptions
 from ipdiverse.data.prepare import prepare
@@ -53,6 +52,7 @@ from ipdiverse.training.config import TrainConfig
 from ipdiverse.training.frozen import FrozenEncoders
 from ipdiverse.training.frugal import hold_less
 from ipdiverse.training.trainer import Trainer
+from workshop.base.tokenizer import build_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import ipdiverse
-from ipdiverse.adapter.face_embeddings import load_face_embeddings
+from ipdiverse.adapter.attach.face_embeddings import load_face_embeddings
 from ipdiverse.adapter.faces import FaceIDProjection
 from ipdiverse.adapter.model import layer_widths
 from ipdiverse.seeding import generator

@@ -13,7 +13,7 @@ from diffusers import StableDiffusionInpaintPipeline
 from PIL import Image, ImageDraw
 
 import ipdiverse
-from ipdiverse.bases import adapter_source, any_latents
+from ipdiverse.base.bases import adapter_source, any_latents
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import sample_scene
 from ipdiverse.seeding import generator

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 import ipdiverse
-from ipdiverse.bases import adapter_source
+from ipdiverse.base.bases import adapter_source
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import sample_scene
 from ipdiverse.seeding import generator

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 import ipdiverse
-from ipdiverse.bases import adapter_source
+from ipdiverse.base.bases import adapter_source
 from ipdiverse.contact_sheet import contact_sheet
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import sample_scene

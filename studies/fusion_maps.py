@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ipdiverse.adapter.checkpoint import load_adapter, read_spec
+from ipdiverse.adapter.files.checkpoint import load_adapter, read_spec
 from ipdiverse.adapter.fusion import BlendFusion, GatedFusion
-from ipdiverse.bases import load_base
+from ipdiverse.base.bases import load_base
 from ipdiverse.critters.caption import WORDINGS, caption
 from ipdiverse.critters.scene import ATTRIBUTES, IDENTITY
 from ipdiverse.errors import CheckpointError

@@ -25,8 +25,8 @@ def random_pipeline(seed: int = 0) -> StableDiffusionPipeline:
     import torch
     from diffusers import StableDiffusionPipeline
 
-    from ipdiverse.critters import architecture
-    from ipdiverse.critters.tokenizer import build_tokenizer
+    from workshop.base import architecture
+    from workshop.base.tokenizer import build_tokenizer
 
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()

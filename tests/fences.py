@@ -212,7 +212,7 @@ def check_command(command: str, where: str) -> None:
     """A command of ours exists with every flag, as do a script and a target of `make`."""
     words = shlex.split(command, comments=True)
     if words[0] == "ipdiverse":
-        known = _flags_of(*words[1 : 3 if words[1] == "critters" else 2])
+        known = _flags_of(words[1])
         given = {word.partition("=")[0] for word in words if word.startswith("--")}
         assert given <= known, f"{where}: {sorted(given - known)} unknown to {words[:2]}"
     elif words[0] == "python" and words[1] != "-m":

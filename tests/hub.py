@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 
+from ipdiverse.base.presets import PRESETS, HubFile, Preset, Repository
 from ipdiverse.evaluation.features import ENCODERS
-from ipdiverse.presets import PRESETS, HubFile, Preset, Repository
 from tests import models
 from tests.checkpoint_files import nested, tensors_of
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from ipdiverse.adapter.model import ImagePromptAdapter, attention_layers, layer_widths
-from ipdiverse.critters.tokenizer import build_tokenizer
+from workshop.base.tokenizer import build_tokenizer
 
 if TYPE_CHECKING:
     from ipdiverse.adapter.model import LoraShapes, Projection

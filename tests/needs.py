@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 from huggingface_hub import constants
 
-from ipdiverse import bases
-from ipdiverse.adapter.checkpoint import save_adapter
+from ipdiverse.adapter.files.checkpoint import save_adapter
+from ipdiverse.base import bases
+from ipdiverse.base.memory import Device
 from ipdiverse.commands.ui import PASSWORD
-from ipdiverse.memory import Device
 from tests import hub, models
 from tests.fences import ROOT, SERVES
 from tests.folder_hub import FolderHub

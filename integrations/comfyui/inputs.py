@@ -26,7 +26,7 @@ def encode(
     Raises:
         ModelError: It reads faces, or embeddings of another width.
     """
-    from ipdiverse.adapter.fit import check_embeddings
+    from ipdiverse.adapter.attach.compatibility import check_embeddings
     from ipdiverse.errors import ModelError
 
     if adapter.reads not in (("pooled",), ("hidden",)):

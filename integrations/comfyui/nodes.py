@@ -54,7 +54,7 @@ class LoadAdapter:
             CheckpointError: It is broken, or no adapter.
         """
         _require_ipdiverse()
-        from ipdiverse.adapter.checkpoint import load_adapter
+        from ipdiverse.adapter.files.checkpoint import load_adapter
 
         file = Path(_folder_paths().get_full_path_or_raise(_FOLDER, adapter_name))
         version = "plusv2" in file.name if "faceid-plus" in file.name else None

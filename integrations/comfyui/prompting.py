@@ -328,7 +328,7 @@ def _protected(latents: Tensor, guess: Tensor, model: Any) -> Tensor:
 
 
 def _check_fit(prompt: ImagePrompt, sites: Sequence[Site]) -> None:
-    from ipdiverse.adapter.fit import check_layers
+    from ipdiverse.adapter.attach.compatibility import check_layers
     from ipdiverse.errors import ModelError
 
     check_layers(prompt.adapter, {site.layer.number: site.widths for site in sites}, "this model")

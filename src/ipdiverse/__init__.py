@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ipdiverse.adapter.attach import attach, detach
-    from ipdiverse.adapter.checkpoint import load_adapter, save_adapter
+    from ipdiverse.adapter.attach.attach import attach, detach
+    from ipdiverse.adapter.files.checkpoint import load_adapter, save_adapter
     from ipdiverse.adapter.model import ImagePromptAdapter
     from ipdiverse.adapter.reference import Reference
-    from ipdiverse.bases import load_base
+    from ipdiverse.base.bases import load_base
     from ipdiverse.dial import Levers
     from ipdiverse.errors import IpdiverseError
     from ipdiverse.sampling.denoiser import release, steer
@@ -24,13 +24,13 @@ _HOMES = {
     "Levers": "dial",
     "Reference": "adapter.reference",
     "Request": "sampling.request",
-    "attach": "adapter.attach",
-    "detach": "adapter.attach",
+    "attach": "adapter.attach.attach",
+    "detach": "adapter.attach.attach",
     "generate": "sampling.generate",
-    "load_adapter": "adapter.checkpoint",
-    "load_base": "bases",
+    "load_adapter": "adapter.files.checkpoint",
+    "load_base": "base.bases",
     "release": "sampling.denoiser",
-    "save_adapter": "adapter.checkpoint",
+    "save_adapter": "adapter.files.checkpoint",
     "steer": "sampling.denoiser",
 }
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ipdiverse.adapter.attach import attach, detach
+from ipdiverse.adapter.attach.attach import attach, detach
 from ipdiverse.dial import Levers
 from ipdiverse.sampling.denoiser import release, steer
 from tests import models
@@ -16,7 +16,7 @@ from tests import models
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ipdiverse.adapter.attach import Attachment
+    from ipdiverse.adapter.attach.attach import Attachment
     from ipdiverse.adapter.model import ImagePromptAdapter
     from tests.acceptance.scenes import Scene
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ipdiverse.adapter.attach import detach
+from ipdiverse.adapter.attach.attach import detach
 from ipdiverse.adapter.fusion import GatedFusion
 from ipdiverse.adapter.model import attention_layers
 from ipdiverse.adapter.reference import Reference

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ipdiverse.adapter.attach import attach
+from ipdiverse.adapter.attach.attach import attach
 from ipdiverse.errors import ModelError
 from tests import models
 from tests.acceptance.cells import CELLS, Cell

@@ -17,11 +17,11 @@ from huggingface_hub import constants
 from PIL import Image
 
 import ipdiverse
-from ipdiverse import bases, memory
-from ipdiverse.adapter import face_embeddings
+from ipdiverse.adapter.attach import face_embeddings
+from ipdiverse.base import bases, memory
+from ipdiverse.base.memory import Device, MemoryOptions
+from ipdiverse.base.presets import PRESETS
 from ipdiverse.cli import main
-from ipdiverse.memory import Device, MemoryOptions
-from ipdiverse.presets import PRESETS
 from ipdiverse.training.frozen import open_encoders
 from tests import hub, models
 
@@ -132,7 +132,7 @@ def test_an_encoder_published_without_preprocessing_opens_by_its_hub_id(cache: P
 def test_a_part_that_is_not_there_is_no_question_for_the_hub(kind: str) -> None:
     for source in ("./part", "nowhere", "/no/such/part"):
         with pytest.raises(ipdiverse.IpdiverseError, match=f"{source}: no such folder; expected a"):
-            bases.load_part(kind, source, ipdiverse.bases.Base("x", None, 1.0, 1))
+            bases.load_part(kind, source, ipdiverse.base.bases.Base("x", None, 1.0, 1))
 
 
 def test_a_presets_adapter_goes_on_a_base_of_ones_own(
@@ -515,7 +515,7 @@ def test_an_image_encoder_that_is_broken_is_one_line(own_cache: Path) -> None:
 def test_an_installation_without_the_embedded_model_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ipdiverse.pipelines.CRITTERS_BASE", tmp_path)
+    monkeypatch.setattr("ipdiverse.base.pipelines.CRITTERS_BASE", tmp_path)
     with pytest.raises(ipdiverse.IpdiverseError) as caught:
         ipdiverse.load_base()
     assert str(caught.value) == (

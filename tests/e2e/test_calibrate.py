@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ipdiverse.adapter.checkpoint import load_adapter
-from ipdiverse.bases import adapter_source
+from ipdiverse.adapter.files.checkpoint import load_adapter
+from ipdiverse.base.bases import adapter_source
 from ipdiverse.cli import main
 from ipdiverse.critters.make import make_dataset
 from ipdiverse.dial import OFF, Achieved, Levers, dial_of
@@ -111,7 +111,7 @@ def test_bad_input_is_one_line(
 ) -> None:
     import re
 
-    monkeypatch.setattr("ipdiverse.bases.open_pipeline", lambda *_: pytest.fail("was opened"))
+    monkeypatch.setattr("ipdiverse.base.bases.open_pipeline", lambda *_: pytest.fail("was opened"))
     more = [str(tmp_path / "x.safetensors") if word == "OUT" else word for word in more]
     assert main(["calibrate", "--work", str(tmp_path / "work"), *more]) == 2
     assert re.search(message, capsys.readouterr().err)

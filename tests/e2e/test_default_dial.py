@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ipdiverse.adapter.checkpoint import read_spec
-from ipdiverse.bases import ADAPTERS, CRITTERS_ADAPTERS
+from ipdiverse.adapter.files.checkpoint import read_spec
+from ipdiverse.base.bases import ADAPTERS, CRITTERS_ADAPTERS
 from ipdiverse.dial import OFF, Levers, default_dial
 from ipdiverse.evaluation.bootstrap import estimate
 from ipdiverse.evaluation.running import Runner

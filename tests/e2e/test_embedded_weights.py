@@ -10,8 +10,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from ipdiverse.adapter.checkpoint import read_spec
-from ipdiverse.bases import (
+from ipdiverse.adapter.files.checkpoint import read_spec
+from ipdiverse.base.bases import (
     CRITTERS_ADAPTERS,
     CRITTERS_BASE,
     CRITTERS_PROVENANCE,

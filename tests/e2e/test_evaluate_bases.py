@@ -10,13 +10,13 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from ipdiverse import bases
+from ipdiverse.base import bases
+from ipdiverse.base.memory import Device
+from ipdiverse.base.presets import PRESETS
 from ipdiverse.cli import main
 from ipdiverse.dial import Achieved, Levers
 from ipdiverse.evaluation import arm_images, calibrate
 from ipdiverse.evaluation.features import ENCODERS
-from ipdiverse.memory import Device
-from ipdiverse.presets import PRESETS
 from tests import hub, models
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import ipdiverse
-from ipdiverse.bases import Base
+from ipdiverse.base.bases import Base
 from ipdiverse.cli import main
 from ipdiverse.provenance import read_provenance
 
@@ -263,7 +263,7 @@ def test_python_arguments_of_another_type_are_named(options: dict[str, Any], mes
 
 
 def test_a_loaded_base_is_the_one_that_is_recorded(reference: Path, tmp_path: Path) -> None:
-    from ipdiverse.bases import CRITTERS_BASE, adapter_source, load_base
+    from ipdiverse.base.bases import CRITTERS_BASE, adapter_source, load_base
 
     loaded = load_base(str(CRITTERS_BASE))
     weights = str(adapter_source("critters", "plus"))
@@ -300,7 +300,7 @@ def test_a_broken_base_is_one_line(
 ) -> None:
     import shutil
 
-    from ipdiverse.bases import CRITTERS_BASE, adapter_source
+    from ipdiverse.base.bases import CRITTERS_BASE, adapter_source
 
     broken = tmp_path / "broken"
     shutil.copytree(CRITTERS_BASE, broken)

@@ -30,7 +30,7 @@ def files(references: list[Image.Image], tmp_path: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def base() -> ipdiverse.bases.Base:  # type: ignore[name-defined]
+def base() -> ipdiverse.base.bases.Base:  # type: ignore[name-defined]
     return ipdiverse.load_base()
 
 

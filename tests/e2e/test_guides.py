@@ -12,18 +12,18 @@ from typing import Any
 
 import pytest
 
-from ipdiverse.bases import ADAPTERS, load_base
-from ipdiverse.commands.critters import Make
+from ipdiverse.base.bases import ADAPTERS, load_base
+from ipdiverse.commands.critters import Critters
 from ipdiverse.data.options import PrepareOptions
 from ipdiverse.dial import Achieved, Levers
 from ipdiverse.evaluation import calibrate
 from ipdiverse.evaluation.study import Study, read_study
 from ipdiverse.sampling.request import Request
-from ipdiverse.training.arms import ARMS
 from ipdiverse.training.config import TrainConfig
 from tests import hub
 from tests.fences import ROOT, RUN, SHOWN, Block, blocks, check_unrun, pages, run
 from tests.needs import NEEDS, given
+from workshop.arms import ARMS
 
 ALL = {page.relative_to(ROOT).as_posix(): blocks(page) for page in pages()}
 RUNNABLE = [name for name, found in ALL.items() if any(b.language in RUN for b in found)]
@@ -32,7 +32,7 @@ TAKES = ("takes minutes", "takes an hour on two cores", "takes hours")
 MARKED = [block for found in ALL.values() for block in found if block.marked]
 
 LIMITS: dict[type, dict[str, Any]] = {
-    Make: {"n": 8},
+    Critters: {"n": 8},
     PrepareOptions: {"n": 24},
     Request: {"steps": 2},
     Study: {"pairs": 2, "images": 2, "steps": 2, "arms": 3},
@@ -143,7 +143,11 @@ def test_every_fence_says_what_it_is(name: str) -> None:
     ("language", "code", "wrong"),
     [
         ("python", "from ipdiverse import atach\n", "has no atach"),
-        ("python", "import ipdiverse\nipdiverse.adapter.attach.nothing()\n", "does not exist"),
+        (
+            "python",
+            "import ipdiverse\nipdiverse.adapter.attach.attach.nothing()\n",
+            "does not exist",
+        ),
         ("python", "from ipdiverse import Levers\nLevers(cad=1)\n", "takes no cad"),
         ("python", "x = = 1\n", "invalid syntax"),
         ("bash", "ipdiverse generate --imag a.png\n", "--imag"),

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from ipdiverse import generate
-from ipdiverse.bases import load_base
+from ipdiverse.base.bases import load_base
 from ipdiverse.cli import main
 from ipdiverse.critters.make import make_dataset
 

@@ -14,8 +14,7 @@ import torch
 from ipdiverse.cli import main
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import IDENTITY, SCENE, sample_scene, split_of
-from ipdiverse.evaluation.copier import COLUMNS, copier_command, copier_table
-from ipdiverse.evaluation.gates import GATES, _holds, check_base, gate_table, linear_probe
+from ipdiverse.evaluation.demo import copier_command
 from ipdiverse.evaluation.readings import read_sets
 from ipdiverse.evaluation.sampling import (
     Pair,
@@ -26,6 +25,9 @@ from ipdiverse.evaluation.sampling import (
 )
 from ipdiverse.evaluation.sets import score_sets
 from tests.captions import parse
+from workshop.__main__ import main as workshop
+from workshop.copier import COLUMNS, copier_table
+from workshop.gates import GATES, _holds, check_base, gate_table, linear_probe
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -126,13 +128,13 @@ def test_a_small_copier_run_prints_and_writes_json(
     small = ["--scales", "0", "1", "--pairs", "6", "--images", "2", "--steps", "3"]
     small += ["--guidance", "2.5"]  # not the base's own
     small += ["--folder", str(tmp_path / "images")]
-    assert main(["critters", "copier", *small, "--out", str(out), "--json"]) == 0
+    assert workshop(["copier", *small, "--out", str(out), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     images = (tmp_path / "images" / "images").rglob("*.npz")
     drawn = {file: file.stat().st_mtime_ns for file in images}
     assert drawn
-    again = shlex.split(copier_command(report))[1:]
-    assert main([*again, "--folder", str(tmp_path / "images"), "--json"]) == 0
+    again = shlex.split(copier_command(report))[3:]
+    assert workshop([*again, "--folder", str(tmp_path / "images"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == report, "measured again by its own command"
     assert drawn == {file: file.stat().st_mtime_ns for file in drawn}, "nothing is drawn twice"
     assert report == json.loads(out.read_text())
@@ -169,7 +171,7 @@ def test_the_demo_page_holds_everything(tmp_path: Path, capsys: pytest.CaptureFi
 def test_impossible_numbers_get_one_line_and_exit_2(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["critters", *arguments]) == 2
+    assert workshop(arguments) == 2
     error = capsys.readouterr().err
     assert "is out of range" in error
     assert error.count("\n") == 1
@@ -179,5 +181,5 @@ def test_a_report_that_cannot_be_written_is_refused_before_measuring(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("in the way")
-    assert main(["critters", "check", "--out", str(tmp_path / "file" / "x.json")]) == 2
+    assert workshop(["check", "--out", str(tmp_path / "file" / "x.json")]) == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from ipdiverse.adapter.attach import attach
+from ipdiverse.adapter.attach.attach import attach
 from ipdiverse.adapter.model import ImagePromptAdapter, cross_attention_layers, layer_widths
 from ipdiverse.adapter.projection import LinearProjection, ResamplerProjection
 from ipdiverse.adapter.reference import Reference

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from ipdiverse.adapter.attach import attach
-from ipdiverse.adapter.checkpoint import load_adapter
+from ipdiverse.adapter.attach.attach import attach
+from ipdiverse.adapter.files.checkpoint import load_adapter
 from ipdiverse.adapter.fusion import GatedFusion
 from ipdiverse.adapter.model import ImagePromptAdapter, new_adapter
-from ipdiverse.bases import ADAPTERS, CRITTERS_ADAPTERS, load_base
+from ipdiverse.base.bases import ADAPTERS, CRITTERS_ADAPTERS, load_base
 from tests import models
 from tests.folder_hub import FolderHub
 

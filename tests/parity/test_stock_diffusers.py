@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from ipdiverse.adapter.attach import attach, detach
-from ipdiverse.adapter.checkpoint import load_adapter, save_adapter
+from ipdiverse.adapter.attach.attach import attach, detach
+from ipdiverse.adapter.files.checkpoint import load_adapter, save_adapter
 from ipdiverse.adapter.model import new_adapter
 from tests.conftest import random_pipeline
 

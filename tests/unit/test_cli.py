@@ -75,15 +75,15 @@ def test_a_word_that_is_no_command_leaves_no_trace_either() -> None:
             "generat",
             "generat: is no command of ipdiverse. Did you mean generate? `ipdiverse --help`",
         ),
-        ("critters", "ipdiverse critters needs a command; expected make | train-base | "),
+        ("critters", "action, --out: are missing. `ipdiverse critters --help` lists all."),
         (
             "critters mak",
-            "mak: is no command of ipdiverse critters. Did you mean make? `ipdiverse cr",
+            "action: is unknown; expected make; found mak. `ipdiverse critters --help`",
         ),
-        ("critters make", "--out: is missing. `ipdiverse critters make --help` lists all."),
+        ("critters make", "--out: is missing. `ipdiverse critters --help` lists all."),
         (
             "critters make --nn 3",
-            "--nn: is no option of ipdiverse critters make. Did you mean --n?",
+            "--nn: is no option of ipdiverse critters. Did you mean --n?",
         ),
         ("convert a", "out, --to: are missing. `ipdiverse convert --help` lists all."),
         (

@@ -16,12 +16,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
-from tests import comfyui, models
-from tests.comfyui import COND, UNCOND
 
-from ipdiverse.adapter.attach import attach
+from ipdiverse.adapter.attach.attach import attach
 from ipdiverse.adapter.attention import ImageBranch, decoupled_cross_attention
-from ipdiverse.adapter.checkpoint import save_adapter
+from ipdiverse.adapter.files.checkpoint import save_adapter
 from ipdiverse.adapter.fusion import GatedFusion
 from ipdiverse.adapter.mixing import remember_plain
 from ipdiverse.adapter.model import ImagePromptAdapter, attention_layers
@@ -32,6 +30,8 @@ from ipdiverse.dial import OFF, Dial, Levers
 from ipdiverse.errors import IpdiverseError, ModelError
 from ipdiverse.sampling.denoiser import steer
 from ipdiverse.seeding import derived_seed
+from tests import comfyui, models
+from tests.comfyui import COND, UNCOND
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -259,7 +259,7 @@ except RuntimeError as error:
 def test_running_needs_no_diffusers() -> None:
     code = """
 import sys
-import ipdiverse.adapter.attention, ipdiverse.adapter.checkpoint, ipdiverse.adapter.scale
+import ipdiverse.adapter.attention, ipdiverse.adapter.files.checkpoint, ipdiverse.adapter.scale
 import ipdiverse.dial, ipdiverse.sampling.guidance, ipdiverse.sampling.levers
 import ipdiverse.sampling.references
 print(sorted({"diffusers", "transformers", "accelerate"} & set(sys.modules)))

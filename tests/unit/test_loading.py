@@ -12,7 +12,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from ipdiverse import ImagePromptAdapter
-from ipdiverse.bases import CRITTERS_ORACLE, adapter_source, load_base
+from ipdiverse.base.bases import CRITTERS_ORACLE, adapter_source, load_base
 from ipdiverse.critters.oracle import load_oracle
 from ipdiverse.loading import loading, quiet
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ipdiverse.adapter.containers import open_checkpoint
-from ipdiverse.adapter.layouts import normalise
+from ipdiverse.adapter.files.containers import open_checkpoint
+from ipdiverse.adapter.files.layouts import normalise
 from ipdiverse.adapter.mixing import PLAIN, mixable
 from ipdiverse.errors import CheckpointError, OutputError
 

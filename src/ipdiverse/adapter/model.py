@@ -191,7 +191,7 @@ class ImagePromptAdapter(nn.Module):
         Raises:
             CheckpointError: It is missing, broken, of another layout, or for another model.
         """
-        from ipdiverse.adapter.checkpoint import load_adapter
+        from ipdiverse.adapter.files.checkpoint import load_adapter
 
         return load_adapter(source, **options)
 
@@ -215,8 +215,8 @@ class ImagePromptAdapter(nn.Module):
             ArgumentError: The license or the base model is no such name.
             OutputError: The folder cannot be written.
         """
-        from ipdiverse.adapter.card import Stated
-        from ipdiverse.adapter.publishing import save_folder
+        from ipdiverse.adapter.files.card import Stated
+        from ipdiverse.adapter.files.publishing import save_folder
 
         save_folder(self, folder, dtype, Stated(license, base_model))
 
@@ -251,8 +251,8 @@ class ImagePromptAdapter(nn.Module):
             ArgumentError: The repository, the license or the base model is no such name.
             ModelError: There is no token, the hub refused, or it cannot be reached.
         """
-        from ipdiverse.adapter.card import Stated
-        from ipdiverse.adapter.publishing import push_folder
+        from ipdiverse.adapter.files.card import Stated
+        from ipdiverse.adapter.files.publishing import push_folder
 
         return push_folder(
             self,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ipdiverse.commands.printing import say, say_json
 
 if TYPE_CHECKING:
-    from ipdiverse.presets import Preset
+    from ipdiverse.base.presets import Preset
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Bases:
 
     def run(self) -> None:
         """Look into the cache and print; connects to nothing."""
-        from ipdiverse.presets import PRESETS
+        from ipdiverse.base.presets import PRESETS
 
         presets = [_described(preset) for preset in PRESETS.values()]
         if self.json:
@@ -36,8 +36,8 @@ class Bases:
 
 
 def _described(preset: Preset) -> dict[str, Any]:
-    from ipdiverse.downloads import missing
-    from ipdiverse.presets import total
+    from ipdiverse.base.downloads import missing
+    from ipdiverse.base.presets import total
 
     files = preset.all_files()
     lacking = missing(files)
@@ -71,7 +71,7 @@ def _described(preset: Preset) -> dict[str, Any]:
 
 
 def _as_text(preset: dict[str, Any]) -> str:
-    from ipdiverse.presets import as_size
+    from ipdiverse.base.presets import as_size
 
     left = as_size(preset["bytes_missing"])
     state = "in the local cache" if preset["cached"] else f"{left} to download"

@@ -34,7 +34,7 @@ class Source:
 
     def find(self) -> Path:
         """The local file."""
-        from ipdiverse.adapter.sources import find_checkpoint
+        from ipdiverse.adapter.files.sources import find_checkpoint
 
         return find_checkpoint(
             self.source,
@@ -62,7 +62,7 @@ class Inspect(Source):
         if Path(self.source).suffix.lower() in _PICTURES:
             self._picture()
             return
-        from ipdiverse.adapter.inspection import as_text, inspect_checkpoint
+        from ipdiverse.adapter.files.inspection import as_text, inspect_checkpoint
 
         report = inspect_checkpoint(self.find())
         say_json(report) if self.json else say(as_text(report))
@@ -92,7 +92,7 @@ class Convert(Source):
 
     def run(self) -> None:
         """Convert and say what was assumed or left out."""
-        from ipdiverse.adapter.conversion import convert
+        from ipdiverse.adapter.files.conversion import convert
 
         notes = convert(
             self.find(),
@@ -132,9 +132,9 @@ class Push(Source):
 
     def run(self) -> None:
         """Upload, or write what would be."""
-        from ipdiverse.adapter.card import Stated
-        from ipdiverse.adapter.checkpoint import load_adapter
-        from ipdiverse.adapter.publishing import check_repository, push_folder, save_folder
+        from ipdiverse.adapter.files.card import Stated
+        from ipdiverse.adapter.files.checkpoint import load_adapter
+        from ipdiverse.adapter.files.publishing import check_repository, push_folder, save_folder
 
         check_repository(self.repo_id)
         stated = Stated(self.license, self.base_model)
@@ -153,7 +153,7 @@ def _stored(file: Path) -> Any:
     """The type of a file's tensors; float32, which loses nothing, where there are several."""
     import torch
 
-    from ipdiverse.adapter.containers import open_checkpoint
+    from ipdiverse.adapter.files.containers import open_checkpoint
 
     found = {tensor.dtype for tensor in open_checkpoint(file).tensors.values()}
     return found.pop() if len(found) == 1 else torch.float32

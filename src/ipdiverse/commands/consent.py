@@ -6,15 +6,15 @@ import sys
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from ipdiverse.downloads import missing, not_cached, offline
+from ipdiverse.base.downloads import missing, not_cached, offline
+from ipdiverse.base.presets import PRESETS, as_size, total
 from ipdiverse.errors import ArgumentError
-from ipdiverse.presets import PRESETS, as_size, total
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from ipdiverse.base.presets import HubFile
     from ipdiverse.evaluation.study import Study
-    from ipdiverse.presets import HubFile
 
 _SMALL = 1_000_000
 

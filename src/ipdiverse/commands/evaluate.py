@@ -85,7 +85,7 @@ class Evaluate:
             say(f"open {page}")
 
     def _made(self) -> None:
-        from ipdiverse.bases import load_base
+        from ipdiverse.base.bases import load_base
         from ipdiverse.evaluation.bootstrap import interval
         from ipdiverse.evaluation.features import open_encoder
         from ipdiverse.evaluation.folders import made_sets, score_made
@@ -136,9 +136,9 @@ class Calibrate(CalibrateOptions):
 
     def run(self) -> None:
         """Climb, say every point, write."""
-        from ipdiverse.adapter.checkpoint import copy_with_spec, remember_in_file
-        from ipdiverse.adapter.sources import local_file
-        from ipdiverse.bases import adapter_source
+        from ipdiverse.adapter.files.checkpoint import copy_with_spec, remember_in_file
+        from ipdiverse.adapter.files.sources import local_file
+        from ipdiverse.base.bases import adapter_source
         from ipdiverse.commands.consent import agree_to_study
         from ipdiverse.evaluation.calibrate import calibrate, study_of
         from ipdiverse.evaluation.study import Arm
@@ -162,8 +162,8 @@ class Calibrate(CalibrateOptions):
 
 def _own(source: Path) -> Path:
     """The adapter's file itself, if it is the user's to change."""
-    from ipdiverse.adapter.checkpoint import read_spec
-    from ipdiverse.bases import CRITTERS_ADAPTERS
+    from ipdiverse.adapter.files.checkpoint import read_spec
+    from ipdiverse.base.bases import CRITTERS_ADAPTERS
 
     shipped = source.resolve().parent == CRITTERS_ADAPTERS.resolve()
     if shipped or "recipe" not in read_spec(source):

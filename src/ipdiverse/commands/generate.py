@@ -66,9 +66,9 @@ class Generate(Request):
             say(f"wrote {written} images and {Path(self.out) / 'contact_sheet.png'}")
 
     def _may_download(self, requests: Sequence[Request]) -> None:
+        from ipdiverse.base.presets import PRESETS
         from ipdiverse.commands.consent import agree
         from ipdiverse.image_io import load_image
-        from ipdiverse.presets import PRESETS
         from ipdiverse.sampling.drawing import needed_files
 
         files = [file for request in requests for file in needed_files(request)]

@@ -87,7 +87,7 @@ def read(oracle: Oracle, images: np.ndarray) -> Reading:
 
 
 def load_oracle(file: Path) -> Oracle:
-    """Open the oracle that `ipdiverse critters train-base` saved."""
+    """Open the oracle that `python -m workshop train-base` saved."""
     from safetensors.torch import load_file
 
     with building():

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ipdiverse.adapter.checkpoint import load_adapter, weights_hash
-from ipdiverse.adapter.sources import local_file
-from ipdiverse.bases import CRITTERS, adapter_source
+from ipdiverse.adapter.files.checkpoint import load_adapter, weights_hash
+from ipdiverse.adapter.files.sources import local_file
+from ipdiverse.base.bases import CRITTERS, adapter_source
+from ipdiverse.base.memory import autocast
+from ipdiverse.base.pipelines import fingerprint
 from ipdiverse.dial import Levers, changed
 from ipdiverse.evaluation.sampling import sample_array
 from ipdiverse.image_io import content_hash
-from ipdiverse.memory import autocast
-from ipdiverse.pipelines import fingerprint
 from ipdiverse.sampling.generation import versions
 from ipdiverse.sampling.sample import Job, attached, levers_of, set_scale
 from ipdiverse.writing import ensure_writable_folder, write_bytes_atomic
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
-    from ipdiverse.bases import Base
+    from ipdiverse.base.bases import Base
     from ipdiverse.evaluation.study import Arm, Study
     from ipdiverse.sampling.request import Request
 

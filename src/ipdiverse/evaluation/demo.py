@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
-from ipdiverse.bases import (
+from ipdiverse.base.bases import (
     CRITTERS,
     DEFAULT_ADAPTER,
     adapter_source,
@@ -19,7 +20,6 @@ from ipdiverse.bases import (
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import Scene
 from ipdiverse.dial import dial_for
-from ipdiverse.evaluation.copier import copier_command
 from ipdiverse.evaluation.report import inline
 from ipdiverse.labels import apart
 from ipdiverse.provenance import save_png
@@ -30,7 +30,7 @@ from ipdiverse.writing import ensure_writable_folder, write_text_atomic
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ipdiverse.bases import Base
+    from ipdiverse.base.bases import Base
     from ipdiverse.dial import Dial
 
 DIAL = (0.0, 0.5, 1.0)
@@ -221,6 +221,16 @@ def _measured(report: dict[str, Any], title: str) -> str:
         "itself (1), and copies nothing (0): the renderer's row. Remake the numbers with "
         f"<code>{escape(copier_command(report))}</code>.</p>"
     )
+
+
+def copier_command(report: dict[str, Any]) -> str:
+    """The command that measures a report again."""
+    scales = " ".join(f"{row['scale']:g}" for row in report["rows"])
+    numbers = " ".join(
+        f"--{name} {report[name]:g}" for name in ("pairs", "images", "steps", "guidance")
+    )
+    adapter = shlex.quote(report["adapter"])
+    return f"python -m workshop copier --adapter {adapter} {numbers} --scales {scales}"
 
 
 def _cell(value: float | None) -> str:

@@ -5,20 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ipdiverse.bases import check_adapter, check_part, load_image_encoder
+from ipdiverse.base.bases import check_adapter, check_part, load_image_encoder
+from ipdiverse.base.presets import PRESETS
 from ipdiverse.errors import ArgumentError
 from ipdiverse.evaluation.folders import folder_pairs, opened
 from ipdiverse.evaluation.sampling import study_pairs
-from ipdiverse.presets import PRESETS
 from ipdiverse.sampling import drawing
 from ipdiverse.sampling.request import Request
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ipdiverse.bases import Base
+    from ipdiverse.base.bases import Base
+    from ipdiverse.base.presets import HubFile
     from ipdiverse.evaluation.study import Study
-    from ipdiverse.presets import HubFile
 
 
 def asked(study: Study) -> tuple[list[Any], list[Image.Image]]:

@@ -1,12 +1,10 @@
-"""What the command line asks of measurements: how a dial is calibrated, how a copier is shown."""
+"""What the command line asks of calibration."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ipdiverse.bases import CRITTERS
-from ipdiverse.errors import check_range
-from ipdiverse.sampling.request import MAX_IMAGES, MAX_STEPS
+from ipdiverse.base.bases import CRITTERS
 
 
 @dataclass(frozen=True)
@@ -38,33 +36,3 @@ class CalibrateOptions:
     image_encoder: str | None = None
     steps: int | None = None
     levers: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class CopierOptions:
-    """How an adapter's copying is measured over its scale.
-
-    Args:
-        adapter: A name, file or hub id.
-        scales: Weights of the image prompt (λ).
-        pairs: (prompt, reference) pairs on held-out identities.
-        images: Of each.
-        steps: Denoising steps.
-        guidance: Classifier-free guidance; None takes the base's default.
-    """
-
-    adapter: str = "plus"
-    scales: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    pairs: int = 200
-    images: int = 8
-    steps: int = 25
-    guidance: float | None = None
-
-    def __post_init__(self) -> None:
-        check_range("pairs", self.pairs, 2, 100_000)
-        check_range("images", self.images, 2, MAX_IMAGES)
-        check_range("steps", self.steps, 1, MAX_STEPS)
-        for scale in self.scales:
-            check_range("scales", scale, 0, 10)
-        if self.guidance is not None:
-            check_range("guidance", self.guidance, 0, 100)

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from ipdiverse.adapter.sources import local_file
-from ipdiverse.bases import CRITTERS, CRITTERS_ORACLE, adapter_source
+from ipdiverse.adapter.files.sources import local_file
+from ipdiverse.base.bases import CRITTERS, CRITTERS_ORACLE, adapter_source
+from ipdiverse.base.pipelines import fingerprint
 from ipdiverse.errors import ArgumentError, IpdiverseError
 from ipdiverse.evaluation.anchors import anchors
 from ipdiverse.evaluation.arm_images import ArmImages, what_decides
@@ -38,14 +39,13 @@ from ipdiverse.evaluation.readings import (
 from ipdiverse.evaluation.report import volumes
 from ipdiverse.evaluation.sampling import critters_sets, shipped_oracle
 from ipdiverse.evaluation.sets import Parts, joined, set_parts
-from ipdiverse.pipelines import fingerprint
 from ipdiverse.sampling.generation import versions
 from ipdiverse.writing import ensure_writable_folder, file_hash, write_text_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from ipdiverse.bases import Base
+    from ipdiverse.base.bases import Base
     from ipdiverse.evaluation.sets import Sets
     from ipdiverse.evaluation.study import Arm, Study
 

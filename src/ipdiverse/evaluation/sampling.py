@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ipdiverse.bases import CRITTERS, CRITTERS_ORACLE, Base
+from ipdiverse.base.bases import CRITTERS, CRITTERS_ORACLE, Base
 from ipdiverse.critters.caption import caption
 from ipdiverse.critters.oracle import Oracle, load_oracle
 from ipdiverse.critters.render import render
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
-    from ipdiverse.adapter.attach import Attachment
+    from ipdiverse.adapter.attach.attach import Attachment
     from ipdiverse.evaluation.metrics import Bools, Ints
     from ipdiverse.sampling.request import Request
 
@@ -63,7 +63,7 @@ def shipped_oracle() -> Oracle:
         raise ModelError(
             "the oracle is not trained",
             where=CRITTERS_ORACLE,
-            fix="Run `ipdiverse critters train-base` first.",
+            fix="Run `make base` in a checkout, or install a released package.",
         )
     return load_oracle(CRITTERS_ORACLE)
 

@@ -24,7 +24,7 @@ from ipdiverse.writing import ensure_writable_folder, file_hash, write_text_atom
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from ipdiverse.bases import Base
+    from ipdiverse.base.bases import Base
 
 RESULTS = "results.jsonl"
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ipdiverse.bases import check_adapter, check_known, check_part
+from ipdiverse.base.bases import check_adapter, check_known, check_part
+from ipdiverse.base.presets import PRESETS
 from ipdiverse.errors import ArgumentError
-from ipdiverse.presets import PRESETS
 
 if TYPE_CHECKING:
     from ipdiverse.sampling.request import Request

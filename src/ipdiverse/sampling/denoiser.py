@@ -15,7 +15,7 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor
 
-from ipdiverse.adapter.attach import LEVERS_HOOK, inside_offloading
+from ipdiverse.adapter.attach.attach import LEVERS_HOOK, inside_offloading
 from ipdiverse.adapter.attention import BOTH, NOTHING
 from ipdiverse.adapter.mixing import mixed
 from ipdiverse.dial import Levers
@@ -27,7 +27,7 @@ from ipdiverse.sampling.references import embed_change, reference_latents
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ipdiverse.adapter.attach import Attachment
+    from ipdiverse.adapter.attach.attach import Attachment
 
 
 def steer(

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ipdiverse.bases import Base, adapter_source, default_adapter, load_base
+from ipdiverse.base.bases import Base, adapter_source, default_adapter, load_base
+from ipdiverse.base.presets import PRESETS
 from ipdiverse.errors import ArgumentError
 from ipdiverse.image_io import load_image
 from ipdiverse.loading import quiet
-from ipdiverse.presets import PRESETS
 from ipdiverse.sampling.checks import check, faces_unread, reads_faces
 from ipdiverse.sampling.generation import Generation
 from ipdiverse.sampling.sample import Job, attached, levers_of, preview, sampled, set_scale
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-    from ipdiverse.adapter.attach import Attachment
+    from ipdiverse.adapter.attach.attach import Attachment
     from ipdiverse.adapter.reference import Reference
-    from ipdiverse.presets import HubFile
+    from ipdiverse.base.presets import HubFile
     from ipdiverse.sampling.request import Request
 
 
@@ -207,7 +207,7 @@ def _selected(
 
 
 def _reference(request: Request, images: list[Image.Image]) -> Reference:
-    from ipdiverse.adapter.face_embeddings import load_face_embeddings
+    from ipdiverse.adapter.attach.face_embeddings import load_face_embeddings
     from ipdiverse.adapter.reference import Reference
 
     faces = load_face_embeddings(Path(request.faces)) if request.faces else None
@@ -231,7 +231,7 @@ def _with_faces(reference: Reference, request: Request, reads: tuple[str, ...]) 
 def _faces_in(images: Sequence[Image.Image]) -> Tensor:
     import torch
 
-    from ipdiverse.adapter.face_embeddings import detect_face
+    from ipdiverse.adapter.attach.face_embeddings import detect_face
 
     return torch.cat([detect_face(image) for image in images])
 

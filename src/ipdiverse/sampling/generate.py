@@ -13,7 +13,7 @@ from ipdiverse.sampling.request import Request
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from ipdiverse.bases import Base
+    from ipdiverse.base.bases import Base
     from ipdiverse.sampling.generation import Generation
 
 _OF_OPENING = ("revision", "safety_checker", "dtype", "offload", "tiling")

@@ -9,15 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ipdiverse.base.memory import full_range
 from ipdiverse.errors import ArgumentError
-from ipdiverse.memory import full_range
 from ipdiverse.sampling.levers import Moment
 from ipdiverse.sampling.removal import Removal, stated_basis
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ipdiverse.adapter.attach import Attachment
+    from ipdiverse.adapter.attach.attach import Attachment
     from ipdiverse.dial import Levers
 
 

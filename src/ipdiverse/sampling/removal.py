@@ -18,7 +18,7 @@ from ipdiverse.errors import ModelError
 from ipdiverse.sampling.levers import remove_subspace, stated_subspace
 
 if TYPE_CHECKING:
-    from ipdiverse.adapter.attach import Attachment
+    from ipdiverse.adapter.attach.attach import Attachment
 
 _BREAKS = re.compile(r",|\b(?:with|in|on|at|holding|wearing|and|to)\b", re.IGNORECASE)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass, fields
 
-from ipdiverse.bases import CRITTERS
+from ipdiverse.base.bases import CRITTERS
+from ipdiverse.base.memory import Dtype, MemoryOptions, Offload
 from ipdiverse.dial import Levers
 from ipdiverse.errors import ArgumentError, check_range, check_whole
-from ipdiverse.memory import Dtype, MemoryOptions, Offload
 
 MAX_IMAGES = 1024
 MAX_STEPS = 1000

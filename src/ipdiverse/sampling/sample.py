@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ipdiverse.bases import Base, any_latents, load_image_encoder
+from ipdiverse.base.bases import Base, any_latents, load_image_encoder
 from ipdiverse.dial import OFF, Levers, changed, dial_for
 from ipdiverse.errors import ModelError
 from ipdiverse.sampling.tasks import Task
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-    from ipdiverse.adapter.attach import Attachment
+    from ipdiverse.adapter.attach.attach import Attachment
     from ipdiverse.adapter.model import ImagePromptAdapter
     from ipdiverse.adapter.reference import Reference
     from ipdiverse.sampling.denoiser import Steering
@@ -302,9 +302,9 @@ class attached:  # noqa: N801 - reads as a verb: `with attached(base, file) as a
 
     def __enter__(self) -> Attachment:
         """Attach."""
-        from ipdiverse.adapter.attach import attach
-        from ipdiverse.adapter.checkpoint import load_adapter
-        from ipdiverse.adapter.sources import local_file
+        from ipdiverse.adapter.attach.attach import attach
+        from ipdiverse.adapter.files.checkpoint import load_adapter
+        from ipdiverse.adapter.files.sources import local_file
 
         adapter = load_adapter(local_file(self._weights))
         if not self._encoder:
@@ -316,6 +316,6 @@ class attached:  # noqa: N801 - reads as a verb: `with attached(base, file) as a
 
     def __exit__(self, *_: object) -> None:
         """Detach."""
-        from ipdiverse.adapter.attach import detach
+        from ipdiverse.adapter.attach.attach import detach
 
         detach(self._base.pipe)

@@ -14,13 +14,13 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from ipdiverse.memory import full_range
+from ipdiverse.base.memory import full_range
 from ipdiverse.sampling.removal import joint_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ipdiverse.adapter.attach import Attachment
+    from ipdiverse.adapter.attach.attach import Attachment
 
 EARLY = 0.3
 """Share of the steps that a preview takes."""

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ipdiverse.bases import Base, load_part
+from ipdiverse.base.bases import Base, load_part
+from ipdiverse.base.memory import arrange
 from ipdiverse.errors import ArgumentError, ModelError
 from ipdiverse.image_io import load_image
 from ipdiverse.loading import quiet
-from ipdiverse.memory import arrange
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ipdiverse.adapter.checkpoint import load_adapter
+from ipdiverse.adapter.files.checkpoint import load_adapter
+from ipdiverse.adapter.files.sources import local_file
 from ipdiverse.adapter.fusion import BlendFusion, GatedFusion
 from ipdiverse.adapter.model import ImagePromptAdapter, new_adapter
 from ipdiverse.adapter.noise import NoiseConditioning
-from ipdiverse.adapter.sources import local_file
-from ipdiverse.bases import adapter_source
+from ipdiverse.base.bases import adapter_source
 from ipdiverse.data.references import References, parse_references
 from ipdiverse.errors import ArgumentError
 from ipdiverse.loading import building

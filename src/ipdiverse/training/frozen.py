@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ipdiverse.adapter.encoding import ImageEncoding
-from ipdiverse.adapter.text_mask import text_mask
-from ipdiverse.bases import load_base, load_image_encoder
+from ipdiverse.adapter.attach.encoding import ImageEncoding
+from ipdiverse.adapter.attach.text_mask import text_mask
+from ipdiverse.base.bases import load_base, load_image_encoder
+from ipdiverse.base.pipelines import load_unet
 from ipdiverse.errors import ModelError
-from ipdiverse.pipelines import load_unet
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

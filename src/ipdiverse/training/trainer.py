@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ipdiverse.adapter.attach import attach
-from ipdiverse.adapter.checkpoint import save_adapter
+from ipdiverse.adapter.attach.attach import attach
+from ipdiverse.adapter.files.checkpoint import save_adapter
 from ipdiverse.errors import ArgumentError, Interrupted, ModelError
 from ipdiverse.training.build import (
     adapter_to_start_from,

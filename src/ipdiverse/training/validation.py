@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from ipdiverse.adapter.attach import Attachment
+    from ipdiverse.adapter.attach.attach import Attachment
     from ipdiverse.training.config import TrainConfig
     from ipdiverse.training.frozen import FrozenEncoders
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ipdiverse.bases import CRITTERS
+from ipdiverse.base.bases import CRITTERS
 from ipdiverse.evaluation.features import COPY, FeatureEncoder
 from ipdiverse.sampling.removal import joint_text
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
-    from ipdiverse.adapter.attach import Attachment
+    from ipdiverse.adapter.attach.attach import Attachment
     from ipdiverse.sampling.request import Request
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from ipdiverse.bases import defaults_of
+from ipdiverse.base.bases import defaults_of
 from ipdiverse.errors import ArgumentError, check_range
 from ipdiverse.sampling.request import Request
 

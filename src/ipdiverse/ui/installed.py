@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ipdiverse.adapter.sources import SUFFIXES, local_file
-from ipdiverse.bases import ADAPTERS, CRITTERS, DEFAULT_ADAPTER
-from ipdiverse.downloads import missing
+from ipdiverse.adapter.files.sources import SUFFIXES, local_file
+from ipdiverse.base.bases import ADAPTERS, CRITTERS, DEFAULT_ADAPTER
+from ipdiverse.base.downloads import missing
+from ipdiverse.base.presets import PRESETS
 from ipdiverse.errors import ModelError
-from ipdiverse.presets import PRESETS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

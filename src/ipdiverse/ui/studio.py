@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from ipdiverse.bases import Base
+    from ipdiverse.base.bases import Base
     from ipdiverse.sampling.request import Request
     from ipdiverse.ui.jobs import Job
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from ipdiverse.bases import defaults_of
+from ipdiverse.base.bases import defaults_of
 from ipdiverse.errors import IpdiverseError
 from ipdiverse.ui import status
 from ipdiverse.ui.inputs import MAX_SET, PRIVATE, Advanced, advanced, asked, text_inputs

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from ipdiverse.adapter.attach import attach, detach
+from ipdiverse.adapter.attach.attach import attach, detach
 from ipdiverse.adapter.attention import ImageBranch, decoupled_cross_attention
 from ipdiverse.adapter.model import ImagePromptAdapter, cross_attention_layers, new_adapter
 from ipdiverse.adapter.reference import Reference

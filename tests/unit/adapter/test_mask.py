@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from PIL import Image
-from tests import models
 
-from ipdiverse.adapter.attach import attach
+from ipdiverse.adapter.attach.attach import attach
 from ipdiverse.adapter.mask import RegionMask, mask_weights
 from ipdiverse.adapter.reference import Reference
 from ipdiverse.errors import ArgumentError
+from tests import models
 
 
 def test_white_acts_and_black_does_not() -> None:

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests import models
 
-from ipdiverse.adapter.attach import attach
+from ipdiverse.adapter.attach.attach import attach
 from ipdiverse.adapter.beside import naming
-from ipdiverse.adapter.checkpoint import (
+from ipdiverse.adapter.files.checkpoint import (
     copy_with_spec,
     load_adapter,
     read_spec,
@@ -21,15 +20,16 @@ from ipdiverse.adapter.checkpoint import (
     save_adapter,
     weights_hash,
 )
-from ipdiverse.adapter.conversion import convert
+from ipdiverse.adapter.files.conversion import convert
+from ipdiverse.adapter.files.inspection import as_text, inspect_checkpoint
 from ipdiverse.adapter.fusion import GatedFusion
-from ipdiverse.adapter.inspection import as_text, inspect_checkpoint
 from ipdiverse.adapter.mixing import mixed, remember_plain
 from ipdiverse.adapter.noise import NoiseConditioning
 from ipdiverse.adapter.reference import Reference
 from ipdiverse.dial import OFF, Levers, default_dial
 from ipdiverse.errors import ArgumentError, CheckpointError, ModelError, OutputError
 from ipdiverse.sampling.denoiser import release, steer
+from tests import models
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from tests.devices import WithoutFloat64
 
-from ipdiverse.adapter.checkpoint import load_adapter, save_adapter
-from ipdiverse.adapter.conversion import convert
+from ipdiverse.adapter.files.checkpoint import load_adapter, save_adapter
+from ipdiverse.adapter.files.conversion import convert
 from ipdiverse.adapter.model import ImagePromptAdapter
 from ipdiverse.adapter.noise import NoiseConditioning, alphas_cumprod
 from ipdiverse.adapter.projection import LinearProjection, ResamplerProjection
 from ipdiverse.errors import CheckpointError
+from tests.devices import WithoutFloat64
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.captions import parse
 
 from ipdiverse.critters.caption import (
     NOUNS,
@@ -14,6 +13,7 @@ from ipdiverse.critters.caption import (
     with_article,
 )
 from ipdiverse.critters.scene import ATTRIBUTES, sample_scene
+from tests.captions import parse
 
 STATED = st.fixed_dictionaries(
     {}, optional={name: st.sampled_from(values) for name, values in ATTRIBUTES.items()}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-from tests.captions import parse
 
 from ipdiverse.critters.make import example
 from ipdiverse.critters.scene import IDENTITY, edited, sample_scene, split_of
 from ipdiverse.evaluation.sampling import critters_sets, study_pairs
 from ipdiverse.evaluation.sets import set_parts
+from tests.captions import parse
 
 
 def different(one: object, other: object) -> list[str]:

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 from PIL import Image
-from tests.captions import parse
 
 from ipdiverse.cli import main
 from ipdiverse.critters.make import make_dataset
 from ipdiverse.critters.scene import SPLITS, _split_of_subject
 from ipdiverse.errors import ArgumentError
+from tests.captions import parse
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from PIL import Image
-from tests.captions import parse
 
 from ipdiverse.data.items import Item, subject_class
 from ipdiverse.data.options import SourceOptions
 from ipdiverse.data.sources import kind_of, open_source
 from ipdiverse.errors import DataError
 from ipdiverse.image_io import load_image_bytes
+from tests.captions import parse
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -18,10 +18,10 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from ipdiverse.critters.tokenizer import build_tokenizer
 from ipdiverse.errors import ModelError
 from ipdiverse.evaluation import features
 from ipdiverse.evaluation.features import feature_parts, open_encoder
+from workshop.base.tokenizer import build_tokenizer
 
 if TYPE_CHECKING:
     from pathlib import Path

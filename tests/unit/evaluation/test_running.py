@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.devices import Elsewhere
 
-from ipdiverse.bases import load_base
+from ipdiverse.base.bases import load_base
+from ipdiverse.base.memory import Plan
+from ipdiverse.base.pipelines import fingerprint
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import sample_scene
 from ipdiverse.evaluation import anchors, arm_images, running
@@ -20,8 +21,7 @@ from ipdiverse.evaluation.folders import folder_pairs, opened, read_prompts
 from ipdiverse.evaluation.measured import SHOWN_IMAGES, SHOWN_PAIRS
 from ipdiverse.evaluation.running import Runner
 from ipdiverse.evaluation.study import Arm, Study
-from ipdiverse.memory import Plan
-from ipdiverse.pipelines import fingerprint
+from tests.devices import Elsewhere
 
 if TYPE_CHECKING:
     from pathlib import Path

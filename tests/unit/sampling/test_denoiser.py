@@ -11,10 +11,8 @@ import torch
 from accelerate.hooks import ModelHook as OffloadHook
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from diffusers import EDMEulerScheduler
-from tests import models
-from tests.devices import WithoutFloat64
 
-from ipdiverse.adapter.attach import attach, detach
+from ipdiverse.adapter.attach.attach import attach, detach
 from ipdiverse.adapter.attention import NOTHING, TEXT
 from ipdiverse.adapter.fusion import GatedFusion
 from ipdiverse.adapter.mixing import remember_plain
@@ -23,6 +21,8 @@ from ipdiverse.adapter.reference import Reference
 from ipdiverse.dial import Levers
 from ipdiverse.errors import ArgumentError, ModelError
 from ipdiverse.sampling.denoiser import release, steer
+from tests import models
+from tests.devices import WithoutFloat64
 
 SEEDS = (11, 12)
 EVERY_LEVER = {

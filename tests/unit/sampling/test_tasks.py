@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from tests import models
 
-from ipdiverse.bases import Base
+from ipdiverse.base.bases import Base
 from ipdiverse.errors import ArgumentError, ModelError
 from ipdiverse.sampling.request import Request
 from ipdiverse.sampling.tasks import task_for
+from tests import models
 
 if TYPE_CHECKING:
     from pathlib import Path

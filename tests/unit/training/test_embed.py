@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from tests import models
-from tests.conftest import random_pipeline
 
 from ipdiverse.cli import main
 from ipdiverse.data.options import PrepareOptions
@@ -18,6 +16,8 @@ from ipdiverse.errors import DataError, ModelError
 from ipdiverse.training.embed import Embedded, Online, Stored, embed
 from ipdiverse.training.frozen import FrozenEncoders, open_encoders
 from ipdiverse.training.preprocessing import Preprocessing
+from tests import models
+from tests.conftest import random_pipeline
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.attention import BasicTransformerBlock, FeedForward
-from tests import models
 from torch import nn
 
 from ipdiverse.training.frugal import hold_less
+from tests import models
 
 
 def passed(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ipdiverse.critters import architecture
 from ipdiverse.training import loss as losses
+from workshop.base import architecture
 
 CLEAN, NOISE = torch.randn(2, 5, 4, 6, 6, generator=torch.Generator().manual_seed(0))
 TIMESTEPS = torch.tensor([0, 10, 400, 800, 999])

@@ -20,12 +20,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests import models
 
 from ipdiverse import ImagePromptAdapter, loading
-from ipdiverse.adapter.checkpoint import load_adapter, save_adapter
+from ipdiverse.adapter.files.checkpoint import load_adapter, save_adapter
 from ipdiverse.adapter.fusion import BlendFusion, GatedFusion
-from ipdiverse.bases import adapter_source
+from ipdiverse.base.bases import adapter_source
 from ipdiverse.cli import main
 from ipdiverse.data.options import PrepareOptions
 from ipdiverse.data.prepare import prepare
@@ -41,6 +40,7 @@ from ipdiverse.training import build, checkpoints
 from ipdiverse.training.build import adapter_to_start_from, open_accelerator
 from ipdiverse.training.config import TrainConfig
 from ipdiverse.training.trainer import Trainer, learning_rate, train
+from tests import models
 
 
 @pytest.fixture(scope="module")

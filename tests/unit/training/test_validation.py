@@ -12,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tests import models
 
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import sample_scene
@@ -22,6 +21,7 @@ from ipdiverse.errors import ArgumentError
 from ipdiverse.training.config import TrainConfig
 from ipdiverse.training.trainer import Trainer, train
 from ipdiverse.training.validation import Case, _excess, layout_similarity
+from tests import models
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -137,7 +137,7 @@ def test_summaries_read_as_sentences() -> None:
 
 
 def test_bands_tell_rendered_critters_apart(references: list[Image.Image]) -> None:
-    from ipdiverse.bases import load_base
+    from ipdiverse.base.bases import load_base
     from ipdiverse.critters.make import example
     from ipdiverse.critters.render import render
 
@@ -239,7 +239,7 @@ def test_critters_and_its_adapters_are_always_there(tmp_path: Path) -> None:
 
 
 def test_a_preset_is_offered_once_all_of_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ipdiverse.presets import PRESETS
+    from ipdiverse.base.presets import PRESETS
 
     assert "sd15" not in find_installed().bases
     there = {"sd15-plus", "sd15-plus-face"}
@@ -252,7 +252,7 @@ def test_a_preset_is_offered_once_all_of_it_is_there(monkeypatch: pytest.MonkeyP
 
 
 def test_defaults_are_those_of_the_opened_base() -> None:
-    from ipdiverse.bases import defaults_of, load_base
+    from ipdiverse.base.bases import defaults_of, load_base
 
     base, told = load_base(), defaults_of("critters")
     assert (told.steps, told.scale, told.guidance_scale) == (

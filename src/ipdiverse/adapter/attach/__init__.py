@@ -1,0 +1,1 @@
+"""Putting adapters on stock pipelines, and taking them off."""

@@ -1,0 +1,290 @@
+"""Attach adapters to a stock pipeline, and take them off again, both exactly.
+
+Two things change while attached: each attention layer's processor, and one hook at the UNet's
+boundary. The pipeline itself stays stock.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+from diffusers.hooks import HookRegistry
+
+from ipdiverse.adapter.attach.compatibility import check_encoder, check_layers, checked_unet
+from ipdiverse.adapter.attach.encoding import EmbedChange, ImageEncoding, encode_references
+from ipdiverse.adapter.attach.hook import ImagePromptHook, Prompt
+from ipdiverse.adapter.attach.text_mask import forget_words, watch_words
+from ipdiverse.adapter.attention import DecoupledAttention, Slot
+from ipdiverse.adapter.model import ImagePromptAdapter, attention_layers, layer_widths
+from ipdiverse.adapter.reference import Reference, as_reference
+from ipdiverse.adapter.scale import Scale, resolve_scale, unet_layers
+from ipdiverse.errors import ArgumentError, ModelError, check_range
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from ipdiverse.adapter.reference import ImageLike
+    from ipdiverse.adapter.scale import ScaleLike
+
+_HOOK = "ipdiverse.image_prompt"
+LEVERS_HOOK = "ipdiverse.levers"
+"""Outside the other: decides which branches the UNet is called with."""
+
+
+class Attachment:
+    """Adapters on a pipeline: set their references and scales here.
+
+    A context manager: leaving the `with` block detaches.
+
+    Args:
+        pipe: The pipeline.
+        hook: What hands image tokens to the layers.
+        encoding: The image encoder.
+    """
+
+    def __init__(self, pipe: Any, hook: ImagePromptHook, encoding: ImageEncoding) -> None:
+        self.pipe, self._hook, self._encoding = pipe, hook, encoding
+        self._given: dict[int, tuple[list[Reference], Reference | None]] = {}
+        self._change: EmbedChange | None = None
+
+    @property
+    def adapters(self) -> list[ImagePromptAdapter]:
+        """What is attached, in order."""
+        return [prompt.adapter for prompt in self._hook.prompts]
+
+    def set_reference(
+        self,
+        references: ImageLike | Reference | Sequence[ImageLike | Reference],
+        *,
+        adapter: int = 0,
+        negative: ImageLike | Reference | None = None,
+    ) -> None:
+        """Prompt with images.
+
+        Args:
+            references: Images or their files. One for all outputs, or a list: one for each prompt
+                or each output of the next call, in order. Several images for one output are one
+                `Reference`.
+            adapter: Which adapter, when several are attached.
+            negative: The unconditional branch's image; None is no image.
+
+        Raises:
+            ArgumentError: References that do not fit together or this adapter.
+            ImageError: A file cannot be read.
+        """
+        many: list[Any] = (
+            list(references) if isinstance(references, (list, tuple)) else [references]
+        )
+        if not many:
+            raise ArgumentError("is empty", where="references", fix="Give at least one.")
+        self._prompt(adapter)
+        against = None if negative is None else as_reference(negative)
+        self._given[adapter] = ([as_reference(item) for item in many], against)
+        self._encode(adapter)
+
+    def _encode(self, adapter: int) -> None:
+        prompt, (references, negative) = self._prompt(adapter), self._given[adapter]
+        prompt.references = encode_references(
+            references, negative, prompt.acting, self._encoding, self._change
+        )
+        self._hook.changed()
+
+    @property
+    def image_encoder(self) -> Any:
+        """What reads the references."""
+        return self._encoding.encoder
+
+    @property
+    def image_processor(self) -> Any:
+        """Its preprocessing."""
+        return self._encoding.processor
+
+    @property
+    def hook(self) -> ImagePromptHook:
+        """What hands image tokens to the layers; levers act through it."""
+        return self._hook
+
+    def references(self, adapter: int = 0) -> list[Reference]:
+        """What was set: one for all items, or one for each."""
+        return list(self._given[adapter][0]) if adapter in self._given else []
+
+    def change_embeds(self, change: EmbedChange | None) -> None:
+        """Encode references with a change of their embeddings, those already set too."""
+        if change is None and self._change is None:
+            return
+        self._change = change
+        for adapter in self._given:
+            self._encode(adapter)
+
+    def set_scale(
+        self,
+        scale: ScaleLike,
+        *,
+        adapter: int | None = None,
+        weight: float = 1.0,
+        start: float = 0.0,
+        end: float = 1.0,
+    ) -> None:
+        """Weight of the image branch (λ); 0 is text alone, exactly.
+
+        FaceID's low-rank changes of the UNet stay on at any scale, as in stock diffusers.
+
+        Args:
+            scale: See `scale.resolve_scale`.
+            adapter: Which adapter; None is all.
+            weight: Multiplies a preset.
+            start: Share of the steps before which it is 0.
+            end: Share of the steps from which it is 0.
+
+        Raises:
+            ArgumentError: A scale that does not fit this UNet.
+        """
+        resolved = resolve_scale(scale, self._hook.layers, weight=weight, start=start, end=end)
+        chosen = self._hook.prompts if adapter is None else [self._prompt(adapter)]
+        for prompt in chosen:
+            prompt.scale = resolved
+
+    def set_fusion_strength(self, strength: float, *, adapter: int | None = None) -> None:
+        """Weight of what text-image fusion adds: 1 as trained, 0 plain IP-Adapter, exactly."""
+        check_range("fusion strength", strength, 0, 10)
+        chosen = self._hook.prompts if adapter is None else [self._prompt(adapter)]
+        for prompt in chosen:
+            prompt.fusion_strength = float(strength)
+        self._hook.changed()
+
+    def set_training(self, share: float, *, adapter: int | None = None) -> None:
+        """Act with an adapter some way along its training: 1 as trained, 0 what it went on from.
+
+        Args:
+            share: 0..1.
+            adapter: Which adapter; None is all.
+
+        Raises:
+            ArgumentError: The share is out of range.
+            ModelError: An adapter does not hold the weights it went on from.
+        """
+        numbers = range(len(self._hook.prompts)) if adapter is None else [adapter]
+        for number in numbers:
+            prompt = self._prompt(number)
+            if prompt.training == share:
+                continue
+            prompt.train(share)
+            if number in self._given:
+                self._encode(number)
+        for _, processor in self._hook.processors:
+            processor.forget()
+        self._hook.changed()
+
+    def _prompt(self, adapter: int) -> Prompt:
+        check_range("adapter", adapter, 0, len(self._hook.prompts) - 1)
+        return self._hook.prompts[adapter]
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        detach(self.pipe)
+
+
+def attach(
+    pipe: Any,
+    *adapters: ImagePromptAdapter,
+    image_encoder: Any = None,
+    image_processor: Any = None,
+) -> Attachment:
+    """Put adapters on a stock pipeline.
+
+    It is this pipeline that must be called: whether it guides, and at which step it is, is read
+    from it, and not from another that shares its UNet (`from_pipe`).
+
+    Args:
+        pipe: A Stable Diffusion pipeline of diffusers: 1.x, 2.x or XL, of any task.
+        adapters: One or several whose layers have the UNet's sizes.
+        image_encoder: A CLIP vision model with projection; None takes the pipeline's.
+        image_processor: Its preprocessing; None takes the pipeline's.
+
+    Raises:
+        ModelError: The model is of another kind, something is attached already, sizes differ, or
+            attention is sliced or fused.
+    """
+    unet = checked_unet(pipe)
+    if _hook_of(unet) is not None:
+        raise ModelError(
+            "an adapter is attached already", where="pipeline", fix="Call detach first."
+        )
+    if not adapters:
+        raise ArgumentError("is missing", where="adapter", fix="Give at least one.")
+    encoding = ImageEncoding(
+        image_encoder or getattr(pipe, "image_encoder", None),
+        image_processor or getattr(pipe, "feature_extractor", None),
+    )
+    for adapter in adapters:
+        check_layers(adapter, layer_widths(unet))
+        check_encoder(adapter, encoding.encoder)
+        adapter.to(unet.device, unet.dtype).eval()
+    layers = unet_layers(unet)
+    one = Scale(lambda _layer, _progress: 1.0)
+    prompts = [Prompt(adapter, Slot(adapter.layers()), one) for adapter in adapters]
+    before = dict(unet.attn_processors)
+    mine = _processors(unet, [prompt.slot for prompt in prompts])
+    unet.set_attn_processor({name: mine.get(name, old) for name, old in before.items()})
+    homes = [(unet.get_submodule(n.removesuffix(".processor")), p) for n, p in mine.items()]
+    hook = ImagePromptHook(pipe, prompts, layers, homes, before)
+    with inside_offloading(unet):
+        HookRegistry.check_if_exists_or_initialize(unet).register_hook(hook, _HOOK)
+    watch_words(pipe, hook)
+    return Attachment(pipe, hook, encoding)
+
+
+def detach(pipe: Any) -> None:
+    """Undo `attach` exactly.
+
+    Raises:
+        ModelError: Nothing is attached.
+    """
+    hook = _hook_of(getattr(pipe, "unet", None))
+    if hook is None:
+        raise ModelError("no adapter is attached", where="pipeline")
+    forget_words(pipe)
+    pipe.unet.set_attn_processor(dict(hook.before))
+    with inside_offloading(pipe.unet):
+        registry = HookRegistry.check_if_exists_or_initialize(pipe.unet)
+        if registry.get_hook(LEVERS_HOOK) is not None:
+            registry.remove_hook(LEVERS_HOOK, recurse=False)
+        registry.remove_hook(_HOOK, recurse=False)
+
+
+@contextmanager
+def inside_offloading(unet: Any) -> Iterator[None]:
+    """Take accelerate's wrapper off the UNet's `forward`, and put it back around what is there.
+
+    `enable_model_cpu_offload` unwraps and wraps again after every call of the pipeline, and so
+    drops what was put around it, or brings back what was taken out from under it.
+    """
+    offloading = getattr(unet, "_hf_hook", None)
+    if offloading is None:
+        yield
+        return
+    remove_hook_from_module(unet)
+    try:
+        yield
+    finally:
+        add_hook_to_module(unet, offloading)
+
+
+def _hook_of(unet: Any) -> ImagePromptHook | None:
+    registry = getattr(unet, "_diffusers_hook", None)
+    hook = None if registry is None else registry.get_hook(_HOOK)
+    return hook if isinstance(hook, ImagePromptHook) else None
+
+
+def _processors(unet: Any, slots: list[Slot]) -> dict[str, DecoupledAttention]:
+    """A processor for each layer that has an image branch or a low-rank change."""
+    touched = {number for slot in slots for number in slot.weights}
+    return {
+        f"{name}.processor": DecoupledAttention(number, slots)
+        for number, name in attention_layers(unet).items()
+        if number in touched
+    }

@@ -1,0 +1,1 @@
+"""Adapters as files: reading any layout, writing, inspecting, publishing."""

@@ -1,0 +1,258 @@
+"""Open a checkpoint file, whoever made it, as a flat dict of tensors, and nothing but tensors.
+
+What a file claims is checked against its size before anything is allocated, and its kind is told by
+its first bytes, not by its name. Tensors of safetensors files and of torch's zip files stay on
+disk until they are read, so gigabytes of frozen weights beside an adapter cost nothing.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ipdiverse.adapter.files.pickles import (
+    MAX_TENSORS,
+    broken,
+    check_pickle,
+    claims_too_much,
+    too_many,
+)
+from ipdiverse.errors import CheckpointError
+
+MAX_HEADER_BYTES = 100_000_000
+"""The limit of the safetensors format itself."""
+MAX_DEPTH = 8
+MAX_NAME = 300
+
+_ZIP = b"PK\x03\x04"
+# pickle protocol 2 and torch's magic number, 0x1950a86a20f9469cfc6c
+_LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+_LEGACY_PICKLES = 5  # magic, protocol, system, content, storage keys
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What is in a checkpoint file.
+
+    Args:
+        file: Where it is.
+        container: `safetensors`, `torch zip` or `torch legacy`.
+        size: Of the file, in bytes.
+        tensors: By name, nested dicts joined with dots; read from disk when used.
+        metadata: Of safetensors files; empty for the others.
+    """
+
+    file: Path
+    container: str
+    size: int
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+def open_checkpoint(file: Path) -> Contents:
+    """Open a file without running anything in it, and without believing its claims.
+
+    Args:
+        file: Safetensors, or what `torch.save` wrote, old format or new.
+
+    Raises:
+        CheckpointError: It is missing, broken, claims more than it holds, or holds something
+            else than tensors.
+    """
+    size, start = _look(file)
+    if start.startswith(_ZIP):
+        return _open_zip(file, size)
+    if start.startswith(_LEGACY):
+        return _open_legacy(file, size)
+    if start[8:9] == b"{":
+        return _open_safetensors(file, size, int.from_bytes(start[:8], "little"))
+    if start[:1] == b"\x80":
+        with file.open("rb") as stream:
+            check_pickle(stream, file, size)
+    raise _unknown(file, start)
+
+
+def _look(file: Path) -> tuple[int, bytes]:
+    """Size and first bytes."""
+    try:
+        if not file.is_file():
+            raise CheckpointError("no such file", where=file, fix="Check the path.")
+        with file.open("rb") as stream:
+            return file.stat().st_size, stream.read(64)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError("cannot be read", where=file, found=reason) from error
+
+
+def _unknown(file: Path, start: bytes) -> CheckpointError:
+    found, fix = f"a file that starts with {start[:16]!r}", "Download it again."
+    if not start:
+        found = "an empty file"
+    elif start.startswith(b"version https://git-lfs"):
+        found, fix = "a Git LFS pointer", "Run `git lfs pull`, or download the file itself."
+    elif start.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        found, fix = "a web page", "Download the file itself, not the page about it."
+    what = "is not a safetensors file, nor one that torch saved"
+    return CheckpointError(what, where=file, found=found, fix=fix)
+
+
+def _open_safetensors(file: Path, size: int, header: int) -> Contents:
+    if header > min(size - 8, MAX_HEADER_BYTES):
+        limit = f"a header of at most {min(size - 8, MAX_HEADER_BYTES)} bytes"
+        raise claims_too_much(file, limit, header)
+    try:
+        with safe_open(file, framework="pt") as opened:
+            names = opened.keys()
+            if len(names) > MAX_TENSORS:
+                raise too_many(file)
+            tensors = {name: opened.get_tensor(name) for name in names}
+            return Contents(file, "safetensors", size, tensors, opened.metadata() or {})
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever the library raises on a broken file
+        raise broken(file, "safetensors", error) from error
+
+
+def _open_zip(file: Path, size: int) -> Contents:
+    try:
+        with (
+            zipfile.ZipFile(file) as archive,
+            archive.open(_pickle_of(archive, file, size)) as stream,
+        ):
+            check_pickle(stream, file, size)
+        content = _load(file, mmap=True)
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever the libraries raise on a broken file
+        raise broken(file, "torch", error) from error
+    return Contents(file, "torch zip", size, _flat(content, file, size))
+
+
+def _pickle_of(archive: zipfile.ZipFile, file: Path, size: int) -> zipfile.ZipInfo:
+    """The entry to unpickle, once no entry claims more than the file holds."""
+    entries = archive.infolist()
+    claimed = max(
+        sum(e.file_size for e in entries), *(e.file_size + e.header_offset for e in entries), 0
+    )
+    if claimed > size:
+        raise claims_too_much(file, f"at most {size} bytes", claimed)
+    if any(e.compress_type != zipfile.ZIP_STORED for e in entries):
+        raise _not_torch(file, "compressed entries")
+    if any(e.filename.endswith("/constants.pkl") for e in entries):
+        raise _not_torch(file, "a TorchScript archive")
+    pickles = [e for e in entries if e.filename.split("/")[1:] == ["data.pkl"]]
+    if len(pickles) != 1 or len({e.filename for e in entries}) != len(entries):
+        raise _not_torch(file, f"{len(pickles)} entries `data.pkl` among {len(entries)}")
+    return pickles[0]
+
+
+def _open_legacy(file: Path, size: int) -> Contents:
+    try:
+        with file.open("rb") as stream:
+            for number in range(_LEGACY_PICKLES):
+                check_pickle(stream, file, None if number == 0 else size)
+        content = _load(file, mmap=False)
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever torch raises on a broken file
+        raise broken(file, "torch", error) from error
+    return Contents(file, "torch legacy", size, _flat(content, file, size))
+
+
+def _load(file: Path, *, mmap: bool) -> object:
+    with warnings.catch_warnings(), _name_for_torch(file) as name:
+        warnings.simplefilter("ignore")  # on pickles that it then refuses, or reads well
+        return torch.load(name, map_location="cpu", weights_only=True, mmap=mmap)
+
+
+@contextmanager
+def _name_for_torch(file: Path) -> Iterator[Path]:
+    """A name by which torch opens a file as what it is: it believes in `.safetensors`."""
+    if file.suffix != ".safetensors":
+        yield file
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder) / "checkpoint.bin"
+        link.symlink_to(file.resolve())
+        yield link
+
+
+def _flat(content: object, file: Path, size: int) -> dict[str, Tensor]:
+    """Nested dicts as one, keys joined with dots."""
+    flat: dict[str, Tensor] = {}
+    strange: list[str] = []
+    for name, leaf in _leaves(content, file):
+        if isinstance(leaf, Tensor):
+            flat[name] = leaf.detach()
+        else:
+            strange.append(f"{name or 'the content'} ({type(leaf).__name__})")
+    if strange:
+        more = f" and {len(strange) - 5} more" if len(strange) > 5 else ""
+        raise CheckpointError(
+            "holds more than tensors",
+            where=file,
+            expected="dicts of tensors",
+            found=", ".join(strange[:5]) + more,
+        )
+    _check_views(flat, file, size)
+    return flat
+
+
+def _leaves(content: object, file: Path) -> Iterator[tuple[str, object]]:
+    """What is not a dict, with its path; a dict in itself, or very many times, does not hang it."""
+    pending: list[tuple[tuple[str, ...], object]] = [((), content)]
+    for _ in range(2 * MAX_TENSORS):
+        if not pending:
+            return
+        path, node = pending.pop()
+        if not isinstance(node, Mapping) or len(path) >= MAX_DEPTH:
+            yield ".".join(path), node
+            continue
+        if len(pending) + len(node) > MAX_TENSORS:
+            break
+        pending += [((*path, _name(key, file)), value) for key, value in node.items()]
+    raise too_many(file)
+
+
+def _name(key: object, file: Path) -> str:
+    if isinstance(key, str) and len(key) <= MAX_NAME:
+        return key
+    raise CheckpointError(
+        "has a key that is no tensor's name",
+        where=file,
+        expected=f"at most {MAX_NAME} characters",
+        found=f"{len(key)}" if isinstance(key, str) else type(key).__name__,
+    )
+
+
+def _check_views(tensors: dict[str, Tensor], file: Path, size: int) -> None:
+    """Refuse views that repeat a few bytes many times: reading them would take their whole size."""
+    sizes = {name: t.numel() * t.element_size() for name, t in tensors.items()}
+    for name, tensor in tensors.items():
+        if sizes[name] > tensor.untyped_storage().nbytes():
+            raise CheckpointError(
+                f"`{name}` claims more than the file holds",
+                where=file,
+                expected=f"at most {tensor.untyped_storage().nbytes()} bytes",
+                found=f"{sizes[name]} for {tuple(tensor.shape)}",
+            )
+    if sum(sizes.values()) > 4 * size:  # tensors that are shared count twice, honestly
+        raise claims_too_much(file, f"at most {4 * size} bytes", sum(sizes.values()))
+
+
+def _not_torch(file: Path, found: str) -> CheckpointError:
+    return CheckpointError(
+        "is a zip, but not one of tensors that torch saved",
+        where=file,
+        expected="one `data.pkl`, nothing compressed, no name twice",
+        found=found,
+    )

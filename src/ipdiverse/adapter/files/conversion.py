@@ -1,0 +1,215 @@
+"""Turn a checkpoint of any layout into another, bit for bit, and prove it by reading it back."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from ipdiverse.adapter.beside import check_target, completed
+from ipdiverse.adapter.files.checkpoint import adapter_from_tensors, as_safetensors, spec_of
+from ipdiverse.adapter.files.containers import open_checkpoint
+from ipdiverse.adapter.files.layouts import ANCESTOR_BLEND, normalise
+from ipdiverse.adapter.files.structure import describe
+from ipdiverse.adapter.mixing import PLAIN
+from ipdiverse.adapter.model import ImagePromptAdapter
+from ipdiverse.adapter.noise import NoiseConditioning
+from ipdiverse.errors import CheckpointError, OutputError
+from ipdiverse.writing import write_bytes_atomic
+
+Target = Literal["ipdiverse", "diffusers", "tencent"]
+
+_SUFFIXES: dict[Target, tuple[str, ...]] = {
+    "ipdiverse": (".safetensors",),
+    "diffusers": (".safetensors",),
+    "tencent": (".bin", ".safetensors"),
+}
+
+
+def convert(
+    source: Path,
+    target: str | os.PathLike[str],
+    to: Target,
+    *,
+    force: bool = False,
+    face_id_plus_v2: bool | None = None,
+) -> list[str]:
+    """Write an adapter in another layout; tensors keep their type and every bit.
+
+    Args:
+        source: A checkpoint of any layout.
+        target: Where to: `.safetensors`, and for `tencent` `.bin` too. It gets its name only once
+            it was read back and every tensor was found equal.
+        to: `ipdiverse` (with a spec), `diffusers` (what stock diffusers loads, without fusion) or
+            `tencent` (what the original code loads; with a blend fusion, what the first fusion
+            project loads).
+        force: Replace a file that is there.
+        face_id_plus_v2: Version 2 (True) or 1 (False) of FaceID-Plus, when the file does not say;
+            only `ipdiverse` stores it.
+
+    Returns:
+        Notes on what was assumed or left out.
+
+    Raises:
+        CheckpointError: The source cannot be loaded, or the result is not equal to it.
+        OutputError: The target is there already, is the source or what the source names, or
+            cannot be written.
+    """
+    goal = Path(target)
+    _check_target(Path(source), goal, to, force)
+    contents = open_checkpoint(Path(source))
+    found, said = normalise(contents.tensors, source), spec_of(contents)
+    check_target(said, Path(source), goal)
+    tensors, spec = completed(found.tensors, said, Path(source))
+    version = face_id_plus_v2 if to == "ipdiverse" or "shortcut" in spec else bool(face_id_plus_v2)
+    adapter = adapter_from_tensors(tensors, source, spec, version)
+    kept, notes = _kept(tensors, adapter, to)
+    if not spec and to == "ipdiverse":
+        spec = {"converted_from": found.layout}
+    data = _as_bytes(kept, adapter, to, spec, goal)
+    compared = {k: v for k, v in kept.items() if to != "tencent" or k != "fusion.blend"}
+    write_bytes_atomic(goal, data, check=lambda written: _verify(written, compared, goal, adapter))
+    return [*found.notes, *notes]
+
+
+def _check_target(source: Path, target: Path, to: Target, force: bool) -> None:
+    if target.suffix.lower() not in _SUFFIXES[to]:
+        raise OutputError(
+            f"the layout {to} is not written under this name",
+            where=target,
+            expected=f"a name that ends in {' or '.join(_SUFFIXES[to])}",
+            found=target.suffix or "no extension",
+            fix="Change the extension.",
+        )
+    if not target.exists():
+        return
+    if source.exists() and target.samefile(source):
+        raise OutputError("is the input itself", where=target, fix="Choose another name.")
+    if not force or target.is_dir():
+        fix = "Choose another name." if target.is_dir() else "Add --force to replace it."
+        raise OutputError("is there already", where=target, fix=fix)
+
+
+def _kept(
+    tensors: Mapping[str, Tensor], adapter: ImagePromptAdapter, to: Target
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Copies of what the layout can hold, and notes on what it cannot."""
+    fusion, notes = adapter.fusion, []
+    with_fusion = to == "ipdiverse" or (
+        to == "tencent" and fusion is not None and fusion.kind == "blend"
+    )
+    kept = {
+        name: tensor.detach().contiguous().clone()
+        for name, tensor in tensors.items()
+        if (with_fusion or not name.startswith("fusion."))
+        and (to == "ipdiverse" or not name.startswith(PLAIN))
+    }
+    if fusion is not None and not with_fusion:
+        notes.append(f"the {fusion.kind} fusion is left out: {to} has none")
+    if adapter.plain and to != "ipdiverse":
+        notes.append(f"the weights that it went on from are left out: {to} has no place for them")
+    if adapter.noise is not None and to != "ipdiverse":
+        kept = _without_noise(kept, adapter.noise)
+        notes.append(
+            f"noise conditioning is left out: {to} has none; what it adds at level 0 stays"
+        )
+    blend = kept.get("fusion.blend")
+    if to == "tencent" and blend is not None and not _is_ancestors(blend):
+        notes.append(
+            f"the fusion's blend, {float(blend):.4g}, is left out: the layout has no place for it, "
+            f"and readers take {ANCESTOR_BLEND}"
+        )
+    return kept, notes + (stock_notes(adapter) if to == "diffusers" else [])
+
+
+def _without_noise(kept: dict[str, Tensor], noise: NoiseConditioning) -> dict[str, Tensor]:
+    """Fold what noise conditioning adds at level 0, a constant, into the bias that reads it."""
+    name = "image_proj.proj_in" if "image_proj.proj_in.bias" in kept else "image_proj.proj"
+    weight, bias = kept[f"{name}.weight"], kept[f"{name}.bias"]
+    with torch.no_grad():
+        constant = noise(torch.zeros(1, len(noise.mean)))[0]
+        folded = (bias.double() + weight.double() @ constant.double()).to(bias.dtype)
+    rest = {key: tensor for key, tensor in kept.items() if not key.startswith("noise.")}
+    return rest | {f"{name}.bias": folded}
+
+
+def _is_ancestors(blend: Tensor) -> bool:
+    return torch.equal(blend, torch.tensor(ANCESTOR_BLEND, dtype=blend.dtype))
+
+
+def stock_notes(adapter: ImagePromptAdapter) -> list[str]:
+    """What stock diffusers 0.42 takes for granted, instead of reading it, and gets wrong here."""
+    projection = adapter.image_proj
+    if adapter.kind == "base" and projection.num_tokens != 4:
+        return [
+            f"stock diffusers takes 4 image tokens for granted; this has {projection.num_tokens}"
+        ]
+    depth = len(projection.layers) if projection.kind == "plus" else 4  # type: ignore[union-attr]
+    if depth != 4:
+        return [f"stock diffusers takes 4 resampler layers for granted; this has {depth}"]
+    return []
+
+
+def _as_bytes(
+    tensors: dict[str, Tensor],
+    adapter: ImagePromptAdapter,
+    to: Target,
+    spec: Mapping[str, Any],
+    target: Path,
+) -> bytes:
+    if to == "ipdiverse":
+        return as_safetensors(tensors, {**spec, **describe(adapter)})
+    named = {
+        name.removeprefix("fusion."): tensor
+        for name, tensor in tensors.items()
+        if name != "fusion.blend"
+    }
+    if target.suffix.lower() == ".safetensors":
+        return save(named, {"format": "pt"})
+    nested: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in named.items():
+        top, _, rest = name.partition(".")
+        nested.setdefault(top, {})[rest] = tensor
+    buffer = io.BytesIO()
+    torch.save(nested, buffer)
+    return buffer.getvalue()
+
+
+def _verify(
+    written: Path, expected: Mapping[str, Tensor], target: Path, adapter: ImagePromptAdapter
+) -> None:
+    """Load the result and compare every tensor.
+
+    Raises:
+        CheckpointError: It is not what was meant.
+    """
+    contents = open_checkpoint(written)
+    found = normalise(contents.tensors, target).tensors
+    version = bool(getattr(adapter.image_proj, "shortcut", False))
+    adapter_from_tensors(found, target, spec_of(contents), version)
+    wrong = [
+        name
+        for name, tensor in expected.items()
+        if name not in found or found[name].dtype != tensor.dtype or not _equal(found[name], tensor)
+    ]
+    wrong += sorted(found.keys() - expected.keys() - {"fusion.blend"})
+    if wrong:
+        raise CheckpointError(
+            "was not written as it should be", where=target, found=", ".join(wrong[:5])
+        )
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """To the bit: -0 is not 0."""
+    same_shape = one.shape == other.shape
+    return same_shape and torch.equal(_bits(one), _bits(other))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().flatten().view(torch.uint8)

@@ -1,0 +1,152 @@
+"""Where a checkpoint comes from: a file, a folder, or a repository of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from ipdiverse.base.bases import HUB_ID, split_hub_id
+from ipdiverse.base.downloads import reason
+from ipdiverse.errors import CheckpointError
+
+PUBLISHED = "ip-adapter.safetensors"
+"""The file that `push_to_hub` writes, and that a repository is asked for if none is named."""
+
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+"""Of files that may hold an adapter."""
+_NO_WEIGHTS = (
+    "training_state",
+    "optimizer",
+    "scheduler",
+    "scaler",
+    "random_states",
+    "training_args",
+)
+_TRUE = {"1", "true", "yes", "on"}
+
+
+def local_file(source: Path | str, *, local_files_only: bool = False) -> Path:
+    """The file that `bases.adapter_source` names: a path, or a hub id with the file behind it.
+
+    Args:
+        source: What it names.
+        local_files_only: Never connect.
+
+    Raises:
+        CheckpointError: It is missing.
+    """
+    if isinstance(source, Path):
+        found = find_checkpoint(source)
+    else:
+        repository, name = split_hub_id(source)
+        found = find_checkpoint(repository, weight_name=name, local_files_only=local_files_only)
+    if not found.is_file():
+        raise CheckpointError("no such file", where=found, fix="Check the path.")
+    return found
+
+
+def find_checkpoint(
+    source: str | os.PathLike[str],
+    *,
+    weight_name: str | None = None,
+    subfolder: str = "",
+    revision: str | None = None,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> Path:
+    """The local file that a source names, downloaded if need be and allowed.
+
+    Args:
+        source: A file, a folder, or a hub id `owner/repository`.
+        weight_name: The file in a folder or repository. A folder with one such file needs none; of
+            a repository None is `ip-adapter.safetensors`.
+        subfolder: Where in the folder or repository.
+        revision: Branch, tag or commit of a repository.
+        local_files_only: Never connect; the environment's HF_HUB_OFFLINE does the same.
+        token: Of the hub, for private repositories; None takes the one that is logged in.
+        cache_dir: Where downloads are kept; None is the hub library's own place.
+
+    Raises:
+        CheckpointError: There is no such file, several fit, or it cannot be had.
+    """
+    path = Path(source)
+    if path.is_dir():
+        folder = path / subfolder
+        return folder / weight_name if weight_name else _only_file(folder)
+    is_id = isinstance(source, str) and HUB_ID.fullmatch(source) is not None
+    if path.exists() or not is_id or path.suffix.lower() in SUFFIXES:
+        return path
+    offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in _TRUE
+    options: dict[str, Any] = {
+        "subfolder": subfolder or None,
+        "revision": revision,
+        "local_files_only": local_files_only or offline,
+    }
+    options |= {"token": token} if token is not None else {}
+    options |= {"cache_dir": cache_dir} if cache_dir is not None else {}
+    return _download(str(source), weight_name, options)
+
+
+def _only_file(folder: Path) -> Path:
+    """The folder's weights; safetensors before anything that is pickled."""
+    files = [
+        file
+        for file in (sorted(folder.iterdir()) if folder.is_dir() else [])
+        if file.suffix.lower() in SUFFIXES and not file.name.startswith(_NO_WEIGHTS)
+    ]
+    files = [file for file in files if file.suffix.lower() == ".safetensors"] or files
+    if len(files) == 1:
+        return files[0]
+    names = ", ".join(file.name for file in files[:10])
+    more = f" and {len(files) - 10} more" if len(files) > 10 else ""
+    raise CheckpointError(
+        "it is not clear which file is the adapter" if files else "holds no checkpoint",
+        where=folder,
+        expected="one .safetensors or .bin file",
+        found=names + more or "none",
+        fix="Give the file's path, or weight_name in Python." if files else "Check the path.",
+    )
+
+
+def _download(repository: str, weight_name: str | None, options: dict[str, Any]) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    name, offline = weight_name or PUBLISHED, options["local_files_only"]
+    wanted = "/".join(part for part in (repository, options["subfolder"], name) if part)
+    try:
+        file = hf_hub_download(repository, name, **options)
+    except Exception as error:  # whatever the hub's library or the network raises
+        if weight_name is None and (offline or _is_absent(error)):
+            raise CheckpointError(
+                "no such file; a hub repository needs the file's name too",
+                where=repository,
+                expected=f"{PUBLISHED}, or the name of another",
+                fix="Give the file's path behind it, as h94/IP-Adapter/models/"
+                "ip-adapter_sd15.safetensors, or weight_name in Python.",
+            ) from error
+        known = None if offline else reason(error, repository)
+        if known is not None:
+            raise CheckpointError(
+                f"cannot be had from the hub: {known.what}", where=wanted, fix=known.fix
+            ) from error
+        lines = str(error).strip().splitlines()
+        raise CheckpointError(
+            "is no file here, nor in the local cache"
+            if offline
+            else "is no file here, and cannot be had from the hub",
+            where=wanted,
+            found=lines[0][:200] if lines else type(error).__name__,
+            fix="Allow downloads once, or give a local file."
+            if offline
+            else "Check the name, the network and your access.",
+        ) from error
+    return Path(file)
+
+
+def _is_absent(error: Exception) -> bool:
+    """Whether the hub itself said that there is no such file."""
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    return isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)

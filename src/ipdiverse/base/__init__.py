@@ -1,0 +1,1 @@
+"""Base models: which there are, opening them, and where they run."""

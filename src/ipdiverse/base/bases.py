@@ -1,0 +1,340 @@
+"""What can be prompted: the embedded `critters`, folders, hub ids, single files."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ipdiverse.base.downloads import fetch
+from ipdiverse.base.memory import (
+    MemoryOptions,
+    Plan,
+    arrange,
+    plan_dtype,
+    plan_memory,
+    sizes_of,
+    this_device,
+)
+from ipdiverse.base.pipelines import (
+    CRITTERS,
+    CRITTERS_BASE,
+    HUB_ID,
+    Opening,
+    cannot_be_opened,
+    check_known,
+    clip_processor,
+    open_pipeline,
+    split_hub_id,
+)
+from ipdiverse.base.presets import PRESETS
+from ipdiverse.errors import ArgumentError, ModelError
+from ipdiverse.loading import loading
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+HUB_BASES = {preset.name: preset.base.id for preset in PRESETS.values()}
+"""Repositories of the presets' bases."""
+_WEIGHTS = CRITTERS_BASE.parent
+CRITTERS_ORACLE = _WEIGHTS / "oracle.safetensors"
+CRITTERS_ADAPTERS = _WEIGHTS / "adapters"
+CRITTERS_PROVENANCE = _WEIGHTS / "provenance.json"
+SHIPPED_ADAPTERS = {
+    "ip-adapter-diverse_critters": "diverse",
+    "ip-adapter_critters": "base-plain",
+    "ip-adapter-plus_critters": "self-none",
+}
+"""Adapters in the package, and the arm of `training.arms` that each is."""
+ADAPTERS = {
+    "diverse": "ip-adapter-diverse_critters",
+    "plus": "ip-adapter-plus_critters",
+    "base": "ip-adapter_critters",
+}
+"""Short names of adapters in the package."""
+DEFAULT_ADAPTER = "diverse"
+"""What prompts critters unless something else is asked for."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """A pretrained text-to-image pipeline, ready to prompt.
+
+    Args:
+        name: As the user gave it.
+        pipe: A stock diffusers pipeline.
+        guidance_scale: A good default for this base.
+        batch: Images denoised together. A call is always padded to a whole batch, because
+            processors round differently at different batch sizes: image i must not depend on n.
+        steps: A good default.
+        scale: A good default of the image prompt's weight.
+        plan: Where and how precisely it runs; None as it was opened, in float32 on the CPU.
+    """
+
+    name: str
+    pipe: Any
+    guidance_scale: float
+    batch: int
+    steps: int = 25
+    scale: float = 1.0
+    plan: Plan | None = None
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """Good settings for a base, to begin with.
+
+    Args:
+        steps: Denoising steps.
+        scale: Weight of the image prompt.
+        guidance_scale: Weight of the prompt.
+    """
+
+    steps: int = 25
+    scale: float = 1.0
+    guidance_scale: float = 7.5
+
+
+def defaults_of(base: str) -> Defaults:
+    """A preset's own; of other bases what diffusers takes, and of critters a lower guidance."""
+    if base in PRESETS:
+        one = PRESETS[base]
+        return Defaults(one.steps, one.scale, one.guidance_scale)
+    return Defaults(guidance_scale=3.0) if base == CRITTERS else Defaults()
+
+
+def load_base(
+    name: str = CRITTERS,
+    *,
+    local_files_only: bool = False,
+    revision: str = "",
+    safety_checker: bool = True,
+    encoder: str | None = None,
+    memory: MemoryOptions | None = None,
+    unet: bool = True,
+) -> Base:
+    """Open a base model; what a preset or a hub id lacks in the local cache is downloaded.
+
+    The pipeline is as diffusers opens it. Its safety checker is there if it was published with one;
+    SDXL marks its images if `invisible-watermark` is installed.
+
+    Args:
+        name: `critters`; a preset (`presets.PRESETS`), whose image encoder comes along; a folder
+            that a diffusers pipeline wrote; a single `.safetensors` file; a hub id, `owner/name`.
+        local_files_only: Use what is in the hub's local cache, and nothing else.
+        revision: Branch, tag or commit of the base's repository; empty is the preset's pin, or
+            `main`.
+        safety_checker: False opens Stable Diffusion 1.x without its safety checker.
+        encoder: The preset whose image encoder comes along; None is this preset's own, empty none.
+        memory: Place the pipeline by what the device has, within these wishes; None leaves it in
+            float32 on the CPU, for the caller to move. `critters` always stays there.
+        unet: False leaves the UNet's weights for `pipelines.load_unet`; a single file's come along.
+
+    Raises:
+        ModelError: There is no such base, or it cannot be opened or had.
+        ArgumentError: A revision of what has none, or memory options that do not fit.
+    """
+    embedded = name == CRITTERS
+    if embedded and memory not in (None, MemoryOptions()):
+        raise ArgumentError(
+            "always runs in float32 on the CPU",
+            where=name,
+            fix="Leave dtype, offload and tiling out.",
+        )
+    device = None if embedded or memory is None else this_device()
+    dtype = "float32" if device is None or memory is None else plan_dtype(device, memory.dtype)
+    opening = Opening(local_files_only, revision, safety_checker, encoder, dtype, unet)
+    pipe = open_pipeline(name, opening)
+    if getattr(pipe, "unet", None) is None:
+        raise ModelError(
+            "has no UNet",
+            where=name,
+            expected="Stable Diffusion 1.x, 2.x or XL",
+            found=type(pipe).__name__,
+        )
+    pipe.set_progress_bar_config(disable=True)
+    preset = PRESETS.get(name)
+    plan = None
+    if device is not None and memory is not None:
+        plan = plan_memory(device, sizes_of(pipe, preset.weights[1] if preset else 0), memory)
+        arrange(pipe, plan)
+    usual, batch = defaults_of(name), 4 if embedded else 1
+    return Base(name, pipe, usual.guidance_scale, batch, usual.steps, usual.scale, plan)
+
+
+def load_part(kind: str, source: str, base: Base, *, local_files_only: bool = False) -> Any:
+    """Open one model beside a base: an image encoder, a ControlNet.
+
+    Args:
+        kind: The class in diffusers or transformers.
+        source: A folder, or a hub id with an optional folder behind it, `owner/name/folder`.
+        base: Whose device and dtype it takes.
+        local_files_only: Use what is in the hub's local cache, and nothing else.
+
+    Raises:
+        ModelError: It cannot be opened.
+    """
+    check_part(source)
+    with loading():
+        import diffusers
+        import transformers
+
+        library: Any = diffusers if hasattr(diffusers, kind) else transformers
+        local = Path(source).exists()
+        where, folder = (source, None) if local else split_hub_id(source)
+        options: dict[str, Any] = {"local_files_only": local_files_only or local}
+        if folder is not None:
+            options["subfolder"] = folder
+        try:
+            part = getattr(library, kind).from_pretrained(where, **options)
+        except Exception as error:
+            raise cannot_be_opened(f"cannot be opened as a {kind}", source, error) from error
+        pipe: Any = base.pipe
+        if not hasattr(part, "parameters"):
+            return part
+        return part.to(pipe.vae.device, pipe.unet.dtype).eval()  # the UNet may be left for later
+
+
+def check_part(source: str) -> None:
+    """Refuse what `load_part` cannot open, without opening it.
+
+    Raises:
+        ModelError: It is neither a folder nor a hub id.
+    """
+    if not Path(source).is_dir() and not HUB_ID.match(source):
+        raise ModelError(
+            "no such folder", where=source, expected="a folder, or a hub id", fix="Check the path."
+        )
+
+
+def load_image_encoder(
+    source: str, base: Base, *, local_files_only: bool = False
+) -> tuple[Any, Any]:
+    """Open an image encoder beside a base, with its preprocessing.
+
+    Args:
+        source: As `load_part` takes it. Where it has no preprocessing, as the published encoders of
+            IP-Adapter, CLIP's own is taken.
+        base: Whose device and dtype it takes.
+        local_files_only: Use what is in the hub's local cache, and nothing else.
+
+    Raises:
+        ModelError: It cannot be opened.
+    """
+    options = {"local_files_only": local_files_only}
+    encoder = load_part("CLIPVisionModelWithProjection", source, base, **options)
+    try:
+        return encoder, load_part("CLIPImageProcessor", source, base, **options)
+    except ModelError as error:
+        if "preprocessor_config.json" not in str(error.__cause__):
+            raise
+        return encoder, clip_processor(encoder)
+
+
+@contextmanager
+def any_latents(pipe: Any) -> Iterator[None]:
+    """Let diffusers' inpainting work on latents of any width, for the length of a `with` block.
+
+    It tells UNets of 9 channels (latents, masked latents, mask) from those of 4 (latents) by that
+    number. A UNet on exactly the VAE's latents, as the embedded one on 16, is of the second kind,
+    and is called so meanwhile.
+    """
+    inpaints = "Inpaint" in type(pipe).__name__
+    channels = pipe.unet.config.in_channels if inpaints else 4
+    if channels in (4, 9) or channels != pipe.vae.config.latent_channels:
+        yield
+        return
+    unet = pipe.unet
+    unet.register_to_config(in_channels=4)
+    try:
+        yield
+    finally:
+        unet.register_to_config(in_channels=channels)
+
+
+def copier_report(adapter: str) -> Path:
+    """Where the shipped measurement of a critters adapter is."""
+    return _WEIGHTS / f"copier-{Path(adapter).stem}.json"
+
+
+def adapter_source(base: str, adapter: str) -> Path | str:
+    """Where an adapter's weights are; a preset's are downloaded if they are not in the local cache.
+
+    Args:
+        base: The base's name; `critters` has `diverse`, `plus` and `base` by name.
+        adapter: One of those names, a preset's, a file, a folder, or a hub id with the file's path
+            behind it; empty is the base's own, `default_adapter`.
+
+    Raises:
+        ModelError: There is no such adapter, or it cannot be had.
+    """
+    check_adapter(base, adapter)
+    adapter = adapter or default_adapter(base)
+    if base == CRITTERS and (shipped := _shipped(adapter)):
+        return shipped
+    if Path(adapter).exists():
+        return Path(adapter)
+    return fetch(PRESETS[adapter].adapter_files(), adapter)[0] if adapter in PRESETS else adapter
+
+
+def check_adapter(base: str, adapter: str) -> None:
+    """Refuse what cannot name an adapter of a base, before anything is opened or downloaded.
+
+    Args:
+        base: As `adapter_source` takes it, and the adapter too.
+        adapter: Its name.
+
+    Raises:
+        ModelError: There is no such adapter, or it is of another base.
+        ArgumentError: None is named, and the base has none of its own.
+    """
+    adapter = adapter or default_adapter(base)
+    shipped = _shipped(adapter) is not None
+    if (shipped and base == CRITTERS) or Path(adapter).exists():
+        return
+    if shipped:
+        raise _of_another(adapter, CRITTERS, base)
+    if adapter not in PRESETS and not HUB_ID.match(adapter):
+        raise ModelError(
+            "unknown adapter",
+            where=adapter,
+            expected=f"{', '.join(ADAPTERS)} (with the base {CRITTERS}), {', '.join(PRESETS)}, "
+            "a file, a folder, or a hub id",
+            fix="Check the path.",
+        )
+    if adapter in PRESETS and base in (CRITTERS, *PRESETS):
+        own = PRESETS[adapter].base
+        if base == CRITTERS or PRESETS[base].base != own:
+            raise _of_another(adapter, own.id, base)
+
+
+def _shipped(adapter: str) -> Path | None:
+    """The file in the package that a name of critters' adapters stands for."""
+    file = CRITTERS_ADAPTERS / f"{ADAPTERS.get(adapter, adapter)}.safetensors"
+    return file if "/" not in adapter and file.is_file() else None
+
+
+def _of_another(adapter: str, owner: str, base: str) -> ModelError:
+    own = f", or none: {base} has its own" if base in (CRITTERS, *PRESETS) else ""
+    fix = f"Name one that fits with --adapter{own}."
+    return ModelError(
+        f"belongs to {owner}", where=f"adapter {adapter}", found=f"base {base}", fix=fix
+    )
+
+
+def default_adapter(base: str) -> str:
+    """What prompts a base unless something else is asked for: a preset has its own.
+
+    Raises:
+        ModelError: There is no such base.
+        ArgumentError: The base is no preset, and nobody knows.
+    """
+    check_known(base)
+    if base in PRESETS:
+        return base
+    if base == CRITTERS:
+        return DEFAULT_ADAPTER
+    raise ArgumentError(
+        "is missing", where="adapter", found=f"base {base}", fix="Name one that fits: --adapter."
+    )

@@ -1,0 +1,180 @@
+"""Files of the hub: what is in the local cache, what is not, and why it cannot be had.
+
+Errors of the hub's libraries become one line each, with what mends it.
+"""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from ipdiverse.base.presets import SITE, as_size, total
+from ipdiverse.errors import ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from ipdiverse.base.presets import HubFile
+
+
+class Reason(NamedTuple):
+    """Why a file cannot be had, and what mends it."""
+
+    what: str
+    fix: str
+
+
+_OFF = Reason(
+    "it is not in the local cache, and downloads are off",
+    "Unset HF_HUB_OFFLINE once, or copy the cache from a machine that has it.",
+)
+
+
+def cached(file: HubFile) -> Path | None:
+    """Where a file is in the hub's local cache; None if it is not."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(file.repository.id, file.name, revision=file.at)
+    return Path(found) if isinstance(found, str) else None
+
+
+def missing(files: Sequence[HubFile]) -> list[HubFile]:
+    """Those that are not in the local cache."""
+    return [file for file in files if cached(file) is None]
+
+
+def offline() -> bool:
+    """Whether HF_HUB_OFFLINE forbids downloads."""
+    from huggingface_hub import is_offline_mode
+
+    return is_offline_mode()
+
+
+def fetch(files: Sequence[HubFile], name: str, *, local_files_only: bool = False) -> list[Path]:
+    """Have files in the local cache, downloading what is not there.
+
+    Args:
+        files: Of any repositories; those of one repository come from one commit.
+        name: Of the preset, for messages.
+        local_files_only: Download nothing.
+
+    Returns:
+        Where each is.
+
+    Raises:
+        ModelError: One cannot be had.
+    """
+    lacking = missing(files)
+    if lacking and (local_files_only or offline()):
+        raise not_cached(lacking, name)
+    commits: dict[str, str] = {}
+    paths: list[Path] = []
+    for file in files:
+        path = cached(file) or _download(file, commits.get(file.repository.id, file.at), name)
+        commits.setdefault(file.repository.id, snapshot(path, file).name)
+        paths.append(path)
+    return paths
+
+
+def snapshot(path: Path, file: HubFile) -> Path:
+    """The folder of the repository's files at one commit, from the path of one of them."""
+    return path.parents[file.name.count("/")]
+
+
+def not_cached(lacking: Sequence[HubFile], name: str) -> ModelError:
+    """What to say when files are missing and nothing may be downloaded."""
+    first = f"{lacking[0].repository.id}/{lacking[0].name}"
+    more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+    found = f"no {first}{more} ({as_size(total(list(lacking)))})"
+    return ModelError(_OFF.what.removeprefix("it "), where=name, found=found, fix=_OFF.fix)
+
+
+def reason(error: BaseException, repository: str = "") -> Reason | None:
+    """Why the hub gave no file; None for errors that are not about the hub.
+
+    Args:
+        error: What a library raised; what lies under it is read too.
+        repository: `owner/name`, for the link to its page.
+    """
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    chain = list(_chain(error))
+    for under in chain:
+        if (found := _of_the_hub(under, repository)) is not None:
+            return found
+    return _OFF if any(isinstance(under, LocalEntryNotFoundError) for under in chain) else None
+
+
+def _of_the_hub(error: BaseException, repository: str) -> Reason | None:
+    from huggingface_hub import errors
+
+    page = f"{SITE}/{repository}" if repository else "its page on the hub"
+    network = "Check the network and try again: what was downloaded stays."
+    table: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], Reason], ...] = (
+        (
+            errors.GatedRepoError,  # before what it inherits from
+            Reason(
+                "it is gated: its owner wants its terms accepted first",
+                f"Accept them on {page}, then run `hf auth login`.",
+            ),
+        ),
+        (
+            errors.RepositoryNotFoundError,
+            Reason(
+                "there is no such repository, or it is private",
+                "Check the name; for a private one run `hf auth login`.",
+            ),
+        ),
+        (
+            errors.RevisionNotFoundError,
+            Reason("it has no such revision", "Check --revision; `main` is the newest."),
+        ),
+        (
+            errors.RemoteEntryNotFoundError,
+            Reason("it lacks a file at this revision", f"See {page}, and check --revision."),
+        ),
+        (
+            errors.OfflineModeIsEnabled,
+            _OFF,
+        ),
+        ((ConnectionError, TimeoutError), Reason("the hub cannot be reached", network)),
+        (_transport_errors(), Reason("the hub cannot be reached", network)),
+        (errors.HfHubHTTPError, Reason("the hub refused", network)),
+    )
+    for kinds, known in table:
+        if isinstance(error, kinds):
+            return known
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return Reason("there is no space left for it", "Free some, or set HF_HOME to another disk.")
+    return None
+
+
+def _transport_errors() -> type[BaseException]:
+    import httpx  # what the hub's library connects with
+
+    return httpx.TransportError
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        current = current.__cause__ or current.__context__
+
+
+def _download(file: HubFile, revision: str, name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(file.repository.id, file.name, revision=revision))
+    except Exception as error:  # whatever the hub's library or the network raises
+        where = f"{name} ({file.repository.id}/{file.name} at {revision[:12]})"
+        known = reason(error, file.repository.id)
+        if known is not None:
+            raise ModelError(known.what, where=where, fix=known.fix) from error
+        lines = str(error).strip().splitlines()
+        found = lines[0][:200] if lines else type(error).__name__
+        raise ModelError("cannot be downloaded", where=where, found=found) from error

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ipdiverse.adapter.files.checkpoint import load_adapter, read_spec, save_adapter
+from ipdiverse.adapter.fusion import GatedFusion
+from ipdiverse.base.bases import CRITTERS, SHIPPED_ADAPTERS, adapter_source
+from ipdiverse.errors import ArgumentError, CheckpointError
+from workshop import arms
+from workshop.__main__ import main as workshop
+from workshop.arms import ARMS, arm_config, ship_arm
+
+
+def test_every_reference_meets_every_fusion_and_no_two_arms_are_alike(tmp_path: Path) -> None:
+    plus = [arm for arm in ARMS.values() if arm.adapter == "plus" and not arm.noise_conditioning]
+    kinds = {(arm.reference, arm.fusion, arm.fusion_learns) for arm in plus}
+    fusions = {("none", True), ("blend", False), ("blend", True), ("gated", True)}
+    assert kinds == {(r, *f) for r in ("self", "augmented", "paired") for f in fusions}
+    configs = [asdict(arm_config(name, tmp_path, 10, 0)) for name in ARMS]
+    runs = [str({k: v for k, v in c.items() if k != "out"}) for c in configs]
+    assert len(set(runs)) == len(ARMS)
+    assert set(SHIPPED_ADAPTERS.values()) <= ARMS.keys()
+
+
+def test_seeds_and_arms_have_folders_of_their_own(tmp_path: Path) -> None:
+    outs = {arm_config(name, tmp_path, 10, seed).out for name in ARMS for seed in (0, 1)}
+    assert len(outs) == 2 * len(ARMS)
+
+
+def test_arms_go_on_from_the_plain_adapter_and_the_default_from_its_own_seed(
+    tmp_path: Path,
+) -> None:
+    starts = {name: arm_config(name, tmp_path, None, 1).start for name in ARMS}
+    assert starts.pop("plain") is None
+    assert starts.pop("base-plain") is None
+    assert starts.pop("diverse") == f"{tmp_path}/paired-gated-seed1/adapter.safetensors"
+    assert set(starts.values()) == {f"{tmp_path}/plain-seed0/adapter.safetensors"}
+    for name, arm in ARMS.items():
+        assert arm_config(name, tmp_path, None, 1).steps == arm.steps
+
+
+def test_an_unknown_arm_names_those_there_are(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match=r"selfless: unknown arm.*self-none"):
+        arm_config("selfless", tmp_path, 10, 0)
+
+
+def test_an_arm_is_trained_and_shipped_without_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(arms, "CRITTERS_ADAPTERS", tmp_path / "package")
+    monkeypatch.setattr(arms, "SHIPPED_ADAPTERS", {"best": "paired-gated"})
+    command = ["train-adapters", "--steps", "1", "--images", "4", "--ship"]
+    command += ["--arms", "paired-gated", "--folder", str(tmp_path / "runs")]
+    assert workshop(command) == 0
+    assert "1 of 1: wrote" in capsys.readouterr().out
+    file = tmp_path / "package" / "best.safetensors"
+    assert isinstance(load_adapter(file).fusion, GatedFusion)
+    spec = read_spec(file)
+    assert (spec["arm"], spec["reference"], spec["recipe"]["steps"]) == (
+        "paired-gated",
+        "paired",
+        1,
+    )
+    assert str(tmp_path) not in str(spec)
+    assert spec["recipe"]["start"] == "plain"
+    plain = load_file(tmp_path / "runs" / "plain-seed0" / "adapter.safetensors")
+    adapter = tmp_path / "runs" / "paired-gated-seed0" / "adapter.safetensors"
+    moved = [(load_file(adapter)[name] - plain[name]).abs().max() for name in plain]
+    assert 0 < max(moved) < 2e-3, "one step from where plain ended"
+    trained = load_file(adapter)
+    assert workshop(command) == 0
+    again = load_file(adapter)
+    assert all(torch.equal(again[name], trained[name]) for name in trained), "it was finished"
+
+
+def test_the_default_ships_with_the_plain_one_named_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "package"
+    monkeypatch.setattr(arms, "CRITTERS_ADAPTERS", package)
+    plus = Path(adapter_source(CRITTERS, "plus"))
+    diverse = load_adapter(adapter_source(CRITTERS, "diverse"))
+    trained, diverse.plain = diverse.plain, {}
+    (tmp_path / "diverse-seed0").mkdir()
+    save_adapter(diverse, tmp_path / "diverse-seed0" / "adapter.safetensors", {}, torch.float32)
+    file = ship_arm("diverse", tmp_path)
+    assert file is not None
+    assert file.stat().st_size < 1.2 * plus.stat().st_size
+    with pytest.raises(CheckpointError, match=f"are not beside it; expected {plus.name}"):
+        load_adapter(file)
+    (package / plus.name).write_bytes(plus.read_bytes())
+    found = load_adapter(file)
+    assert all(torch.equal(found.plain[name], tensor) for name, tensor in trained.items())
+
+
+def test_the_default_follows_a_plain_one_that_ships_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "package"
+    shutil.copytree(arms.CRITTERS_ADAPTERS, package)
+    monkeypatch.setattr(arms, "CRITTERS_ADAPTERS", package)
+    trained = load_adapter(package / "ip-adapter-plus_critters.safetensors")
+    trained.state_dict()["image_proj.latents"].add_(1)
+    (tmp_path / "self-none-seed0").mkdir()
+    save_adapter(trained, tmp_path / "self-none-seed0" / "adapter.safetensors", {}, torch.float32)
+    ship_arm("self-none", tmp_path)
+    default = package / "ip-adapter-diverse_critters.safetensors"
+    latents = load_adapter(default).plain["image_proj.latents"]
+    torch.testing.assert_close(latents, trained.state_dict()["image_proj.latents"].half().float())
+    before = load_adapter(adapter_source(CRITTERS, "diverse"))
+    assert read_spec(default)["dial"] == before.spec["dial"]
+    own = load_adapter(default).state_dict()
+    assert all(torch.equal(own[name], tensor) for name, tensor in before.state_dict().items())

@@ -1,0 +1,1 @@
+"""What makes the shipped weights and measures them; not part of what users install."""

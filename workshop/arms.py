@@ -1,0 +1,215 @@
+"""The adapters of the embedded world: which ones are trained, how, and which ship.
+
+`plain` is the published IP-Adapter of this world: references that are the target, no fusion. As
+users do with the published one, every other arm goes on from it, for the same number of steps: with
+every reference (the target itself, a changed copy of it, another image of its subject) and every
+text-image fusion, by the trainer that users have. `self-none` is plain IP-Adapter trained on as
+long as the others, the copier that they must beat. `diverse`, the default, is `paired-gated`
+trained on; its file names `plus` beside it, and between the two its dial leads.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ipdiverse.adapter.beside import naming
+from ipdiverse.adapter.files.checkpoint import (
+    adapter_from_tensors,
+    load_adapter,
+    save_adapter,
+    spec_of,
+)
+from ipdiverse.adapter.files.containers import open_checkpoint
+from ipdiverse.adapter.files.sources import local_file
+from ipdiverse.adapter.mixing import remember_plain
+from ipdiverse.adapter.model import ImagePromptAdapter
+from ipdiverse.base.bases import (
+    ADAPTERS,
+    CRITTERS,
+    CRITTERS_ADAPTERS,
+    SHIPPED_ADAPTERS,
+    adapter_source,
+)
+from ipdiverse.base.memory import bf16_is_fast
+from ipdiverse.data.options import PrepareOptions
+from ipdiverse.data.prepare import prepare
+from ipdiverse.errors import ArgumentError, ModelError, check_range
+from ipdiverse.training.checkpoints import ADAPTER
+from ipdiverse.training.config import TrainConfig
+from ipdiverse.training.trainer import train
+from workshop.base.pipeline import provenance
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train an adapter.
+
+    Args:
+        reference: What prompts a target.
+        fusion: Text-image fusion.
+        fusion_learns: False keeps its random weights, as the fusion's first publication did.
+        adapter: `plus` (16 tokens) or `base` (4).
+        noise_conditioning: Embeddings are noised by a random level that the adapter is told.
+        edits: Share of references that contradict the caption in one attribute of identity.
+        start: The arm that it goes on from; None learns from random weights.
+        steps: Optimizer steps of 64 samples.
+        rate: Learning rate, which falls to 0.
+    """
+
+    reference: Literal["self", "augmented", "paired"]
+    fusion: Literal["none", "blend", "gated"]
+    fusion_learns: bool = True
+    adapter: Literal["plus", "base"] = "plus"
+    noise_conditioning: bool = False
+    edits: float = 0.0
+    start: str | None = "plain"
+    steps: int = 500
+    rate: float = 5e-4
+
+
+def _arms() -> dict[str, Arm]:
+    plain = Arm("self", "none", start=None, steps=2400, rate=1e-3)
+    arms = {"plain": plain, "base-plain": replace(plain, adapter="base", steps=1200)}
+    for reference in ("self", "augmented", "paired"):
+        arms[f"{reference}-none"] = Arm(reference, "none")
+        arms[f"{reference}-blend-random"] = Arm(reference, "blend", fusion_learns=False)
+        arms[f"{reference}-blend"] = Arm(reference, "blend")
+        arms[f"{reference}-gated"] = Arm(reference, "gated")
+    arms["paired-gated-noise"] = Arm("paired", "gated", noise_conditioning=True)
+    for fusion in ("none", "gated"):  # what only a fusion could tell: which part the text replaces
+        arms[f"edited-{fusion}"] = Arm("paired", fusion, edits=0.5)
+    arms["diverse"] = Arm("paired", "gated", start="paired-gated", steps=1500)
+    return arms
+
+
+ARMS = _arms()
+"""By name."""
+
+
+def arm_config(name: str, folder: Path, steps: int | None, seed: int) -> TrainConfig:
+    """The run that trains an arm.
+
+    Args:
+        name: Of `ARMS`.
+        folder: Working folder: data and runs.
+        steps: Optimizer steps of 64 samples; None takes the arm's own.
+        seed: Of data order, initial weights and noise.
+
+    Raises:
+        ArgumentError: There is no such arm, or a number is out of range.
+    """
+    if name not in ARMS:
+        raise ArgumentError("unknown arm", where=name, expected=", ".join(ARMS))
+    arm = ARMS[name]
+    return TrainConfig(
+        data=str(folder / _data(arm)),
+        out=str(folder / f"{name}-seed{seed}"),
+        base=CRITTERS,
+        adapter=arm.adapter,
+        start=None
+        if arm.start is None
+        else str(folder / f"{arm.start}-seed{_start_seed(arm, seed)}" / ADAPTER),
+        fusion=arm.fusion,
+        frozen=() if arm.fusion_learns else ("fusion",),
+        reference=arm.reference,
+        noise_conditioning=arm.noise_conditioning,
+        cache_images="both",  # one cache serves every arm
+        cache_dtype="float16",
+        steps=arm.steps if steps is None else steps,
+        batch=64,
+        timesteps="cubic",
+        learning_rate=arm.rate,
+        schedule="linear",
+        warmup=50,
+        precision="bf16" if bf16_is_fast() else "fp32",
+        seed=seed,
+        keep=1,
+    )
+
+
+def _data(arm: Arm) -> str:
+    return "data-edited" if arm.edits else "data"
+
+
+def _start_seed(arm: Arm, seed: int) -> int:
+    """There is one published adapter; what goes on from another arm goes on from its own seed."""
+    return 0 if arm.start == "plain" else seed
+
+
+def train_arm(
+    name: str, folder: Path, steps: int | None = None, seed: int = 0, images: int = 8000
+) -> Path:
+    """Train one arm, and before it the one that it starts from; an interrupted one goes on.
+
+    Args:
+        name: Of `ARMS`.
+        folder: Working folder, shared by all arms.
+        steps: Optimizer steps of 64 samples; None takes the arm's own.
+        seed: Of data order, initial weights and noise.
+        images: Scenes to train on, each with a partner.
+
+    Returns:
+        The adapter's file.
+
+    Raises:
+        ArgumentError: There is no such arm, or a number is out of range.
+    """
+    check_range("images", images, 2, 10_000_000)
+    config = arm_config(name, folder, steps, seed)
+    if config.start and not Path(config.start).exists():
+        before = ARMS[name].start or ""
+        train_arm(before, folder, steps, _start_seed(ARMS[name], seed), images)
+    arm = ARMS[name]
+    prepare(CRITTERS, folder / _data(arm), PrepareOptions(n=images, edits=arm.edits))
+    return train(config)
+
+
+def ship_arm(name: str, folder: Path, steps: int | None = None, seed: int = 0) -> Path | None:
+    """Write a trained arm into the package, in fp16 and with how it was made, if it is to ship.
+
+    Returns:
+        The file in the package; None where the arm does not ship.
+    """
+    file = next((f for f, arm in SHIPPED_ADAPTERS.items() if arm == name), None)
+    if file is None:
+        return None
+    config = arm_config(name, folder, steps, seed)
+    paths = ("data", "out")  # say nothing on another machine
+    recipe: dict[str, Any] = {k: v for k, v in asdict(config).items() if k not in paths}
+    recipe["start"] = ARMS[name].start
+    command = f"python -m workshop train-adapters --arms {name} --seeds {seed}"
+    command += "" if steps is None else f" --steps {steps}"
+    made = {"reference": config.reference, "recipe": recipe, "arm": name, **provenance(command)}
+    CRITTERS_ADAPTERS.mkdir(parents=True, exist_ok=True)
+    target = CRITTERS_ADAPTERS / f"{file}.safetensors"
+    trained = load_adapter(f"{config.out}/adapter.safetensors")
+    if name == "diverse":  # calibration then places its dial (`make adapters`)
+        made |= _named(trained, local_file(adapter_source(CRITTERS, "plus")))
+    save_adapter(trained, target, made, torch.float16)
+    if file == ADAPTERS["plus"]:
+        _lead_to(target)
+    return target
+
+
+def _lead_to(plain: Path) -> None:
+    """Let the default that ships name this plain adapter, in place of the one that was there."""
+    default = CRITTERS_ADAPTERS / f"{ADAPTERS['diverse']}.safetensors"
+    if not default.is_file():
+        return
+    contents = open_checkpoint(default)
+    spec = spec_of(contents)
+    with suppress(ModelError):  # one of another size: the default has to be trained anew
+        adapter = adapter_from_tensors(contents.tensors, default, spec)
+        save_adapter(adapter, default, {**spec, **_named(adapter, plain)}, torch.float16)
+
+
+def _named(trained: ImagePromptAdapter, plain: Path) -> dict[str, Any]:
+    """What the adapter's spec says of the plain weights, which ship in a file beside it."""
+    remember_plain(trained, load_adapter(plain))  # refuses what is no such pair
+    trained.plain = {}
+    return naming(plain)
