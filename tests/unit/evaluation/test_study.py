@@ -106,22 +106,37 @@ def test_an_arm_without_adapters_takes_the_default() -> None:
     assert Study((Arm("a", "a"),)).baseline_arm.name == "a"
 
 
-def test_the_readme_states_what_the_study_found() -> None:
+SCORES = {
+    "prompt obeyed": "prompt_accuracy",
+    "where it contradicts the reference": "contradict_accuracy",
+    "identity kept": "retention",
+    "variety": "entropy",
+    "leak": "leak",
+    "copies": "copy_rate",
+    "broken": "invalid_rate",
+}
+"""Columns of the pages' tables."""
+ANCHORS = {"text alone": "text only", "the renderer": "renderer", "pixel copies": "pixel copy"}
+
+
+@pytest.mark.parametrize(
+    ("page", "heading", "rows"),
+    [("README.md", "## Results", 6), ("docs/study/index.md", "## The dial in numbers", 12)],
+)
+def test_pages_state_what_the_study_found(page: str, heading: str, rows: int) -> None:
     found = json.loads((ROOT / "docs" / "study" / "results.json").read_text())["arms"]
     scores = {arm["name"]: arm["scores"] for arm in found}
-    columns = ("prompt_accuracy", "contradict_accuracy", "retention", "entropy", "leak")
-    columns += ("copy_rate", "invalid_rate")
-    arms = {"text alone": "text only", "the renderer": "renderer", "pixel copies": "pixel copy"}
-    sweep = "plain, λ × guidance: scale {}, guidance_scale 3"
-    table = (ROOT / "README.md").read_text().split("## The copier and its remedy")[1]
-    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line[:2] == "| "][1:]
-    assert len(rows) == 12
-    for label, *cells in rows:
+    section = (ROOT / page).read_text().split(f"{heading}\n")[1].split("\n## ")[0]
+    lines = [line.strip("| ").split(" | ") for line in section.splitlines() if line[:2] == "| "]
+    columns, *table = lines
+    assert len(table) == rows
+    for label, *cells in table:
         words = label.strip("`").split()
-        arm = arms.get(label) or (
-            sweep.format(words[-1]) if "plain" in words else f"dial: diversity {words[-1]}"
-        )
-        expected = [round(scores[arm][name][0], 3) for name in columns]
+        arm = next((name for start, name in ANCHORS.items() if label.startswith(start)), "")
+        if not arm:
+            plain = f"plain, λ × guidance: scale {words[-1]}, guidance_scale 3"
+            arm = plain if "plain" in words else f"dial: diversity {words[-1]}"
+        expected = [round(scores[arm][SCORES[column]][0], 3) for column in columns]
         assert [float(cell) for cell in cells] == pytest.approx(expected, abs=5e-4), label
 
 
