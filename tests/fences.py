@@ -1,4 +1,4 @@
-"""Code blocks of Markdown pages: found, run as a reader would, or at least read."""
+"""Code blocks of Markdown pages: find them, run them as a reader would, or at least check them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RUN = ("bash", "python")
 SERVES = "Ctrl-C to end it"
 """Need of a command that serves until it is interrupted."""
 SHOWN = ("text", "toml", "json")
-"""Languages of blocks that are files or output; a file has its name as the title."""
+"""Languages of blocks that are files or output; a block with a title is a file of that name."""
 _FENCE = re.compile(
     r"^(?P<indent> *)```(?P<info>[^\n`]*)\n(?P<code>.*?)^ *```[ ]*$", re.MULTILINE | re.DOTALL
 )
@@ -41,11 +41,11 @@ class Block:
     """A fenced block.
 
     Args:
-        page: Where it stands, relative to the repository.
-        line: Of its first line of code.
+        page: The file it is in, relative to the repository.
+        line: Number of its first line of code.
         language: First word of the fence; empty without one.
         options: `title`, `needs`, `no-run`.
-        code: What is in it.
+        code: Its text.
     """
 
     page: str
@@ -60,7 +60,7 @@ class Block:
 
     @property
     def need(self) -> str:
-        """What it needs that an empty folder has not (`tests.needs`)."""
+        """What it needs in addition to an empty folder (`tests.needs`)."""
         return self.options.get("needs", "")
 
     @property
@@ -89,7 +89,7 @@ def blocks(page: Path) -> list[Block]:
 
 
 def run(block: Block, folder: Path, names: dict[str, Any]) -> None:
-    """Do what a reader does with a block.
+    """Run a block as a reader does.
 
     Args:
         block: Python is executed, commands are run one after another, a file is written.
@@ -132,7 +132,7 @@ def run_command(command: str, where: str) -> None:
 def serve_and_interrupt(command: str) -> None:
     """Run a command of ours that serves, until its page is open; then Ctrl-C.
 
-    It listens on a free port, and on no other machine's behalf, whatever the page says.
+    Whatever the page says, it listens on a free port, and for this machine only.
     """
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -154,7 +154,7 @@ def serve_and_interrupt(command: str) -> None:
 
 
 def check_unrun(block: Block) -> None:
-    """Read a block that is not run: does what it names exist?"""
+    """Check a block that is not run: what it names must exist."""
     if block.language == "python":
         check_names(compile(block.code, block.where, "exec", ast.PyCF_ONLY_AST), block.where)
         return
@@ -163,7 +163,7 @@ def check_unrun(block: Block) -> None:
 
 
 def check_names(tree: ast.AST, where: str) -> None:
-    """Every name imported from ipdiverse exists, and every keyword that is given to one."""
+    """Every name imported from ipdiverse exists, and so do the keywords of calls."""
     known: dict[str, Any] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "ipdiverse":
@@ -183,7 +183,7 @@ def check_names(tree: ast.AST, where: str) -> None:
 
 
 def _resolved(node: ast.expr, known: dict[str, Any], where: str) -> Any:
-    """What a dotted name means, as far as it begins with one that is ours; else None."""
+    """The object that a dotted name of ours means; None for the names of others."""
     if isinstance(node, ast.Name):
         return known.get(node.id)
     if not isinstance(node, ast.Attribute):
@@ -224,7 +224,7 @@ def check_command(command: str, where: str) -> None:
         for target in words[1:]:
             assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"{where}: make {target}"
     else:
-        assert words[0] in _OTHERS, f"{where}: nothing is known of {words[0]}"
+        assert words[0] in _OTHERS, f"{where}: unknown command {words[0]}"
 
 
 @cache
@@ -235,5 +235,5 @@ def _flags_of(*command: str) -> frozenset[str]:
     with redirect_stdout(printed), suppress(SystemExit):
         main([*command, "--help"])
     usage = " ".join(("usage: ipdiverse", *command, "["))
-    assert printed.getvalue().startswith(usage), f"there is no ipdiverse {' '.join(command)}"
+    assert printed.getvalue().startswith(usage), f"no ipdiverse {' '.join(command)}"
     return frozenset(_FLAG.findall(printed.getvalue()))

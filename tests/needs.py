@@ -1,8 +1,8 @@
-"""What a page's reader has and an empty folder has not: `needs="…"` in a fence names it.
+"""What a block of a page needs in addition to an empty folder: `needs="…"` in its fence names it.
 
-Each stands in for the real thing: the hub's cache with small random weights, the hub as a folder,
-insightface as a module that finds a face, ComfyUI as its folders. The files that readers bring are
-there for one block, and gone after it.
+Each need has a stand-in: the hub's cache with small random weights, the hub as a folder,
+insightface as a module that finds a face, ComfyUI as its folders. Files that readers bring exist
+for one block and are removed after it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tests.fences import ROOT, SERVES
 from tests.folder_hub import FolderHub
 
 Files = dict[str, Callable[[Path], Any]]
-"""What readers bring, by its path: how it is made."""
+"""Files that readers bring, by path: the function that makes each."""
 
 
 @contextmanager
@@ -49,7 +49,7 @@ def given(need: str, folder: Path, cache: Callable[[], Path]) -> Iterator[None]:
 
 @contextmanager
 def _brought(folder: Path, files: Files) -> Iterator[None]:
-    """Files that are not there already, for as long as a block runs."""
+    """Make the files that do not exist yet, for as long as a block runs."""
     new = [folder / name for name in files if not (folder / name).exists()]
     for path in new:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,7 @@ def _brought(folder: Path, files: Files) -> Iterator[None]:
 
 
 def _weights(patch: pytest.MonkeyPatch, _: Path, cache: Callable[[], Path]) -> Files:
-    """Everything of the hub that pages name is in the local cache; nothing connects."""
+    """Everything from the hub that pages name is in the local cache; nothing connects."""
     patch.setattr(constants, "HF_HUB_CACHE", str(cache()))
     patch.setattr(constants, "HF_HUB_OFFLINE", True)
     patch.setattr(bases, "this_device", lambda: Device("cpu", 16 * 2**30))
@@ -120,7 +120,7 @@ def _insightface(patch: pytest.MonkeyPatch, _: Path, __: Any) -> Files:
 
 
 def _comfyui(_: pytest.MonkeyPatch, folder: Path, __: Any) -> Files:
-    """Its folders, beside this repository's."""
+    """ComfyUI's folders, and a link to this repository's."""
     for name in ("custom_nodes", "models/ipadapter"):
         (folder / "COMFYUI" / name).mkdir(parents=True, exist_ok=True)
     return {
@@ -130,7 +130,7 @@ def _comfyui(_: pytest.MonkeyPatch, folder: Path, __: Any) -> Files:
 
 
 def _keyboard(patch: pytest.MonkeyPatch, _: Path, __: Any) -> Files:
-    """Someone who ends the command, and states a password where one is needed."""
+    """A reader who ends the command, and sets a password where one is needed."""
     patch.setenv(PASSWORD, "correct horse battery")
     return {}
 

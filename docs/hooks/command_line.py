@@ -1,4 +1,4 @@
-"""The command line's reference: what every parser itself says to --help, asked at each build."""
+"""The command line's reference: the --help of every command, asked at each build."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def reference() -> str:
 
 
 def commands(above: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
-    """`above` and every command below it, in the order in which its help names them."""
+    """`above` and every command below it, in the order of its help."""
     found = [above]
     for name in _names(help_of(above)):
         found += commands((*above, name))

@@ -1,4 +1,4 @@
-"""Blocks say what they need, and those that the tests only read say why.
+"""Show what a block needs, or why the tests do not run it.
 
 `needs="weights from the hub"` and `no-run="takes hours"` in a fence become its title.
 """

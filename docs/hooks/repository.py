@@ -1,7 +1,7 @@
-"""Files of the repository outside docs/ as pages of the site, and links between all of them.
+"""Show files outside docs/ as pages of the site, and make links between files links between pages.
 
-In the sources every link is a path, so it works wherever the files are shown; here it is turned
-into a link between pages. A link to a file that the site does not show leaves its words.
+In the sources every link is a path, so it works on code hosts too. A link to a file that the site
+does not show becomes plain text.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def relinked(markdown: str, origin: str, page: str) -> str:
-    """The same text with every link to a file leading to its page.
+    """Point every link to a file at its page instead.
 
     Args:
         markdown: Text with links as paths.
@@ -77,7 +77,7 @@ def relinked(markdown: str, origin: str, page: str) -> str:
         shown = _page_of(file)
         if shown is None:
             if not (ROOT / file).exists():
-                _LOG.warning("%s: there is no %s", origin, file)
+                _LOG.warning("%s: %s does not exist", origin, file)
             return link["words"]
         relative = posixpath.relpath(shown, posixpath.dirname(page) or ".")
         return f"{link['image']}[{link['words']}]({relative}{hash_}{anchor})"

@@ -56,7 +56,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def hook(request: pytest.FixtureRequest) -> ModuleType:
-    """A hook by name: they are files that mkdocs loads, no package."""
+    """A hook by name: hooks are files that mkdocs loads, not a package."""
     file = DOCS / "hooks" / f"{request.param}.py"
     spec = importlib.util.spec_from_file_location(f"docs_{request.param}", file)
     assert spec is not None
@@ -133,6 +133,17 @@ def test_links_work_where_the_sources_are_shown(page: Path) -> None:
             assert (page.parent / target).exists(), target
 
 
+def test_the_gates_are_those_of_the_shipped_model() -> None:
+    page = (DOCS / "critters.md").read_text("utf-8").partition("<!-- gates -->")[2]
+    shown = dict(re.findall(r"^\| (\w+) \| ([\d.]+) \|", page.partition("\n## ")[0], re.MULTILINE))
+    weights = ROOT / "src" / "ipdiverse" / "critters" / "weights"
+    gates = json.loads((weights / "provenance.json").read_text("utf-8"))["gates"]
+    assert shown.keys() == gates["figures"].keys()
+    for name, value in gates["figures"].items():
+        assert float(shown[name]) == pytest.approx(value, rel=1e-3, abs=1e-4), name
+    assert f"{gates['images']} images, {gates['steps']} steps" in page
+
+
 @pytest.mark.parametrize("hook", ["repository"], indirect=True)
 def test_links_to_files_become_links_to_pages(
     hook: ModuleType, caplog: pytest.LogCaptureFixture
@@ -149,7 +160,7 @@ def test_links_to_files_become_links_to_pages(
     assert shown("[d](docs/faq.md)", "README.md", "project/readme.md") == "[d](../faq.md)"
     assert not caplog.records
     shown("[x](gone.md)")
-    assert "there is no docs/guides/gone.md" in caplog.text, "mkdocs counts it as a warning"
+    assert "docs/guides/gone.md does not exist" in caplog.text, "mkdocs counts it as a warning"
 
 
 @pytest.mark.parametrize("hook", ["repository"], indirect=True)
@@ -231,7 +242,7 @@ def test_what_evaluate_writes_is_what_the_page_reads(hook: ModuleType, tmp_path:
         assert text in shown, text
 
 
-@pytest.mark.skipif(not CHROMIUM.exists(), reason="there is no Chromium")
+@pytest.mark.skipif(not CHROMIUM.exists(), reason="Chromium is not installed")
 def test_it_opens_from_the_disk_and_searches(site: Path) -> None:
     sync = pytest.importorskip("playwright.sync_api")
     with sync.sync_playwright() as playwright:
@@ -248,7 +259,7 @@ def test_it_opens_from_the_disk_and_searches(site: Path) -> None:
         page.set_viewport_size({"width": 1280, "height": 900})
         page.goto((site / "guides" / "scene.html").as_uri())
         page.click("input.md-search__input")
-        page.keyboard.type("remove stated", delay=20)
+        page.keyboard.type("same creature elsewhere", delay=20)
         page.wait_for_selector(".md-search-result__link", timeout=30_000)
         links = page.locator(".md-search-result__link").all()
         assert any("scene.html" in str(link.get_attribute("href")) for link in links)
