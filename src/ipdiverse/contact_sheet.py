@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from PIL import Image, ImageDraw, ImageFont
 
 from ipdiverse.errors import ArgumentError
-from ipdiverse.image_io import MAX_PIXELS, to_rgb
+from ipdiverse.image_io import to_rgb
+from ipdiverse.image_io.files import MAX_PIXELS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
