@@ -1,8 +1,8 @@
 """A small stand-in for ComfyUI, which calls patches the way its own code does.
 
 The UNet is one of diffusers' with its blocks in ComfyUI's order, so that both can be compared on
-the same weights. Patches get what ComfyUI gives them: names of blocks, projected query, key and value,
-one dict of options for all patches of a layer, rows as chunks of `cond_or_uncond` with the
+the same weights. Patches get what ComfyUI gives them: names of blocks, projected query, key and
+value, one dict of options for all patches of a layer, rows as chunks of `cond_or_uncond` with the
 unconditional first, sigmas and the sampler's own.
 """
 
