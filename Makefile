@@ -100,7 +100,7 @@ base: $(STAMP) ## train the embedded base from nothing (hours; it resumes) and s
 	$(BIN)/python -m workshop train-base
 
 gates: $(STAMP) ## measure the embedded base against its gates
-	$(BIN)/python -m workshop check
+	$(BIN)/python -m workshop gates
 
 adapters: $(STAMP) ## train every adapter of the study (hours; it resumes) and ship the best
 	$(BIN)/python -m workshop train-adapters --ship

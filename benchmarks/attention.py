@@ -2,8 +2,7 @@
 
     python benchmarks/attention.py [--rounds 7]
 
-What `training.prompted_unet.fast_backward` chooses by. A ratio above 1 says that the fused one is
-faster.
+`training.prompted_unet.fast_backward` chooses by these ratios. Above 1 the fused one is faster.
 """
 
 from __future__ import annotations

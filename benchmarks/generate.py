@@ -1,8 +1,8 @@
 """Where the time of eight images goes: start-up, denoiser calls, and all the rest.
 
-Run `make benchmarks`. Each round generates and writes eight images in 25 steps in an open process;
-the whole command is timed as well, since starting Python and its libraries is a cost of its own.
-Times are medians over rounds; shares are what to compare between machines.
+Run `make benchmarks`. Each round generates and writes eight images in 25 steps in one process; the
+whole command is timed as well, to include starting Python and its libraries. Times are medians over
+rounds. To compare machines, use the shares.
 """
 
 from __future__ import annotations

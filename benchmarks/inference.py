@@ -6,7 +6,7 @@
 The Stable Diffusion 1.5 architecture with random weights (`--small`: the embedded one). Rounds
 alternate between the two, stock first in even rounds; a figure is the median of the rounds' ratios
 stock / ours (above 1: ours is faster), with a bootstrap interval of 95 %. Operations are counted
-beside, as noise hides small differences in time.
+too, as noise hides small differences in time.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from ipdiverse.adapter.projection import ResamplerProjection
 from workshop.base.tokenizer import build_tokenizer
 
 CELLS = {"ready": "ready embeddings", "repeated": "the same image again"}
-"""What a call is given: embeddings computed before, or the reference image of the call before."""
+"""Input of a call: embeddings computed before, or the same reference image as in the last call."""
 
 
 def sd15() -> StableDiffusionPipeline:
@@ -90,7 +90,7 @@ def sd15() -> StableDiffusionPipeline:
 
 
 def twin(pipe: Any) -> Any:
-    """A second pipeline that shares every weight but has attention processors of its own."""
+    """A second pipeline that shares every weight but has its own attention processors."""
     unet = UNet2DConditionModel.from_config(pipe.unet.config)
     unet.load_state_dict(pipe.unet.state_dict(), assign=True)
     parts = {**pipe.components, "unet": unet}

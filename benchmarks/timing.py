@@ -1,4 +1,4 @@
-"""What benchmarks share: alternating rounds, ratios with an interval, operations."""
+"""Shared by benchmarks: alternating rounds, ratios with an interval, operations."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def ratio(before: Callable[[], None], after: Callable[[], None], rounds: int) ->
     """Median of one's time over the other's, alternating, with a bootstrap interval of 95 %.
 
     Args:
-        before: What `after` is compared with; a ratio above 1 says that `after` is faster.
-        after: The other.
-        rounds: Of both, after one of each that is not counted.
+        before: The baseline; with a ratio above 1 `after` is faster.
+        after: The run to compare.
+        rounds: Counted runs of both, after one of each that is not counted.
     """
     times = alternating({"before": before, "after": after}, rounds)
     return ratio_of(times["before"], times["after"])
@@ -71,7 +71,7 @@ def flops(run: Callable[[], Any]) -> int:
 
 
 def machine() -> dict[str, Any]:
-    """What times depend on."""
+    """Machine, threads and torch version, on which times depend."""
     return {
         "machine": torch.cpu.get_capabilities().get("cpu_name") or platform.machine(),
         "threads": torch.get_num_threads(),

@@ -1,4 +1,4 @@
-"""An image prompt beside a ControlNet: the reference says who, the drawing says where limbs go.
+"""An image prompt with a ControlNet: the reference says who, the drawing says where limbs go.
 
 The embedded model has no trained ControlNet. Without --controlnet an untrained one is made from its
 UNet: the example then shows the wiring, and the drawing has no effect.

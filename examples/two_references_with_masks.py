@@ -1,4 +1,4 @@
-"""Two references in one image, each in a region of its own.
+"""Two references in one image, each in its own region.
 
 python examples/two_references_with_masks.py --out out/masks
 """

@@ -1,9 +1,9 @@
-"""ComfyUI's interface in small, for its nodes: as its own code hands things to patches.
+"""A small stand-in for ComfyUI, which calls patches the way its own code does.
 
-The UNet is one of diffusers' taken apart and put together in ComfyUI's order of blocks, so that
-both can be compared on the same weights. What patches see follows ComfyUI: blocks' names, projected
-query, key and value, one dict of options for all patches of a layer, rows as chunks of
-`cond_or_uncond` with the unconditional first, sigmas and the sampler's own.
+The UNet is one of diffusers' with its blocks in ComfyUI's order, so that both can be compared on
+the same weights. Patches get what ComfyUI gives them: names of blocks, projected query, key and
+value, one dict of options for all patches of a layer, rows as chunks of `cond_or_uncond` with the
+unconditional first, sigmas and the sampler's own.
 """
 
 from __future__ import annotations
@@ -305,7 +305,7 @@ def _copied(value: Any) -> Any:
 # --- sampling --------------------------------------------------------------------------------
 
 Cond = tuple[Tensor, "dict[str, Tensor] | None"]
-"""Text (1, tokens, width) and what SDXL takes beside it."""
+"""Text (1, tokens, width) and SDXL's additional inputs."""
 
 
 def predict(
@@ -323,12 +323,12 @@ def predict(
         options = _copied(patcher.model_options["transformer_options"])
         options |= {"cond_or_uncond": chunk, "sigmas": sigma, "sample_sigmas": sample_sigmas}
         text = torch.cat([conds[i][0].expand(len(x), -1, -1) for i in chunk])
-        beside = [conds[i][1] for i in chunk]
+        more = [conds[i][1] for i in chunk]
         y = None
-        if beside[0] is not None:
+        if more[0] is not None:
             y = {
-                name: torch.cat([one[name].expand(len(x), -1) for one in beside if one])
-                for name in beside[0]
+                name: torch.cat([one[name].expand(len(x), -1) for one in more if one])
+                for name in more[0]
             }
         rows, sigmas = torch.cat([x] * len(chunk)), sigma.expand(len(x) * len(chunk))
         output = patcher.model.apply_model(rows, sigmas, text, y, options)

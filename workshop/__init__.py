@@ -1,1 +1,1 @@
-"""What makes the shipped weights and measures them; not part of what users install."""
+"""Training and measuring of the shipped weights; not installed with the package."""

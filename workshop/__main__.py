@@ -1,4 +1,4 @@
-"""`python -m workshop`: train the shipped models and measure them; run it in a checkout."""
+"""`python -m workshop`, in a checkout: train the shipped models and measure them."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ import tyro
 
 from ipdiverse.commands.printing import check_target, say, say_json, write_json
 from ipdiverse.errors import IpdiverseError, check_range
-from workshop.base.recipe import STAGES, BaseRecipe
+from workshop.base.stages import STAGES, BaseRecipe
 from workshop.copier import CopierOptions
 
 
 @dataclass(frozen=True)
 class TrainBase(BaseRecipe):
-    """Train the embedded base model from nothing; resumable.
+    """Train the embedded base model; run it again to resume.
 
     Args:
-        folder: Working folder: renders, resume points, logs, finished stages.
-        stages: Which stages, in order.
-        start: `nothing`, or `shipped` to train the shipped UNet further in a new folder.
-        ship: Write the finished weights into the package, once all stages are there.
+        folder: Working folder for renders, resume points, logs and finished stages.
+        stages: Stages to train, in order.
+        start: `nothing` for random weights; `shipped` to train the shipped UNet further, in a new
+            folder.
+        ship: Write the weights into the package once all stages are finished.
     """
 
     folder: str = "runs/base"
@@ -32,7 +33,7 @@ class TrainBase(BaseRecipe):
     ship: bool = True
 
     def run(self) -> None:
-        """Train, and ship what is complete."""
+        """Train the stages, and ship them if all are finished."""
         from workshop.base.shipping import ship_base, start_from_shipped
         from workshop.base.stages import train_stage
 
@@ -45,14 +46,15 @@ class TrainBase(BaseRecipe):
         if self.ship and not missing:
             say(f"wrote {ship_base(folder, self._command())}")
         elif self.ship:
-            say(f"not shipped: {', '.join(missing)} still to train")
+            say(f"not shipped: train {', '.join(missing)} first")
 
     def _command(self) -> str:
-        """The flags that differ from the defaults, as typed."""
+        """The command with every flag that differs from its default, for the provenance."""
         words = ["python -m workshop train-base"]
         for option in fields(self):
             value = getattr(self, option.name)
-            if value != option.default and option.name != "folder":  # a path says nothing elsewhere
+            # a path of this machine would mean nothing on another
+            if value != option.default and option.name != "folder":
                 flag = option.name.replace("_", "-")
                 if isinstance(value, bool):
                     words.append(f"--{flag}" if value else f"--no-{flag}")
@@ -63,16 +65,16 @@ class TrainBase(BaseRecipe):
 
 @dataclass(frozen=True)
 class TrainAdapters:
-    """Train adapters on critters, every reference with every fusion; resumable.
+    """Train adapters on critters, every reference with every fusion; run it again to resume.
 
     Args:
-        arms: By name, REFERENCE-FUSION; all by default. `self-none` is plain IP-Adapter. All but
-            `plain` and `base-plain` go on from `plain`, which is trained first where it is missing.
-        folder: Working folder: data, cache, runs.
-        steps: Optimizer steps of 64 samples; None takes each arm's own.
-        seeds: One run for each.
+        arms: Names, as REFERENCE-FUSION; all by default. `self-none` is plain IP-Adapter. All but
+            `plain` and `base-plain` start from `plain`, which is trained first if it is missing.
+        folder: Working folder for data, cache and runs.
+        steps: Optimizer steps of 64 samples; None takes each arm's own number.
+        seeds: Train each arm once with each of these seeds.
         images: Scenes to train on.
-        ship: Write those that ship into the package, from the first seed.
+        ship: Write the arms that ship into the package, from the first seed.
     """
 
     arms: tuple[str, ...] = ()
@@ -83,12 +85,12 @@ class TrainAdapters:
     ship: bool = False
 
     def run(self) -> None:
-        """Train one after another."""
+        """Train the arms one after another."""
         from workshop.arms import ARMS, arm_config, ship_arm, train_arm
 
         folder = Path(self.folder)
         wanted = [(arm, seed) for seed in self.seeds for arm in self.arms or tuple(ARMS)]
-        for arm, seed in wanted:  # refuse all before hours are spent on the first
+        for arm, seed in wanted:  # refuse a wrong name before hours are spent on the first
             arm_config(arm, folder, self.steps, seed)
         for number, (arm, seed) in enumerate(wanted, 1):
             file = train_arm(arm, folder, self.steps, seed, self.images)
@@ -99,14 +101,14 @@ class TrainAdapters:
 
 
 @dataclass(frozen=True)
-class Check:
-    """Measure the embedded base against its gates, on held-out scenes.
+class Gates:
+    """Measure the embedded base on held-out scenes, and compare with its gates.
 
     Args:
-        images: Images sampled for the text-to-image gates.
-        guidance: The one fixed guidance; None takes the base's default.
+        images: Number of images drawn for the text-to-image gates.
+        guidance: Classifier-free guidance; None takes the base's default.
         ship: Write the result into the package's provenance.
-        json: Print everything as JSON.
+        json: Print the report as JSON.
         out: Also write the JSON to this file.
     """
 
@@ -122,7 +124,7 @@ class Check:
             check_range("guidance", self.guidance, 0, 100)
 
     def run(self) -> None:
-        """Measure and print."""
+        """Measure and print the report."""
         from workshop.gates import check_base, gate_table
 
         check_target(self.out)
@@ -137,12 +139,12 @@ class Check:
 
 @dataclass(frozen=True)
 class Copier(CopierOptions):
-    """Measure how an adapter copies: fidelity, variety and leak over its scale.
+    """Measure fidelity, variety and leak of an adapter over its scale.
 
     Args:
-        folder: Where images are kept: the same command goes on where it was interrupted.
-        ship: Write the report into the package, for the demo's plot.
-        json: Print everything as JSON.
+        folder: Folder that keeps the images; run the same command again to resume.
+        ship: Write the report into the package, where the demo's plot reads it.
+        json: Print the report as JSON.
         out: Also write the JSON to this file.
     """
 
@@ -152,7 +154,7 @@ class Copier(CopierOptions):
     out: str | None = None
 
     def run(self) -> None:
-        """Measure and print."""
+        """Measure and print the report."""
         from ipdiverse.base.bases import copier_report
         from workshop.copier import copier_table, measure_copier
 
@@ -167,16 +169,16 @@ class Copier(CopierOptions):
 Command = (
     Annotated[TrainBase, tyro.conf.subcommand("train-base")]
     | Annotated[TrainAdapters, tyro.conf.subcommand("train-adapters")]
-    | Annotated[Check, tyro.conf.subcommand("check")]
+    | Annotated[Gates, tyro.conf.subcommand("gates")]
     | Annotated[Copier, tyro.conf.subcommand("copier")]
 )
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse and run; 0 when it worked, 2 for bad input.
+    """Parse and run; returns 0, or 2 for bad input.
 
     Args:
-        arguments: Without the program's name; None takes the process's own.
+        arguments: The command line without the program's name; None takes that of the process.
     """
     try:
         command = tyro.cli(

@@ -42,7 +42,7 @@ from ipdiverse.errors import ArgumentError, ModelError, check_range
 from ipdiverse.training.checkpoints import ADAPTER
 from ipdiverse.training.config import TrainConfig
 from ipdiverse.training.trainer import train
-from workshop.base.pipeline import provenance
+from workshop.base.shipping import provenance
 
 
 @dataclass(frozen=True)

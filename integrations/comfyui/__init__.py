@@ -1,4 +1,4 @@
-"""ComfyUI nodes of ipdiverse: load an adapter, apply it to a model, turn its diversity dial.
+"""ComfyUI nodes of ipdiverse: load an adapter, apply it to a model, set its diversity dial.
 
 Copy this folder into ComfyUI's `custom_nodes`. At import only ComfyUI's own packages are needed;
 ipdiverse is imported when a node runs.

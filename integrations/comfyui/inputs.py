@@ -1,4 +1,4 @@
-"""What comes into the nodes, as the adapter reads it: images' embeddings, and texts' words."""
+"""Inputs of the nodes, in the form that the adapter reads: embeddings of images, masks of words."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ if TYPE_CHECKING:
 def encode(
     adapter: ImagePromptAdapter, clip_vision: Any, image: Tensor, negative: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """What an adapter reads of images, and of the negative or of no image.
+    """Embeddings of images for an adapter, and of the negative image or of none.
 
     Args:
-        adapter: The pooled embedding (base) or the penultimate hidden states (plus) are read.
+        adapter: It reads the pooled embedding (base) or the penultimate hidden states (plus).
         clip_vision: ComfyUI's CLIP_VISION.
         image: (images, height, width, 3), 0..1.
-        negative: The same; None is no image: zeros, or the states of an image of zeros.
+        negative: The same; None takes zeros (base) or the states of an image of zeros (plus), as in
+            training.
 
     Raises:
-        ModelError: It reads faces, or embeddings of another width.
+        ModelError: The adapter reads faces, or embeddings of another width.
     """
     from ipdiverse.adapter.attach.compatibility import check_embeddings
     from ipdiverse.errors import ModelError
 
     if adapter.reads not in (("pooled",), ("hidden",)):
         raise ModelError(
-            "reads faces, which these nodes do not give",
+            "reads faces, which these nodes do not support",
             where=f"a {adapter.kind} adapter",
             fix="Use it from Python.",
         )
@@ -53,11 +54,11 @@ def _embeds(tensor: Tensor) -> Tensor:
 
 
 def word_mask(clip: Any, text: str) -> Tensor:
-    """True where a token of the text is a word, or a mark of begin or end; False for padding.
+    """True where a token of the text is a word or marks begin or end; False for padding.
 
     Args:
         clip: ComfyUI's CLIP.
-        text: As given to CLIP Text Encode; chunks of it follow each other.
+        text: The text given to CLIP Text Encode; its chunks are concatenated.
     """
     tokens = clip.tokenize(text)
     words: list[bool] = []
@@ -66,7 +67,8 @@ def word_mask(clip: Any, text: str) -> Tensor:
         length = len(ids)
         while length > 1 and ids[length - 2] == ids[-1]:
             length -= 1
-        # encoders that pad with 0 mark the end before it; the others pad with that very mark
+        # encoders that pad with 0 (OpenCLIP) have one end mark before the padding; the others pad
+        # with the end mark itself
         length -= ids[-1] == 0
         words += [position < length for position in range(len(ids))]
     return torch.tensor(words)

@@ -25,7 +25,7 @@ PRESETS = (
     "style and composition",
     "strong style and composition",
 )
-"""Presets of ipdiverse but for the precise ones; ComfyUI asks for them before it is imported."""
+"""ipdiverse's presets without the precise ones, listed here so as not to import it at start."""
 
 
 class LoadAdapter:
@@ -51,7 +51,7 @@ class LoadAdapter:
         """Open it.
 
         Raises:
-            CheckpointError: It is broken, or no adapter.
+            CheckpointError: The file is broken, or not an adapter.
         """
         _require_ipdiverse()
         from ipdiverse.adapter.files.checkpoint import load_adapter
@@ -62,7 +62,7 @@ class LoadAdapter:
 
 
 class Diversity:
-    """The dial: a setting becomes levers, by the adapter's own path where it was calibrated."""
+    """The dial: turns a setting into levers, by the adapter's own path if it was calibrated."""
 
     CATEGORY = "ipdiverse"
     DESCRIPTION = (
@@ -74,7 +74,7 @@ class Diversity:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 - ComfyUI's interface
-        """The setting, a seed for what is random, and levers that act on a batch."""
+        """The setting, a seed for the levers, and levers that act on a batch."""
         on_a_set = {"default": 0.0, "min": 0.0, "max": 100.0, "step": 0.01}
         return {
             "required": {
@@ -89,7 +89,7 @@ class Diversity:
                         "default": 0,
                         "min": 0,
                         "max": 0xFFFFFFFFFFFFFFFF,
-                        "tooltip": "Of the levers. Image i of a batch depends on it and on i.",
+                        "tooltip": "Seed of the levers. Image i of a batch depends on it and on i.",
                     },
                 ),
             },
@@ -154,7 +154,10 @@ class ApplyAdapter:
 
     _OPTIONAL: ClassVar[dict[str, Any]] = {
         "diversity": ("IPDIVERSE_DIVERSITY",),
-        "negative_image": ("IMAGE", {"tooltip": "What guidance leads away from; else no image."}),
+        "negative_image": (
+            "IMAGE",
+            {"tooltip": "Guidance leads away from it; default: from no image."},
+        ),
         "clip": (
             "CLIP",
             {"tooltip": "With the texts below, a fusion leaves their padding out, as in training."},
@@ -165,7 +168,7 @@ class ApplyAdapter:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 - ComfyUI's interface
-        """Model, adapter and image; how strongly, where and when it acts."""
+        """Model, adapter and image; strength, layers and steps."""
         share = {"min": 0.0, "max": 1.0, "step": 0.01}
         return {
             "required": {
@@ -226,7 +229,7 @@ class ApplyAdapter:
 
 
 def _folder_paths() -> Any:
-    """ComfyUI's table of folders, with that of the adapters in it."""
+    """ComfyUI's table of folders, with the adapters' folder in it."""
     import folder_paths  # pyright: ignore[reportMissingImports] - ComfyUI's
 
     if _FOLDER not in folder_paths.folder_names_and_paths:
@@ -235,10 +238,10 @@ def _folder_paths() -> Any:
 
 
 def _require_ipdiverse() -> None:
-    """Say in one line what to do when the library is not there.
+    """Say in one line what to do if ipdiverse is not installed.
 
     Raises:
-        RuntimeError: It is not.
+        RuntimeError: It is not installed.
     """
     try:
         import ipdiverse  # noqa: F401

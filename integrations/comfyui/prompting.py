@@ -1,4 +1,4 @@
-"""An image prompt on ComfyUI's MODEL, by its patches: what our hook does on diffusers' UNet.
+"""An image prompt on ComfyUI's MODEL, by patches: the counterpart of our hook on diffusers' UNet.
 
 ComfyUI hands an `attn2` replacement the projected query, key and value of a cross-attention layer,
 and its options; an `attn2` patch, called just before with the same options, sees the text itself,
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     Attention = Callable[[Tensor, Tensor, Tensor, Options], Tensor]
 
 _TEXT = "ipdiverse_text"
-"""Where a layer's text is passed from the patch to the replacement."""
+"""Key of the options under which the patch passes a layer's text to the replacement."""
 _CONDITIONAL, _UNCONDITIONAL = 0, 1
 
 
@@ -40,11 +40,11 @@ def _levers_off() -> Levers:
 
 @dataclass(frozen=True, eq=False)
 class Setting:
-    """What the dial says.
+    """The levers that the dial sets.
 
     Args:
         levers: How strongly each acts; off is the adapter as trained.
-        seed: Of what is random about them.
+        seed: Seed of the random levers.
         latents: The reference's, (references, channels, height, width), for the shield.
     """
 
@@ -57,7 +57,7 @@ class ImagePrompt:
     """An adapter's image tokens for the rows of each call, and its scale by layer and step.
 
     Args:
-        adapter: Left as it is; what computes is a copy where and how the model computes.
+        adapter: Not changed; a copy on the model's device, in its dtype, computes.
         embeds: Of the references, (references, …).
         negative: Of the unconditional branch, (1, …).
         scale: How strongly it acts.
@@ -88,13 +88,13 @@ class ImagePrompt:
         self._now: tuple[Tensor, float] | None = None
 
     def add(self, mixed: Tensor, query: Tensor, options: Options, layer: Layer) -> Tensor:
-        """What a layer's text attention gave, with the image's on top (arXiv:2308.06721).
+        """Add the image branch to a layer's text attention (arXiv:2308.06721).
 
         Args:
-            mixed: Of the text, (rows, pixels, width).
+            mixed: Output of the text attention, (rows, pixels, width).
             query: The same shape.
             options: Of the layer's call.
-            layer: Which.
+            layer: The layer.
         """
         from ipdiverse.adapter.attention import add_image
 
@@ -139,10 +139,10 @@ class ImagePrompt:
         return tokens
 
     def progress(self, options: Options) -> float:
-        """Share of the sampler's steps that are done, 0 at the first.
+        """Fraction of the sampler's steps that are done, 0 at the first.
 
         Raises:
-            ModelError: ComfyUI does not say.
+            ModelError: This version of ComfyUI does not pass the steps.
         """
         from ipdiverse.errors import ModelError
 
@@ -221,7 +221,7 @@ class ImagePrompt:
         return words.repeat(length // len(words)).expand(rows, -1)
 
     def _on(self, like: Tensor) -> ImagePromptAdapter:
-        """The adapter where and how the model computes."""
+        """A copy of the adapter on the model's device, in its dtype."""
         if self._placed is None or self._placed[:2] != (like.device, like.dtype):
             placed = copy.deepcopy(self.adapter).to(like.device, like.dtype).eval()
             self._placed = (like.device, like.dtype, placed)
@@ -229,7 +229,7 @@ class ImagePrompt:
 
 
 def prompted(model: Any, sites: Sequence[Site], prompt: ImagePrompt) -> Any:
-    """A clone of a MODEL with an image prompt on it, beside those that are there already.
+    """A clone of a MODEL with an image prompt, in addition to those it has already.
 
     Args:
         model: ComfyUI's MODEL.

@@ -1,4 +1,4 @@
-"""Where ComfyUI's UNet attends to the text, and how adapters' files number these layers."""
+"""The cross-attention layers of ComfyUI's UNet, numbered as in adapter files."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Site:
     Args:
         block: ComfyUI's name for its block: `("input", 4)`.
         index: Its place in the block's transformer.
-        layer: Where it stands, numbered as in diffusers.
-        widths: Of its tokens and of its queries.
+        layer: Its number and place in diffusers.
+        widths: Widths of its tokens and of its queries.
     """
 
     block: tuple[str, int]

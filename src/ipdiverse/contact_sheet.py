@@ -1,4 +1,4 @@
-"""One picture that shows a reference beside everything made from it."""
+"""One picture of a reference and everything made from it, and labels for plots."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ipdiverse.errors import ArgumentError
-from ipdiverse.image_io import MAX_PIXELS, to_rgb
+from ipdiverse.errors import ArgumentError, check_range
+from ipdiverse.image_io import to_rgb
+from ipdiverse.image_io.files import MAX_PIXELS, MAX_SIDE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,7 +26,9 @@ MAX_CAPTION_LINES = 6
 MIN_CELL = 48
 WELL_FILLED = 0.75
 PIXEL_ART_SIDE = 96
-"""Smaller images are shown with hard pixels; smoothing would hide what the model drew."""
+"""Smaller images are shown with hard pixels: smoothing would hide details of the model's output."""
+LABEL_GAP = 0.045
+"""Distance between two labels of a curve, as a fraction of the axis."""
 
 _PAPER, _INK, _MUTED, _ACCENT = "#ffffff", "#1c1c1e", "#55555c", "#c2410c"
 _RULE, _MAT = "#d9d9de", "#f2f2f4"
@@ -42,7 +45,7 @@ _SUBSTITUTES = {
 
 @dataclass(frozen=True)
 class _Block:
-    """A picture with the lines of text under it."""
+    """A picture and the lines of text under it."""
 
     picture: Image.Image
     lines: list[str]
@@ -61,58 +64,38 @@ def contact_sheet(
     columns: int | None = None,
     cell: int = 192,
 ) -> Image.Image:
-    """Draw the reference, framed, on the left and the grid of outputs on the right.
+    """Draw the reference in a frame on the left, and a grid of the outputs on the right.
 
     Args:
         reference: The image prompt.
-        images: What was made from it, in reading order.
-        captions: One for each image; "" for none. Long ones wrap and end in an ellipsis.
-        title: A heading over everything.
-        columns: Images in a row of the grid; by default as square a grid as possible.
-        cell: Side of the square that each image is fitted into, in pixels.
+        images: The outputs, in reading order.
+        captions: One for each image; "" for none. Long ones are wrapped, and cut with an ellipsis.
+        title: A heading above everything.
+        columns: Images in a row of the grid; None makes the grid as square as possible.
+        cell: Side in pixels of the square that each image is scaled to fit.
 
     Returns:
         An RGB image.
 
     Raises:
-        ArgumentError: The counts differ, a number is impossible, or the sheet would be too large.
+        ArgumentError: The counts differ, a number is out of range, or the sheet would be too large.
     """
-    columns = math.ceil(math.sqrt(len(images))) if columns is None else columns
-    _check(len(images), len(captions), columns, cell)
-    columns = min(columns, len(images))
-    width = 2 * MARGIN + cell + 2 * GAP + columns * (cell + GAP)
-    _check_pixels(width * math.ceil(len(images) / columns) * (cell + GAP))
-    blocks = [
-        _Block(_fit(image, cell), _wrap(caption, CAPTION_SIZE, cell, MAX_CAPTION_LINES))
-        for image, caption in zip(images, captions, strict=True)
-    ]
-    rows = [blocks[start : start + columns] for start in range(0, len(blocks), columns)]
-    heading = _wrap(title or "", TITLE_SIZE, width - 2 * MARGIN, MAX_CAPTION_LINES)
-    return _draw(_Block(_fit(reference, cell), ["reference"], True), rows, heading, width, cell)
-
-
-def _check(images: int, captions: int, columns: int, cell: int) -> None:
-    if images == 0:
+    if not images:
         raise ArgumentError("a contact sheet needs at least one image", where="images", found=0)
-    if images != captions:
+    if len(images) != len(captions):
         raise ArgumentError(
             "images and captions differ in number",
             where="captions",
-            expected=images,
-            found=captions,
+            expected=len(images),
+            found=len(captions),
             fix='Give "" for an image without a caption.',
         )
-    if columns < 1:
-        raise ArgumentError(
-            "the grid needs a column", where="columns", expected="1 or more", found=columns
-        )
-    if cell < MIN_CELL:
-        raise ArgumentError(
-            "the cells are too small", where="cell", expected=f"{MIN_CELL} px or more", found=cell
-        )
-
-
-def _check_pixels(pixels: int) -> None:
+    columns = math.ceil(math.sqrt(len(images))) if columns is None else columns
+    check_range("columns", columns, 1, MAX_SIDE)
+    check_range("cell", cell, MIN_CELL, MAX_SIDE)
+    columns = min(columns, len(images))
+    width = 2 * MARGIN + cell + 2 * GAP + columns * (cell + GAP)
+    pixels = width * math.ceil(len(images) / columns) * (cell + GAP)
     if pixels > MAX_PIXELS:
         raise ArgumentError(
             "the contact sheet would be too large",
@@ -121,6 +104,13 @@ def _check_pixels(pixels: int) -> None:
             found=f"{pixels / 10**6:.0f}",
             fix="Use a smaller cell or fewer images.",
         )
+    blocks = [
+        _Block(_fit(image, cell), _wrap(caption, CAPTION_SIZE, cell, MAX_CAPTION_LINES))
+        for image, caption in zip(images, captions, strict=True)
+    ]
+    rows = [blocks[start : start + columns] for start in range(0, len(blocks), columns)]
+    heading = _wrap(title or "", TITLE_SIZE, width - 2 * MARGIN, MAX_CAPTION_LINES)
+    return _draw(_Block(_fit(reference, cell), ["reference"], True), rows, heading, width, cell)
 
 
 def _draw(
@@ -178,50 +168,44 @@ def _fit(image: Image.Image, cell: int) -> Image.Image:
 
 
 def _wrap(text: str, size: int, width: int, limit: int) -> list[str]:
-    """Break text into lines that fit, words longer than a line included."""
+    """Break text into at most `limit` lines that fit; a word longer than a line is broken too.
+
+    Not Pillow's `ImageText.wrap`: it needs Pillow 12 and refuses words longer than a line.
+    """
     lines: list[str] = []
-    # No character is narrower than a pixel, so this much fills the lines that are kept.
+    # No character is narrower than a pixel, so this much text fills the lines that are kept.
     for paragraph in _drawable(text[: limit * width]).splitlines():
-        line = ""
+        lines.append("")
         for word in paragraph.split():
-            line = _add_word(lines, line, word, size, width)
-        lines.append(line)
+            joined = f"{lines[-1]} {word}".strip()
+            if _font(size).getlength(joined) <= width:
+                lines[-1] = joined
+                continue
+            if not lines[-1]:
+                lines.pop()
+            lines += _pieces(word, size, width)
     while lines and not lines[-1]:
         lines.pop()
     if len(lines) <= limit:
         return lines
-    return [*lines[: limit - 1], _shorten(lines[limit - 1], size, width)]
+    last = lines[limit - 1]
+    while last and _font(size).getlength(f"{last}…") > width:
+        last = last[:-1]
+    return [*lines[: limit - 1], f"{last.rstrip()}…"]
 
 
-def _add_word(lines: list[str], line: str, word: str, size: int, width: int) -> str:
-    """Append finished lines to `lines` and return the one that is still open."""
-    joined = f"{line} {word}".strip()
-    if _font(size).getlength(joined) <= width:
-        return joined
-    if line:
-        lines.append(line)
-    while _font(size).getlength(word) > width:
-        end = _longest_prefix(word, size, width)
-        lines.append(word[:end])
-        word = word[end:]
-    return word
-
-
-def _shorten(line: str, size: int, width: int) -> str:
-    while line and _font(size).getlength(f"{line}…") > width:
-        line = line[:-1]
-    return f"{line.rstrip()}…"
-
-
-def _longest_prefix(word: str, size: int, width: int) -> int:
-    end = 1
-    while end < len(word) and _font(size).getlength(word[: end + 1]) <= width:
-        end += 1
-    return end
+def _pieces(word: str, size: int, width: int) -> list[str]:
+    """The word, cut wherever the next character would not fit."""
+    pieces = [""]
+    for character in word:
+        if pieces[-1] and _font(size).getlength(pieces[-1] + character) > width:
+            pieces.append("")
+        pieces[-1] += character
+    return pieces
 
 
 def _drawable(text: str) -> str:
-    """Replace what Pillow's font lacks by its nearest ASCII; other scripts show as boxes."""
+    """Replace characters that Pillow's font lacks by ASCII; other scripts are drawn as boxes."""
     text = unicodedata.normalize("NFKD", text.translate(_SUBSTITUTES))
     return "".join(character for character in text if not unicodedata.combining(character))
 
@@ -233,3 +217,21 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 def _line_height(size: int) -> int:
     return round(size * 1.3)
+
+
+def labelled_points(values: Sequence[float]) -> list[int]:
+    """Points of a curve whose labels do not touch, the first and the last among them.
+
+    Args:
+        values: Positions along the axis, rising.
+
+    Returns:
+        Their indices.
+    """
+    if len(values) < 2:
+        return list(range(len(values)))
+    gap, kept = LABEL_GAP * (values[-1] - values[0]), [0]
+    for index, value in enumerate(values[:-1]):
+        if value - values[kept[-1]] >= gap and values[-1] - value >= gap:
+            kept.append(index)
+    return [*kept, len(values) - 1]

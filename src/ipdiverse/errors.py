@@ -11,7 +11,7 @@ class IpdiverseError(Exception):
         where: The file, argument or key at fault.
         expected: What would have been right.
         found: What was there.
-        fix: What most likely mends it.
+        fix: The suggested fix, a sentence.
     """
 
     def __init__(
@@ -23,13 +23,8 @@ class IpdiverseError(Exception):
         found: object = None,
         fix: str | None = None,
     ) -> None:
-        self.what, self.where, self.expected, self.found, self.fix = (
-            what,
-            where,
-            expected,
-            found,
-            fix,
-        )
+        self.what, self.where, self.fix = what, where, fix
+        self.expected, self.found = expected, found
         parts = [f"{where}: {what}" if where is not None else what]
         if expected is not None:
             parts.append(f"expected {expected}")
@@ -40,38 +35,38 @@ class IpdiverseError(Exception):
 
 
 class ImageError(IpdiverseError):
-    """An image cannot be read or is not acceptable."""
+    """Raised when an image file or image cannot be read, is broken, or is outside the limits."""
 
 
 class ArgumentError(IpdiverseError):
-    """An argument or option has an impossible value."""
+    """Raised when an argument, option or combination of options cannot be used."""
 
 
 class OutputError(IpdiverseError):
-    """A result cannot be written."""
+    """Raised when a result cannot be written, or could not be where it is asked to go."""
 
 
 class ModelError(IpdiverseError):
-    """A base model or adapter is unknown, missing, or does not fit."""
+    """Raised when a base model or adapter is unknown, missing, or not compatible."""
 
 
 class CheckpointError(ModelError):
-    """A checkpoint file is broken, hostile, or of another layout."""
+    """Raised when a checkpoint file is broken, unsafe to open, or has an unknown layout."""
 
 
 class DataError(IpdiverseError):
-    """A data set is missing, broken, or leaves its folder."""
+    """Raised when a data set is missing or broken, or names files outside its folder."""
 
 
 class ShapeError(IpdiverseError):
-    """Tensors do not fit together."""
+    """Raised when the shapes of tensors do not match."""
 
 
 class Interrupted(Exception):  # noqa: N818 - what happened, not what went wrong
-    """A signal asked the run to stop; everything up to the last step is saved.
+    """Raised when a signal asked a run to stop; everything up to the last step is saved.
 
     Args:
-        number: The signal's.
+        number: The signal's number.
     """
 
     def __init__(self, number: int) -> None:
@@ -83,7 +78,7 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
     """Refuse a number outside its range.
 
     Raises:
-        ArgumentError: It is outside, not a number, or no number at all.
+        ArgumentError: It is outside, NaN, or not a number.
     """
     usable = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not usable or not low <= value <= high:
@@ -91,10 +86,12 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
 
 
 def check_whole(name: str, value: object) -> None:
-    """Refuse what is no whole number.
+    """Refuse anything but an int; a bool is not one here.
 
     Raises:
-        ArgumentError: It is none.
+        ArgumentError: It is not an int.
     """
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ArgumentError("is no whole number", where=name, expected="an int", found=repr(value))
+        raise ArgumentError(
+            "is not a whole number", where=name, expected="an int", found=repr(value)
+        )

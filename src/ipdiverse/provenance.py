@@ -1,28 +1,27 @@
-"""Let each PNG say how it was made."""
+"""The record inside each PNG of how it was made."""
 
 from __future__ import annotations
 
 import io
 import json
-import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from PIL import Image, PngImagePlugin
 
 from ipdiverse.errors import ArgumentError, ImageError, OutputError
-from ipdiverse.image_io.files import opened
+from ipdiverse.image_io.files import PNG_SIGNATURE, opened, png_chunks
 from ipdiverse.writing import AnyPath, write_bytes_atomic
 
 RECORD_KEY = "ipdiverse"
 SUMMARY_KEY = "parameters"
-"""The key that other image tools read and show."""
+"""The key that other image tools, such as WebUI, read and show."""
 MAX_RECORD_BYTES = 1024 * 1024
 
-_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_MAX_CHUNKS = 100_000
+_PREFIX = RECORD_KEY.encode() + b"\0"
+_MAX_CHUNK = MAX_RECORD_BYTES + 256  # flags and keywords come before the text
 _MAX_SUMMARY = 2000
 
 
@@ -31,12 +30,12 @@ def save_png(image: Image.Image, path: AnyPath, record: Mapping[str, Any]) -> No
 
     Args:
         image: The image.
-        path: Where to; an existing file is replaced, an interrupted call leaves it as it was.
-        record: What JSON can hold; "prompt" leads the one-line summary.
+        path: The target; an existing file is replaced, or left as it was if writing fails.
+        record: Values that JSON can hold; the one-line summary begins with its "prompt".
 
     Raises:
-        ArgumentError: The record does not fit into JSON or is too large.
-        OutputError: The name is not that of a PNG, or the file cannot be written.
+        ArgumentError: The record cannot be stored as JSON, or is too large.
+        OutputError: The name does not end in .png, or the file cannot be written.
     """
     if Path(path).suffix.lower() != ".png":
         raise OutputError(
@@ -83,17 +82,17 @@ def read_provenance(path: AnyPath) -> dict[str, Any]:
 
 
 def as_text(record: Mapping[str, Any]) -> str:
-    """A record for people: a line for every field that holds something, the request's too."""
+    """A record for people: one line for each field that is not empty, those of the request too."""
     rows: dict[str, Any] = {}
     for name, value in record.items():
         rows |= value if name == "request" and isinstance(value, dict) else {name: value}
-    told = {name: _told(value) for name, value in rows.items() if value not in (None, "", [], {})}
-    width = max(map(len, told), default=0)
-    return "\n".join(f"  {_printable(name):<{width}}  {text}" for name, text in told.items())
+    shown = {name: _shown(value) for name, value in rows.items() if value not in (None, "", [], {})}
+    width = max(map(len, shown), default=0)
+    return "\n".join(f"  {_printable(name):<{width}}  {text}" for name, text in shown.items())
 
 
 def _as_json(record: Mapping[str, Any]) -> str:
-    """ASCII, so that even broken Unicode from a command line survives the way back."""
+    """The record as JSON in ASCII, so that even broken Unicode from a command line is kept."""
     try:
         text = json.dumps(dict(record), ensure_ascii=True, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
@@ -119,49 +118,42 @@ def _summary(record: Mapping[str, Any]) -> str:
     return _printable(line)[:_MAX_SUMMARY].encode("utf-8", "replace").decode()
 
 
-def _told(value: Any) -> str:
+def _shown(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{_printable(name)} {_told(part)}" for name, part in value.items())
+        return ", ".join(f"{_printable(name)} {_shown(part)}" for name, part in value.items())
     if isinstance(value, list):
-        return ", ".join(_told(part) for part in value)
+        return ", ".join(_shown(part) for part in value)
     return _printable(str(value))
 
 
 def _printable(text: str) -> str:
-    """Without what could steer a terminal: a record may come from anybody."""
+    """Without control characters, which could steer a terminal: a record may come from anybody."""
     return "".join(character for character in text if character.isprintable())
 
 
 def _find_record(file: IO[bytes], path: AnyPath) -> bytes | None:
-    if file.read(len(_SIGNATURE)) != _SIGNATURE:
+    """The record's text, stepping over pixels and the text of other tools.
+
+    Not Pillow's `Image.text`: it decodes all pixels for a record that follows them, and fails on
+    any other tool's text of over 1 MiB.
+    """
+    if file.read(len(PNG_SIGNATURE)) != PNG_SIGNATURE:
         raise ImageError(
             "this is not a PNG file",
             where=path,
             expected="a PNG that ipdiverse wrote",
             fix="Only PNG files carry a record.",
         )
-    prefix = RECORD_KEY.encode() + b"\0"
-    for body in _international_text(file, path):
-        if body.startswith(prefix):
-            return _text_of(body.removeprefix(prefix), path)
-    return None
-
-
-def _international_text(file: IO[bytes], path: AnyPath) -> Iterator[bytes]:
-    """Yield the iTXt chunks and step over all others, pixels included."""
-    for _ in range(_MAX_CHUNKS):
-        length, kind = int.from_bytes(file.read(4), "big"), file.read(4)
-        if kind in {b"IEND", b""}:
-            return
-        if kind != b"iTXt":
-            file.seek(length + 4, os.SEEK_CUR)
+    for kind, _, length in png_chunks(file):
+        body = file.read(min(length, _MAX_CHUNK)) if kind == b"iTXt" else b""
+        if not body.startswith(_PREFIX):
             continue
-        if length > MAX_RECORD_BYTES + 256:
+        if length > _MAX_CHUNK:
             raise _broken("too large", f"at most {MAX_RECORD_BYTES} bytes", length, path)
-        body = file.read(length)
         if zlib.crc32(kind + body).to_bytes(4, "big") != file.read(4):
             raise _broken("damaged", "a matching checksum", None, path)
-        yield body
+        return _text_of(body.removeprefix(_PREFIX), path)
+    return None
 
 
 def _text_of(body: bytes, path: AnyPath) -> bytes:

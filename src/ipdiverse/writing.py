@@ -1,4 +1,4 @@
-"""Write results so that none is ever half there."""
+"""Write results whole or not at all."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ipdiverse.errors import OutputError
 
-_PROBE_BYTES = 64 * 1024
+_PROBE_BYTES = 64 * 1024  # an empty file would be written even to a full disk
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 _IN_THE_WAY = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
@@ -27,15 +27,16 @@ def write_bytes_atomic(
     """Write a file completely or not at all.
 
     Args:
-        path: Where to, in a folder that exists; an existing file is replaced.
+        path: The target, in a folder that exists; an existing file is replaced.
         data: The whole content.
-        check: Called with the written file before it gets its name; what it raises prevents that.
+        check: Called with the new file before it replaces the old; if it raises, the old one stays.
 
     Raises:
-        OutputError: It cannot be written; whatever stood there before still does. Only if the
-            disk fails in the very last step, making the name durable, the new file may be there.
+        OutputError: It cannot be written; an earlier file is still there. Only if the disk fails
+            in the very last step, making the name durable, may the new file be there instead.
     """
     target = Path(path)
+    # in the same folder, as a rename is atomic only within one file system
     temporary = target.parent / f".{uuid.uuid4().hex}.tmp"
     try:
         _write_synced(temporary, data)
@@ -51,20 +52,20 @@ def write_bytes_atomic(
 
 
 def write_text_atomic(path: AnyPath, text: str) -> None:
-    """Write a text file, in UTF-8 and with the line ends as given, completely or not at all.
+    """Write a text file in UTF-8, with the line ends as given, completely or not at all.
 
     Args:
-        path: Where to, in a folder that exists; an existing file is replaced.
-        text: The whole content; a broken character becomes "?" rather than lose the rest.
+        path: The target, in a folder that exists; an existing file is replaced.
+        text: The whole content; a character that UTF-8 cannot encode becomes "?".
 
     Raises:
-        OutputError: It cannot be written; whatever stood there before still does.
+        OutputError: It cannot be written; an earlier file is still there.
     """
     write_bytes_atomic(path, text.encode("utf-8", "replace"))
 
 
 def ensure_writable_folder(path: AnyPath) -> Path:
-    """Create a folder if need be and prove, before long work starts, that results can go there.
+    """Create a folder if needed, and check before long work that files can be written there.
 
     Args:
         path: The folder.
@@ -89,7 +90,7 @@ def ensure_writable_folder(path: AnyPath) -> Path:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the new name survive a power cut, where the system can do that."""
+    """Make a new name in a folder survive a power cut, where the system can do that."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
         try:

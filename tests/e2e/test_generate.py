@@ -251,9 +251,9 @@ def test_the_largest_set_can_be_saved(references: list[Image.Image], tmp_path: P
     [
         ({"prompt": None}, "prompt: is no text"),
         ({"prompt": "\ud800"}, "prompt: is not valid Unicode"),
-        ({"n": 2.5}, "n: is no whole number"),
-        ({"n": "3"}, "n: is no whole number"),
-        ({"seed": True}, "seed: is no whole number"),
+        ({"n": 2.5}, "n: is not a whole number"),
+        ({"n": "3"}, "n: is not a whole number"),
+        ({"seed": True}, "seed: is not a whole number"),
         ({"scale": "1"}, "scale: is out of range"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The sheet that shows a reference beside what was made from it."""
+"""The sheet of a reference and its outputs, and labels for plots."""
 
 from __future__ import annotations
 
@@ -126,8 +126,8 @@ def test_images_of_any_mode_are_drawn():
     [
         (0, 0, {}, ["images", "at least one image"]),
         (2, 1, {}, ["captions", "differ in number", "expected 2", "found 1"]),
-        (1, 1, {"columns": 0}, ["columns", "expected 1 or more", "found 0"]),
-        (1, 1, {"cell": 10}, ["cell", "too small", "48 px", "found 10"]),
+        (1, 1, {"columns": 0}, ["columns", "out of range", "expected 1 to", "found 0"]),
+        (1, 1, {"cell": 10}, ["cell", "out of range", "expected 48 to", "found 10"]),
         (1, 1, {"cell": 9000}, ["cell", "too large", "40 megapixels", "smaller cell"]),
     ],
 )
@@ -137,3 +137,10 @@ def test_impossible_requests_are_explained(
     with pytest.raises(ArgumentError) as caught:
         contact_sheet(plain(RED), [plain(BLUE)] * count, ["caption"] * captions, **options)
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_labels_keep_their_distance_and_both_ends() -> None:
+    assert module.labelled_points([0.0, 0.01, 0.2, 0.22, 0.6, 0.98, 1.0]) == [0, 2, 4, 6]
+    assert module.labelled_points([0.0, 0.5, 1.0]) == [0, 1, 2]
+    assert module.labelled_points([3.0]) == [0]
+    assert module.labelled_points([]) == []

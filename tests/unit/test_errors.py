@@ -23,7 +23,7 @@ def test_all_parts_stand_in_one_line_in_order():
         ({"where": Path("a.png")}, "a.png: it is wrong"),
         ({"expected": 3}, "it is wrong; expected 3"),
         ({"found": 0}, "it is wrong; found 0"),
-        ({"fix": "Mend it."}, "it is wrong. Mend it."),
+        ({"fix": "Repair it."}, "it is wrong. Repair it."),
     ],
 )
 def test_missing_parts_leave_no_trace(parts: dict, line: str):
@@ -31,8 +31,8 @@ def test_missing_parts_leave_no_trace(parts: dict, line: str):
 
 
 def test_line_breaks_in_what_was_found_are_folded():
-    error = errors.ArgumentError("it is wrong", found="one\ntwo\t three", fix="Mend\nit.")
-    assert str(error) == "it is wrong; found one two three. Mend it."
+    error = errors.ArgumentError("it is wrong", found="one\ntwo\t three", fix="Repair\nit.")
+    assert str(error) == "it is wrong; found one two three. Repair it."
 
 
 def test_parts_can_be_read_one_by_one():
@@ -48,3 +48,18 @@ def test_every_error_has_the_one_base(name: str):
 
 def test_a_broken_checkpoint_is_a_model_error():
     assert issubclass(errors.CheckpointError, errors.ModelError)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan"), True, "1", None])
+def test_a_number_outside_its_range_is_refused(value: object):
+    errors.check_range("scale", 0, 0, 1)
+    errors.check_range("scale", 1.0, 0, 1)
+    with pytest.raises(errors.ArgumentError, match="scale: is out of range; expected 0 to 1"):
+        errors.check_range("scale", value, 0, 1)
+
+
+@pytest.mark.parametrize("value", [1.0, True, "1", None])
+def test_anything_but_a_whole_number_is_refused(value: object):
+    errors.check_whole("steps", 1)
+    with pytest.raises(errors.ArgumentError, match="steps: is not a whole number; expected an int"):
+        errors.check_whole("steps", value)

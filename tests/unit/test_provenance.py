@@ -133,6 +133,12 @@ def test_a_record_of_somebody_else_is_not_ours(tmp_path: Path):
         read_provenance(text_file(tmp_path / "a.png", other))
 
 
+def test_long_text_of_another_tool_hides_no_record(tmp_path: Path):
+    workflow = chunk(b"iTXt", b"workflow\0\0\0\0\0" + b"x" * (provenance.MAX_RECORD_BYTES + 300))
+    path = text_file(tmp_path / "a.png", workflow, record_chunk(b'{"seed": 1}'))
+    assert read_provenance(path) == {"seed": 1}
+
+
 def test_a_jpeg_has_no_record(tmp_path: Path):
     picture().save(tmp_path / "a.jpg")
     with pytest.raises(ImageError) as caught:

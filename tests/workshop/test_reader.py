@@ -1,4 +1,4 @@
-"""The reader of latents that the UNet is trained beside."""
+"""The reader of latents that is trained together with the UNet."""
 
 from __future__ import annotations
 

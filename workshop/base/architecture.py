@@ -1,4 +1,4 @@
-"""The shapes of the embedded models: Stable Diffusion in small. Sizes are chosen here alone."""
+"""The embedded models: a small Stable Diffusion. All sizes are chosen in this file."""
 
 from __future__ import annotations
 
@@ -56,16 +56,16 @@ def unet() -> UNet2DConditionModel:
         cross_attention_dim=TEXT_WIDTH,
         attention_head_dim=2,  # diffusers reads this as the number of heads
         norm_num_groups=16,
-        addition_embed_type="text",  # as SDXL's; pooled inside the UNet from the same text states
+        addition_embed_type="text",  # as in SDXL, but of the same text states
         addition_embed_type_num_heads=4,
     ).to(memory_format=torch.channels_last)
 
 
 def noise_schedule() -> DDIMScheduler:
-    """What the UNet is trained on: v-prediction on the cosine schedule, ending in pure noise.
+    """The schedule of training: v-prediction on the cosine schedule, ending in pure noise.
 
-    Stable Diffusion's own schedule is made for latents of 64×64; 8×8 hold less redundancy, and a
-    third of its timesteps leave nothing of them.
+    Stable Diffusion's own schedule is made for latents of 64×64. Latents of 8×8 are less redundant:
+    at a third of its timesteps nothing of them is left.
     """
     from diffusers import DDIMScheduler
 
@@ -81,9 +81,9 @@ def noise_schedule() -> DDIMScheduler:
 
 
 def scheduler() -> DPMSolverMultistepScheduler:
-    """How it is sampled: stochastic DPM-Solver++ (arXiv:2211.01095), which mends its own errors.
+    """The sampler: stochastic DPM-Solver++ (arXiv:2211.01095), whose noise corrects earlier errors.
 
-    In 25 steps it leaves a third as many images broken as DDIM does.
+    In 25 steps a third as many images are invalid as with DDIM.
     """
     from diffusers import DPMSolverMultistepScheduler
 

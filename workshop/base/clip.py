@@ -1,9 +1,9 @@
-"""Stages `text` and `clip`: what words mean, then images in the same space.
+"""Stages `text` and `clip`: the text encoder, then the image encoder in the same space.
 
-`text` trains the text encoder alone to name, from its pooled state, what a caption states; the
-heads are thrown away. `clip` then trains the image encoder contrastively against it (InfoNCE,
-Radford et al., arXiv:2103.00020), the text tower locked (Zhai et al., arXiv:2111.07991). Apart,
-both are minutes on a CPU, and the UNet can start as soon as the words are learnt.
+`text` trains the text encoder alone to classify, from its pooled state, the attributes that a
+caption states; the heads are not saved. `clip` then trains the image encoder contrastively against
+it (InfoNCE, Radford et al., arXiv:2103.00020), with the text tower locked (Zhai et al.,
+arXiv:2111.07991). Trained separately, each takes minutes on a CPU, and the UNet needs only `text`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class TextModules(nn.Module):
-    """The text encoder and one throw-away head per attribute: its values, or unstated."""
+    """The text encoder and one auxiliary head per attribute: its values, or unstated."""
 
     def __init__(self, text: CLIPTextModel) -> None:
         super().__init__()

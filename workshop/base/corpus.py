@@ -43,10 +43,6 @@ class Corpus:
     def __len__(self) -> int:
         return len(self.images)
 
-    def first(self, count: int) -> Corpus:
-        """The first `count` scenes."""
-        return Corpus(self.images[:count], self.attributes[:count], f"{self.name}-first-{count}")
-
     def scene(self, index: int) -> Scene:
         """The scene of one image."""
         values = zip(ATTRIBUTES.items(), self.attributes[index], strict=True)
@@ -91,10 +87,10 @@ def corpus(folder: Path, split: str, count: int, seed: int = 0) -> Corpus:
 
 @torch.no_grad()
 def encoded_once(file: Path, corpus: Corpus, encode: Callable[[Tensor], Tensor]) -> np.ndarray:
-    """What an encoder gives for every image, float16; later calls open the file, memory-mapped.
+    """An encoder's output for every image, float16; later calls open the file, memory-mapped.
 
     Args:
-        file: Where it is kept; its name must tell scenes and weights apart.
+        file: The file to keep it in; its name must differ for other scenes or weights.
         corpus: The images.
         encode: Pixels (batch, 3, size, size), channels last, to (batch, ...).
     """

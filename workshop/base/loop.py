@@ -1,4 +1,4 @@
-"""One loop for every stage: resumable, averaged weights, progress with an estimate.
+"""One training loop for every stage: resumable, with averaged weights and a progress estimate.
 
 The step number decides the seed of everything random in that step, so a resumed run sees the same
 data and noise as one that was never interrupted.
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 
 class Objective(Protocol):
-    """What a stage trains: a module that holds every trained weight, and its loss."""
+    """A stage's module, which has every trained weight, and its loss."""
 
     @property
     def module(self) -> nn.Module:
-        """Whose parameters are trained."""
+        """The module whose parameters are trained."""
         ...
 
     def loss(self, rng: torch.Generator) -> tuple[Tensor, dict[str, float]]:
@@ -38,11 +38,11 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast.
+    """Steps, learning rate and optimizer of a stage.
 
     Args:
         steps: Optimizer steps.
-        learning_rate: Held after warm-up; falls linearly to a twentieth over the last quarter,
+        learning_rate: Constant after warm-up; falls linearly to a twentieth over the last quarter,
             so a longer schedule can resume from any point before that.
         warmup: Steps of linear warm-up.
         weight_decay: The optimizer's.

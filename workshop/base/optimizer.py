@@ -1,8 +1,8 @@
 """Muon for a network's hidden matrices, AdamW for everything else.
 
 Muon (Jordan et al., 2024; https://kellerjordan.github.io/posts/muon) replaces a matrix's momentum
-by the nearest orthogonal one. `torch.optim.Muon` takes matrices only, so a convolution is shown to
-it as the matrix (out, in·height·width) that shares its memory.
+by the nearest orthogonal one. `torch.optim.Muon` takes matrices only, so it gets a convolution as
+the matrix (out, in·height·width) that shares its memory.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FIRST_AND_LAST = (
     "reader.conv_in",
     "reader.heads",
 )
-"""Layers that meet the data or the timestep rather than hidden features: AdamW's."""
+"""Layers on data or timesteps rather than hidden features; AdamW trains them."""
 
 
 def as_matrix(tensor: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ class MuonAdamW:
         return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
+        """Continue from a state."""
         self.muon.load_state_dict(state["muon"])
         self.adamw.load_state_dict(state["adamw"])
 

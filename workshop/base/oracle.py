@@ -96,11 +96,11 @@ def _jitter(pixels: Tensor, rng: torch.Generator) -> Tensor:
 
 
 def broken(pixels: Tensor, rng: torch.Generator) -> Tensor:
-    """Images that are no valid scene: cross-fades, splices, shuffled blocks, noise, erased bodies.
+    """Images that are not valid scenes: cross-faded, spliced, shuffled, noisy, erased or smeared.
 
     Args:
         pixels: Valid scenes, (batch, 3, 64, 64).
-        rng: Decides which break each image gets.
+        rng: Chooses how each image is broken.
     """
     breaks = (_cross_fade, _splice, _shuffle_blocks, _drown, _erase, _smear)
     chosen = torch.randint(len(breaks), (len(pixels),), generator=rng).tolist()
@@ -119,7 +119,7 @@ def _cross_fade(one: Tensor, other: Tensor, rng: torch.Generator) -> Tensor:
 
 
 def _splice(one: Tensor, other: Tensor, rng: torch.Generator) -> Tensor:
-    """Left half of one, right half of the other, mirrored so that bodies are cut."""
+    """Left half of one and right half of the other, mirrored so that bodies are cut."""
     cut = int(_uniform(26, 38, rng))
     return torch.cat([one[..., :cut], other.flip(-1)[..., cut:]], dim=-1)
 
@@ -140,12 +140,12 @@ def _drown(one: Tensor, other: Tensor, rng: torch.Generator) -> Tensor:
 
 
 def _erase(one: Tensor, other: Tensor, rng: torch.Generator) -> Tensor:
-    """No creature: every row takes the colours at the image's outer columns."""
+    """No creature: every row is a gradient between its outermost pixels."""
     edge = torch.stack([one[..., 0], one[..., -1]], dim=-1)
     return F.interpolate(edge, size=64, mode="linear")
 
 
 def _smear(one: Tensor, other: Tensor, rng: torch.Generator) -> Tensor:
-    """Too little detail to say what is there."""
+    """So little detail that nothing can be recognised."""
     small = F.interpolate(one[None], size=int(_uniform(4, 9, rng)), mode="area")
     return F.interpolate(small, size=64, mode="bilinear")[0]

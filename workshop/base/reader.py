@@ -1,11 +1,11 @@
-"""A reader of latents: which attributes a denoised guess shows, so that the UNet can be told.
+"""A reader of latents: classifies the attributes of a denoised guess, as a loss for the UNet.
 
-Squared error hardly notices that an item has the wrong colour: it covers a few of 64 latents. The
-reader names every attribute of the guess at the clean latents, and its cross-entropy is a loss of
-the UNet beside the squared error, as perceptual losses are for decoders (arXiv:2411.04873). It is a
-proper score: the best a guess can do is to carry the true posterior of every attribute.
+Squared error hardly changes when an item has the wrong colour: it covers a few of 64 latents. The
+reader classifies every attribute of the guess at the clean latents, and its cross-entropy is added
+to the UNet's squared error, as perceptual losses are for decoders (arXiv:2411.04873). It is a
+proper score: the best possible guess carries the true posterior of every attribute.
 
-It reads latents, trains beside the UNet, is thrown away, and shares nothing with the oracle.
+It is trained together with the UNet, is not saved, and shares nothing with the oracle.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ipdiverse.critters.scene import ATTRIBUTES
 from workshop.base.architecture import LATENT_CHANNELS, LATENT_SIZE
 
 NOISE = 0.15
-"""Deviation of noise on what the reader learns from: nothing can be hidden below it."""
+"""Deviation of noise on the reader's input, so that the UNet cannot please it by tiny patterns."""
 
 
 class LatentReader(nn.Module):
@@ -53,7 +53,7 @@ def reading_loss(logits: list[Tensor], attributes: Tensor, weights: Tensor | Non
     """Mean cross-entropy over images and attributes.
 
     Args:
-        logits: What the reader gives.
+        logits: The reader's output.
         attributes: Indices of the true values, (batch, attributes).
         weights: Of each image, (batch,); 1 by default.
     """

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import subprocess
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ipdiverse.critters.oracle import Oracle
-from ipdiverse.errors import ModelError
+from ipdiverse.errors import ModelError, check_range
 from workshop.base import architecture
 from workshop.base.clip import (
     ClipObjective,
@@ -22,7 +22,6 @@ from workshop.base.clip import (
 from workshop.base.corpus import Corpus, corpus
 from workshop.base.loop import Schedule, StageRun
 from workshop.base.oracle import OracleObjective
-from workshop.base.recipe import BaseRecipe
 from workshop.base.tokenizer import build_tokenizer
 from workshop.base.unet import (
     Alignment,
@@ -38,6 +37,41 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 
+STAGES = ("vae", "text", "clip", "unet", "oracle")
+
+
+@dataclass(frozen=True)
+class BaseRecipe:
+    """How the embedded base is trained.
+
+    Args:
+        seed: Of data, initial weights and noise.
+        images: Rendered scenes of the training split.
+        vae_steps: Steps of stage vae, batch 16.
+        text_steps: Steps of stage text, batch 128.
+        clip_steps: Steps of stage clip, batch 192.
+        unet_steps: Steps of stage unet, batch 128.
+        oracle_steps: Steps of stage oracle, batch 64 and as many broken images.
+        compile: Compile the UNet with torch.compile, which needs a C++ compiler.
+    """
+
+    seed: int = 0
+    images: int = 40_000
+    vae_steps: int = 3500
+    text_steps: int = 500
+    clip_steps: int = 600
+    unet_steps: int = 3000
+    oracle_steps: int = 2000
+    compile: bool = True
+
+    def __post_init__(self) -> None:
+        for field in fields(BaseRecipe):
+            value = getattr(self, field.name)
+            if field.name.endswith("_steps") or field.name == "images":
+                check_range(field.name, value, 1, 100_000_000)
+        check_range("seed", self.seed, 0, 2**63 - 1)
+
+
 def schedule(recipe: BaseRecipe, stage: str) -> Schedule:
     """Steps and learning rate of a stage."""
     return {
@@ -50,12 +84,12 @@ def schedule(recipe: BaseRecipe, stage: str) -> Schedule:
 
 
 def train_stage(stage: str, folder: Path, recipe: BaseRecipe) -> None:
-    """Train one stage, or finish it, and save its model under `folder/STAGE/model`.
+    """Train one stage, or resume it, and save its model under `folder/STAGE/model`.
 
     Args:
         stage: One of `STAGES`.
         folder: Working folder of the whole training.
-        recipe: How.
+        recipe: Steps, seed and number of scenes.
 
     Raises:
         ModelError: An earlier stage that this one needs is missing.
@@ -77,7 +111,7 @@ def train_stage(stage: str, folder: Path, recipe: BaseRecipe) -> None:
 
 
 def note_run(folder: Path, step: int, settings: dict[str, Any]) -> None:
-    """Append how a stage goes on from this step to its `recipe.jsonl`, for the provenance."""
+    """Append a run's first step and settings to a stage's `recipe.jsonl`, for the provenance."""
     with (folder / "recipe.jsonl").open("a") as file:
         file.write(json.dumps({"from_step": step, **settings, "revision": revision()}) + "\n")
 
@@ -95,7 +129,7 @@ def revision() -> str:
 
 
 def stage_model(folder: Path, stage: str) -> Path:
-    """Where a finished stage saved its model.
+    """The folder in which a finished stage saved its model.
 
     Raises:
         ModelError: The stage is not finished.

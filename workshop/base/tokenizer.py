@@ -17,10 +17,10 @@ _END = "</w>"
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """CLIP's tokenizer over the caption words; every byte stays encodable, so any prompt is.
+    """CLIP's tokenizer with the words of captions; every byte, so any prompt, can be encoded.
 
-    Ids 0 and 1 are start and end of text; padding is the end of text, as in Stable Diffusion.
-    The same on every machine, which a learned vocabulary is not: the trainer breaks ties at random.
+    Ids 0 and 1 are start and end of text; padding is the end of text, as in Stable Diffusion. The
+    vocabulary is computed, not learned: the trainer of `tokenizers` breaks ties at random.
     """
     from tokenizers import pre_tokenizers
     from transformers import CLIPTokenizer
@@ -29,14 +29,14 @@ def build_tokenizer() -> CLIPTokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     symbols = [*alphabet, *(letter + _END for letter in alphabet), *("".join(m) for m in merges)]
     vocab = {symbol: index for index, symbol in enumerate([_BOS, _EOS, *symbols])}
-    build: Any = CLIPTokenizer  # its annotation of `merges` names another type than it takes
+    build: Any = CLIPTokenizer  # the annotation of `merges` is wrong
     return build(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
 
 
 def word_merges(words: Iterable[str]) -> list[tuple[str, str]]:
     """Merges that make each word one token.
 
-    A word's new merges rank behind all earlier ones, so they cannot break words that already work.
+    A word's new merges have lower priority than all earlier ones, so those words stay whole.
     """
     merges: dict[tuple[str, str], None] = {}
     for word in sorted(set(words)):

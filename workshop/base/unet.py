@@ -1,8 +1,8 @@
 """Stage `unet`: the text-to-image denoiser on cached latents, with the text encoder frozen.
 
-While it trains, features in its middle are aligned with what the image encoder sees in the clean
-image (REPA, arXiv:2410.06940), and its guess at the clean latents is read (`reader`). Both are
-thrown away.
+In training, features of its middle are aligned with the image encoder's features of the clean
+image (REPA, arXiv:2410.06940), and its guess at the clean latents is classified (`reader`). Neither
+head is saved.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ CAPTION_DROP = 0.1
 ALIGNMENT = 0.5
 """Weight of the alignment loss; REPA's own."""
 READING = 0.15
-"""Weight of the reader's cross-entropy, times the signal's share of the noisy latents' variance: in
-noise the best guess is a mean of many images, which must not be bent into a readable one."""
+"""Weight of the reader's cross-entropy, times the signal's share of the noisy latents' variance: at
+high noise the best guess is a mean of many images, which has no single readable attribute."""
 UNIFORM = 0.25
-"""Share of timesteps drawn uniformly; the others crowd in the middle (`crowded`)."""
+"""Fraction of timesteps drawn uniformly; the others are mostly in the middle (`crowded`)."""
 ALL_STATED = 0.3
-"""Share of captions that state every attribute: they teach most about what words look like."""
+"""Fraction of captions that state every attribute: they teach most about the meaning of words."""
 
 
 class Latents:
@@ -81,8 +81,8 @@ class Alignment(nn.Module):
     """Predicts the image encoder's patch features from the UNet's features on the same grid.
 
     Args:
-        patches: Features of every image (`cache_patches`); standardised here, or what is common to
-            all would dominate the cosine.
+        patches: Features of every image (`cache_patches`); standardised here, or the part common to
+            all images would dominate the cosine.
         width: Channels of the UNet's features.
     """
 
@@ -114,7 +114,7 @@ class Alignment(nn.Module):
 
 
 class UnetModules(nn.Module):
-    """The UNet and the throw-away heads beside it."""
+    """The UNet and its auxiliary heads, which are not saved."""
 
     def __init__(self, unet: UNet2DConditionModel, alignment: Alignment) -> None:
         super().__init__()
@@ -161,16 +161,16 @@ def velocity_loss(
 
 
 def _has_compiler() -> bool:
-    """Whether torch.compile can work here at all."""
+    """Whether the C++ compiler that torch.compile needs is installed."""
     names = (os.environ.get("CXX", ""), "g++", "clang++")
     return any(name and shutil.which(name) for name in names)
 
 
 def crowded(batch: int, steps: int, rng: torch.Generator) -> Tensor:
-    """Timesteps that crowd in the middle, where images are decided, int64 (batch,) in random order.
+    """Timesteps, mostly in the middle, where content is decided, int64 (batch,) in random order.
 
-    Logit-normal (arXiv:2403.03206) but for a share of uniform ones. Each of the two is drawn once
-    from each of equally likely strata: the same mean loss, less variance.
+    Logit-normal (arXiv:2403.03206), with a fraction of uniform ones. Both are drawn once from each
+    of equally likely strata: the same mean loss with less variance.
     """
     uniform = round(UNIFORM * batch)
     middle = torch.sigmoid(torch.special.ndtri(_strata(batch - uniform, rng)))
@@ -230,11 +230,11 @@ class UnetObjective:
             timesteps,
             noise,
         )
-        apart = self.module.alignment(self._hidden["middle"], indices)
+        misaligned = self.module.alignment(self._hidden["middle"], indices)
         signal = self.scheduler.alphas_cumprod[timesteps]
         misread, learning = self._read(guess, clean, signal, self.attributes[indices], rng)
-        figures = {"velocity": velocity, "apart": apart, "misread": misread}
-        loss = velocity + ALIGNMENT * apart + READING * misread + learning
+        figures = {"velocity": velocity, "misaligned": misaligned, "misread": misread}
+        loss = velocity + ALIGNMENT * misaligned + READING * misread + learning
         return loss, {name: float(figure.detach()) for name, figure in figures.items()}
 
     def _read(
@@ -245,7 +245,7 @@ class UnetObjective:
         attributes: Tensor,
         rng: torch.Generator,
     ) -> tuple[Tensor, Tensor]:
-        """How badly the guess is read, for the UNet; how badly the reader reads, for the reader."""
+        """Two cross-entropies: of the guess, which trains the UNet, and the reader's own."""
         both = torch.cat([guess, clean])
         both = both + NOISE * torch.randn(both.shape, generator=rng)
         reader = self.module.reader

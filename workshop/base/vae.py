@@ -1,9 +1,9 @@
 """Stage `vae`: pixels to latents and back.
 
-Beside the usual losses, a throw-away reader (`reader`) names every attribute from latents with
-noise of every strength on them. What an image shows then takes the directions that noise drowns
-last, which is where a denoiser learns it first (the aim of arXiv:2501.01423, whose features these
-labels stand in for). The decoder sees latents that are a little off, as sampled ones are
+In addition to the usual losses, an auxiliary reader (`reader`) classifies every attribute from
+noisy latents, at all noise levels. Attributes are then encoded in the directions that noise hides
+last, which a denoiser learns first (the aim of arXiv:2501.01423, whose features these labels
+replace). The decoder is trained on slightly wrong latents, since sampled ones are slightly wrong
 (arXiv:2507.15856).
 """
 
@@ -32,7 +32,7 @@ OFF = 0.2
 
 
 class VaeModules(nn.Module):
-    """The autoencoder and the throw-away reader beside it."""
+    """The autoencoder and the auxiliary reader, which is not saved."""
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class VaeObjective:
 
 
 def _drowned(latents: Tensor, rng: torch.Generator) -> Tensor:
-    """Latents of unit deviation under noise, from none to all, as on the cosine schedule."""
+    """Latents of unit deviation mixed with noise, from no noise to pure noise (cosine schedule)."""
     angle = math.pi / 2 * torch.rand((len(latents), 1, 1, 1), generator=rng)
     return angle.cos() * latents + angle.sin() * torch.randn(latents.shape, generator=rng)
 

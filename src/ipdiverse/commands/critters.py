@@ -1,4 +1,4 @@
-"""`critters`: the embedded world."""
+"""`critters make`: a data set of the embedded world."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ Count = Annotated[int, tyro.conf.arg(aliases=["-n"])]
 
 @dataclass(frozen=True)
 class Critters:
-    """Write critters images and a manifest, in the format that users' own data sets have.
+    """Write images of critters and a manifest, in the same format as your own data sets.
 
     Args:
         action: `make`.
         out: Folder for images and metadata.jsonl.
-        n: How many scenes.
+        n: Number of scenes.
         pairs: Give each scene a second image of the same creature as its reference.
         size: Height and width in pixels.
-        seed: Of scenes, renders and captions.
-        split: Identities of `train`, `validation` or `test`.
+        seed: Seed of scenes, renders and captions.
+        split: Draw identities of this split only.
     """
 
     action: Annotated[Literal["make"], tyro.conf.Positional]
@@ -36,7 +36,7 @@ class Critters:
     split: Literal["train", "validation", "test"] = "train"
 
     def run(self) -> None:
-        """Write them."""
+        """Write them and print where."""
         from ipdiverse.critters.make import make_dataset
 
         written = make_dataset(Path(self.out), self.n, self.pairs, self.size, self.seed, self.split)

@@ -1,1 +1,1 @@
-"""The embedded world: scenes that are known exactly, and the models trained on them."""
+"""The embedded world: scenes that are known exactly, and the weights of models trained on them."""

@@ -55,19 +55,18 @@ WORDINGS: Mapping[str, Mapping[str, tuple[str, ...]]] = MappingProxyType(
         },
     }
 )
-"""How each value may be said. A wording names its value uniquely among all wordings: a caption
-can be read back, as the tests do."""
+"""Wordings of each value. No wording is used for two values, so a caption can be parsed back."""
 
 _OPENINGS = ("", "", "a photo of ", "a picture of ", "a drawing of ")
 _LEADING_WORDS = ("one-eyed", "two-eyed", "three-eyed", "bareheaded")
 
 
 def mentioned(scene: Scene, seed: int, chance: float | None = None) -> dict[str, str]:
-    """The attributes a caption of this seed states: each one or not, at random.
+    """The attributes that a caption of this seed states: each is kept or left out at random.
 
     Args:
         scene: The scene.
-        seed: Decides which.
+        seed: Decides which are kept.
         chance: Probability of each attribute; None draws it uniformly from 0.25..1 first.
     """
     rng = np.random.default_rng(seed)
@@ -81,7 +80,7 @@ def mentioned(scene: Scene, seed: int, chance: float | None = None) -> dict[str,
 
 
 def caption(stated: Mapping[str, str], seed: int) -> str:
-    """Say these attributes in natural English.
+    """State these attributes in natural English.
 
     Args:
         stated: Any subset of a scene's attributes.
@@ -90,7 +89,7 @@ def caption(stated: Mapping[str, str], seed: int) -> str:
     Returns:
         One lower-case phrase without a full stop.
     """
-    # another stream than `mentioned` has, or the wording would depend on what is mentioned
+    # not the stream that `mentioned` draws from: the wording must not depend on the choice there
     rng = np.random.default_rng([seed, 1])
     words = {name: _say(name, value, rng) for name, value in stated.items()}
     subject, after = _subject(words, rng), _details(words, rng)
@@ -116,7 +115,7 @@ def _subject(words: Mapping[str, str], rng: np.random.Generator) -> str:
 
 
 def _details(words: Mapping[str, str], rng: np.random.Generator) -> list[str]:
-    """What follows the noun, in any order."""
+    """The phrases after the noun, in any order."""
     names = [n for n in ("eyes", "headgear", "position") if n in words]
     parts = [words[n] for n in names if words[n] not in _LEADING_WORDS]
     if "item" in words or "item_colour" in words:

@@ -1,4 +1,4 @@
-"""Write critters as a data set on disk, in the format that users' own data sets have.
+"""Write critters as a data set on disk, in the same format as users' own data sets.
 
 `images/*.png` and `metadata.jsonl` with `file_name`, `text` and `subject` per line, and with
 `reference` when pairs are asked for: what `datasets` calls an image folder.
@@ -20,7 +20,7 @@ from PIL import Image
 from ipdiverse.critters.caption import caption, mentioned
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import SPLITS, Scene, edited, pair_of, sample_scene
-from ipdiverse.errors import ArgumentError
+from ipdiverse.errors import ArgumentError, check_range
 from ipdiverse.seeding import derived_seed
 from ipdiverse.writing import ensure_writable_folder, write_text_atomic
 
@@ -34,24 +34,21 @@ def make_dataset(
 
     Args:
         out: Target folder; files of the same names are replaced.
-        n: How many scenes.
+        n: Number of scenes.
         pairs: Write a second image of the same creature for each, as its reference.
         size: Height and width in pixels, 16 to 2048.
-        seed: Of everything.
-        split: Whose identities.
+        seed: Decides scenes, renders and captions.
+        split: Draw identities of this split only.
 
     Returns:
-        How many images were written.
+        The number of images written.
 
     Raises:
         ArgumentError: A number is out of range or the split is unknown.
         OutputError: The folder cannot be written.
     """
-    for name, value, low, high in (("n", n, 1, 10_000_000), ("size", size, 16, 2048)):
-        if not low <= value <= high:
-            raise ArgumentError(
-                "is out of range", where=name, expected=f"{low} to {high}", found=value
-            )
+    check_range("n", n, 1, 10_000_000)
+    check_range("size", size, 16, 2048)
     if split not in SPLITS:
         raise ArgumentError("is unknown", where="split", expected=", ".join(SPLITS), found=split)
     ensure_writable_folder(out / "images")
@@ -75,10 +72,10 @@ class Example:
     """One image of a data set of critters, and another of the same creature.
 
     Args:
-        scene: What the image shows.
-        seed: Renders it.
-        other: What its reference shows.
-        other_seed: Renders that.
+        scene: The image's scene.
+        seed: The seed that renders it.
+        other: The scene of its reference.
+        other_seed: The seed that renders that.
         text: A caption of the image.
     """
 
@@ -90,14 +87,15 @@ class Example:
 
 
 def example(index: int, seed: int, split: str, edits: float = 0.0) -> Example:
-    """Number `index` of the data set of a seed and a split; the others do not influence it.
+    """Example number `index` of a data set; it does not depend on the others.
 
     Args:
         index: From 0.
-        seed: Of the data set.
-        split: Whose identities.
-        edits: Share of examples whose other scene differs in one attribute of identity, which the
-            caption then states: the prompt contradicts the reference, and the image obeys it.
+        seed: The data set's seed.
+        split: Draw identities of this split only.
+        edits: Fraction of examples whose reference differs in one attribute of identity. The
+            caption states that attribute: the prompt contradicts the reference, the image follows
+            the prompt.
     """
     key = (seed, split, index)
     rng = np.random.default_rng(derived_seed(*key))
@@ -105,6 +103,7 @@ def example(index: int, seed: int, split: str, edits: float = 0.0) -> Example:
     other = pair_of(scene, rng)
     words = derived_seed(*key, "caption")
     stated = mentioned(scene, words)
+    # a random source apart, so that the other examples are the same whatever `edits` is
     choice = np.random.default_rng(derived_seed(*key, "edit"))
     if choice.random() < edits:
         name, other = edited(other, choice, split)
@@ -139,6 +138,10 @@ def _write_one(
 
 
 def _write(file: Path, data: bytes) -> None:
+    """Write a file whole or not at all; not synced to disk as `writing` does, which is far slower.
+
+    A power cut can then lose images, but a new run makes the same ones.
+    """
     temporary = file.with_suffix(".partial")
     temporary.write_bytes(data)
     temporary.replace(file)

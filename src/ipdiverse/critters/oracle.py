@@ -1,7 +1,7 @@
-"""The oracle: reads the attributes of any 64×64 image and says whether it is a valid scene.
+"""The oracle: reads the attributes of any 64×64 image and whether it is a valid scene.
 
-A plain convolutional classifier, trained apart; it shares no weights with the encoder that
-conditions generation, so an adapter cannot please it by fooling its own encoder.
+A plain convolutional classifier, trained separately. It shares no weights with the encoder that
+conditions generation, so an adapter cannot score well by fooling its own encoder.
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ class Oracle(nn.Module):
 
 @dataclass(frozen=True)
 class Reading:
-    """What the oracle sees.
+    """Attributes and validity of a batch of images.
 
     Args:
         attributes: int64 (batch, 9), indices in the order of `ATTRIBUTES`.
-        invalid: bool (batch,), True where the image is no valid scene.
+        invalid: bool (batch,), True where the image is not a valid scene.
     """
 
     attributes: Tensor
@@ -73,7 +73,7 @@ class Reading:
 
 @torch.no_grad()
 def read(oracle: Oracle, images: np.ndarray) -> Reading:
-    """Read uint8 images (count, size, size, 3) in any size; others than 64 are resized first."""
+    """Read uint8 images (count, size, size, 3); sizes other than 64 are resized first."""
     attributes, invalid = [], []
     for start in range(0, len(images), _BATCH):
         pixels = torch.from_numpy(images[start : start + _BATCH]).permute(0, 3, 1, 2).float()
@@ -92,5 +92,6 @@ def load_oracle(file: Path) -> Oracle:
 
     with building():
         oracle = Oracle()
+    # it ships in fp16 to be small; images come as float32
     oracle.load_state_dict({name: tensor.float() for name, tensor in load_file(file).items()})
     return oracle.eval()

@@ -49,7 +49,7 @@ _PLACES: dict[str, tuple[Colour, Colour, Colour, Colour]] = {
 
 @dataclass(frozen=True, slots=True)
 class Jitter:
-    """What varies continuously and no caption mentions."""
+    """Continuous variation, which no caption mentions."""
 
     x: float
     y: float
@@ -64,7 +64,7 @@ class Jitter:
 
     @classmethod
     def from_seed(cls, seed: int) -> Jitter:
-        """Draw all of them from one seed."""
+        """Draw all of them from one seed, whatever the scene is."""
         u = np.random.default_rng(seed).random(20)
         return cls(
             x=float(u[0] - 0.5) * 0.06,
@@ -102,6 +102,7 @@ def _layers(scene: Scene, jitter: Jitter) -> Iterable[tuple[Shape, Colour]]:
     """Every shape from back to front."""
     x = _X_OF_POSITION[scene.position] + jitter.x
     y, r = jitter.y, jitter.radius
+    # at an edge the item is held towards the middle, or it would be cut off
     side = {"left": 1, "right": -1}.get(scene.position, jitter.item_side)
     body_colour = _tint(scene.colour, jitter.hue, jitter.value)
     yield from _DECORATIONS[scene.place](jitter.horizon, jitter.decoration)

@@ -1,7 +1,7 @@
-"""What a critters scene is: attributes, their prior in closed form, splits and pairs.
+"""Scenes of critters: attributes, their prior in closed form, splits and pairs.
 
 A scene is a value. Everything random about drawing or describing one comes from a seed that is
-passed beside it, so the same (scene, seed) always gives the same image and the same caption.
+passed along with it, so the same (scene, seed) always gives the same image and the same caption.
 """
 
 from __future__ import annotations
@@ -35,14 +35,15 @@ ATTRIBUTES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 """Every attribute and its values, identity first. The order is the oracle's order of heads."""
 
 IDENTITY = ("shape", "colour", "pattern", "eyes", "headgear")
-"""What a reference is for."""
+"""Attributes that the image prompt should keep."""
 
 SCENE = ("place", "position", "item", "item_colour")
-"""What a text can ask for, and what may vary when it does not."""
+"""Attributes that a text can ask for, and that may vary when it does not."""
 
 SPLITS = ("train", "validation", "test")
 
-# The prior is deliberately not uniform: a model that merely spreads out is then visibly wrong.
+# The prior is deliberately not uniform: a model that merely spreads out then scores worse than one
+# that has learnt it.
 _MARGINALS: Mapping[str, tuple[float, ...]] = MappingProxyType(
     {
         "headgear": (0.34, 0.22, 0.22, 0.22),
@@ -171,7 +172,10 @@ def sample_scene(
 
 @cache
 def _cumulative(name: str, place: str | None, item: str | None) -> np.ndarray:
-    """Cumulative prior of one attribute, given the only two that inform each other."""
+    """Cumulative prior of one attribute; place and item are the only two that depend on each other.
+
+    Cached, because `rng.choice` with probabilities would check and sum them for every draw.
+    """
     known = {k: v for k, v in (("place", place), ("item", item)) if v is not None}
     total = conditional(name, known).cumsum()
     return total / total[-1]
@@ -186,13 +190,13 @@ def _split_of_subject(subject: str) -> str:
 def split_of(scene: Scene) -> str:
     """The split of a scene's identity: about 10 % test, 10 % validation, else train.
 
-    By hash of the identity, so it never changes with library versions or the order of drawing.
+    By hash of the identity, so it does not depend on library versions or the order of drawing.
     """
     return _split_of_subject(scene.subject)
 
 
 def edited(scene: Scene, rng: np.random.Generator, split: str | None = None) -> tuple[str, Scene]:
-    """The name of one attribute of identity, and the scene with another value of it.
+    """Change one attribute of identity: the attribute's name, and the scene with another value.
 
     Args:
         scene: The scene.
@@ -211,7 +215,7 @@ def edited(scene: Scene, rng: np.random.Generator, split: str | None = None) -> 
 
 
 def pair_of(scene: Scene, rng: np.random.Generator) -> Scene:
-    """Another scene of the same creature: identity kept, scene attributes drawn afresh."""
+    """Another scene of the same creature: identity kept, scene attributes drawn anew."""
     known = scene.as_dict()
     fresh = sample_scene(rng, {name: known[name] for name in IDENTITY})
     return replace(scene, **{name: getattr(fresh, name) for name in SCENE})

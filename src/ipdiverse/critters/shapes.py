@@ -1,7 +1,7 @@
 """Signed distance fields of flat shapes, and painting them with one pixel of anti-aliasing.
 
-A distance is negative inside. Fields are evaluated inside the shape's bounding box alone, which
-is what makes a render cheap. Formulas: Inigo Quilez, "2D distance functions".
+A distance is negative inside. Fields are evaluated only within the shape's bounding box, which
+makes a render cheap. Formulas: Inigo Quilez, "2D distance functions".
 """
 
 from __future__ import annotations

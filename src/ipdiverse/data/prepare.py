@@ -28,7 +28,7 @@ from ipdiverse.data.sources import open_source
 from ipdiverse.data.square import to_square
 from ipdiverse.errors import DataError, ImageError
 from ipdiverse.image_io import content_hash, load_image_bytes
-from ipdiverse.image_io.headers import format_of
+from ipdiverse.image_io.files import format_of
 from ipdiverse.writing import ensure_writable_folder, write_bytes_atomic, write_text_atomic
 
 if TYPE_CHECKING:

@@ -17,11 +17,11 @@ from ipdiverse.base.bases import (
     copier_report,
     load_base,
 )
+from ipdiverse.contact_sheet import labelled_points
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import Scene
 from ipdiverse.dial import dial_for
 from ipdiverse.evaluation.report import inline
-from ipdiverse.labels import apart
 from ipdiverse.provenance import save_png
 from ipdiverse.sampling.request import Request
 from ipdiverse.sampling.sample import Job, attached, sample
@@ -185,7 +185,7 @@ def plot_dial(dial: Dial, report: dict[str, Any]) -> Image.Image:
         axes.plot(
             [x for x, _, _ in curve], [y for _, y, _ in curve], "o-", color=colour, label=label
         )
-        told = apart([x for x, _, _ in curve]) if curve is points else range(len(curve))
+        told = labelled_points([x for x, _, _ in curve]) if curve is points else range(len(curve))
         for x, y, words in (curve[index] for index in told):
             axes.annotate(words, (x, y), (4, 4), textcoords="offset points", fontsize=7)
     axes.set_xlabel("variety of what nobody fixed (1 = the world's own)")

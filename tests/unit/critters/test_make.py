@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from ipdiverse.cli import main
-from ipdiverse.critters.make import make_dataset
-from ipdiverse.critters.scene import SPLITS, _split_of_subject
+from ipdiverse.critters.make import example, make_dataset
+from ipdiverse.critters.scene import IDENTITY, SPLITS, _split_of_subject
 from ipdiverse.errors import ArgumentError
 from tests.captions import parse
 
@@ -78,3 +78,21 @@ def test_impossible_arguments_are_named(tmp_path: Path, arguments: dict, message
 def test_the_command_says_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["critters", "make", "-n", "3", "--out", str(tmp_path / "d")]) == 0
     assert "wrote 3 images" in capsys.readouterr().out
+
+
+def different(one: object, other: object) -> list[str]:
+    """Attributes of identity in which two scenes differ."""
+    return [name for name in IDENTITY if getattr(one, name) != getattr(other, name)]
+
+
+def test_a_share_of_examples_states_what_the_reference_has_not() -> None:
+    made = [example(index, 0, "train", 0.5) for index in range(200)]
+    changed = [one for one in made if different(one.scene, one.other)]
+    assert 70 < len(changed) < 130
+    for one in changed:
+        (name,) = different(one.scene, one.other)
+        assert parse(one.text)[name] == getattr(one.scene, name)
+    same = [example(index, 0, "train") for index in range(200)]
+    assert not any(different(one.scene, one.other) for one in same)
+    kept = [a.text == b.text for a, b in zip(made, same, strict=True) if a not in changed]
+    assert all(kept), "the others stay as they were"

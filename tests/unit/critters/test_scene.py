@@ -102,3 +102,13 @@ def test_fixed_attributes_stay_fixed() -> None:
     rng = np.random.default_rng(0)
     scenes = [world.sample_scene(rng, {"item": "gift", "colour": "red"}) for _ in range(20)]
     assert {(s.item, s.colour) for s in scenes} == {("gift", "red")}
+
+
+def test_one_attribute_is_changed_and_the_split_is_kept() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        scene = world.sample_scene(rng, split="train")
+        name, changed = world.edited(scene, rng, "train")
+        assert [n for n in ATTRIBUTES if getattr(scene, n) != getattr(changed, n)] == [name]
+        assert name in IDENTITY
+        assert world.split_of(changed) == "train"

@@ -78,8 +78,8 @@ def written(folder: Path, *lines: dict[str, object]) -> Path:
     ("line", "message"),
     [
         ({"image": ["a", "b"], "combine": "weighted", "weights": ["a", "b"]}, "weights: is out of"),
-        ({"remove_stated": 0.5, "removal_rank": 2.5}, "removal_rank: is no whole number"),
-        ({"noise_level": 2.5}, "noise_level: is no whole number"),
+        ({"remove_stated": 0.5, "removal_rank": 2.5}, "removal_rank: is not a whole number"),
+        ({"noise_level": 2.5}, "noise_level: is not a whole number"),
         ({"image_guidance": ""}, "image_guidance: is out of range"),
         ({"base": "sd99"}, "sd99: unknown base"),
         ({"adapter": "nope"}, "nope: unknown adapter"),

@@ -12,9 +12,9 @@ from ipdiverse.adapter.files.card import CURVE, Stated, model_card
 from ipdiverse.adapter.files.checkpoint import save_adapter
 from ipdiverse.adapter.files.sources import PUBLISHED
 from ipdiverse.base.bases import HUB_ID
+from ipdiverse.contact_sheet import labelled_points
 from ipdiverse.dial import dial_of
 from ipdiverse.errors import ArgumentError, ModelError
-from ipdiverse.labels import apart
 from ipdiverse.writing import ensure_writable_folder, write_bytes_atomic, write_text_atomic
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def curve_png(spec: Mapping[str, Any]) -> bytes | None:
         points = [point for point in found if point[1] is not None]
         if points:
             axes.plot(*zip(*points, strict=True), "o-", color=colour, markersize=4, label=label)
-    for index in apart([row.variety for row in dial.achieved]):
+    for index in labelled_points([row.variety for row in dial.achieved]):
         at = (dial.achieved[index].variety, dial.achieved[index].retention)
         words = f"{dial.points[index][0]:.2g}"
         axes.annotate(words, at, (3, 5), textcoords="offset points", fontsize=7, color="#2962c9")

@@ -1,0 +1,26 @@
+"""Sets of a study on critters: which pairs are drawn, and how they are scored."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ipdiverse.critters.scene import IDENTITY
+from ipdiverse.evaluation.sampling import critters_sets, study_pairs
+from ipdiverse.evaluation.sets import set_parts
+from tests.captions import parse
+
+
+def test_a_study_asks_for_edits_and_scores_them_apart() -> None:
+    pairs = study_pairs(30, 3, edits=True)
+    for pair in pairs:
+        stated = [name for name in pair.stated if name in IDENTITY]
+        assert len(stated) == 1
+        assert pair.stated[stated[0]] != getattr(pair.reference, stated[0])
+        assert parse(pair.prompt) == {k: pair.stated[k] for k in parse(pair.prompt)}
+    references = np.array([[pair.reference.indices()] * 4 for pair in pairs])
+    valid = np.zeros((30, 4), bool)
+    parts = set_parts(critters_sets(references, valid, pairs))
+    assert parts["edit_accuracy"].estimate == 0, "the reference itself shows no edit"
+    assert parts["retention"].estimate == 1
+    plain = study_pairs(30, 3)
+    assert "edit_accuracy" not in set_parts(critters_sets(references, valid, plain))
