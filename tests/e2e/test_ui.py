@@ -28,8 +28,8 @@ from tests.e2e.ui_clients import CHROMIUM, FLAGS, PATIENCE, Client, free_port, u
 
 pytest.importorskip("gradio", reason="the page needs gradio")
 
-from ipdiverse.ui.jobs import Job
-from ipdiverse.ui.options import Options
+from ipdiverse.ui import Options
+from ipdiverse.ui.queue import Job
 from ipdiverse.ui.server import opened_page
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def visit(browser: Browser, served: Served) -> Iterator[Callable[..., Page]]:
     yield open_page
     for context in contexts:
         context.close()
-    until(lambda: not served.studio.busy, "the slot is free again")
+    until(lambda: not served.sessions.turns.busy, "the slot is free again")
 
 
 @pytest.fixture
@@ -246,7 +246,7 @@ def test_images_appear_as_they_finish_and_cancelling_keeps_them(
     page.wait_for_function("document.querySelectorAll('#vary-images .thumbnail-item').length >= 4")
     page.click("#vary-cancel")
     says(page, "#vary-status", "Cancelled.")
-    until(lambda: not served.studio.busy, "cancelling frees the slot")
+    until(lambda: not served.sessions.turns.busy, "cancelling frees the slot")
     kept = page.locator("#vary-images .thumbnail-item").count()
     assert kept in (4, 8)
     assert f"{kept} images finished before that." in page.inner_text("#vary-status")
@@ -264,7 +264,7 @@ def test_images_appear_as_they_finish_and_cancelling_keeps_them(
 
 
 def current_job(served: Served) -> Job:
-    jobs = [job for s in served.studio._sessions.values() for job in s.jobs.values()]
+    jobs = [job for s in served.sessions._sessions.values() for job in s.jobs.values()]
     (found,) = [job for job in jobs if not job.wait(0)]
     return found
 
@@ -481,7 +481,7 @@ def test_nothing_is_offered_to_programs_or_told_of_the_machine(client: Client) -
 def waiting_job(served: Served, client: Client, **wanted: Any) -> Job:
     """A client's, that is the next to draw; somebody else has the turn."""
     client.join(**wanted).raise_for_status()
-    jobs = served.studio.session(client.session).jobs
+    jobs = served.sessions.of(client.session).jobs
     until(lambda: "vary" in jobs, "the queue lets the first one through")
     return jobs["vary"]
 
@@ -511,7 +511,7 @@ def test_fifty_at_once_are_drawn_or_told_to_come_back(
         return crowd[number].join("a critter", seed=1000 + number, steps=2)
 
     with ThreadPoolExecutor(50) as pool:
-        with served.studio.turn(lambda: None):
+        with served.sessions.turns.turn(lambda: None):
             waiting_job(served, client, seed=999)
             answers = list(pool.map(come, range(50)))
         taken = [n for n, answer in enumerate(answers) if answer.status_code == 200]
@@ -535,7 +535,7 @@ def test_a_full_queue_is_said_on_the_page(visit: Callable[..., Page], served: Se
     for one in crowd:
         one._config = crowd[0].config
         one.take_example()
-    with served.studio.turn(lambda: None):
+    with served.sessions.turns.turn(lambda: None):
         job = waiting_job(served, crowd[0])
         for one in crowd[1:]:
             one.join().raise_for_status()
@@ -555,7 +555,7 @@ def test_a_program_that_hangs_up_frees_the_slot(served: Served, client: Client) 
     stream = client.messages()
     while next(stream)["msg"] != "process_generating":
         pass
-    job = served.studio.session(client.session).jobs["vary"]
+    job = served.sessions.of(client.session).jobs["vary"]
     stream.close()  # type: ignore[attr-defined]
     until(lambda: job.wait(0), "the slot is free", 60)
     assert job.stopped
