@@ -23,6 +23,7 @@ import pytest
 from PIL import Image
 
 from ipdiverse.cli import main
+from ipdiverse.evaluation.report import inline
 from ipdiverse.provenance import read_provenance
 from tests.e2e.ui_clients import CHROMIUM, FLAGS, PATIENCE, Client, free_port, until
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     import httpx
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser, FrameLocator, Page
 
     from ipdiverse.ui.server import Page as Served
 
@@ -48,6 +49,7 @@ SHOOTS = os.environ.get("IPDIVERSE_SCREENSHOTS") == "1"
 REPORT = (
     "<!doctype html><title>r</title><h1>Variety against fidelity</h1>"
     "<script>parent.document.title = 'taken over'</script><p id=told>all of it</p>"
+    f'<img src="{inline(Image.new("RGB", (3, 2)))}">'
 )
 
 
@@ -336,6 +338,12 @@ def test_the_grid(
     assert_equal(pixels(Path("out")), first)
 
 
+def widths(frame: FrameLocator) -> list[int]:
+    """Of every picture, in its own pixels; 0 is one that was not loaded."""
+    found = frame.locator("img")
+    return found.evaluate_all("images => images.map(i => i.complete ? i.naturalWidth : 0)")
+
+
 def test_a_report_is_shown_and_can_do_nothing(visit: Callable[..., Page]) -> None:
     page = visit()
     page.get_by_role("tab", name="Reports").click()
@@ -345,6 +353,7 @@ def test_a_report_is_shown_and_can_do_nothing(visit: Callable[..., Page]) -> Non
     frame.locator("#told").wait_for()
     assert frame.locator("#told").inner_text() == "all of it"
     assert page.title() == "ipdiverse", "the script before it did nothing"
+    assert widths(frame) == [3], "pictures inside a report are let in"
 
 
 def bomb() -> bytes:
@@ -642,20 +651,27 @@ def test_narrow_screens_do_not_scroll_sideways(visit: Callable[..., Page]) -> No
         assert page.evaluate("() => document.documentElement.scrollWidth") <= 400
 
 
-@pytest.mark.skipif(not SHOOTS, reason="pictures for the documentation: IPDIVERSE_SCREENSHOTS=1")
-def test_pictures_of_the_first_tab(visit: Callable[..., Page]) -> None:
+def test_every_image_is_told_of_and_can_be_repeated(visit: Callable[..., Page]) -> None:
     page = visit()
     take_example(page, number=2)
-    configure(page, "a critter in the snow", steps=25, count=8)
+    count = 8 if SHOOTS else 2
+    configure(page, "a critter in the snow", steps=25 if SHOOTS else 1, count=count)
     page.get_by_role("button", name="Advanced").click()
     page.click("#vary-go")
-    says(page, "#vary-status", "Done: 8 images.")
+    says(page, "#vary-status", f"Done: {count} images.")
+    captions = page.locator("#vary-images .caption-label").all_inner_texts()
+    assert [caption.partition(":")[0] for caption in captions] == [
+        str(number + 1) for number in range(count)
+    ]
+    assert page.locator("#vary-report svg circle").count() == count, "a dot for each"
     page.get_by_role("button", name="How to repeat this").click()
+    says(page, "#vary-command", f"--n={count}")
+    says(page, "#vary-python", "result = ipdiverse.generate(")
     picture(page, "vary")
 
 
-@pytest.mark.skipif(not SHOOTS, reason="pictures for the documentation: IPDIVERSE_SCREENSHOTS=1")
-def test_picture_of_the_third_tab(
+@pytest.mark.slow
+def test_the_report_of_the_shipped_study_is_shown_whole(
     browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -669,9 +685,11 @@ def test_picture_of_the_third_tab(
         page.get_by_role("tab", name="Reports").click()
         page.locator("#reports-chosen input").click()
         page.get_by_role("option", name="out/study").click()
-        page.frame_locator("#reports-shown iframe").locator("h1").wait_for()
-        page.wait_for_timeout(6000)  # the frame's own pictures
-        page.screenshot(path=str(PICTURES / "ui-reports.png"))  # a whole page would empty the frame
+        frame = page.frame_locator("#reports-shown iframe")
+        frame.locator("h1").wait_for()
+        until(lambda: widths(frame) and all(widths(frame)), "the report's pictures")
+        if SHOOTS:  # the part in view: a picture of the whole page would empty the frame
+            page.screenshot(path=str(PICTURES / "ui-reports.png"))
         page.close()
 
 
