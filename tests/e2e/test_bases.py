@@ -519,8 +519,8 @@ def test_an_installation_without_the_embedded_model_says_so(
     with pytest.raises(ipdiverse.IpdiverseError) as caught:
         ipdiverse.load_base()
     assert str(caught.value) == (
-        "critters: the embedded model is not in this installation. Run `ipdiverse critters "
-        "train-base`, or install a released package."
+        "critters: the embedded model is not in this installation. Run `make base` in a checkout, "
+        "or install a released package."
     )
 
 

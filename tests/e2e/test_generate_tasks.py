@@ -205,7 +205,7 @@ def test_a_folder_and_a_single_file_are_bases(tmp_path: Path, files: list[str]) 
     (tmp_path / "old.ckpt").write_bytes(b"x")
     (tmp_path / "broken.safetensors").write_bytes(b"x" * 100)
     for name, message in (
-        ("old.ckpt", r"is no safetensors file; found \.ckpt\. Other single files are pickles"),
+        ("old.ckpt", r"is not a safetensors file; found \.ckpt\. Other single files are pickles"),
         ("broken.safetensors", r"broken\.safetensors: cannot be opened"),
     ):
         with pytest.raises(ipdiverse.IpdiverseError, match=message):

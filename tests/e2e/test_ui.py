@@ -23,20 +23,21 @@ import pytest
 from PIL import Image
 
 from ipdiverse.cli import main
+from ipdiverse.evaluation.report import inline
 from ipdiverse.provenance import read_provenance
 from tests.e2e.ui_clients import CHROMIUM, FLAGS, PATIENCE, Client, free_port, until
 
 pytest.importorskip("gradio", reason="the page needs gradio")
 
-from ipdiverse.ui.jobs import Job
-from ipdiverse.ui.options import Options
+from ipdiverse.ui import Options
+from ipdiverse.ui.queue import Job
 from ipdiverse.ui.server import opened_page
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     import httpx
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser, FrameLocator, Page
 
     from ipdiverse.ui.server import Page as Served
 
@@ -48,6 +49,7 @@ SHOOTS = os.environ.get("IPDIVERSE_SCREENSHOTS") == "1"
 REPORT = (
     "<!doctype html><title>r</title><h1>Variety against fidelity</h1>"
     "<script>parent.document.title = 'taken over'</script><p id=told>all of it</p>"
+    f'<img src="{inline(Image.new("RGB", (3, 2)))}">'
 )
 
 
@@ -90,7 +92,7 @@ def visit(browser: Browser, served: Served) -> Iterator[Callable[..., Page]]:
     yield open_page
     for context in contexts:
         context.close()
-    until(lambda: not served.studio.busy, "the slot is free again")
+    until(lambda: not served.sessions.turns.busy, "the slot is free again")
 
 
 @pytest.fixture
@@ -246,7 +248,7 @@ def test_images_appear_as_they_finish_and_cancelling_keeps_them(
     page.wait_for_function("document.querySelectorAll('#vary-images .thumbnail-item').length >= 4")
     page.click("#vary-cancel")
     says(page, "#vary-status", "Cancelled.")
-    until(lambda: not served.studio.busy, "cancelling frees the slot")
+    until(lambda: not served.sessions.turns.busy, "cancelling frees the slot")
     kept = page.locator("#vary-images .thumbnail-item").count()
     assert kept in (4, 8)
     assert f"{kept} images finished before that." in page.inner_text("#vary-status")
@@ -264,7 +266,7 @@ def test_images_appear_as_they_finish_and_cancelling_keeps_them(
 
 
 def current_job(served: Served) -> Job:
-    jobs = [job for s in served.studio._sessions.values() for job in s.jobs.values()]
+    jobs = [job for s in served.sessions._sessions.values() for job in s.jobs.values()]
     (found,) = [job for job in jobs if not job.wait(0)]
     return found
 
@@ -336,6 +338,12 @@ def test_the_grid(
     assert_equal(pixels(Path("out")), first)
 
 
+def widths(frame: FrameLocator) -> list[int]:
+    """Of every picture, in its own pixels; 0 is one that was not loaded."""
+    found = frame.locator("img")
+    return found.evaluate_all("images => images.map(i => i.complete ? i.naturalWidth : 0)")
+
+
 def test_a_report_is_shown_and_can_do_nothing(visit: Callable[..., Page]) -> None:
     page = visit()
     page.get_by_role("tab", name="Reports").click()
@@ -345,6 +353,7 @@ def test_a_report_is_shown_and_can_do_nothing(visit: Callable[..., Page]) -> Non
     frame.locator("#told").wait_for()
     assert frame.locator("#told").inner_text() == "all of it"
     assert page.title() == "ipdiverse", "the script before it did nothing"
+    assert widths(frame) == [3], "pictures inside a report are let in"
 
 
 def bomb() -> bytes:
@@ -481,7 +490,7 @@ def test_nothing_is_offered_to_programs_or_told_of_the_machine(client: Client) -
 def waiting_job(served: Served, client: Client, **wanted: Any) -> Job:
     """A client's, that is the next to draw; somebody else has the turn."""
     client.join(**wanted).raise_for_status()
-    jobs = served.studio.session(client.session).jobs
+    jobs = served.sessions.of(client.session).jobs
     until(lambda: "vary" in jobs, "the queue lets the first one through")
     return jobs["vary"]
 
@@ -511,7 +520,7 @@ def test_fifty_at_once_are_drawn_or_told_to_come_back(
         return crowd[number].join("a critter", seed=1000 + number, steps=2)
 
     with ThreadPoolExecutor(50) as pool:
-        with served.studio.turn(lambda: None):
+        with served.sessions.turns.turn(lambda: None):
             waiting_job(served, client, seed=999)
             answers = list(pool.map(come, range(50)))
         taken = [n for n, answer in enumerate(answers) if answer.status_code == 200]
@@ -535,7 +544,7 @@ def test_a_full_queue_is_said_on_the_page(visit: Callable[..., Page], served: Se
     for one in crowd:
         one._config = crowd[0].config
         one.take_example()
-    with served.studio.turn(lambda: None):
+    with served.sessions.turns.turn(lambda: None):
         job = waiting_job(served, crowd[0])
         for one in crowd[1:]:
             one.join().raise_for_status()
@@ -555,7 +564,7 @@ def test_a_program_that_hangs_up_frees_the_slot(served: Served, client: Client) 
     stream = client.messages()
     while next(stream)["msg"] != "process_generating":
         pass
-    job = served.studio.session(client.session).jobs["vary"]
+    job = served.sessions.of(client.session).jobs["vary"]
     stream.close()  # type: ignore[attr-defined]
     until(lambda: job.wait(0), "the slot is free", 60)
     assert job.stopped
@@ -642,20 +651,27 @@ def test_narrow_screens_do_not_scroll_sideways(visit: Callable[..., Page]) -> No
         assert page.evaluate("() => document.documentElement.scrollWidth") <= 400
 
 
-@pytest.mark.skipif(not SHOOTS, reason="pictures for the documentation: IPDIVERSE_SCREENSHOTS=1")
-def test_pictures_of_the_first_tab(visit: Callable[..., Page]) -> None:
+def test_every_image_is_told_of_and_can_be_repeated(visit: Callable[..., Page]) -> None:
     page = visit()
     take_example(page, number=2)
-    configure(page, "a critter in the snow", steps=25, count=8)
+    count = 8 if SHOOTS else 2
+    configure(page, "a critter in the snow", steps=25 if SHOOTS else 1, count=count)
     page.get_by_role("button", name="Advanced").click()
     page.click("#vary-go")
-    says(page, "#vary-status", "Done: 8 images.")
+    says(page, "#vary-status", f"Done: {count} images.")
+    captions = page.locator("#vary-images .caption-label").all_inner_texts()
+    assert [caption.partition(":")[0] for caption in captions] == [
+        str(number + 1) for number in range(count)
+    ]
+    assert page.locator("#vary-report svg circle").count() == count, "a dot for each"
     page.get_by_role("button", name="How to repeat this").click()
+    says(page, "#vary-command", f"--n={count}")
+    says(page, "#vary-python", "result = ipdiverse.generate(")
     picture(page, "vary")
 
 
-@pytest.mark.skipif(not SHOOTS, reason="pictures for the documentation: IPDIVERSE_SCREENSHOTS=1")
-def test_picture_of_the_third_tab(
+@pytest.mark.slow
+def test_the_report_of_the_shipped_study_is_shown_whole(
     browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -669,9 +685,11 @@ def test_picture_of_the_third_tab(
         page.get_by_role("tab", name="Reports").click()
         page.locator("#reports-chosen input").click()
         page.get_by_role("option", name="out/study").click()
-        page.frame_locator("#reports-shown iframe").locator("h1").wait_for()
-        page.wait_for_timeout(6000)  # the frame's own pictures
-        page.screenshot(path=str(PICTURES / "ui-reports.png"))  # a whole page would empty the frame
+        frame = page.frame_locator("#reports-shown iframe")
+        frame.locator("h1").wait_for()
+        until(lambda: widths(frame) and all(widths(frame)), "the report's pictures")
+        if SHOOTS:  # the part in view: a picture of the whole page would empty the frame
+            page.screenshot(path=str(PICTURES / "ui-reports.png"))
         page.close()
 
 

@@ -1,4 +1,4 @@
-"""What can be prompted: the embedded `critters`, folders, hub ids, single files."""
+"""Bases to prompt: the embedded `critters`, presets, folders, hub ids, single files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ipdiverse.base.downloads import fetch
+from ipdiverse.base.downloads import HUB_ID, cannot_be_opened, fetch, split_hub_id
 from ipdiverse.base.memory import (
     MemoryOptions,
     Plan,
@@ -20,13 +20,10 @@ from ipdiverse.base.memory import (
 from ipdiverse.base.pipelines import (
     CRITTERS,
     CRITTERS_BASE,
-    HUB_ID,
     Opening,
-    cannot_be_opened,
     check_known,
     clip_processor,
     open_pipeline,
-    split_hub_id,
 )
 from ipdiverse.base.presets import PRESETS
 from ipdiverse.errors import ArgumentError, ModelError
@@ -46,7 +43,7 @@ SHIPPED_ADAPTERS = {
     "ip-adapter_critters": "base-plain",
     "ip-adapter-plus_critters": "self-none",
 }
-"""Adapters in the package, and the arm of `training.arms` that each is."""
+"""Adapters in the package, and the arm of `workshop.arms` that each one is."""
 ADAPTERS = {
     "diverse": "ip-adapter-diverse_critters",
     "plus": "ip-adapter-plus_critters",
@@ -54,7 +51,7 @@ ADAPTERS = {
 }
 """Short names of adapters in the package."""
 DEFAULT_ADAPTER = "diverse"
-"""What prompts critters unless something else is asked for."""
+"""The adapter of critters unless another is named."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,7 @@ class Defaults:
 
 
 def defaults_of(base: str) -> Defaults:
-    """A preset's own; of other bases what diffusers takes, and of critters a lower guidance."""
+    """A preset's own; for other bases diffusers' defaults, for critters with lower guidance."""
     if base in PRESETS:
         one = PRESETS[base]
         return Defaults(one.steps, one.scale, one.guidance_scale)
@@ -114,7 +111,7 @@ def load_base(
     memory: MemoryOptions | None = None,
     unet: bool = True,
 ) -> Base:
-    """Open a base model; what a preset or a hub id lacks in the local cache is downloaded.
+    """Open a base model; files of a preset or a hub id that are not in the local cache come first.
 
     The pipeline is as diffusers opens it. Its safety checker is there if it was published with one;
     SDXL marks its images if `invisible-watermark` is installed.
@@ -122,7 +119,7 @@ def load_base(
     Args:
         name: `critters`; a preset (`presets.PRESETS`), whose image encoder comes along; a folder
             that a diffusers pipeline wrote; a single `.safetensors` file; a hub id, `owner/name`.
-        local_files_only: Use what is in the hub's local cache, and nothing else.
+        local_files_only: Use the hub's local cache, and download nothing.
         revision: Branch, tag or commit of the base's repository; empty is the preset's pin, or
             `main`.
         safety_checker: False opens Stable Diffusion 1.x without its safety checker.
@@ -133,7 +130,7 @@ def load_base(
 
     Raises:
         ModelError: There is no such base, or it cannot be opened or had.
-        ArgumentError: A revision of what has none, or memory options that do not fit.
+        ArgumentError: A revision of a base that has none, or memory options that do not fit.
     """
     embedded = name == CRITTERS
     if embedded and memory not in (None, MemoryOptions()):
@@ -154,23 +151,23 @@ def load_base(
             found=type(pipe).__name__,
         )
     pipe.set_progress_bar_config(disable=True)
-    preset = PRESETS.get(name)
     plan = None
     if device is not None and memory is not None:
-        plan = plan_memory(device, sizes_of(pipe, preset.weights[1] if preset else 0), memory)
+        adapter = PRESETS[name].weights[1] if name in PRESETS else 0
+        plan = plan_memory(device, sizes_of(pipe, adapter), memory)
         arrange(pipe, plan)
     usual, batch = defaults_of(name), 4 if embedded else 1
     return Base(name, pipe, usual.guidance_scale, batch, usual.steps, usual.scale, plan)
 
 
 def load_part(kind: str, source: str, base: Base, *, local_files_only: bool = False) -> Any:
-    """Open one model beside a base: an image encoder, a ControlNet.
+    """Open one more model for a base: an image encoder, a ControlNet.
 
     Args:
         kind: The class in diffusers or transformers.
         source: A folder, or a hub id with an optional folder behind it, `owner/name/folder`.
         base: Whose device and dtype it takes.
-        local_files_only: Use what is in the hub's local cache, and nothing else.
+        local_files_only: Use the hub's local cache, and download nothing.
 
     Raises:
         ModelError: It cannot be opened.
@@ -197,7 +194,7 @@ def load_part(kind: str, source: str, base: Base, *, local_files_only: bool = Fa
 
 
 def check_part(source: str) -> None:
-    """Refuse what `load_part` cannot open, without opening it.
+    """Refuse a source that `load_part` cannot open, without opening it.
 
     Raises:
         ModelError: It is neither a folder nor a hub id.
@@ -211,13 +208,13 @@ def check_part(source: str) -> None:
 def load_image_encoder(
     source: str, base: Base, *, local_files_only: bool = False
 ) -> tuple[Any, Any]:
-    """Open an image encoder beside a base, with its preprocessing.
+    """Open an image encoder for a base, with its preprocessing.
 
     Args:
-        source: As `load_part` takes it. Where it has no preprocessing, as the published encoders of
-            IP-Adapter, CLIP's own is taken.
+        source: As `load_part` takes it. The published encoders of IP-Adapter have no preprocessing:
+            then it is CLIP's own.
         base: Whose device and dtype it takes.
-        local_files_only: Use what is in the hub's local cache, and nothing else.
+        local_files_only: Use the hub's local cache, and download nothing.
 
     Raises:
         ModelError: It cannot be opened.
@@ -236,9 +233,9 @@ def load_image_encoder(
 def any_latents(pipe: Any) -> Iterator[None]:
     """Let diffusers' inpainting work on latents of any width, for the length of a `with` block.
 
-    It tells UNets of 9 channels (latents, masked latents, mask) from those of 4 (latents) by that
-    number. A UNet on exactly the VAE's latents, as the embedded one on 16, is of the second kind,
-    and is called so meanwhile.
+    It knows UNets with 9 input channels (latents, masked latents, mask) and with 4 (latents), and
+    refuses others. A UNet that takes just the VAE's latents, as the embedded one with 16 channels,
+    is of the second kind, so its config says 4 meanwhile.
     """
     inpaints = "Inpaint" in type(pipe).__name__
     channels = pipe.unet.config.in_channels if inpaints else 4

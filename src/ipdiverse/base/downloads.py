@@ -1,13 +1,14 @@
-"""Files of the hub: what is in the local cache, what is not, and why it cannot be had.
+"""Files of the hub: which are in the local cache, which are not, and why one cannot be had.
 
-Errors of the hub's libraries become one line each, with what mends it.
+Errors of the hub's libraries become one line each, with a fix.
 """
 
 from __future__ import annotations
 
 import errno
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ipdiverse.base.presets import SITE, as_size, total
 from ipdiverse.errors import ModelError
@@ -17,9 +18,11 @@ if TYPE_CHECKING:
 
     from ipdiverse.base.presets import HubFile
 
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
 
 class Reason(NamedTuple):
-    """Why a file cannot be had, and what mends it."""
+    """Why a file cannot be had, and a suggested fix."""
 
     what: str
     fix: str
@@ -52,7 +55,7 @@ def offline() -> bool:
 
 
 def fetch(files: Sequence[HubFile], name: str, *, local_files_only: bool = False) -> list[Path]:
-    """Have files in the local cache, downloading what is not there.
+    """Have files in the local cache, downloading the missing ones.
 
     Args:
         files: Of any repositories; those of one repository come from one commit.
@@ -68,6 +71,9 @@ def fetch(files: Sequence[HubFile], name: str, *, local_files_only: bool = False
     lacking = missing(files)
     if lacking and (local_files_only or offline()):
         raise not_cached(lacking, name)
+    # a branch may move between two files, and a base must not be made of two commits: the first
+    # file decides. `snapshot_download` would resolve it too, but it skips a file that the revision
+    # lacks, and its errors do not say which file they are about.
     commits: dict[str, str] = {}
     paths: list[Path] = []
     for file in files:
@@ -83,18 +89,33 @@ def snapshot(path: Path, file: HubFile) -> Path:
 
 
 def not_cached(lacking: Sequence[HubFile], name: str) -> ModelError:
-    """What to say when files are missing and nothing may be downloaded."""
+    """The error for missing files where nothing may be downloaded."""
     first = f"{lacking[0].repository.id}/{lacking[0].name}"
     more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
     found = f"no {first}{more} ({as_size(total(list(lacking)))})"
     return ModelError(_OFF.what.removeprefix("it "), where=name, found=found, fix=_OFF.fix)
 
 
+def cannot_be_opened(what: str, where: str, error: Exception) -> ModelError:
+    """A library's error in a line, with a fix where one is known.
+
+    Args:
+        what: What cannot be done.
+        where: A path or a hub id.
+        error: What the library raised.
+    """
+    local = Path(where).exists() or not HUB_ID.match(where)
+    known = None if local else reason(error, split_hub_id(where)[0])
+    if known is None:
+        return ModelError(what, where=where, found=first_line(error))
+    return ModelError(f"{what}: {known.what}", where=where, fix=known.fix)
+
+
 def reason(error: BaseException, repository: str = "") -> Reason | None:
     """Why the hub gave no file; None for errors that are not about the hub.
 
     Args:
-        error: What a library raised; what lies under it is read too.
+        error: What a library raised; the errors that caused it are read too.
         repository: `owner/name`, for the link to its page.
     """
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -103,28 +124,28 @@ def reason(error: BaseException, repository: str = "") -> Reason | None:
     for under in chain:
         if (found := _of_the_hub(under, repository)) is not None:
             return found
+    # last, because the hub's library wraps every lost connection in this error
     return _OFF if any(isinstance(under, LocalEntryNotFoundError) for under in chain) else None
 
 
 def _of_the_hub(error: BaseException, repository: str) -> Reason | None:
+    import httpx  # what the hub's library connects with; it passes these errors on as they are
     from huggingface_hub import errors
 
     page = f"{SITE}/{repository}" if repository else "its page on the hub"
     network = "Check the network and try again: what was downloaded stays."
-    table: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], Reason], ...] = (
+    lost = (ConnectionError, TimeoutError, httpx.TransportError)
+    accept = f"Accept them on {page}, then run `hf auth login`."
+    login = "Check the name; for a private one run `hf auth login`."
+    # an error comes before those that it inherits from
+    table: tuple[tuple[Any, Reason], ...] = (
         (
-            errors.GatedRepoError,  # before what it inherits from
-            Reason(
-                "it is gated: its owner wants its terms accepted first",
-                f"Accept them on {page}, then run `hf auth login`.",
-            ),
+            errors.GatedRepoError,
+            Reason("it is gated: its owner wants its terms accepted first", accept),
         ),
         (
             errors.RepositoryNotFoundError,
-            Reason(
-                "there is no such repository, or it is private",
-                "Check the name; for a private one run `hf auth login`.",
-            ),
+            Reason("there is no such repository, or it is private", login),
         ),
         (
             errors.RevisionNotFoundError,
@@ -134,12 +155,8 @@ def _of_the_hub(error: BaseException, repository: str) -> Reason | None:
             errors.RemoteEntryNotFoundError,
             Reason("it lacks a file at this revision", f"See {page}, and check --revision."),
         ),
-        (
-            errors.OfflineModeIsEnabled,
-            _OFF,
-        ),
-        ((ConnectionError, TimeoutError), Reason("the hub cannot be reached", network)),
-        (_transport_errors(), Reason("the hub cannot be reached", network)),
+        (errors.OfflineModeIsEnabled, _OFF),
+        (lost, Reason("the hub cannot be reached", network)),
         (errors.HfHubHTTPError, Reason("the hub refused", network)),
     )
     for kinds, known in table:
@@ -148,12 +165,6 @@ def _of_the_hub(error: BaseException, repository: str) -> Reason | None:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return Reason("there is no space left for it", "Free some, or set HF_HOME to another disk.")
     return None
-
-
-def _transport_errors() -> type[BaseException]:
-    import httpx  # what the hub's library connects with
-
-    return httpx.TransportError
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
@@ -175,6 +186,15 @@ def _download(file: HubFile, revision: str, name: str) -> Path:
         known = reason(error, file.repository.id)
         if known is not None:
             raise ModelError(known.what, where=where, fix=known.fix) from error
-        lines = str(error).strip().splitlines()
-        found = lines[0][:200] if lines else type(error).__name__
-        raise ModelError("cannot be downloaded", where=where, found=found) from error
+        raise ModelError("cannot be downloaded", where=where, found=first_line(error)) from error
+
+
+def split_hub_id(source: str) -> tuple[str, str | None]:
+    """`owner/name/path/inside` as (`owner/name`, `path/inside`); anything shorter as it is."""
+    parts = source.split("/", 2)
+    return ("/".join(parts[:2]), parts[2]) if len(parts) == 3 else (source, None)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a library's message, which may go on for pages."""
+    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__

@@ -1,15 +1,15 @@
 """Where and how precisely a base runs, by what the device has: precision, offloading, tiling.
 
 The decision is a pure function of facts about the device and the model; `arrange` carries it out.
-Attention is never sliced: slices would bypass the image prompt, and PyTorch's fused attention never
-holds the matrix that slicing is meant to avoid.
+Attention is never sliced: diffusers' slicing replaces the attention processors, and with them the
+image prompt, and PyTorch's fused attention never holds the matrix that slicing is meant to avoid.
 """
 
 from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ipdiverse.errors import ArgumentError
 
@@ -21,22 +21,20 @@ if TYPE_CHECKING:
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 Offload = Literal["auto", "none", "model", "sequential"]
-DTYPES: tuple[str, ...] = ("auto", "float32", "float16", "bfloat16")
-OFFLOADS: tuple[str, ...] = ("auto", "none", "model", "sequential")
 
 _KEPT_FREE = 0.1
-"""Share of the memory for what is not ours: fragments, the driver, other programs."""
+"""Share of the memory left to others: fragments, the driver, other programs."""
 _TILE = 512
 """Height and width of the VAE's tiles, in pixels."""
 _UNET_FIXED, _UNET_PER_PIXEL = 0.25e9, 1100
-"""Bytes that a guided UNet call needs beside its weights in half precision."""
+"""Bytes that a guided UNet call needs on top of its weights, in half precision."""
 _DECODED_CHANNELS, _DECODED_COPIES = 256, 4
 """Channels of the VAE's decoder at full resolution, and how many such tensors live at once."""
 
 
 @dataclass(frozen=True)
 class MemoryOptions:
-    """What the user wants; `auto` and None leave it to the device.
+    """The user's wishes; `auto` and None leave the choice to the device.
 
     Args:
         dtype: Precision of the whole pipeline.
@@ -45,7 +43,7 @@ class MemoryOptions:
         tiling: Decode large images in tiles, one image after the other.
 
     Raises:
-        ArgumentError: A word that is not among these.
+        ArgumentError: Another word.
     """
 
     dtype: Dtype = "auto"
@@ -53,8 +51,9 @@ class MemoryOptions:
     tiling: bool | None = None
 
     def __post_init__(self) -> None:
-        for name, known in (("dtype", DTYPES), ("offload", OFFLOADS)):
-            if (found := getattr(self, name)) not in known:
+        for name, kind in (("dtype", Dtype), ("offload", Offload)):
+            known, found = get_args(kind), getattr(self, name)
+            if found not in known:
                 raise ArgumentError(
                     "is unknown", where=name, expected=" | ".join(known), found=found
                 )
@@ -66,7 +65,7 @@ class Device:
 
     Args:
         kind: `cuda`, `mps` or `cpu`.
-        memory: Bytes for us: what is free on CUDA; on others, which swap, what there is.
+        memory: Bytes for us: free memory on CUDA; all of it on others, which can swap.
         bfloat16: Whether it computes in bfloat16 natively.
     """
 
@@ -77,7 +76,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a base weighs, in bytes of the precision it is loaded in.
+    """Sizes of a base in bytes, in the precision it is loaded in.
 
     Args:
         unet: The UNet with its adapter.
@@ -116,14 +115,10 @@ class Plan:
 
     def line(self) -> str:
         """All of it in one line for people."""
-        offload = {
-            "none": "no offloading",
-            "model": "models offloaded",
-            "sequential": "layers offloaded",
-        }
+        moved = {"none": "no offloading", "model": "models offloaded"}
+        offload = moved.get(self.offload, "layers offloaded")
         tiles = "VAE in tiles" if self.tiling else "VAE whole"
-        room = f"{self.memory / 2**30:.1f} GiB"
-        return f"{self.device} ({room}), {self.dtype}, {offload[self.offload]}, {tiles}"
+        return f"{self.device} ({self.memory / 2**30:.1f} GiB), {self.dtype}, {offload}, {tiles}"
 
 
 def plan_dtype(device: Device, wanted: str = "auto") -> str:
@@ -142,11 +137,11 @@ def plan_memory(device: Device, sizes: Sizes, options: MemoryOptions) -> Plan:
     """The fastest arrangement that fits.
 
     Tried in this order: everything on the device; that, with the VAE in tiles; one model at a time;
-    that, in tiles; one layer at a time. Offloading needs an accelerator of its own memory: on CPU
-    and MPS only tiling is left to choose.
+    that, in tiles; one layer at a time. CPU and MPS have no memory apart from the main one, so
+    there is nothing to offload to: only tiling is left to choose.
 
     Raises:
-        ArgumentError: Offloading is wanted where there is nothing to offload from.
+        ArgumentError: Offloading is wanted on another device than CUDA.
     """
     accelerated = device.kind == "cuda"
     if options.offload not in ("auto", "none") and not accelerated:
@@ -211,12 +206,12 @@ def _main_memory() -> int:
 
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
+    except (AttributeError, OSError, ValueError):  # Windows has no sysconf
         return 8 * 2**30
 
 
 def sizes_of(pipe: Any, adapter: int = 0) -> Sizes:
-    """What an open pipeline weighs.
+    """Sizes of an open pipeline.
 
     Args:
         pipe: A Stable Diffusion pipeline of diffusers.
@@ -246,8 +241,7 @@ def arrange(pipe: Any, plan: Plan) -> None:
     """Put a pipeline where its plan says, with diffusers' own means.
 
     Args:
-        pipe: A pipeline of diffusers; parts that it shares with one arranged before are left as
-            they are where that is right.
+        pipe: A pipeline of diffusers. It may share parts with one that was arranged before.
         plan: What to do.
     """
     import torch
@@ -264,14 +258,12 @@ def arrange(pipe: Any, plan: Plan) -> None:
 
 
 def _offload_layers(pipe: Any, device: torch.device) -> None:
-    """Each layer to the device while it runs.
-
-    diffusers' group offloading, not `enable_sequential_cpu_offload`: that leaves no weights behind
-    to attach an adapter to.
-    """
+    """Each layer to the device while it runs."""
     import torch
     from diffusers.hooks import apply_group_offloading
 
+    # group offloading and not `enable_sequential_cpu_offload`, which leaves weights on the device
+    # `meta`, where no adapter can read them
     kept = getattr(pipe, "_exclude_from_cpu_offload", ())
     for name, part in pipe.components.items():
         if not isinstance(part, torch.nn.Module) or getattr(part, _ARRANGED, False):
@@ -288,9 +280,9 @@ _ARRANGED = "_ipdiverse_layers_offloaded"
 
 @contextmanager
 def full_range(vae: Any) -> Iterator[None]:
-    """The VAE in float32 for a `with` block, where float16 would overflow: SDXL's says so.
+    """The VAE in float32 for a `with` block, where its config says that float16 overflows (SDXL).
 
-    Its pipelines do the same; this is for whoever calls the VAE beside them.
+    Its pipelines do the same; this is for our own calls of the VAE.
     """
     import torch
 
@@ -306,7 +298,7 @@ def full_range(vae: Any) -> Iterator[None]:
 
 
 def _tile(vae: Any) -> None:
-    """Tiles of at most 512 pixels: SDXL's own are as large as its images, and so save nothing."""
+    """Tiles of at most 512 pixels: SDXL's own are as large as its images, which saves nothing."""
     vae.enable_tiling()
     vae.enable_slicing()
     if not hasattr(vae, "tile_latent_min_size"):  # another kind of VAE, with tiles of its own

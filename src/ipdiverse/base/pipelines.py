@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ipdiverse.base.downloads import fetch, reason, snapshot
-from ipdiverse.base.presets import PRESETS, Preset
+from ipdiverse.base.downloads import HUB_ID, cannot_be_opened, fetch, first_line, snapshot
+from ipdiverse.base.presets import PRESETS, Preset, preset_files
 from ipdiverse.errors import ArgumentError, ModelError
 from ipdiverse.loading import loading
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 CRITTERS = "critters"
 CRITTERS_BASE = Path(__file__).parents[1] / "critters" / "weights" / "base"
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Opening:
     """How a pipeline is opened.
 
     Args:
-        local_files_only: Use what is in the hub's local cache, and nothing else.
+        local_files_only: Use the hub's local cache, and download nothing.
         revision: Of its repository; empty is the preset's, or `main`.
         safety_checker: With it, if there is one.
         encoder: The preset whose image encoder comes along; None is its own, empty none.
@@ -42,21 +41,13 @@ class Opening:
     dtype: str
     unet: bool = True
 
-    def options(self) -> dict[str, Any]:
-        """What `from_pretrained` is given from wherever."""
-        import torch
-
-        without: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
-        given = {} if self.safety_checker else without
-        return {"dtype": getattr(torch, self.dtype), "use_safetensors": True, **given}
-
 
 def open_pipeline(name: str, opening: Opening) -> Any:
-    """Open what a name stands for.
+    """Open the pipeline that a name stands for.
 
     Raises:
         ModelError: There is no such base, or it cannot be opened or had.
-        ArgumentError: A revision of what has none.
+        ArgumentError: A revision of a base that has none.
     """
     if name == CRITTERS and not (CRITTERS_BASE / "model_index.json").is_file():
         raise ModelError(
@@ -72,20 +63,22 @@ def open_pipeline(name: str, opening: Opening) -> Any:
             "has no revisions", where=name, found=opening.revision, fix="Leave revision out."
         )
     if (source / "model_index.json").is_file():
-        return _with_encoder(_opened(name, str(source), opening, local_files_only=True), opening)
-    if source.is_file():
-        return _with_encoder(_single_file(source, opening), opening)
-    check_known(name)
-    revision = {"revision": opening.revision} if opening.revision else {}
-    pipe = _opened(name, name, opening, local_files_only=opening.local_files_only, **revision)
-    return _with_encoder(pipe, opening)
+        pipe = _opened(name, str(source), opening, local_files_only=True)
+    elif source.is_file():
+        pipe = _single_file(source, opening)
+    else:
+        check_known(name)
+        options = {"local_files_only": opening.local_files_only}
+        revision = {"revision": opening.revision} if opening.revision else {}
+        pipe = _opened(name, name, opening, **options, **revision)
+    return _with_encoder(pipe, opening, opening.encoder)
 
 
 def check_known(name: str) -> None:
-    """Refuse what cannot name a base, without opening it.
+    """Refuse a name that cannot be a base's, without opening it.
 
     Raises:
-        ModelError: It is no preset's name, folder with a pipeline, file or hub id.
+        ModelError: It is not a preset's name, a folder with a pipeline, a file or a hub id.
     """
     source = Path(name)
     known = name == CRITTERS or name in PRESETS or source.is_file()
@@ -103,22 +96,23 @@ def check_known(name: str) -> None:
 def _open_preset(preset: Preset, opening: Opening) -> Any:
     files = preset.base_files(opening.revision, checker=opening.safety_checker)
     found = fetch(files, preset.name, local_files_only=opening.local_files_only)
+    # opened as a folder: given the hub id, diffusers would ask the hub for its list of files
     folder = snapshot(found[0], files[0])
     pipe = _opened(preset.name, str(folder), opening, local_files_only=True, variant="fp16")
     import diffusers
 
     kind = getattr(diffusers, preset.scheduler)
     pipe.register_modules(scheduler=kind.from_config(pipe.scheduler.config))
-    return _with_encoder(pipe, opening, preset)
+    encoder = preset.name if opening.encoder is None else opening.encoder
+    return _with_encoder(pipe, opening, encoder)
 
 
-def _with_encoder(pipe: Any, opening: Opening, own: Preset | None = None) -> Any:
-    """The pipeline with the image encoder of a preset in its own place for one."""
-    preset = own if opening.encoder is None else PRESETS.get(opening.encoder)
-    files = [] if preset is None else preset.encoder_files()
-    if preset is None or not files:
+def _with_encoder(pipe: Any, opening: Opening, encoder_of: str | None) -> Any:
+    """The pipeline, with a preset's image encoder in place of its own."""
+    files = preset_files("", encoder=encoder_of or "")
+    if not files or encoder_of is None:
         return pipe
-    found = fetch(files, preset.name, local_files_only=opening.local_files_only)
+    found = fetch(files, encoder_of, local_files_only=opening.local_files_only)
     with loading():
         import torch
         import transformers
@@ -130,7 +124,7 @@ def _with_encoder(pipe: Any, opening: Opening, own: Preset | None = None) -> Any
             )
         except Exception as error:  # whatever the library raises on a broken file
             raise ModelError(
-                "its image encoder cannot be opened", where=preset.name, found=first_line(error)
+                "its image encoder cannot be opened", where=encoder_of, found=first_line(error)
             ) from error
         parts = {"image_encoder": encoder.eval()}
         if getattr(pipe, "feature_extractor", None) is None:
@@ -141,6 +135,7 @@ def _with_encoder(pipe: Any, opening: Opening, own: Preset | None = None) -> Any
 
 def clip_processor(encoder: Any) -> Any:
     """CLIP's own preprocessing at the encoder's size, for encoders published without."""
+    # Pillow's resampling, as in training; the default of transformers 5, torchvision's, differs
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     side = encoder.config.image_size
@@ -151,51 +146,36 @@ def clip_processor(encoder: Any) -> Any:
 
 def _opened(name: str, source: str, opening: Opening, **options: Any) -> Any:
     with loading():
+        import torch
         from diffusers import DiffusionPipeline, StableDiffusionPipeline
+        from diffusers import UNet2DConditionModel as Unet
 
         # the class is stated where it is known: looking it up costs seconds of imports
         kind: Any = StableDiffusionPipeline if name == CRITTERS else DiffusionPipeline
+        options |= {"dtype": getattr(torch, opening.dtype), "use_safetensors": True}
+        without = {"safety_checker": None, "requires_safety_checker": False}
+        parts: dict[str, Any] = {} if opening.safety_checker else without
         try:
-            options |= opening.options()
             if opening.unet:
-                return kind.from_pretrained(source, **options)
-            later = _UnetLater(source, options)
-            pipe = kind.from_pretrained(source, unet=later.skeleton(), **options)
-            pipe.unet_later = later
+                return kind.from_pretrained(source, **options, **parts)
+            pipe = kind.from_pretrained(
+                source, unet=_empty_unet(source, options), **options, **parts
+            )
+            pipe.unet_later = partial(Unet.from_pretrained, source, subfolder="unet", **options)
             return pipe
         except Exception as error:  # whatever the libraries raise on a broken or absent source
             raise cannot_be_opened("cannot be opened", name, error) from error
 
 
-class _UnetLater:
-    """A UNet whose weights are loaded when the others' may be gone.
+def _empty_unet(source: str, options: dict[str, Any]) -> Any:
+    """Layers and config of a UNet, without memory for weights."""
+    import torch
+    from diffusers import UNet2DConditionModel as Unet
 
-    Args:
-        source: A folder or hub id.
-        options: Of `from_pretrained`.
-    """
-
-    def __init__(self, source: str, options: dict[str, Any]) -> None:
-        self.source = source
-        known = ("dtype", "use_safetensors", "variant", "local_files_only", "revision")
-        self.options = {name: options[name] for name in known if name in options}
-        self.options["torch_dtype"] = self.options.pop("dtype")
-
-    def skeleton(self) -> Any:
-        """Its layers and config, without memory for weights."""
-        import torch
-        from diffusers import UNet2DConditionModel as Unet
-
-        where = {k: v for k, v in self.options.items() if k in ("local_files_only", "revision")}
-        config: Any = Unet.load_config(self.source, subfolder="unet", **where)
-        with torch.device("meta"):
-            return Unet.from_config(config)
-
-    def load(self) -> Any:
-        """The whole."""
-        from diffusers import UNet2DConditionModel as Unet
-
-        return Unet.from_pretrained(self.source, subfolder="unet", **self.options)
+    where = {k: options[k] for k in ("local_files_only", "revision") if k in options}
+    config: Any = Unet.load_config(source, subfolder="unet", **where)
+    with torch.device("meta"):
+        return Unet.from_config(config)
 
 
 def load_unet(pipe: Any) -> None:
@@ -209,25 +189,16 @@ def load_unet(pipe: Any) -> None:
         return
     with loading():
         try:
-            pipe.register_modules(unet=later.load().eval())
+            pipe.register_modules(unet=later().eval())
         except Exception as error:
-            raise cannot_be_opened("its UNet cannot be opened", later.source, error) from error
-
-
-def cannot_be_opened(what: str, where: str, error: Exception) -> ModelError:
-    """What the hub's libraries say, in a line, with what mends it where that is known."""
-    local = Path(where).exists() or not HUB_ID.match(where)
-    known = None if local else reason(error, split_hub_id(where)[0])
-    if known is None:
-        return ModelError(what, where=where, found=first_line(error))
-    return ModelError(f"{what}: {known.what}", where=where, fix=known.fix)
+            raise cannot_be_opened("its UNet cannot be opened", later.args[0], error) from error
 
 
 def _single_file(file: Path, opening: Opening) -> Any:
     """A checkpoint in the original layout, as model sites publish them."""
     if file.suffix != ".safetensors":
         raise ModelError(
-            "is no safetensors file",
+            "is not a safetensors file",
             where=file,
             found=file.suffix or "no extension",
             fix="Other single files are pickles, which can run code; look for a safetensors one.",
@@ -242,6 +213,7 @@ def _single_file(file: Path, opening: Opening) -> Any:
                 names = list(opened.keys())
         except SafetensorError as error:
             raise ModelError("cannot be opened", where=file, found=first_line(error)) from error
+        # the second text encoder, which of these only SDXL has, under the original layout's name
         large = any(key.startswith("conditioner.embedders.1.") for key in names)
         kind = "StableDiffusionXLPipeline" if large else "StableDiffusionPipeline"
         beside = file.with_suffix("")  # a folder of configs with the file's name, if there is one
@@ -269,14 +241,3 @@ def fingerprint(module: torch.nn.Module) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()[:12]
-
-
-def split_hub_id(source: str) -> tuple[str, str | None]:
-    """`owner/name/path/inside` as (`owner/name`, `path/inside`); anything shorter as it is."""
-    parts = source.split("/", 2)
-    return ("/".join(parts[:2]), parts[2]) if len(parts) == 3 else (source, None)
-
-
-def first_line(error: Exception) -> str:
-    """What a library says, without the rest of it."""
-    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__

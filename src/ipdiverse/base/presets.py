@@ -1,8 +1,10 @@
 """Presets: one word for a published base with its adapter and image encoder.
 
-Revisions are commits, so that a preset means the same tomorrow; to move one on is to change its
-line here, or `--revision` for one run. Sizes are those of the published files, rounded: nothing
-but the download itself knows them to the byte.
+Revisions are commits, so that a preset means the same tomorrow; to move one to a newer commit,
+change its line here, or use `--revision` for one run. Sizes are those of the published files,
+rounded, and are written down here because the hub's library cannot tell them offline: its dry runs
+(`snapshot_download(..., dry_run=True)`) ask the hub for every repository's list of files, also
+when all files are in the local cache.
 
 Sources: the model cards of the repositories, and the original authors' examples for steps, scale
 and scheduler (github.com/tencent-ailab/IP-Adapter).
@@ -10,7 +12,7 @@ and scheduler (github.com/tencent-ailab/IP-Adapter).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 SITE = "https://huggingface.co"
 _MB = 1_000_000
@@ -43,8 +45,8 @@ class HubFile:
     Args:
         repository: Where it is.
         name: Its path there.
-        size: In bytes, about; 0 is next to nothing.
-        revision: In place of the repository's own.
+        size: In bytes, about; 0 for small files.
+        revision: Replaces the repository's own.
     """
 
     repository: Repository
@@ -60,25 +62,24 @@ class HubFile:
 
 @dataclass(frozen=True)
 class Preset:
-    """A base, what prompts it with images, and good defaults.
-
-    Weights of the base are the published half-precision files, whatever precision computes.
+    """A base, an adapter for it, and good defaults.
 
     Args:
         name: The word.
         about: What it is for.
-        base: A pipeline in diffusers' layout.
+        base: A pipeline in diffusers' layout. Its weights are the published half-precision files,
+            whatever precision computes.
         files: The pipeline's files, with sizes in bytes.
         checker: Its safety checker's files; none where the base was published without.
         adapter: Where the adapter is.
         weights: The adapter's file there, and its size.
         encoder: Where the image encoder is; None where the adapter reads faces alone.
-        encoder_folder: Its folder there.
         scheduler: Class in diffusers; it takes the base's own settings.
         resolution: Height and width in pixels that the base was made for.
-        steps: Good default.
         guidance_scale: Good default.
         scale: Good default of the image prompt's weight.
+        steps: Good default.
+        encoder_folder: The image encoder's folder.
         faces: The adapter reads face embeddings.
     """
 
@@ -90,19 +91,19 @@ class Preset:
     adapter: Repository
     weights: tuple[str, int]
     encoder: Repository | None
-    encoder_folder: str
     scheduler: str
     resolution: int
-    steps: int
     guidance_scale: float
     scale: float
+    steps: int = 30
+    encoder_folder: str = "models/image_encoder"
     faces: bool = False
 
     def base_files(self, revision: str = "", *, checker: bool = True) -> list[HubFile]:
-        """What the pipeline is opened from.
+        """The pipeline's files.
 
         Args:
-            revision: In place of the pinned one.
+            revision: Replaces the pinned one.
             checker: The safety checker too.
         """
         wanted = self.files + (self.checker if checker else ())
@@ -116,7 +117,7 @@ class Preset:
         """The image encoder's; its preprocessing is CLIP's own and has no file."""
         if self.encoder is None:
             return []
-        wanted = (("config.json", 0), ("model.safetensors", _ENCODER_SIZE))
+        wanted = (("config.json", 0), ("model.safetensors", 2528 * _MB))
         return [HubFile(self.encoder, f"{self.encoder_folder}/{n}", size) for n, size in wanted]
 
     def all_files(self) -> list[HubFile]:
@@ -129,26 +130,7 @@ class Preset:
         return list(dict.fromkeys(every))
 
 
-_SD15 = Repository(
-    "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
-    "creativeml-openrail-m",
-)
-_SDXL = Repository(
-    "stabilityai/stable-diffusion-xl-base-1.0",
-    "462165984030d82259a11f4367a4eed129e94a7b",
-    "openrail++",
-)
 _IP_ADAPTER = Repository("h94/IP-Adapter", "018e402774aeeddd60609b4ecdb7e298259dc729", "apache-2.0")
-_FACEID = Repository(
-    "h94/IP-Adapter-FaceID",
-    "43907e6f44d079bf1a9102d9a6e56aef7a219bae",
-    "non-commercial research only",
-)
-
-_ENCODER_SIZE = 2528 * _MB
-_VIT_H = "models/image_encoder"
-"""OpenCLIP ViT-H/14, which every adapter here was trained with, `vit-h` of SDXL included."""
 
 
 def _tokenizer(folder: str) -> tuple[tuple[str, int], ...]:
@@ -156,126 +138,130 @@ def _tokenizer(folder: str) -> tuple[tuple[str, int], ...]:
     return tuple((f"{folder}/{name}", _MB if name == "vocab.json" else 0) for name in names)
 
 
-_SD15_FILES = (
-    ("model_index.json", 0),
-    ("feature_extractor/preprocessor_config.json", 0),
-    ("scheduler/scheduler_config.json", 0),
-    ("text_encoder/config.json", 0),
-    ("text_encoder/model.fp16.safetensors", 246 * _MB),
-    *_tokenizer("tokenizer"),
-    ("unet/config.json", 0),
-    ("unet/diffusion_pytorch_model.fp16.safetensors", 1719 * _MB),
-    ("vae/config.json", 0),
-    ("vae/diffusion_pytorch_model.fp16.safetensors", 167 * _MB),
+_SD15 = Preset(
+    name="sd15",
+    about="Stable Diffusion 1.5, 4 image tokens: what the picture is about",
+    base=Repository(
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
+        "creativeml-openrail-m",
+    ),
+    files=(
+        ("model_index.json", 0),
+        ("feature_extractor/preprocessor_config.json", 0),
+        ("scheduler/scheduler_config.json", 0),
+        ("text_encoder/config.json", 0),
+        ("text_encoder/model.fp16.safetensors", 246 * _MB),
+        *_tokenizer("tokenizer"),
+        ("unet/config.json", 0),
+        ("unet/diffusion_pytorch_model.fp16.safetensors", 1719 * _MB),
+        ("vae/config.json", 0),
+        ("vae/diffusion_pytorch_model.fp16.safetensors", 167 * _MB),
+    ),
+    checker=(
+        ("safety_checker/config.json", 0),
+        ("safety_checker/model.fp16.safetensors", 608 * _MB),
+    ),
+    adapter=_IP_ADAPTER,
+    weights=("models/ip-adapter_sd15.safetensors", 45 * _MB),
+    encoder=_IP_ADAPTER,
+    scheduler="DDIMScheduler",
+    resolution=512,
+    guidance_scale=7.5,
+    scale=0.6,
 )
-_SD15_CHECKER = (
-    ("safety_checker/config.json", 0),
-    ("safety_checker/model.fp16.safetensors", 608 * _MB),
+_SDXL = Preset(
+    name="sdxl",
+    about="Stable Diffusion XL, 4 image tokens: what the picture is about",
+    base=Repository(
+        "stabilityai/stable-diffusion-xl-base-1.0",
+        "462165984030d82259a11f4367a4eed129e94a7b",
+        "openrail++",
+    ),
+    files=(
+        ("model_index.json", 0),
+        ("scheduler/scheduler_config.json", 0),
+        ("text_encoder/config.json", 0),
+        ("text_encoder/model.fp16.safetensors", 246 * _MB),
+        ("text_encoder_2/config.json", 0),
+        ("text_encoder_2/model.fp16.safetensors", 1389 * _MB),
+        *_tokenizer("tokenizer"),
+        *_tokenizer("tokenizer_2"),
+        ("unet/config.json", 0),
+        ("unet/diffusion_pytorch_model.fp16.safetensors", 5135 * _MB),
+        ("vae/config.json", 0),
+        ("vae/diffusion_pytorch_model.fp16.safetensors", 167 * _MB),
+    ),
+    checker=(),
+    adapter=_IP_ADAPTER,
+    # `vit-h`: the SDXL adapter without it reads another, larger encoder (OpenCLIP ViT-bigG/14)
+    weights=("sdxl_models/ip-adapter_sdxl_vit-h.safetensors", 698 * _MB),
+    encoder=_IP_ADAPTER,
+    scheduler="EulerDiscreteScheduler",
+    resolution=1024,
+    guidance_scale=5.0,
+    scale=0.6,
 )
-_SDXL_FILES = (
-    ("model_index.json", 0),
-    ("scheduler/scheduler_config.json", 0),
-    ("text_encoder/config.json", 0),
-    ("text_encoder/model.fp16.safetensors", 246 * _MB),
-    ("text_encoder_2/config.json", 0),
-    ("text_encoder_2/model.fp16.safetensors", 1389 * _MB),
-    *_tokenizer("tokenizer"),
-    *_tokenizer("tokenizer_2"),
-    ("unet/config.json", 0),
-    ("unet/diffusion_pytorch_model.fp16.safetensors", 5135 * _MB),
-    ("vae/config.json", 0),
-    ("vae/diffusion_pytorch_model.fp16.safetensors", 167 * _MB),
+_ALL = (
+    _SD15,
+    replace(
+        _SD15,
+        name="sd15-plus",
+        about="Stable Diffusion 1.5, 16 image tokens: closer to the picture",
+        weights=("models/ip-adapter-plus_sd15.safetensors", 98 * _MB),
+    ),
+    replace(
+        _SD15,
+        name="sd15-plus-face",
+        about="Stable Diffusion 1.5, 16 image tokens of a cropped face",
+        weights=("models/ip-adapter-plus-face_sd15.safetensors", 98 * _MB),
+        scale=0.7,
+    ),
+    replace(
+        _SD15,
+        name="sd15-faceid",
+        about="Stable Diffusion 1.5, a face embedding: who it is, not the picture",
+        adapter=Repository(
+            "h94/IP-Adapter-FaceID",
+            "43907e6f44d079bf1a9102d9a6e56aef7a219bae",
+            "non-commercial research only",
+        ),
+        # published as a pickle alone; adapter.files reads it without running what is in it
+        weights=("ip-adapter-faceid_sd15.bin", 97 * _MB),
+        encoder=None,
+        encoder_folder="",
+        scale=1.0,
+        faces=True,
+    ),
+    _SDXL,
+    replace(
+        _SDXL,
+        name="sdxl-plus",
+        about="Stable Diffusion XL, 16 image tokens: closer to the picture",
+        weights=("sdxl_models/ip-adapter-plus_sdxl_vit-h.safetensors", 848 * _MB),
+    ),
 )
-
-
-def _sd15(
-    name: str,
-    about: str,
-    weights: tuple[str, int],
-    scale: float,
-    adapter: Repository = _IP_ADAPTER,
-    encoder: Repository | None = _IP_ADAPTER,
-) -> Preset:
-    return Preset(
-        name=name,
-        about=about,
-        base=_SD15,
-        files=_SD15_FILES,
-        checker=_SD15_CHECKER,
-        adapter=adapter,
-        weights=weights,
-        encoder=encoder,
-        encoder_folder=_VIT_H if encoder else "",
-        scheduler="DDIMScheduler",
-        resolution=512,
-        steps=30,
-        guidance_scale=7.5,
-        scale=scale,
-        faces=encoder is None,
-    )
-
-
-def _sdxl(name: str, about: str, weights: tuple[str, int]) -> Preset:
-    return Preset(
-        name=name,
-        about=about,
-        base=_SDXL,
-        files=_SDXL_FILES,
-        checker=(),
-        adapter=_IP_ADAPTER,
-        weights=weights,
-        encoder=_IP_ADAPTER,
-        encoder_folder=_VIT_H,
-        scheduler="EulerDiscreteScheduler",
-        resolution=1024,
-        steps=30,
-        guidance_scale=5.0,
-        scale=0.6,
-    )
-
-
-PRESETS: dict[str, Preset] = {
-    preset.name: preset
-    for preset in (
-        _sd15(
-            "sd15",
-            "Stable Diffusion 1.5, 4 image tokens: what the picture is about",
-            ("models/ip-adapter_sd15.safetensors", 45 * _MB),
-            0.6,
-        ),
-        _sd15(
-            "sd15-plus",
-            "Stable Diffusion 1.5, 16 image tokens: closer to the picture",
-            ("models/ip-adapter-plus_sd15.safetensors", 98 * _MB),
-            0.6,
-        ),
-        _sd15(
-            "sd15-plus-face",
-            "Stable Diffusion 1.5, 16 image tokens of a cropped face",
-            ("models/ip-adapter-plus-face_sd15.safetensors", 98 * _MB),
-            0.7,
-        ),
-        _sd15(
-            "sd15-faceid",
-            "Stable Diffusion 1.5, a face embedding: who it is, not the picture",
-            ("ip-adapter-faceid_sd15.bin", 97 * _MB),
-            1.0,
-            adapter=_FACEID,
-            encoder=None,
-        ),
-        _sdxl(
-            "sdxl",
-            "Stable Diffusion XL, 4 image tokens: what the picture is about",
-            ("sdxl_models/ip-adapter_sdxl_vit-h.safetensors", 698 * _MB),
-        ),
-        _sdxl(
-            "sdxl-plus",
-            "Stable Diffusion XL, 16 image tokens: closer to the picture",
-            ("sdxl_models/ip-adapter-plus_sdxl_vit-h.safetensors", 848 * _MB),
-        ),
-    )
-}
+PRESETS: dict[str, Preset] = {preset.name: preset for preset in _ALL}
 """Every preset by its name."""
+
+
+def preset_files(
+    base: str, adapter: str = "", encoder: str = "", revision: str = "", *, checker: bool = True
+) -> list[HubFile]:
+    """Files of the hub that a base, an adapter and an image encoder take.
+
+    Args:
+        base: A preset, whose pipeline is taken; any other name takes nothing, here and below.
+        adapter: The preset whose adapter is taken.
+        encoder: The preset whose image encoder is taken.
+        revision: Replaces the base's pinned one.
+        checker: The base's safety checker too.
+    """
+    return [
+        *(PRESETS[base].base_files(revision, checker=checker) if base in PRESETS else ()),
+        *(PRESETS[adapter].adapter_files() if adapter in PRESETS else ()),
+        *(PRESETS[encoder].encoder_files() if encoder in PRESETS else ()),
+    ]
 
 
 def total(files: list[HubFile]) -> int:

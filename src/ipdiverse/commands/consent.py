@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from ipdiverse.base.downloads import missing, not_cached, offline
-from ipdiverse.base.presets import PRESETS, as_size, total
+from ipdiverse.base.presets import PRESETS, as_size, preset_files, total
 from ipdiverse.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -20,25 +20,23 @@ _SMALL = 1_000_000
 
 
 def agree_to_encoders(
-    name: str, image_encoder: str | None, yes: bool, start: str | None = None
+    name: str, image_encoder: str | None, yes: bool, init_from: str | None = None
 ) -> None:
     """As `agree`, for what training takes of presets: no safety checker, and one adapter at most.
 
     Args:
-        name: Of the base; nothing is asked for what is no preset.
+        name: Of the base; nothing is asked for what is not a preset.
         image_encoder: The user's own, in place of the preset's.
-        yes: The user said so already.
-        start: The adapter to go on from; only a preset's is asked for.
+        yes: The user agreed already.
+        init_from: The adapter to start from; only a preset's is asked for.
 
     Raises:
         ArgumentError: The user said no, or there is no terminal to ask on.
         ModelError: Downloads are off.
     """
-    preset, adapter = PRESETS.get(name), PRESETS.get(start or "")
-    files = [] if preset is None else preset.base_files(checker=False)
-    files += [] if preset is None or image_encoder else preset.encoder_files()
-    files += [] if adapter is None else adapter.adapter_files()
-    named = [one.name for one in (preset, adapter) if one is not None]
+    encoder = "" if image_encoder else name
+    files = preset_files(name, init_from or "", encoder, checker=False)
+    named = [one for one in (name, init_from) if one in PRESETS]
     agree(", ".join(dict.fromkeys(named)), files, yes)
 
 
@@ -69,7 +67,7 @@ def agree(name: str, files: Sequence[HubFile], yes: bool) -> None:
     Args:
         name: Of the preset.
         files: What is needed.
-        yes: The user said so already.
+        yes: The user agreed already.
 
     Raises:
         ArgumentError: The user said no, or there is no terminal to ask on.

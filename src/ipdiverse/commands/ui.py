@@ -9,7 +9,7 @@ from importlib.util import find_spec
 
 from ipdiverse.commands.printing import say
 from ipdiverse.errors import ArgumentError
-from ipdiverse.ui.options import Options
+from ipdiverse.ui import Options
 
 PASSWORD = "IPDIVERSE_UI_PASSWORD"  # noqa: S105 - the variable's name
 

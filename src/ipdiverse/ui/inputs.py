@@ -1,4 +1,4 @@
-"""What a visitor sets, on both tabs that draw."""
+"""Settings of both tabs that draw, and the request that they make."""
 
 from __future__ import annotations
 
@@ -10,24 +10,22 @@ import gradio as gr
 from ipdiverse.base.bases import defaults_of
 from ipdiverse.errors import ArgumentError, check_range
 from ipdiverse.sampling.request import Request
+from ipdiverse.ui import Installed
+from ipdiverse.ui.status import PRIVATE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ipdiverse.ui.installed import Installed
-    from ipdiverse.ui.references import Given
+    from ipdiverse.ui.uploads import Upload
 
 MAX_SET, MAX_STEPS, MAX_GUIDANCE, MAX_TEXT = 16, 100, 20, 2000
-PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-"""Of every event: nothing is offered to programs, and what is drawn is not covered by a veil."""
-LIVE = "element.setAttribute('role', 'status'); element.setAttribute('aria-live', 'polite');"
 
 
 def text_inputs(tab: str) -> tuple[gr.Textbox, gr.Textbox]:
     """Prompt and negative prompt."""
     prompt = gr.Textbox(
         label="Prompt",
-        info="What the image should show; empty leaves everything to the reference.",
+        info="What the images should show. Leave it empty to follow the reference alone.",
         placeholder="a critter in the snow",
         max_length=MAX_TEXT,
         lines=2,
@@ -51,12 +49,12 @@ class Advanced:
     combine: gr.Dropdown
 
     def all(self) -> list[Any]:
-        """In the order of `asked`."""
+        """In the order of `request_from`."""
         return [self.seed, self.steps, self.guidance, self.base, self.adapter, self.combine]
 
 
 def advanced(installed: Installed, tab: str) -> Advanced:
-    """Seed, steps, guidance, and what draws."""
+    """Lay out seed, steps, guidance, base and adapter."""
     first, *_ = installed.bases
     usual = defaults_of(installed.bases[first])
     seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id=f"{tab}-seed")
@@ -75,7 +73,7 @@ def advanced(installed: Installed, tab: str) -> Advanced:
         usual.guidance_scale,
         step=0.5,
         label="Guidance",
-        info="Weight of the prompt.",
+        info="How strongly the images follow the prompt.",
         buttons=[],
         elem_id=f"{tab}-guidance",
     )
@@ -85,7 +83,7 @@ def advanced(installed: Installed, tab: str) -> Advanced:
     combine = gr.Dropdown(
         ["concat", "average", "subtract"],
         value="concat",
-        label="Several references",
+        label="How several references are combined",
         elem_id=f"{tab}-combine",
     )
 
@@ -99,9 +97,9 @@ def advanced(installed: Installed, tab: str) -> Advanced:
     return Advanced(seed, steps, guidance, base, adapter, combine)
 
 
-def asked(
+def request_from(
     installed: Installed,
-    given: Sequence[Given],
+    uploads: Sequence[Upload],
     prompt: str,
     negative: str,
     seed: Any,
@@ -112,11 +110,11 @@ def asked(
     combine: Any,
     **more: Any,
 ) -> Request:
-    """A request of what was set, checked: a program may send anything.
+    """The request that the settings make. They are checked, for a program may send anything.
 
     Args:
         installed: What may be chosen.
-        given: References that were looked at.
+        uploads: The references.
         prompt: One text.
         negative: The negative prompt.
         seed: Not negative.
@@ -130,9 +128,9 @@ def asked(
     Raises:
         IpdiverseError: Something is missing or impossible.
     """
-    if not given:
+    if not uploads:
         raise ArgumentError(
-            "is missing", where="reference", fix="Add an image, or take an example."
+            "is missing", where="reference", fix="Add an image, or pick an example."
         )
     for name, text in (("prompt", prompt), ("negative prompt", negative)):
         check_range(f"length of the {name}", len(text or ""), 0, MAX_TEXT)
@@ -143,7 +141,7 @@ def asked(
     name = _chosen(installed.bases, base, "base")
     others: dict[str, Any] = more | whole
     return Request(
-        image=tuple(one.file for one in given),
+        image=tuple(one.file for one in uploads),
         prompt=(prompt or "",),
         negative_prompt=negative or "",
         guidance_scale=guidance,
@@ -157,7 +155,7 @@ def asked(
 def _whole(name: str, value: Any) -> int:
     usable = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not usable or not float(value).is_integer():
-        raise ArgumentError("is no whole number", where=name, found=repr(value))
+        raise ArgumentError("is not a whole number", where=name, found=repr(value))
     return int(value)
 
 

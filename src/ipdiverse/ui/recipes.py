@@ -1,42 +1,18 @@
-"""How to repeat what the page drew: as a command, as Python, and as a set to take away."""
+"""How to repeat what the page drew: as a command, as Python, and as a set to download."""
 
 from __future__ import annotations
 
 import io
-import re
 import textwrap
 import zipfile
 from dataclasses import fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ipdiverse.sampling.request import Request
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-_LONGEST = 80
-
-
-def safe_name(name: str, taken: Sequence[str] = ()) -> str:
-    """A file name that is nothing but a name, for a command and for an archive.
-
-    Args:
-        name: As a browser sent it: any text.
-        taken: Names that others have.
-    """
-    bare = Path(name.replace("\\", "/")).name
-    kept = re.sub(r"[^\w.-]+", "_", bare, flags=re.ASCII).strip("._-")
-    stem, suffix = Path(kept).stem[:_LONGEST], Path(kept).suffix
-    if suffix.lower() not in SUFFIXES:
-        stem, suffix = kept[:_LONGEST], ".png"
-    stem = stem or "reference"
-    chosen, number = f"{stem}{suffix}", 1
-    while chosen in taken:
-        number += 1
-        chosen = f"{stem}-{number}{suffix}"
-    return chosen
+    from collections.abc import Mapping
+    from pathlib import Path
 
 
 def as_commands(requests: Mapping[str, Request]) -> str:
@@ -63,7 +39,11 @@ def as_python(requests: Mapping[str, Request]) -> str:
             f"result.save({folder!r})\n"
         )
     each = {out: _arguments(request) for out, request in requests.items()}
-    shared = _shared(list(each.values()))
+    shared = {
+        name: value
+        for name, value in each[folder].items()
+        if all(name in own and own[name] == value for own in each.values())
+    }
     varied = "".join(
         f"    {out!r}: { ({k: v for k, v in own.items() if k not in shared})!r},\n"
         for out, own in each.items()
@@ -83,14 +63,6 @@ def _arguments(request: Request) -> dict[str, Any]:
     values = {field.name: getattr(request, field.name) for field in fields(Request)}
     stated = {f.name for f in fields(Request) if f.name in _STATED or values[f.name] != f.default}
     return {k: v for k, v in values.items() if k in stated and k not in ("image", "prompt")}
-
-
-def _shared(each: list[dict[str, Any]]) -> dict[str, Any]:
-    first, *others = each
-    return {k: v for k, v in first.items() if all(o.get(k, _MISSING) == v for o in others)}
-
-
-_MISSING = object()
 
 
 def _listed(arguments: Mapping[str, Any], indent: str) -> str:

@@ -1,4 +1,4 @@
-"""What the tabs that draw share: where results go, and a job from its start to its end."""
+"""What the drawing tabs share: a job from its start to its end, its status, and what it leaves."""
 
 from __future__ import annotations
 
@@ -13,31 +13,30 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
+from ipdiverse.errors import IpdiverseError
 from ipdiverse.ui import status
-from ipdiverse.ui.inputs import LIVE, PRIVATE
-from ipdiverse.ui.jobs import Job
+from ipdiverse.ui.queue import Job, Session, Sessions
 from ipdiverse.ui.recipes import as_commands, as_python, packed
-from ipdiverse.ui.references import Given
+from ipdiverse.ui.status import LIVE, PRIVATE
+from ipdiverse.ui.uploads import Upload
 from ipdiverse.writing import write_bytes_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from ipdiverse.sampling.request import Request
-    from ipdiverse.ui.studio import Session, Studio
 
-TAKES_TURNS: dict[str, Any] = {"concurrency_id": "drawing", "concurrency_limit": 1}
 _PATIENCE = 60.0
-"""Seconds that cancelling waits for the denoising step that is at work."""
+"""Seconds that cancelling waits for the running denoising step."""
 
 
 @dataclass(frozen=True)
 class Results:
-    """Where results go, as components.
+    """Components that both tabs fill.
 
     Args:
         progress: A bar.
-        told: What screen readers hear.
+        told: The line that screen readers hear.
         command: The command that repeats the result.
         python: The same in Python.
         download: The set as a zip.
@@ -53,6 +52,11 @@ class Results:
         """Every one of them."""
         return [self.progress, self.told, self.command, self.python, self.download]
 
+    def emptied(self) -> dict[Any, Any]:
+        """Nothing of the last job is left."""
+        nothing = gr.DownloadButton(value=None, interactive=False)
+        return {self.command: "", self.python: "", self.download: nothing}
+
 
 def progress_parts(tab: str) -> tuple[gr.HTML, gr.HTML]:
     """The bar, and the line that is read aloud."""
@@ -61,7 +65,8 @@ def progress_parts(tab: str) -> tuple[gr.HTML, gr.HTML]:
 
 
 def recipe_parts(tab: str) -> tuple[gr.Code, gr.Code, gr.DownloadButton]:
-    """Buttons that copy and download, and what they copy."""
+    """Buttons that copy and download, and the recipes that they copy."""
+    # rendered below the buttons, but needed above: their events name it
     copied = gr.HTML(elem_id=f"{tab}-copied", js_on_load=LIVE, render=False)
     with gr.Row():
         copy_command = gr.Button("Copy as command", size="sm", elem_id=f"{tab}-copy-command")
@@ -72,8 +77,8 @@ def recipe_parts(tab: str) -> tuple[gr.Code, gr.Code, gr.DownloadButton]:
     copied.render()
     with gr.Accordion("How to repeat this", open=False, elem_id=f"{tab}-recipes"):
         gr.Markdown(
-            "In a folder that holds the reference, or in the unpacked set, either draws the same "
-            "images into `out`, pixel by pixel."
+            "Run either one in a folder that holds the reference, or in the unpacked set: it draws "
+            "the same images into `out`, pixel by pixel."
         )
         command = _recipe("shell", "Command", f"{tab}-command")
         python = _recipe("python", "Python", f"{tab}-python")
@@ -94,6 +99,8 @@ def _recipe(language: Any, label: str, elem_id: str) -> gr.Code:
     )
 
 
+# navigator.clipboard exists in secure contexts only: over plain http on another host than
+# localhost there is just the old way
 _COPY = """async (text) => {
   if (!text) return '<p>There is nothing to copy yet.</p>';
   try { await navigator.clipboard.writeText(text); }
@@ -109,28 +116,83 @@ _COPY = """async (text) => {
 }"""
 
 
-def new_job(
-    studio: Studio,
+def draw_on(
+    triggers: Sequence[Any],
+    cancel: gr.Button,
+    inputs: Sequence[Any],
+    outputs: Sequence[Any],
+    results: Results,
+    *,
+    tab: str,
+    sessions: Sessions,
+    requests_of: Callable[..., Mapping[str, Request]],
+    shown: Callable[[Job | None], dict[Any, Any]],
+) -> None:
+    """Say what happens when a visitor draws and cancels.
+
+    Args:
+        triggers: Events that start a drawing.
+        cancel: The button that stops it.
+        inputs: Components; the first holds the list of uploads.
+        outputs: Components that `shown` fills.
+        results: Components that are filled here.
+        tab: Its name.
+        sessions: Everybody's.
+        requests_of: Takes the inputs' values; requests by the folder of their images.
+        shown: What a job has drawn, by output; of None, nothing.
+    """
+
+    def start(request: gr.Request, uploads: list[Upload], *values: Any) -> Iterator[dict[Any, Any]]:
+        session = sessions.of(request.session_hash)
+        try:
+            requests = requests_of(uploads, *values)
+        except IpdiverseError as error:
+            yield {results.told: status.problem(str(error)), results.progress: ""}
+            return
+        job = _new_job(sessions, session, tab, requests, uploads)
+        yield {**shown(None), results.told: status.going(job), **results.emptied()}
+        yield from _watched(job, results, lambda: shown(job))
+        yield {**shown(job), **_ended(job, results)}
+
+    def stop(request: gr.Request) -> dict[Any, Any]:
+        job = sessions.of(request.session_hash).jobs.get(tab)
+        if job is None:
+            return {results.progress: "", results.told: status.line("Cancelled; nothing to stop.")}
+        job.stop()
+        # gradio closes the generator of a cancelled event: its last word has to be said here
+        return {**shown(job), **_ended(job, results)} if job.wait(_PATIENCE) else {}
+
+    every = [*outputs, *results.all()]
+    # one id for both tabs: gradio then lets one drawing through at a time, and counts the others
+    options = PRIVATE | {"concurrency_id": "drawing", "concurrency_limit": 1}
+    options |= {"show_progress": "minimal", "show_progress_on": results.progress}
+    drawing = [trigger(start, list(inputs), every, **options) for trigger in triggers]
+    cancel.click(stop, None, every, cancels=drawing, queue=False, **PRIVATE)
+
+
+def _new_job(
+    sessions: Sessions,
     session: Session,
     tab: str,
     requests: Mapping[str, Request],
-    given: Sequence[Given],
+    uploads: Sequence[Upload],
 ) -> Job:
-    """Begin a job in place of the tab's last one, whose files go."""
+    """Start a job in place of the tab's last one, whose files go."""
     if (before := session.jobs.get(tab)) is not None:
         before.stop()
     shutil.rmtree(session.folder / tab, ignore_errors=True)
+    # a new folder each time: the browser keeps images by their address
     folder = session.folder / tab / uuid.uuid4().hex
-    job = Job(studio, requests, tuple(one.name for one in given), folder)
+    job = Job(sessions.turns, requests, tuple(one.name for one in uploads), folder)
     session.jobs[tab] = job
     job.start()
     return job
 
 
-def watched(
+def _watched(
     job: Job, results: Results, shown: Callable[[], dict[Any, Any]]
 ) -> Iterator[dict[Any, Any]]:
-    """What changes while a job goes on; closed, as when its visitor leaves, it stops the job."""
+    """What changes while a job runs. When its visitor leaves, gradio closes this: the job stops."""
     images, line = -1, ""
     with closing(job.watch()) as looks:
         for _ in looks:
@@ -144,20 +206,15 @@ def watched(
             yield update
 
 
-def emptied(results: Results) -> dict[Any, Any]:
-    """Nothing of the last job is left."""
-    nothing = gr.DownloadButton(value=None, interactive=False)
-    return {results.command: "", results.python: "", results.download: nothing}
-
-
-def ended(job: Job, results: Results) -> dict[Any, Any]:
+def _ended(job: Job, results: Results) -> dict[Any, Any]:
     """The status and the recipes of a job that has ended."""
     update = {results.progress: "", results.told: status.ended(job)}
     if not job.sheets:
-        return update | emptied(results)
+        return update | results.emptied()
     requests = {inside: sheet.request for inside, sheet in job.sheets.items()}
     first = next(iter(requests.values()))
-    stem = f"ipdiverse-{_slug(first.prompt[0]) or 'set'}-seed-{first.seed}"
+    words = re.sub(r"[^a-z0-9]+", "-", first.prompt[0].lower())[:40].strip("-")
+    stem = f"ipdiverse-{words or 'set'}-seed-{first.seed}"
     sources = next(iter(job.requests.values())).image
     files = dict(zip(job.names, map(Path, sources), strict=True))
     archive = job.folder / f"{stem}.zip"
@@ -167,20 +224,3 @@ def ended(job: Job, results: Results) -> dict[Any, Any]:
         results.python: as_python(requests),
         results.download: gr.DownloadButton(value=str(archive), interactive=True),
     }
-
-
-def settled(job: Job) -> bool:
-    """Stop a job; whether it has ended, after the step that was at work."""
-    job.stop()
-    return job.wait(_PATIENCE)
-
-
-def cancelled(job: Job | None, results: Results) -> dict[Any, Any]:
-    """What is said of a job that was cancelled before it began, or none at all."""
-    if job is not None:  # it is still at work on its step, and will say so itself
-        return {}
-    return {results.progress: "", results.told: status.line("Cancelled; nothing was drawn.")}
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower())[:40].strip("-")

@@ -1,4 +1,4 @@
-"""Opening and closing the page: bound to this machine, in a folder of its own that is deleted."""
+"""Opening and closing the page: bound to this machine, in a private folder that is deleted."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any
 from ipdiverse.errors import ArgumentError, IpdiverseError, check_range
 from ipdiverse.image_io import MAX_FILE_BYTES
 from ipdiverse.sampling.request import Request
-from ipdiverse.ui.installed import find_installed
+from ipdiverse.ui import find_installed
+from ipdiverse.ui.queue import Sessions, Turns
 from ipdiverse.ui.safety import OwnPageOnly, check_binding, is_loopback, private_folder
-from ipdiverse.ui.studio import Studio
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from ipdiverse.ui.options import Options
+    from ipdiverse.ui import Options
 
 _FORGOTTEN = ("GRADIO_ALLOWED_PATHS", "GRADIO_SHARE", "GRADIO_MCP_SERVER", "GRADIO_DEBUG")
-"""Settings of gradio that could open what is closed here."""
+"""Settings of gradio that could open to others what is closed here."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class Page:
 
     Args:
         url: Where it is.
-        studio: What its visitors share.
-        folder: Where everything of it is.
+        sessions: Its visitors'.
+        folder: Holds all its files.
     """
 
     url: str
-    studio: Studio
+    sessions: Sessions
     folder: Path
 
 
@@ -49,8 +49,8 @@ def opened_page(options: Options) -> Iterator[Page]:
         options: How.
 
     Raises:
-        IpdiverseError: It would be open to others without a password, the port is taken, or what
-            it shall offer is not there.
+        IpdiverseError: It would be open to others without a password, the port is taken, or
+            something that it should offer does not exist.
     """
     check_binding(options.host, options.password)
     check_range("port", options.port, 1, 65535)
@@ -59,18 +59,17 @@ def opened_page(options: Options) -> Iterator[Page]:
     with ExitStack() as stack:
         folder = stack.enter_context(private_folder())
         stack.enter_context(_environment(folder / "gradio"))
-        from ipdiverse.ui.app import build, look
-        from ipdiverse.ui.reports import find_reports
+        from ipdiverse.ui.page import build, find_reports, look
 
-        studio = Studio(folder / "work")
+        sessions = Sessions(folder / "work")
         reports = find_reports([Path(name) for name in options.reports])
-        page = build(studio, installed, reports, options.waiting)
-        stack.callback(_close, page, studio)
+        page = build(sessions, installed, reports, options.waiting)
+        stack.callback(_close, page, sessions)
         url = _launch(page, options, look())
-        warming = threading.Thread(target=_warm, args=(studio,), daemon=True)
+        warming = threading.Thread(target=_warm, args=(sessions.turns,), daemon=True)
         warming.start()
         stack.callback(warming.join)  # nothing is being opened when the page has gone
-        yield Page(url, studio, folder)
+        yield Page(url, sessions, folder)
 
 
 def serve(options: Options, tell: Callable[[str], None]) -> None:
@@ -99,7 +98,7 @@ def serve(options: Options, tell: Callable[[str], None]) -> None:
 
 @contextmanager
 def _environment(cache: Path) -> Iterator[None]:
-    """Before gradio is imported: its cache is ours, and it tells nobody anything."""
+    """Give gradio our cache and no analytics. It reads these once, when it is imported."""
     cache.mkdir()
     before = dict(os.environ)
     for name in _FORGOTTEN:
@@ -151,17 +150,18 @@ def _launch(page: Any, options: Options, look: dict[str, Any]) -> str:
     return url
 
 
-def _warm(studio: Studio) -> None:
+def _warm(turns: Turns) -> None:
     """Open the embedded base before the first visitor needs it; if it fails, a job will say so."""
-    with suppress(IpdiverseError), studio.turn(lambda: None):
-        studio.base(Request())
+    with suppress(IpdiverseError), turns.turn(lambda: None):
+        turns.base(Request())
 
 
-def _close(page: Any, studio: Studio) -> None:
-    studio.close()
+def _close(page: Any, sessions: Sessions) -> None:
+    sessions.close()
     page.close(verbose=False)
-    with suppress(TimeoutError), studio.turn(_patience(100)):
-        pass  # what was at work has ended and writes nothing any more
+    # jobs end at their next step; until then they write into the folder that is about to go
+    with suppress(TimeoutError), sessions.turns.turn(_patience(100)):
+        pass
 
 
 def _patience(looks: int) -> Callable[[], None]:

@@ -1,19 +1,32 @@
-"""What the page says while it works: a bar, a line that screen readers hear, and errors."""
+"""What the page says: progress, lines that screen readers hear, errors, why images are alike."""
 
 from __future__ import annotations
 
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ipdiverse.ui.closeness import plot
-from ipdiverse.ui.hints import why_alike
 
 if TYPE_CHECKING:
-    from ipdiverse.ui.jobs import Job, Sheet
+    from ipdiverse.sampling.request import Request
+    from ipdiverse.ui.queue import Job, Sheet
+
+PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+"""Options of every event: no API for programs, and no veil over images while more are drawn."""
+# Set by script, because gr.HTML takes no ARIA attributes; on the element and not on its content,
+# because screen readers announce only what changes inside a live region that was there before.
+LIVE = "element.setAttribute('role', 'status'); element.setAttribute('aria-live', 'polite');"
+
+HIGH_SCALE = 0.8
+HIGH_GUIDANCE = 1.5
+"""Times the base's own default."""
+LOW_DIAL, WIDE_DIAL = 0.2, 0.9
+DETAILED = 12
+"""Number of words from which a prompt is detailed."""
 
 
 def bar(job: Job) -> str:
-    """How far a job is, with an estimate of what is left; not read aloud at every step."""
+    """How far a job is, with an estimate of the rest; not read aloud at every step."""
     percent = 100 * job.done // max(1, job.total)
     words = f"{job.images} of {job.wanted} images, {percent} %"
     if not job.begun:
@@ -34,17 +47,17 @@ def duration(seconds: float) -> str:
 
 
 def line(text: str) -> str:
-    """A line of the status, read aloud when it changes."""
+    """A line that is read aloud when it changes."""
     return f"<p>{escape(text)}</p>"
 
 
 def problem(text: str) -> str:
-    """What went wrong, read aloud at once."""
+    """An error, read aloud at once."""
     return f'<p class="problem" role="alert">{escape(text)}</p>'
 
 
 def going(job: Job) -> str:
-    """The line of a job that goes on; it changes with each image, not with each step."""
+    """The line of a running job; it changes with each image, not with each step."""
     if not job.begun:
         return line(f"Drawing {_count(job.wanted)}.")
     return line(f"{job.images} of {_count(job.wanted)} finished.")
@@ -66,7 +79,7 @@ def report(sheet: Sheet) -> str:
     """Under the images: how close they are, in words and as a plot, and why they are alike."""
     seen = sheet.closeness
     if seen is None:
-        return "<p>The adapter's encoder gives nothing to compare images by.</p>"
+        return "<p>This adapter has no image encoder that can compare images.</p>"
     hints = ""
     if seen.narrow:
         causes = why_alike(sheet.request, sheet.calibrated, sheet.usual_guidance)
@@ -74,6 +87,62 @@ def report(sheet: Sheet) -> str:
         hints = f'<div class="hint"><h3>Why are these alike?</h3><ul>{listed}</ul></div>'
     told = f"<div><h3>How close they are</h3><p>{escape(seen.summary())}</p></div>"
     return f'<div class="report">{told}{plot(seen)}{hints}</div>'
+
+
+def why_alike(request: Request, calibrated: bool, usual_guidance: float) -> list[str]:
+    """Which settings made a set narrow, most likely first, and what to change; a sentence each.
+
+    Args:
+        request: What was drawn, defaults filled in.
+        calibrated: The adapter carries its own dial.
+        usual_guidance: The base's default.
+    """
+    dial, scale = request.diversity or 0.0, request.scale or 0.0
+    guidance = request.guidance_scale or 0.0
+    words = len(" ".join(request.prompt).split())
+    causes = [
+        (
+            dial <= LOW_DIAL,
+            f"Diversity is {dial:g}, which stays close to the reference. Increase it.",
+        ),
+        (
+            calibrated and LOW_DIAL < dial < WIDE_DIAL,
+            f"Diversity is {dial:g}, and this adapter can vary more. Increase it.",
+        ),
+        (
+            scale >= HIGH_SCALE and not calibrated,
+            f"The adapter scale is {scale:g}, so the reference decides nearly everything. "
+            "Try 0.5 to 0.7.",
+        ),
+        (
+            guidance >= HIGH_GUIDANCE * usual_guidance,
+            f"Guidance is {guidance:g}, and this base's default is {usual_guidance:g}. High "
+            "guidance makes images alike. Lower it.",
+        ),
+        (
+            len(request.image) > 1 and request.combine == "concat",
+            "Several references together leave less to vary. Use one, or average them.",
+        ),
+        (
+            words >= DETAILED,
+            f"The prompt is detailed ({words} words), and what it states does not vary. Shorten "
+            "it.",
+        ),
+        (
+            not words,
+            "There is no prompt, so the reference decides everything. Say what should be "
+            "different.",
+        ),
+        (
+            not calibrated,
+            "This adapter was not calibrated, so its dial uses cautious default settings. "
+            "`ipdiverse calibrate` finds better ones.",
+        ),
+    ]
+    return [text for holds, text in causes if holds] or [
+        "No setting explains it: the model varies little for this prompt and reference. Try "
+        "another prompt or seed."
+    ]
 
 
 def _count(images: int) -> str:

@@ -141,10 +141,23 @@ def test_a_plan_is_said_in_one_line() -> None:
     assert plan.line() == "cuda (8.0 GiB), float16, models offloaded, VAE in tiles"
 
 
-def test_this_machine_has_a_device() -> None:
-    device = this_device()
-    assert device.kind in ("cuda", "mps", "cpu")
-    assert device.memory > 2**28
+def test_the_best_device_is_taken_with_the_memory_that_is_ours(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3 * GIB, 8 * GIB))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 5 * GIB)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": 2**20, "SC_PAGE_SIZE": 4096}.__getitem__)
+    assert this_device() == Device("cuda", 3 * GIB, bfloat16=True), "what is free of it"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert this_device() == Device("mps", 5 * GIB)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert this_device() == Device("cpu", 4 * GIB)
+    monkeypatch.delattr("os.sysconf")
+    assert this_device() == Device("cpu", 8 * GIB), "where the system does not say"
 
 
 def test_sizes_are_those_of_the_weights() -> None:

@@ -16,9 +16,8 @@ from PIL import Image
 
 from ipdiverse.errors import ArgumentError, IpdiverseError
 from ipdiverse.sampling.request import Request
-from ipdiverse.ui import closeness, hints, recipes, reports, status
+from ipdiverse.ui import Installed, closeness, find_installed, page, recipes, status, uploads
 from ipdiverse.ui.closeness import BANDS, CRITTER_BANDS, Closeness
-from ipdiverse.ui.installed import Installed, find_installed
 
 REQUEST = Request(
     image=("cat.png",),
@@ -48,14 +47,14 @@ REQUEST = Request(
     ],
 )
 def test_names_are_nothing_but_names(given: str, name: str) -> None:
-    assert recipes.safe_name(given) == name
+    assert uploads.safe_name(given) == name
     assert Path(name).name == name
     assert shlex.quote(name) == name
 
 
 def test_names_differ() -> None:
-    assert recipes.safe_name("cat.png", ["cat.png"]) == "cat-2.png"
-    assert recipes.safe_name("cat.png", ["cat.png", "cat-2.png"]) == "cat-3.png"
+    assert uploads.safe_name("cat.png", ["cat.png"]) == "cat-2.png"
+    assert uploads.safe_name("cat.png", ["cat.png", "cat-2.png"]) == "cat-3.png"
 
 
 def test_a_command_keeps_any_prompt_whole() -> None:
@@ -185,23 +184,23 @@ NARROWEST = replace(REQUEST, diversity=0.0, guidance_scale=9.0, image=("a", "b")
         (
             replace(REQUEST, diversity=0.5),
             True,
-            "Diversity is 0.5: this adapter's dial goes further",
+            "Diversity is 0.5, and this adapter can vary more",
         ),
         (NARROWEST, True, "Guidance is 9, and this base's default is 3"),
         (NARROWEST, True, "Several references"),
         (NARROWEST, False, "was not calibrated"),
         (replace(REQUEST, prompt=(" ",)), True, "There is no prompt"),
-        (replace(REQUEST, prompt=("word " * 12,)), True, "states much (12 words)"),
+        (replace(REQUEST, prompt=("word " * 12,)), True, "is detailed (12 words)"),
     ],
 )
 def test_hints_come_from_what_was_used(request_: Request, calibrated: bool, words: str) -> None:
-    assert any(words in text for text in hints.why_alike(request_, calibrated, 3.0))
+    assert any(words in text for text in status.why_alike(request_, calibrated, 3.0))
 
 
 def test_no_hint_is_made_up() -> None:
     open_ = replace(REQUEST, diversity=0.95)  # a calibrated dial keeps the scale
-    (text,) = hints.why_alike(open_, True, 3.0)
-    assert "Nothing in the settings narrows it" in text
+    (text,) = status.why_alike(open_, True, 3.0)
+    assert "No setting explains it" in text
 
 
 def test_the_report_hints_only_where_images_are_alike() -> None:
@@ -212,7 +211,7 @@ def test_the_report_hints_only_where_images_are_alike() -> None:
     sheet.closeness = seen(0.3, 0.3)
     assert "Why" not in status.report(sheet)
     sheet.closeness = None
-    assert "nothing to compare" in status.report(sheet)
+    assert "no image encoder that can compare" in status.report(sheet)
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(0.2, "1 s"), (59, "59 s"), (61, "1 min 01 s")])
@@ -245,7 +244,7 @@ def test_a_preset_is_offered_once_all_of_it_is_there(monkeypatch: pytest.MonkeyP
     there = {"sd15-plus", "sd15-plus-face"}
     lacks = {name: [] if name in there else [1] for name in PRESETS}
     names = {tuple(one.all_files()): name for name, one in PRESETS.items()}
-    monkeypatch.setattr("ipdiverse.ui.installed.missing", lambda files: lacks[names[tuple(files)]])
+    monkeypatch.setattr("ipdiverse.ui.missing", lambda files: lacks[names[tuple(files)]])
     found = find_installed()
     assert list(found.bases) == ["critters", "sd15-plus"]
     assert list(found.adapters_of("sd15-plus")) == ["sd15-plus", "sd15-plus-face"]
@@ -264,11 +263,11 @@ def test_defaults_are_those_of_the_opened_base() -> None:
 
 
 def asked(**changes: Any) -> Request:
-    from ipdiverse.ui.inputs import asked as ask
-    from ipdiverse.ui.references import Given
+    from ipdiverse.ui.inputs import request_from
+    from ipdiverse.ui.uploads import Upload
 
     values = {
-        "given": [Given("cat.png", "kept.png")],
+        "uploads": [Upload("cat.png", "kept.png")],
         "prompt": "p",
         "negative": "",
         "seed": 1,
@@ -281,7 +280,7 @@ def asked(**changes: Any) -> Request:
         "n": 2.0,
         "scale": 1.0,
     }
-    return ask(Installed({"critters": "critters"}), **(values | changes))
+    return request_from(Installed({"critters": "critters"}), **(values | changes))
 
 
 def test_what_was_set_becomes_a_request() -> None:
@@ -292,13 +291,13 @@ def test_what_was_set_becomes_a_request() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"given": []}, "reference: is missing"),
+        ({"uploads": []}, "reference: is missing"),
         ({"n": 17}, "n: is out of range"),
-        ({"n": 1.5}, "n: is no whole number"),
+        ({"n": 1.5}, "n: is not a whole number"),
         ({"steps": 101}, "steps: is out of range"),
         ({"seed": -1}, "seed: is out of range"),
-        ({"seed": None}, "seed: is no whole number"),
-        ({"seed": float("inf")}, "seed: is no whole number"),
+        ({"seed": None}, "seed: is not a whole number"),
+        ({"seed": float("inf")}, "seed: is not a whole number"),
         ({"diversity": 2}, "diversity: is out of range"),
         ({"guidance": "x"}, "guidance_scale: is out of range"),
         ({"prompt": "x" * 2001}, "length of the prompt: is out of range"),
@@ -314,11 +313,11 @@ def test_programs_cannot_ask_for_more_than_the_page_offers(
 
 
 def test_a_grid_needs_something_to_draw() -> None:
-    from ipdiverse.ui import grid
+    from ipdiverse.ui import tabs
 
     with pytest.raises(ArgumentError, match="scale: nothing is chosen"):
-        grid._numbers("scale", ["7"], grid.SCALES)
-    assert grid._numbers("scale", ["1", "0.5"], grid.SCALES) == [0.5, 1.0]
+        tabs._numbers("scale", ["7"], tabs.SCALES)
+    assert tabs._numbers("scale", ["1", "0.5"], tabs.SCALES) == [0.5, 1.0]
 
 
 PAGE = "<!doctype html><h1>Variety against fidelity</h1><script>parent.hit = 1</script>"
@@ -334,19 +333,19 @@ def test_reports_are_found_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "outside" / "report.html").write_text(PAGE)
     (tmp_path / "out" / "link").mkdir()
     (tmp_path / "out" / "link" / "report.html").symlink_to(tmp_path / "outside" / "report.html")
-    found = reports.find_reports([tmp_path / "out", tmp_path / "missing"])
+    found = page.find_reports([tmp_path / "out", tmp_path / "missing"])
     assert list(found.values()) == [inside / "report.html"]
 
 
 def test_a_written_report_is_recognised() -> None:
     from ipdiverse.evaluation import report
 
-    head = report._PAGE[: reports._HEAD_BYTES]
-    assert reports._MARK in head.replace("{title}", report.TITLE)
+    head = report._PAGE[: page._HEAD_BYTES]
+    assert page._MARK in head.replace("{title}", report.TITLE)
 
 
 def test_a_frame_can_do_nothing() -> None:
-    frame = reports.framed('a"b', PAGE)
+    frame = page.framed('a"b', PAGE)
     assert 'sandbox=""' in frame
     assert "<script" not in frame, "escaped into the attribute"
     assert 'title="report a&quot;b"' in frame

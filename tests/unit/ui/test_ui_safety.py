@@ -116,11 +116,14 @@ def test_the_command_says_so_in_one_line(
     ("flags", "message"),
     [
         (["--port", "0"], "port: is out of range"),
-        (["--bases", "no/such"], "base no/such: is not there"),
-        (["--adapters", "no.safetensors"], "adapter no.safetensors: is not there"),
-        (["--bases", "sd15"], "base sd15: is a preset, no file or folder. Leave it out: presets"),
+        (["--bases", "no/such"], "base no/such: does not exist"),
+        (["--adapters", "no.safetensors"], "adapter no.safetensors: does not exist"),
+        (
+            ["--bases", "sd15"],
+            "base sd15: is a preset, not a file or a folder. Leave it out",
+        ),
         (["--adapters", "sd15"], "`ipdiverse generate --base sd15 --image FILE` downloads them."),
-        (["--bases", "empty"], "empty: holds no base; expected a model_index.json"),
+        (["--bases", "empty"], "empty: is not a base; expected a model_index.json"),
         (["--bases", "ref.png"], "ref.png: cannot be a base; expected .safetensors; found .png"),
         (["--adapters", "empty"], "empty: holds no checkpoint"),
         (["--adapters", "ref.png"], "ref.png: cannot be an adapter; expected .safetensors | .bin"),

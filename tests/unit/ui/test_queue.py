@@ -8,8 +8,7 @@ import pytest
 
 from ipdiverse.errors import ModelError
 from ipdiverse.sampling.request import Request
-from ipdiverse.ui.jobs import Job
-from ipdiverse.ui.studio import Session, Studio
+from ipdiverse.ui.queue import Job, Session, Sessions, Turns
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,32 +18,32 @@ PATIENCE = 300
 
 
 @pytest.fixture
-def studio(tmp_path: Path) -> Studio:
-    return Studio(tmp_path / "work")
+def sessions(tmp_path: Path) -> Sessions:
+    return Sessions(tmp_path / "work")
 
 
-def job_of(studio: Studio, session: Session) -> Job:
+def job_of(sessions: Sessions, session: Session) -> Job:
     requests = {"out": Request(image=("cat.png",), n=2, steps=4)}
-    session.jobs["vary"] = Job(studio, requests, ("cat.png",), session.folder / "vary")
+    session.jobs["vary"] = Job(sessions.turns, requests, ("cat.png",), session.folder / "vary")
     return session.jobs["vary"]
 
 
 def test_one_visitor_too_many_forgets_who_was_away_longest(
-    studio: Studio, monkeypatch: pytest.MonkeyPatch
+    sessions: Sessions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ipdiverse.ui.studio.MAX_SESSIONS", 2)
-    here, away = studio.session("here"), studio.session("away")
-    kept, forgotten = job_of(studio, here), job_of(studio, away)
+    monkeypatch.setattr("ipdiverse.ui.queue.MAX_SESSIONS", 2)
+    here, away = sessions.of("here"), sessions.of("away")
+    kept, forgotten = job_of(sessions, here), job_of(sessions, away)
     (away.folder / "0000.png").touch()
-    assert studio.session("here") is here, "seen after the other"
-    newest = studio.session("newest")
+    assert sessions.of("here") is here, "seen after the other"
+    newest = sessions.of("newest")
     assert forgotten.stopped
     assert not away.folder.exists()
     assert not kept.stopped
     assert here.folder.is_dir()
     assert newest.folder.is_dir()
-    assert studio.session("here") is here
-    again = studio.session("away")
+    assert sessions.of("here") is here
+    again = sessions.of("away")
     assert again is not away
     assert again.jobs == {}
     assert not newest.folder.exists()
@@ -61,17 +60,17 @@ def test_whatever_is_raised_ends_the_job_with_a_line(
     raised: Exception,
     line: str,
     traced: bool,
-    studio: Studio,
+    sessions: Sessions,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def base(*_: object) -> None:
         raise raised
 
-    monkeypatch.setattr(Studio, "base", base)
-    job = job_of(studio, studio.session("visitor"))
+    monkeypatch.setattr(Turns, "base", base)
+    job = job_of(sessions, sessions.of("visitor"))
     job.start()
     assert job.wait(PATIENCE), "the visitor waits no more"
     assert str(job.error) == line
     assert ("a secret" in capsys.readouterr().err) is traced, "for who runs the page"
-    assert not studio.busy, "the next may draw"
+    assert not sessions.turns.busy, "the next may draw"

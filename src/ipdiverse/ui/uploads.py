@@ -1,9 +1,10 @@
-"""References that a visitor gives: uploads, examples, and what is kept of them."""
+"""References that a visitor gives: uploads and examples, checked, copied and shown."""
 
 from __future__ import annotations
 
 import hashlib
 import io
+import re
 import threading
 import warnings
 from dataclasses import dataclass
@@ -17,46 +18,54 @@ from PIL import Image
 from ipdiverse.critters.make import example, png
 from ipdiverse.errors import ImageError
 from ipdiverse.image_io import MAX_FILE_BYTES, load_image_bytes
-from ipdiverse.ui.inputs import LIVE, PRIVATE
-from ipdiverse.ui.recipes import SUFFIXES, safe_name
 from ipdiverse.ui.safety import MAX_REFERENCES
-from ipdiverse.ui.status import line, problem
+from ipdiverse.ui.status import LIVE, PRIVATE, line, problem
 from ipdiverse.writing import write_bytes_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ipdiverse.ui.studio import Studio
+    from ipdiverse.ui.queue import Sessions
 
 EXAMPLES = 6
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _SHOWN_SIDE = 512
-_reading = threading.Semaphore(2)
+_LONGEST_NAME = 80
+# a small file may decode to 40 megapixels: a crowd that uploads at once must not fill the memory
+_decoding = threading.Semaphore(2)
 
 
 @dataclass(frozen=True)
-class Given:
-    """A reference that was looked at and kept.
+class Upload:
+    """A reference that was decoded once and kept.
 
     Args:
         name: What it is called in recipes.
-        file: The copy that is drawn from.
+        file: The copy to draw from.
     """
 
     name: str
     file: str
 
 
-@dataclass(frozen=True)
-class Picker:
-    """Where references are chosen.
+def safe_name(name: str, taken: Sequence[str] = ()) -> str:
+    """A file name without folders or special characters, for a command and for an archive.
 
     Args:
-        given: State: a list of `Given`.
-        shown: The pictures, to be rendered beside what is drawn from them.
+        name: As a browser sent it: any text.
+        taken: Names that others have.
     """
-
-    given: gr.State
-    shown: gr.Gallery
+    bare = Path(name.replace("\\", "/")).name
+    kept = re.sub(r"[^\w.-]+", "_", bare, flags=re.ASCII).strip("._-")
+    stem, suffix = Path(kept).stem[:_LONGEST_NAME], Path(kept).suffix
+    if suffix.lower() not in SUFFIXES:
+        stem, suffix = kept[:_LONGEST_NAME], ".png"
+    stem = stem or "reference"
+    chosen, number = f"{stem}{suffix}", 1
+    while chosen in taken:
+        number += 1
+        chosen = f"{stem}-{number}{suffix}"
+    return chosen
 
 
 @lru_cache(1)
@@ -66,23 +75,23 @@ def example_files() -> tuple[tuple[str, bytes], ...]:
     return tuple((f"critter-{n}.png", png(one.scene, one.seed)) for n, one in enumerate(made, 1))
 
 
-def accept(files: Sequence[tuple[str, bytes]], folder: Path) -> tuple[list[Given], list[str]]:
-    """Decode what somebody sent, and keep what is an image.
+def accept(files: Sequence[tuple[str, bytes]], folder: Path) -> tuple[list[Upload], list[str]]:
+    """Decode what somebody sent, and keep the images.
 
     Args:
         files: Names, of any text, and contents.
         folder: For copies.
 
     Returns:
-        What was kept, and a line for each file that was not.
+        What was kept, and a line for each file that was refused.
     """
-    kept: list[Given] = []
+    kept: list[Upload] = []
     refused = [f"Only the first {MAX_REFERENCES} are used."] if len(files) > MAX_REFERENCES else []
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in files[:MAX_REFERENCES]:
         called = safe_name(name, [one.name for one in kept])
         try:
-            with _reading, warnings.catch_warnings():
+            with _decoding, warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 load_image_bytes(data, called)
         except ImageError as error:
@@ -90,12 +99,12 @@ def accept(files: Sequence[tuple[str, bytes]], folder: Path) -> tuple[list[Given
             continue
         copy = folder / (hashlib.sha256(data).hexdigest()[:32] + Path(called).suffix)
         write_bytes_atomic(copy, data)
-        kept.append(Given(called, str(copy)))
+        kept.append(Upload(called, str(copy)))
     return kept, refused
 
 
 def _read(paths: Sequence[str]) -> list[tuple[str, bytes]]:
-    """Uploads, no more of each than is looked at."""
+    """Names and contents; of a file that is too large, just enough to be refused."""
     found = []
     for path in paths[: MAX_REFERENCES + 1]:
         with Path(path).open("rb") as file:
@@ -103,58 +112,55 @@ def _read(paths: Sequence[str]) -> list[tuple[str, bytes]]:
     return found
 
 
-def _shown(given: Sequence[Given]) -> list[tuple[Image.Image, str]]:
+def _shown(uploads: Sequence[Upload]) -> list[tuple[Image.Image, str]]:
     """Decoded pictures with their names, small enough for a page."""
     shown = []
-    for one in given:
-        with _reading:
+    for one in uploads:
+        with _decoding:
             image = load_image_bytes(Path(one.file).read_bytes(), one.name)
         image.thumbnail((_SHOWN_SIDE, _SHOWN_SIDE))
         shown.append((image, f"reference {one.name}"))
     return shown
 
 
-def picker(studio: Studio, tab: str) -> Picker:
-    """Uploads, examples, and what was taken of them."""
-    given = gr.State([])
+def picker(sessions: Sessions, tab: str) -> tuple[gr.State, gr.Gallery]:
+    """Lay out uploads and examples.
+
+    Returns:
+        State: a list of `Upload`. And a gallery of them, for the caller to render next to the
+        images that are drawn from them.
+    """
+    chosen = gr.State([])
     upload = gr.File(
-        label="Reference images (JPEG, PNG or WebP; several are one reference together)",
+        label="Reference images (JPEG, PNG or WebP). Several act together as one reference.",
         file_count="multiple",
         file_types=list(SUFFIXES),
         height=130,
         elem_id=f"{tab}-upload",
     )
+    options: dict[str, Any] = {"format": "png", "allow_preview": False, "interactive": False}
+    options |= {"object_fit": "contain", "height": "auto", "buttons": []}
     examples = gr.Gallery(
         [(Image.open(io.BytesIO(data)), name) for name, data in example_files()],
-        label="Or take an example",
+        label="Or pick an example",
         columns=EXAMPLES,
-        format="png",
-        allow_preview=False,
-        interactive=False,
-        object_fit="contain",
-        height="auto",
         fit_columns=False,
-        buttons=[],
         elem_id=f"{tab}-examples",
         elem_classes=["pixels", "small-pictures"],
+        **options,
     )
     told = gr.HTML(elem_id=f"{tab}-references-told", js_on_load=LIVE)
     shown = gr.Gallery(
         label="Reference",
         columns=1,
-        format="png",
-        interactive=False,
-        allow_preview=False,
-        object_fit="contain",
-        height="auto",
-        buttons=[],
         render=False,
         elem_id=f"{tab}-references",
         elem_classes=["pixels", "references"],
+        **options,
     )
 
     def take(files: list[tuple[str, bytes]], request: gr.Request) -> tuple[Any, Any, Any]:
-        kept, refused = accept(files, studio.session(request.session_hash).folder / "references")
+        kept, refused = accept(files, sessions.of(request.session_hash).folder / "references")
         names = ", ".join(one.name for one in kept)
         words = line(f"Reference: {names}." if kept else "") + "".join(map(problem, refused))
         return kept, _shown(kept), words
@@ -166,9 +172,8 @@ def picker(studio: Studio, tab: str) -> Picker:
         number = event.index if isinstance(event.index, int) else 0
         return *take([example_files()[number % EXAMPLES]], request), None
 
-    outputs = [given, shown, told]
-    upload.upload(on_upload, upload, outputs, queue=False, **PRIVATE)
-    upload.delete(on_upload, upload, outputs, queue=False, **PRIVATE)
-    upload.clear(on_upload, upload, outputs, queue=False, **PRIVATE)
+    outputs = [chosen, shown, told]
+    for happens in (upload.upload, upload.delete, upload.clear):
+        happens(on_upload, upload, outputs, queue=False, **PRIVATE)
     examples.select(on_example, None, [*outputs, upload], queue=False, **PRIVATE)
-    return Picker(given, shown)
+    return chosen, shown

@@ -1,0 +1,137 @@
+"""The page as a whole: its three tabs, their look, and the tab of reports."""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from ipdiverse.evaluation import report
+from ipdiverse.ui.status import PRIVATE, problem
+from ipdiverse.ui.tabs import grid_tab, vary_tab
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ipdiverse.ui import Installed
+    from ipdiverse.ui.queue import Sessions
+
+TITLE = "ipdiverse"
+CACHE_SECONDS = (600, 3600)
+"""How often gradio's cache is looked through, and the age at which a file in it is deleted."""
+
+MAX_REPORTS = 200
+MAX_BYTES = 64 * 2**20
+_NAME = "report.html"
+_MARK = f"<h1>{report.TITLE}</h1>"
+_HEAD_BYTES = 4096
+
+
+def build(
+    sessions: Sessions, installed: Installed, reports: dict[str, Path], waiting: int
+) -> gr.Blocks:
+    """The page.
+
+    Args:
+        sessions: Everybody's.
+        installed: What may be chosen.
+        reports: From `find_reports`.
+        waiting: How many drawings may wait for their turn; more are refused.
+    """
+    with gr.Blocks(
+        title=TITLE, analytics_enabled=False, delete_cache=CACHE_SECONDS, fill_width=True
+    ) as page:
+        gr.Markdown("# ipdiverse\nImage prompts with variety, without losing what you asked for.")
+        with gr.Tab("Vary", elem_id="tab-vary"):
+            vary_tab(sessions, installed)
+        with gr.Tab("Grid", elem_id="tab-grid"):
+            grid_tab(sessions, installed)
+        with gr.Tab("Reports", elem_id="tab-reports"):
+            _reports_tab(reports)
+
+        def leave(request: gr.Request) -> None:
+            sessions.leave(request.session_hash)
+
+        page.unload(leave)
+    return page.queue(max_size=waiting, default_concurrency_limit=1, api_open=False)
+
+
+def look() -> dict[str, Any]:
+    """Theme, style and language of the page, as `launch` takes them."""
+    orange = gr.themes.colors.orange
+    theme = gr.themes.Default(
+        primary_hue=orange,
+        neutral_hue=gr.themes.colors.slate,
+        # gradio's own fonts come from Google's servers, which would learn of every visit
+        font=["system-ui", "sans-serif"],
+        font_mono=["ui-monospace", "monospace"],
+    ).set(
+        # the hue's own shade has too little contrast with white text
+        button_primary_background_fill="#c2410c",
+        button_primary_background_fill_hover="#9a3412",
+        button_primary_background_fill_dark="#c2410c",
+        button_primary_text_color="#ffffff",
+        slider_color="#c2410c",
+    )
+    style = (Path(__file__).parent / "style.css").read_text("utf-8")
+    # gradio states no language, and a screen reader would read English with its user's voice
+    return {"theme": theme, "css": style, "js": "() => { document.documentElement.lang = 'en'; }"}
+
+
+def find_reports(folders: Sequence[Path]) -> dict[str, Path]:
+    """Reports that `ipdiverse evaluate` wrote, by the label that a visitor reads.
+
+    Links that lead out of a folder are left alone.
+
+    Args:
+        folders: Searched with all their subfolders; one that does not exist is skipped.
+    """
+    found: dict[str, Path] = {}
+    for folder in folders:
+        root = folder.resolve()
+        for file in sorted(root.rglob(_NAME)) if root.is_dir() else ():
+            real = file.resolve()
+            if len(found) < MAX_REPORTS and real.is_relative_to(root) and _is_report(real):
+                found[(folder / file.relative_to(root)).parent.as_posix()] = real
+    return found
+
+
+def _is_report(file: Path) -> bool:
+    try:
+        if not file.is_file() or file.stat().st_size > MAX_BYTES:
+            return False
+        with file.open("rb") as opened:
+            return _MARK.encode() in opened.read(_HEAD_BYTES)
+    except OSError:
+        return False
+
+
+def framed(label: str, page: str) -> str:
+    """A page inside this one: no scripts, no forms, no origin, and nothing is loaded for it."""
+    return (
+        f'<iframe class="report-frame" title="report {escape(label)}" sandbox="" '
+        f'referrerpolicy="no-referrer" srcdoc="{escape(page)}"></iframe>'
+    )
+
+
+def _reports_tab(reports: dict[str, Path]) -> None:
+    if not reports:
+        gr.Markdown(
+            "No reports found. `ipdiverse evaluate --quick` writes one into `out/evaluation`; "
+            "start the page again to see it, or name a folder with `--reports`."
+        )
+        return
+    chosen = gr.Dropdown(list(reports), value=None, label="Report", elem_id="reports-chosen")
+    shown = gr.HTML(elem_id="reports-shown")
+
+    def show(label: str | None) -> str:
+        if label not in reports:
+            return problem("There is no such report.")
+        try:
+            return framed(label, reports[label].read_text("utf-8", "replace"))
+        except OSError as error:
+            return problem(f"{label}: cannot be read; found {error.strerror}")
+
+    chosen.change(show, chosen, shown, queue=False, **PRIVATE)
