@@ -3,8 +3,8 @@
     python studies/differences.py paired-none paired-gated paired-blend [--seeds 1]
         [--config studies/variety.toml] [--readings docs/study/readings]
 
-A report compares every arm with the baseline. This compares arms with any other: the first that is
-named, drawn together with each of the rest, so that what pairs have in common is not counted.
+A report compares every arm with the baseline. This compares the first arm that is named with
+each of the others, drawn together, so that what pairs have in common cancels.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from pathlib import Path
 
 from ipdiverse.errors import DataError
 from ipdiverse.evaluation.bootstrap import Difference, difference, holm
-from ipdiverse.evaluation.readings import file_of, load_readings
-from ipdiverse.evaluation.sampling import Pair, critters_sets, study_pairs
-from ipdiverse.evaluation.sets import Parts, set_parts
+from ipdiverse.evaluation.pairs import Pair, study_pairs
+from ipdiverse.evaluation.readings import critters_sets, find_readings
+from ipdiverse.evaluation.sets import PairSums, pair_sums
 from ipdiverse.evaluation.study import read_study
 
 SCORES = {
@@ -29,21 +29,21 @@ SCORES = {
 }
 
 
-def runs_of(name: str, folder: Path, pairs: list[Pair], seeds: int) -> list[dict[str, Parts]]:
+def runs_of(name: str, folder: Path, pairs: list[Pair], seeds: int) -> list[dict[str, PairSums]]:
     """The scores of each training seed of an arm, at most `seeds` of them.
 
     Raises:
         DataError: Nothing of the arm was read.
     """
-    read = [load_readings(file_of(folder, name, number)) for number in range(seeds)]
+    read = [find_readings(folder, name, number) for number in range(seeds)]
     found = [one for one in read if one is not None]
     if not found:
         raise DataError("has no readings", where=name, expected=f"a file in {folder}")
-    return [set_parts(critters_sets(one.attributes, one.invalid, pairs)) for one in found]
+    return [pair_sums(critters_sets(one.attributes, one.invalid, pairs)) for one in found]
 
 
 def as_text(found: Difference, holds: bool) -> str:
-    """A difference with its interval, marked if it holds beside all others of its column."""
+    """A difference with its interval, marked if it holds together with the others of its column."""
     mark = " *" if holds else ""
     return f"{found.estimate:+.3f}{mark} ({found.low:+.3f} to {found.high:+.3f})"
 

@@ -26,8 +26,8 @@ from ipdiverse.base.bases import load_base
 from ipdiverse.critters.caption import WORDINGS, caption
 from ipdiverse.critters.scene import ATTRIBUTES, IDENTITY
 from ipdiverse.errors import CheckpointError
-from ipdiverse.evaluation.plots import as_bytes
-from ipdiverse.evaluation.sampling import Pair, study_pairs
+from ipdiverse.evaluation.pairs import Pair, study_pairs
+from ipdiverse.evaluation.report import as_bytes
 from ipdiverse.training.frozen import FrozenEncoders
 from ipdiverse.writing import ensure_writable_folder, write_bytes_atomic, write_text_atomic
 

@@ -12,8 +12,10 @@ from ipdiverse.critters.caption import caption, mentioned
 from ipdiverse.critters.oracle import Oracle, read
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import ATTRIBUTES, Scene, conditional
+from ipdiverse.evaluation.images import sample_array
 from ipdiverse.evaluation.metrics import entropy_miller_madow, expected_entropy
-from ipdiverse.evaluation.sampling import held_out_scenes, sample_array, shipped_oracle
+from ipdiverse.evaluation.pairs import held_out_scenes
+from ipdiverse.evaluation.readings import shipped_oracle
 from ipdiverse.sampling.request import Request
 from ipdiverse.sampling.sample import Job
 from workshop.base.clip import tokenize

@@ -29,10 +29,10 @@ def test_the_default_path_is_monotone_on_the_plain_adapter(tmp_path: Path) -> No
     study = Study(arms=arms, pairs=10, images=6, steps=8)
     runner = Runner(study, tmp_path, progress=False)
     measured = [runner.measure(arm) for arm in arms]
-    variety = [estimate(one.parts("entropy")) for one in measured]
+    variety = [estimate(one.sums("entropy")) for one in measured]
     assert variety == sorted(variety)
     assert variety[-1] > variety[0] + 0.05
-    prompt = [estimate(one.parts("contradict_accuracy")) for one in measured]
+    prompt = [estimate(one.sums("contradict_accuracy")) for one in measured]
     assert prompt[-1] >= prompt[0]
 
 

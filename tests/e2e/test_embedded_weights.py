@@ -21,7 +21,8 @@ from ipdiverse.base.bases import (
 )
 from ipdiverse.critters.oracle import read
 from ipdiverse.critters.render import render
-from ipdiverse.evaluation.sampling import held_out_scenes, shipped_oracle
+from ipdiverse.evaluation.pairs import held_out_scenes
+from ipdiverse.evaluation.readings import shipped_oracle
 from ipdiverse.sampling.request import Request
 from ipdiverse.sampling.sample import Job, attached, sample
 from ipdiverse.seeding import generator

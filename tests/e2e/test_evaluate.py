@@ -11,7 +11,7 @@ from PIL import Image
 
 from ipdiverse.cli import main
 from ipdiverse.critters.make import make_dataset
-from ipdiverse.evaluation import arm_images
+from ipdiverse.evaluation import images
 
 STUDY = """
 pairs = 3
@@ -73,13 +73,13 @@ def test_a_finished_study_is_not_drawn_again_and_a_torn_one_goes_on(
     out = finished / "out"
     results = (out / "results.json").read_text()
     drawn: list[int] = []
-    real = arm_images.sample_array
+    real = images.sample_array
 
     def counting(base, jobs, *rest):
         drawn.append(len(jobs))
         return real(base, jobs, *rest)
 
-    monkeypatch.setattr(arm_images, "sample_array", counting)
+    monkeypatch.setattr(images, "sample_array", counting)
     assert run(finished) == 0
     assert drawn == []
     next((out / "images").rglob("00000.npz")).unlink()
@@ -92,7 +92,7 @@ def test_an_adapter_that_is_missing_is_said_before_anything_is_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     drawn: list[int] = []
-    monkeypatch.setattr(arm_images, "sample_array", lambda *_: drawn.append(1))
+    monkeypatch.setattr(images, "sample_array", lambda *_: drawn.append(1))
     more = '[[arm]]\nname = "last"\nadapter = "no such adapter"\n'
     (tmp_path / "study.toml").write_text(STUDY + more)
     assert run(tmp_path) == 2
@@ -151,12 +151,18 @@ def test_copies_alone_have_no_variety(made: Path, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (lambda f: (f / "images" / "one").rename(f / "images" / "three"), "names no reference"),
+        (
+            lambda f: (f / "images" / "one").rename(f / "images" / "three"),
+            "not name a reference",
+        ),
         (lambda f: (f / "images" / "one" / "0.png").write_bytes(b"no image"), "0.png"),
         (lambda f: (f / "prompts.txt").write_text("\n"), "holds no prompts"),
         (lambda f: [p.unlink() for p in (f / "references").iterdir()], "holds no images"),
         (lambda f: (f / "prompts.txt").write_text("a\nb\nc\n"), "several prompts"),
-        (lambda f: (f / "images" / "one").rename(f / "images" / "one--9"), "names no prompt"),
+        (
+            lambda f: (f / "images" / "one").rename(f / "images" / "one--9"),
+            "not name a prompt",
+        ),
     ],
 )
 def test_what_does_not_fit_is_one_line(
@@ -176,10 +182,16 @@ def test_what_does_not_fit_is_one_line(
         (["--quick", "--images", "x"], "--config, --quick or --images"),
         (["--images", "x"], "--references DIR"),
         (["--config", "none.toml"], "none.toml"),
-        (["--config", "x", "--references", "r"], "--references: would not be heeded; found with a"),
-        (["--quick", "--prompts", "p", "--features", "clip"], "--prompts, --features: would not"),
-        (["--images", "x", "--publish", "p"], "--publish: would not be heeded; found with --image"),
-        (["--images", "x", "--readings", "r", "--partial"], "--readings, --partial: would not"),
+        (["--config", "x", "--references", "r"], "--references: has no effect with a study. Set"),
+        (
+            ["--quick", "--prompts", "p", "--features", "clip"],
+            "--prompts, --features: have no",
+        ),
+        (["--images", "x", "--publish", "p"], "--publish: has no effect with --images. Leave"),
+        (
+            ["--images", "x", "--readings", "r", "--partial"],
+            "--readings, --partial: have no",
+        ),
     ],
 )
 def test_what_is_missing_or_would_do_nothing_is_said(

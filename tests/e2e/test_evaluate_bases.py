@@ -15,7 +15,7 @@ from ipdiverse.base.memory import Device
 from ipdiverse.base.presets import PRESETS
 from ipdiverse.cli import main
 from ipdiverse.dial import Achieved, Levers
-from ipdiverse.evaluation import arm_images, calibrate
+from ipdiverse.evaluation import calibrate, images
 from ipdiverse.evaluation.features import ENCODERS
 from tests import hub, models
 
@@ -75,13 +75,13 @@ def own(place: Path) -> str:
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
     """Base and request of everything that is drawn."""
     seen: list[tuple[Any, Any]] = []
-    real = arm_images.sample_array
+    real = images.sample_array
 
     def counting(base: Any, jobs: Any, request: Any, *rest: Any) -> Any:
         seen.append((base, request))
         return real(base, jobs, request, *rest)
 
-    monkeypatch.setattr(arm_images, "sample_array", counting)
+    monkeypatch.setattr(images, "sample_array", counting)
     return seen
 
 
@@ -250,7 +250,7 @@ def test_yes_downloads(lacking: list[str], climbed: list[Any], drawn: list[Any])
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda: Path("refs").rename("gone"), "refs: is no folder"),
+        (lambda: Path("refs").rename("gone"), "refs: is not a folder"),
         (lambda: Path("refs/1.png").write_bytes(b"no image"), "1.png"),
     ],
 )

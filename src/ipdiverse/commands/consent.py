@@ -53,11 +53,12 @@ def agree_to_study(study: Study, yes: bool) -> None:
         ImageError: So is a reference.
         ModelError: Downloads are off, or a preset's adapter is of another base.
     """
-    from ipdiverse.evaluation.opening import asked, needed_files, sources
+    from ipdiverse.evaluation.pairs import pairs_of
+    from ipdiverse.evaluation.running import needed_files
 
     if study.references is not None:
-        asked(study)
-    named = [name for name in (study.base, *sources(study)) if name in PRESETS]
+        pairs_of(study)
+    named = [name for name in (study.base, *study.sources) if name in PRESETS]
     agree(", ".join(dict.fromkeys(named)), needed_files(study), yes)
 
 

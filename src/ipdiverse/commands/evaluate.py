@@ -6,9 +6,12 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ipdiverse.base.bases import CRITTERS
 from ipdiverse.commands.printing import check_target, say, say_json, write_json
 from ipdiverse.errors import ArgumentError
-from ipdiverse.evaluation.options import CalibrateOptions
+
+_OF_IMAGES = ("references", "prompts", "features")
+_OF_STUDIES = ("publish", "readings", "partial")
 
 
 @dataclass(frozen=True)
@@ -16,18 +19,18 @@ class Evaluate:
     """Measure variety against fidelity: a study of arms, or images that any tool made.
 
     Args:
-        config: A study in TOML; an interrupted one goes on.
+        config: A study in TOML; an interrupted one resumes.
         quick: A coarse study of the shipped adapters on critters, in minutes.
         images: A folder of sets that any tool made, `STEM/*.png` for the reference STEM.
         references: Folder of references, for `images`.
         prompts: File with a prompt a line, for `images`.
-        features: Encoders to compare `images` by: `dino`, which is the default, `clip`, `base`, a
-            folder or a hub id.
-        out: Folder for the study's images, results and report; file for `images`' JSON.
-        publish: Copy the study's numbers and pictures, and what was read in its images, to this
-            folder.
-        readings: A folder `publish` wrote readings to: arms that are there are not drawn again.
-        partial: Draw nothing: report on what of the study was drawn or read so far.
+        features: Encoders to compare `images` by: `dino` (the default), `clip`, `base`, a folder or
+            a hub id.
+        out: Folder for a study's images, results and report, or file for the JSON of `images`.
+        publish: Copy the study's numbers, pictures and readings (what was read in its images) to
+            this folder.
+        readings: A folder of readings that `publish` wrote: arms in it are not drawn again.
+        partial: Draw nothing: report on the part of the study that was drawn or read so far.
         yes: Download what a study's preset needs without asking.
         json: Print the results as JSON.
     """
@@ -47,22 +50,17 @@ class Evaluate:
 
     def run(self) -> None:
         """Measure, write, say where."""
-        given = [bool(self.config), self.quick, bool(self.images)]
-        if sum(given) != 1:
+        if sum((bool(self.config), self.quick, bool(self.images))) != 1:
             raise ArgumentError(
                 "needs one of them", where="evaluate", expected="--config, --quick or --images"
             )
-        self._check_heard()
-        self._made() if self.images else self._study()
-
-    def _check_heard(self) -> None:
-        """Refuse what only the other way of measuring would heed."""
-        way, others = ("--images", _OF_STUDIES) if self.images else ("a study", _OF_IMAGES)
+        others = _OF_STUDIES if self.images else _OF_IMAGES
         if stray := [f"--{name}" for name in others if getattr(self, name)]:
-            own = "Leave out what is for studies." if self.images else "Its file says so itself."
-            raise ArgumentError(
-                "would not be heeded", where=", ".join(stray), found=f"with {way}", fix=own
-            )
+            verb = "has" if len(stray) == 1 else "have"
+            way = "--images" if self.images else "a study"
+            fix = "Leave it out." if self.images else "Set it in the study's file."
+            raise ArgumentError(f"{verb} no effect with {way}", where=", ".join(stray), fix=fix)
+        self._made() if self.images else self._study()
 
     def _study(self) -> None:
         from ipdiverse.commands.consent import agree_to_study
@@ -87,8 +85,7 @@ class Evaluate:
     def _made(self) -> None:
         from ipdiverse.base.bases import load_base
         from ipdiverse.evaluation.bootstrap import interval
-        from ipdiverse.evaluation.features import open_encoder
-        from ipdiverse.evaluation.folders import made_sets, score_made
+        from ipdiverse.evaluation.features import made_sets, open_encoder, score_made
 
         if not self.references:
             raise ArgumentError("is missing", where="references", fix="Give --references DIR.")
@@ -97,9 +94,8 @@ class Evaluate:
         sets = made_sets(Path(self.images or ""), Path(self.references), prompts)
         features = self.features or ("dino",)
         pipe = load_base().pipe if "base" in features else None
-        encoders = [open_encoder(name, pipe) for name in features]
-        parts = score_made(sets, encoders)
-        scores = {name: list(interval([part])) for name, part in parts.items()}
+        sums = score_made(sets, [open_encoder(name, pipe) for name in features])
+        scores = {name: list(interval([found])) for name, found in sums.items()}
         report = {"sets": len(sets), "images": sum(len(one.files) for one in sets)}
         report |= {"features": list(features), "scores": scores}
         write_json(self.out, report)
@@ -111,23 +107,41 @@ class Evaluate:
             say(f"{name}: {estimate:.3f} ({low:.3f} to {high:.3f})")
 
 
-_OF_IMAGES = ("references", "prompts", "features")
-_OF_STUDIES = ("publish", "readings", "partial")
-
-
 @dataclass(frozen=True)
-class Calibrate(CalibrateOptions):
+class Calibrate:
     """Find the dial's path for an adapter and write it into its file.
 
     Args:
-        plain: The plain adapter that it went on from, to be stored beside its own weights: the dial
-            then leads from one to the other, and 0 is the plain one, to the bit.
-        work: Folder for images; an interrupted calibration in it goes on.
+        adapter: A name, file or hub id.
+        base: The base model that it prompts.
+        references: Folder of reference images; None takes critters that nothing was trained on.
+        prompts: File with a prompt a line, for `references`.
+        features: Encoders to compare images by, for `references`: the first measures variety and
+            retention, the first that reads text measures the prompt.
+        pairs: (prompt, reference) pairs.
+        images: Of each pair.
+        image_encoder: The encoder that the adapter reads references with, a folder or hub id; None
+            takes the base's, or a preset adapter's own.
+        steps: Denoising steps; None takes the base's own.
+        levers: Those that the dial may move; by default all that the adapter has.
+        plain: The plain adapter that this one was fine-tuned from, whose weights are stored with
+            its own: the dial then leads from these to its own, and 0 is the plain one, to the bit.
+        work: Folder for images; an interrupted calibration resumes.
         out: The file to write; None adds to the adapter's own, if `ipdiverse train` wrote it.
         yes: Download what a preset needs without asking.
         json: Print the path with what it achieved.
     """
 
+    adapter: str
+    base: str = CRITTERS
+    references: str | None = None
+    prompts: str | None = None
+    features: tuple[str, ...] = ()
+    pairs: int = 32
+    images: int = 8
+    image_encoder: str | None = None
+    steps: int | None = None
+    levers: tuple[str, ...] = ()
     plain: str | None = None
     work: str = "out/calibration"
     out: str | None = None
@@ -137,25 +151,26 @@ class Calibrate(CalibrateOptions):
     def run(self) -> None:
         """Climb, say every point, write."""
         from ipdiverse.adapter.files.checkpoint import copy_with_spec, remember_in_file
-        from ipdiverse.adapter.files.sources import local_file
-        from ipdiverse.base.bases import adapter_source
         from ipdiverse.commands.consent import agree_to_study
-        from ipdiverse.evaluation.calibrate import calibrate, study_of
-        from ipdiverse.evaluation.study import Arm
+        from ipdiverse.evaluation.calibrate import calibrate, calibration_study
+        from ipdiverse.evaluation.images import adapter_file
+        from ipdiverse.evaluation.study import Arm, Study
 
-        study = study_of(self)
+        names = Study.__dataclass_fields__.keys() & Calibrate.__dataclass_fields__.keys()
+        numbers = {name: getattr(self, name) for name in names}
+        study = calibration_study(self.adapter, **numbers)
         plain = () if self.plain is None else (Arm("plain", "path", {"adapter": self.plain}),)
         agree_to_study(replace(study, arms=study.arms + plain), self.yes)
-        source = local_file(adapter_source(self.base, self.adapter))
+        source = adapter_file(self.adapter, self.base)
         target = Path(self.out) if self.out else _own(source)
         if target.suffix != ".safetensors":
             raise ArgumentError("must end in .safetensors", where="out", found=target)
         check_target(str(target))
-        adapter = self.adapter
         if self.plain is not None:
-            remember_in_file(source, local_file(adapter_source(self.base, self.plain)), target)
-            source, adapter = target, str(target)
-        dial, path = calibrate(replace(self, adapter=adapter), Path(self.work), _tell)
+            remember_in_file(source, adapter_file(self.plain, self.base), target)
+            source = target
+            study = calibration_study(str(target), **numbers)
+        dial, path = calibrate(study, Path(self.work), self.levers, _tell)
         copy_with_spec(source, target, {"dial": dial.as_spec()})
         say_json({"path": path, "dial": dial.as_spec()}) if self.json else say(f"wrote {target}")
 

@@ -1,7 +1,7 @@
 """Intervals of scores: a hierarchical, paired bootstrap over training seeds and pairs.
 
-Arms that were measured on the same pairs are resampled together, and their differences keep what
-the pairs have in common.
+Arms that were measured on the same pairs are resampled together, so that what the pairs have in
+common cancels in the arms' differences.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ipdiverse.errors import ArgumentError
-from ipdiverse.evaluation.metrics import Floats, mean_or_nan
-from ipdiverse.evaluation.sets import Parts, distance, leaked, pools
-from ipdiverse.evaluation.variety import hypervolume_2d
+from ipdiverse.evaluation.metrics import Floats, hypervolume_2d, mean_or_nan
+from ipdiverse.evaluation.sets import PairSums, distance, leaked, pools
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,7 +27,7 @@ _LEAK_PERMUTATIONS = 20
 
 
 class Difference(NamedTuple):
-    """What two arms differ by, with the ends of its confidence interval.
+    """The difference between two arms, with the ends of its confidence interval.
 
     Args:
         estimate: One less the other.
@@ -81,7 +80,7 @@ def js_interval(sets: Sets, resamples: int = _SLOW_RESAMPLES) -> Interval:
     return _shifted(distance(found, np.ones(pairs)), drawn)
 
 
-def interval(runs: Sequence[Parts], resamples: int = RESAMPLES) -> Interval:
+def interval(runs: Sequence[PairSums], resamples: int = RESAMPLES) -> Interval:
     """A score with its percentile interval of 95 %: training seeds are drawn, then pairs.
 
     Args:
@@ -91,14 +90,14 @@ def interval(runs: Sequence[Parts], resamples: int = RESAMPLES) -> Interval:
     return _interval(estimate(runs), resampled(runs, resamples))
 
 
-def estimate(runs: Sequence[Parts]) -> float:
-    """A score over all training seeds and pairs; NaN where none has what it needs."""
+def estimate(runs: Sequence[PairSums]) -> float:
+    """A score over all training seeds and pairs; NaN where it is defined for none of them."""
     total, weight = (np.sum([run[i] for run in runs], axis=0) for i in range(2))
-    return Parts(total, weight).estimate
+    return PairSums(total, weight).estimate
 
 
 def difference(
-    runs: Sequence[Parts], others: Sequence[Parts], resamples: int = RESAMPLES
+    runs: Sequence[PairSums], others: Sequence[PairSums], resamples: int = RESAMPLES
 ) -> Difference:
     """One arm's score less another's, drawn together (arguments as `interval`)."""
     drawn = resampled(runs, resamples) - resampled(others, resamples)
@@ -110,14 +109,14 @@ def difference(
 
 
 def holm(p_values: Sequence[float], level: float = 0.05) -> list[bool]:
-    """Which of several comparisons hold together: a false one among them at most at `level`.
+    """Which of several comparisons hold together, with a false one among them at most at `level`.
 
     The smallest p must stay within level / m, the next within level / (m − 1), and so on to the
-    first that does not (Holm, 1979). What could not be compared (NaN) does not count.
+    first that does not (Holm, 1979). Comparisons that could not be made (NaN) do not count.
 
     Args:
         p_values: Of the comparisons.
-        level: Chance that any that is said to hold does not.
+        level: Chance that at least one of those said to hold does not.
     """
     order = sorted((p, at) for at, p in enumerate(p_values) if not math.isnan(p))
     held = [False] * len(p_values)
@@ -128,8 +127,8 @@ def holm(p_values: Sequence[float], level: float = 0.05) -> list[bool]:
     return held
 
 
-def resampled(runs: Sequence[Parts], resamples: int = RESAMPLES) -> Floats:
-    """A score in every draw, (resamples,); the draws of pairs are the same for every arm.
+def resampled(runs: Sequence[PairSums], resamples: int = RESAMPLES) -> Floats:
+    """A score in every draw, (resamples,); every arm gets the same draws of pairs.
 
     Raises:
         ArgumentError: Runs were measured on different numbers of pairs.
@@ -151,15 +150,15 @@ def resampled(runs: Sequence[Parts], resamples: int = RESAMPLES) -> Floats:
 
 
 def hypervolume(
-    points: Sequence[tuple[Sequence[Parts], Sequence[Parts]]],
+    points: Sequence[tuple[Sequence[PairSums], Sequence[PairSums]]],
     corner: tuple[float, float],
     resamples: int = RESAMPLES,
 ) -> tuple[float, Floats]:
-    """Area that arms dominate in (variety, fidelity), and the same in every draw of pairs.
+    """Area that arms dominate in (variety, fidelity), estimated and in every draw of pairs.
 
     Args:
         points: Of each arm, the two scores of every training seed.
-        corner: What must be exceeded, the same for all that is compared.
+        corner: The point to exceed, the same for everything that is compared.
         resamples: Draws.
     """
     estimates = [[estimate(runs) for runs in point] for point in points]
@@ -170,7 +169,7 @@ def hypervolume(
 
 
 def _shifted(whole: float, drawn: list[float]) -> Interval:
-    """An interval of draws that are biased, moved back by their bias."""
+    """The interval of biased draws, shifted back by their bias."""
     low, high = np.quantile(drawn, [0.025, 0.975]) + (whole - mean_or_nan(drawn))
     return Interval(whole, float(low), float(high))
 

@@ -1,4 +1,4 @@
-"""Encoders that compare images of any kind, and what each is blind to.
+"""Encoders that compare images of any kind, and their scores of sets that any tool made.
 
 | name | what | score | blind to |
 |---|---|---|---|
@@ -6,21 +6,24 @@
 | `dino` | DINOv2 ViT-B/14, self-supervised | DINO-I | what only language tells apart |
 | `base` | the base's own image encoder | as CLIP | what its adapters are trained on: circular |
 
-Any other name is a folder or hub id of a CLIP or of a vision model that transformers opens.
+Any other name is a folder or hub id of a CLIP, or of a vision model that transformers opens.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ipdiverse.errors import ModelError
-from ipdiverse.evaluation.sets import Parts
-from ipdiverse.evaluation.variety import mean_pairwise_distance, vendi
+from ipdiverse.errors import ArgumentError, DataError, ModelError
+from ipdiverse.evaluation.metrics import mean_pairwise_distance, vendi
+from ipdiverse.evaluation.pairs import FolderPair, open_references, pictures, read_prompts
+from ipdiverse.evaluation.sets import PairSums
+from ipdiverse.image_io import load_image
 from ipdiverse.loading import loading
 
 if TYPE_CHECKING:
@@ -40,13 +43,13 @@ _BATCH = 32
 
 @dataclass
 class FeatureEncoder:
-    """Images, and for CLIP texts, to unit vectors.
+    """Maps images, and with CLIP texts, to unit vectors.
 
     Args:
-        name: As the report calls it.
+        name: For reports.
         model: A CLIP model, or a vision model.
-        processor: PIL images to pixel values.
-        tokenizer: For texts; None where there are none.
+        processor: Turns PIL images into pixel values.
+        tokenizer: For texts; None for a model that reads none.
     """
 
     name: str
@@ -56,7 +59,7 @@ class FeatureEncoder:
 
     @property
     def reads_text(self) -> bool:
-        """Whether texts can be compared with images."""
+        """Whether it can compare texts with images."""
         return self.tokenizer is not None
 
     @torch.no_grad()
@@ -77,6 +80,7 @@ class FeatureEncoder:
             list(texts), padding=True, truncation=True, max_length=limit, return_tensors="pt"
         )
         found = self.model.get_text_features(**tokens.to(self.model.device))
+        # transformers 5 returns an output object here, and 4 a tensor
         return _unit(getattr(found, "pooler_output", found))
 
     def _embed(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -85,7 +89,7 @@ class FeatureEncoder:
             found = self.model.get_image_features(pixel_values=pixels)
             return getattr(found, "pooler_output", found)
         output = self.model(pixel_values=pixels)
-        embeds = getattr(output, "image_embeds", None)
+        embeds = getattr(output, "image_embeds", None)  # else the class token, as DINO scores do
         return output.last_hidden_state[:, 0] if embeds is None else embeds
 
 
@@ -98,8 +102,8 @@ def open_encoder(name: str, base_pipe: Any = None, device: str = "cpu") -> Featu
 
     Args:
         name: One of `ENCODERS`, `base`, a folder, or a hub id.
-        base_pipe: The pipeline whose image encoder `base` is.
-        device: Where any other runs, in float32.
+        base_pipe: The pipeline that has the image encoder `base`.
+        device: Where any other encoder runs, in float32.
 
     Raises:
         ModelError: It cannot be opened.
@@ -118,7 +122,7 @@ def open_encoder(name: str, base_pipe: Any = None, device: str = "cpu") -> Featu
             processor = AutoImageProcessor.from_pretrained(source, use_fast=False)
             reads = hasattr(model, "get_text_features")
             tokenizer = AutoTokenizer.from_pretrained(source) if reads else None
-        except Exception as error:  # whatever the libraries raise on an absent source
+        except Exception as error:  # the libraries raise many types for a source that is missing
             said = str(error).strip().splitlines() or [type(error).__name__]
             raise ModelError(
                 "cannot be opened as an encoder of images",
@@ -129,19 +133,19 @@ def open_encoder(name: str, base_pipe: Any = None, device: str = "cpu") -> Featu
     return FeatureEncoder(name, model.to(device), processor, tokenizer)
 
 
-def feature_parts(
+def feature_sums(
     encoder: FeatureEncoder,
     sets: Iterable[Sequence[Image.Image]],
     references: Sequence[Image.Image],
     prompts: Sequence[str],
-) -> dict[str, Parts]:
+) -> dict[str, PairSums]:
     """Variety and fidelity of sets of images, as an encoder sees them.
 
     Args:
-        encoder: What sees.
+        encoder: The encoder.
         sets: The images of each pair, two or more.
-        references: One for each.
-        prompts: One for each.
+        references: One for each pair.
+        prompts: One for each pair.
 
     Returns:
         `vendi` and `distance` of each set, `image` (mean cosine to the reference), `copies` (share
@@ -151,7 +155,7 @@ def feature_parts(
     distinct = list({id(image): image for image in references}.values())
     place = {id(image): row for row, image in enumerate(distinct)}
     given = encoder.images(distinct)
-    said = encoder.texts(prompts) if encoder.reads_text else None
+    texts = encoder.texts(prompts) if encoder.reads_text else None
     rows: dict[str, list[float]] = {}
     for number, images in enumerate(sets):
         seen = encoder.images(images)
@@ -162,8 +166,85 @@ def feature_parts(
             "image": float(close.mean()),
             "copies": float((close > COPY).mean()),
         }
-        if said is not None:
-            found["text"] = float((seen @ said[number]).mean())
+        if texts is not None:
+            found["text"] = float((seen @ texts[number]).mean())
         for name, value in found.items():
             rows.setdefault(f"{name} ({encoder.name})", []).append(value)
-    return {name: Parts(np.array(v), np.ones(len(v))) for name, v in rows.items()}
+    return {name: PairSums(np.array(v), np.ones(len(v))) for name, v in rows.items()}
+
+
+@dataclass(frozen=True)
+class MadeSet:
+    """Images that a tool made from one pair."""
+
+    pair: FolderPair
+    files: tuple[Path, ...]
+
+
+def made_sets(images: Path, references: Path, prompts: Path | None) -> list[MadeSet]:
+    """Match images to references and prompts by the names of folders.
+
+    `IMAGES/STEM/*.png` are made from the reference STEM, `IMAGES/STEM--2/*.png` from it with the
+    second prompt. With one prompt for all, or one for each reference in order, no number is needed.
+
+    Raises:
+        DataError: A folder names no reference or prompt, or holds fewer than two images.
+    """
+    known = {file.stem: file for file in pictures(references)}
+    texts = read_prompts(prompts) if prompts else [""]
+    if not images.is_dir():
+        raise DataError("is not a folder", where=images)
+    sets = []
+    for folder in sorted(path for path in images.iterdir() if path.is_dir()):
+        stem, dashes, number = folder.name.rpartition("--")
+        if not dashes or not number.isdigit():
+            stem, number = folder.name, ""
+        if stem not in known:
+            raise DataError(
+                "does not name a reference",
+                where=folder,
+                expected=f"STEM or STEM--NUMBER, STEM a file of {references.name}",
+            )
+        files = tuple(pictures(folder))
+        if len(files) < 2:
+            raise DataError("holds too few images", where=folder, expected="2 or more", found=1)
+        sets.append(MadeSet(FolderPair(known[stem], _text(texts, number, stem, known)), files))
+    if not sets:
+        raise DataError("holds no sets", where=images, expected="a folder for each reference")
+    return sets
+
+
+def _text(texts: list[str], number: str, stem: str, known: dict[str, Path]) -> str:
+    if number:
+        if not 1 <= int(number) <= len(texts):
+            raise DataError(
+                "does not name a prompt", where=f"{stem}--{number}", expected=f"1 to {len(texts)}"
+            )
+        return texts[int(number) - 1]
+    if len(texts) == 1:
+        return texts[0]
+    if len(texts) == len(known):
+        return texts[sorted(known).index(stem)]
+    raise DataError(
+        "has several prompts to choose from",
+        where=stem,
+        fix=f"Name the folders {stem}--1 to {stem}--{len(texts)}.",
+    )
+
+
+def score_made(sets: Sequence[MadeSet], encoders: Sequence[FeatureEncoder]) -> dict[str, PairSums]:
+    """Every encoder's scores of sets that a tool made.
+
+    Raises:
+        ImageError: An image cannot be read.
+        ArgumentError: There are no encoders.
+    """
+    if not encoders:
+        raise ArgumentError("are missing", where="features", fix="Name one: --features dino.")
+    references = open_references([one.pair for one in sets])
+    prompts = [one.pair.prompt for one in sets]
+    sums: dict[str, PairSums] = {}
+    for encoder in encoders:
+        images = ([load_image(file) for file in one.files] for one in sets)  # one set in memory
+        sums |= feature_sums(encoder, images, references, prompts)
+    return sums

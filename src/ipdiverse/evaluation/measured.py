@@ -1,24 +1,46 @@
-"""What a study found: arms with their scores, and the whole."""
+"""What a study found: arms with their scores, the areas of families, and how straight dials are."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ipdiverse.evaluation.bootstrap import interval, js_interval, leak_interval
+from ipdiverse.evaluation.bootstrap import (
+    difference,
+    estimate,
+    hypervolume,
+    interval,
+    js_interval,
+    leak_interval,
+    resampled,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     from PIL import Image
 
-    from ipdiverse.evaluation.sets import Parts, Sets
-    from ipdiverse.evaluation.study import Arm
-
+    from ipdiverse.evaluation.sets import PairSums, Sets
+    from ipdiverse.evaluation.study import Arm, Study
 
 SHOWN_PAIRS, SHOWN_IMAGES = 3, 8
-"""How many images of an arm a report shows, and how many are held for it."""
+"""How many pairs of an arm a report shows, and how many images of each."""
+LABELS = {
+    "entropy": "variety of what nobody fixed (1 = the world's own)",
+    "retention": "identity kept",
+    "prompt_accuracy": "prompt obeyed",
+    "edit_accuracy": "prompt obeyed where it changes the reference's identity",
+    "contradict_accuracy": "prompt obeyed where it contradicts the reference",
+    "agree_accuracy": "prompt obeyed where it agrees with the reference",
+    "copy_rate": "copies of the whole scene, minus chance",
+    "invalid_rate": "images that are not valid scenes",
+    "leak": "what outputs tell about the reference's scene (nats)",
+    "js": "distance from the world's own scenes (Jensen-Shannon)",
+}
+"""Scores in words; an encoder's scores have the encoder's name in theirs and need none."""
 
 
 @dataclass(frozen=True)
@@ -27,35 +49,35 @@ class Measured:
 
     Args:
         arm: What was measured.
-        runs: For each training seed the parts of every score.
+        runs: For each training seed the sums of every score.
         images: For the report, (`SHOWN_PAIRS`, `SHOWN_IMAGES`, height, width, 3) or fewer; None
-            where only what was read in them is known.
-        sets: What was asked and read, the images of all seeds of a pair together; None where the
-            world is not known.
+            where only readings are known.
+        sets: What was asked and read, with the images of all seeds of a pair together; None for
+            references that are not critters.
     """
 
     arm: Arm
-    runs: list[dict[str, Parts]]
+    runs: list[dict[str, PairSums]]
     images: np.ndarray | None
     sets: Sets | None = None
 
     @cached_property
     def leak(self) -> tuple[float, float, float] | None:
-        """In nats with its interval, where the world is known."""
+        """In nats with its interval, on critters."""
         return None if self.sets is None else leak_interval(self.sets)
 
     @cached_property
     def js(self) -> tuple[float, float, float] | None:
-        """Distance from the world's own scenes with its interval, where the world is known."""
+        """Distance from the world's own scenes with its interval, on critters."""
         return None if self.sets is None else js_interval(self.sets)
 
-    def parts(self, name: str) -> list[Parts]:
+    def sums(self, name: str) -> list[PairSums]:
         """One score of every training seed."""
         return [run[name] for run in self.runs]
 
     def row(self) -> dict[str, Any]:
         """For JSON: each score with its interval."""
-        scores = {name: _rounded(interval(self.parts(name))) for name in self.runs[0]}
+        scores = {name: _rounded(interval(self.sums(name))) for name in self.runs[0]}
         for name, found in (("leak", self.leak), ("js", self.js)):
             if found is not None:
                 scores[name] = _rounded(found)
@@ -70,7 +92,7 @@ class Done:
     Args:
         measured: Every arm, anchors last.
         references: Of every pair.
-        hypervolumes: As `report.volumes` gives them.
+        hypervolumes: As `hypervolumes` gives them.
         left_out: Arms that were neither drawn nor read.
     """
 
@@ -80,6 +102,151 @@ class Done:
     left_out: list[str]
 
 
+@dataclass(frozen=True)
+class DialCheck:
+    """Whether a dial does what it promises.
+
+    Args:
+        family: Its arms.
+        settings: Of the dial, rising from 0.
+        variety: Achieved at each of them.
+        r_squared: Share of variety's variance over the settings that a straight line explains.
+        r_squared_low: The lower end of its 95 % interval over pairs.
+        kept: The least share of the retention at 0 that any setting keeps.
+        accuracy_change: The worst change of prompt accuracy against 0, with its 95 % interval.
+    """
+
+    family: str
+    settings: tuple[float, ...]
+    variety: tuple[float, ...]
+    r_squared: float
+    r_squared_low: float
+    kept: float
+    accuracy_change: tuple[float, float, float] | None
+
+    def as_json(self) -> dict[str, Any]:
+        """Rounded, for results."""
+        found = asdict(self)
+        for name, value in found.items():
+            if isinstance(value, tuple):
+                found[name] = [round(v, 4) for v in value]
+            elif isinstance(value, float):
+                found[name] = round(value, 4)
+        return found
+
+
+def axes_of(measured: Sequence[Measured]) -> list[tuple[str, str]]:
+    """Which scores are set against each other: (variety, fidelity), the main pair first."""
+    names = list(measured[0].runs[0])
+    if "entropy" in names:
+        return [("entropy", "retention"), ("entropy", "prompt_accuracy")]
+    pairs = []
+    for name in names:
+        kind, _, encoder = name.partition(" ")
+        if kind in ("image", "text"):
+            pairs.append((f"vendi {encoder}", name))
+    return pairs
+
+
+def by_family(measured: Iterable[Measured]) -> dict[str, list[Measured]]:
+    """Arms of each family, in their order."""
+    families: dict[str, list[Measured]] = {}
+    for one in measured:
+        families.setdefault(one.arm.family, []).append(one)
+    return families
+
+
+def hypervolumes(study: Study, measured: Sequence[Measured]) -> list[dict[str, Any]]:
+    """Hypervolume of each family over each pair of axes, and its excess over the baseline's family.
+
+    The corner is fixed, so that areas can be compared between studies: 0 on every axis, and 1 for a
+    Vendi score, which is that of equal images.
+
+    Args:
+        study: Names the baseline.
+        measured: Arms and anchors.
+    """
+    families = by_family(one for one in measured if one.arm.family != "anchor")
+    found = []
+    for across, up in axes_of(measured):
+        corner = (1.0 if across.startswith("vendi") else 0.0, 0.0)
+        areas = {
+            name: hypervolume([(one.sums(across), one.sums(up)) for one in members], corner)
+            for name, members in families.items()
+        }
+        base, base_drawn = areas[study.baseline_arm.family]
+        for name, (area, drawn) in areas.items():
+            low, high = np.quantile(drawn - base_drawn, [0.025, 0.975])
+            found.append(
+                {
+                    "axes": [across, up],
+                    "family": name,
+                    "area": round(area, 4),
+                    "more": round(area - base, 4),
+                    "more_low": round(float(low), 4),
+                    "more_high": round(float(high), 4),
+                }
+            )
+    return found
+
+
+def check_dials(measured: Sequence[Measured]) -> list[DialCheck]:
+    """Check every family whose arms set only `diversity`: 0 and at least two other settings.
+
+    Args:
+        measured: Of one study.
+    """
+    turned = (one for one in measured if "diversity" in one.arm.settings)
+    alone = (one for one in turned if set(one.arm.settings) <= {"adapter", "diversity"})
+    found = []
+    for family, arms in by_family(alone).items():
+        arms.sort(key=lambda one: one.arm.settings["diversity"])
+        if len(arms) > 2 and arms[0].arm.settings["diversity"] == 0:
+            found.append(_check(family, arms))
+    return found
+
+
+def straightness(settings: np.ndarray, reached: np.ndarray) -> float:
+    """R² of a straight line through the variety that was achieved; 0 where it does not change.
+
+    Args:
+        settings: Of the dial, (points,).
+        reached: At each of them, (points,).
+    """
+    if np.ptp(reached) < 1e-9:
+        return 0.0
+    return float(np.corrcoef(settings, reached)[0, 1] ** 2)
+
+
+def _check(family: str, arms: Sequence[Measured]) -> DialCheck:
+    variety, fidelity = axes_of(arms)[0]
+    settings = np.array([one.arm.settings["diversity"] for one in arms], float)
+    reached = np.array([estimate(one.sums(variety)) for one in arms])
+    drawn = np.stack([resampled(one.sums(variety)) for one in arms])
+    linear = [straightness(settings, draw) for draw in drawn.T]
+    kept = [estimate(one.sums(fidelity)) for one in arms]
+    return DialCheck(
+        family,
+        tuple(settings.tolist()),
+        tuple(reached.tolist()),
+        straightness(settings, reached),
+        float(np.quantile(linear, 0.025)),
+        min(kept) / kept[0],
+        _worst_change(arms),
+    )
+
+
+def _worst_change(arms: Sequence[Measured]) -> tuple[float, float, float] | None:
+    """Of prompt accuracy, from the first arm to another; None where no score reads the prompt."""
+    names = arms[0].runs[0]
+    obeyed = next((n for n in names if n == "prompt_accuracy" or n.startswith("text ")), None)
+    if obeyed is None:
+        return None
+    changes = [difference(one.sums(obeyed), arms[0].sums(obeyed)) for one in arms[1:]]
+    least = min(changes, key=lambda change: change.estimate)
+    return (least.estimate, least.low, least.high)
+
+
 def _rounded(found: tuple[float, float, float]) -> list[float | None]:
-    """Estimate, low and high with four digits; None, which JSON knows, for what is not known."""
+    """Estimate, low and high with four digits; None, which JSON knows, in place of NaN."""
     return [None if np.isnan(value) else round(float(value), 4) for value in found]

@@ -1,7 +1,7 @@
 """Variety, fidelity and copying as numbers: pure functions of plain arrays, for any base.
 
 Attribute values are indices, entropies are in nats, and a group is one (prompt, reference) pair
-with all its images. A score that nothing defines (nothing contradicted, say) is NaN.
+with all its images. A score that is not defined (say, nothing contradicts) is NaN.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.spatial.distance import jensenshannon
+from scipy.special import entr
 
 from ipdiverse.errors import ArgumentError, ShapeError
 
@@ -21,6 +23,7 @@ Bools = NDArray[np.bool_]
 
 _DRAWS = 20_000
 _TOLERANCE = 1e-6
+_EIGENVALUE_FLOOR = 1e-8  # below lies round-off, which small q would count as items
 
 
 def entropy_miller_madow(counts: ArrayLike) -> float:
@@ -53,7 +56,7 @@ def normalised_entropy(counts: ArrayLike, prior: ArrayLike) -> float:
 
     Raises:
         ShapeError: The lengths differ.
-        ArgumentError: Bad counts, or `prior` is no distribution or leaves no choice.
+        ArgumentError: Bad counts, or `prior` is not a distribution or leaves no choice.
     """
     spread = entropy_miller_madow(counts)
     true = float(plug_in_entropy(checked_prior(prior, np.shape(counts))))
@@ -72,7 +75,7 @@ def expected_entropy(prior: tuple[float, ...], n: int) -> float:
             expectation is well below the entropy of `prior`.
 
     Returns:
-        Nats; 0 for a single image or a prior without choice.
+        Nats; 0 for a single image or a prior that leaves no choice.
     """
     weights = checked_prior(prior, (len(prior),))
     draws = np.random.default_rng(0).multinomial(n, weights / weights.sum(), size=_DRAWS)
@@ -88,19 +91,18 @@ def jensen_shannon(counts: ArrayLike, prior: ArrayLike) -> float:
 
     Raises:
         ShapeError: The lengths differ.
-        ArgumentError: Bad counts, or `prior` is no distribution.
+        ArgumentError: Bad counts, or `prior` is not a distribution.
 
     Source:
         Endres & Schindelin, "A new metric for probability distributions" (2003).
     """
     observed = _checked_counts(counts)
-    observed = observed / observed.sum()
     true = checked_prior(prior, observed.shape)
-    mixed = plug_in_entropy((observed + true) / 2)
-    divergence = float(mixed - (plug_in_entropy(observed) + plug_in_entropy(true)) / 2) / math.log(
-        2
-    )
-    return math.sqrt(min(max(divergence, 0.0), 1.0))
+    # Rounding puts the divergence of nearly equal distributions below 0, whose root scipy gives as
+    # NaN, with a warning.
+    with np.errstate(invalid="ignore"):
+        distance = float(np.nan_to_num(jensenshannon(observed, true, base=2)))
+    return min(distance, 1.0)
 
 
 def mutual_information(x: ArrayLike, y: ArrayLike, nx: int, ny: int) -> float:
@@ -136,10 +138,10 @@ def leak(
     seed: int = 0,
     groups: ArrayLike | None = None,
 ) -> float:
-    """What one open attribute of the outputs tells about the reference's, beyond chance, nats.
+    """How much an open attribute of the outputs tells about the reference's, beyond chance, nats.
 
-    The null permutes references between groups, never between images: those of a group share
-    one. It is about (values - 1)² / 2·groups, so with few groups a copier scores below H.
+    The null permutes references between groups, never between images, as the images of a group
+    share one. It is about (values - 1)² / 2·groups, so with few groups a copier scores below H.
 
     Args:
         outputs: The outputs' values, (images,).
@@ -175,10 +177,78 @@ def leak(
     return observed - sum(null) / permutations
 
 
+def vendi(kernel_or_features: ArrayLike, q: float = 1.0, *, is_kernel: bool = False) -> float:
+    """Effective number of different items, 1..n: (Σ λ_i^q)^{1/(1-q)}, λ = eigenvalues of K/n.
+
+    Args:
+        kernel_or_features: Features, (items, dim), compared by cosine; or a kernel.
+        q: Order; 1 is exp of the entropy, below 1 weighs rare items more, infinity the least.
+        is_kernel: The array is a similarity matrix, (items, items). Never guessed from the shape.
+
+    Raises:
+        ShapeError: The array is not a matrix, or the kernel not square.
+        ArgumentError: `q` < 0, features of length zero, or a kernel that is not symmetric with
+            a diagonal of 1.
+
+    Source:
+        arXiv:2210.02410 (q = 1) and arXiv:2310.12952 (any q). Eigenvalues under 1e-8 are dropped
+        and the rest rescaled to sum 1, so that equal items give exactly 1.
+    """
+    if not q >= 0:
+        raise ArgumentError("order of the Vendi score", where="q", expected=">= 0", found=q)
+    build = _checked_kernel if is_kernel else _cosine_kernel
+    kernel = build(np.asarray(kernel_or_features, dtype=np.float64))
+    values = np.linalg.eigvalsh(kernel / len(kernel))
+    values = values[values > _EIGENVALUE_FLOOR]
+    values = values / values.sum()
+    if q == 1:
+        return math.exp(plug_in_entropy(values))
+    return float(1 / values.max() if math.isinf(q) else (values**q).sum() ** (1 / (1 - q)))
+
+
+def mean_pairwise_distance(features: ArrayLike) -> float:
+    """Mean cosine distance over all pairs, 0..2. Blind to duplicate clusters: see `vendi`.
+
+    Args:
+        features: (items, dim), at least two items.
+
+    Raises:
+        ShapeError: `features` is not a matrix.
+        ArgumentError: Under two items, or features of length zero.
+    """
+    kernel = _cosine_kernel(np.asarray(features, dtype=np.float64))
+    check_at_least("features", len(kernel), 2)
+    return float(1 - kernel[np.triu_indices(len(kernel), 1)].mean())
+
+
+def hypervolume_2d(points: ArrayLike, reference_point: ArrayLike) -> float:
+    """Area that the points dominate above the reference point; both axes are maximised.
+
+    Args:
+        points: (points, 2); those that do not exceed the reference point add nothing.
+        reference_point: (2,), the same for everything that is compared.
+
+    Raises:
+        ShapeError: A point does not have two coordinates.
+        ArgumentError: A coordinate is not finite.
+    """
+    corner = np.asarray(reference_point, dtype=np.float64)
+    cloud = np.asarray(points, dtype=np.float64)
+    cloud = cloud if cloud.size else cloud.reshape(0, 2)
+    check_shape("reference_point", corner.shape, (2,))
+    check_shape("points", cloud.shape, (len(cloud), 2))
+    if not (np.isfinite(cloud).all() and np.isfinite(corner).all()):
+        raise ArgumentError("a coordinate is not finite", where="points")
+    area = height = 0.0
+    for x, y in sorted((cloud - corner).tolist(), reverse=True):
+        area += max(x, 0.0) * max(y - height, 0.0)
+        height = max(height, y)
+    return area
+
+
 def plug_in_entropy(probabilities: Floats) -> Floats:
     """Entropy over the last axis, nats; zero probabilities contribute nothing."""
-    logs = np.log(np.where(probabilities > 0, probabilities, 1.0))
-    return -(probabilities * logs).sum(-1)
+    return entr(probabilities).sum(-1)
 
 
 def _miller_madow(counts: NDArray[Any]) -> Floats:
@@ -197,7 +267,7 @@ def _checked_counts(counts: ArrayLike) -> Floats:
     array = np.asarray(counts, dtype=np.float64)
     check_dimensions("counts", array, 1)
     if not ((array >= 0).all() and 0 < array.sum() < math.inf):
-        raise ArgumentError("no counts", where="counts", expected="none negative, not all zero")
+        raise ArgumentError("not counts", where="counts", expected="none negative, not all zero")
     return array
 
 
@@ -206,7 +276,7 @@ def checked_prior(prior: ArrayLike, shape: tuple[int, ...]) -> Floats:
     array = np.asarray(prior, dtype=np.float64)
     check_shape("prior", array.shape, shape)
     if not ((array >= 0).all() and abs(array.sum() - 1) <= _TOLERANCE):
-        raise ArgumentError("no distribution", where="prior", expected="sum 1, none negative")
+        raise ArgumentError("not a distribution", where="prior", expected="sum 1, none negative")
     return array
 
 
@@ -235,3 +305,20 @@ def check_at_least(where: str, found: int, expected: int) -> None:
     """Raise ArgumentError if there are fewer than expected."""
     if found < expected:
         raise ArgumentError("too few", where=where, expected=f"{expected} or more", found=found)
+
+
+def _cosine_kernel(features: Floats) -> Floats:
+    check_dimensions("features", features, 2)
+    lengths = np.linalg.norm(features, axis=1, keepdims=True)
+    if not (features.size and np.isfinite(lengths).all() and (lengths > 0).all()):
+        raise ArgumentError("no cosine", where="features", expected="finite rows, none all zero")
+    unit = features / lengths
+    return unit @ unit.T
+
+
+def _checked_kernel(kernel: Floats) -> Floats:
+    check_shape("kernel", kernel.shape, (len(kernel), len(kernel)))
+    symmetric = np.allclose(kernel, kernel.T, atol=_TOLERANCE)
+    if not (kernel.size and symmetric and np.allclose(kernel.diagonal(), 1, atol=_TOLERANCE)):
+        raise ArgumentError("not a kernel", where="kernel", expected="symmetric, diagonal of 1")
+    return kernel

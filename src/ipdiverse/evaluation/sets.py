@@ -1,7 +1,7 @@
 """Scores of sets of images whose attributes are known, as sums over (prompt, reference) pairs.
 
-A score is Σ total / Σ weight over pairs, so that `bootstrap` can draw pairs anew; two are no such
-sums, and are computed again for every draw: the distance from the world (`distance`) and the leak
+A score is Σ total / Σ weight over pairs, so that `bootstrap` can draw pairs anew. Two are not such
+sums and are computed again for every draw: the distance from the world (`distance`) and the leak
 (`leaked`).
 """
 
@@ -56,7 +56,7 @@ class Sets:
 
     Raises:
         ShapeError: The shapes do not fit.
-        ArgumentError: A value is out of range, there are no images, or a prior is none.
+        ArgumentError: A value is out of range, there are no images, or a prior is not one.
     """
 
     outputs: Ints
@@ -86,20 +86,20 @@ class Sets:
         return np.asarray(self.priors[group][attribute], dtype=np.float64)
 
 
-class Parts(NamedTuple):
-    """One score of one arm: what each pair adds, and how much it weighs, (pairs,) both."""
+class PairSums(NamedTuple):
+    """One score of one arm: what each pair adds to it, and its weight, both (pairs,)."""
 
     total: Floats
     weight: Floats
 
     @property
     def estimate(self) -> float:
-        """The score over all pairs; NaN where no pair has what it needs."""
+        """The score over all pairs; NaN where it is defined for none of them."""
         return float(self.total.sum() / self.weight.sum()) if self.weight.sum() else float("nan")
 
 
 class Pool(NamedTuple):
-    """One open attribute under one conditional: under the null all its outputs are one sample."""
+    """One open attribute under one conditional; a perfect sampler's outputs are one sample."""
 
     prior: Floats
     groups: list[int]
@@ -147,7 +147,7 @@ def score_sets(sets: Sets) -> SetScores:
     Accuracies weigh every (group, attribute) of their mask equally, as `entropy` and `js` do;
     `leak` weighs attributes equally. Invalid images are counted in `invalid_rate` and stay in
     every other score: dropping them would reward a model for failing where it would have erred.
-    NaN stands where no group has what a score needs.
+    A score that is defined for no group is NaN.
 
     `entropy` divides each group's Miller-Madow entropy by what draws from its true conditional
     are expected to score at that many images, so that a perfect sampler scores 1 at any n.
@@ -158,7 +158,7 @@ def score_sets(sets: Sets) -> SetScores:
     wide = [pool for pool in found if plug_in_entropy(pool.prior) > 0]
     spread = [normalised_entropy(np.sum(pool.counts, 0), pool.prior) for pool in wide]
     return SetScores(
-        **{name: part.estimate for name, part in set_parts(sets).items()},
+        **{name: part.estimate for name, part in pair_sums(sets).items()},
         js=distance(found, np.ones(len(sets.outputs))),
         leak=leaked(sets, np.arange(len(sets.outputs))),
         n=sets.invalid.size,
@@ -166,16 +166,16 @@ def score_sets(sets: Sets) -> SetScores:
     )
 
 
-def joined(parts: Sequence[dict[str, Parts]]) -> dict[str, Parts]:
-    """Scores of pairs that follow each other, as one."""
+def concatenated(parts: Sequence[dict[str, PairSums]]) -> dict[str, PairSums]:
+    """Scores of consecutive pairs as those of all of them, names as in the first."""
     return {
-        name: Parts(*(np.concatenate([one[name][i] for one in parts]) for i in range(2)))
+        name: PairSums(*(np.concatenate([one[name][i] for one in parts]) for i in range(2)))
         for name in (parts[0] if parts else ())
     }
 
 
-def set_parts(sets: Sets) -> dict[str, Parts]:
-    """Every score of `SetScores` that is a sum over pairs; that of edits only if there are any."""
+def pair_sums(sets: Sets) -> dict[str, PairSums]:
+    """Every score of `SetScores` that is a sum over pairs; of edits only if there are any."""
     agree, contradict = agreement_masks(sets.wanted, sets.references, sets.stated)
     shows, keeps = (sets.outputs == value[:, None] for value in (sets.wanted, sets.references))
     free, edited = sets.free, sets.stated & sets.identity
@@ -189,13 +189,13 @@ def set_parts(sets: Sets) -> dict[str, Parts]:
         "contradict_accuracy": _hits(shows, contradict),
         "retention": _hits(keeps, sets.identity & ~sets.stated),
         "entropy": _spread(sets),
-        "copy_rate": Parts(copied * some, some),
-        "invalid_rate": Parts(sets.invalid.sum(1).astype(float), images),
+        "copy_rate": PairSums(copied * some, some),
+        "invalid_rate": PairSums(sets.invalid.sum(1).astype(float), images),
     }
 
 
 def pools(sets: Sets) -> list[Pool]:
-    """The outputs of open attributes, those with equal conditionals together."""
+    """The outputs of open attributes, grouped by equal conditionals."""
     found: dict[tuple[int, bytes], Pool] = {}
     for group, attribute in np.argwhere(sets.free).tolist():
         prior = sets.prior(group, attribute)
@@ -210,7 +210,7 @@ def distance(found: Sequence[Pool], weights: Floats) -> float:
 
     Args:
         found: As `pools` gives them; each weighs as much as its groups do.
-        weights: How often each group counts, (groups,).
+        weights: How many times each group counts, (groups,).
     """
     apart, sizes = [], []
     for pool in found:
@@ -222,11 +222,11 @@ def distance(found: Sequence[Pool], weights: Floats) -> float:
 
 
 def leaked(sets: Sets, drawn: Ints, permutations: int = 200) -> float:
-    """What open attributes tell about the reference's, nats: mean of `metrics.leak` over them.
+    """How much open attributes tell about the reference's, nats: mean of `metrics.leak` over them.
 
     Args:
         sets: What was asked and read.
-        drawn: Groups that count, by number; one that is drawn twice counts as two.
+        drawn: Numbers of the groups that count; a group drawn twice counts as two.
         permutations: As `metrics.leak` takes them.
     """
     free, images, found = sets.free[drawn], sets.outputs.shape[1], list[float]()
@@ -278,13 +278,13 @@ def _check_values(sets: Sets) -> None:
         checked_prior(sets.prior(group, attribute), (sets.n_values[attribute],))
 
 
-def _hits(right: Bools, mask: Bools) -> Parts:
+def _hits(right: Bools, mask: Bools) -> PairSums:
     counted = right & mask[:, None]
-    return Parts(counted.sum((1, 2)).astype(float), mask.sum(1) * float(right.shape[1]))
+    return PairSums(counted.sum((1, 2)).astype(float), mask.sum(1) * float(right.shape[1]))
 
 
-def _spread(sets: Sets) -> Parts:
-    """Entropies of open attributes that have a choice, each over a perfect sampler's."""
+def _spread(sets: Sets) -> PairSums:
+    """Entropies of open attributes that leave a choice, relative to a perfect sampler's."""
     groups, images, _ = sets.outputs.shape
     total, weight = np.zeros(groups), np.zeros(groups)
     for group, attribute in np.argwhere(sets.free).tolist():
@@ -292,7 +292,7 @@ def _spread(sets: Sets) -> Parts:
         if ideal > 0:
             total[group] += entropy_miller_madow(_counts(sets, group, attribute)) / ideal
             weight[group] += 1
-    return Parts(total, weight)
+    return PairSums(total, weight)
 
 
 def _counts(sets: Sets, group: int, attribute: int) -> Ints:

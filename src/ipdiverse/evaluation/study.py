@@ -2,13 +2,13 @@
 
 pairs = 200                     # (prompt, reference) pairs
 images = 16                     # of each
-steps = 25                      # else the base's own, as scale and guidance_scale
+steps = 25                      # default: the base's own, as for scale and guidance_scale
 
 [[arm]]
-name = "plain"                  # as the report calls it
+name = "plain"                  # its name in the report
 family = "λ sweep"              # arms of a family are joined by a line
-adapter = "plus"                # and of what `ipdiverse generate` takes: scale, preset, start,
-scale = 1.0                     # end, guidance_scale, diversity, every lever
+adapter = "plus"                # and options of `ipdiverse generate`: scale, preset, start, end,
+scale = 1.0                     # guidance_scale, diversity, every lever
 
 [[sweep]]                       # an arm for every combination
 family = "λ × guidance"
@@ -19,6 +19,7 @@ guidance_scale = [1.0, 3.0, 7.5]
 from __future__ import annotations
 
 import tomllib
+import warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any, Literal
@@ -33,7 +34,13 @@ if TYPE_CHECKING:
 
 _SAMPLING = ("adapter", "scale", "preset", "start", "end", "guidance_scale", "diversity")
 SETTINGS = (*_SAMPLING, *(f.name for f in fields(Levers)))
-"""What an arm may set: fields of `Request`."""
+"""Fields of `Request` that an arm may set."""
+RENAMED = {"training": "interpolation", "start": "start_at", "end": "end_at"}
+"""Settings of version 0.1, and their names of today."""
+RENAMED = {old: new for old, new in RENAMED.items() if new in SETTINGS}
+DROPPED = {"particle", "sparke", "repulsion", "shield", "noise_level"}
+DROPPED |= {"drop", "late_layout", "remove_stated", "removal_rank"}
+"""Levers of version 0.1 that are gone, unless something registers them again."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +48,12 @@ class Arm:
     """One way of sampling.
 
     Args:
-        name: Unlike any other's.
+        name: Different for every arm.
         family: Arms that belong together.
         settings: Fields of `Request`, of those in `SETTINGS`.
-        adapters: Files of the same training with other seeds; empty takes `settings`' adapter.
-        at: Where the arm stands in its family; None is in the order of the file.
+        adapters: Files of the same training with different seeds; empty takes the adapter in
+            `settings`.
+        at: Position in the family; None keeps the order of the file.
     """
 
     name: str
@@ -62,19 +70,19 @@ class Arm:
     def request(
         self, steps: int | None, guidance_scale: float | None, scale: float | None = 1.0
     ) -> Request:
-        """As a request, without images and prompts.
+        """The arm as a request, without images and prompts.
 
         Args:
             steps: Denoising steps.
-            guidance_scale: What holds where the arm states none.
-            scale: The same, of the image prompt's weight.
+            guidance_scale: Used unless the arm sets one.
+            scale: Weight of the image prompt, used unless the arm sets one.
 
         Raises:
             ArgumentError: A setting is out of range.
         """
-        wanted = {name: value for name, value in self.settings.items() if name != "adapter"}
+        own = {name: value for name, value in self.settings.items() if name != "adapter"}
         usual = {"n": 1, "steps": steps, "scale": scale, "guidance_scale": guidance_scale}
-        return Request(**(usual | wanted))
+        return Request(**(usual | own))
 
 
 @dataclass(frozen=True)
@@ -82,21 +90,20 @@ class Study:
     """Arms, measured on the same pairs with the same seeds.
 
     Args:
-        arms: What is compared; of another base than critters, those without an adapter take its
-            own.
-        base: Whose images.
+        arms: What is compared. Arms that name no adapter take the base's own.
+        base: The base model.
         pairs: (prompt, reference) pairs.
         images: Of each pair.
         steps: Denoising steps; None takes the base's own.
         seed: Of pairs and noise.
         split: Identities of critters to draw: `test` to report, `validation` to calibrate.
-        edits: Prompts on critters state one attribute of identity too, not as the reference has it.
+        edits: Prompts on critters also contradict one attribute of the reference's identity.
         references: Folder of reference images; None draws held-out critters.
         prompts: File with a prompt a line, for `references`.
-        features: Encoders to compare images by: of `features.ENCODERS`, folders, hub ids.
-        image_encoder: What adapters read references with, a folder or hub id; None takes the
-            base's, or that of a preset whose adapter is among the arms'.
-        baseline: Name of the arm that differences are taken from; None is the first.
+        features: Encoders to compare images by: names in `features.ENCODERS`, folders, hub ids.
+        image_encoder: The encoder that adapters read references with, a folder or hub id; None
+            takes the base's, or that of a preset whose adapter an arm names.
+        baseline: Name of the arm that others are compared with; None is the first.
     """
 
     arms: tuple[Arm, ...]
@@ -121,64 +128,58 @@ class Study:
         check_range("steps", self.steps or 0, 1, MAX_STEPS)
         if self.split not in ("test", "validation"):
             raise ArgumentError(
-                "is no split", where="split", expected="test or validation", found=self.split
+                "is unknown", where="split", expected="test or validation", found=self.split
             )
         if self.prompts is not None and self.references is None:
             raise ArgumentError(
-                "go with references alone",
+                "needs references",
                 where="prompts",
-                found="none",
-                fix="Give references too; critters have prompts of their own.",
+                fix="Set references too; critters have their own prompts.",
             )
         object.__setattr__(self, "arms", tuple(_prompted(arm, self.base) for arm in self.arms))
         names = [arm.name for arm in self.arms]
-        if not names or len(set(names)) < len(names):
-            twice = sorted({name for name in names if names.count(name) > 1})
-            raise ArgumentError(
-                "must each have a name of their own" if names else "are missing",
-                where="arms",
-                found=", ".join(twice) or None,
-            )
+        if not names:
+            raise ArgumentError("are missing", where="arms")
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ArgumentError("need different names", where="arms", found=", ".join(twice))
         if self.baseline is not None and self.baseline not in names:
-            raise ArgumentError("names no arm", where="baseline", found=self.baseline)
+            raise ArgumentError("is not the name of an arm", where="baseline", found=self.baseline)
 
     @property
     def baseline_arm(self) -> Arm:
-        """What differences are taken from."""
+        """The arm that others are compared with."""
         return next((arm for arm in self.arms if arm.name == self.baseline), self.arms[0])
 
+    @property
+    def sources(self) -> list[str]:
+        """Every adapter that an arm names, once."""
+        return list(dict.fromkeys(source for arm in self.arms for source in arm.sources))
+
     def settings(self) -> dict[str, Any]:
-        """For reports: everything but the arms."""
+        """Everything but the arms, for reports."""
         return {name: value for name, value in asdict(self).items() if name != "arms"}
 
 
 def read_study(file: Path) -> Study:
     """Read a study.
 
+    Settings of version 0.1 that were renamed are read under their names of today. Arms that set
+    a lever of version 0.1 that is gone are left out. A warning says both.
+
     Raises:
-        ArgumentError: The file cannot be read, or says what no study has.
+        ArgumentError: The file cannot be read, or a key or value in it is wrong.
     """
     try:
         content = tomllib.loads(file.read_text("utf-8"))
     except (OSError, UnicodeError, tomllib.TOMLDecodeError) as error:
         raise ArgumentError("cannot be read", where=file, expected="TOML", found=error) from error
-    arms = [_arm(entry, file) for entry in _entries(content, "arm", file)]
-    for entry in _entries(content, "sweep", file):
-        arms += _swept(entry, file)
-    known = {f.name for f in fields(Study)} - {"arms"}
-    if unknown := sorted(content.keys() - known):
-        raise ArgumentError("unknown key", where=file, found=", ".join(unknown))
-    for name, kind in _KINDS.items():
-        if name in content and (
-            not isinstance(content[name], kind) or isinstance(content[name], bool) != (kind is bool)
-        ):
-            raise ArgumentError(
-                "is of another type", where=f"{file}: {name}", found=repr(content[name])
-            )
-    if "features" in content:
-        content["features"] = _words(content["features"], f"{file}: features")
+    entries = [_renamed(entry, file) for entry in _tables(content, "arm", file)]
+    for entry in _tables(content, "sweep", file):
+        entries += _swept(_renamed(entry, file), file)
+    arms = tuple(_arm(entry, file) for entry in _without_dropped(entries, file))
+    _check_types(content, file)
     try:
-        study = Study(arms=tuple(arms), **content)
+        study = Study(arms=arms, **content)
         for arm in study.arms:
             arm.request(study.steps, 1.0)
     except (IpdiverseError, TypeError) as error:
@@ -186,15 +187,8 @@ def read_study(file: Path) -> Study:
     return study
 
 
-def _prompted(arm: Arm, base: str) -> Arm:
-    """The arm with its adapter; what critters take stands in `Arm.sources`."""
-    if base == CRITTERS or arm.adapters or "adapter" in arm.settings:
-        return arm
-    return replace(arm, adapters=(default_adapter(base),))
-
-
 def quick_study() -> Study:
-    """A coarse study of the shipped adapters: few pairs, the plain one's λ sweep, the dial."""
+    """A coarse study of the shipped adapters: few pairs, the λ sweep of the plain one, the dial."""
     sweep = [
         Arm(f"λ {scale:g}", "plain, λ sweep", {"adapter": "plus", "scale": scale}, at=scale)
         for scale in (1.0, 0.75, 0.5, 0.25, 0.0)
@@ -206,8 +200,15 @@ def quick_study() -> Study:
     return Study(arms=(*sweep, *dial), pairs=24, images=8, steps=15)
 
 
+def _prompted(arm: Arm, base: str) -> Arm:
+    """The arm with the base's own adapter if it names none; `Arm.sources` has that of critters."""
+    if base == CRITTERS or arm.adapters or "adapter" in arm.settings:
+        return arm
+    return replace(arm, adapters=(default_adapter(base),))
+
+
 _TEXTS = ("base", "references", "prompts", "image_encoder", "baseline", "split")
-_KINDS: dict[str, type] = {
+_TYPES: dict[str, type] = {
     **dict.fromkeys(("pairs", "images", "steps", "seed"), int),
     **dict.fromkeys(_TEXTS, str),
     "features": list,
@@ -215,17 +216,46 @@ _KINDS: dict[str, type] = {
 }
 
 
-def _words(found: Any, where: str) -> tuple[str, ...]:
-    if not isinstance(found, list) or not all(isinstance(word, str) for word in found):
-        raise ArgumentError("is no list of texts", where=where, found=repr(found))
+def _check_types(content: dict[str, Any], file: Path) -> None:
+    """Refuse keys that a study does not have, and values of another type."""
+    if unknown := sorted(content.keys() - _TYPES.keys()):
+        raise ArgumentError("unknown key", where=file, found=", ".join(unknown))
+    for name, value in content.items():
+        if type(value) is not _TYPES[name]:  # not isinstance: True would pass for an int
+            raise ArgumentError("is of another type", where=f"{file}: {name}", found=repr(value))
+    if "features" in content:
+        content["features"] = _texts(content["features"], f"{file}: features")
+
+
+def _texts(found: Any, where: str) -> tuple[str, ...]:
+    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+        raise ArgumentError("is not a list of texts", where=where, found=repr(found))
     return tuple(found)
 
 
-def _entries(content: dict[str, Any], name: str, file: Path) -> list[dict[str, Any]]:
+def _tables(content: dict[str, Any], name: str, file: Path) -> list[dict[str, Any]]:
     found = content.pop(name, [])
     if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
-        raise ArgumentError("is no table", where=f"{file}: {name}", expected=f"[[{name}]]")
+        raise ArgumentError("is not a table", where=f"{file}: {name}", expected=f"[[{name}]]")
     return found
+
+
+def _renamed(entry: dict[str, Any], file: Path) -> dict[str, Any]:
+    for old in entry.keys() & RENAMED.keys():
+        warnings.warn(f"{file}: {old} is now called {RENAMED[old]}", stacklevel=3)
+    return {RENAMED.get(key, key): value for key, value in entry.items()}
+
+
+def _without_dropped(entries: list[dict[str, Any]], file: Path) -> list[dict[str, Any]]:
+    """Entries that set none of the levers that are gone: without them they would be other arms."""
+    gone = DROPPED - set(SETTINGS)
+    kept = [entry for entry in entries if not gone & entry.keys()]
+    if less := len(entries) - len(kept):
+        named = ", ".join(sorted(gone & {key for entry in entries for key in entry}))
+        warnings.warn(
+            f"{file}: left out {less} arms, as these levers no longer exist: {named}", stacklevel=3
+        )
+    return kept
 
 
 def _arm(entry: dict[str, Any], file: Path) -> Arm:
@@ -234,47 +264,41 @@ def _arm(entry: dict[str, Any], file: Path) -> Arm:
     at, adapters = settings.pop("at", None), settings.pop("adapters", [])
     if not isinstance(name, str):
         raise ArgumentError("has no name", where=f"{file}: arm", found=entry)
-    unknown = sorted(settings.keys() - set(SETTINGS))
-    if unknown:
-        where = f"{file}: arm {name!r}"
-        raise ArgumentError("unknown key", where=where, found=", ".join(unknown))
     where = f"{file}: arm {name!r}"
+    if unknown := sorted(settings.keys() - set(SETTINGS)):
+        raise ArgumentError("unknown key", where=where, found=", ".join(unknown))
     if not isinstance(at, (int, float, type(None))):
-        raise ArgumentError("is no number", where=f"{where}, at", found=repr(at))
+        raise ArgumentError("is not a number", where=f"{where}, at", found=repr(at))
     if isinstance(settings.get("interval"), list):
         settings["interval"] = tuple(settings["interval"])
-    return Arm(name, family or name, settings, _words(adapters, f"{where}, adapters"), at)
+    return Arm(name, family or name, settings, _texts(adapters, f"{where}, adapters"), at)
 
 
-def _swept(entry: dict[str, Any], file: Path) -> list[Arm]:
-    """An arm for every combination of the keys that hold lists."""
-    entry = dict(entry)
-    family = entry.pop("family", None)
+def _swept(entry: dict[str, Any], file: Path) -> list[dict[str, Any]]:
+    """An arm's entry for every combination of the keys that hold lists."""
+    family = entry.get("family")
     if not isinstance(family, str):
         raise ArgumentError("has no family", where=f"{file}: sweep", found=entry)
-    varied = {
-        key: values
-        for key, values in entry.items()
-        if isinstance(values, list) and key != "adapters" and (key != "interval" or _nested(values))
-    }
+    varied = {key: values for key, values in entry.items() if _varies(key, values)}
     if empty := sorted(key for key, values in varied.items() if not values):
         raise ArgumentError("is empty", where=f"{file}: sweep {family!r}", found=", ".join(empty))
-    fixed = {key: value for key, value in entry.items() if key not in varied}
-    arms = []
+    found = []
     for values in product(*varied.values()):
         chosen = dict(zip(varied, values, strict=True))
-        words = ", ".join(f"{key} {_said(value)}" for key, value in chosen.items())
-        at = values[0] if len(varied) == 1 and isinstance(values[0], (int, float)) else None
-        named = {"name": f"{family}: {words}", "family": family, "at": at}
-        arms.append(
-            _arm({k: v for k, v in (fixed | chosen | named).items() if v is not None}, file)
-        )
-    return arms
+        words = ", ".join(f"{key} {_as_text(value)}" for key, value in chosen.items())
+        one = entry | chosen | {"name": f"{family}: {words}"}
+        if len(varied) == 1 and isinstance(values[0], (int, float)):
+            one["at"] = values[0]
+        found.append(one)
+    return found
 
 
-def _nested(values: list[Any]) -> bool:
-    return bool(values) and isinstance(values[0], list)
+def _varies(key: str, value: Any) -> bool:
+    """Whether a key of a sweep holds values to try; one interval or all adapters are no such."""
+    if not isinstance(value, list) or key == "adapters":
+        return False
+    return key != "interval" or bool(value and isinstance(value[0], list))
 
 
-def _said(value: Any) -> str:
+def _as_text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, (int, float)) else str(value)

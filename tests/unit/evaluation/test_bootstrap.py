@@ -18,8 +18,9 @@ from ipdiverse.evaluation.bootstrap import (
     leak_interval,
     resampled,
 )
-from ipdiverse.evaluation.sampling import critters_sets, study_pairs
-from ipdiverse.evaluation.sets import Parts, Sets, score_sets, set_parts
+from ipdiverse.evaluation.pairs import study_pairs
+from ipdiverse.evaluation.readings import critters_sets
+from ipdiverse.evaluation.sets import PairSums, Sets, pair_sums, score_sets
 
 PAIRS = study_pairs(40, seed=1)
 
@@ -51,7 +52,7 @@ def test_intervals_of_leak_and_distance_are_about_the_scores_of_sets() -> None:
 
 
 def test_a_perfect_sampler_and_a_copier() -> None:
-    fair, copier = (set_parts(asked(16, copies=copies)) for copies in (False, True))
+    fair, copier = (pair_sums(asked(16, copies=copies)) for copies in (False, True))
     assert fair["retention"].estimate == fair["prompt_accuracy"].estimate == 1
     assert fair["entropy"].estimate == pytest.approx(1, abs=0.05)
     assert copier["entropy"].estimate == 0
@@ -65,7 +66,7 @@ def test_a_perfect_sampler_and_a_copier() -> None:
 def test_an_interval_holds_its_estimate_and_narrows_with_pairs() -> None:
     rng = np.random.default_rng(0)
     values = rng.normal(size=400)
-    few, many = (Parts(values[:n], np.ones(n)) for n in (40, 400))
+    few, many = (PairSums(values[:n], np.ones(n)) for n in (40, 400))
     for part in (few, many):
         found = interval([part])
         assert found.low < found.estimate < found.high
@@ -75,14 +76,14 @@ def test_an_interval_holds_its_estimate_and_narrows_with_pairs() -> None:
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     """Of 300 samples of 80 pairs, each with an interval of 95 %; the truth is 0."""
     rng = np.random.default_rng(0)
-    found = [interval([Parts(rng.normal(size=80), np.ones(80))], 500) for _ in range(300)]
+    found = [interval([PairSums(rng.normal(size=80), np.ones(80))], 500) for _ in range(300)]
     assert np.mean([one.low <= 0 <= one.high for one in found]) == pytest.approx(0.95, abs=0.03)
 
 
 def test_a_difference_keeps_what_pairs_have_in_common() -> None:
     """Pairs differ far more than arms do: only together is the difference seen."""
     level = np.random.default_rng(0).normal(size=100)
-    one, other = Parts(level, np.ones(100)), Parts(level - 0.1, np.ones(100))
+    one, other = PairSums(level, np.ones(100)), PairSums(level - 0.1, np.ones(100))
     apart = difference([one], [other])
     assert apart.low > 0
     assert apart.estimate == pytest.approx(0.1)
@@ -93,13 +94,13 @@ def test_p_is_small_where_the_interval_excludes_0_and_one_where_nothing_differs(
     rng = np.random.default_rng(0)
     level, noise = rng.normal(size=(2, 400))
     for shift, low, high in ((0.0, 0.3, 1.0), (0.1, 0.01, 0.1), (0.5, 0.0, 1e-6)):
-        one = Parts(level + shift + noise - noise.mean(), np.ones(400))
-        found = difference([one], [Parts(level, np.ones(400))])
+        one = PairSums(level + shift + noise - noise.mean(), np.ones(400))
+        found = difference([one], [PairSums(level, np.ones(400))])
         assert low <= found.p <= high, shift
         assert (found.low > 0) == (found.p < 0.05)
-    same = Parts(level, np.ones(400))
+    same = PairSums(level, np.ones(400))
     assert difference([same], [same]).p == 1
-    assert math.isnan(difference([same], [Parts(level, np.zeros(400))]).p)
+    assert math.isnan(difference([same], [PairSums(level, np.zeros(400))]).p)
 
 
 def test_holm_says_what_holds_together() -> None:
@@ -113,26 +114,28 @@ def test_holm_says_what_holds_together() -> None:
 
 def test_training_seeds_widen_the_interval() -> None:
     level = np.random.default_rng(0).normal(size=200)
-    alike = [Parts(level, np.ones(200))] * 3
-    unlike = [Parts(level + shift, np.ones(200)) for shift in (-1.0, 0.0, 1.0)]
+    alike = [PairSums(level, np.ones(200))] * 3
+    unlike = [PairSums(level + shift, np.ones(200)) for shift in (-1.0, 0.0, 1.0)]
     assert interval(unlike).estimate == pytest.approx(interval(alike).estimate)
     assert np.ptp(interval(unlike)) > 2 * np.ptp(interval(alike))
 
 
 def test_what_no_pair_has_is_not_a_number_and_runs_must_fit() -> None:
-    nothing = Parts(np.zeros(3), np.zeros(3))
+    nothing = PairSums(np.zeros(3), np.zeros(3))
     assert all(math.isnan(v) for v in interval([nothing]))
     with pytest.raises(ArgumentError, match="runs: differ in their pairs"):
-        resampled([nothing, Parts(np.zeros(4), np.ones(4))])
+        resampled([nothing, PairSums(np.zeros(4), np.ones(4))])
 
 
 def test_hypervolume_of_known_points_and_in_every_draw() -> None:
     ones = np.ones(5)
-    points = [([Parts(ones * x, ones)], [Parts(ones * y, ones)]) for x, y in ((1, 0.5), (0.5, 1))]
+    points = [
+        ([PairSums(ones * x, ones)], [PairSums(ones * y, ones)]) for x, y in ((1, 0.5), (0.5, 1))
+    ]
     area, draws = hypervolume(points, (0.0, 0.0), resamples=7)
     assert area == pytest.approx(0.75)
     assert draws == pytest.approx([0.75] * 7)
-    seeds = [[Parts(ones * x, ones) for x in (0.0, 2.0)], [Parts(ones, ones)] * 2]
+    seeds = [[PairSums(ones * x, ones) for x in (0.0, 2.0)], [PairSums(ones, ones)] * 2]
     area, draws = hypervolume([(seeds[0], seeds[1])], (0.0, 0.0), resamples=200)
     assert area == pytest.approx(1.0)
     assert set(np.round(draws, 6)) == {0.0, 1.0, 2.0}, "training seeds are drawn too"

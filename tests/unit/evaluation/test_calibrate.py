@@ -6,31 +6,37 @@ import numpy as np
 import pytest
 
 from ipdiverse.dial import OFF, Achieved, Levers
-from ipdiverse.evaluation.calibrate import climb, isotonic, placed
+from ipdiverse.evaluation.calibrate import climb, placed
 
-LADDERS = {"cads": (0.0, 0.5, 1.0), "drop": (0.0, 0.25, 0.5), "shield": (0.0, 1.0)}
+LADDERS = {
+    "cads": (0.0, 0.5, 1.0),
+    "fusion_strength": (1.0, 1.25, 1.5),
+    "interval": (None, (0.0, 4.0)),
+}
 
 
 def world(levers: Levers) -> Achieved:
-    """CADS gains most and costs least; dropping costs the prompt; the shield gains nothing."""
-    variety = 0.3 + 0.3 * levers.cads + 0.2 * levers.drop
-    return Achieved(variety, 0.9 - 0.02 * levers.cads - 0.02 * levers.drop, 0.8)
+    """CADS gains most and costs least, more fusion gains less, the interval nothing."""
+    more = levers.fusion_strength - 1
+    variety = 0.3 + 0.3 * levers.cads + 0.2 * more
+    return Achieved(variety, 0.9 - 0.02 * levers.cads - 0.02 * more, 0.8)
 
 
 def test_the_path_moves_the_best_lever_first_and_never_one_that_gains_nothing() -> None:
     path = climb(OFF, LADDERS, world)
-    moved = [(levers.cads, levers.drop, levers.shield) for levers, _ in path]
-    assert moved == [(0, 0, 0), (0.5, 0, 0), (1, 0, 0), (1, 0.25, 0), (1, 0.5, 0)]
+    moved = [(levers.cads, levers.fusion_strength) for levers, _ in path]
+    assert moved == [(0, 1), (0.5, 1), (1, 1), (1, 1.25), (1, 1.5)]
+    assert all(levers.interval is None for levers, _ in path)
 
 
 def test_a_rung_that_gains_too_little_is_stepped_over_but_not_two() -> None:
-    ladders = {"drop": (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)}
+    ladders = {"cads": (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)}
 
     def late(levers: Levers) -> Achieved:
         steps = {0.0: 0.1, 0.1: 0.101, 0.2: 0.3, 0.3: 0.301, 0.4: 0.302, 0.5: 0.9}
-        return Achieved(steps[levers.drop], 0.9, 0.9)
+        return Achieved(steps[levers.cads], 0.9, 0.9)
 
-    assert [levers.drop for levers, _ in climb(OFF, ladders, late)] == [0.0, 0.2]
+    assert [levers.cads for levers, _ in climb(OFF, ladders, late)] == [0.0, 0.2]
 
 
 def test_what_breaks_a_bound_is_not_on_the_path() -> None:
@@ -39,26 +45,26 @@ def test_what_breaks_a_bound_is_not_on_the_path() -> None:
         return Achieved(
             found.variety,
             0.9 - 0.06 * levers.cads,  # 0.84 at the top: under 95 % of 0.9
-            0.8 - levers.drop,
+            0.8 - (levers.fusion_strength - 1),
             0.0,
         )
 
     path = climb(OFF, LADDERS, strict)
     assert [levers.cads for levers, _ in path] == [0, 0.5]
-    assert all(levers.drop == 0 for levers, _ in path)
+    assert all(levers.fusion_strength == 1 for levers, _ in path)
     broken = climb(OFF, LADDERS, lambda x: Achieved(world(x).variety, 0.9, 0.8, invalid=x.cads))
     assert all(levers.cads == 0 for levers, _ in broken)
 
 
 def test_where_variety_is_spent_what_copies_less_is_taken_and_ends_the_dial() -> None:
-    ladders = {"training": (0.0, 0.5, 1.0), "shield": (0.0, 1.0)}
+    ladders = {"training": (0.0, 0.5, 1.0), "cads": (0.0, 1.0)}
 
     def copier(levers: Levers) -> Achieved:
         variety = 0.2 + min(levers.training, 0.5)
         return Achieved(variety, 0.9, 0.9, copies=0.7 - 0.69 * levers.training)
 
     path = climb(Levers(training=0.0), ladders, copier)
-    assert [(x.training, x.shield) for x, _ in path] == [(0, 0), (0.5, 0), (1, 0)]
+    assert [(x.training, x.cads) for x, _ in path] == [(0, 0), (0.5, 0), (1, 0)]
     dial = placed(path, "test")
     assert [(at, x.training) for at, x in dial.points] == [(0, 0), (1, 1)]
     assert dial.achieved[-1].copies == pytest.approx(0.01)
@@ -92,8 +98,6 @@ def test_the_dial_is_linear_in_what_was_achieved() -> None:
 
 
 def test_points_that_fall_back_are_pooled() -> None:
-    assert isotonic(np.array([1.0, 3.0, 2.0, 4.0])).tolist() == [1, 2.5, 2.5, 4]
-    assert isotonic(np.array([3.0, 2.0, 1.0])).tolist() == [2, 2, 2]
     levers = [OFF, Levers(cads=0.1), Levers(cads=0.2), Levers(cads=0.3)]
     scores = [Achieved(v, 1, 1) for v in (0.1, 0.5, 0.4, 0.9)]
     dial = placed(list(zip(levers, scores, strict=True)), "test")

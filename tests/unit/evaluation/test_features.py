@@ -20,7 +20,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from ipdiverse.errors import ModelError
 from ipdiverse.evaluation import features
-from ipdiverse.evaluation.features import feature_parts, open_encoder
+from ipdiverse.evaluation.features import feature_sums, open_encoder
 from workshop.base.tokenizer import build_tokenizer
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def test_copies_and_clusters_have_the_scores_they_must(clip: Path, dino: Path) -
     copies, two = [reference] * 4, [picture(1), picture(1), picture(2), picture(2)]
     for folder, texts in ((clip, True), (dino, False)):
         encoder = open_encoder(str(folder))
-        parts = feature_parts(encoder, [copies, two], [reference, reference], ["a cat", "a cat"])
+        parts = feature_sums(encoder, [copies, two], [reference, reference], ["a cat", "a cat"])
         assert len(parts) == 4 + texts
         score = {name.split(" (")[0]: part.total for name, part in parts.items()}
         assert score["vendi"][0] == pytest.approx(1, abs=1e-3)

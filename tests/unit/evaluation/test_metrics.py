@@ -22,6 +22,11 @@ def entropy(prior: np.ndarray) -> float:
     return float(-(prior * np.log(prior)).sum())
 
 
+def entropy_of(p: np.ndarray) -> float:
+    """As `entropy`, of what may hold zeros."""
+    return entropy(p[p > 0])
+
+
 class TestEntropy:
     def test_plug_in_and_correction(self):
         assert m.entropy_miller_madow([8, 0, 0, 0]) == 0
@@ -66,6 +71,23 @@ class TestJensenShannon:
         assert m.jensen_shannon(q, p) == pytest.approx(found, abs=1e-6)
         assert m.jensen_shannon(p[order], q[order]) == pytest.approx(found, abs=1e-6)
 
+    @given(arrays(np.int64, st.integers(1, 9), elements=st.integers(0, 200)), st.integers(0, 99))
+    def test_it_is_the_definition(self, counts: np.ndarray, seed: int):
+        """The root of the divergence in bits, from entropies: H of the mean - mean of the Hs."""
+        counts[0] += 1
+        prior = np.random.default_rng(seed).dirichlet(np.ones(len(counts)))
+        p = counts / counts.sum()
+        bits = (entropy_of((p + prior) / 2) - (entropy_of(p) + entropy_of(prior)) / 2) / math.log(2)
+        assert m.jensen_shannon(counts, prior) ** 2 == pytest.approx(bits, abs=1e-12)
+        assert m.plug_in_entropy(p) == pytest.approx(entropy_of(p), abs=1e-12)
+
+    def test_distributions_that_differ_by_round_off_are_no_distance_apart(self):
+        """There scipy's own divergence is below 0, and its root NaN."""
+        rng = np.random.default_rng(0)
+        for _ in range(200):
+            prior = rng.dirichlet(np.ones(4))
+            assert m.jensen_shannon(prior * (1 + rng.normal(size=4) * 1e-15), prior) < 1e-7
+
 
 class TestLeak:
     def test_mutual_information_of_equal_and_of_crossed_values(self):
@@ -91,19 +113,69 @@ class TestLeak:
         assert m.leak(*drawn[0], 4, seed=5) == m.leak(*drawn[0], 4, seed=5)
 
 
+class TestVariety:
+    @pytest.mark.parametrize("q", [0, 0.1, 1, 2, math.inf])
+    def test_vendi_of_equal_clustered_and_different_items(self, q: float):
+        assert m.vendi(np.full((100, 100), 1.0), q, is_kernel=True) == 1
+        assert m.vendi(np.tile([[0.3, -2.0, 1.0]], (100, 1)), q) == 1
+        assert m.vendi(np.eye(5)[[0, 0, 0, 3, 3, 3]], q) == pytest.approx(2)
+        assert m.vendi(3 * np.eye(7), q) == pytest.approx(7)
+
+    @pytest.mark.parametrize("q", [0, 0.1, 0.999999, 1, 1.000001, 2, math.inf])
+    def test_vendi_of_items_that_differ_by_less_than_the_floor_is_exactly_one(self, q: float):
+        """Without rescaling, what the floor drops makes it 0.61 to 1.64 near order 1."""
+        kernel = np.full((100, 100), 1 - 5e-7)
+        np.fill_diagonal(kernel, 1)
+        assert m.vendi(kernel, q, is_kernel=True) == 1
+
+    def test_vendi_falls_with_order_and_features_are_told_from_kernels(self):
+        features = np.random.default_rng(0).normal(size=(12, 4))
+        scores = [m.vendi(features, q) for q in (0, 0.5, 1, 2, math.inf)]
+        assert scores == sorted(scores, reverse=True)
+        square = np.array([[1.0, 0.5], [0.5, 1.0]])
+        assert m.vendi(square, is_kernel=True) > m.vendi(square)
+
+    @given(arrays(np.float64, (6, 3), elements=st.floats(-1, 1)), st.permutations(range(6)))
+    def test_order_of_items_is_irrelevant(self, features: np.ndarray, order: list[int]):
+        features = features + np.array([3.0, 0, 0])
+        assert 1 <= m.vendi(features) + 1e-9 <= 6
+        assert m.vendi(features[order]) == pytest.approx(m.vendi(features), rel=1e-5)
+        found = m.mean_pairwise_distance(features)
+        assert m.mean_pairwise_distance(features[order]) == pytest.approx(found, abs=1e-9)
+        assert m.mean_pairwise_distance([[1, 0], [0, 2], [3, 0]]) == pytest.approx(2 / 3)
+
+    def test_hypervolume_of_a_staircase(self):
+        steps = [(1, 3), (2, 2), (3, 1), (1, 1), (-5, 9), (9, -5)]
+        assert m.hypervolume_2d(steps, (0, 0)) == pytest.approx(6)
+        assert m.hypervolume_2d(steps[::-1], (0, 0)) == pytest.approx(6)
+        assert m.hypervolume_2d(steps, (1, 1)) == pytest.approx(1)
+        assert m.hypervolume_2d([], (0, 0)) == 0
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: m.entropy_miller_madow([0, 0]), ArgumentError, "counts: no counts"),
-        (lambda: m.entropy_miller_madow([2, -1]), ArgumentError, "counts: no counts"),
+        (lambda: m.entropy_miller_madow([0, 0]), ArgumentError, "counts: not counts"),
+        (lambda: m.entropy_miller_madow([2, -1]), ArgumentError, "counts: not counts"),
         (lambda: m.entropy_miller_madow([[1]]), ShapeError, "counts: dimensions; expected 1"),
         (lambda: m.normalised_entropy([1, 1], [1, 0]), ArgumentError, "prior leaves no choice"),
         (lambda: m.normalised_entropy([1, 1], SKEWED), ShapeError, "prior: shapes do not fit"),
-        (lambda: m.jensen_shannon([1, 1], [1, 1]), ArgumentError, "prior: no distribution"),
+        (lambda: m.jensen_shannon([1, 1], [1, 1]), ArgumentError, "prior: not a distribution"),
         (lambda: m.mutual_information([0], [0, 1], 2, 2), ShapeError, "y: shapes do not fit"),
         (lambda: m.leak([0, 1], [0, 1], 2, groups=[3, 3]), ArgumentError, "groups: too few"),
         (lambda: m.leak([0, 1], [0, 1], 2, permutations=0), ArgumentError, "permutations: too few"),
         (lambda: m.leak([0] * 3, [0, 1, 1], 2, groups=[0, 0, 1]), ArgumentError, "several"),
+        (lambda: m.vendi([[1.0]], q=-1), ArgumentError, "q: order of the Vendi score"),
+        (lambda: m.vendi([[0.0, 0.0]]), ArgumentError, "features: no cosine"),
+        (
+            lambda: m.vendi([[1, 0.2], [0, 1]], is_kernel=True),
+            ArgumentError,
+            "kernel: not a kern",
+        ),
+        (lambda: m.vendi([[1, 0]], is_kernel=True), ShapeError, "kernel: shapes do not fit"),
+        (lambda: m.mean_pairwise_distance([[1.0]]), ArgumentError, "features: too few"),
+        (lambda: m.hypervolume_2d([(1, 2, 3)], (0, 0)), ShapeError, "points: shapes do not fit"),
+        (lambda: m.hypervolume_2d([(1, math.nan)], (0, 0)), ArgumentError, "not finite"),
     ],
 )
 def test_errors_say_what_and_where(call: Any, error: type[Exception], message: str):

@@ -18,9 +18,9 @@ from ipdiverse.base.bases import CRITTERS_ADAPTERS
 from ipdiverse.cli import main
 from ipdiverse.dial import OFF, Dial
 from ipdiverse.errors import DataError
-from ipdiverse.evaluation import arm_images, running
-from ipdiverse.evaluation.arm_images import what_decides
-from ipdiverse.evaluation.readings import Readings, file_of, load_readings
+from ipdiverse.evaluation import images, running
+from ipdiverse.evaluation.images import what_decides
+from ipdiverse.evaluation.readings import Readings, load_readings, readings_file
 from ipdiverse.evaluation.study import Arm
 
 PLUS = CRITTERS_ADAPTERS / "ip-adapter-plus_critters.safetensors"
@@ -56,14 +56,14 @@ def test_they_come_back_as_they_were(tmp_path: Path) -> None:
     assert found.about == {"steps": 4}
     assert load_readings(tmp_path / "b.npz") is None
     (tmp_path / "c.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:200])
-    with pytest.raises(DataError, match="are no readings"):
+    with pytest.raises(DataError, match="are not readings"):
         load_readings(tmp_path / "c.npz")
 
 
 def test_names_that_differ_only_in_signs_have_files_of_their_own(tmp_path: Path) -> None:
-    assert file_of(tmp_path, "λ: scale 1", 0) != file_of(tmp_path, "w: scale 1", 0)
-    assert file_of(tmp_path, "x", 0) != file_of(tmp_path, "x", 1)
-    assert file_of(tmp_path, "../../x", 0).parent == tmp_path
+    assert readings_file(tmp_path, "λ: scale 1", 0) != readings_file(tmp_path, "w: scale 1", 0)
+    assert readings_file(tmp_path, "x", 0) != readings_file(tmp_path, "x", 1)
+    assert readings_file(tmp_path, "../../x", 0).parent == tmp_path
 
 
 def test_published_readings_are_taken_where_settings_and_weights_are_theirs(
@@ -72,13 +72,13 @@ def test_published_readings_are_taken_where_settings_and_weights_are_theirs(
     adapter = tmp_path / "mine.safetensors"
     adapter.write_bytes(PLUS.read_bytes())
     drawn: list[int] = []
-    real = arm_images.sample_array
+    real = images.sample_array
 
     def counting(base: Any, jobs: Any, *rest: Any) -> Any:
         drawn.append(len(jobs))
         return real(base, jobs, *rest)
 
-    monkeypatch.setattr(arm_images, "sample_array", counting)
+    monkeypatch.setattr(images, "sample_array", counting)
 
     def run(name: str, config: Path, *more: str) -> int:
         out = ["--out", str(tmp_path / name)]
@@ -116,7 +116,7 @@ def test_published_readings_are_taken_where_settings_and_weights_are_theirs(
     assert run("read", study(tmp_path, adapter), *taken) == 0
     assert drawn == [4, 4, 4], "another oracle reads for itself"
     monkeypatch.undo()
-    monkeypatch.setattr(arm_images, "sample_array", counting)
+    monkeypatch.setattr(images, "sample_array", counting)
     diverse = load_adapter(CRITTERS_ADAPTERS / "ip-adapter-diverse_critters.safetensors")
     save_adapter(diverse, adapter, {})
     assert run("changed", study(tmp_path, adapter), *taken) == 0

@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from ipdiverse.base.bases import load_base
 from ipdiverse.base.memory import Plan
 from ipdiverse.base.pipelines import fingerprint
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import sample_scene
-from ipdiverse.evaluation import anchors, arm_images, running
-from ipdiverse.evaluation.arm_images import ArmImages
-from ipdiverse.evaluation.folders import folder_pairs, opened, read_prompts
+from ipdiverse.evaluation import images as study_images
+from ipdiverse.evaluation import running
+from ipdiverse.evaluation.images import StudyImages
 from ipdiverse.evaluation.measured import SHOWN_IMAGES, SHOWN_PAIRS
 from ipdiverse.evaluation.running import Runner
 from ipdiverse.evaluation.study import Arm, Study
@@ -43,13 +42,12 @@ def numbers(parts: dict[str, Any]) -> dict[str, tuple[list[float], list[float]]]
 def test_scores_do_not_depend_on_the_pieces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(arm_images, "sample_array", painted)
+    monkeypatch.setattr(study_images, "sample_array", painted)
     arm = Arm("a", "a", {"adapter": "plus"})
     study = Study(arms=(arm,), pairs=PAIRS, images=IMAGES, steps=1, features=("base",))
     found = []
     for size in (2, 8):
-        monkeypatch.setattr(arm_images, "CHUNK", size)
-        monkeypatch.setattr(anchors, "CHUNK", size)
+        monkeypatch.setattr(study_images, "CHUNK", size)
         runner = Runner(study, tmp_path / str(size), progress=False)
         found.append([runner.measure(arm), *runner.anchors()])
     for pieces, whole in zip(*found, strict=True):
@@ -63,22 +61,6 @@ def test_scores_do_not_depend_on_the_pieces(
         assert whole.images is not None
         assert whole.images.shape == (SHOWN_PAIRS, SHOWN_IMAGES, 64, 64, 3)
         assert whole.images.base is None, "no view that keeps all of them"
-
-
-def test_a_reference_that_pairs_share_is_opened_once(tmp_path: Path) -> None:
-    for name in "ab":
-        Image.new("RGB", (16, 16), "red").save(tmp_path / f"{name}.png")
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("one\ntwo\n")
-    first, second, again, _ = opened(folder_pairs(tmp_path, prompts, 9))
-    assert first is again
-    assert first is not second
-
-
-def test_prompts_end_where_lines_do(tmp_path: Path) -> None:
-    file = tmp_path / "prompts.txt"
-    file.write_bytes("a cat\u2028in snow\r\n\n# none\na\x0bdog".encode())
-    assert read_prompts(file) == ["a cat\u2028in snow", "a\x0bdog"]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +82,7 @@ def test_precision_and_tiles_decide_images_and_critters_have_neither(tmp_path: P
     base, study = load_base(), Study((Arm("a", "a"),), pairs=2, images=2)
     plans = [None, CUDA, replace(CUDA, dtype="bfloat16"), replace(CUDA, tiling=True)]
     decides = [
-        ArmImages(study, replace(base, plan=plan), [], [], tmp_path).decides for plan in plans
+        StudyImages(study, replace(base, plan=plan), [], [], tmp_path).decides for plan in plans
     ]
     assert len({tuple(each) for each in decides}) == len(plans)
     assert Runner(study, tmp_path).base.plan is None

@@ -114,7 +114,7 @@ class TestScoreSets:
         assert (scores.entropy, scores.retention) == (clean.entropy, clean.retention)
 
 
-class TestParts:
+class TestPairSums:
     """Three groups of two images, two scene attributes and one of identity, counted by hand."""
 
     SETS = m.Sets(
@@ -129,7 +129,7 @@ class TestParts:
     )
 
     def test_what_each_pair_adds_and_how_much_it_weighs(self):
-        found = m.set_parts(self.SETS)
+        found = m.pair_sums(self.SETS)
         two = entropy_miller_madow([1, 1, 0])  # the first pair's other attribute shows one value
         first, second = (
             two / expected_entropy(prior, 2) for prior in ((0.5, 0.5, 0.0), (0.4, 0.3, 0.3))
@@ -146,18 +146,18 @@ class TestParts:
         }
 
     def test_every_score_of_a_set_is_its_parts_over_their_weight(self):
-        scores, found = m.score_sets(self.SETS), m.set_parts(self.SETS)
+        scores, found = m.score_sets(self.SETS), m.pair_sums(self.SETS)
         for name, part in found.items():
             assert getattr(scores, name) == part.estimate == part.total.sum() / part.weight.sum()
 
     def test_parts_of_pairs_that_follow_each_other_are_joined(self):
-        one = m.set_parts(self.SETS)
-        found = m.joined([one, one])
+        one = m.pair_sums(self.SETS)
+        found = m.concatenated([one, one])
         assert found.keys() == one.keys()
         for name, part in found.items():
             assert part.weight.tolist() == [*one[name].weight, *one[name].weight]
             assert part.estimate == pytest.approx(one[name].estimate)
-        assert m.joined([]) == {}
+        assert m.concatenated([]) == {}
 
     def test_pools_hold_groups_of_one_conditional_and_weights_draw_them(self):
         found = m.pools(self.SETS)

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -337,11 +338,18 @@ def test_reports_are_found_and_nothing_else(tmp_path: Path) -> None:
     assert list(found.values()) == [inside / "report.html"]
 
 
-def test_a_written_report_is_recognised() -> None:
+def test_a_written_report_is_recognised(tmp_path: Path) -> None:
     from ipdiverse.evaluation import report
+    from ipdiverse.evaluation.measured import Done, Measured
+    from ipdiverse.evaluation.sets import PairSums
+    from ipdiverse.evaluation.study import Arm, Study
 
-    head = report._PAGE[: page._HEAD_BYTES]
-    assert page._MARK in head.replace("{title}", report.TITLE)
+    names = ("entropy", "retention", "prompt_accuracy")
+    sums = {name: PairSums(np.ones(2), np.ones(2)) for name in names}
+    images = np.zeros((1, 2, 8, 8, 3), np.uint8)
+    done = Done([Measured(Arm("a", "a"), [sums], images)], [Image.new("RGB", (8, 8))], [], [])
+    written = report.write_report(Study((Arm("a", "a"),)), done, tmp_path)
+    assert list(page.find_reports([tmp_path]).values()) == [written]
 
 
 def test_a_frame_can_do_nothing() -> None:

@@ -5,24 +5,23 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ipdiverse.evaluation.dial_check import check_dials, dial_table, straightness
-from ipdiverse.evaluation.measured import Measured
-from ipdiverse.evaluation.sets import Parts
+from ipdiverse.evaluation.measured import Measured, check_dials, straightness
+from ipdiverse.evaluation.sets import PairSums
 from ipdiverse.evaluation.study import Arm
 
 PAIRS = 30
 
 
-def parts(mean: float) -> Parts:
+def sums(mean: float) -> PairSums:
     spread = np.random.default_rng(0).normal(0, 0.05, PAIRS)
-    return Parts(mean + spread - spread.mean(), np.ones(PAIRS))
+    return PairSums(mean + spread - spread.mean(), np.ones(PAIRS))
 
 
 def arm(setting: float, entropy: float, retention: float, prompt: float, family: str) -> Measured:
     scores = {
-        "entropy": parts(entropy),
-        "retention": parts(retention),
-        "prompt_accuracy": parts(prompt),
+        "entropy": sums(entropy),
+        "retention": sums(retention),
+        "prompt_accuracy": sums(prompt),
     }
     made = Arm(f"{family} {setting}", family, {"adapter": "plus", "diversity": setting})
     return Measured(made, [scores], np.zeros((1, 2, 8, 8, 3), np.uint8))
@@ -55,18 +54,10 @@ def test_only_whole_dials_are_checked() -> None:
     without_zero = [arm(*point, "no zero") for point in STRAIGHT[1:]]
     other = Measured(
         Arm("λ", "dial", {"diversity": 0.0, "scale": 0.5}),
-        [{"entropy": parts(0.1)}],
+        [{"entropy": sums(0.1)}],
         np.zeros((1, 2, 8, 8, 3), np.uint8),
     )
     assert check_dials([*without_zero, other]) == []
-    assert dial_table([*without_zero, other]) == ""
-
-
-def test_the_page_shows_every_dial() -> None:
-    page = dial_table([arm(*point, "a & b") for point in STRAIGHT])
-    assert "a &amp; b" in page
-    assert "90.0%" in page
-    assert "0.5: 0.400" in page
 
 
 def test_what_does_not_move_is_not_straight() -> None:

@@ -1,0 +1,296 @@
+"""A study's images: drawn pair by pair and kept, so that none is drawn twice; and its anchors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import nullcontext
+from dataclasses import fields, replace
+from functools import lru_cache
+from io import BytesIO
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ipdiverse.adapter.files.checkpoint import load_adapter, weights_hash
+from ipdiverse.adapter.files.sources import local_file
+from ipdiverse.base.bases import CRITTERS, adapter_source
+from ipdiverse.base.memory import autocast
+from ipdiverse.base.pipelines import fingerprint
+from ipdiverse.critters.render import render
+from ipdiverse.critters.scene import IDENTITY, sample_scene
+from ipdiverse.dial import Levers, changed
+from ipdiverse.evaluation.study import Arm
+from ipdiverse.image_io import content_hash
+from ipdiverse.sampling.generation import versions
+from ipdiverse.sampling.sample import Job, attached, levers_of, sample, set_scale
+from ipdiverse.writing import ensure_writable_folder, write_bytes_atomic
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+    from PIL import Image
+
+    from ipdiverse.adapter.attach.attach import Attachment
+    from ipdiverse.base.bases import Base
+    from ipdiverse.evaluation.pairs import FolderPair, Pair
+    from ipdiverse.evaluation.study import Study
+    from ipdiverse.sampling.request import Request
+
+CHUNK = 8
+"""Pairs whose images are kept in one file."""
+MEASURING_BATCH = 64
+"""Images of critters that are denoised together when only statistics matter."""
+RENDERER, COPY = "renderer", "pixel copy"
+
+
+class StudyImages:
+    """Draws and keeps images.
+
+    Args:
+        study: Its numbers; `pairs` is how many there are.
+        base: Open.
+        pairs: What is asked for.
+        references: Of every pair.
+        folder: Where images are kept.
+        reader: The image encoder that adapters read with, and its preprocessing; None is the
+            base's.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        base: Base,
+        pairs: Sequence[Pair | FolderPair],
+        references: Sequence[Image.Image],
+        folder: Path,
+        reader: tuple[Any, Any] | None = None,
+    ) -> None:
+        self.study, self.base, self.folder = study, base, folder
+        self.pairs, self.references, self._reader = pairs, references, reader
+        read = [] if reader is None else [fingerprint(reader[0]), str(reader[1])]
+        asked = [content_hash(image) for image in references] + [pair.prompt for pair in pairs]
+        self.decides = [*_models(base.pipe), *_placed(base), *read, *asked]
+
+    def chunks(
+        self, arm: Arm, source: str, progress: Callable[[int], None]
+    ) -> Iterator[np.ndarray]:
+        """All images of an arm with one adapter; only those that are missing are drawn.
+
+        Args:
+            arm: Which.
+            source: The adapter.
+            progress: Called with the number of pairs that are done since the last call.
+
+        Yields:
+            Images of `CHUNK` pairs, (pairs · images, height, width, 3), uint8.
+        """
+        weights = adapter_file(source, self.study.base)
+        files = self._files(arm, weights)
+        missing = {file: pairs for file, pairs in files.items() if not file.exists()}
+        progress(len(self.pairs) - sum(len(pairs) for pairs in missing.values()))
+        if missing:
+            ensure_writable_folder(next(iter(missing)).parent)
+            self._draw(arm, weights, missing, progress)
+        for file in files:
+            yield np.load(file)["images"]
+
+    def request(self, arm: Arm) -> Request:
+        """The arm as a request, completed with the base's defaults."""
+        return arm.request(self.study.steps, self.base.guidance_scale, self.base.scale)
+
+    def all_there(self, arm: Arm, source: str) -> bool:
+        """Whether all images of an arm with one adapter are drawn.
+
+        Raises:
+            IpdiverseError: The adapter is not on this machine.
+        """
+        return all(file.exists() for file in self._files_here(arm, source))
+
+    def first(self, arm: Arm, source: str) -> np.ndarray | None:
+        """The first chunk, as `chunks` gives it; None if it is not drawn.
+
+        Raises:
+            IpdiverseError: The adapter is not on this machine.
+        """
+        file = next(iter(self._files_here(arm, source)))
+        return np.load(file)["images"] if file.exists() else None
+
+    def _files_here(self, arm: Arm, source: str) -> dict[Path, range]:
+        weights = adapter_file(source, self.study.base, local_files_only=True)
+        return self._files(arm, weights)
+
+    def _files(self, arm: Arm, weights: Path) -> dict[Path, range]:
+        """The file of each chunk, with the numbers of its pairs."""
+        study = [self.study.images, self.study.seed]
+        decides = [what_decides(self.request(arm), weights), study, self.decides, versions()]
+        key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+        every = range(len(self.pairs))
+        return {
+            self.folder / key / f"{number:05d}.npz": every[start : start + CHUNK]
+            for number, start in enumerate(every[::CHUNK])
+        }
+
+    def _jobs(self, numbers: range) -> list[Job]:
+        """Every image of some pairs; noise depends on pair and number alone, not on the arm."""
+        seed = self.study.seed * 1_000_003
+        return [
+            Job(self.pairs[number].prompt, seed + number, index, self.references[number])
+            for number in numbers
+            for index in range(self.study.images)
+        ]
+
+    def _draw(
+        self, arm: Arm, weights: Path, missing: dict[Path, range], progress: Callable[[int], None]
+    ) -> None:
+        request = self.request(arm)
+        fast = autocast() if self.study.base == CRITTERS else nullcontext()
+        with attached(self.base, weights, self._reader or "") as attachment:
+            set_scale(attachment, self.base, request)
+            for file, numbers in missing.items():
+                with fast:
+                    made = sample_array(self.base, self._jobs(numbers), request, attachment, False)
+                buffer = BytesIO()
+                np.savez_compressed(buffer, images=made)
+                write_bytes_atomic(file, buffer.getvalue())
+                progress(len(numbers))
+
+
+def sample_array(
+    base: Base,
+    jobs: list[Job],
+    request: Request,
+    attachment: Attachment | None = None,
+    progress: bool | None = None,
+) -> np.ndarray:
+    """Images of many jobs, uint8 (count, height, width, 3), in large batches on critters.
+
+    Args:
+        base: An open base.
+        jobs: What to make.
+        request: Steps, guidance and levers.
+        attachment: The attached adapter; None for text alone.
+        progress: Show a bar on standard error; None does so on terminals only.
+    """
+    size = MEASURING_BATCH if base.name == CRITTERS else base.batch
+    wide = replace(base, batch=min(size, len(jobs)))
+    images = sample(wide, jobs, request, attachment, progress)
+    return np.stack([np.asarray(image) for image in images])
+
+
+def adapter_file(source: str, base: str, local_files_only: bool = False) -> Path:
+    """The local file of an adapter that an arm names.
+
+    Args:
+        source: Its name, file or hub id.
+        base: What it prompts.
+        local_files_only: Never connect.
+
+    Raises:
+        IpdiverseError: It is unknown, or missing.
+    """
+    return local_file(adapter_source(base, source), local_files_only=local_files_only)
+
+
+def what_decides(request: Request, weights: Path | None) -> dict[str, Any]:
+    """Everything about an arm that decides its images: settings, levers, the adapter's weights.
+
+    A dial is replaced by the levers that it stands for, so that an adapter can be calibrated again
+    without drawing anew what stays the same.
+
+    Args:
+        request: The arm's, completed with the base's defaults.
+        weights: The adapter's file; None if it is not on this machine. Then its hash is None, and
+            so are the levers of a dial, which is in the file.
+    """
+    levers = {field.name for field in fields(Levers)}
+    settings = {
+        field.name: getattr(request, field.name)
+        for field in fields(request)
+        if field.name not in {"adapter", "diversity", *levers}
+        and getattr(request, field.name) != field.default
+    }
+    if weights is None:
+        on = _rounded(changed(levers_of(request, None))) if request.diversity is None else None
+        return {"settings": settings, "levers": on, "adapter": None}
+    stat = weights.stat()
+    on, hashed = _of_file(weights, request, stat.st_ino, stat.st_mtime_ns, stat.st_size)
+    return {"settings": settings, "levers": on, "adapter": hashed}
+
+
+@lru_cache(maxsize=4096)
+def _of_file(weights: Path, request: Request, *stamp: int) -> tuple[dict[str, Any], str]:
+    """A request's levers with an adapter, and the hash of the adapter's weights.
+
+    A study asks for both several times an arm, and an adapter may have gigabytes: `stamp`, the
+    file's inode, time and size, has it read again only after it was written.
+    """
+    adapter = load_adapter(weights) if request.diversity is not None else None
+    return _rounded(changed(levers_of(request, adapter))), _hash_of_file(weights, *stamp)
+
+
+@lru_cache(maxsize=256)
+def _hash_of_file(weights: Path, *_: int) -> str:
+    return weights_hash(weights)
+
+
+def _rounded(value: Any) -> Any:
+    """Numbers to nine digits: between two points of a dial the last ones differ by machine."""
+    if isinstance(value, dict):
+        return {name: _rounded(one) for name, one in value.items()}
+    if isinstance(value, tuple):
+        return [_rounded(one) for one in value]
+    return float(f"{value:.9g}") if isinstance(value, float) else value
+
+
+def _placed(base: Base) -> list[str]:
+    """The base's precision and tiling; nothing for one that stays as it was opened."""
+    return [] if base.plan is None else [base.plan.dtype, f"tiling {base.plan.tiling}"]
+
+
+def _models(pipe: Any) -> list[str]:
+    """The parts of a base that decide images: every model's weights, and the scheduler."""
+    names = ("unet", "vae", "text_encoder", "text_encoder_2", "image_encoder")
+    modules = [getattr(pipe, name, None) for name in names]
+    scheduler = json.dumps(dict(pipe.scheduler.config), sort_keys=True, default=str)
+    return [*(fingerprint(module) for module in modules if module is not None), scheduler]
+
+
+def anchors(
+    pairs: Sequence[Any], references: list[Image.Image], images: int, known: bool, side: int
+) -> list[tuple[Arm, Iterator[np.ndarray]]]:
+    """What bounds every arm: the renderer above, copies of the reference below.
+
+    Args:
+        pairs: What was asked.
+        references: Of each pair.
+        images: Of each pair.
+        known: Pairs are of critters, which can be rendered.
+        side: Height and width of the images that arms draw.
+
+    Returns:
+        Each anchor with its images, as `StudyImages.chunks` yields them.
+    """
+    found = [(Arm(RENDERER, "anchor"), _rendered(pairs, images))] if known else []
+    return [*found, (Arm(COPY, "anchor"), _copied(references, images, side))]
+
+
+def _rendered(pairs: Sequence[Pair], images: int) -> Iterator[np.ndarray]:
+    """What a perfect model would draw: identity and prompt kept, the rest from the prior."""
+    rng = np.random.default_rng(0)
+    for start in range(0, len(pairs), CHUNK):
+        outputs = []
+        for pair in pairs[start : start + CHUNK]:
+            known = {name: getattr(pair.reference, name) for name in IDENTITY} | pair.stated
+            drawn = [sample_scene(rng, known) for _ in range(images)]
+            outputs += [render(scene, int(rng.integers(2**31))) for scene in drawn]
+        yield np.stack(outputs)
+
+
+def _copied(references: Sequence[Image.Image], images: int, side: int) -> Iterator[np.ndarray]:
+    """The reference again and again, at the size of the output."""
+    for start in range(0, len(references), CHUNK):
+        part = references[start : start + CHUNK]
+        shown = [np.asarray(image.convert("RGB").resize((side, side))) for image in part]
+        yield np.stack(shown).repeat(images, 0)
