@@ -2,7 +2,7 @@
 
     python benchmarks/attention.py [--rounds 7]
 
-What `training.prompted_unet.fast_backward` chooses by. A ratio above 1 says that the fused one is
+What `training.activation_memory.fast_backward` chooses by. A ratio above 1 says that the fused one is
 faster.
 """
 

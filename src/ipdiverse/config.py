@@ -11,6 +11,7 @@ import tomllib
 import warnings
 from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
+from functools import lru_cache
 from types import NoneType, UnionType
 from typing import (
     TYPE_CHECKING,
@@ -88,7 +89,7 @@ def problems(kind: type, content: Mapping[str, Any]) -> list[str]:
     Returns:
         One sentence for each problem, with the key, the value and what was expected.
     """
-    hints, found = get_type_hints(kind, include_extras=True), []
+    hints, found = _hints(kind), []
     for key, value in content.items():
         if key not in hints:
             close = [f", did you mean {name!r}?" for name in get_close_matches(key, hints, 1)]
@@ -98,24 +99,25 @@ def problems(kind: type, content: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def read(kind: type[T], content: Mapping[str, Any], where: object) -> T:
+def read(kind: type[T], content: Mapping[str, Any], where: object = None) -> T:
     """Build a dataclass from a mapping.
 
     Args:
         kind: A dataclass.
         content: Values by field, as `problems` takes them.
-        where: The file or table that they are from.
+        where: The file or table that they are from, for errors.
 
     Raises:
         ArgumentError: Something does not fit or is missing; all of it is named.
     """
     found = problems(kind, content)
-    needed = [
+    required = [
         f.name
         for f in fields(kind)  # type: ignore[arg-type]
         if f.init and f.default is MISSING and f.default_factory is MISSING
     ]
-    found += [f"{name} is missing" for name in needed if name not in content]
+    if missing := [name for name in required if name not in content]:
+        found.append("missing " + ", ".join(missing))
     if found:
         raise ArgumentError("; ".join(found), where=where)
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
@@ -134,6 +136,12 @@ def check(settings: Any) -> None:
     values = {f.name: getattr(settings, f.name) for f in fields(settings)}
     if found := problems(type(settings), values):
         raise ArgumentError("; ".join(found))
+
+
+@lru_cache(maxsize=64)
+def _hints(kind: type) -> dict[str, Any]:
+    """Cached: a manifest asks for each of its lines, and hints are evaluated from text."""
+    return get_type_hints(kind, include_extras=True)
 
 
 def _fits(value: Any, hint: Any) -> bool:

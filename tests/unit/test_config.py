@@ -87,7 +87,7 @@ def test_everything_wrong_is_named_at_once() -> None:
         read(Paint, {"share": 2, "nmes": []}, "paint.toml")
     assert str(told.value) == (
         "paint.toml: share is 2, expected a number from 0 to 1; unknown key 'nmes', did you mean "
-        "'names'?; colour is missing"
+        "'names'?; missing colour"
     )
     with pytest.raises(ArgumentError, match=r"coats is 9, expected.*; share is -1, expected"):
         Paint("red", coats=9, share=-1)
