@@ -46,11 +46,10 @@ from ipdiverse.adapter.model import new_adapter
 from ipdiverse.base.bases import load_base
 from ipdiverse.critters.make import make_dataset
 from ipdiverse.data.manifest import read_manifest
-from ipdiverse.data.options import PrepareOptions
-from ipdiverse.data.prepare import prepare
+from ipdiverse.data.prepare import PrepareOptions, prepare
+from ipdiverse.training.activation_memory import hold_less
 from ipdiverse.training.config import TrainConfig
 from ipdiverse.training.frozen import FrozenEncoders
-from ipdiverse.training.frugal import hold_less
 from ipdiverse.training.trainer import Trainer
 from workshop.base.tokenizer import build_tokenizer
 
@@ -225,7 +224,7 @@ class Ours:
         base: A pipeline, or the folder of one.
         data: A prepared folder.
         size: Of `SIZES`.
-        precision: As `TrainConfig` takes it.
+        precision: `fp32` or `bf16`.
     """
 
     def __init__(self, base: Any, data: Path, size: dict[str, Any], precision: str) -> None:
@@ -239,7 +238,7 @@ class Ours:
             changed=0,
             batch=size["batch"],
             steps=1_000_000,
-            precision=precision,  # type: ignore[arg-type]
+            mixed_precision="no" if precision == "fp32" else precision,  # type: ignore[arg-type]
         )
         opened = isinstance(base, str)
         config = replace(config, base=base) if opened else config

@@ -36,8 +36,7 @@ from ipdiverse.base.bases import (
     adapter_source,
 )
 from ipdiverse.base.memory import bf16_is_fast
-from ipdiverse.data.options import PrepareOptions
-from ipdiverse.data.prepare import prepare
+from ipdiverse.data.prepare import PrepareOptions, prepare
 from ipdiverse.errors import ArgumentError, ModelError, check_range
 from ipdiverse.training.checkpoints import ADAPTER
 from ipdiverse.training.config import TrainConfig
@@ -54,36 +53,33 @@ class Arm:
         fusion: Text-image fusion.
         fusion_learns: False keeps its random weights, as the fusion's first publication did.
         adapter: `plus` (16 tokens) or `base` (4).
-        noise_conditioning: Embeddings are noised by a random level that the adapter is told.
         edits: Share of references that contradict the caption in one attribute of identity.
-        start: The arm that it goes on from; None learns from random weights.
+        init_from: The arm that it starts from; None learns from random weights.
         steps: Optimizer steps of 64 samples.
-        rate: Learning rate, which falls to 0.
+        learning_rate: The first one; it falls to 0.
     """
 
     reference: Literal["self", "augmented", "paired"]
     fusion: Literal["none", "blend", "gated"]
     fusion_learns: bool = True
     adapter: Literal["plus", "base"] = "plus"
-    noise_conditioning: bool = False
     edits: float = 0.0
-    start: str | None = "plain"
+    init_from: str | None = "plain"
     steps: int = 500
-    rate: float = 5e-4
+    learning_rate: float = 5e-4
 
 
 def _arms() -> dict[str, Arm]:
-    plain = Arm("self", "none", start=None, steps=2400, rate=1e-3)
+    plain = Arm("self", "none", init_from=None, steps=2400, learning_rate=1e-3)
     arms = {"plain": plain, "base-plain": replace(plain, adapter="base", steps=1200)}
     for reference in ("self", "augmented", "paired"):
         arms[f"{reference}-none"] = Arm(reference, "none")
         arms[f"{reference}-blend-random"] = Arm(reference, "blend", fusion_learns=False)
         arms[f"{reference}-blend"] = Arm(reference, "blend")
         arms[f"{reference}-gated"] = Arm(reference, "gated")
-    arms["paired-gated-noise"] = Arm("paired", "gated", noise_conditioning=True)
     for fusion in ("none", "gated"):  # what only a fusion could tell: which part the text replaces
         arms[f"edited-{fusion}"] = Arm("paired", fusion, edits=0.5)
-    arms["diverse"] = Arm("paired", "gated", start="paired-gated", steps=1500)
+    arms["diverse"] = Arm("paired", "gated", init_from="paired-gated", steps=1500)
     return arms
 
 
@@ -111,24 +107,23 @@ def arm_config(name: str, folder: Path, steps: int | None, seed: int) -> TrainCo
         out=str(folder / f"{name}-seed{seed}"),
         base=CRITTERS,
         adapter=arm.adapter,
-        start=None
-        if arm.start is None
-        else str(folder / f"{arm.start}-seed{_start_seed(arm, seed)}" / ADAPTER),
+        init_from=None
+        if arm.init_from is None
+        else str(folder / f"{arm.init_from}-seed{_init_seed(arm, seed)}" / ADAPTER),
         fusion=arm.fusion,
         frozen=() if arm.fusion_learns else ("fusion",),
         reference=arm.reference,
-        noise_conditioning=arm.noise_conditioning,
         cache_images="both",  # one cache serves every arm
         cache_dtype="float16",
         steps=arm.steps if steps is None else steps,
         batch=64,
         timesteps="cubic",
-        learning_rate=arm.rate,
-        schedule="linear",
-        warmup=50,
-        precision="bf16" if bf16_is_fast() else "fp32",
+        learning_rate=arm.learning_rate,
+        lr_scheduler="linear",
+        lr_warmup_steps=50,
+        mixed_precision="bf16" if bf16_is_fast() else "no",
         seed=seed,
-        keep=1,
+        checkpoints_total_limit=1,
     )
 
 
@@ -136,9 +131,9 @@ def _data(arm: Arm) -> str:
     return "data-edited" if arm.edits else "data"
 
 
-def _start_seed(arm: Arm, seed: int) -> int:
-    """There is one published adapter; what goes on from another arm goes on from its own seed."""
-    return 0 if arm.start == "plain" else seed
+def _init_seed(arm: Arm, seed: int) -> int:
+    """One published adapter serves every seed; other arms are started from with the same seed."""
+    return 0 if arm.init_from == "plain" else seed
 
 
 def train_arm(
@@ -161,9 +156,9 @@ def train_arm(
     """
     check_range("images", images, 2, 10_000_000)
     config = arm_config(name, folder, steps, seed)
-    if config.start and not Path(config.start).exists():
-        before = ARMS[name].start or ""
-        train_arm(before, folder, steps, _start_seed(ARMS[name], seed), images)
+    if config.init_from and not Path(config.init_from).exists():
+        before = ARMS[name].init_from or ""
+        train_arm(before, folder, steps, _init_seed(ARMS[name], seed), images)
     arm = ARMS[name]
     prepare(CRITTERS, folder / _data(arm), PrepareOptions(n=images, edits=arm.edits))
     return train(config)
@@ -181,7 +176,7 @@ def ship_arm(name: str, folder: Path, steps: int | None = None, seed: int = 0) -
     config = arm_config(name, folder, steps, seed)
     paths = ("data", "out")  # say nothing on another machine
     recipe: dict[str, Any] = {k: v for k, v in asdict(config).items() if k not in paths}
-    recipe["start"] = ARMS[name].start
+    recipe["init_from"] = ARMS[name].init_from
     command = f"python -m workshop train-adapters --arms {name} --seeds {seed}"
     command += "" if steps is None else f" --steps {steps}"
     made = {"reference": config.reference, "recipe": recipe, "arm": name, **provenance(command)}

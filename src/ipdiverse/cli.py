@@ -14,14 +14,12 @@ import tyro
 from ipdiverse.commands.bases import Bases
 from ipdiverse.commands.checkpoints import Convert, Inspect, Push
 from ipdiverse.commands.critters import Critters
-from ipdiverse.commands.data import Embed, Prepare
 from ipdiverse.commands.evaluate import Calibrate, Evaluate
 from ipdiverse.commands.generate import Demo, Generate
 from ipdiverse.commands.parsing import in_one_line
-from ipdiverse.commands.train import Train
+from ipdiverse.commands.train import Embed, Prepare, Train, as_flags
 from ipdiverse.commands.ui import Ui
 from ipdiverse.errors import Interrupted, IpdiverseError
-from ipdiverse.training.config import as_flags
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

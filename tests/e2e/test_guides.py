@@ -14,7 +14,7 @@ import pytest
 
 from ipdiverse.base.bases import ADAPTERS, load_base
 from ipdiverse.commands.critters import Critters
-from ipdiverse.data.options import PrepareOptions
+from ipdiverse.data.prepare import PrepareOptions
 from ipdiverse.dial import Achieved, Levers
 from ipdiverse.evaluation import calibrate
 from ipdiverse.evaluation.study import Study, read_study
@@ -39,9 +39,9 @@ LIMITS: dict[type, dict[str, Any]] = {
     TrainConfig: {
         "steps": 2,
         "batch": 4,
-        "held_out": 1,
+        "num_validation_images": 1,
         "validate_every": 2,
-        "validation_images": 1,
+        "num_images_per_prompt": 1,
         "validation_steps": 2,
     },
 }

@@ -18,7 +18,7 @@ from workshop.arms import ARMS, arm_config, ship_arm
 
 
 def test_every_reference_meets_every_fusion_and_no_two_arms_are_alike(tmp_path: Path) -> None:
-    plus = [arm for arm in ARMS.values() if arm.adapter == "plus" and not arm.noise_conditioning]
+    plus = [arm for arm in ARMS.values() if arm.adapter == "plus"]
     kinds = {(arm.reference, arm.fusion, arm.fusion_learns) for arm in plus}
     fusions = {("none", True), ("blend", False), ("blend", True), ("gated", True)}
     assert kinds == {(r, *f) for r in ("self", "augmented", "paired") for f in fusions}
@@ -36,7 +36,7 @@ def test_seeds_and_arms_have_folders_of_their_own(tmp_path: Path) -> None:
 def test_arms_go_on_from_the_plain_adapter_and_the_default_from_its_own_seed(
     tmp_path: Path,
 ) -> None:
-    starts = {name: arm_config(name, tmp_path, None, 1).start for name in ARMS}
+    starts = {name: arm_config(name, tmp_path, None, 1).init_from for name in ARMS}
     assert starts.pop("plain") is None
     assert starts.pop("base-plain") is None
     assert starts.pop("diverse") == f"{tmp_path}/paired-gated-seed1/adapter.safetensors"
@@ -68,7 +68,7 @@ def test_an_arm_is_trained_and_shipped_without_paths(
         1,
     )
     assert str(tmp_path) not in str(spec)
-    assert spec["recipe"]["start"] == "plain"
+    assert spec["recipe"]["init_from"] == "plain"
     plain = load_file(tmp_path / "runs" / "plain-seed0" / "adapter.safetensors")
     adapter = tmp_path / "runs" / "paired-gated-seed0" / "adapter.safetensors"
     moved = [(load_file(adapter)[name] - plain[name]).abs().max() for name in plain]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
 
@@ -141,5 +141,8 @@ def _commands(union: Any) -> dict[str, Any]:
 def _flags(name: str, hint: Any) -> list[str]:
     if _commands(hint) or tyro.conf.Positional in get_args(hint):
         return []
+    if is_dataclass(hint):  # a config that the command holds: its fields are flags of the command
+        held = get_type_hints(hint, include_extras=True)
+        return [flag for field, kind in held.items() for flag in _flags(field, kind)]
     flag = name.replace("_", "-")
     return [f"--{flag}", f"--no-{flag}"] if hint is bool else [f"--{flag}"]

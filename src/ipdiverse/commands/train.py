@@ -1,28 +1,133 @@
-"""`train`."""
+"""`prepare`, `embed` and `train`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import warnings
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from ipdiverse.commands.printing import say
-from ipdiverse.data.options import PrepareOptions
-from ipdiverse.training.config import TrainConfig
+import tyro
+
+from ipdiverse.commands.printing import say, say_json
+from ipdiverse.config import problems, read_toml, renamed
+from ipdiverse.data.prepare import PrepareOptions
+from ipdiverse.errors import ArgumentError
+from ipdiverse.training.config import DROPPED, RENAMED, CacheConfig, TrainConfig, todays
+
+ORIGINAL_FLAGS = {
+    "pretrained_model_name_or_path": "base",
+    "pretrained_ip_adapter_path": "init_from",
+    "image_encoder_path": "image_encoder",
+    "data_json_file": "data",
+    "data_root_path": "root",
+    "train_batch_size": "process_batch",
+    "num_train_epochs": "epochs",
+    "dataloader_num_workers": "workers",
+    "output_dir": "out",
+    "save_steps": "checkpointing_steps",
+}
+"""Flags of the original IP-Adapter trainer with another name here; the rest are spelled alike."""
+
+IGNORED_FLAGS = {
+    "--logging-dir": "logs are written to the folder of the run",
+    "--local-rank": "the launcher has told accelerate which process this is",
+}
+"""Flags of the original, each with a value, that change nothing here, and why."""
+
+_IN_PLACE_OF = {"epochs": "steps", "process-batch": "batch"}
 
 
 @dataclass(frozen=True)
-class Train(TrainConfig):
-    """Train an adapter on a prepared data set; stop it at any time, and the same command goes on.
+class Prepare:
+    """Check a source of images and captions, and write what is good as one data set to train on.
 
-    `--config FILE.toml` gives any of these fields; flags hold over it. The original trainer's flags
+    Args:
+        source: A folder, a list (.jsonl, .csv, .json), a .tar, a hub id, or `critters`.
+        out: Target folder, new or of an interrupted run.
+        options: How the source is read and what is kept of it.
+        json: Print the report as JSON.
+    """
+
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+    out: str
+    options: PrepareOptions = field(default_factory=PrepareOptions)
+    json: bool = False
+
+    def run(self) -> None:
+        """Prepare and report."""
+        from ipdiverse.data.doctor import as_text
+        from ipdiverse.data.prepare import prepare
+
+        report = prepare(self.source, Path(self.out), self.options)
+        say_json(report) if self.json else say(as_text(report))
+
+
+@dataclass(frozen=True)
+class Embed:
+    """Compute everything frozen of a prepared data set once, so that training need not.
+
+    Training uses it when it has the same base, images and changes; it computes anew what differs.
+
+    Args:
+        folder: A folder that `prepare` wrote.
+        cache: What is computed.
+        cache_images: `pooled` embeddings serve base adapters, `hidden` states plus adapters.
+        local_files_only: Never connect.
+        json: Print the report as JSON.
+        yes: Download what a preset needs without asking.
+    """
+
+    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    cache_images: Literal["pooled", "hidden", "both"] = "both"
+    local_files_only: bool = False
+    json: bool = False
+    yes: bool = False
+
+    def run(self) -> None:
+        """Embed and report."""
+        from ipdiverse.commands.consent import agree_to_encoders
+        from ipdiverse.training.embed import Stored, embed
+        from ipdiverse.training.frozen import Preprocessing, open_encoders
+
+        cache = self.cache
+        agree_to_encoders(cache.base, cache.image_encoder, self.yes)
+        encoders = open_encoders(
+            cache.base, cache.image_encoder, local_files_only=self.local_files_only
+        )
+        shown = Preprocessing.of(cache, encoders.resolution)
+        stored = Stored(self.cache_images, cache.cache_dtype)
+        report = embed(Path(self.folder), encoders, shown, stored)
+        if self.json:
+            say_json(report)
+            return
+        say(
+            f"{report['images']} images and {report['pictures']} pictures in {report['shards']} "
+            f"shards, {report['computed']} of them computed now, {report['bytes'] / 1e6:.1f} MB"
+        )
+        if cache.variants > 1 or cache.changed:
+            say(
+                f"{cache.variants} variants of each target are stored; training draws among these "
+                f"alone, and among {cache.changed} changed references of each image"
+            )
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train an adapter on a prepared data set; stop it at any time, the same command resumes it.
+
+    `--config FILE.toml` sets any of these options; flags override it. The original trainer's flags
     are understood too.
 
     Args:
+        training: The run.
         root: The folder that image names in `data` are relative to, when that is a list of images
             rather than a prepared folder.
         yes: Download what a preset needs without asking.
     """
 
+    training: TrainConfig
     root: str | None = None
     yes: bool = False
 
@@ -32,10 +137,94 @@ class Train(TrainConfig):
         from ipdiverse.data.prepare import prepare
         from ipdiverse.training.trainer import train
 
-        agree_to_encoders(self.base, self.image_encoder, self.yes, self.start)
-        given = {f.name: getattr(self, f.name) for f in fields(TrainConfig)}
-        if Path(self.data).is_file():
-            prepared = Path(self.out) / "data"
-            prepare(self.data, prepared, PrepareOptions(root=self.root))
-            given["data"] = str(prepared)
-        say(f"wrote {train(TrainConfig(**given))}")
+        config = self.training
+        agree_to_encoders(config.base, config.image_encoder, self.yes, config.init_from)
+        if Path(config.data).is_file():
+            prepared = Path(config.out) / "data"
+            prepare(config.data, prepared, PrepareOptions(root=self.root))
+            config = replace(config, data=str(prepared))
+        say(f"wrote {train(config)}")
+
+
+def read_run(file: Path) -> dict[str, Any]:
+    """A run's settings from a TOML file, under today's names.
+
+    Args:
+        file: Keys are the fields of `TrainConfig`, and `root`.
+
+    Raises:
+        ArgumentError: The file cannot be read, or keys or values do not fit; all are named.
+    """
+    content = read_toml(file)
+    for key in DROPPED.keys() & content.keys():
+        warnings.warn(f"{file}: {key} has no effect: {DROPPED[key]}", stacklevel=2)
+        del content[key]
+    content = todays(renamed(content, RENAMED, file))
+    found = problems(TrainConfig, {k: v for k, v in content.items() if k != "root"})
+    found += problems(Train, {k: v for k, v in content.items() if k == "root"})
+    if found:
+        raise ArgumentError("; ".join(found), where=file)
+    return content
+
+
+def as_flags(arguments: list[str]) -> list[str]:
+    """Arguments of `train` with old and original flags renamed and a `--config FILE` spelled out.
+
+    Flags override the file.
+
+    Raises:
+        ArgumentError: The file cannot be read or has settings that `TrainConfig` does not.
+    """
+    parts = [part for argument in arguments for part in _split_flag(argument)]
+    flags = [_todays_flag(part) for part in parts]
+    pairs = zip(parts, flags, strict=True)
+    changed = {o: n for o, n in pairs if o.startswith("--") and o.replace("_", "-") != n}
+    if changed:
+        told = ", ".join(f"{old} → {new}" for old, new in changed.items())
+        warnings.warn(f"renamed {told}", stacklevel=2)
+    for index, flag in enumerate(flags[:-1]):
+        if flag == "--mixed-precision" and flags[index + 1] == "fp32":
+            flags[index + 1] = "no"
+    _leave_out_ignored(flags)
+    if "--config" not in flags[:-1]:
+        return flags
+    at = flags.index("--config")
+    rest = flags[:at] + flags[at + 2 :]
+    given = {part.removeprefix("--").removeprefix("no-") for part in rest if part.startswith("--")}
+    spelled: list[str] = []
+    for key, value in read_run(Path(flags[at + 1])).items():
+        flag = key.replace("_", "-")
+        if not {flag, _IN_PLACE_OF.get(flag)} & given:
+            spelled += _flag(flag, value)
+    return spelled + rest
+
+
+def _split_flag(argument: str) -> list[str]:
+    name, equals, value = argument.partition("=")
+    return [name, value] if argument.startswith("--") and equals else [argument]
+
+
+def _todays_flag(part: str) -> str:
+    if not part.startswith("--"):
+        return part
+    name = part.removeprefix("--").replace("-", "_")
+    return "--" + (RENAMED | ORIGINAL_FLAGS).get(name, name).replace("_", "-")
+
+
+def _leave_out_ignored(parts: list[str]) -> None:
+    dropped = {f"--{name.replace('_', '-')}": why for name, why in DROPPED.items()}
+    dropped |= {flag.replace("--", "--no-"): why for flag, why in dropped.items()}
+    for flag, why in (IGNORED_FLAGS | dropped).items():
+        if flag in parts:
+            warnings.warn(f"{flag} has no effect: {why}", stacklevel=3)
+        while flag in parts:
+            at = parts.index(flag)
+            del parts[at : at + (2 if flag in IGNORED_FLAGS else 1)]
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    if isinstance(value, list):
+        return [f"--{name}", *map(str, value)] if value else []
+    return [f"--{name}", str(value)]

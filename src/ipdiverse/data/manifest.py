@@ -1,4 +1,6 @@
-"""The manifest of a prepared data set: one JSON line for each image, checked when it is read.
+"""An image before and after it is prepared: an item of a source, and a record of the manifest.
+
+The manifest of a prepared data set has one JSON line for each image, checked when it is read:
 
     {"file_name": "images/3f/3fa1….jpg", "text": "a dog on the beach", "subject": "dog",
      "reference": null, "sha256": "3fa1…", "width": 640, "height": 480, "source": "dog/00.jpg"}
@@ -11,16 +13,55 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from ipdiverse.errors import DataError
+from ipdiverse.config import read
+from ipdiverse.errors import ArgumentError, DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 MANIFEST = "metadata.jsonl"
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image of a source, unread.
+
+    Args:
+        name: Unique in the source, and the same each time it is read: an interrupted run is
+            resumed by it.
+        load: Gives the file's bytes.
+        text: Its caption, if the source has one.
+        subject: Its subject, if the source says.
+        load_reference: Gives the bytes of the item's own reference, if it has one.
+        problem: Why it cannot be used, when the source already knows.
+    """
+
+    name: str
+    load: Callable[[], bytes]
+    text: str | None = None
+    subject: str | None = None
+    load_reference: Callable[[], bytes] | None = None
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where images come from.
+
+    Args:
+        kind: One of `sources.KINDS`.
+        count: How many items; None when only reading tells.
+        items: Yields them, each time from the first, in the same order.
+    """
+
+    kind: str
+    count: int | None
+    items: Callable[[], Iterator[Item]]
 
 
 @dataclass(frozen=True)
@@ -31,7 +72,7 @@ class Record:
         file_name: The image, relative to the manifest's folder.
         text: Its caption; "" when there is none.
         subject: Whom or what it shows; images of one subject may be each other's references.
-        reference: An image prompt of its own, relative to the folder; None when it has none.
+        reference: The record's own image prompt, relative to the folder, or None.
         sha256: Of the pixels (`image_io.content_hash`), 64 hexadecimal digits.
         width: In pixels, upright.
         height: In pixels, upright.
@@ -48,19 +89,8 @@ class Record:
     source: str
 
 
-_TYPES: dict[str, type | tuple[type, ...]] = {
-    "file_name": str,
-    "text": str,
-    "subject": (str, type(None)),
-    "reference": (str, type(None)),
-    "sha256": str,
-    "width": int,
-    "height": int,
-    "source": str,
-}
-
 _BY_PREPARE_ALONE = ("sha256", "width", "height", "source")
-"""Fields that other image folders, such as those of `critters make`, do without."""
+"""Fields that other image folders, such as those of `critters make`, lack."""
 
 
 def inside(root: Path, name: str) -> Path:
@@ -85,8 +115,43 @@ def inside(root: Path, name: str) -> Path:
     return path
 
 
+def file_item(
+    root: Path,
+    name: str,
+    text: str | None = None,
+    subject: str | None = None,
+    reference: str | None = None,
+) -> Item:
+    """An item whose image, and reference, are files below a root."""
+    return Item(
+        name,
+        lambda: read_file(root, name),
+        text,
+        subject,
+        None if reference is None else (lambda: read_file(root, reference)),
+    )
+
+
+def read_file(root: Path, name: str) -> bytes:
+    """The bytes of a file below a root, no more than an image may have.
+
+    Raises:
+        DataError: It leaves the root, is missing or unreadable.
+    """
+    from ipdiverse.image_io import MAX_FILE_BYTES
+
+    path = inside(root, name)
+    try:
+        if not path.is_file():
+            raise DataError("there is no such file", where=name)
+        with path.open("rb") as file:
+            return file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise DataError("cannot be read", where=name, found=error.strerror) from error
+
+
 def read_manifest(folder: Path) -> list[Record]:
-    """Read and check a prepared folder's manifest; whether images are there is not looked at.
+    """Read and check a prepared folder's manifest, but not whether its images exist.
 
     Raises:
         DataError: It is missing, empty, of a folder that was not prepared, or a line is broken; the
@@ -105,7 +170,7 @@ def read_manifest(folder: Path) -> list[Record]:
     for number, line in lines:
         try:
             records.append(_record(line, folder))
-        except DataError as error:
+        except (ArgumentError, DataError) as error:
             problems.append(f"line {number}: {error}")
     if problems:
         raise DataError(
@@ -124,7 +189,7 @@ def manifest_text(records: Iterable[Record]) -> str:
 
 
 def json_lines(file: Path) -> Iterator[tuple[int, Any]]:
-    """Number and value of each line that is not blank; a line that is no JSON gives its text."""
+    """Number and value of each line that is not blank; a line that is not JSON gives its text."""
     try:
         # not splitlines: other marks that it cuts at may stand within a JSON string
         lines = file.read_text("utf-8-sig").split("\n")
@@ -159,18 +224,8 @@ def _check_prepared(file: Path, lines: list[Any]) -> None:
 
 def _record(line: Any, folder: Path) -> Record:
     if not isinstance(line, dict):
-        raise DataError("is no JSON object", found=repr(line)[:60])
-    missing = [name for name in _TYPES if name not in line]
-    unknown = sorted(set(line) - set(_TYPES))
-    wrong = [
-        name
-        for name, kind in _TYPES.items()
-        if name in line and (not isinstance(line[name], kind) or isinstance(line[name], bool))
-    ]
-    for what, names in (("lacks", missing), ("has unknown", unknown), ("has ill-typed", wrong)):
-        if names:
-            raise DataError(f"{what} {', '.join(names)}")
-    record = Record(**{field.name: line[field.name] for field in fields(Record)})
+        raise DataError("is not a JSON object", found=repr(line)[:60])
+    record = read(Record, line)
     for name in (record.file_name, record.reference):
         if name is not None:
             inside(folder, name)

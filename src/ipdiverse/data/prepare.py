@@ -18,17 +18,11 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from io import BytesIO
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from ipdiverse.data.doctor import examine
-from ipdiverse.data.items import Item
 from ipdiverse.data.manifest import MANIFEST, Record, json_lines, manifest_text
-from ipdiverse.data.options import PrepareOptions, Square
-from ipdiverse.data.sources import open_source
-from ipdiverse.data.square import to_square
-from ipdiverse.errors import DataError, ImageError
-from ipdiverse.image_io import content_hash, load_image_bytes
-from ipdiverse.image_io.files import format_of
+from ipdiverse.data.sources import SourceOptions, open_source
+from ipdiverse.errors import DataError, ImageError, check_range
 from ipdiverse.writing import ensure_writable_folder, write_bytes_atomic, write_text_atomic
 
 if TYPE_CHECKING:
@@ -37,6 +31,9 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
+    from ipdiverse.data.manifest import Item
+
+Square = Literal["keep", "pad", "crop"]
 JOURNAL, SETTINGS, QUARANTINE, REPORT = (
     "prepare.partial.jsonl",
     "prepare.json",
@@ -46,6 +43,24 @@ JOURNAL, SETTINGS, QUARANTINE, REPORT = (
 _CHUNK = 64
 _FEWEST = 20
 """Items before the share of bad ones means anything, when the source does not know its size."""
+
+
+@dataclass(frozen=True)
+class PrepareOptions(SourceOptions):
+    """How a source is read and what is kept of it.
+
+    Args:
+        square: `keep` the shape; `pad` shows all of the image on a blurred copy of itself; `crop`
+            takes the centre and may cut the subject.
+        max_bad: Share of bad images above which the command stops.
+    """
+
+    square: Square = "keep"
+    max_bad: float = 0.05
+
+    def __post_init__(self) -> None:
+        check_range("max_bad", self.max_bad, 0, 1)
+        check_range("edits", self.edits, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -77,6 +92,8 @@ def prepare(source: str, out: Path, options: PrepareOptions) -> dict[str, Any]:
             folder was prepared from something else.
         OutputError: The folder cannot be written.
     """
+    from ipdiverse.data.doctor import examine
+
     opened = open_source(source, options)
     ensure_writable_folder(out / "images")
     _claim(out, {"source": source, "kind": opened.kind, **asdict(options)})
@@ -168,12 +185,14 @@ def _check_share(bad: int, total: int, allowed: float, examples: Iterable[Bad], 
         where=out,
         expected=f"at most {allowed:.0%}",
         found=f"{bad} of {total} ({first})",
-        fix="Mend the source, or raise --max-bad.",
+        fix="Correct the source, or raise --max-bad.",
     )
 
 
 def _take(item: Item, out: Path, square: Square) -> Record | Bad:
     """Check and store one item."""
+    from ipdiverse.image_io import content_hash
+
     if item.problem:
         return Bad(item.name, item.problem)
     try:
@@ -203,6 +222,9 @@ def _store(data: bytes, name: str, out: Path, square: Square) -> tuple[str, Imag
     A file that is used as it is keeps its bytes; its name is then that of its bytes, as one picture
     may stand in several files.
     """
+    from ipdiverse.image_io import load_image_bytes
+    from ipdiverse.image_io.headers import format_of
+
     image = load_image_bytes(data, name)
     shaped = to_square(image, square)
     suffix = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}[format_of(data) or "PNG"]
@@ -221,3 +243,27 @@ def _as_png(image: Image.Image) -> bytes:
     buffer = BytesIO()
     image.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
+
+
+def to_square(image: Image.Image, how: Square) -> Image.Image:
+    """Make an image square.
+
+    Args:
+        image: RGB.
+        how: `keep` leaves it alone; `pad` shows all of it, on a blurred copy of itself, so that no
+            subject is cut and no hard bar is learnt; `crop` takes the centre.
+    """
+    from PIL import Image, ImageFilter
+
+    width, height = image.size
+    if how == "keep" or width == height:
+        return image
+    if how == "crop":
+        side = min(width, height)
+        left, top = (width - side) // 2, (height - side) // 2
+        return image.crop((left, top, left + side, top + side))
+    side = max(width, height)
+    backdrop = image.resize((side, side), Image.Resampling.BICUBIC)
+    backdrop = backdrop.filter(ImageFilter.GaussianBlur(side / 16))
+    backdrop.paste(image, ((side - width) // 2, (side - height) // 2))
+    return backdrop

@@ -1,10 +1,10 @@
-"""Find out what a source is, and read it.
+"""Find out what kind of source a path or a name is, and read it.
 
 | kind | what it looks like |
 |---|---|
 | `metadata` | a folder with `metadata.jsonl` or `.csv` (`file_name`, `text`), or such a file |
 | `json` | the original trainer's `output.json`: a list of `image_file` and `text` |
-| `captions` | a folder of images, each with its caption in a `.txt` beside it, or none |
+| `captions` | a folder of images, each with its caption in a `.txt` of the same name, or none |
 | `subjects` | a folder with one folder of images for each subject |
 | `webdataset` | a `.tar`, or a folder of them: members of one stem are one sample |
 | `hub` | a data set of `datasets`: a hub id, or a local repository of parquet or arrow files |
@@ -15,25 +15,54 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from ipdiverse.data.archives import tar_files, webdataset
-from ipdiverse.data.hub import HUB_FILES, hub_source
-from ipdiverse.data.items import IMAGE_SUFFIXES, Item, Source, file_item, subject_class
-from ipdiverse.data.manifest import json_lines
-from ipdiverse.data.rendered import rendered
-from ipdiverse.errors import DataError
+from ipdiverse.data.manifest import IMAGE_SUFFIXES, Item, Source, file_item, json_lines
+from ipdiverse.data.packed import HUB_FILES, hub_source, tar_files, webdataset
+from ipdiverse.errors import DataError, check_range
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-    from ipdiverse.data.options import SourceOptions
 
 KINDS = ("metadata", "json", "captions", "subjects", "webdataset", "hub", "critters")
 _METADATA = ("metadata.jsonl", "metadata.csv")
 _IMAGE_COLUMNS = ("file_name", "image_file", "image", "file", "path", "image_path", "filename")
 _TEXT_COLUMNS = ("text", "caption", "prompt", "description")
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """How to read a source.
+
+    Args:
+        kind: What the source is; `auto` finds out.
+        root: The folder that file names are relative to; None is the list's own.
+        image_column: Column with the image; None finds it.
+        text_column: Column with the caption; None finds it.
+        split: Split of a hub data set.
+        revision: Branch, tag or commit of a hub data set.
+        n: How many scenes of critters.
+        pairs: Give each critters scene a reference of the same creature.
+        seed: Seed of critters.
+        edits: Share of critters' references that differ from their scene in one attribute of
+            identity, which the caption then states.
+    """
+
+    kind: Literal[
+        "auto", "metadata", "json", "captions", "subjects", "webdataset", "hub", "critters"
+    ] = "auto"
+    root: str | None = None
+    image_column: str | None = None
+    text_column: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    n: int = 1000
+    pairs: bool = True
+    seed: int = 0
+    edits: float = 0.0
 
 
 def open_source(source: str, options: SourceOptions) -> Source:
@@ -44,7 +73,7 @@ def open_source(source: str, options: SourceOptions) -> Source:
         options: How to read it.
 
     Raises:
-        DataError: It does not exist, is of no known kind, or cannot be read at all.
+        DataError: It does not exist, its kind is unknown, or it cannot be read at all.
     """
     kind = options.kind if options.kind != "auto" else kind_of(source)
     readers: dict[str, Callable[[], Source]] = {
@@ -53,17 +82,19 @@ def open_source(source: str, options: SourceOptions) -> Source:
         "captions": lambda: _captions(Path(source)),
         "subjects": lambda: _subjects(Path(source)),
         "webdataset": lambda: webdataset(Path(source)),
-        "hub": lambda: hub_source(source, options),
-        "critters": lambda: rendered(options),
+        "hub": lambda: hub_source(
+            source, options.image_column, options.text_column, options.split, options.revision
+        ),
+        "critters": lambda: _critters(options),
     }
     return readers[kind]()
 
 
 def kind_of(source: str) -> str:
-    """What kind of source this is, by looking.
+    """The kind of a source, told by what is there.
 
     Raises:
-        DataError: It is none.
+        DataError: It is not a source.
     """
     path = Path(source)
     if source == "critters" and not path.exists():
@@ -87,7 +118,7 @@ def _kind_of_file(path: Path) -> str:
     kinds = {".jsonl": "metadata", ".csv": "metadata", ".json": "json", ".tar": "webdataset"}
     if suffix not in kinds:
         raise DataError(
-            "is no data set", where=path, expected=".jsonl, .csv, .json or .tar", found=suffix
+            "is not a data set", where=path, expected=".jsonl, .csv, .json or .tar", found=suffix
         )
     return kinds[suffix]
 
@@ -127,7 +158,7 @@ def _images_in(folder: Path) -> list[Path]:
 def _captions(folder: Path) -> Source:
     """Every image below the folder; its caption is in the `.txt` of the same name."""
     if not folder.is_dir():
-        raise DataError("is no folder", where=folder)
+        raise DataError("is not a folder", where=folder)
     files = sorted(
         file
         for file in folder.rglob("*")
@@ -137,22 +168,20 @@ def _captions(folder: Path) -> Source:
     def items() -> Iterator[Item]:
         for file in files:
             name = file.relative_to(folder).as_posix()
-            yield file_item(folder, name, _caption_beside(file))
+            yield file_item(folder, name, _caption_of(file))
 
     return Source("captions", len(files), items)
 
 
-def _caption_beside(file: Path) -> str | None:
-    beside = file.with_suffix(".txt")
-    if not beside.is_file():
-        return None
-    return beside.read_text("utf-8-sig", errors="replace")
+def _caption_of(file: Path) -> str | None:
+    caption = file.with_suffix(".txt")
+    return caption.read_text("utf-8-sig", errors="replace") if caption.is_file() else None
 
 
 def _subjects(folder: Path) -> Source:
     """Each folder is a subject; captions are `.txt` files or "a photo of a" and its class."""
     if not folder.is_dir():
-        raise DataError("is no folder", where=folder)
+        raise DataError("is not a folder", where=folder)
     homes = [(home, files) for home in _folders(folder) if (files := _images_in(home))]
     classes = _classes(folder)
 
@@ -160,7 +189,7 @@ def _subjects(folder: Path) -> Source:
         for home, files in homes:
             words = classes.get(home.name) or subject_class(home.name)
             for file in files:
-                text = _caption_beside(file) or f"a photo of a {words}"
+                text = _caption_of(file) or f"a photo of a {words}"
                 yield file_item(folder, f"{home.name}/{file.name}", text, home.name)
 
     return Source("subjects", sum(len(files) for _, files in homes), items)
@@ -189,7 +218,7 @@ def _table(path: Path, options: SourceOptions) -> Source:
     rows = _rows(path)
     root = Path(options.root) if options.root else path.parent
     if not root.is_dir():
-        raise DataError("is no folder", where=root, fix="Name the images' folder with --root.")
+        raise DataError("is not a folder", where=root, fix="Name the images' folder with --root.")
     columns = sorted({key for _, row in rows[:100] if isinstance(row, dict) for key in row})
     image = _column(options.image_column, _IMAGE_COLUMNS, columns, path, "image")
     text = _column(options.text_column, _TEXT_COLUMNS, columns, path, "text")
@@ -209,8 +238,8 @@ def _row_item(root: Path, number: int, row: Any, image: str, text: str) -> Item:
     words = {key: row.get(key) or None for key in (text, "subject", "reference")}
     for key, value in words.items():
         if value is not None and not isinstance(value, str):
-            return Item(name, bytes, problem=f"{key} is no text: {value!r:.60}")
-    # one file may stand in several lines with several captions: the line is part of the name
+            return Item(name, bytes, problem=f"{key} is not a text: {value!r:.60}")
+    # a file may have several lines, each with its caption: the line is part of the name
     item = file_item(root, name, words[text], words["subject"], words["reference"])
     return Item(f"{name}#{number}", item.load, item.text, item.subject, item.load_reference)
 
@@ -230,7 +259,7 @@ def _rows(path: Path) -> list[tuple[int, Any]]:
         ) from error
     if not isinstance(content, list):
         raise DataError(
-            "is no list",
+            "is not a list",
             where=path,
             expected='[{"image_file": …, "text": …}, …]',
             found=type(content),
@@ -241,13 +270,13 @@ def _rows(path: Path) -> list[tuple[int, Any]]:
 def _column(
     chosen: str | None, usual: tuple[str, ...], columns: list[str], path: Path, what: str
 ) -> str:
-    """The column that was asked for, or the first usual name that is there."""
+    """The column that was asked for, or the first of the usual names that the table has."""
     names = (chosen,) if chosen else usual
     for name in names:
         if name in columns:
             return name
     if chosen is None and what == "text":
-        return usual[0]  # captions may be missing; the report says so
+        return usual[0]  # captions may be missing; the report counts them
     raise DataError(
         f"has no {what} column",
         where=path,
@@ -255,3 +284,27 @@ def _column(
         found=", ".join(columns) or "no columns",
         fix=f"Name it with --{what}-column.",
     )
+
+
+def subject_class(subject: str) -> str:
+    """A subject's name as words: `bear_plushie` is "bear plushie", `dog2` is "dog"."""
+    return re.sub(r"[\s_-]+", " ", re.sub(r"\d+$", "", subject)).strip() or subject
+
+
+def _critters(options: SourceOptions) -> Source:
+    """Scenes of the training identities, rendered when they are read."""
+    from ipdiverse.critters.make import example, png
+
+    check_range("n", options.n, 1, 10_000_000)
+
+    def item(index: int) -> Item:
+        made = example(index, options.seed, "train", options.edits)
+        return Item(
+            f"critter-{index:07d}",
+            lambda: png(made.scene, made.seed),
+            made.text,
+            made.scene.subject,
+            (lambda: png(made.other, made.other_seed)) if options.pairs else None,
+        )
+
+    return Source("critters", options.n, lambda: map(item, range(options.n)))

@@ -13,14 +13,13 @@ from ipdiverse.adapter.files.checkpoint import load_adapter
 from ipdiverse.adapter.files.sources import local_file
 from ipdiverse.adapter.fusion import BlendFusion, GatedFusion
 from ipdiverse.adapter.model import ImagePromptAdapter, new_adapter
-from ipdiverse.adapter.noise import NoiseConditioning
 from ipdiverse.base.bases import adapter_source
 from ipdiverse.data.references import References, parse_references
 from ipdiverse.errors import ArgumentError
 from ipdiverse.loading import building
 from ipdiverse.seeding import derived_seed
 from ipdiverse.training.embed import Embedded, Online, Stored, embed
-from ipdiverse.training.preprocessing import Preprocessing
+from ipdiverse.training.frozen import Preprocessing
 from ipdiverse.training.samples import Samples
 
 if TYPE_CHECKING:
@@ -35,50 +34,46 @@ if TYPE_CHECKING:
     from ipdiverse.training.frozen import FrozenEncoders
 
 
-_STANDARDISED = 512
-"""Images whose embeddings say what is usual."""
-
-
-def adapter_to_start_from(config: TrainConfig) -> ImagePromptAdapter | None:
-    """The adapter that a run goes on from; None learns from new weights.
+def initial_adapter(config: TrainConfig) -> ImagePromptAdapter | None:
+    """The adapter that a run starts from (`init_from`); None starts from new weights.
 
     Raises:
-        ArgumentError: It is of another kind than is asked for, or the fusion does not fit it.
-        ModelError: There is no such adapter, or it cannot be opened.
+        ArgumentError: Its kind is not the one asked for, or the fusion does not fit it.
+        ModelError: No adapter has this name, or it cannot be opened.
     """
-    if config.start is None:
+    if config.init_from is None:
         return None
-    adapter = load_adapter(local_file(adapter_source(config.base, config.start)))
+    adapter = load_adapter(local_file(adapter_source(config.base, config.init_from)))
     if config.adapter not in ("auto", adapter.kind):
         raise ArgumentError(
             "is of another kind",
-            where=config.start,
+            where=config.init_from,
             expected=config.adapter,
             found=adapter.kind,
         )
     if config.fusion == "gated" and adapter.fusion is None and not adapter.image_proj.num_tokens:
         raise ArgumentError(
-            "makes as many tokens as the image encoder has states, and each gate is one token's",
-            where=config.start,
+            "makes as many tokens as the image encoder has states, and gates need a fixed number",
+            where=config.init_from,
             fix="Train with --fusion=blend or --fusion=none.",
         )
     return adapter
 
 
-def embedding_read(config: TrainConfig, start: ImagePromptAdapter | None) -> str:
+def embedding_read(config: TrainConfig, initial: ImagePromptAdapter | None) -> str:
     """What the run's adapter reads from the image encoder, `pooled` or `hidden`."""
-    if start is not None:
-        return start.reads[0]
+    if initial is not None:
+        return initial.reads[0]
     return "pooled" if config.adapter == "base" else "hidden"
 
 
 @building()
 def build_adapter(
-    config: TrainConfig, encoders: FrozenEncoders, start: ImagePromptAdapter | None
+    config: TrainConfig, encoders: FrozenEncoders, initial: ImagePromptAdapter | None
 ) -> ImagePromptAdapter:
-    """The adapter to start from, or a new one that fits the base, with the fusion asked for."""
+    """The initial adapter, or a new one that fits the base, with the fusion asked for."""
     unet, encoder = encoders.pipe.unet, encoders.images.encoder
-    adapter = start
+    adapter = initial
     if adapter is None:
         kind = "base" if config.adapter == "base" else "plus"
         tokens = config.tokens or (4 if kind == "base" else 16)
@@ -104,16 +99,16 @@ def build_samples(
     reads: str,
     first: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Samples:
-    """The run's samples, from the cache, which is completed first, or encoded at every step.
+    """The run's samples: from the cache, which is completed first, or encoded at every step.
 
     Args:
         config: The run.
-        encoders: Of its base.
+        encoders: The base's.
         reads: What the adapter reads, `pooled` or `hidden`.
         first: A context that lets the main process go first.
 
     Raises:
-        DataError: The data set is not prepared, not embedded so, or has no pairs to take.
+        DataError: The data set is not prepared, not embedded with these settings, or has no pairs.
     """
     shown = Preprocessing.of(config, encoders.resolution)
     folder = Path(config.data)
@@ -153,71 +148,30 @@ def build_optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> torc
     return bitsandbytes.optim.AdamW8bit(parameters, **options)
 
 
-def add_noise_conditioning(
-    config: TrainConfig, adapter: ImagePromptAdapter, samples: Samples
-) -> None:
-    """Give an adapter noise conditioning, standardised on references it will see, if it is to.
-
-    Raises:
-        ArgumentError: It starts from a noise-conditioned adapter and is not to stay one.
-    """
-    if not config.noise_conditioning:
-        if adapter.noise is not None:
-            raise ArgumentError(
-                "is noise-conditioned", where=config.start, fix="Train with --noise-conditioning."
-            )
-        return
-    if adapter.noise is None and adapter.clip_dim is not None:
-        with building():
-            noise = NoiseConditioning(adapter.clip_dim)
-        adapter.noise = noise.to(next(adapter.parameters()).device)
-        records, chosen = samples.data.records, samples.trained[:_STANDARDISED]
-        embeds = [samples.data.reference(records[i].file_name, 0)[samples.reads] for i in chosen]
-        adapter.noise.standardise(torch.stack(embeds))
-
-
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def hold_as_computed(unet: torch.nn.Module, precision: str) -> None:
-    """Keep frozen matrices in the type that autocast computes them in; norms stay in float32.
-
-    Weights that were just loaded are pages of their file, which stay in memory as long as one of
-    them is used: so norms are copied.
-    """
-    if precision not in _DTYPES:
-        return
-    for module in unet.modules():
-        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
-            module.to(_DTYPES[precision])
-        else:
-            for parameter in module.parameters(recurse=False):
-                parameter.data = parameter.data.clone()
-
-
-def open_accelerator(precision: str) -> Accelerator:
+def open_accelerator(mixed_precision: str) -> Accelerator:
     """Accelerate, in a precision that an earlier run of this process may not have had."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    wanted = "no" if precision == "fp32" else precision
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != wanted:
+    # the state is shared by the whole process, and refuses another precision
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
         AcceleratorState._reset_state()
-    return Accelerator(mixed_precision=wanted)
+    return Accelerator(mixed_precision=mixed_precision)
 
 
 def _trained(config: TrainConfig, count: int) -> list[int]:
-    """All images but those held out, which the seed decides."""
-    if config.held_out >= count:
+    """All images but those held out for validation, which the seed decides."""
+    held_out = config.num_validation_images
+    if held_out >= count:
         raise ArgumentError(
             "leaves nothing to train on",
-            where="held_out",
+            where="num_validation_images",
             expected=f"fewer than {count}",
-            found=config.held_out,
+            found=held_out,
         )
     rng = np.random.default_rng(derived_seed(config.seed, "held out"))
-    held_out = set(rng.permutation(count)[: config.held_out].tolist())
-    return [index for index in range(count) if index not in held_out]
+    validation = set(rng.permutation(count)[:held_out].tolist())
+    return [index for index in range(count) if index not in validation]
 
 
 def _references(kind: str, records: list[Record]) -> References:

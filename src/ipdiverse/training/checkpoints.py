@@ -1,12 +1,12 @@
-"""Checkpoints of a run: a loadable adapter and, apart, all that is needed to go on from it.
+"""Checkpoints of a run: a loadable adapter and, in other files, all that resuming needs.
 
     checkpoint-00000500/adapter.safetensors         what users load
-    checkpoint-00000500/training_state.safetensors  the optimizer's moments; with averaging, the
-                                                    weights too, which the adapter then is not
+    checkpoint-00000500/training_state.safetensors  the optimizer's moments; with averaging, also
+                                                    the weights, as the adapter has the averages
     checkpoint-00000500/training_state.json         step, the run's settings, counters
 
-A checkpoint is written under another name and gets its own when it is whole; only then are older
-ones removed. Nothing is unpickled.
+A checkpoint is written under a temporary name and renamed when it is whole; only then are older
+ones removed. Nothing is unpickled: a checkpoint from a stranger can be resumed.
 """
 
 from __future__ import annotations
@@ -41,15 +41,14 @@ _NAME = re.compile(r"checkpoint-(\d{8})")
 
 @dataclass
 class State:
-    """What a run goes on from.
+    """What a run is resumed from.
 
     Args:
         step: Steps done.
-        weights: Trained parameters by name; once loaded, perhaps more than these.
+        weights: Trained parameters by name; a loaded state may hold frozen ones too.
         average: Their running average by name; empty without one.
         optimizer: The optimizer's tensors, `PARAMETER.NAME`.
-        counters: Numbers beside: batches skipped, the micro-batch that fits, the state of a
-            gradient scaler.
+        counters: Batches skipped, the micro-batch that fits, the state of a gradient scaler.
     """
 
     step: int
@@ -71,16 +70,16 @@ def save_checkpoint(
     state: State,
     settings: Mapping[str, Any],
     save_adapter: Callable[[Path], None],
-    keep: int,
+    total_limit: int,
 ) -> Path:
     """Write a checkpoint, then remove all but the newest.
 
     Args:
         out: The run's folder.
-        state: What to go on from.
-        settings: Of the run.
+        state: What to resume from.
+        settings: The run's.
         save_adapter: Writes the loadable adapter to a file.
-        keep: How many to keep.
+        total_limit: How many checkpoints to keep.
 
     Raises:
         OutputError: It cannot be written, as on a full disk; every earlier one stays.
@@ -104,7 +103,7 @@ def save_checkpoint(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(replaced, ignore_errors=True)
-    for old in finished(out)[:-keep]:
+    for old in finished(out)[:-total_limit]:
         shutil.rmtree(old)
     return target
 
@@ -130,7 +129,7 @@ def load_checkpoint(folder: Path) -> tuple[State, dict[str, Any]]:
             "is broken",
             where=folder,
             found=f"{type(error).__name__}: {error}",
-            fix="Remove it; the run then goes on from the one before.",
+            fix="Remove it; the run is then resumed from the one before.",
         ) from error
 
 

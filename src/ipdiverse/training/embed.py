@@ -1,10 +1,10 @@
-"""Everything frozen, computed once: `ipdiverse embed`, and the training data that it gives.
+"""Everything frozen, computed once (`ipdiverse embed`), and what a training step reads of it.
 
 DIR/embedded/targets-00000.safetensors     posterior of each target's latents, per variant
 DIR/embedded/texts-00000.safetensors       text states of each caption
 DIR/embedded/references-00000.safetensors  image embeddings of each picture, and changed
 DIR/embedded/constants-00000.safetensors   no text, no image
-DIR/embedded/embedded.json                 with what, for people
+DIR/embedded/embedded.json                 counts and settings, to read; nothing depends on it
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
-    from ipdiverse.training.frozen import FrozenEncoders
-    from ipdiverse.training.preprocessing import Preprocessing
+    from ipdiverse.training.frozen import FrozenEncoders, Preprocessing
 
 FOLDER = "embedded"
 _BATCH = 8
@@ -37,7 +36,7 @@ _BATCH = 8
 
 @dataclass(frozen=True)
 class Stored:
-    """What of it is stored, and how.
+    """Which embeddings are stored, and in which type.
 
     Args:
         images: `pooled` embeddings serve base adapters, `hidden` states plus adapters.
@@ -87,7 +86,7 @@ class Online:
     Args:
         folder: A prepared data set.
         encoders: The frozen encoders.
-        preprocessing: What they are shown.
+        preprocessing: How images are shown to them.
     """
 
     def __init__(
@@ -140,7 +139,7 @@ class Online:
 
 
 class _Layout:
-    """The shards of a data set: which rows, computed from what, and from nothing else."""
+    """The shards of a data set, each with a key of everything that its rows depend on."""
 
     def __init__(
         self,
@@ -164,7 +163,7 @@ class _Layout:
 
     @property
     def serves(self) -> bool:
-        """Whether all that is of images is there."""
+        """Whether every shard that depends on `stored.images` is done."""
         return all(
             rows.is_done(shard)
             for rows in (self.constants, self.references)
@@ -175,7 +174,7 @@ class _Layout:
 def _layout(
     folder: Path, records: list[Record], encoders: str, shown: Preprocessing, stored: Stored
 ) -> _Layout:
-    """As asked for, or with more if that is there: `both` serve whoever reads either."""
+    """The layout asked for, or that of both embeddings if it is done: it serves either reader."""
     both = _Layout(folder, records, encoders, shown, replace(stored, images="both"))
     return both if both.serves else _Layout(folder, records, encoders, shown, stored)
 
@@ -190,7 +189,7 @@ class Embedded:
         stored: As given to `embed`.
 
     Raises:
-        DataError: It was not embedded, or with other encoders or settings.
+        DataError: It was not embedded, or was embedded with other encoders or settings.
     """
 
     def __init__(
@@ -235,14 +234,14 @@ class Embedded:
 def embed(
     folder: Path, encoders: FrozenEncoders, preprocessing: Preprocessing, stored: Stored
 ) -> dict[str, Any]:
-    """Compute what is missing of a data set's cache; a finished shard is never computed again.
+    """Compute the missing shards of a data set's cache; a finished one is never computed again.
 
     Args:
         folder: A prepared data set.
         encoders: The frozen encoders.
-        preprocessing: What they are shown. Random crops, flips and changes are stored variants:
-            training draws among these, not among all that are possible.
-        stored: What is kept.
+        preprocessing: How images are shown to them. Random crops, flips and changes are stored
+            variants: training draws among these, not among all that are possible.
+        stored: Which embeddings are kept.
 
     Returns:
         Counts, settings and bytes, as written to `embedded.json`.

@@ -1,23 +1,111 @@
-"""The frozen encoders of a base, as training calls them: online, or once for the cache."""
+"""The frozen encoders of a base, and how images are shown to them.
+
+Training calls both at every step, or once for the cache. Everything random about an image is a
+variant: number v of an image is always the same, so it can be stored.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ipdiverse.adapter.attach.encoding import ImageEncoding
 from ipdiverse.adapter.attach.text_mask import text_mask
 from ipdiverse.base.bases import load_base, load_image_encoder
 from ipdiverse.base.pipelines import load_unet
-from ipdiverse.errors import ModelError
+from ipdiverse.data.references import augment
+from ipdiverse.errors import ModelError, check_range
+from ipdiverse.seeding import derived_seed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Self
 
-    from PIL import Image
+    from ipdiverse.training.config import CacheConfig
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How images are shown to encoders.
+
+    Args:
+        resolution: Height and width of targets in pixels, a multiple of 8.
+        variants: Random crops and flips of each target; 1 is the centre crop alone.
+        flip: Whether variants may be mirrored; wrong for images with text.
+        changed: Changed references of each image (`references.augment`), besides the image itself.
+        seed: Seed of crops, flips and changes.
+    """
+
+    resolution: int = 512
+    variants: int = 1
+    flip: bool = False
+    changed: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_range("resolution", self.resolution, 16, 4096)
+        check_range("variants", self.variants, 1, 64)
+        check_range("changed", self.changed, 0, 64)
+        check_range("resolution modulo 8", self.resolution % 8, 0, 0)
+
+    @classmethod
+    def of(cls, config: CacheConfig, resolution: int) -> Self:
+        """The preprocessing of a cache.
+
+        Args:
+            config: Options of `embed` or of a run.
+            resolution: The base's own, unless the options name another.
+        """
+        return cls(
+            config.resolution or resolution,
+            config.variants,
+            config.flip,
+            config.changed,
+            config.image_seed,
+        )
+
+    def target(self, image: Image.Image, sha256: str, variant: int) -> Tensor:
+        """One variant of a target, float32 (3, resolution, resolution) in -1..1.
+
+        Variant 0 is the centre; the others are drawn from the seed, the image and the number.
+
+        Args:
+            image: RGB.
+            sha256: The image's hash.
+            variant: From 0.
+        """
+        # as torchvision's Resize and RandomCrop of the original trainer, but seeded for each image
+        scale = self.resolution / min(image.size)
+        width, height = (max(self.resolution, round(side * scale)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3)
+        x, y, mirrored = (width - self.resolution) // 2, (height - self.resolution) // 2, False
+        if variant:
+            rng = np.random.default_rng(derived_seed(self.seed, sha256, "target", variant))
+            x = int(rng.integers(width - self.resolution + 1))
+            y = int(rng.integers(height - self.resolution + 1))
+            mirrored = self.flip and bool(rng.random() < 0.5)
+        image = image.crop((x, y, x + self.resolution, y + self.resolution))
+        pixels = np.array(ImageOps.mirror(image) if mirrored else image)
+        return torch.from_numpy(pixels).permute(2, 0, 1).float().div(127.5).sub(1)
+
+    def reference(self, image: Image.Image, sha256: str, change: int) -> Image.Image:
+        """One picture to prompt with: 0 is the image itself, the others are changed.
+
+        Args:
+            image: RGB.
+            sha256: The hash of the image or of its file: the same each time.
+            change: From 0.
+        """
+        if change == 0:
+            return image
+        rng = np.random.default_rng(derived_seed(self.seed, sha256, "reference", change))
+        return augment(image, rng)
 
 
 class FrozenEncoders:
@@ -29,7 +117,7 @@ class FrozenEncoders:
         image_processor: Its preprocessing; None takes the pipeline's.
 
     Raises:
-        ModelError: There is no image encoder.
+        ModelError: The base has no image encoder, and none is given.
     """
 
     def __init__(self, pipe: Any, image_encoder: Any = None, image_processor: Any = None) -> None:
@@ -89,19 +177,11 @@ class FrozenEncoders:
         posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
         return {"mean": posterior.mean, "std": posterior.std}
 
-    def latents(self, moments: dict[str, Tensor], rng: torch.Generator) -> Tensor:
-        """Draw latents from their posterior and scale them as the UNet expects."""
-        mean, std = moments["mean"], moments["std"]
-        noise = torch.randn(mean.shape, generator=rng).to(mean)
-        config = self.pipe.vae.config
-        shift = getattr(config, "shift_factor", None) or 0.0
-        return (mean + std * noise - shift) * config.scaling_factor
-
     @torch.no_grad()
     def text(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """`states` (batch, tokens, width), `mask`, and for SDXL `pooled` (batch, width).
 
-        The mask (batch, tokens) is True where a token is no padding: fusion reads it.
+        The mask (batch, tokens) is False at padding; fusion reads it.
         """
         encoded = self.pipe.encode_prompt(
             prompt=list(captions),

@@ -1,81 +1,92 @@
-"""The loss of a denoiser: squared error of ε or v, each timestep weighted."""
+"""A frozen UNet with an adapter that learns: a batch of samples to their losses."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
+from diffusers import DDPMScheduler
+from diffusers.training_utils import compute_snr
+from torch import Tensor, nn
+
+from ipdiverse.errors import ModelError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+    from ipdiverse.adapter.model import ImagePromptAdapter
 
 
-def noised(
-    latents: Float[Tensor, "batch channels h w"],
-    noise: Float[Tensor, "batch channels h w"],
-    alphas_cumprod: Float[Tensor, " batch"],
-) -> Float[Tensor, "batch channels h w"]:
-    """x_t = √ᾱ x + √(1−ᾱ) ε (arXiv:2006.11239, equation 4)."""
-    signal, spread = _roots(alphas_cumprod)
-    return signal * latents + spread * noise
-
-
-def target_of(
-    kind: str,
-    latents: Float[Tensor, "batch channels h w"],
-    noise: Float[Tensor, "batch channels h w"],
-    alphas_cumprod: Float[Tensor, " batch"],
-) -> Float[Tensor, "batch channels h w"]:
-    """What the UNet is to predict.
+class PromptedUnet(nn.Module):
+    """A frozen UNet with an adapter that learns.
 
     Args:
-        kind: The scheduler's `prediction_type`: `epsilon`, or `v_prediction`, which is
-            v = √ᾱ ε − √(1−ᾱ) x (arXiv:2202.00512, appendix D).
-        latents: Clean, scaled.
-        noise: Of the same shape.
-        alphas_cumprod: ᾱ of each sample's timestep.
+        pipe: The base, with the adapter attached.
+        adapter: What learns.
+        min_snr: γ of `min_snr_weight`.
 
     Raises:
-        ValueError: Another kind.
+        ModelError: The base predicts neither ε nor v.
     """
-    if kind == "epsilon":
-        return noise
-    if kind != "v_prediction":
-        raise ValueError(f"prediction type {kind!r}; expected epsilon or v_prediction")
-    signal, spread = _roots(alphas_cumprod)
-    return signal * noise - spread * latents
+
+    def __init__(self, pipe: Any, adapter: ImagePromptAdapter, min_snr: float) -> None:
+        super().__init__()
+        self.adapter = adapter
+        # The pipeline's own scheduler may be Euler, as SDXL's is, whose add_noise scales by σ
+        # rather than by √ᾱ, or PNDM, which knows no velocity. All share the noise schedule.
+        schedule: Any = DDPMScheduler.from_config(pipe.scheduler.config)
+        kind = schedule.config.prediction_type
+        if kind not in ("epsilon", "v_prediction"):
+            raise ModelError(
+                "cannot be trained on",
+                where="base",
+                expected="prediction type epsilon or v_prediction",
+                found=kind,
+            )
+        # in a tuple, so that the UNet is not a submodule: it would be wrapped and saved
+        self._frozen = (pipe.unet, schedule, pipe.vae_scale_factor)
+        self._min_snr = min_snr
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """Each sample's weighted squared error, (batch,), in float32."""
+        unet, schedule, factor = self._frozen
+        latents, noise, timestep = batch["latents"], batch["noise"], batch["timestep"]
+        text = batch["text_states"]
+        tokens = self.adapter.tokens(batch["image"])
+        tokens = self.adapter.fuse(tokens, text, batch.get("text_mask"))
+        noisy = schedule.add_noise(latents, noise, timestep)
+        predicted = unet(
+            noisy,
+            timestep,
+            (text, [tokens]),
+            added_cond_kwargs=_added(batch, unet.config, noisy.shape, factor),
+        ).sample
+        v = schedule.config.prediction_type == "v_prediction"
+        target = schedule.get_velocity(latents, noise, timestep) if v else noise
+        error = (predicted.float() - target.float()).square().mean(dim=(1, 2, 3))
+        if not self._min_snr:
+            return error
+        return error * min_snr_weight(compute_snr(schedule, timestep), self._min_snr, v)
 
 
-def min_snr_weight(
-    kind: str, alphas_cumprod: Float[Tensor, " batch"], gamma: float
-) -> Float[Tensor, " batch"]:
+def min_snr_weight(snr: Float[Tensor, " batch"], gamma: float, v: bool) -> Float[Tensor, " batch"]:
     """min(SNR, γ) / SNR for ε, min(SNR, γ) / (SNR + 1) for v (arXiv:2303.09556, section 3.4).
 
     Args:
-        kind: As `target_of` takes it.
-        alphas_cumprod: ᾱ of each sample's timestep.
-        gamma: γ, 5 in the paper; 0 is a weight of 1 everywhere.
+        snr: Signal-to-noise ratio of each sample's timestep, ᾱ / (1 − ᾱ).
+        gamma: γ, 5 in the paper.
+        v: Whether the UNet predicts v.
     """
-    if not gamma:
-        return torch.ones_like(alphas_cumprod)
-    snr = alphas_cumprod / (1 - alphas_cumprod).clamp_min(1e-8)
-    return snr.clamp(max=gamma) / (snr + 1 if kind == "v_prediction" else snr.clamp_min(1e-8))
+    # a schedule rescaled to zero SNR ends at 0, and 0 / 0 would lose the batch
+    return snr.clamp(max=gamma) / (snr + 1 if v else snr.clamp_min(1e-8))
 
 
-def weighted_squared_error(
-    predicted: Float[Tensor, "batch channels h w"],
-    target: Float[Tensor, "batch channels h w"],
-    weight: Float[Tensor, " batch"],
-) -> Float[Tensor, " batch"]:
-    """Each sample's mean squared error, in float32, times its weight."""
-    error = (predicted.float() - target.float()).square().mean(dim=(1, 2, 3))
-    return error * weight
-
-
-def at_timesteps(
-    alphas_cumprod: Float[Tensor, " steps"], timesteps: Int[Tensor, " batch"]
-) -> Float[Tensor, " batch"]:
-    """ᾱ of each sample."""
-    return alphas_cumprod.to(timesteps.device)[timesteps]
-
-
-def _roots(alphas_cumprod: Tensor) -> tuple[Tensor, Tensor]:
-    shaped = alphas_cumprod[:, None, None, None]
-    return shaped.sqrt(), (1 - shaped).sqrt()
+def _added(
+    batch: dict[str, Tensor], config: Any, shape: torch.Size, factor: int
+) -> dict[str, Tensor] | None:
+    """SDXL's pooled text and sizes: uncropped, at the size of the target."""
+    if "text_pooled" not in batch or config.get("addition_embed_type") != "text_time":
+        return None
+    height, width = (factor * side for side in shape[-2:])
+    sizes = torch.tensor([height, width, 0, 0, height, width]).to(batch["text_pooled"])
+    return {"text_embeds": batch["text_pooled"], "time_ids": sizes.expand(shape[0], -1)}

@@ -1,4 +1,4 @@
-"""The samples of a run: number j is the same whatever process, worker or micro-batch computes it.
+"""The samples of a run: number j is the same in every process, worker and micro-batch.
 
 Everything random about a sample (image, crop, reference, drop, latents, noise, timestep) comes from
 the run's seed and j alone. So a run that is resumed, or spread over processes, sees the same.
@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ipdiverse.adapter.noise import LEVELS
 from ipdiverse.errors import ArgumentError
 from ipdiverse.seeding import derived_seed
 
@@ -35,10 +34,10 @@ class Samples(Dataset[dict[str, Any]]):
         config: The run.
         reads: Which embedding the adapter reads, `pooled` or `hidden`.
         scaling: The VAE's factor, and its shift.
-        timesteps: How many the noise schedule has.
+        timesteps: How many timesteps the noise schedule has.
 
     Raises:
-        ArgumentError: References are to be changed, and no changed ones are stored.
+        ArgumentError: References are to be changed, but no changed ones are stored.
     """
 
     def __init__(
@@ -79,12 +78,15 @@ class Samples(Dataset[dict[str, Any]]):
         no_text, no_image = self._drops(rng.random())
         text = self.data.no_text if no_text else self.data.text(index)
         picture = self.data.no_image if no_image else self.data.reference(choice.file_name, change)
+        moments = self.data.target(index, variant)
+        mean, std = moments["mean"].cpu(), moments["std"].cpu()
+        scale, shift = self.scaling
+        # one generator for three draws: their order is part of what a seed means
         return {
-            "latents": self._latents(self.data.target(index, variant), noise),
-            "noise": self._noise(noise),
+            "latents": (mean + std * _normal(mean.shape, noise) - shift) * scale,
+            "noise": _normal(mean.shape, noise),
             "timestep": self._timestep(noise),
             "image": picture[self.reads],
-            **self._image_noise(picture[self.reads], no_image, noise),
             **{f"text_{name}": tensor for name, tensor in text.items()},
         }
 
@@ -96,16 +98,6 @@ class Samples(Dataset[dict[str, Any]]):
         drawn = self.timesteps * (1 - uniform**3)
         return drawn.long().clamp(max=self.timesteps - 1)
 
-    def _image_noise(
-        self, embeds: Tensor, no_image: bool, rng: torch.Generator
-    ) -> dict[str, Tensor]:
-        """A level and noise for noise-conditioned adapters; no image has none of it."""
-        if not self.config.noise_conditioning:
-            return {}
-        level = torch.randint(LEVELS, (), generator=rng)
-        drawn = _normal(embeds.shape, rng).to(embeds)
-        return {"level": level * (not no_image), "image_noise": drawn}
-
     def _drops(self, u: float) -> tuple[bool, bool]:
         """Whether text and image are dropped, from one uniform number."""
         text, image, both = self.config.drop_text, self.config.drop_image, self.config.drop_both
@@ -115,18 +107,9 @@ class Samples(Dataset[dict[str, Any]]):
             not neither and u >= text,
         )
 
-    def _latents(self, moments: dict[str, Tensor], rng: torch.Generator) -> Tensor:
-        mean, std = moments["mean"].cpu(), moments["std"].cpu()
-        scale, shift = self.scaling
-        self._shape = mean.shape
-        return (mean + std * _normal(mean.shape, rng) - shift) * scale
-
-    def _noise(self, rng: torch.Generator) -> Tensor:
-        return _normal(self._shape, rng)
-
 
 def _normal(shape: torch.Size, rng: torch.Generator) -> Tensor:
-    """Standard normal, whatever another thread that loads has as default type."""
+    """Standard normal in float32: a thread that loads a model may have changed the default type."""
     return torch.randn(shape, generator=rng, dtype=torch.float32)
 
 

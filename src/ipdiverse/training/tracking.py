@@ -24,13 +24,13 @@ LOG = "log.jsonl"
 def tracking(
     config: TrainConfig, out: Path, step: int, main: bool
 ) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Give a function that takes each step's figures.
+    """A context that gives a function for each step's figures.
 
     Args:
         config: The run.
-        out: Its folder. Lines of the log after `step` are dropped: those steps are done again.
+        out: Its folder. The log's lines after `step` are dropped: those steps are repeated.
         step: Steps done before.
-        main: Whether this process reports at all.
+        main: Whether this is the process that reports.
     """
     from tqdm import tqdm
 
@@ -61,46 +61,42 @@ def _step_of(line: str) -> int:
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return 1 << 62
+        return 1 << 62  # a line cut off in mid-write: later than any step, so it is dropped
 
 
 @contextlib.contextmanager
 def _tracker(
     config: TrainConfig, out: Path, step: int
 ) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """TensorBoard or Weights & Biases as one function of figures, or one that does nothing."""
+    """Accelerate's TensorBoard or W&B tracker as a function of figures, or one that does nothing.
+
+    Raises:
+        ArgumentError: Its package is not installed.
+    """
+    if config.report_to == "none":
+        yield lambda _: None
+        return
+    from accelerate.tracking import TensorBoardTracker, WandBTracker
+
     if config.report_to == "tensorboard":
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise _missing("tensorboard") from error
-        again = step + 1 if step else None  # steps after that are done again
-        with SummaryWriter(str(out / "tensorboard"), purge_step=again) as writer:
-
-            def write(figures: dict[str, Any]) -> None:
-                for name, value in figures.items():
-                    if name != "step":
-                        writer.add_scalar(name, value, figures["step"])
-
-            yield write
-        return
-    if config.report_to == "wandb":
-        try:
-            import wandb  # pyright: ignore[reportMissingImports]
-        except ImportError as error:
-            raise _missing("wandb") from error
-        # named by the folder, so that a resumed run goes on with the same curves
+        again = step + 1 if step else None  # curves are cut where the run is resumed
+        tracker: Any = TensorBoardTracker("tensorboard", out, purge_step=again)
+    else:
+        # an id made from the folder, so that a resumed run extends the same curves
         name = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]
-        run = wandb.init(
-            project="ipdiverse", id=name, resume="allow", config=asdict(config), dir=str(out)
+        tracker = WandBTracker(
+            "ipdiverse", id=name, resume="allow", config=asdict(config), dir=str(out)
         )
-        try:
-            yield lambda figures: run.log(figures, step=figures["step"])
-        finally:
-            run.finish()
-        return
-    yield lambda _: None
-
-
-def _missing(name: str) -> ArgumentError:
-    return ArgumentError("is not installed", where=f"report_to {name}", fix=f"pip install {name}.")
+    try:
+        tracker.start()
+    except ImportError as error:
+        name = config.report_to
+        raise ArgumentError(
+            "is not installed", where=f"report_to {name}", fix=f"pip install {name}."
+        ) from error
+    try:
+        yield lambda figures: tracker.log(
+            {k: v for k, v in figures.items() if k != "step"}, step=figures["step"]
+        )
+    finally:
+        tracker.finish()

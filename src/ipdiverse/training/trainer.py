@@ -1,4 +1,4 @@
-"""`ipdiverse train`: the loop. Progress decides every seed, so where it stops does not matter."""
+"""The loop of `ipdiverse train`. Progress decides every seed, so a run may stop anywhere."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ from torch import Tensor
 from ipdiverse.adapter.attach.attach import attach
 from ipdiverse.adapter.files.checkpoint import save_adapter
 from ipdiverse.errors import ArgumentError, Interrupted, ModelError
+from ipdiverse.training.activation_memory import fast_backward, hold_as_computed, hold_less
 from ipdiverse.training.build import (
-    adapter_to_start_from,
-    add_noise_conditioning,
     build_adapter,
     build_optimizer,
     build_samples,
     embedding_read,
-    hold_as_computed,
+    initial_adapter,
     open_accelerator,
 )
 from ipdiverse.training.checkpoints import (
@@ -36,10 +35,9 @@ from ipdiverse.training.checkpoints import (
     restore_optimizer,
     save_checkpoint,
 )
-from ipdiverse.training.config import MAY_CHANGE, TrainConfig
+from ipdiverse.training.config import DROPPED, MAY_CHANGE, TrainConfig, todays
 from ipdiverse.training.frozen import FrozenEncoders, open_encoders
-from ipdiverse.training.frugal import hold_less
-from ipdiverse.training.prompted_unet import PromptedUnet, fast_backward
+from ipdiverse.training.loss import PromptedUnet
 from ipdiverse.training.tracking import tracking
 from ipdiverse.training.validation import Validation
 from ipdiverse.writing import ensure_writable_folder
@@ -51,7 +49,7 @@ _PARTS = {"projection": "image_proj", "layers": "ip_adapter", "fusion": "fusion"
 
 
 def train(config: TrainConfig) -> Path:
-    """Train an adapter, or go on where the run in `config.out` stopped.
+    """Train an adapter, or resume the run that stopped in `config.out`.
 
     Args:
         config: The run.
@@ -61,8 +59,8 @@ def train(config: TrainConfig) -> Path:
 
     Raises:
         DataError: The data set is not prepared or embedded as the run needs it.
-        ModelError: The base or the starting adapter does not fit, or too many batches in a row
-            were not finite.
+        ModelError: The base or the initial adapter does not fit, or too many batches in a row were
+            not finite.
         Interrupted: A signal stopped it, after saving.
         OutputError: A checkpoint cannot be written; those before it stay.
     """
@@ -74,15 +72,16 @@ class Trainer:
 
     Args:
         config: The run.
-        encoders: Of its base, with the base's pipeline; None opens what the config names. Once all
-            is cached and nothing is drawn, their weights are freed.
+        encoders: The base's, with its pipeline; None opens what the config names. Once all is
+            cached and nothing is drawn, their weights are freed.
     """
 
     def __init__(self, config: TrainConfig, encoders: FrozenEncoders | None = None) -> None:
         from accelerate.utils import set_seed
+        from diffusers.training_utils import EMAModel
 
         self.out = ensure_writable_folder(Path(config.out))
-        self.accelerator = open_accelerator(config.precision)
+        self.accelerator = open_accelerator(config.mixed_precision)
         if config.process_batch is not None:
             batch = config.process_batch * self.accelerator.num_processes
             config = replace(config, batch=batch)
@@ -92,22 +91,22 @@ class Trainer:
             config.base, config.image_encoder, unet=not config.cache
         )
         self.encoders, self.pipe = encoders.to(device), encoders.pipe
-        start = adapter_to_start_from(config)
+        initial = initial_adapter(config)
         first = self.accelerator.main_process_first
-        self.samples = build_samples(config, encoders, embedding_read(config, start), first)
-        if config.cache:  # of the encoders and the UNet, only what is needed is in memory
-            encoders.set_aside(for_good=not config.held_out)
+        self.samples = build_samples(config, encoders, embedding_read(config, initial), first)
+        if config.cache:  # before the UNet is loaded: never both in memory
+            encoders.set_aside(for_good=not config.num_validation_images)
         encoders.load_unet(device)
         set_seed(config.seed)  # initial weights; nothing random after that asks the global state
-        self.adapter = build_adapter(config, encoders, start)
+        self.adapter = build_adapter(config, encoders, initial)
         attachment = attach(
             self.pipe,
             self.adapter,
             image_encoder=encoders.images.encoder,
             image_processor=encoders.images.processor,
         )
-        hold_as_computed(self.pipe.unet, config.precision)  # the adapter has taken its type
-        add_noise_conditioning(config, self.adapter, self.samples)
+        # after attach, which gives the adapter the UNet's type: it learns in float32
+        hold_as_computed(self.pipe.unet, config.mixed_precision)
         if config.epochs is not None:
             steps = config.epochs * -(-len(self.samples.trained) // config.batch)
             self.config = self.samples.config = config = replace(config, steps=steps)
@@ -121,7 +120,7 @@ class Trainer:
         learning = self._learning()
         self.names = [name for name, _ in learning]
         self.parameters = [parameter for _, parameter in learning]
-        self.average = [p.detach().clone() for p in self.parameters] if config.ema else []
+        self.ema = EMAModel(self.parameters, config.ema, foreach=True) if config.ema else None
         model = PromptedUnet(self.pipe, self.adapter, config.min_snr)
         optimizer = build_optimizer(config, self.parameters)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
@@ -144,7 +143,7 @@ class Trainer:
                 figures |= self._validate()
                 track({"step": self.step, **figures, "minutes_left": round(left, 1)})
                 last = self.step == self.config.steps or self._stop is not None
-                if last or self.step % self.config.save_every == 0:
+                if last or self.step % self.config.checkpointing_steps == 0:
                     self.save()
                 if self._stop is not None:
                     raise Interrupted(self._stop)
@@ -183,30 +182,31 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         loss = self._backward(batch)
-        clipped: Any = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_norm)
+        clipped: Any = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         norm = float(clipped)
         finite = math.isfinite(loss) and math.isfinite(norm)
         scaled = self.accelerator.scaler is not None
-        if finite or scaled:  # a gradient scaler skips by itself, and must see why
+        if finite or scaled:  # a gradient scaler skips the step itself, and lowers its scale
             self.optimizer.step()
         self.skipped += not finite
-        # infinite gradients of a finite loss are how a scaler finds its scale
+        # a scaler finds its scale by infinite gradients of a finite loss: not a fault of the run
         self.bad = 0 if finite or (scaled and math.isfinite(loss)) else self.bad + 1
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        if self.average and finite:
-            decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
-            torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
+        if self.ema is not None and finite:
+            # its decay warms up as (1 + step) / (10 + step) of the run, not of its own first call
+            self.ema.optimization_step = self.step
+            self.ema.step(self.parameters)
         if self.bad >= self.config.bad_batches:
             raise ModelError(
                 f"{self.bad} batches in a row are not finite",
                 where=f"step {self.step}",
                 fix="Lower the learning rate, or train in bf16 or fp32.",
             )
-        return {"loss": loss, "rate": rate, "norm": norm, "skipped": self.skipped}
+        return {"loss": loss, "learning_rate": rate, "norm": norm, "skipped": self.skipped}
 
     def _validate(self) -> dict[str, float]:
-        """Draw held-out cases with the weights that would be saved, when it is time to."""
+        """Draw held-out cases with the weights that would be saved, when a drawing is due."""
         due = self.step % self.config.validate_every == 0 or self.step == self.config.steps
         if not (due and self.validation.cases and self.accelerator.is_main_process):
             return {}
@@ -237,7 +237,7 @@ class Trainer:
             stacked = _stacked(part, self.accelerator.device)
             last = index == len(parts) - 1
             together = contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
-            with together, fast_backward(stacked["latents"], self.config.precision):
+            with together, fast_backward(stacked["latents"], self.config.mixed_precision):
                 losses_of = self.model(stacked)
                 # processes' gradients are averaged; a mean over the whole batch is wanted
                 mean = losses_of.sum() * processes / self.config.batch
@@ -251,20 +251,21 @@ class Trainer:
         if self.accelerator.is_main_process:
             inner = getattr(self.optimizer, "optimizer", self.optimizer)
             scaler = self.accelerator.scaler
+            averages = [] if self.ema is None else self.ema.shadow_params
             state = State(
                 self.step,
                 dict(zip(self.names, self.parameters, strict=True)),
-                dict(zip(self.names, self.average, strict=True)) if self.average else {},
+                dict(zip(self.names, averages, strict=bool(averages))),
                 optimizer_tensors(inner, self.names),
                 {"skipped": self.skipped, "bad": self.bad, "micro": self.micro}
                 | ({} if scaler is None else {"scaler": scaler.state_dict()}),
             )
-            settings = asdict(self.config)
-            save_checkpoint(self.out, state, settings, self._save_adapter, self.config.keep)
+            settings, limit = asdict(self.config), self.config.checkpoints_total_limit
+            save_checkpoint(self.out, state, settings, self._save_adapter, limit)
         self.accelerator.wait_for_everyone()
 
     def _save_adapter(self, file: Path) -> None:
-        """The adapter as users load it: averaged weights where there are any."""
+        """Write the adapter as users load it: averaged weights if the run averages."""
         made = {
             "recipe": asdict(self.config),
             "reference": self.config.reference,
@@ -275,28 +276,28 @@ class Trainer:
 
     @contextlib.contextmanager
     def _averaged(self) -> Iterator[None]:
-        """Put the averaged weights in, and the trained ones back."""
-        own = [parameter.detach().clone() for parameter in self.parameters]
-        with torch.no_grad():
-            for parameter, average in zip(self.parameters, self.average or own, strict=True):
-                parameter.copy_(average)
+        """Put the averaged weights in, if there are any, and the trained ones back."""
+        if self.ema is None:
+            yield
+            return
+        self.ema.store(self.parameters)
+        self.ema.copy_to(self.parameters)
         try:
             yield
         finally:
-            with torch.no_grad():
-                for parameter, mine in zip(self.parameters, own, strict=True):
-                    parameter.copy_(mine)
+            self.ema.restore(self.parameters)
 
     def _resume(self) -> None:
         if not (checkpoints := finished(self.out)):
             return
-        state, settings = load_checkpoint(checkpoints[-1])
-        now = json.loads(json.dumps(asdict(self.config)))
+        state, saved = load_checkpoint(checkpoints[-1])
+        before, now = todays(saved), json.loads(json.dumps(asdict(self.config)))
         different = [
-            f"{name} was {settings.get(name)!r}, is {now[name]!r}"
+            f"{name} was {before.get(name)!r}, is {now[name]!r}"
             for name in now
-            if settings.get(name) != now[name] and name not in MAY_CHANGE
+            if before.get(name) != now[name] and name not in MAY_CHANGE
         ]
+        different += [f"{name} was on" for name in DROPPED if before.get(name)]
         if different:
             raise ArgumentError(
                 "holds another run",
@@ -304,10 +305,11 @@ class Trainer:
                 found="; ".join(different),
                 fix="Choose a new folder for out, or train with the same settings.",
             )
+        averages = [] if self.ema is None else self.ema.shadow_params
         with torch.no_grad():
             for name, parameter in zip(self.names, self.parameters, strict=True):
                 parameter.copy_(state.weights[name])
-            for name, average in zip(self.names, self.average, strict=bool(self.average)):
+            for name, average in zip(self.names, averages, strict=bool(averages)):
                 average.copy_(state.average[name])
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
         restore_optimizer(inner, self.names, state.optimizer)
@@ -315,7 +317,7 @@ class Trainer:
         self.skipped = state.counters["skipped"]
         self.micro = min(self.micro, state.counters["micro"])
         scaler = self.accelerator.scaler
-        if scaler is not None and "scaler" in state.counters:  # older checkpoints have none
+        if scaler is not None and "scaler" in state.counters:  # early checkpoints lack it
             scaler.load_state_dict(state.counters["scaler"])
 
     @contextlib.contextmanager
@@ -327,7 +329,7 @@ class Trainer:
 
         try:
             before = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
-        except ValueError:  # not in the main thread: signals are somebody else's
+        except ValueError:  # not the main thread, and Python sets handlers only there
             before = {}
         try:
             yield
@@ -337,14 +339,19 @@ class Trainer:
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """The rate of a step, from 0: warm-up, then the schedule."""
-    warm = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
-    past = max(0.0, (step - config.warmup) / max(1, config.steps - config.warmup))
+    """The learning rate of a step, counted from 0: warm-up, then the schedule.
+
+    A function of the step alone rather than diffusers' `get_scheduler`: a resumed run has no state
+    of it to restore, and `steps` may grow when it is.
+    """
+    warmup = config.lr_warmup_steps
+    warm = min(1.0, (step + 1) / warmup) if warmup else 1.0
+    past = max(0.0, (step - warmup) / max(1, config.steps - warmup))
     shape = {
         "constant": 1.0,
         "linear": 1.0 - past,
         "cosine": 0.5 * (1 + math.cos(math.pi * past)),
-    }[config.schedule]
+    }[config.lr_scheduler]
     return config.learning_rate * warm * shape
 
 

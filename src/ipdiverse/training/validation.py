@@ -1,4 +1,4 @@
-"""What a run draws while it trains, so that copying is seen while it happens, not after."""
+"""Images drawn while a run trains, so that copying is seen when it begins, not at the end."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _GRID = 16
 
 @dataclass(frozen=True)
 class Case:
-    """A held-out image and what prompts it.
+    """A held-out image and its image prompt.
 
     Args:
         text: Its caption.
         target: The image itself.
-        reference: Another image of its subject; the image itself where there is none.
+        reference: Another image of its subject, or the image itself if it is the only one.
     """
 
     text: str
@@ -43,13 +43,13 @@ class Case:
 
 
 class Validation:
-    """Draws held-out cases with the adapter as it is, and measures how much it copies.
+    """Draws held-out cases with the adapter in its present state; measures how much it copies.
 
     Args:
         config: The run.
         records: The whole data set.
-        held_out: Which of them the run does not train on.
-        encoders: Of the base.
+        held_out: Indices of those that the run does not train on.
+        encoders: The base's.
         attachment: The adapter on its pipeline.
     """
 
@@ -84,9 +84,9 @@ class Validation:
 
         Returns:
             `copy_layout` and `copy_clip`: how much closer outputs are to their reference than the
-            true image is, as correlation of 16×16 pixels and as cosine of image embeddings. 0 is
-            ideal. They are measured on the image's own caption alone, which says what the true
-            image is. The second is blind to part of it: the adapter is conditioned on that encoder.
+            true image is, as correlation of 16×16 pixels and as cosine of image embeddings; 0 is
+            ideal. Only images of the image's own caption are measured, as the true image is known
+            for no other text. `copy_clip` sees less: the adapter is conditioned on that encoder.
         """
         sheets, layout, clip = [], [], []
         for case in self.cases:
@@ -104,7 +104,7 @@ class Validation:
     @torch.no_grad()
     def _draw(self, case: Case, prompt: str) -> list[Image.Image]:
         pipe: Any = self.encoders.pipe
-        count = self.config.validation_images
+        count = self.config.num_images_per_prompt
         self.attachment.set_reference(case.reference)
         pipe.set_progress_bar_config(disable=True)
         return pipe(

@@ -10,8 +10,7 @@ import pytest
 
 from ipdiverse.critters.make import make_dataset
 from ipdiverse.data.manifest import Record, inside, manifest_text, read_manifest
-from ipdiverse.data.options import PrepareOptions
-from ipdiverse.data.prepare import prepare
+from ipdiverse.data.prepare import PrepareOptions, prepare
 from ipdiverse.errors import DataError
 
 if TYPE_CHECKING:
@@ -34,9 +33,9 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"text": None}, "has ill-typed text"),
-        ({"width": True}, "has ill-typed width"),
-        ({"colour": "red"}, "has unknown colour"),
+        ({"text": None}, "text is None, expected a text"),
+        ({"width": True}, "width is True, expected a whole number"),
+        ({"colour": "red"}, "unknown key 'colour'"),
         ({"file_name": "../x.png"}, r"\.\./x\.png: the path leaves its root"),
         ({"reference": "/etc/passwd"}, "/etc/passwd: the path leaves its root"),
     ],
@@ -54,7 +53,9 @@ def test_lines_that_are_no_records_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no lines"):
         read_manifest(tmp_path)
     write(tmp_path, "{cut off", [1], {"text": "x"})
-    with pytest.raises(DataError, match=r"3 of 3 lines.*is no JSON object.*lacks file_name"):
+    with pytest.raises(
+        DataError, match=r"3 of 3 lines.*is not a JSON object.*missing file_name, subject"
+    ):
         read_manifest(tmp_path)
     (tmp_path / "metadata.jsonl").write_bytes(b"\xff\xfe\x00\xd8")
     with pytest.raises(DataError, match=r"cannot be read; expected a text in UTF-8"):
@@ -76,7 +77,7 @@ def test_a_folder_that_was_not_prepared_says_what_to_run(tmp_path: Path) -> None
 
 def test_one_prepared_line_makes_the_others_broken(tmp_path: Path) -> None:
     write(tmp_path, asdict(RECORD), {"file_name": "x.png", "text": "x"})
-    with pytest.raises(DataError, match=r"1 of 2 lines are broken; found line 2: lacks subject"):
+    with pytest.raises(DataError, match=r"1 of 2 lines are broken; found line 2: missing subject"):
         read_manifest(tmp_path)
 
 

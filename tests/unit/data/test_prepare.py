@@ -15,9 +15,7 @@ from PIL import Image
 from ipdiverse.cli import main
 from ipdiverse.data import prepare as module
 from ipdiverse.data.manifest import read_manifest
-from ipdiverse.data.options import PrepareOptions
-from ipdiverse.data.prepare import prepare
-from ipdiverse.data.square import to_square
+from ipdiverse.data.prepare import PrepareOptions, prepare, to_square
 from ipdiverse.errors import DataError
 from ipdiverse.image_io import content_hash, load_image
 

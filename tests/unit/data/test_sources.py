@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ipdiverse.data.items import Item, subject_class
-from ipdiverse.data.options import SourceOptions
-from ipdiverse.data.sources import kind_of, open_source
+from ipdiverse.data.manifest import Item
+from ipdiverse.data.sources import SourceOptions, kind_of, open_source, subject_class
 from ipdiverse.errors import DataError
 from ipdiverse.image_io import load_image_bytes
 from tests.captions import parse
@@ -96,7 +95,7 @@ def test_metadata_of_an_image_folder(tmp_path: Path) -> None:
     assert one.load_reference() == png(2)
     problems = [item.problem for item in wrong]
     assert problems[0] == problems[2].replace("5", "3") == "line 3 names no image in 'file_name'"
-    assert problems[1] == "text is no text: 3"
+    assert problems[1] == "text is not a text: 3"
 
 
 def test_csv_and_the_original_trainers_json_with_a_root(tmp_path: Path) -> None:
@@ -201,8 +200,8 @@ def test_critters_have_captions_subjects_and_partners() -> None:
     ("name", "content", "message"),
     [
         ("none", None, "does not exist; expected a folder, a file, a hub id or `critters`"),
-        ("a.zip", "x", r"is no data set; expected \.jsonl, \.csv, \.json or \.tar; found \.zip"),
-        ("a.json", "{}", "is no list"),
+        ("a.zip", "x", r"is not a data set; expected \.jsonl, \.csv, \.json or \.tar; found \.zip"),
+        ("a.json", "{}", "is not a list"),
         ("a.json", "[", "cannot be read; expected .json in UTF-8"),
         ("a.csv", "x,y\n1,2\n", r"has no image column; .*found x, y\. Name it with --image-column"),
     ],

@@ -56,7 +56,7 @@ def test_a_timestep_belongs_to_its_sample() -> None:
 
 def test_draws_are_the_same_while_another_thread_loads_in_half_precision() -> None:
     data: Any = _OneImage()
-    config = TrainConfig(data="d", out="o", timesteps="cubic", noise_conditioning=True)
+    config = TrainConfig(data="d", out="o", timesteps="cubic")
     references = References(data.records, {"self": 1})
     samples = Samples(data, [0], references, config, "pooled", (1.0, 0.0), 1000)
     before = [samples[number] for number in range(4)]
@@ -68,3 +68,21 @@ def test_draws_are_the_same_while_another_thread_loads_in_half_precision() -> No
         torch.set_default_dtype(usual)
     for one, other in zip(before, meanwhile, strict=True):
         assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_latents_are_drawn_from_the_posterior_and_scaled() -> None:
+    class _Posterior(_OneImage):
+        def target(self, index: int, variant: int) -> dict[str, Any]:
+            return {"mean": torch.full((4, 64, 64), 2.0), "std": torch.full((4, 64, 64), 0.5)}
+
+    data: Any = _Posterior()
+    config = TrainConfig(data="d", out="o")
+    references = References(data.records, {"self": 1})
+    samples = Samples(data, [0], references, config, "pooled", (0.25, 1.5), 1000)
+    sample = samples[0]
+    drawn = sample["latents"]
+    assert float(drawn.mean()) == pytest.approx(0.25 * (2 - 1.5), abs=0.005)
+    assert float(drawn.std()) == pytest.approx(0.25 * 0.5, abs=0.005)
+    assert float(sample["noise"].std()) == pytest.approx(1, abs=0.02)
+    together = torch.stack([drawn.flatten(), sample["noise"].flatten()])
+    assert abs(float(torch.corrcoef(together)[0, 1])) < 0.05, "the noise is another draw"

@@ -26,8 +26,7 @@ from ipdiverse.adapter.files.checkpoint import load_adapter, save_adapter
 from ipdiverse.adapter.fusion import BlendFusion, GatedFusion
 from ipdiverse.base.bases import adapter_source
 from ipdiverse.cli import main
-from ipdiverse.data.options import PrepareOptions
-from ipdiverse.data.prepare import prepare
+from ipdiverse.data.prepare import PrepareOptions, prepare
 from ipdiverse.errors import (
     ArgumentError,
     CheckpointError,
@@ -37,8 +36,8 @@ from ipdiverse.errors import (
     OutputError,
 )
 from ipdiverse.training import build, checkpoints
-from ipdiverse.training.build import adapter_to_start_from, open_accelerator
-from ipdiverse.training.config import TrainConfig
+from ipdiverse.training.build import initial_adapter, open_accelerator
+from ipdiverse.training.config import RENAMED, TrainConfig
 from ipdiverse.training.trainer import Trainer, learning_rate, train
 from tests import models
 
@@ -66,7 +65,7 @@ def config(home: Path, tmp_path: Path) -> TrainConfig:
         width=64,
         depth=1,
         learning_rate=1e-3,
-        save_every=2,
+        checkpointing_steps=2,
     )
 
 
@@ -130,7 +129,11 @@ def test_every_architecture_trains_and_its_adapter_loads(
 
 
 def test_the_loss_falls(config: TrainConfig) -> None:
-    train(replace(config, steps=30, batch=6, save_every=30, learning_rate=3e-3, reference="self"))
+    train(
+        replace(
+            config, steps=30, batch=6, checkpointing_steps=30, learning_rate=3e-3, reference="self"
+        )
+    )
     losses = [line["loss"] for line in log(config)]
     assert sum(losses[-8:]) < sum(losses[:8])
 
@@ -146,7 +149,9 @@ def test_with_and_without_the_cache_the_loss_is_the_same(config: TrainConfig) ->
 def test_killed_three_times_in_an_epoch_it_ends_with_the_same_weights(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = replace(config, out=config.out + "-whole", ema=0.9, schedule="cosine", warmup=2)
+    whole = replace(
+        config, out=config.out + "-whole", ema=0.9, lr_scheduler="cosine", lr_warmup_steps=2
+    )
     train(whole)
     parts = replace(whole, out=config.out)
     step = Trainer.one_step
@@ -206,7 +211,7 @@ def command(run: TrainConfig, *batch: str) -> list[str]:
         *("--data", run.data, "--out", run.out, "--base", run.base, "--resolution", "64"),
         *("--steps", str(run.steps), *(batch or ("--batch", "4"))),
         *("--tokens", "3", "--width", "64"),
-        *("--depth", "1", "--learning-rate", "1e-3", "--save-every", "2"),
+        *("--depth", "1", "--learning-rate", "1e-3", "--checkpointing-steps", "2"),
     ]
     return [sys.executable, "-m", "ipdiverse", "train", *flags]
 
@@ -381,7 +386,7 @@ def test_a_full_disk_loses_no_earlier_checkpoint(
 def test_the_last_checkpoints_are_kept_and_each_is_a_loadable_adapter(config: TrainConfig) -> None:
     from pathlib import Path
 
-    train(replace(config, keep=2, ema=0.5, fusion="blend"))
+    train(replace(config, checkpoints_total_limit=2, ema=0.5, fusion="blend"))
     kept = checkpoints.finished(Path(config.out))
     assert [path.name for path in kept] == ["checkpoint-00000004", "checkpoint-00000006"]
     for path in kept:
@@ -445,13 +450,36 @@ def test_another_run_in_the_same_folder_is_refused(config: TrainConfig) -> None:
         ArgumentError, match=r"holds another run; found learning_rate was 0.001, is"
     ):
         train(replace(config, learning_rate=1e-4))
-    train(replace(config, steps=4, save_every=1))  # going on for longer is the same run
+    train(replace(config, steps=4, checkpointing_steps=1))  # a longer run is the same run
     assert len(log(config)) == 4
+
+
+def test_a_run_of_0_1_is_resumed_and_one_with_noise_conditioning_is_not(
+    config: TrainConfig,
+) -> None:
+    whole = replace(config, out=config.out + "-whole", steps=4)
+    train(whole)
+    train(replace(config, steps=2))
+    file = checkpoints.finished(Path(config.out))[-1] / "training_state.json"
+    about = json.loads(file.read_text())
+    todays = {new: old for old, new in RENAMED.items()}
+    about["settings"] = {todays.get(k, k): v for k, v in about["settings"].items()}
+    about["settings"] |= {"precision": "fp32", "noise_conditioning": False}
+    file.write_text(json.dumps(about))
+    assert "start" in about["settings"]
+    train(replace(config, steps=4))
+    assert same(weights(whole), weights(config))
+    assert len(log(config)) == 4
+    about["settings"]["noise_conditioning"] = True
+    for folder in checkpoints.finished(Path(config.out)):
+        (folder / "training_state.json").write_text(json.dumps(about))
+    with pytest.raises(ArgumentError, match="another run; found noise_conditioning was on"):
+        train(replace(config, steps=5))
 
 
 def test_a_checkpoint_holds_nothing_twice(config: TrainConfig) -> None:
     """Without averaging, the weights to go on with are the adapter's own."""
-    train(replace(config, steps=2, save_every=2))
+    train(replace(config, steps=2, checkpointing_steps=2))
     folder = checkpoints.finished(Path(config.out))[-1]
     adapter = sum(t.numel() for t in load_file(folder / "adapter.safetensors").values())
     state = load_file(folder / "training_state.safetensors")
@@ -465,13 +493,13 @@ def test_a_broken_checkpoint_says_what_to_do(config: TrainConfig) -> None:
     train(replace(config, steps=2))
     file = Path(config.out) / "checkpoint-00000002" / "training_state.safetensors"
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(CheckpointError, match=r"is broken.*goes on from the one before"):
+    with pytest.raises(CheckpointError, match=r"is broken.*resumed from the one before"):
         train(replace(config, steps=4))
 
 
 def test_it_starts_from_a_published_adapter(config: TrainConfig) -> None:
     start = train(replace(config, fusion="none", steps=2))
-    other = replace(config, out=config.out + "-2", start=str(start), steps=1, learning_rate=0.0)
+    other = replace(config, out=config.out + "-2", init_from=str(start), steps=1, learning_rate=0.0)
     run = Trainer(other)
     assert isinstance(run.adapter.fusion, GatedFusion), "a fusion is added to plain IP-Adapter"
     started = {n: t for n, t in run.adapter.state_dict().items() if not n.startswith("fusion")}
@@ -483,8 +511,8 @@ def test_it_starts_from_a_published_adapter(config: TrainConfig) -> None:
 def test_gates_need_a_number_of_tokens(config: TrainConfig, tmp_path: Path) -> None:
     face = models.adapter("full-face", models.unet("sd1"))
     save_adapter(face, tmp_path / "face.safetensors", {}, torch.float32)
-    chosen = replace(config, start=str(tmp_path / "face.safetensors"))
-    refused = r"face\.safetensors: makes as many tokens as .*--fusion=blend or --fusion=none"
+    chosen = replace(config, init_from=str(tmp_path / "face.safetensors"))
+    refused = r"face\.safetensors: makes as many tokens as .*gates need a fixed number.*--fusion=blend or --fusion=none"
     with pytest.raises(ArgumentError, match=refused):
         Trainer(chosen)
     for fusion in ("blend", "none"):
@@ -493,12 +521,12 @@ def test_gates_need_a_number_of_tokens(config: TrainConfig, tmp_path: Path) -> N
 
 
 def test_what_it_starts_from_may_have_a_name(config: TrainConfig) -> None:
-    named = adapter_to_start_from(replace(config, base="critters", start="plus"))
+    named = initial_adapter(replace(config, base="critters", init_from="plus"))
     assert named is not None
     shipped = load_adapter(adapter_source("critters", "plus"))
     assert same(named.state_dict(), shipped.state_dict())
     with pytest.raises(ModelError, match="minus: unknown adapter"):
-        adapter_to_start_from(replace(config, start="minus"))
+        initial_adapter(replace(config, init_from="minus"))
 
 
 def test_references_that_cannot_be_are_refused(config: TrainConfig, tmp_path: Path) -> None:
@@ -510,23 +538,6 @@ def test_references_that_cannot_be_are_refused(config: TrainConfig, tmp_path: Pa
         Trainer(replace(alone, reference="paired"))
     assert Trainer(alone).samples.references.weights == {"augmented": 1.0}
     assert Trainer(config).samples.references.weights == {"paired": 1.0}
-
-
-def test_a_noise_conditioned_adapter_learns_its_levels(config: TrainConfig) -> None:
-    run = Trainer(replace(config, noise_conditioning=True, fusion="none", learning_rate=0.1))
-    samples = [run.samples[number] for number in range(40)]
-    assert len({int(sample["level"]) for sample in samples}) > 20
-    assert run.adapter.noise is not None
-    assert float(run.adapter.noise.std.mean()) != 1, "standardised on the data"
-    before = {n: p.detach().clone() for n, p in run.adapter.named_parameters()}
-    for batch in run.batches():  # what says the level starts at zero: its inside moves second
-        run.one_step(batch)
-    assert [n for n, p in run.adapter.named_parameters() if torch.equal(p, before[n])] == []
-    adapter = ImagePromptAdapter.from_pretrained(run.run())
-    assert adapter.noise is not None
-    assert adapter.spec["noise_conditioned"]
-    with pytest.raises(ArgumentError, match=r"is noise-conditioned.*--noise-conditioning"):
-        Trainer(replace(config, start=f"{config.out}/adapter.safetensors", out=config.out + "-2"))
 
 
 def test_what_is_new_is_built_while_nobody_loads(
@@ -549,11 +560,11 @@ def test_what_is_new_is_built_while_nobody_loads(
 
         return made
 
-    for name in ("new_adapter", "GatedFusion", "NoiseConditioning"):
+    for name in ("new_adapter", "GatedFusion"):
         monkeypatch.setattr(build, name, asked(name))
     with ThreadPoolExecutor(1) as pool:
-        Trainer(replace(config, noise_conditioning=True))
-    assert others == [False] * 3
+        Trainer(config)
+    assert others == [False] * 2
 
 
 def test_gradient_checkpointing_gives_the_same(config: TrainConfig) -> None:
@@ -570,11 +581,11 @@ def test_epochs_take_the_place_of_steps(config: TrainConfig) -> None:
 
 
 def test_the_rate_warms_up_and_falls(config: TrainConfig) -> None:
-    shaped = replace(config, learning_rate=1.0, warmup=4, steps=14)
+    shaped = replace(config, learning_rate=1.0, lr_warmup_steps=4, steps=14)
     assert [learning_rate(shaped, s) for s in (0, 3, 4, 13)] == [0.25, 1, 1, 1]
-    linear = replace(shaped, schedule="linear")
+    linear = replace(shaped, lr_scheduler="linear")
     assert learning_rate(linear, 9) == pytest.approx(0.5)
-    cosine = replace(shaped, schedule="cosine")
+    cosine = replace(shaped, lr_scheduler="cosine")
     assert learning_rate(cosine, 9) == pytest.approx(0.5)
     assert learning_rate(cosine, 4) == 1
 

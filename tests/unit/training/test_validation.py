@@ -15,8 +15,7 @@ from safetensors.torch import load_file
 
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import sample_scene
-from ipdiverse.data.options import PrepareOptions
-from ipdiverse.data.prepare import prepare
+from ipdiverse.data.prepare import PrepareOptions, prepare
 from ipdiverse.errors import ArgumentError
 from ipdiverse.training.config import TrainConfig
 from ipdiverse.training.trainer import Trainer, train
@@ -41,9 +40,9 @@ def config(tmp_path: Path) -> TrainConfig:
         tokens=3,
         width=64,
         depth=1,
-        held_out=2,
+        num_validation_images=2,
         validate_every=2,
-        validation_images=2,
+        num_images_per_prompt=2,
         validation_steps=2,
     )
 
@@ -82,7 +81,10 @@ def test_each_reference_is_drawn_with_every_prompt(config: TrainConfig) -> None:
 
 def test_what_was_embedded_is_not_kept_in_memory(config: TrainConfig) -> None:
     """Only drawing needs the encoders again; without it their weights are gone."""
-    drawing, blind = Trainer(config), Trainer(replace(config, held_out=0, out=config.out + "-2"))
+    drawing, blind = (
+        Trainer(config),
+        Trainer(replace(config, num_validation_images=0, out=config.out + "-2")),
+    )
     for trainer, kind in ((drawing, "cpu"), (blind, "meta")):
         pipe = trainer.pipe
         parts = (pipe.vae, pipe.text_encoder, trainer.encoders.images.encoder)
@@ -92,7 +94,7 @@ def test_what_was_embedded_is_not_kept_in_memory(config: TrainConfig) -> None:
 
 
 def test_frozen_weights_are_held_as_they_are_computed_in(config: TrainConfig) -> None:
-    half = replace(config, precision="bf16", out=config.out + "-bf16")
+    half = replace(config, mixed_precision="bf16", out=config.out + "-bf16")
     trainer = Trainer(half)
     unet = trainer.pipe.unet
     assert {unet.conv_in.weight.dtype, unet.time_embedding.linear_1.weight.dtype} == {
@@ -132,7 +134,7 @@ def test_held_out_images_are_neither_targets_nor_references(config: TrainConfig)
     forbidden = {n for i in held_out for n in (records[i].file_name, records[i].reference)}
     assert not seen & forbidden
     with pytest.raises(ArgumentError, match="leaves nothing to train on; expected fewer than 8"):
-        Trainer(replace(config, out=config.out + "-2", held_out=8))
+        Trainer(replace(config, out=config.out + "-2", num_validation_images=8))
 
 
 def test_a_copy_scores_high_and_the_true_image_zero() -> None:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from ipdiverse.errors import ArgumentError
-from ipdiverse.training.preprocessing import Preprocessing
+from ipdiverse.training.frozen import Preprocessing
 
 
 def gradient(width: int, height: int) -> Image.Image:
