@@ -223,7 +223,7 @@ def _store(data: bytes, name: str, out: Path, square: Square) -> tuple[str, Imag
     may stand in several files.
     """
     from ipdiverse.image_io import load_image_bytes
-    from ipdiverse.image_io.headers import format_of
+    from ipdiverse.image_io.files import format_of
 
     image = load_image_bytes(data, name)
     shaped = to_square(image, square)
