@@ -29,7 +29,7 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Commands that `main` parsed; none of them runs."""
     found: list[Any] = []
     for kind in (cli.Train, cli.Embed, cli.Prepare):
-        monkeypatch.setattr(kind, "run", lambda command: found.append(command))
+        monkeypatch.setattr(kind, "run", found.append)
     return found
 
 
