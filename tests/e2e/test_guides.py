@@ -148,7 +148,7 @@ def test_every_fence_says_what_it_is(name: str) -> None:
             "import ipdiverse\nipdiverse.adapter.attach.attach.nothing()\n",
             "does not exist",
         ),
-        ("python", "from ipdiverse import Levers\nLevers(cad=1)\n", "takes no cad"),
+        ("python", "from ipdiverse import Reference\nReference(image=1)\n", "takes no image"),
         ("python", "x = = 1\n", "invalid syntax"),
         ("bash", "ipdiverse generate --imag a.png\n", "--imag"),
         ("bash", "ipdiverse nothing --image a.png\n", "no ipdiverse nothing"),
