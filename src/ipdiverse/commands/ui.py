@@ -16,7 +16,7 @@ PASSWORD = "IPDIVERSE_UI_PASSWORD"  # noqa: S105 - the variable's name
 
 @dataclass(frozen=True)
 class Ui(Options):
-    """Open the web page, on this machine alone unless told otherwise."""
+    """Open the web page; only this machine can reach it, unless you set --host."""
 
     def run(self) -> None:
         """Serve until Ctrl-C."""
