@@ -63,8 +63,8 @@ class _Silence:
             self._wanted += 1
             if self._wanted > 1:
                 return
-            # transformers switches the hub's bars along with its own. So the hub's are pushed first,
-            # and restored last: an exit stack unwinds backwards.
+            # transformers switches the hub's bars along with its own. So the hub's are pushed
+            # first, and restored last: an exit stack unwinds backwards.
             off = hub.are_progress_bars_disabled()
             self._before.callback(hub.disable_progress_bars if off else hub.enable_progress_bars)
             libraries: tuple[Any, ...] = (diffusers_logging, transformers_logging)
