@@ -60,7 +60,7 @@ def fill(cache: Path, scratch: Path) -> None:
 
 
 def fill_others(cache: Path, scratch: Path) -> None:
-    """What pages name beside presets: a ControlNet, and the encoders that compare images."""
+    """Other models that the guides name: a ControlNet, and the encoders that compare images."""
     from diffusers import ControlNetModel
 
     from_unet: Any = ControlNetModel.from_unet

@@ -1,4 +1,4 @@
-"""Opening models where several threads may: the libraries change the whole process meanwhile."""
+"""Opening models from several threads, though the libraries change the whole process meanwhile."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def building() -> Iterator[None]:
     """Let one thread at a time build modules or load weights into them, for a `with` block.
 
     diffusers loads inside accelerate's `init_empty_weights`, which replaces
-    `torch.nn.Module.register_parameter` for the whole process and afterwards puts back what it
-    found there; transformers does the like with the default dtype. Of two threads that load at
-    once the later puts back the other's replacement, and from then on every module of the process
-    is built without memory for its weights (device `meta`).
+    `torch.nn.Module.register_parameter` for the whole process and afterwards restores what it found
+    there; transformers does the same with the default dtype. If two threads load at once, the later
+    one restores the other's replacement, and from then on every module of the process is built
+    without memory for its weights (device `meta`).
     """
     with _one_builds:
         yield
@@ -37,7 +37,7 @@ def loading() -> Iterator[None]:
 def quiet() -> Iterator[None]:
     """Keep the libraries' progress bars and advice off the terminal; we say what matters.
 
-    Of blocks that overlap, in one thread or several, the last to end brings them back.
+    If blocks overlap, in one thread or several, the last to end restores them.
     """
     _silence.begin()
     try:
@@ -47,7 +47,7 @@ def quiet() -> Iterator[None]:
 
 
 class _Silence:
-    """How many blocks want it, and what brings the libraries' voices back."""
+    """How many blocks want silence, and how to end it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -63,7 +63,8 @@ class _Silence:
             self._wanted += 1
             if self._wanted > 1:
                 return
-            # transformers switches the hub's bars along with its own; what is first comes last
+            # transformers switches the hub's bars along with its own. So the hub's are pushed
+            # first, and restored last: an exit stack unwinds backwards.
             off = hub.are_progress_bars_disabled()
             self._before.callback(hub.disable_progress_bars if off else hub.enable_progress_bars)
             libraries: tuple[Any, ...] = (diffusers_logging, transformers_logging)

@@ -20,6 +20,7 @@ import ipdiverse
 from ipdiverse.adapter.attach import face_embeddings
 from ipdiverse.base import bases, memory
 from ipdiverse.base.memory import Device, MemoryOptions
+from ipdiverse.base.pipelines import load_unet
 from ipdiverse.base.presets import PRESETS
 from ipdiverse.cli import main
 from ipdiverse.training.frozen import open_encoders
@@ -119,6 +120,21 @@ def test_training_reads_a_presets_encoders(cache: Path) -> None:
     encoders = open_encoders("sd15-plus")
     assert encoders.image([models.picture(0)])["hidden"].shape[-1] == models.CLIP_WIDTH
     assert encoders.pipe.safety_checker is None
+
+
+def test_a_unet_that_was_left_for_later_is_the_same(cache: Path) -> None:
+    whole = ipdiverse.load_base("sd15").pipe.unet
+    pipe = ipdiverse.load_base("sd15", unet=False).pipe
+    assert {weight.device.type for weight in pipe.unet.parameters()} == {"meta"}
+    assert pipe.unet.config.sample_size == whole.config.sample_size
+    load_unet(pipe)
+    loaded = pipe.unet
+    assert not loaded.training
+    assert all(
+        torch.equal(weight, loaded.state_dict()[n]) for n, weight in whole.state_dict().items()
+    )
+    load_unet(pipe)
+    assert pipe.unet is loaded, "it is loaded once"
 
 
 def test_an_encoder_published_without_preprocessing_opens_by_its_hub_id(cache: Path) -> None:

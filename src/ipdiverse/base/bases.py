@@ -43,7 +43,7 @@ SHIPPED_ADAPTERS = {
     "ip-adapter_critters": "base-plain",
     "ip-adapter-plus_critters": "self-none",
 }
-"""Adapters in the package, and the arm of `workshop.arms` that each one is."""
+"""Adapters in the package, and the arm of `training.arms` that each is."""
 ADAPTERS = {
     "diverse": "ip-adapter-diverse_critters",
     "plus": "ip-adapter-plus_critters",
@@ -51,7 +51,7 @@ ADAPTERS = {
 }
 """Short names of adapters in the package."""
 DEFAULT_ADAPTER = "diverse"
-"""The adapter of critters unless another is named."""
+"""What prompts critters unless something else is asked for."""
 
 
 @dataclass(frozen=True)

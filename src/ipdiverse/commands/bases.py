@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Bases:
-    """List the bases that go by one word: size, what is in the local cache, licence, link.
+    """List the bases that have a short name: size, whether they are downloaded, licence, link.
 
     Args:
         json: Print everything as JSON.
@@ -22,7 +22,7 @@ class Bases:
     json: bool = False
 
     def run(self) -> None:
-        """Look into the cache and print; connects to nothing."""
+        """Look into the local cache and print; connects to nothing."""
         from ipdiverse.base.presets import PRESETS
 
         presets = [_described(preset) for preset in PRESETS.values()]
@@ -32,7 +32,7 @@ class Bases:
         say("critters: in the package, nothing to download")
         for preset in presets:
             say("\n" + _as_text(preset))
-        say("\nSizes are approximate. Presets share files: what one has, the next need not fetch.")
+        say("\nSizes are approximate. Presets share files, which are downloaded once.")
 
 
 def _described(preset: Preset) -> dict[str, Any]:

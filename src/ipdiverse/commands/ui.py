@@ -15,8 +15,14 @@ PASSWORD = "IPDIVERSE_UI_PASSWORD"  # noqa: S105 - the variable's name
 
 
 @dataclass(frozen=True)
-class Ui(Options):
-    """Open the web page, on this machine alone unless told otherwise."""
+class Ui:
+    """Open the web page; only this machine can reach it, unless you set --host.
+
+    Args:
+        page: How it is served.
+    """
+
+    page: Options = Options()  # noqa: RUF009 - it is frozen
 
     def run(self) -> None:
         """Serve until Ctrl-C."""
@@ -29,10 +35,10 @@ class Ui(Options):
         from ipdiverse.ui.safety import is_loopback
         from ipdiverse.ui.server import serve
 
-        password = self.password or os.environ.get(PASSWORD, "")
-        if not password and not is_loopback(self.host) and sys.stdin.isatty():
+        options = self.page
+        password = options.password or os.environ.get(PASSWORD, "")
+        if not password and not is_loopback(options.host) and sys.stdin.isatty():
             from getpass import getpass
 
-            password = getpass(f"password for {self.user}: ")
-        options = replace(self, password=password)
-        serve(options, lambda url: say(f"open {url} (Ctrl-C ends it)"))
+            password = getpass(f"password for {options.user}: ")
+        serve(replace(options, password=password), lambda url: say(f"open {url} (Ctrl-C ends it)"))

@@ -1,7 +1,7 @@
 """How close images are to the reference and to the prompt, in words and as a small plot.
 
-Cosines say nothing to a reader, and mean something else for every encoder. So closeness to the
-reference is told in bands, and closeness to the prompt by rank: of other texts, how many fit the
+A cosine tells a reader nothing, and every encoder has its own scale of them. So closeness to the
+reference is told in bands, and closeness to the prompt as a rank: how many of other texts fit the
 image less well.
 """
 
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Bands:
-    """Where an encoder's cosines begin to mean something.
+    """Cosines of an encoder from which images are related, close, and copies.
 
     Args:
         related: The same kind of subject.
-        close: Hardly ever reached by other pictures of the same subject.
-        copy: As two drawings of the very same scene.
+        close: Other pictures of the same subject are seldom so close.
+        copy: Two drawings of the very same scene.
         narrow: Mean cosine over the pairs of a set above which its images are alike.
     """
 
@@ -52,7 +52,7 @@ BANDS = Bands(related=0.6, close=0.75, copy=COPY, narrow=0.85)
 """For CLIP image encoders of other bases; rough."""
 
 SHOWN, PARTLY = 0.93, 0.8
-"""Shares of other texts that fit less well from which an image shows the prompt, or part of it.
+"""An image shows the prompt, or part of it, if so many of the other texts fit it less well.
 Rendered critters that show a one-attribute prompt reach 0.94 and more, others 0.56 to 0.91."""
 
 _COPY, _CLOSE, _RELATED, _FAR = (
@@ -68,14 +68,14 @@ _OTHER_TEXTS = tuple(
 
 @dataclass(frozen=True)
 class Closeness:
-    """What an encoder sees.
+    """What an encoder sees in a set.
 
     Args:
         reference: Each image's cosine to the nearest reference.
-        prompt: Share of other texts that fit each image less well; None where there is no prompt,
-            or nothing that reads text.
+        prompt: Share of other texts that fit each image less well; None without a prompt, or
+            without an encoder of text.
         alike: Mean cosine over all pairs; None for a single image.
-        bands: What these cosines mean.
+        bands: Of the encoder.
     """
 
     reference: tuple[float, ...]
@@ -89,18 +89,18 @@ class Closeness:
         return self.alike is not None and self.alike > self.bands.narrow
 
     def words(self, number: int) -> str:
-        """What image `number` is like."""
+        """Image `number`, as in `close to the reference; shows the prompt`."""
         said = reference_words(self.reference[number], self.bands)
         return said if self.prompt is None else f"{said}; {prompt_words(self.prompt[number])}"
 
     def summary(self) -> str:
-        """What all are like, in two sentences or three."""
+        """All of them, in two or three sentences."""
         told = [reference_words(value, self.bands) for value in self.reference]
         parts = [_counted(told)]
         if self.prompt is not None:
             parts.append(_counted([prompt_words(value) for value in self.prompt]))
         if self.alike is not None:
-            parts.append(f"Among each other they are {'much alike' if self.narrow else 'varied'}.")
+            parts.append(f"The images are {'much alike' if self.narrow else 'varied'}.")
         return " ".join(parts)
 
 
@@ -125,7 +125,7 @@ def judged(
     references: Sequence[Image.Image],
     request: Request,
 ) -> Closeness | None:
-    """Look at images with the image encoder that the adapter reads.
+    """Compare images, with the image encoder that the adapter reads.
 
     Args:
         attachment: Of the adapter, on its pipeline.
@@ -134,7 +134,7 @@ def judged(
         request: Its base and prompt.
 
     Returns:
-        None where the adapter reads no image, or its encoder gives no embedding to compare.
+        None where the adapter reads no images, or its encoder has no projection to compare by.
     """
     encoder = attachment.image_encoder
     if encoder is None or not hasattr(encoder, "visual_projection") or not references:
@@ -169,7 +169,7 @@ def _shares(pipe: Any, seen: np.ndarray, prompt: str, embedded: bool) -> tuple[f
 
 @lru_cache(1)
 def _captions() -> tuple[str, ...]:
-    """What other pictures of the embedded world are called."""
+    """Captions of other pictures of the embedded world."""
     from ipdiverse.critters.make import example
 
     return tuple(example(index, 0, "train").text for index in range(96))

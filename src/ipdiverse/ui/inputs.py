@@ -81,9 +81,13 @@ def advanced(installed: Installed, tab: str) -> Advanced:
     choices = list(installed.adapters_of(installed.bases[first]))
     adapter = gr.Dropdown(choices, value=choices[0], label="Adapter", elem_id=f"{tab}-adapter")
     combine = gr.Dropdown(
-        ["concat", "average", "subtract"],
+        [
+            ("all of them together", "concat"),
+            ("their average", "average"),
+            ("the first minus the others", "subtract"),
+        ],
         value="concat",
-        label="How several references are combined",
+        label="Several references",
         elem_id=f"{tab}-combine",
     )
 

@@ -1,9 +1,9 @@
 """Who may ask the page for what: hosts, origins, paths, sizes, passwords; and a private cache.
 
 Gradio's own CORS layer keeps other sites from reading answers of a page on localhost. It does not
-look at the Host header, so a site whose name is made to point at 127.0.0.1 (DNS rebinding) would be
-let in; nor does it stop requests that need no answer, such as uploads. `OwnPageOnly` does both, and
-lets through only the paths that the page itself uses.
+look at the Host header, so it would let in a site whose name points at 127.0.0.1 (DNS rebinding);
+and it does not stop requests whose answer nobody needs, such as uploads. `OwnPageOnly` stops both,
+and lets through only the paths that the page itself uses.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 MAX_REFERENCES = 8
 MAX_UPLOAD = MAX_REFERENCES * MAX_FILE_BYTES
-"""Bytes of one upload: as many references as are taken, each as large as is read."""
+"""Bytes of one upload: the largest number of references, each as large as may be."""
 MAX_BODY = 2**20
 """Bytes of any other request."""
 LOGINS_A_MINUTE = 10
@@ -37,8 +37,9 @@ _PATHS = re.compile(
     r"|/gradio_api/(startup-events|app_id|login_check|token|user|reset|cancel)/?"
     r"|/gradio_api/(upload|upload_progress|queue/join|queue/data|run/predict)/?"
     r"|/gradio_api/heartbeat/\w+"
-    r"|/gradio_api/file=(?![\w+.-]*:/).*"
+    r"|/gradio_api/file=(?![\w+.-]*:/).*"  # else gradio fetches an address
 )
+# gradio's page has inline scripts, and runs `js=` strings by `eval`; nothing is from elsewhere
 _HEADERS = {
     b"content-security-policy": b"default-src 'self'; script-src 'self' 'unsafe-inline' "
     b"'unsafe-eval'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
@@ -65,10 +66,10 @@ def check_binding(host: str, password: str) -> None:
 
     Args:
         host: What the page is bound to.
-        password: Empty where there is none.
+        password: Empty means none.
 
     Raises:
-        ArgumentError: There is none, or one that is soon guessed.
+        ArgumentError: It is missing, or too easy to guess.
     """
     if not is_loopback(host) and not password:
         raise ArgumentError(
@@ -88,16 +89,16 @@ def check_binding(host: str, password: str) -> None:
 
 @contextmanager
 def private_folder() -> Iterator[Path]:
-    """A folder that only this user can open, deleted with all it holds at the end of the block."""
+    """A folder that only this user can open, deleted at the end of the block."""
     with TemporaryDirectory(prefix="ipdiverse-ui-", ignore_cleanup_errors=True) as folder:
         yield Path(folder).resolve()
 
 
 class OwnPageOnly:
-    """ASGI layer that refuses what the page itself would not ask.
+    """ASGI layer that refuses requests which the page itself would not make.
 
     Args:
-        app: What is behind it.
+        app: The layer below.
         loopback: The page is for this machine: only its names are accepted as Host.
     """
 
@@ -120,7 +121,7 @@ class OwnPageOnly:
         await send({"type": "http.response.body", "body": words.encode()})
 
     def refusal(self, scope: Mapping[str, Any]) -> tuple[int, str] | None:
-        """Status and words for what is refused; None lets it through.
+        """Status and words of a refusal; None lets the request through.
 
         Args:
             scope: ASGI's, of an HTTP request.
@@ -140,6 +141,7 @@ class OwnPageOnly:
         return self._too_much(path.rstrip("/"), headers)
 
     def _too_much(self, path: str, headers: Mapping[str, str]) -> tuple[int, str] | None:
+        # a chunked body states no length, and could grow until the disk is full
         size = headers.get("content-length", "")
         if not size.isdecimal():
             return 411, "the size is not stated"

@@ -132,7 +132,7 @@ def picker(sessions: Sessions, tab: str) -> tuple[gr.State, gr.Gallery]:
     """
     chosen = gr.State([])
     upload = gr.File(
-        label="Reference images (JPEG, PNG or WebP). Several act together as one reference.",
+        label="Reference images (several act as one): JPEG, PNG, WebP",
         file_count="multiple",
         file_types=list(SUFFIXES),
         height=130,

@@ -1,4 +1,4 @@
-"""What the hub's errors become: one line each, with what mends it."""
+"""The hub's errors become one line each, with a fix."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ def test_summaries_read_as_sentences() -> None:
     told = seen(0.1, 0.2, 0.9, prompt=(1.0, 1.0, 1.0)).summary()
     assert told == (
         "2 are unlike the reference, 1 is almost a copy of the reference. "
-        "All 3 show the prompt. Among each other they are varied."
+        "All 3 show the prompt. The images are varied."
     )
     assert seen(0.3, prompt=(0.85,)).summary() == (
         "It is related to the reference. It shows part of the prompt."
