@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -185,8 +186,8 @@ def main() -> None:
     for size in sizes:
         for name in chosen.cells:
             encode = name == "repeated"
-            stock = lambda s=size, e=encode: arms.run_stock(s, e)  # noqa: E731
-            ours = lambda s=size, e=encode: arms.run_ours(s, e)  # noqa: E731
+            stock = partial(arms.run_stock, size, encode)
+            ours = partial(arms.run_ours, size, encode)
             cell = {"size": size, "what": CELLS[name]}
             cell |= ratio(stock, ours, chosen.rounds)
             cell |= {"stock_gflop": flops(stock) / 1e9, "ours_gflop": flops(ours) / 1e9}

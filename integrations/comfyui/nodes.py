@@ -244,7 +244,7 @@ def _require_ipdiverse() -> None:
         RuntimeError: It is not installed.
     """
     try:
-        import ipdiverse  # noqa: F401
+        import ipdiverse  # noqa: F401 - only whether it can be imported
     except ImportError as error:
         raise RuntimeError(
             "ipdiverse is not installed in ComfyUI's Python: install it there with pip."

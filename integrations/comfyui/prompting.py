@@ -146,6 +146,7 @@ class ImagePrompt:
         """
         from ipdiverse.errors import ModelError
 
+        # all layers of a call get the same tensor: the steps are searched once a call
         sigmas = options["sigmas"]
         if self._now is not None and self._now[0] is sigmas:
             return self._now[1]
@@ -223,6 +224,7 @@ class ImagePrompt:
     def _on(self, like: Tensor) -> ImagePromptAdapter:
         """A copy of the adapter on the model's device, in its dtype."""
         if self._placed is None or self._placed[:2] != (like.device, like.dtype):
+            # a copy: other nodes of the workflow may use the same adapter
             placed = copy.deepcopy(self.adapter).to(like.device, like.dtype).eval()
             self._placed = (like.device, like.dtype, placed)
         return self._placed[2]
@@ -247,6 +249,7 @@ def prompted(model: Any, sites: Sequence[Site], prompt: ImagePrompt) -> Any:
     for site in sites:
         if not prompt.scale.by_step and prompt.scale.at(site.layer, 0.0) == 0:
             continue
+        # ComfyUI keys a patch by block and place in it, or by the block alone
         earlier = before.get((*site.block, site.index), before.get(site.block))
         patch = _replacement(prompt, site.layer, earlier or _attention)
         patched.set_model_attn2_replace(patch, *site.block, site.index)

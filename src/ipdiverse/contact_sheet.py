@@ -163,6 +163,7 @@ def _fit(image: Image.Image, cell: int) -> Image.Image:
     if longest < PIXEL_ART_SIDE and factor * longest >= WELL_FILLED * cell:
         size = (image.width * factor, image.height * factor)
         return to_rgb(image).resize(size, Image.Resampling.NEAREST)
+    # at least a pixel: a picture may be a thousand times as long as it is high
     width, height = (max(1, round(side * cell / longest)) for side in image.size)
     return to_rgb(image).resize((width, height), Image.Resampling.LANCZOS)
 

@@ -48,7 +48,7 @@ def save_png(image: Image.Image, path: AnyPath, record: Mapping[str, Any]) -> No
     chunks = PngImagePlugin.PngInfo()
     chunks.add_itxt(RECORD_KEY, _as_json(record))
     chunks.add_itxt(SUMMARY_KEY, _summary(record))
-    buffer = io.BytesIO()
+    buffer = io.BytesIO()  # in memory first: the file is then written whole or not at all
     try:
         image.save(buffer, "PNG", pnginfo=chunks)
     except (OSError, ValueError) as error:
@@ -158,6 +158,7 @@ def _find_record(file: IO[bytes], path: AnyPath) -> bytes | None:
 
 def _text_of(body: bytes, path: AnyPath) -> bytes:
     """Source: PNG specification, third edition, 11.3.3.4: flag, method, language, keyword, text."""
+    # `save_png` does not compress, but tools that optimise PNGs may
     compressed, rest = body[:1] == b"\x01", body[2:]
     text = rest.split(b"\0", 2)[-1]
     if not compressed:

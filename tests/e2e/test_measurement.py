@@ -152,8 +152,8 @@ def test_the_demo_page_holds_everything(tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["check", "--images", "0"],
-        ["check", "--guidance", "nan"],
+        ["gates", "--images", "0"],
+        ["gates", "--guidance", "nan"],
         ["copier", "--pairs", "0"],
         ["copier", "--images", "1"],
         ["copier", "--scales", "nan"],
@@ -175,5 +175,5 @@ def test_a_report_that_cannot_be_written_is_refused_before_measuring(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("in the way")
-    assert workshop(["check", "--out", str(tmp_path / "file" / "x.json")]) == 2
+    assert workshop(["gates", "--out", str(tmp_path / "file" / "x.json")]) == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -555,7 +555,8 @@ def test_an_attention_that_was_chosen_is_used(monkeypatch: pytest.MonkeyPatch) -
     )
     patched = applied(model_of("sd1"), adapter_of("sd1"))
     sampled(patched, steps=1)
-    assert all("transformer_options" not in options for options in given)
+    assert given
+    assert not any("transformer_options" in options for options in given)
     patched.model_options["transformer_options"]["optimized_attention_override"] = print
     sampled(patched, steps=1)
     assert given[-1]["transformer_options"]["optimized_attention_override"] is print

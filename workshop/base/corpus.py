@@ -55,6 +55,7 @@ class Corpus:
 
 def to_pixels(images: np.ndarray) -> Tensor:
     """uint8 (batch, size, size, 3) to float32 (batch, 3, size, size) in -1..1, channels last."""
+    # a copy: a memory-mapped array is read-only, which torch does not support
     return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
 
@@ -107,6 +108,6 @@ def encoded_once(file: Path, corpus: Corpus, encode: Callable[[Tensor], Tensor])
 
 def save_array(file: Path, array: np.ndarray) -> None:
     """Write an array whole or not at all."""
-    temporary = file.with_suffix(".partial.npy")
+    temporary = file.with_suffix(".partial.npy")  # np.save appends .npy to any other suffix
     np.save(temporary, array)
     temporary.replace(file)

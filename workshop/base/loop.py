@@ -93,7 +93,7 @@ class StageRun:
     def _resume(self) -> None:
         if not self._state_file.exists():
             return
-        state = torch.load(self._state_file, weights_only=True)
+        state = torch.load(self._state_file, weights_only=True)  # runs no pickled code
         with torch.no_grad():
             for mine, saved in zip(self.parameters, state["parameters"], strict=True):
                 mine.copy_(saved)
@@ -143,10 +143,12 @@ class StageRun:
         loss, details = self.objective.loss(rng)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        # a batch that overflowed changes no weights, but counts: seeds follow the step number
         if torch.isfinite(norm):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        # a shorter average at first, or the random weights would stay in it for long
         decay = min(self.schedule.ema, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
         return float(loss.detach()), details

@@ -67,5 +67,6 @@ def reading_loss(logits: list[Tensor], attributes: Tensor, weights: Tensor | Non
 
 def read_frozen(reader: nn.Module, latents: Tensor) -> list[Tensor]:
     """Logits whose gradient reaches the latents but not the reader."""
+    # detached, not `requires_grad_(False)`: the same step trains the reader by its own loss
     fixed = {name: tensor.detach() for name, tensor in reader.state_dict().items()}
     return functional_call(reader, fixed, (latents,))

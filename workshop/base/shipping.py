@@ -15,7 +15,7 @@ from ipdiverse.writing import write_bytes_atomic, write_text_atomic
 from workshop.base import architecture
 from workshop.base.stages import STAGES, revision, stage_model
 
-_LARGEST_FILE = "12MB"
+_LARGEST_FILE = "12MB"  # larger weights are split: no shipped file is over 16 MB
 
 
 def assemble(folder: Path, target: Path) -> None:
@@ -58,6 +58,7 @@ def assemble(folder: Path, target: Path) -> None:
     _edit_json(temporary / "text_encoder" / "config.json", pooled_in_image_space=True)
     for config in temporary.rglob("config.json"):
         _forget_path(config)
+    # two renames: a folder cannot be renamed onto one that is not empty
     replaced = target.with_name(target.name + ".replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     if target.exists():

@@ -107,7 +107,7 @@ def train_stage(stage: str, folder: Path, recipe: BaseRecipe) -> None:
     run.train()
     temporary = folder / stage / "model.partial"
     _SAVERS[stage](objective, temporary)
-    temporary.rename(target)
+    temporary.rename(target)  # in one step: the folder says that the stage is finished
 
 
 def note_run(folder: Path, step: int, settings: dict[str, Any]) -> None:

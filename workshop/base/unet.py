@@ -128,6 +128,7 @@ def text_states(
     text: CLIPTextModel, tokenizer: CLIPTokenizer, captions: list[str], dropped: Tensor
 ) -> Tensor:
     """Hidden states of captions, (batch, tokens, width); those of "" where they are dropped."""
+    # "" and not zeros: it is what guidance compares with when images are drawn
     kept = ["" if drop else words for drop, words in zip(dropped, captions, strict=True)]
     with autocast():
         return text(tokenize(tokenizer, kept)).last_hidden_state.float()
@@ -206,6 +207,7 @@ class UnetObjective:
         self.text = text.eval().requires_grad_(False)
         self.scheduler, self.corpus, self.latents, self.batch = scheduler, corpus, latents, batch
         self._hidden: dict[str, Tensor] = {}
+        # the loss needs features that the UNet does not return
         block: Any = modules.unet.up_blocks[0]
         block.register_forward_hook(lambda _, __, output: self._hidden.update(middle=output))
         unet = modules.unet

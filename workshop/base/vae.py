@@ -57,6 +57,7 @@ class VaeObjective:
             latents = posterior.sample().float()
             spread = latents.detach().std()
             off = OFF * torch.rand((self.batch, 1, 1, 1), generator=rng) * spread
+            # one strength for each image, so that sharp latents are decoded as well
             blurred = latents + off * torch.randn(latents.shape, generator=rng)
             decoded = self.module.vae.decode(blurred).sample.float()
             logits = self.module.reader(_drowned(latents / latents.std(), rng))

@@ -24,7 +24,7 @@ from ipdiverse.errors import ArgumentError, check_range
 from ipdiverse.seeding import derived_seed
 from ipdiverse.writing import ensure_writable_folder, write_text_atomic
 
-_CHUNK = 250
+_CHUNK = 250  # scenes of one task: enough that starting it costs little
 
 
 def make_dataset(
@@ -120,6 +120,7 @@ def example(index: int, seed: int, split: str, edits: float = 0.0) -> Example:
 def png(scene: Scene, seed: int, size: int = 64) -> bytes:
     """A render as a PNG file."""
     buffer = BytesIO()
+    # half the time of the default level, for files a little larger
     Image.fromarray(render(scene, seed, size)).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
 

@@ -218,6 +218,7 @@ def _body(
     for dx in (-0.4, 0.4):
         yield Ellipse(x + dx * r, y + 0.95 * r, 0.28 * r, 0.16 * r), dark
     outline = _outline(scene.shape, x, y, r)
+    # a dark rim, so that a green critter is seen in a meadow
     yield shapes.grown(outline, 0.012), dark
     yield outline, colour
     mark = _shade(colour, 0.55)

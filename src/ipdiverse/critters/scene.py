@@ -158,7 +158,7 @@ def sample_scene(
     if split is not None and split not in SPLITS:
         raise ValueError(f"split is {split!r}; expected one of {', '.join(SPLITS)}")
     fixed = dict(given or {})
-    for _ in range(10_000):
+    for _ in range(10_000):  # about one draw in ten is of the rarest split
         known = dict(fixed)
         for name in ATTRIBUTES:
             if name not in known:
@@ -183,6 +183,7 @@ def _cumulative(name: str, place: str | None, item: str | None) -> np.ndarray:
 
 @cache
 def _split_of_subject(subject: str) -> str:
+    # not `hash`, which differs from one process to the next
     bucket = hashlib.sha256(subject.encode()).digest()[0] % 10
     return {0: "test", 1: "validation"}.get(bucket, "train")
 

@@ -184,5 +184,5 @@ def paint(canvas: np.ndarray, shape: Shape, colour: tuple[float, float, float]) 
     distance = shape.distance(centres[None, x0:x1], centres[y0:y1, None])
     coverage = 0.5 - distance * size
     np.minimum(np.maximum(coverage, 0, out=coverage), 1, out=coverage)
-    region = canvas[y0:y1, x0:x1]
+    region = canvas[y0:y1, x0:x1]  # a view, so the canvas changes too
     region += coverage[..., None] * (np.array(colour, np.float32) - region)
