@@ -2,8 +2,8 @@
 
     python benchmarks/attention.py [--rounds 7]
 
-What `training.activation_memory.fast_backward` chooses by. A ratio above 1 says that the fused one is
-faster.
+`training.activation_memory.fast_backward` chooses by these figures. A ratio above 1 says that the
+fused one is faster.
 """
 
 from __future__ import annotations
