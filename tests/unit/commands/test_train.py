@@ -73,7 +73,7 @@ def test_the_commands_hold_what_their_flags_say(parsed: list[Any]) -> None:
     train, embed, prepare = parsed
     assert (train.training, train.root) == (TrainConfig(data="d", out="o", tokens=8), "r")
     assert (embed.cache, embed.cache_images) == (CacheConfig(base="b", flip=True), "pooled")
-    assert (prepare.options, prepare.out) == (PrepareOptions(square="pad", n=3), "o")
+    assert (prepare.data, prepare.out) == (PrepareOptions(square="pad", n=3), "o")
 
 
 @pytest.mark.parametrize(

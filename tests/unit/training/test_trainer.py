@@ -37,9 +37,9 @@ from ipdiverse.errors import (
     OutputError,
 )
 from ipdiverse.training import build, checkpoints
-from ipdiverse.training.build import initial_adapter, open_accelerator
+from ipdiverse.training.build import initial_adapter, learning_rate, open_accelerator
 from ipdiverse.training.config import RENAMED, TrainConfig
-from ipdiverse.training.trainer import Trainer, learning_rate, train
+from ipdiverse.training.trainer import Trainer, train
 from tests import models
 
 

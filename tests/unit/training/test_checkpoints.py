@@ -8,8 +8,8 @@ import pytest
 
 from ipdiverse.errors import ArgumentError, OutputError
 from ipdiverse.training.build import open_accelerator
+from ipdiverse.training.checkpoints import LOG, tracking
 from ipdiverse.training.config import TrainConfig
-from ipdiverse.training.tracking import LOG, tracking
 
 if TYPE_CHECKING:
     from pathlib import Path
