@@ -141,7 +141,5 @@ class RowReader:
         return self._open[shard]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            "rows": self.rows,
-            "_open": OrderedDict(),
-        }  # each worker process opens its own files
+        # open files cannot be pickled: each worker process opens its own
+        return {"rows": self.rows, "_open": OrderedDict()}
