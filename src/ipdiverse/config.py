@@ -123,7 +123,7 @@ def read(kind: type[T], content: Mapping[str, Any], where: object = None) -> T:
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
     try:
         return kind(**values)
-    except IpdiverseError as error:  # what only the fields together tell
+    except IpdiverseError as error:  # of several fields together
         raise ArgumentError(str(error), where=where) from error
 
 
@@ -161,7 +161,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint in (bool, int, float, str, NoneType):  # True is an int to Python, but not to a reader
         kinds = (int, float) if hint is float else hint
         return isinstance(value, kinds) and isinstance(value, bool) == (hint is bool)
-    return True  # a type that files do not hold; whoever builds it checks it
+    return True  # other types do not come from files; their own class checks them
 
 
 def _expected(hint: Any) -> str:

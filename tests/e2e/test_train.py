@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from ipdiverse.cli import main
+from ipdiverse.commands.train import IGNORED_FLAGS, ORIGINAL_FLAGS
 from ipdiverse.critters.make import make_dataset
-from ipdiverse.training.config import IGNORED_FLAGS, ORIGINAL_FLAGS
 
 if TYPE_CHECKING:
     import pytest
@@ -25,8 +25,8 @@ def test_from_a_folder_of_images_to_pictures(
     data, run, out = (str(tmp_path / name) for name in ("data", "run", "out"))
     config = tmp_path / "run.toml"
     config.write_text(
-        "steps = 3\nbatch = 4\nwidth = 64\ndepth = 1\nheld_out = 2\nvalidate_every = 3\n"
-        "validation_images = 2\nvalidation_steps = 2\n"
+        "steps = 3\nbatch = 4\nwidth = 64\ndepth = 1\nnum_validation_images = 2\n"
+        "validate_every = 3\nnum_images_per_prompt = 2\nvalidation_steps = 2\n"
     )
     assert main(["prepare", str(tmp_path / "critters"), "--out", data]) == 0
     assert main(["embed", data]) == 0

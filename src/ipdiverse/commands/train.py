@@ -45,13 +45,13 @@ class Prepare:
     Args:
         source: A folder, a list (.jsonl, .csv, .json), a .tar, a hub id, or `critters`.
         out: Target folder, new or of an interrupted run.
-        options: How the source is read and what is kept of it.
+        data: How the source is read and what is kept of it.
         json: Print the report as JSON.
     """
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     out: str
-    options: PrepareOptions = field(default_factory=PrepareOptions)
+    data: PrepareOptions = field(default_factory=PrepareOptions)
     json: bool = False
 
     def run(self) -> None:
@@ -59,7 +59,7 @@ class Prepare:
         from ipdiverse.data.doctor import as_text
         from ipdiverse.data.prepare import prepare
 
-        report = prepare(self.source, Path(self.out), self.options)
+        report = prepare(self.source, Path(self.out), self.data)
         say_json(report) if self.json else say(as_text(report))
 
 

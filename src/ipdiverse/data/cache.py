@@ -1,7 +1,7 @@
 """Shards: rows of tensors computed once, kept in safetensors files that are whole or absent.
 
-Each shard carries the key of what it was computed from. One whose key is another is computed again,
-so a shard is never silently stale, and an interrupted run repeats at most the shard it was in.
+Each shard carries a key of everything that it was computed from. If the key differs it is computed
+again, so a shard is never silently stale, and an interrupted run repeats at most one shard.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _OPEN_FILES = 128
 
 @dataclass(frozen=True)
 class Rows:
-    """What a set of shards holds: one row of tensors for each of `contents`.
+    """A set of shards with one row of tensors for each of `contents`.
 
     Args:
         folder: Where the shards are.
         name: What their names begin with.
-        contents: What each row is computed from, as text: hashes of files, captions.
-        settings: What else decides the rows: weights of encoders, preprocessing.
+        contents: What each row is computed from, as text: a hash of a file, or a caption.
+        settings: What all rows depend on: weights of encoders, preprocessing.
         size: Rows in a shard.
     """
 
@@ -63,13 +63,13 @@ class Rows:
         return range(shard * self.size, min((shard + 1) * self.size, len(self)))
 
     def key(self, shard: int) -> str:
-        """64 hexadecimal digits of everything that decides a shard."""
+        """64 hexadecimal digits of everything that a shard depends on."""
         span = self.span(shard)
         content = [self.settings, *self.contents[span.start : span.stop]]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def is_done(self, shard: int) -> bool:
-        """Whether a shard is there, whole, and computed from just this."""
+        """Whether a shard exists, is whole, and was computed from these contents and settings."""
         try:
             with safe_open(self.file(shard), "pt") as file:
                 return (file.metadata() or {}).get("key") == self.key(shard)
@@ -141,4 +141,5 @@ class RowReader:
         return self._open[shard]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"rows": self.rows, "_open": OrderedDict()}  # each worker opens files of its own
+        # open files cannot be pickled: each worker process opens its own
+        return {"rows": self.rows, "_open": OrderedDict()}

@@ -1,4 +1,4 @@
-"""The doctor's report on a data set: what is in it, and what will hurt training."""
+"""The report on a data set: what it contains, and what will hurt training."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def examine(records: Sequence[Record], bad: Sequence[dict[str, str]]) -> dict[st
     """Count and measure.
 
     Args:
-        records: What can be used, at least one.
-        bad: What cannot: `source` and `reason` of each.
+        records: Images that can be used, at least one.
+        bad: `source` and `reason` of each that cannot.
 
     Returns:
         `images`, `bad`, `sizes`, `duplicates`, `captions`, `subjects`, `references`, and
@@ -51,7 +51,7 @@ def as_text(report: dict[str, Any]) -> str:
         f"{captions['distinct']} different captions of {captions['median_words']:.0f} words, "
         f"{captions['missing']} missing, {captions['long']} too long",
         f"{subjects['count']} subjects, {subjects['single']} of them with one image; "
-        f"{report['references']} images have a reference of their own",
+        f"{report['references']} images have their own reference",
         *(f"bad: {item['source']}: {item['reason']}" for item in report["bad"]["examples"]),
         *(f"advice: {line}" for line in report["advice"]),
     ]
@@ -76,10 +76,7 @@ def _duplicates(records: Sequence[Record]) -> dict[str, Any]:
     for record in records:
         groups.setdefault(record.sha256, []).append(record.source)
     several = [names for names in groups.values() if len(names) > 1]
-    return {
-        "images": sum(len(names) - 1 for names in several),
-        "examples": several[:_EXAMPLES],
-    }
+    return {"images": sum(map(len, several)) - len(several), "examples": several[:_EXAMPLES]}
 
 
 def _captions(records: Sequence[Record]) -> dict[str, Any]:
@@ -102,49 +99,28 @@ def _subjects(records: Sequence[Record]) -> dict[str, Any]:
         "count": len(counts),
         "single": sum(count == 1 for count in counts.values()),
         "without": sum(record.subject is None for record in records),
-        "largest": counts.most_common(1)[0][1] if counts else 0,
+        "largest": max(counts.values(), default=0),
     }
 
 
 def _advice(report: dict[str, Any]) -> list[str]:
     """What will hurt training, worst first."""
     images, captions, subjects = report["images"], report["captions"], report["subjects"]
-    paired = subjects["count"] > subjects["single"] or report["references"]
-    found = [
-        (
-            captions["missing"] == images,
-            "No image has a caption: the text will mean nothing to the adapter.",
-        ),
-        (
-            0 < captions["missing"] < images,
-            f"Captions that are missing, and train as empty prompts: {captions['missing']}.",
-        ),
-        (
-            images > 1 and captions["distinct"] == 1 and not captions["missing"],
-            f"All captions are alike ({captions['most_common']!r}): "
-            "the adapter cannot learn what text is for.",
-        ),
-        (
-            captions["long"] > 0,
-            f"Captions of over {LONG_WORDS} words, whose ends are cut: {captions['long']}.",
-        ),
-        (
-            not paired,
-            "No image has another of its subject: references can only be the image itself, "
-            "augmented, which teaches more copying than pairs do.",
-        ),
-        (
-            bool(paired) and subjects["single"] > 0,
-            f"Subjects with one image, which cannot be paired: {subjects['single']}.",
-        ),
-        (
-            report["duplicates"]["images"] > 0,
-            f"Images that repeat another: {report['duplicates']['images']}; drop them, or some "
-            "scenes count twice.",
-        ),
-        (
-            report["sizes"]["small"] > 0,
-            f"Images with a side under {_SMALL_SIDE} px: {report['sizes']['small']}.",
-        ),
-    ]
-    return [line for holds, line in found if holds]
+    missing, long, single = captions["missing"], captions["long"], subjects["single"]
+    copies, small = report["duplicates"]["images"], report["sizes"]["small"]
+    paired = bool(subjects["count"] > single or report["references"])
+    alike = images > 1 and captions["distinct"] == 1 and not missing
+    advice = {
+        "No image has a caption: the adapter cannot learn from text.": missing == images,
+        f"Captions that are missing, and train as empty prompts: {missing}.": 0 < missing < images,
+        f"All captions are alike ({captions['most_common']!r}): the adapter cannot learn what text "
+        "is for.": alike,
+        f"Captions of over {LONG_WORDS} words, whose ends are cut: {long}.": long > 0,
+        "No image has another of its subject: references can only be the image itself, augmented, "
+        "which teaches more copying than pairs do.": not paired,
+        f"Subjects with one image, which cannot be paired: {single}.": paired and single > 0,
+        f"Images that repeat another: {copies}; remove them, or some scenes count twice.": copies
+        > 0,
+        f"Images with a side under {_SMALL_SIDE} px: {small}.": small > 0,
+    }
+    return [sentence for sentence, holds in advice.items() if holds]

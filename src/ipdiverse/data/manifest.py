@@ -55,7 +55,7 @@ class Source:
 
     Args:
         kind: One of `sources.KINDS`.
-        count: How many items; None when only reading tells.
+        count: How many items; None when it is known only after reading them.
         items: Yields them, each time from the first, in the same order.
     """
 
@@ -70,13 +70,13 @@ class Record:
 
     Args:
         file_name: The image, relative to the manifest's folder.
-        text: Its caption; "" when there is none.
-        subject: Whom or what it shows; images of one subject may be each other's references.
+        text: Its caption; "" when it has none.
+        subject: Who or what it shows; images of one subject may be each other's references.
         reference: The record's own image prompt, relative to the folder, or None.
         sha256: Of the pixels (`image_io.content_hash`), 64 hexadecimal digits.
         width: In pixels, upright.
         height: In pixels, upright.
-        source: What it was called where it came from.
+        source: Its name in the source.
     """
 
     file_name: str
@@ -143,7 +143,7 @@ def read_file(root: Path, name: str) -> bytes:
     path = inside(root, name)
     try:
         if not path.is_file():
-            raise DataError("there is no such file", where=name)
+            raise DataError("does not exist", where=name)
         with path.open("rb") as file:
             return file.read(MAX_FILE_BYTES + 1)
     except OSError as error:

@@ -3,10 +3,10 @@
     OUT/images/3f/3fa1….jpg   every image once, named by what it shows
     OUT/metadata.jsonl        the manifest
     OUT/quarantine.jsonl      what could not be used, each with its reason
-    OUT/report.json           the doctor's report
+    OUT/report.json           counts, and advice on what will hurt training
 
-Each finished image is noted in a journal, so an interrupted run goes on where it was; the manifest
-appears when everything is there.
+Each finished image is noted in a journal, so an interrupted run is resumed; the manifest is written
+last.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ JOURNAL, SETTINGS, QUARANTINE, REPORT = (
 )
 _CHUNK = 64
 _FEWEST = 20
-"""Items before the share of bad ones means anything, when the source does not know its size."""
+"""Items before the share of bad ones is judged, when the source does not know its size."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,10 @@ class PrepareOptions(SourceOptions):
 
 @dataclass(frozen=True)
 class Bad:
-    """Something that could not be used.
+    """An image that could not be used.
 
     Args:
-        source: What it was called where it came from.
+        source: Its name in the source.
         reason: Why, one line.
     """
 
@@ -85,7 +85,7 @@ def prepare(source: str, out: Path, options: PrepareOptions) -> dict[str, Any]:
         options: How.
 
     Returns:
-        The doctor's report (`doctor.examine`).
+        The report (`doctor.examine`).
 
     Raises:
         DataError: The source cannot be read, nothing in it is good, too much of it is bad, or the
@@ -113,12 +113,12 @@ def prepare(source: str, out: Path, options: PrepareOptions) -> dict[str, Any]:
 
 
 def _claim(out: Path, settings: dict[str, Any]) -> None:
-    """Note what the folder is prepared from; refuse a folder of something else."""
+    """Note what the folder is prepared from; refuse a folder prepared from something else."""
     file = out / SETTINGS
     if not file.is_file():
         write_text_atomic(file, json.dumps(settings, indent=2) + "\n")
         return
-    # an option that came later was at its default before
+    # a folder of an older version lacks newer options, which then had today's default
     before = asdict(PrepareOptions()) | json.loads(file.read_text())
     different = sorted(
         key for key in settings if before.get(key) != settings[key] and key != "max_bad"
@@ -137,7 +137,7 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
 def _run(
     items: Iterator[Item], count: int | None, out: Path, options: PrepareOptions
 ) -> tuple[list[Record], list[Bad]]:
-    """Go through all items, those of the journal without reading them again."""
+    """Go through all items; those of the journal are not read again."""
     from tqdm import tqdm
 
     known = _journal(out / JOURNAL)
@@ -168,7 +168,7 @@ def _run(
 
 
 def _journal(file: Path) -> dict[str, Record | Bad]:
-    """What an interrupted run finished, by name; a last line that was cut off does not count."""
+    """What an interrupted run finished, by name; a last line that was cut off is left out."""
     if not file.is_file():
         return {}
     lines = [line for _, line in json_lines(file) if isinstance(line, dict)]
@@ -217,10 +217,10 @@ def _take(item: Item, out: Path, square: Square) -> Record | Bad:
 
 
 def _store(data: bytes, name: str, out: Path, square: Square) -> tuple[str, Image.Image]:
-    """Write an image, unless it is there, and say what it is called.
+    """Write an image, unless it is there; its name in the folder, and its pixels.
 
-    A file that is used as it is keeps its bytes; its name is then that of its bytes, as one picture
-    may stand in several files.
+    A file that needs no change keeps its bytes. Its name is their hash, not that of its pixels, as
+    several files may show the same picture.
     """
     from ipdiverse.image_io import load_image_bytes
     from ipdiverse.image_io.files import format_of

@@ -1,8 +1,8 @@
 """References that are not the target: which image prompts which target, and how it is changed.
 
 With reference = target, reproducing the reference is the optimum, and the adapter learns to copy.
-The cure is a reference that shows the same subject otherwise: another image of it (`paired`), or
-where there is none, the image itself, changed (`augmented`).
+The remedy is a reference that shows the same subject differently: another image of it (`paired`),
+or the image itself, changed (`augmented`), if it is the only one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ KINDS: tuple[Kind, ...] = ("self", "augmented", "paired")
 
 @dataclass(frozen=True)
 class Choice:
-    """What prompts one target.
+    """The image prompt of one target.
 
     Args:
         file_name: The reference, relative to the manifest's folder.
@@ -47,7 +47,7 @@ class References:
 
     Raises:
         ArgumentError: An unknown kind, or no positive weight.
-        DataError: Only pairs are asked for, and no image has a partner.
+        DataError: Only pairs are asked for, but no image has a partner.
     """
 
     def __init__(self, records: Sequence[Record], weights: Mapping[str, float]) -> None:
@@ -91,7 +91,7 @@ def parse_references(text: str) -> dict[str, float]:
     """`paired`, or `mixed:paired=0.7,augmented=0.3`, as weights.
 
     Raises:
-        ArgumentError: It is neither.
+        ArgumentError: It is something else.
     """
     if text in KINDS:
         return {text: 1.0}
@@ -103,7 +103,7 @@ def parse_references(text: str) -> dict[str, float]:
         weights = {}
     if name != "mixed" or not colon or not weights:
         raise ArgumentError(
-            "is no kind of reference",
+            "is not a kind of reference",
             where="reference",
             expected="self, augmented, paired or mixed:paired=0.7,augmented=0.3",
             found=repr(text),
@@ -114,7 +114,7 @@ def parse_references(text: str) -> dict[str, float]:
 def _checked(weights: Mapping[str, float]) -> dict[Kind, float]:
     if unknown := sorted(set(weights) - set(KINDS)):
         raise ArgumentError(
-            "is no kind of reference",
+            "is not a kind of reference",
             where="reference",
             expected=", ".join(KINDS),
             found=", ".join(unknown),
@@ -132,7 +132,7 @@ def _checked(weights: Mapping[str, float]) -> dict[Kind, float]:
 def _partners(records: Sequence[Record]) -> list[list[str]]:
     """For each image: its own reference, or else the other images of its subject.
 
-    Pixel copies of the image are no partners: they are what pairing is to avoid.
+    Pixel copies of the image are left out: copying them is what pairing must not teach.
     """
     by_subject: dict[str, dict[str, str]] = defaultdict(dict)
     for record in records:
@@ -151,10 +151,10 @@ def _partners(records: Sequence[Record]) -> list[list[str]]:
 
 
 def augment(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Change an image so that it still shows its subject, but cannot be copied for the target.
+    """Change an image so that it still shows its subject, but is a poor copy of the target.
 
-    A crop and a flip always may happen; each of colour, cut-out and background in half of the
-    cases, and at least one of them does.
+    It is cropped, and mirrored in half of the cases; colour, cut-out and background change in half
+    of the cases each, and at least one of them always does.
 
     Args:
         image: RGB, square or not; the size is kept.
@@ -175,7 +175,7 @@ def augment(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 def _crop(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """70 to 100 % of each side, about the middle more than not, back at the full size."""
+    """70 to 100 % of each side, more often about the middle, scaled back to the full size."""
     width, height = image.size
     share = rng.uniform(0.7, 1.0)
     w, h = max(1, round(share * width)), max(1, round(share * height))

@@ -4,7 +4,7 @@
 |---|---|
 | `metadata` | a folder with `metadata.jsonl` or `.csv` (`file_name`, `text`), or such a file |
 | `json` | the original trainer's `output.json`: a list of `image_file` and `text` |
-| `captions` | a folder of images, each with its caption in a `.txt` of the same name, or none |
+| `captions` | a folder of images, each with its caption in a `.txt` of the same name, or without |
 | `subjects` | a folder with one folder of images for each subject |
 | `webdataset` | a `.tar`, or a folder of them: members of one stem are one sample |
 | `hub` | a data set of `datasets`: a hub id, or a local repository of parquet or arrow files |
@@ -91,7 +91,7 @@ def open_source(source: str, options: SourceOptions) -> Source:
 
 
 def kind_of(source: str) -> str:
-    """The kind of a source, told by what is there.
+    """The kind of a source, recognised by its files.
 
     Raises:
         DataError: It is not a source.
@@ -146,31 +146,25 @@ def _folders(path: Path) -> list[Path]:
     return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
-def _images_in(folder: Path) -> list[Path]:
-    """Image files right in a folder, by suffix, in order."""
+def _images_in(folder: Path, pattern: str = "*") -> list[Path]:
+    """Image files of a folder, by suffix, in order; hidden ones are left out."""
+    if not folder.is_dir():
+        raise DataError("is not a folder", where=folder)
     return sorted(
         file
-        for file in folder.iterdir()
+        for file in folder.glob(pattern)
         if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
     )
 
 
 def _captions(folder: Path) -> Source:
     """Every image below the folder; its caption is in the `.txt` of the same name."""
-    if not folder.is_dir():
-        raise DataError("is not a folder", where=folder)
-    files = sorted(
-        file
-        for file in folder.rglob("*")
-        if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
-    )
+    files = _images_in(folder, "**/*")
 
-    def items() -> Iterator[Item]:
-        for file in files:
-            name = file.relative_to(folder).as_posix()
-            yield file_item(folder, name, _caption_of(file))
+    def item(file: Path) -> Item:
+        return file_item(folder, file.relative_to(folder).as_posix(), _caption_of(file))
 
-    return Source("captions", len(files), items)
+    return Source("captions", len(files), lambda: map(item, files))
 
 
 def _caption_of(file: Path) -> str | None:

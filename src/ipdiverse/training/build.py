@@ -1,7 +1,8 @@
-"""What a run is made of, from its config: adapter, samples, optimizer."""
+"""The parts of a run, from its config: adapter, samples, optimizer, learning rate."""
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,7 +120,7 @@ def build_samples(
             embed(folder, encoders, shown, stored)
         data = Embedded(folder, encoders.fingerprint(), shown, stored)
     else:
-        data = Online(folder, encoders, shown)
+        data: Any = Online(folder, encoders, shown)  # cached_property is no property to pyright
     trained = _trained(config, len(data.records))
     references = _references(config.reference, [data.records[index] for index in trained])
     vae = encoders.pipe.vae.config
@@ -146,6 +147,23 @@ def build_optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> torc
             fix="pip install bitsandbytes, or take adamw.",
         ) from error
     return bitsandbytes.optim.AdamW8bit(parameters, **options)
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The learning rate of a step, counted from 0: warm-up, then the schedule.
+
+    A function of the step alone rather than diffusers' `get_scheduler`: a resumed run has no state
+    of it to restore, and `steps` may grow when it is.
+    """
+    warmup = config.lr_warmup_steps
+    warm = min(1.0, (step + 1) / warmup) if warmup else 1.0
+    past = max(0.0, (step - warmup) / max(1, config.steps - warmup))
+    shape = {
+        "constant": 1.0,
+        "linear": 1.0 - past,
+        "cosine": 0.5 * (1 + math.cos(math.pi * past)),
+    }[config.lr_scheduler]
+    return config.learning_rate * warm * shape
 
 
 def open_accelerator(mixed_precision: str) -> Accelerator:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
@@ -94,7 +95,6 @@ class Online:
     ) -> None:
         self.folder, self.encoders, self.preprocessing = folder, encoders, preprocessing
         self.records = read_manifest(folder)
-        self._constants: dict[str, dict[str, Tensor]] = {}
 
     def image(self, file_name: str) -> Image.Image:
         """A stored picture."""
@@ -122,20 +122,15 @@ class Online:
         """See `TrainingData`."""
         return _only(self.encoders.image([self.reference_picture(file_name, change)]))
 
-    @property
+    @cached_property
     def no_text(self) -> dict[str, Tensor]:
         """See `TrainingData`."""
-        return self._constant("text", lambda: self.encoders.text([""]))
+        return _only(self.encoders.text([""]))
 
-    @property
+    @cached_property
     def no_image(self) -> dict[str, Tensor]:
         """See `TrainingData`."""
-        return self._constant("image", self.encoders.no_image)
-
-    def _constant(self, name: str, encode: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        if name not in self._constants:
-            self._constants[name] = _only(encode())
-        return self._constants[name]
+        return _only(self.encoders.no_image())
 
 
 class _Layout:
@@ -200,7 +195,11 @@ class Embedded:
         self._rows = {name: index for index, name in enumerate(layout.files)}
         self._targets, self._texts = RowReader(layout.targets), RowReader(layout.texts)
         self._references = RowReader(layout.references)
-        self._constants = RowReader(layout.constants)[0]
+        constants = RowReader(layout.constants)[0].items()
+        self.no_text, self.no_image = (
+            _floats({n.removeprefix(kind): row for n, row in constants if n.startswith(kind)})
+            for kind in ("text.", "image.")
+        )
 
     def target(self, index: int, variant: int) -> dict[str, Tensor]:
         """See `TrainingData`."""
@@ -214,21 +213,6 @@ class Embedded:
         """See `TrainingData`."""
         rows = self._references[self._rows[file_name]]
         return _floats({name: each[change] for name, each in rows.items()})
-
-    @property
-    def no_text(self) -> dict[str, Tensor]:
-        """See `TrainingData`."""
-        return self._constant("text.")
-
-    @property
-    def no_image(self) -> dict[str, Tensor]:
-        """See `TrainingData`."""
-        return self._constant("image.")
-
-    def _constant(self, prefix: str) -> dict[str, Tensor]:
-        rows = self._constants.items()
-        chosen = {name.removeprefix(prefix): row for name, row in rows if name.startswith(prefix)}
-        return _floats(chosen)
 
 
 def embed(

@@ -24,6 +24,7 @@ from ipdiverse.training.build import (
     build_samples,
     embedding_read,
     initial_adapter,
+    learning_rate,
     open_accelerator,
 )
 from ipdiverse.training.checkpoints import (
@@ -34,11 +35,11 @@ from ipdiverse.training.checkpoints import (
     optimizer_tensors,
     restore_optimizer,
     save_checkpoint,
+    tracking,
 )
 from ipdiverse.training.config import DROPPED, MAY_CHANGE, TrainConfig, todays
 from ipdiverse.training.frozen import FrozenEncoders, open_encoders
 from ipdiverse.training.loss import PromptedUnet
-from ipdiverse.training.tracking import tracking
 from ipdiverse.training.validation import Validation
 from ipdiverse.writing import ensure_writable_folder
 
@@ -336,23 +337,6 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """The learning rate of a step, counted from 0: warm-up, then the schedule.
-
-    A function of the step alone rather than diffusers' `get_scheduler`: a resumed run has no state
-    of it to restore, and `steps` may grow when it is.
-    """
-    warmup = config.lr_warmup_steps
-    warm = min(1.0, (step + 1) / warmup) if warmup else 1.0
-    past = max(0.0, (step - warmup) / max(1, config.steps - warmup))
-    shape = {
-        "constant": 1.0,
-        "linear": 1.0 - past,
-        "cosine": 0.5 * (1 + math.cos(math.pi * past)),
-    }[config.lr_scheduler]
-    return config.learning_rate * warm * shape
 
 
 def _stacked(samples: list[dict[str, Any]], device: torch.device) -> dict[str, Tensor]:

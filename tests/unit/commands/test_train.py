@@ -28,8 +28,12 @@ def toml(folder: Path, text: str) -> Path:
 def parsed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Commands that `main` parsed; none of them runs."""
     found: list[Any] = []
+
+    def keep(command: Any) -> None:
+        found.append(command)
+
     for kind in (cli.Train, cli.Embed, cli.Prepare):
-        monkeypatch.setattr(kind, "run", found.append)
+        monkeypatch.setattr(kind, "run", keep)
     return found
 
 
@@ -69,7 +73,7 @@ def test_the_commands_hold_what_their_flags_say(parsed: list[Any]) -> None:
     train, embed, prepare = parsed
     assert (train.training, train.root) == (TrainConfig(data="d", out="o", tokens=8), "r")
     assert (embed.cache, embed.cache_images) == (CacheConfig(base="b", flip=True), "pooled")
-    assert (prepare.options, prepare.out) == (PrepareOptions(square="pad", n=3), "o")
+    assert (prepare.data, prepare.out) == (PrepareOptions(square="pad", n=3), "o")
 
 
 @pytest.mark.parametrize(
@@ -110,7 +114,7 @@ def test_all_problems_of_a_file_are_named_at_once(tmp_path: Path) -> None:
 
 def test_keys_of_0_1_are_read_with_a_note(tmp_path: Path) -> None:
     file = toml(tmp_path, 'precision = "fp32"\nkeep = 2\nnoise_conditioning = true\nsteps = 3\n')
-    with pytest.warns(UserWarning) as told:
+    with pytest.warns(UserWarning, match=r"run\.toml") as told:
         found = read_run(file)
     assert found == {"mixed_precision": "no", "checkpoints_total_limit": 2, "steps": 3}
     notes = "\n".join(str(one.message) for one in told)
@@ -120,17 +124,9 @@ def test_keys_of_0_1_are_read_with_a_note(tmp_path: Path) -> None:
 
 
 def test_flags_of_0_1_are_read_with_a_note() -> None:
-    given = [
-        "--precision",
-        "fp32",
-        "--save-every",
-        "5",
-        "--noise-conditioning",
-        "--held_out=2",
-        "--cache",
-    ]
-    with pytest.warns(UserWarning) as told:
-        flags = as_flags(given)
+    given = ["--precision", "fp32", "--save-every", "5", "--noise-conditioning"]
+    with pytest.warns(UserWarning, match="--") as told:
+        flags = as_flags([*given, "--held_out=2", "--cache"])
     assert flags == [
         *("--mixed-precision", "no", "--checkpointing-steps", "5"),
         *("--num-validation-images", "2", "--cache"),

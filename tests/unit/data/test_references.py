@@ -87,10 +87,13 @@ def test_references_are_said_in_one_word_or_mixed(text: str, weights: dict[str, 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("other", "is no kind of reference; expected self, augmented, paired or mixed"),
-        ("mixed", "is no kind of reference"),
-        ("mixed:paired", "is no kind of reference"),
-        ("mixed:pairs=1", "is no kind of reference; expected self, augmented, paired; found pairs"),
+        ("other", "is not a kind of reference; expected self, augmented, paired or mixed"),
+        ("mixed", "is not a kind of reference"),
+        ("mixed:paired", "is not a kind of reference"),
+        (
+            "mixed:pairs=1",
+            "is not a kind of reference; expected self, augmented, paired; found pairs",
+        ),
         ("mixed:self=-1", "needs weights of 0 or more"),
         ("mixed:self=nan", "needs weights of 0 or more"),
         ("mixed:self=0", "needs weights of 0 or more"),

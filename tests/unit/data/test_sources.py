@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import sys
 import tarfile
 from typing import TYPE_CHECKING, Any
 
@@ -164,6 +165,17 @@ def test_a_repository_of_datasets_is_read_as_the_hub_would_give_it(tmp_path: Pat
         np.testing.assert_array_equal(pixels, np.asarray(Image.open(io.BytesIO(png(1)))))
     with pytest.raises(DataError, match=r"has no column 'picture'; found image, words, subject"):
         items(tmp_path / "saved", image_column="picture")
+
+
+def test_without_datasets_only_its_own_sources_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    put(tmp_path / "a.png", png())
+    assert len(items(tmp_path, "captions")) == 1
+    missing = r"^someone/data: needs the package datasets.*pip install 'ipdiverse\[hub-data\]'"
+    with pytest.raises(DataError, match=missing):
+        items("someone/data", "hub")
 
 
 def test_a_table_that_names_files_elsewhere_reaches_none(tmp_path: Path) -> None:

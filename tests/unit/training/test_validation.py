@@ -18,8 +18,9 @@ from ipdiverse.critters.scene import sample_scene
 from ipdiverse.data.prepare import PrepareOptions, prepare
 from ipdiverse.errors import ArgumentError
 from ipdiverse.training.config import TrainConfig
+from ipdiverse.training.frozen import open_encoders
 from ipdiverse.training.trainer import Trainer, train
-from ipdiverse.training.validation import Case, _excess, layout_similarity
+from ipdiverse.training.validation import Case, Validation, _excess, layout_similarity
 from tests import models
 
 if TYPE_CHECKING:
@@ -51,13 +52,29 @@ def critter(seed: int) -> Image.Image:
     return Image.fromarray(render(sample_scene(np.random.default_rng(seed)), seed))
 
 
-def test_sheets_and_figures_come_while_training(config: TrainConfig) -> None:
+def test_sheets_and_figures_come_while_training(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a pipeline that draws the reference: the figures of a perfect copier are known."""
+    cases: list[Case] = []
+
+    def copies(self: Validation, case: Case, prompt: str) -> list[Image.Image]:
+        cases.append(case)
+        return [case.reference] * 2
+
+    monkeypatch.setattr(Validation, "_draw", copies)
     train(config)
     sheets = sorted(path.name for path in (Path(config.out) / "validation").iterdir())
     assert sheets == ["00000002.png", "00000004.png"]
     lines = [json.loads(line) for line in (Path(config.out) / "log.jsonl").open()]
     assert ["copy_layout" in line for line in lines] == [False, True, False, True]
-    assert all(-2 <= lines[1][name] <= 2 for name in ("copy_layout", "copy_clip"))
+    copied = np.mean([1 - layout_similarity(c.target, c.reference) for c in cases[:2]])
+    assert copied > 0.01
+    assert lines[1]["copy_layout"] == lines[3]["copy_layout"] == pytest.approx(copied)
+    encoders = open_encoders(config.base)
+    embeds = [encoders.image([c.target, c.reference])["pooled"].float() for c in cases[:2]]
+    alike = [torch.nn.functional.cosine_similarity(e[0], e[1], dim=0).item() for e in embeds]
+    assert lines[1]["copy_clip"] == pytest.approx(1 - np.mean(alike), abs=1e-5)
 
 
 def test_each_reference_is_drawn_with_every_prompt(config: TrainConfig) -> None:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from ipdiverse.errors import ArgumentError, OutputError
+from ipdiverse.training.build import open_accelerator
+from ipdiverse.training.checkpoints import LOG, tracking
 from ipdiverse.training.config import TrainConfig
-from ipdiverse.training.tracking import LOG, tracking
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,6 +34,7 @@ def test_weights_and_biases_get_every_step_under_one_name(
     fake = ModuleType("wandb")
     fake.init = init  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", fake)
+    open_accelerator("no")  # which a run has done, and accelerate's trackers need
     for first in (0, 2):  # a run, then the same resumed
         with tracking(config("wandb", tmp_path), tmp_path, first, True) as track:
             track({"step": first + 1, "loss": 0.5})
