@@ -26,8 +26,10 @@ from ipdiverse.evaluation.readings import (
     load_readings,
     readings_file,
 )
-from ipdiverse.evaluation.study import Arm
+from ipdiverse.evaluation.running import Runner
+from ipdiverse.evaluation.study import Arm, read_study
 
+ROOT = Path(__file__).parents[3]
 PLUS = CRITTERS_ADAPTERS / "ip-adapter-plus_critters.safetensors"
 
 
@@ -205,3 +207,11 @@ def test_readings_of_version_0_1_are_found_under_the_names_of_today(
     assert found is not None
     assert found.about == {"settings": {"start": 0.2}, "levers": {"cads": 0.1}, "steps": 4}
     assert find_readings(tmp_path, "family: cads 0.2, start 0.2", 0) is None
+
+
+@pytest.mark.parametrize("name", ["steps", "ends"])
+def test_this_repositorys_readings_are_still_taken(name: str, tmp_path: Path) -> None:
+    """Hashes of the shipped base, adapters and oracle, and names of levers, are still theirs."""
+    published = read_study(ROOT / "studies" / f"{name}.toml")
+    runner = Runner(published, tmp_path, False, ROOT / "docs" / "study" / name / "readings")
+    assert all(runner._known(arm, 0) for arm in published.arms)
