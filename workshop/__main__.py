@@ -166,11 +166,38 @@ class Copier(CopierOptions):
             write_json(str(copier_report(self.adapter)), report)
 
 
+@dataclass(frozen=True)
+class Study:
+    """Run `ipdiverse evaluate` on a study whose arms may set the workshop's rival levers.
+
+    Args:
+        config: The study in TOML; an interrupted one resumes.
+        out: Folder for images, results and report.
+        publish: Copy the study's numbers, pictures and readings to this folder.
+        readings: A folder of readings that `--publish` wrote: arms in it are not drawn again.
+        partial: Draw nothing: report on the part of the study that was drawn or read so far.
+    """
+
+    config: tyro.conf.Positional[str]
+    out: str = "out/study"
+    publish: str | None = None
+    readings: str | None = None
+    partial: bool = False
+
+    def run(self) -> None:
+        """Measure and report."""
+        import workshop.rivals  # noqa: F401 - importing registers the levers
+        from ipdiverse.commands.evaluate import Evaluate
+
+        Evaluate(**vars(self)).run()
+
+
 Command = (
     Annotated[TrainBase, tyro.conf.subcommand("train-base")]
     | Annotated[TrainAdapters, tyro.conf.subcommand("train-adapters")]
     | Annotated[Gates, tyro.conf.subcommand("gates")]
     | Annotated[Copier, tyro.conf.subcommand("copier")]
+    | Annotated[Study, tyro.conf.subcommand("study")]
 )
 
 

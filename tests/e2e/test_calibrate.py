@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -13,75 +17,104 @@ from ipdiverse.adapter.files.checkpoint import load_adapter
 from ipdiverse.base.bases import adapter_source
 from ipdiverse.cli import main
 from ipdiverse.critters.make import make_dataset
-from ipdiverse.dial import OFF, Achieved, Levers, dial_of
-from ipdiverse.evaluation import calibrate
+from ipdiverse.dial import OFF, Levers, dial_of
+from ipdiverse.evaluation import calibrate, images
 
-TINY = ["--pairs", "2", "--images", "2", "--steps", "2"]
-
-
-@pytest.fixture
-def climbed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Real measurements of a path that is given: two pairs are too few to climb by."""
-    chosen = Levers(cads=0.7, drop=0.3)
-
-    def climb(start, ladders, measure, say):
-        first, last = measure(start), measure(chosen)
-        assert 0 <= first.variety <= 2
-        assert "cads" in ladders
-        assert "noise_level" not in ladders, "the plain adapter is not noise-conditioned"
-        say("one step")
-        return [
-            (start, Achieved(0.2, first.retention, first.accuracy)),
-            (chosen, Achieved(0.6, last.retention, last.accuracy)),
-        ]
-
-    monkeypatch.setattr(calibrate, "climb", climb)
+SMALL = ["--pairs", "3", "--images", "4", "--steps", "6"]
 
 
-def test_the_path_goes_into_the_file_and_generate_follows_it(
-    climbed: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+class Calibrated(NamedTuple):
+    """A calibration, and what it said."""
+
+    words: list[str]
+    target: Path
+    errors: str
+    report: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Calibrated:
+    """A real calibration on a few pairs, along the one lever that gains with so few."""
+    folder = tmp_path_factory.mktemp("calibration")
+    target = folder / "mine.safetensors"
+    words = ["calibrate", "--adapter", "diverse", "--plain", "plus", "--levers", "training", *SMALL]
+    words += ["--work", str(folder / "work"), "--out", str(target), "--json"]
+    out, errors = StringIO(), StringIO()
+    with redirect_stdout(out), redirect_stderr(errors):
+        assert main(words) == 0
+    return Calibrated(words, target, errors.getvalue(), json.loads(out.getvalue()))
+
+
+def test_the_path_is_climbed_until_variety_or_copies_no_longer_gain(
+    calibrated: Calibrated,
 ) -> None:
-    source, target = Path(adapter_source("critters", "plus")), tmp_path / "mine.safetensors"
-    words = ["calibrate", "--adapter", "plus", "--work", str(tmp_path / "work"), *TINY]
-    assert main([*words, "--out", str(target)]) == 0
-    assert "one step" in capsys.readouterr().err
-    before, after = load_file(source), load_file(target)
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    adapter = load_adapter(target)
-    assert adapter.spec["reference"] == "self", "what the file said before is kept"
-    dial = dial_of(adapter.spec, target)
+    path, dial = calibrated.report["path"], dial_of(load_adapter(calibrated.target).spec, "x")
     assert dial is not None
-    assert dial.at(0) == OFF
-    assert dial.at(0.5).cads == pytest.approx(0.35)
-    assert [one.variety for one in dial.achieved] == [0.2, 0.6]
+    assert calibrated.report["dial"] == dial.as_spec()
+    assert calibrated.errors.count("training ") == len(path) - 1 >= 3, "a line for every rung"
+    rungs = [point["training"] for point in path]
+    assert rungs == sorted(set(rungs))
+    assert set(rungs) <= set(calibrate.LADDERS["training"])
+    assert path[-1]["variety"] > path[0]["variety"] + 0.2
+    assert all(point["retention"] >= 0.95 * path[0]["retention"] for point in path)
+    assert path[-1]["copies"] < path[0]["copies"]
+    assert dial.at(0) == Levers(training=0.0)
+    assert dial.at(1).training == rungs[-1]
+    assert [one.variety for one in dial.achieved] == sorted(one.variety for one in dial.achieved)
+    assert "3 pairs of 4 images, 6 steps" in dial.source
+
+
+def test_generate_follows_the_path(
+    calibrated: Calibrated, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dial = dial_of(load_adapter(calibrated.target).spec, "x")
+    assert dial is not None
     make_dataset(tmp_path / "refs", 1)
     image = next((tmp_path / "refs" / "images").iterdir())
     drawn = ["generate", "--image", str(image), "-n", "1", "--steps", "2", "--json"]
+    drawn += ["--adapter", str(calibrated.target), "--out", str(tmp_path / "out")]
     hashes = []
-    for levers in (
-        ["--adapter", str(target), "--diversity", "0.5"],
-        ["--adapter", "plus", "--cads", "0.35", "--drop", "0.15"],
-    ):
-        assert main([*drawn, *levers, "--out", str(tmp_path / "out")]) == 0
+    for levers in (["--diversity", "0.5"], [f"--training={dial.at(0.5).training!r}"], []):
+        assert main([*drawn, *levers]) == 0
         hashes.append(json.loads(capsys.readouterr().out)["image_sha256"])
-    assert hashes[0] == hashes[1]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_the_plain_adapter_is_stored_with_the_adapters_own_weights(calibrated: Calibrated) -> None:
+    adapter, plain = load_adapter(calibrated.target), load_file(adapter_source("critters", "plus"))
+    assert all(torch.equal(adapter.plain[name], t.float()) for name, t in plain.items())
+    source = Path(adapter_source("critters", "diverse"))
+    assert adapter.spec["arm"] == load_adapter(source).spec["arm"], "its spec is kept"
+    before, after = load_file(source), load_file(calibrated.target)
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_a_finished_calibration_draws_nothing_again(
-    climbed: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    calibrated: Calibrated, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from ipdiverse.evaluation import arm_images
+    monkeypatch.setattr(images, "sample_array", lambda *_: pytest.fail("drawn again"))
+    assert main(calibrated.words) == 0
+    assert json.loads(capsys.readouterr().out) == calibrated.report
 
-    target = str(tmp_path / "mine.safetensors")
-    words = ["calibrate", "--adapter", "plus", "--work", str(tmp_path / "work"), *TINY]
-    assert main([*words, "--out", target]) == 0
 
-    def never(*_: object) -> None:
-        raise AssertionError("drawn again")
+def test_an_adapter_starts_where_it_is_stock_and_climbs_what_it_has() -> None:
+    start, ladders = calibrate._ladders("plus", "critters")
+    assert (start, ladders.keys()) == (OFF, {"interval", "cads"})
+    start, ladders = calibrate._ladders("diverse", "critters")
+    assert start == Levers(training=0.0)
+    assert ladders.keys() == {"training", "fusion_strength", "interval", "cads"}
+    assert ladders["fusion_strength"][0] == 1.0, "which the start has already"
 
-    monkeypatch.setattr(arm_images, "sample_array", never)
-    assert main([*words, "--out", target]) == 0
+
+def test_a_path_without_a_gain_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(calibrate, "LADDERS", {"cads": (0.0,)})  # a ladder with nothing to climb
+    target = tmp_path / "mine.safetensors"
+    words = ["calibrate", "--adapter", "plus", "--out", str(target), "--work", str(tmp_path)]
+    assert main([*words, "--pairs", "2", "--images", "2", "--steps", "1"]) == 2
+    assert "plus: no lever gains variety while it keeps" in capsys.readouterr().err
+    assert not target.exists()
 
 
 @pytest.mark.parametrize(
@@ -91,14 +124,18 @@ def test_a_finished_calibration_draws_nothing_again(
         (["--adapter", "plus", "--out", "x.bin"], "must end in .safetensors"),
         (["--adapter", "plus"], "was published by others.*--out FILE"),
         (["--adapter", "plus", "--out", "OUT", "--pairs", "1"], "pairs"),
-        (["--adapter", "plus", "--out", "OUT", "--references", "none"], "none: is no folder"),
+        (["--adapter", "plus", "--out", "OUT", "--references", "none"], "none: is not a folder"),
         (
             ["--adapter", "plus", "--out", "OUT", "--prompts", "p.txt"],
-            "prompts: go with references",
+            "prompts: needs references",
         ),
         (
             ["--adapter", "plus", "--out", "OUT", "--levers", "training", "cads"],
-            "adapter plus: has no such lever; expected interval, cads.*; found training",
+            "adapter plus: does not have this lever; expected interval, cads.*; found training",
+        ),
+        (
+            ["--adapter", "plus", "--out", "OUT", "--levers", "nothing"],
+            "levers: cannot be moved by a dial; expected .*cads; found nothing",
         ),
     ],
 )
@@ -109,35 +146,7 @@ def test_bad_input_is_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    import re
-
     monkeypatch.setattr("ipdiverse.base.bases.open_pipeline", lambda *_: pytest.fail("was opened"))
     more = [str(tmp_path / "x.safetensors") if word == "OUT" else word for word in more]
     assert main(["calibrate", "--work", str(tmp_path / "work"), *more]) == 2
     assert re.search(message, capsys.readouterr().err)
-
-
-def test_the_plain_adapter_is_stored_beside_and_the_dial_leads_from_it(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    seen: dict[str, object] = {}
-
-    def climb(start, ladders, measure, say):
-        seen.update(start=start, ladders=ladders, first=measure(start))
-        return [(start, Achieved(0.2, 0.8, 0.5)), (OFF, Achieved(0.6, 0.8, 0.9))]
-
-    monkeypatch.setattr(calibrate, "climb", climb)
-    source, target = Path(adapter_source("critters", "diverse")), tmp_path / "mine.safetensors"
-    words = ["calibrate", "--adapter", "diverse", "--plain", "plus", "--out", str(target)]
-    words += ["--work", str(tmp_path / "work"), *TINY]
-    assert main([*words, "--levers", "training", "interval"]) == 0
-    assert seen["start"] == Levers(training=0.0)
-    assert set(seen["ladders"]) == {"training", "interval"}  # pyright: ignore[reportArgumentType]
-    adapter, plain = load_adapter(target), load_file(adapter_source("critters", "plus"))
-    assert all(torch.equal(adapter.plain[name], t.float()) for name, t in plain.items())
-    assert adapter.spec["arm"] == load_adapter(source).spec["arm"], "what it said before is kept"
-    dial = dial_of(adapter.spec, target)
-    assert dial is not None
-    assert dial.at(0.5).training == pytest.approx(0.5)
-    assert main([*words, "--levers", "nothing"]) == 2
-    assert "are none that a dial may move" in capsys.readouterr().err

@@ -18,15 +18,22 @@ from ipdiverse.base.bases import CRITTERS_ADAPTERS
 from ipdiverse.cli import main
 from ipdiverse.dial import OFF, Dial
 from ipdiverse.errors import DataError
-from ipdiverse.evaluation import images, running
+from ipdiverse.evaluation import images, readings, running
 from ipdiverse.evaluation.images import what_decides
-from ipdiverse.evaluation.readings import Readings, load_readings, readings_file
-from ipdiverse.evaluation.study import Arm
+from ipdiverse.evaluation.readings import (
+    Readings,
+    find_readings,
+    load_readings,
+    readings_file,
+)
+from ipdiverse.evaluation.running import Runner
+from ipdiverse.evaluation.study import Arm, read_study
 
+ROOT = Path(__file__).parents[3]
 PLUS = CRITTERS_ADAPTERS / "ip-adapter-plus_critters.safetensors"
 
 
-DIAL = Dial(((0.0, OFF), (1.0, replace(OFF, drop=0.2))), "made up").as_spec()
+DIAL = Dial(((0.0, OFF), (1.0, replace(OFF, cads=0.2))), "made up").as_spec()
 
 
 def study(folder: Path, adapter: Path, scale: float = 0.5) -> Path:
@@ -158,13 +165,53 @@ def test_a_dial_stands_for_its_levers_and_a_base_for_what_is_left_to_it(tmp_path
         return what_decides(Arm("a", "a", settings).request(10, guidance), adapter)
 
     turned = decides({"dial": DIAL}, diversity=0.5)
-    assert turned == decides({}, drop=0.1)
-    assert turned["levers"] == {"drop": 0.1}
+    assert turned == decides({}, cads=0.1)
+    assert turned["levers"] == {"cads": 0.1}
     assert decides({}, diversity=0.5) != turned, "the default path"
     assert decides({}) == decides({}, scale=1.0, fusion_strength=1.0)
     assert decides({}, guidance=4.0) == decides({}, guidance_scale=4.0) != decides({})
     gone = what_decides(Arm("a", "a", {"diversity": 0.5}).request(10, 3.0), None)
     assert gone["levers"] is gone["adapter"] is None
-    assert what_decides(Arm("a", "a", {"drop": 0.1}).request(10, 3.0), None)["levers"] == {
-        "drop": 0.1
+    assert what_decides(Arm("a", "a", {"cads": 0.1}).request(10, 3.0), None)["levers"] == {
+        "cads": 0.1
     }
+
+
+def test_an_adapters_file_is_read_again_only_once_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, read = tmp_path / "a.safetensors", list[str]()
+    for name in ("weights_hash", "load_adapter"):
+        real = getattr(images, name)
+        monkeypatch.setattr(
+            images, name, lambda file, name=name, real=real: (read.append(name), real(file))[1]
+        )
+    copy_with_spec(PLUS, adapter, {"dial": DIAL})
+    request = Arm("a", "a", {"diversity": 0.5}).request(10, 3.0)
+    first = what_decides(request, adapter)
+    assert what_decides(request, adapter) == first
+    what_decides(replace(request, steps=11), adapter)
+    assert sorted(read) == ["load_adapter", "load_adapter", "weights_hash"]
+    copy_with_spec(PLUS, adapter, {})
+    assert what_decides(request, adapter) != first, "another dial"
+
+
+def test_readings_of_version_0_1_are_found_under_the_names_of_today(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readings, "RENAMED", {"shaking": "cads", "begin": "start"})
+    about = {"settings": {"begin": 0.2}, "levers": {"shaking": 0.1}, "steps": 4}
+    old = Readings(np.zeros((2, 2, 9), int), np.zeros((2, 2), bool), about)
+    old.save(readings_file(tmp_path, "family: shaking 0.1, begin 0.2", 0))
+    found = find_readings(tmp_path, "family: cads 0.1, start 0.2", 0)
+    assert found is not None
+    assert found.about == {"settings": {"start": 0.2}, "levers": {"cads": 0.1}, "steps": 4}
+    assert find_readings(tmp_path, "family: cads 0.2, start 0.2", 0) is None
+
+
+@pytest.mark.parametrize("name", ["steps", "ends"])
+def test_this_repositorys_readings_are_still_taken(name: str, tmp_path: Path) -> None:
+    """Hashes of the shipped base, adapters and oracle, and names of levers, are still theirs."""
+    published = read_study(ROOT / "studies" / f"{name}.toml")
+    runner = Runner(published, tmp_path, False, ROOT / "docs" / "study" / name / "readings")
+    assert all(runner._known(arm, 0) for arm in published.arms)

@@ -7,6 +7,7 @@ import pytest
 
 from ipdiverse.base.bases import DEFAULT_ADAPTER
 from ipdiverse.errors import ArgumentError
+from ipdiverse.evaluation import study as study_module
 from ipdiverse.evaluation.study import Arm, Study, quick_study, read_study
 
 ROOT = Path(__file__).parents[3]
@@ -93,6 +94,32 @@ def test_a_bad_study_names_file_and_fault(text: str, message: str, tmp_path: Pat
     with pytest.raises(ArgumentError, match=message) as caught:
         read_study(written(text, tmp_path))
     assert "study.toml" in str(caught.value)
+
+
+def test_settings_of_version_0_1_are_read_by_the_names_of_today(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study_module, "RENAMED", {"shaking": "cads"})
+    sweep = '[[sweep]]\nfamily = "f"\nshaking = [0.1, 0.2]\n'
+    with pytest.warns(UserWarning, match="shaking is now called cads") as told:
+        arms = read_study(written(sweep, tmp_path)).arms
+    assert len(told) == 1
+    assert [(arm.name, arm.settings) for arm in arms] == [
+        ("f: cads 0.1", {"cads": 0.1}),
+        ("f: cads 0.2", {"cads": 0.2}),
+    ]
+
+
+def test_arms_of_levers_that_are_gone_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study_module, "DROPPED", {"gone", "lost", "cads"})
+    sweeps = '[[sweep]]\nfamily = "f"\ngone = [0.1, 0.2]\n[[arm]]\nname = "b"\nlost = 1\n'
+    arms = '[[arm]]\nname = "a"\ncads = 0.1\n'
+    with pytest.warns(UserWarning, match="left out 3 arms.* no longer exist: gone, lost$") as told:
+        study = read_study(written(arms + sweeps, tmp_path))
+    assert len(told) == 1
+    assert [arm.name for arm in study.arms] == ["a"], "what registers a lever again keeps its arms"
 
 
 def test_the_quick_study_sweeps_what_users_have_and_the_dial() -> None:
