@@ -3,13 +3,14 @@
 `plain` is the published IP-Adapter of this world: references that are the target, no fusion. As
 users do with the published one, every other arm goes on from it, for the same number of steps: with
 every reference (the target itself, a changed copy of it, another image of its subject) and every
-text-image fusion, by the trainer that users have. `self-none` is plain IP-Adapter trained on as
+text-image fusion, by the trainer that users have. `self-none` is plain IP-Adapter trained for as
 long as the others, the copier that they must beat. `diverse`, the default, is `paired-gated`
-trained on; its file names `plus` beside it, and between the two its dial leads.
+trained further; `plus` is its base weights, and its dial leads from these to its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,17 +18,11 @@ from typing import Any, Literal
 
 import torch
 
-from ipdiverse.adapter.beside import naming
-from ipdiverse.adapter.files.checkpoint import (
-    adapter_from_tensors,
-    load_adapter,
-    save_adapter,
-    spec_of,
-)
-from ipdiverse.adapter.files.containers import open_checkpoint
+from ipdiverse.adapter.files.checkpoint import as_safetensors, load_adapter, save_adapter
+from ipdiverse.adapter.files.layouts import PACKED, pack_base_weights
 from ipdiverse.adapter.files.sources import local_file
-from ipdiverse.adapter.mixing import remember_plain
-from ipdiverse.adapter.model import ImagePromptAdapter
+from ipdiverse.adapter.files.structure import describe
+from ipdiverse.adapter.model import ImagePromptAdapter, remember_base_weights
 from ipdiverse.base.bases import (
     ADAPTERS,
     CRITTERS,
@@ -42,6 +37,7 @@ from ipdiverse.errors import ArgumentError, ModelError, check_range
 from ipdiverse.training.checkpoints import ADAPTER
 from ipdiverse.training.config import TrainConfig
 from ipdiverse.training.trainer import train
+from ipdiverse.writing import write_bytes_atomic
 from workshop.base.pipeline import provenance
 
 
@@ -54,7 +50,6 @@ class Arm:
         fusion: Text-image fusion.
         fusion_learns: False keeps its random weights, as the fusion's first publication did.
         adapter: `plus` (16 tokens) or `base` (4).
-        noise_conditioning: Embeddings are noised by a random level that the adapter is told.
         edits: Share of references that contradict the caption in one attribute of identity.
         start: The arm that it goes on from; None learns from random weights.
         steps: Optimizer steps of 64 samples.
@@ -65,7 +60,6 @@ class Arm:
     fusion: Literal["none", "blend", "gated"]
     fusion_learns: bool = True
     adapter: Literal["plus", "base"] = "plus"
-    noise_conditioning: bool = False
     edits: float = 0.0
     start: str | None = "plain"
     steps: int = 500
@@ -80,7 +74,6 @@ def _arms() -> dict[str, Arm]:
         arms[f"{reference}-blend-random"] = Arm(reference, "blend", fusion_learns=False)
         arms[f"{reference}-blend"] = Arm(reference, "blend")
         arms[f"{reference}-gated"] = Arm(reference, "gated")
-    arms["paired-gated-noise"] = Arm("paired", "gated", noise_conditioning=True)
     for fusion in ("none", "gated"):  # what only a fusion could tell: which part the text replaces
         arms[f"edited-{fusion}"] = Arm("paired", fusion, edits=0.5)
     arms["diverse"] = Arm("paired", "gated", start="paired-gated", steps=1500)
@@ -117,7 +110,6 @@ def arm_config(name: str, folder: Path, steps: int | None, seed: int) -> TrainCo
         fusion=arm.fusion,
         frozen=() if arm.fusion_learns else ("fusion",),
         reference=arm.reference,
-        noise_conditioning=arm.noise_conditioning,
         cache_images="both",  # one cache serves every arm
         cache_dtype="float16",
         steps=arm.steps if steps is None else steps,
@@ -189,27 +181,30 @@ def ship_arm(name: str, folder: Path, steps: int | None = None, seed: int = 0) -
     target = CRITTERS_ADAPTERS / f"{file}.safetensors"
     trained = load_adapter(f"{config.out}/adapter.safetensors")
     if name == "diverse":  # calibration then places its dial (`make adapters`)
-        made |= _named(trained, local_file(adapter_source(CRITTERS, "plus")))
-    save_adapter(trained, target, made, torch.float16)
+        _save_fine_tuned(trained, local_file(adapter_source(CRITTERS, "plus")), target, made)
+    else:
+        save_adapter(trained, target, made, torch.float16)
     if file == ADAPTERS["plus"]:
-        _lead_to(target)
+        _replace_base_weights(target)
     return target
 
 
-def _lead_to(plain: Path) -> None:
-    """Let the default that ships name this plain adapter, in place of the one that was there."""
+def _save_fine_tuned(
+    adapter: ImagePromptAdapter, base: Path, target: Path, spec: Mapping[str, Any]
+) -> None:
+    """Write an adapter with its base weights packed: whole, the package would not fit in 40 MB."""
+    remember_base_weights(adapter, load_adapter(base))
+    own = {name: tensor.half() for name, tensor in adapter.state_dict().items()}
+    stored = {name: tensor.half() for name, tensor in adapter.base_weights.items()}
+    tensors = {**own, PACKED: pack_base_weights(own, stored)}
+    write_bytes_atomic(target, as_safetensors(tensors, {**spec, **describe(adapter)}))
+
+
+def _replace_base_weights(base: Path) -> None:
+    """Give the default that ships these base weights, in place of those that it holds."""
     default = CRITTERS_ADAPTERS / f"{ADAPTERS['diverse']}.safetensors"
     if not default.is_file():
         return
-    contents = open_checkpoint(default)
-    spec = spec_of(contents)
+    adapter = load_adapter(default)
     with suppress(ModelError):  # one of another size: the default has to be trained anew
-        adapter = adapter_from_tensors(contents.tensors, default, spec)
-        save_adapter(adapter, default, {**spec, **_named(adapter, plain)}, torch.float16)
-
-
-def _named(trained: ImagePromptAdapter, plain: Path) -> dict[str, Any]:
-    """What the adapter's spec says of the plain weights, which ship in a file beside it."""
-    remember_plain(trained, load_adapter(plain))  # refuses what is no such pair
-    trained.plain = {}
-    return naming(plain)
+        _save_fine_tuned(adapter, base, default, adapter.spec)

@@ -134,7 +134,7 @@ def test_the_plain_adapter_is_stored_beside_and_the_dial_leads_from_it(
     assert seen["start"] == Levers(training=0.0)
     assert set(seen["ladders"]) == {"training", "interval"}  # pyright: ignore[reportArgumentType]
     adapter, plain = load_adapter(target), load_file(adapter_source("critters", "plus"))
-    assert all(torch.equal(adapter.plain[name], t.float()) for name, t in plain.items())
+    assert all(torch.equal(adapter.base_weights[name], t.float()) for name, t in plain.items())
     assert adapter.spec["arm"] == load_adapter(source).spec["arm"], "what it said before is kept"
     dial = dial_of(adapter.spec, target)
     assert dial is not None

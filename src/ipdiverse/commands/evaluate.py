@@ -136,7 +136,7 @@ class Calibrate(CalibrateOptions):
 
     def run(self) -> None:
         """Climb, say every point, write."""
-        from ipdiverse.adapter.files.checkpoint import copy_with_spec, remember_in_file
+        from ipdiverse.adapter.files.conversion import copy_with_spec, store_base_weights
         from ipdiverse.adapter.files.sources import local_file
         from ipdiverse.base.bases import adapter_source
         from ipdiverse.commands.consent import agree_to_study
@@ -153,7 +153,8 @@ class Calibrate(CalibrateOptions):
         check_target(str(target))
         adapter = self.adapter
         if self.plain is not None:
-            remember_in_file(source, local_file(adapter_source(self.base, self.plain)), target)
+            base = local_file(adapter_source(self.base, self.plain))
+            store_base_weights(source, base, target)
             source, adapter = target, str(target)
         dial, path = calibrate(replace(self, adapter=adapter), Path(self.work), _tell)
         copy_with_spec(source, target, {"dial": dial.as_spec()})

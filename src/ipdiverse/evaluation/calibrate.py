@@ -276,12 +276,12 @@ def _ladders(adapter: str, base: str) -> tuple[Levers, dict[str, tuple[Any, ...]
 
     opened = load_adapter(local_file(adapter_source(base, adapter)))
     lacks = {
-        "training": not opened.plain,
+        "training": not opened.base_weights,
         "fusion_strength": opened.fusion is None,
-        "noise_level": opened.noise is None,
+        "noise_level": True,
     }
     ladders = {name: rungs for name, rungs in LADDERS.items() if not lacks.get(name)}
-    if opened.plain:  # at a training of 0 there is no fusion
+    if opened.base_weights:  # at a training of 0 there is no fusion
         if "fusion_strength" in ladders:
             ladders["fusion_strength"] = (1.0, 1.5)
         return replace(OFF, training=0.0), ladders

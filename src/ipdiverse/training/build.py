@@ -13,7 +13,6 @@ from ipdiverse.adapter.files.checkpoint import load_adapter
 from ipdiverse.adapter.files.sources import local_file
 from ipdiverse.adapter.fusion import BlendFusion, GatedFusion
 from ipdiverse.adapter.model import ImagePromptAdapter, new_adapter
-from ipdiverse.adapter.noise import NoiseConditioning
 from ipdiverse.base.bases import adapter_source
 from ipdiverse.data.references import References, parse_references
 from ipdiverse.errors import ArgumentError
@@ -33,10 +32,6 @@ if TYPE_CHECKING:
     from ipdiverse.data.manifest import Record
     from ipdiverse.training.config import TrainConfig
     from ipdiverse.training.frozen import FrozenEncoders
-
-
-_STANDARDISED = 512
-"""Images whose embeddings say what is usual."""
 
 
 def adapter_to_start_from(config: TrainConfig) -> ImagePromptAdapter | None:
@@ -151,29 +146,6 @@ def build_optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> torc
             fix="pip install bitsandbytes, or take adamw.",
         ) from error
     return bitsandbytes.optim.AdamW8bit(parameters, **options)
-
-
-def add_noise_conditioning(
-    config: TrainConfig, adapter: ImagePromptAdapter, samples: Samples
-) -> None:
-    """Give an adapter noise conditioning, standardised on references it will see, if it is to.
-
-    Raises:
-        ArgumentError: It starts from a noise-conditioned adapter and is not to stay one.
-    """
-    if not config.noise_conditioning:
-        if adapter.noise is not None:
-            raise ArgumentError(
-                "is noise-conditioned", where=config.start, fix="Train with --noise-conditioning."
-            )
-        return
-    if adapter.noise is None and adapter.clip_dim is not None:
-        with building():
-            noise = NoiseConditioning(adapter.clip_dim)
-        adapter.noise = noise.to(next(adapter.parameters()).device)
-        records, chosen = samples.data.records, samples.trained[:_STANDARDISED]
-        embeds = [samples.data.reference(records[i].file_name, 0)[samples.reads] for i in chosen]
-        adapter.noise.standardise(torch.stack(embeds))
 
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

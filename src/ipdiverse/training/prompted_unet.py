@@ -38,9 +38,7 @@ class PromptedUnet(nn.Module):
         unet, scheduler, factor = self._frozen
         kind = scheduler.config.prediction_type
         alphas = losses.at_timesteps(scheduler.alphas_cumprod, batch["timestep"])
-        tokens = self.adapter.tokens(
-            batch["image"], level=batch.get("level"), noise=batch.get("image_noise")
-        )
+        tokens = self.adapter.tokens(batch["image"])
         text = batch["text_states"]
         tokens = self.adapter.fuse(tokens, text, batch.get("text_mask"))
         noisy = losses.noised(batch["latents"], batch["noise"], alphas)

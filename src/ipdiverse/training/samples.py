@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ipdiverse.adapter.noise import LEVELS
 from ipdiverse.errors import ArgumentError
 from ipdiverse.seeding import derived_seed
 
@@ -84,7 +83,6 @@ class Samples(Dataset[dict[str, Any]]):
             "noise": self._noise(noise),
             "timestep": self._timestep(noise),
             "image": picture[self.reads],
-            **self._image_noise(picture[self.reads], no_image, noise),
             **{f"text_{name}": tensor for name, tensor in text.items()},
         }
 
@@ -95,16 +93,6 @@ class Samples(Dataset[dict[str, Any]]):
         uniform = torch.rand((), generator=rng, dtype=torch.float32)
         drawn = self.timesteps * (1 - uniform**3)
         return drawn.long().clamp(max=self.timesteps - 1)
-
-    def _image_noise(
-        self, embeds: Tensor, no_image: bool, rng: torch.Generator
-    ) -> dict[str, Tensor]:
-        """A level and noise for noise-conditioned adapters; no image has none of it."""
-        if not self.config.noise_conditioning:
-            return {}
-        level = torch.randint(LEVELS, (), generator=rng)
-        drawn = _normal(embeds.shape, rng).to(embeds)
-        return {"level": level * (not no_image), "image_noise": drawn}
 
     def _drops(self, u: float) -> tuple[bool, bool]:
         """Whether text and image are dropped, from one uniform number."""

@@ -19,7 +19,6 @@ from ipdiverse.adapter.files.checkpoint import save_adapter
 from ipdiverse.errors import ArgumentError, Interrupted, ModelError
 from ipdiverse.training.build import (
     adapter_to_start_from,
-    add_noise_conditioning,
     build_adapter,
     build_optimizer,
     build_samples,
@@ -107,7 +106,6 @@ class Trainer:
             image_processor=encoders.images.processor,
         )
         hold_as_computed(self.pipe.unet, config.precision)  # the adapter has taken its type
-        add_noise_conditioning(config, self.adapter, self.samples)
         if config.epochs is not None:
             steps = config.epochs * -(-len(self.samples.trained) // config.batch)
             self.config = self.samples.config = config = replace(config, steps=steps)

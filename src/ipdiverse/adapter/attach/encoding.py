@@ -93,10 +93,6 @@ class EmbedChange(Protocol):
         """Changed embeddings of `name` (`pooled`, `hidden`) of an item."""
         ...
 
-    def noise(self, item: int, embeds: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Level (1,) and noise, like `embeds`, for a noise-conditioned adapter; None is none."""
-        ...
-
 
 def encode_references(
     references: Sequence[Reference],
@@ -162,18 +158,11 @@ class _Projected:
         names = self.adapter.reads
         parts = [self._embeds(reference, name, i) for i, name in enumerate(names)]
         embeds = [combine_embeds(part, reference.combine, reference.weights) for part in parts]
-        level = noise = None
         if changed is not None:
             change, item = changed
             embeds = [change(item, n, part) for n, part in zip(names, embeds, strict=True)]
-            if self.adapter.noise is not None:
-                level, noise = change.noise(item, embeds[0])
         parameter = next(self.adapter.parameters())
-        device, dtype = parameter.device, parameter.dtype
-        embeds = [part.to(device, dtype) for part in embeds]
-        if level is not None and noise is not None:
-            level = level.to(device).expand(len(embeds[0]))
-            return self.adapter.tokens(*embeds, level=level, noise=noise.to(device, dtype))
+        embeds = [part.to(parameter.device, parameter.dtype) for part in embeds]
         key = hash(tuple(_fingerprint_tensor(part) for part in embeds))
         if key not in self._known:
             self._known[key] = self.adapter.tokens(*embeds)
