@@ -1,7 +1,7 @@
 """The adapters of the embedded world: which ones are trained, how, and which ship.
 
 `plain` is the published IP-Adapter of this world: references that are the target, no fusion. As
-users do with the published one, every other arm goes on from it, for the same number of steps: with
+users do with the published one, every other arm fine-tunes it, for the same number of steps: with
 every reference (the target itself, a changed copy of it, another image of its subject) and every
 text-image fusion, by the trainer that users have. `self-none` is plain IP-Adapter trained for as
 long as the others, the copier that they must beat. `diverse`, the default, is `paired-gated`
@@ -20,16 +20,10 @@ import torch
 
 from ipdiverse.adapter.files.checkpoint import as_safetensors, load_adapter, save_adapter
 from ipdiverse.adapter.files.layouts import PACKED, pack_base_weights
-from ipdiverse.adapter.files.sources import local_file
 from ipdiverse.adapter.files.structure import describe
 from ipdiverse.adapter.model import ImagePromptAdapter, remember_base_weights
-from ipdiverse.base.bases import (
-    ADAPTERS,
-    CRITTERS,
-    CRITTERS_ADAPTERS,
-    SHIPPED_ADAPTERS,
-    adapter_source,
-)
+from ipdiverse.base.adapters import ADAPTERS, CRITTERS_ADAPTERS, SHIPPED_ADAPTERS, adapter_file
+from ipdiverse.base.bases import CRITTERS
 from ipdiverse.base.memory import bf16_is_fast
 from ipdiverse.data.options import PrepareOptions
 from ipdiverse.data.prepare import prepare
@@ -51,7 +45,7 @@ class Arm:
         fusion_learns: False keeps its random weights, as the fusion's first publication did.
         adapter: `plus` (16 tokens) or `base` (4).
         edits: Share of references that contradict the caption in one attribute of identity.
-        start: The arm that it goes on from; None learns from random weights.
+        start: The arm that it fine-tunes; None learns from random weights.
         steps: Optimizer steps of 64 samples.
         rate: Learning rate, which falls to 0.
     """
@@ -129,14 +123,14 @@ def _data(arm: Arm) -> str:
 
 
 def _start_seed(arm: Arm, seed: int) -> int:
-    """There is one published adapter; what goes on from another arm goes on from its own seed."""
+    """There is one published adapter; other arms are fine-tuned seed by seed."""
     return 0 if arm.start == "plain" else seed
 
 
 def train_arm(
     name: str, folder: Path, steps: int | None = None, seed: int = 0, images: int = 8000
 ) -> Path:
-    """Train one arm, and before it the one that it starts from; an interrupted one goes on.
+    """Train one arm, and before it the one that it starts from; an interrupted one continues.
 
     Args:
         name: Of `ARMS`.
@@ -181,7 +175,7 @@ def ship_arm(name: str, folder: Path, steps: int | None = None, seed: int = 0) -
     target = CRITTERS_ADAPTERS / f"{file}.safetensors"
     trained = load_adapter(f"{config.out}/adapter.safetensors")
     if name == "diverse":  # calibration then places its dial (`make adapters`)
-        _save_fine_tuned(trained, local_file(adapter_source(CRITTERS, "plus")), target, made)
+        _save_fine_tuned(trained, adapter_file(CRITTERS, "plus"), target, made)
     else:
         save_adapter(trained, target, made, torch.float16)
     if file == ADAPTERS["plus"]:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from ipdiverse.adapter.files.checkpoint import load_adapter
-from ipdiverse.base.bases import adapter_source
+from ipdiverse.base.adapters import adapter_file
 from ipdiverse.cli import main
 from ipdiverse.critters.make import make_dataset
 from ipdiverse.dial import OFF, Achieved, Levers, dial_of
@@ -41,7 +41,7 @@ def climbed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_path_goes_into_the_file_and_generate_follows_it(
     climbed: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source, target = Path(adapter_source("critters", "plus")), tmp_path / "mine.safetensors"
+    source, target = Path(adapter_file("critters", "plus")), tmp_path / "mine.safetensors"
     words = ["calibrate", "--adapter", "plus", "--work", str(tmp_path / "work"), *TINY]
     assert main([*words, "--out", str(target)]) == 0
     assert "one step" in capsys.readouterr().err
@@ -127,13 +127,13 @@ def test_the_plain_adapter_is_stored_beside_and_the_dial_leads_from_it(
         return [(start, Achieved(0.2, 0.8, 0.5)), (OFF, Achieved(0.6, 0.8, 0.9))]
 
     monkeypatch.setattr(calibrate, "climb", climb)
-    source, target = Path(adapter_source("critters", "diverse")), tmp_path / "mine.safetensors"
+    source, target = Path(adapter_file("critters", "diverse")), tmp_path / "mine.safetensors"
     words = ["calibrate", "--adapter", "diverse", "--plain", "plus", "--out", str(target)]
     words += ["--work", str(tmp_path / "work"), *TINY]
     assert main([*words, "--levers", "training", "interval"]) == 0
     assert seen["start"] == Levers(training=0.0)
     assert set(seen["ladders"]) == {"training", "interval"}  # pyright: ignore[reportArgumentType]
-    adapter, plain = load_adapter(target), load_file(adapter_source("critters", "plus"))
+    adapter, plain = load_adapter(target), load_file(adapter_file("critters", "plus"))
     assert all(torch.equal(adapter.base_weights[name], t.float()) for name, t in plain.items())
     assert adapter.spec["arm"] == load_adapter(source).spec["arm"], "what it said before is kept"
     dial = dial_of(adapter.spec, target)

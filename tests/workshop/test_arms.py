@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from ipdiverse.adapter.files.checkpoint import load_adapter, read_spec, save_adapter
 from ipdiverse.adapter.fusion import GatedFusion
-from ipdiverse.base.bases import CRITTERS, SHIPPED_ADAPTERS, adapter_source
+from ipdiverse.base.adapters import SHIPPED_ADAPTERS, adapter_file
+from ipdiverse.base.bases import CRITTERS
 from ipdiverse.errors import ArgumentError
 from workshop import arms
 from workshop.__main__ import main as workshop
@@ -84,14 +85,14 @@ def test_the_default_ships_with_its_base_weights_packed(
 ) -> None:
     package = tmp_path / "package"
     monkeypatch.setattr(arms, "CRITTERS_ADAPTERS", package)
-    plus = load_adapter(adapter_source(CRITTERS, "plus"))
-    diverse = load_adapter(adapter_source(CRITTERS, "diverse"))
+    plus = load_adapter(adapter_file(CRITTERS, "plus"))
+    diverse = load_adapter(adapter_file(CRITTERS, "diverse"))
     diverse.base_weights = {}
     (tmp_path / "diverse-seed0").mkdir()
     save_adapter(diverse, tmp_path / "diverse-seed0" / "adapter.safetensors", {}, torch.float32)
     file = ship_arm("diverse", tmp_path)
     assert file is not None
-    assert file.stat().st_size < 0.95 * 2 * Path(adapter_source(CRITTERS, "plus")).stat().st_size
+    assert file.stat().st_size < 0.95 * 2 * Path(adapter_file(CRITTERS, "plus")).stat().st_size
     found = load_adapter(file).base_weights
     assert all(torch.equal(found[name], tensor) for name, tensor in plus.state_dict().items())
 
@@ -110,7 +111,7 @@ def test_the_default_follows_base_weights_that_ship_anew(
     default = package / "ip-adapter-diverse_critters.safetensors"
     latents = load_adapter(default).base_weights["image_proj.latents"]
     torch.testing.assert_close(latents, trained.state_dict()["image_proj.latents"].half().float())
-    before = load_adapter(adapter_source(CRITTERS, "diverse"))
+    before = load_adapter(adapter_file(CRITTERS, "diverse"))
     assert read_spec(default)["dial"] == before.spec["dial"]
     own = load_adapter(default).state_dict()
     assert all(torch.equal(own[name], tensor) for name, tensor in before.state_dict().items())

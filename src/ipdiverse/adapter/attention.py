@@ -15,8 +15,8 @@ from ipdiverse.errors import ModelError, ShapeError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from ipdiverse.adapter.mask import RegionMask
     from ipdiverse.adapter.model import LayerWeights
+    from ipdiverse.adapter.reference import RegionMask
 
 NOTHING, TEXT, BOTH = "nothing", "text", "both"
 """Branches of guidance: neither prompt, the text alone, text and image."""

@@ -8,9 +8,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ipdiverse.adapter.faces import FaceIDPlusProjection, FaceIDProjection, FullFaceProjection
 from ipdiverse.adapter.fusion import Fusion
-from ipdiverse.adapter.projection import LinearProjection, ResamplerProjection
+from ipdiverse.adapter.projection import (
+    FaceIDPlusProjection,
+    FaceIDProjection,
+    FullFaceProjection,
+    LinearProjection,
+    ResamplerProjection,
+)
 from ipdiverse.errors import ModelError, check_range
 
 if TYPE_CHECKING:

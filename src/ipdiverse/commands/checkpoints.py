@@ -34,7 +34,7 @@ class Source:
 
     def find(self) -> Path:
         """The local file."""
-        from ipdiverse.adapter.files.sources import find_checkpoint
+        from ipdiverse.base.adapters import find_checkpoint
 
         return find_checkpoint(
             self.source,

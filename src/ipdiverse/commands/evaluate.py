@@ -137,8 +137,7 @@ class Calibrate(CalibrateOptions):
     def run(self) -> None:
         """Climb, say every point, write."""
         from ipdiverse.adapter.files.conversion import copy_with_spec, store_base_weights
-        from ipdiverse.adapter.files.sources import local_file
-        from ipdiverse.base.bases import adapter_source
+        from ipdiverse.base.adapters import adapter_file
         from ipdiverse.commands.consent import agree_to_study
         from ipdiverse.evaluation.calibrate import calibrate, study_of
         from ipdiverse.evaluation.study import Arm
@@ -146,14 +145,14 @@ class Calibrate(CalibrateOptions):
         study = study_of(self)
         plain = () if self.plain is None else (Arm("plain", "path", {"adapter": self.plain}),)
         agree_to_study(replace(study, arms=study.arms + plain), self.yes)
-        source = local_file(adapter_source(self.base, self.adapter))
+        source = adapter_file(self.base, self.adapter)
         target = Path(self.out) if self.out else _own(source)
         if target.suffix != ".safetensors":
             raise ArgumentError("must end in .safetensors", where="out", found=target)
         check_target(str(target))
         adapter = self.adapter
         if self.plain is not None:
-            base = local_file(adapter_source(self.base, self.plain))
+            base = adapter_file(self.base, self.plain)
             store_base_weights(source, base, target)
             source, adapter = target, str(target)
         dial, path = calibrate(replace(self, adapter=adapter), Path(self.work), _tell)
@@ -164,7 +163,7 @@ class Calibrate(CalibrateOptions):
 def _own(source: Path) -> Path:
     """The adapter's file itself, if it is the user's to change."""
     from ipdiverse.adapter.files.checkpoint import read_spec
-    from ipdiverse.base.bases import CRITTERS_ADAPTERS
+    from ipdiverse.base.adapters import CRITTERS_ADAPTERS
 
     shipped = source.resolve().parent == CRITTERS_ADAPTERS.resolve()
     if shipped or "recipe" not in read_spec(source):

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ipdiverse.adapter.files.checkpoint import load_adapter, weights_hash
-from ipdiverse.adapter.files.sources import local_file
-from ipdiverse.base.bases import CRITTERS, adapter_source
+from ipdiverse.base.adapters import adapter_file
+from ipdiverse.base.bases import CRITTERS
 from ipdiverse.base.memory import autocast
 from ipdiverse.base.pipelines import fingerprint
 from ipdiverse.dial import Levers, changed
@@ -79,7 +79,7 @@ class ArmImages:
         Yields:
             (pairs of the chunk · images, height, width, 3), uint8.
         """
-        weights = adapter_source(self.study.base, source)
+        weights = adapter_file(self.study.base, source)
         chunks, files = self._files(arm, weights)
         missing = [(c, f) for c, f in zip(chunks, files, strict=True) if not f.exists()]
         progress(len(self.pairs) - sum(len(chunk) for chunk, _ in missing))
@@ -99,7 +99,8 @@ class ArmImages:
         Raises:
             IpdiverseError: The adapter is not on this machine.
         """
-        _, files = self._files(arm, adapter_source(self.study.base, source), True)
+        weights = adapter_file(self.study.base, source, local_files_only=True)
+        _, files = self._files(arm, weights)
         return all(file.exists() for file in files)
 
     def first(self, arm: Arm, source: str) -> np.ndarray | None:
@@ -108,16 +109,13 @@ class ArmImages:
         Raises:
             IpdiverseError: The adapter is not on this machine.
         """
-        _, files = self._files(arm, adapter_source(self.study.base, source), True)
+        weights = adapter_file(self.study.base, source, local_files_only=True)
+        _, files = self._files(arm, weights)
         return np.load(files[0])["images"] if files[0].exists() else None
 
-    def _files(
-        self, arm: Arm, weights: Path | str, local_files_only: bool = False
-    ) -> tuple[list[range], list[Path]]:
+    def _files(self, arm: Arm, weights: Path) -> tuple[list[range], list[Path]]:
         """The chunks of pairs, and the file of each."""
-        folder = self.folder / self._key(
-            arm, local_file(weights, local_files_only=local_files_only)
-        )
+        folder = self.folder / self._key(arm, weights)
         starts = range(0, len(self.pairs), CHUNK)
         chunks = [range(start, min(start + CHUNK, len(self.pairs))) for start in starts]
         return chunks, [folder / f"{number:05d}.npz" for number in range(len(chunks))]
@@ -134,7 +132,7 @@ class ArmImages:
     def _draw(
         self,
         arm: Arm,
-        weights: Path | str,
+        weights: Path,
         missing: list[tuple[range, Path]],
         progress: Callable[[int], None],
     ) -> None:

@@ -271,10 +271,9 @@ def _works(lever: str, runner: Runner) -> bool:
 def _ladders(adapter: str, base: str) -> tuple[Levers, dict[str, tuple[Any, ...]]]:
     """Where an adapter's dial starts, and the ladders that it can climb."""
     from ipdiverse.adapter.files.checkpoint import load_adapter
-    from ipdiverse.adapter.files.sources import local_file
-    from ipdiverse.base.bases import adapter_source
+    from ipdiverse.base.adapters import adapter_file
 
-    opened = load_adapter(local_file(adapter_source(base, adapter)))
+    opened = load_adapter(adapter_file(base, adapter))
     lacks = {
         "training": not opened.base_weights,
         "fusion_strength": opened.fusion is None,

@@ -10,13 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from ipdiverse.base.bases import (
-    CRITTERS,
-    DEFAULT_ADAPTER,
-    adapter_source,
-    copier_report,
-    load_base,
-)
+from ipdiverse.base.adapters import DEFAULT_ADAPTER, adapter_file, copier_report
+from ipdiverse.base.bases import CRITTERS, load_base
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import Scene
 from ipdiverse.dial import dial_for
@@ -131,7 +126,7 @@ def _jobs(reference: Image.Image) -> list[Job]:
 def _turned(base: Base, reference: Image.Image) -> tuple[dict[float, list[Image.Image]], Dial]:
     """Images at each setting of the default adapter's dial, and the dial."""
     images = {}
-    with attached(base, adapter_source(CRITTERS, DEFAULT_ADAPTER)) as attachment:
+    with attached(base, adapter_file(CRITTERS, DEFAULT_ADAPTER)) as attachment:
         for setting in DIAL:
             request = Request(n=1, guidance_scale=base.guidance_scale, diversity=setting)
             images[setting] = sample(base, _jobs(reference), request, attachment)
@@ -142,7 +137,7 @@ def _scaled(base: Base, reference: Image.Image) -> dict[float, list[Image.Image]
     """Images of plain IP-Adapter at each scale."""
     request = Request(n=1, guidance_scale=base.guidance_scale)
     images = {}
-    with attached(base, adapter_source(CRITTERS, "plus")) as attachment:
+    with attached(base, adapter_file(CRITTERS, "plus")) as attachment:
         for scale in SCALES:
             attachment.set_scale(scale)
             images[scale] = sample(base, _jobs(reference), request, attachment)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ipdiverse.base.bases import check_adapter, check_part, load_image_encoder
+from ipdiverse.base.adapters import check_adapter
+from ipdiverse.base.bases import check_part, load_image_encoder
 from ipdiverse.base.presets import PRESETS
 from ipdiverse.errors import ArgumentError
 from ipdiverse.evaluation.folders import folder_pairs, opened

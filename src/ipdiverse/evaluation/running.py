@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from ipdiverse.adapter.files.sources import local_file
-from ipdiverse.base.bases import CRITTERS, CRITTERS_ORACLE, adapter_source
+from ipdiverse.base.adapters import adapter_file
+from ipdiverse.base.bases import CRITTERS, CRITTERS_ORACLE
 from ipdiverse.base.pipelines import fingerprint
 from ipdiverse.errors import ArgumentError, IpdiverseError
 from ipdiverse.evaluation.anchors import anchors
@@ -169,7 +169,7 @@ class Runner:
         for arm in self.study.arms:
             for number, source in enumerate(arm.sources):
                 if self._known(arm, number) is None:
-                    local_file(adapter_source(self.study.base, source))
+                    adapter_file(self.study.base, source)
 
     def keep_what_is_there(self) -> list[str]:
         """Leave out of the study what would have to be drawn.
@@ -252,7 +252,7 @@ class Runner:
     def _file_here(self, source: str) -> Path | None:
         """An adapter's file, if it is on this machine: published readings do not need it."""
         try:
-            return local_file(adapter_source(self.study.base, source), local_files_only=True)
+            return adapter_file(self.study.base, source, local_files_only=True)
         except IpdiverseError:
             return None
 

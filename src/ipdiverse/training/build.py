@@ -10,10 +10,9 @@ import numpy as np
 import torch
 
 from ipdiverse.adapter.files.checkpoint import load_adapter
-from ipdiverse.adapter.files.sources import local_file
 from ipdiverse.adapter.fusion import BlendFusion, GatedFusion
 from ipdiverse.adapter.model import ImagePromptAdapter, new_adapter
-from ipdiverse.base.bases import adapter_source
+from ipdiverse.base.adapters import adapter_file
 from ipdiverse.data.references import References, parse_references
 from ipdiverse.errors import ArgumentError
 from ipdiverse.loading import building
@@ -43,7 +42,7 @@ def adapter_to_start_from(config: TrainConfig) -> ImagePromptAdapter | None:
     """
     if config.start is None:
         return None
-    adapter = load_adapter(local_file(adapter_source(config.base, config.start)))
+    adapter = load_adapter(adapter_file(config.base, config.start))
     if config.adapter not in ("auto", adapter.kind):
         raise ArgumentError(
             "is of another kind",

@@ -15,7 +15,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from ipdiverse.adapter.files.checkpoint import load_adapter, save_adapter
 from ipdiverse.adapter.files.conversion import copy_with_spec
-from ipdiverse.base.bases import CRITTERS_ADAPTERS
+from ipdiverse.base.adapters import CRITTERS_ADAPTERS
 from ipdiverse.cli import main
 from ipdiverse.dial import OFF, Dial
 from ipdiverse.errors import DataError

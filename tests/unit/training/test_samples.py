@@ -56,7 +56,7 @@ def test_a_timestep_belongs_to_its_sample() -> None:
 
 def test_draws_are_the_same_while_another_thread_loads_in_half_precision() -> None:
     data: Any = _OneImage()
-    config = TrainConfig(data="d", out="o", timesteps="cubic", noise_conditioning=True)
+    config = TrainConfig(data="d", out="o", timesteps="cubic")
     references = References(data.records, {"self": 1})
     samples = Samples(data, [0], references, config, "pooled", (1.0, 0.0), 1000)
     before = [samples[number] for number in range(4)]

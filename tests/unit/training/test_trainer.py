@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from ipdiverse import ImagePromptAdapter, loading
 from ipdiverse.adapter.files.checkpoint import load_adapter, save_adapter
 from ipdiverse.adapter.fusion import BlendFusion, GatedFusion
-from ipdiverse.base.bases import adapter_source
+from ipdiverse.base.adapters import adapter_file
 from ipdiverse.cli import main
 from ipdiverse.data.options import PrepareOptions
 from ipdiverse.data.prepare import prepare
@@ -495,7 +495,7 @@ def test_gates_need_a_number_of_tokens(config: TrainConfig, tmp_path: Path) -> N
 def test_what_it_starts_from_may_have_a_name(config: TrainConfig) -> None:
     named = adapter_to_start_from(replace(config, base="critters", start="plus"))
     assert named is not None
-    shipped = load_adapter(adapter_source("critters", "plus"))
+    shipped = load_adapter(adapter_file("critters", "plus"))
     assert same(named.state_dict(), shipped.state_dict())
     with pytest.raises(ModelError, match="minus: unknown adapter"):
         adapter_to_start_from(replace(config, start="minus"))
@@ -510,23 +510,6 @@ def test_references_that_cannot_be_are_refused(config: TrainConfig, tmp_path: Pa
         Trainer(replace(alone, reference="paired"))
     assert Trainer(alone).samples.references.weights == {"augmented": 1.0}
     assert Trainer(config).samples.references.weights == {"paired": 1.0}
-
-
-def test_a_noise_conditioned_adapter_learns_its_levels(config: TrainConfig) -> None:
-    run = Trainer(replace(config, noise_conditioning=True, fusion="none", learning_rate=0.1))
-    samples = [run.samples[number] for number in range(40)]
-    assert len({int(sample["level"]) for sample in samples}) > 20
-    assert run.adapter.noise is not None
-    assert float(run.adapter.noise.std.mean()) != 1, "standardised on the data"
-    before = {n: p.detach().clone() for n, p in run.adapter.named_parameters()}
-    for batch in run.batches():  # what says the level starts at zero: its inside moves second
-        run.one_step(batch)
-    assert [n for n, p in run.adapter.named_parameters() if torch.equal(p, before[n])] == []
-    adapter = ImagePromptAdapter.from_pretrained(run.run())
-    assert adapter.noise is not None
-    assert adapter.spec["noise_conditioned"]
-    with pytest.raises(ArgumentError, match=r"is noise-conditioned.*--noise-conditioning"):
-        Trainer(replace(config, start=f"{config.out}/adapter.safetensors", out=config.out + "-2"))
 
 
 def test_what_is_new_is_built_while_nobody_loads(
@@ -549,11 +532,11 @@ def test_what_is_new_is_built_while_nobody_loads(
 
         return made
 
-    for name in ("new_adapter", "GatedFusion", "NoiseConditioning"):
+    for name in ("new_adapter", "GatedFusion"):
         monkeypatch.setattr(build, name, asked(name))
     with ThreadPoolExecutor(1) as pool:
-        Trainer(replace(config, noise_conditioning=True))
-    assert others == [False] * 3
+        Trainer(config)
+    assert others == [False] * 2
 
 
 def test_gradient_checkpointing_gives_the_same(config: TrainConfig) -> None:

@@ -13,9 +13,14 @@ from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from diffusers.hooks import HookRegistry
 
 from ipdiverse.adapter.attach.compatibility import check_encoder, check_layers, checked_unet
-from ipdiverse.adapter.attach.encoding import EmbedChange, ImageEncoding, encode_references
+from ipdiverse.adapter.attach.encoding import (
+    EmbedChange,
+    ImageEncoding,
+    encode_references,
+    forget_words,
+    watch_words,
+)
 from ipdiverse.adapter.attach.hook import ActiveAdapter, ImagePromptHook
-from ipdiverse.adapter.attach.text_mask import forget_words, watch_words
 from ipdiverse.adapter.attention import DecoupledAttention, Slot
 from ipdiverse.adapter.model import ImagePromptAdapter, attention_layers, layer_widths
 from ipdiverse.adapter.reference import Reference, as_reference
@@ -124,8 +129,8 @@ class Attachment:
         *,
         adapter: int | None = None,
         weight: float = 1.0,
-        start: float = 0.0,
-        end: float = 1.0,
+        start_at: float = 0.0,
+        end_at: float = 1.0,
     ) -> None:
         """Weight of the image branch (λ); 0 is text alone, exactly.
 
@@ -135,13 +140,15 @@ class Attachment:
             scale: See `scale.resolve_scale`.
             adapter: Which adapter; None is all.
             weight: Multiplies a preset.
-            start: Share of the steps before which it is 0.
-            end: Share of the steps from which it is 0.
+            start_at: Share of the steps before which it is 0.
+            end_at: Share of the steps from which it is 0.
 
         Raises:
             ArgumentError: A scale that does not fit this UNet.
         """
-        resolved = resolve_scale(scale, self._hook.layers, weight=weight, start=start, end=end)
+        resolved = resolve_scale(
+            scale, self._hook.layers, weight=weight, start_at=start_at, end_at=end_at
+        )
         chosen = self._hook.prompts if adapter is None else [self._prompt(adapter)]
         for prompt in chosen:
             prompt.scale = resolved

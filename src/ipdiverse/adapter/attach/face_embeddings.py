@@ -47,7 +47,7 @@ def face_array(array: Any, where: object = "faces") -> Tensor:
     """Check an array of embeddings and give it the shape (faces, width).
 
     Raises:
-        CheckpointError: It is no matrix of finite numbers.
+        CheckpointError: It is not a matrix of finite numbers.
     """
     try:
         values = np.asarray(array, dtype=np.float32)

@@ -17,8 +17,8 @@ from ipdiverse.errors import ArgumentError, ModelError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from ipdiverse.adapter.mask import RegionMask
     from ipdiverse.adapter.model import ImagePromptAdapter
+    from ipdiverse.adapter.reference import RegionMask
     from ipdiverse.adapter.scale import Layer, Scale
 
 
@@ -89,7 +89,7 @@ class ActiveAdapter:
 
     @property
     def items(self) -> int:
-        """How many items have a reference of their own."""
+        """How many items the references are for."""
         return len(self.references[0].positive)
 
 
@@ -137,7 +137,7 @@ class ImagePromptHook(ModelHook):
         if isinstance(text, Tensor):
             self._prepare_tokens(text)
             layouts = [self._layout_for(prompt, len(text)) for prompt in self.prompts]
-        else:  # the UNet itself may read the text, to pool it, and knows no tokens beside it
+        else:  # the UNet may pool the text itself, so it must not get the image tokens with it
             text, given = text
             layouts = [(BOTH,)] * len(self.prompts)
             for prompt, tokens in zip(self.prompts, given, strict=True):

@@ -1,6 +1,6 @@
 """The model card of an adapter: what it is, how to use it here and in stock diffusers, its curve.
 
-It repeats what the file says of itself, and says so where the file says nothing.
+It repeats what the file says of itself. Where the file says nothing, the card says that.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
-from ipdiverse.adapter.files.sources import PUBLISHED
 from ipdiverse.adapter.files.structure import base_family, describe, stock_notes
+from ipdiverse.base.adapters import PUBLISHED
 from ipdiverse.base.pipelines import HUB_ID
 from ipdiverse.base.presets import PRESETS
 from ipdiverse.dial import dial_of
@@ -248,7 +248,7 @@ def _stock_difference(adapter: ImagePromptAdapter) -> str:
 
 
 def _dial(spec: Mapping[str, Any]) -> str:
-    """What the calibrated dial achieves at each of its points, or that nobody measured it."""
+    """What the calibrated dial achieves at each of its points, or that it was not measured."""
     dial = dial_of(spec, "adapter")
     if dial is None:
         return (

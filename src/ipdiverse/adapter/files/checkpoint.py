@@ -28,8 +28,8 @@ from ipdiverse.adapter.files.layouts import (
     with_base_weights,
 )
 from ipdiverse.adapter.files.publishing import push_files, save_files
-from ipdiverse.adapter.files.sources import PUBLISHED, find_checkpoint
 from ipdiverse.adapter.files.structure import DTYPES, describe, misfits, skeleton
+from ipdiverse.base.adapters import PUBLISHED, find_checkpoint
 from ipdiverse.errors import CheckpointError
 from ipdiverse.loading import building
 from ipdiverse.writing import tensors_hash, write_bytes_atomic
@@ -233,7 +233,7 @@ def spec_of(contents: Contents) -> dict[str, Any]:
     """The JSON spec of an open file; empty for files that others made.
 
     Raises:
-        CheckpointError: It is no JSON object.
+        CheckpointError: It is not a JSON object.
     """
     try:
         spec = json.loads(contents.metadata.get(_SPEC_KEY, "{}"))

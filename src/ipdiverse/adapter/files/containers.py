@@ -2,7 +2,7 @@
 
 What a file claims is checked against its size before anything is allocated, and its kind is told by
 its first bytes, not by its name. Tensors of safetensors files and of torch's zip files stay on
-disk until they are read, so gigabytes of frozen weights beside an adapter cost nothing.
+disk until they are read, so gigabytes of frozen weights in the same file cost nothing.
 """
 
 from __future__ import annotations
@@ -227,7 +227,7 @@ def _name(key: object, file: Path) -> str:
     if isinstance(key, str) and len(key) <= MAX_NAME:
         return key
     raise CheckpointError(
-        "has a key that is no tensor's name",
+        "has a key that is not a tensor's name",
         where=file,
         expected=f"at most {MAX_NAME} characters",
         found=f"{len(key)}" if isinstance(key, str) else type(key).__name__,

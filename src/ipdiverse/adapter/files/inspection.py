@@ -101,7 +101,9 @@ def as_text(report: Report) -> str:
         + (", its base weights included" if report["holds_base_weights"] else ""),
     }
     if report["frozen_tensors"]:
-        rows["base model"] = f"{report['frozen_tensors']} frozen tensors beside it, never read"
+        rows["base model"] = (
+            f"{report['frozen_tensors']} frozen tensors in the same file, never read"
+        )
     rows |= {kind: _list(report[kind]) for kind in ("missing", "unexpected", "mismatched")}
     rows["loads"] = "yes" if report["loads"] else "no"
     lines = [report["file"], *(f"  {name:<13} {text}" for name, text in rows.items())]

@@ -3,7 +3,7 @@
 Ours is the published one, flat: `image_proj.*` and `ip_adapter.N.*`, N being the layer's index in
 `unet.attn_processors`; a fusion is `fusion.*`; the base weights of a fine-tuned adapter are
 `base_weights.image_proj.*` and `base_weights.ip_adapter.N.*`, or packed into one tensor. Files of
-version 0.1 have `plain.*` instead, or name a file beside them, and perhaps `noise.*`.
+version 0.1 have `plain.*` instead, or name a second file that holds them, and perhaps `noise.*`.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Normalised:
     Args:
         layout: The one it was found in.
         tensors: With our keys; keys that are none of an adapter's are kept as they were.
-        frozen: Names of the base model's own weights beside it.
+        frozen: Names of the base model's own weights, which are left out.
         notes: What was assumed.
     """
 

@@ -93,14 +93,17 @@ def _more_than_tensors(file: Path, wanted: str) -> CheckpointError:
 
 
 def too_many(file: Path) -> CheckpointError:
-    """Say that this is no adapter."""
+    """The error for a file that cannot be an adapter."""
     return CheckpointError(
-        "holds too many tensors", where=file, expected=f"at most {MAX_TENSORS}", fix="No adapter."
+        "holds too many tensors",
+        where=file,
+        expected=f"at most {MAX_TENSORS}",
+        fix="It is not an adapter.",
     )
 
 
 def broken(file: Path, container: str, error: Exception) -> CheckpointError:
-    """Say in one line what a library said in many."""
+    """The error for a broken file: the first line of what the library said."""
     lines = str(error).strip().splitlines()
     return CheckpointError(
         f"is a broken {container} file",
@@ -111,7 +114,7 @@ def broken(file: Path, container: str, error: Exception) -> CheckpointError:
 
 
 def claims_too_much(file: Path, expected: str, found: object) -> CheckpointError:
-    """Say that a file claims more than it holds."""
+    """The error for a file that claims more than it holds."""
     return CheckpointError(
         "claims more than it holds",
         where=file,

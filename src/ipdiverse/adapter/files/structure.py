@@ -9,11 +9,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ipdiverse.adapter.faces import FaceIDPlusProjection, FaceIDProjection, FullFaceProjection
 from ipdiverse.adapter.files.layouts import BASE_WEIGHTS
 from ipdiverse.adapter.fusion import BlendFusion, Fusion, GatedFusion
 from ipdiverse.adapter.model import ImagePromptAdapter, LoraShapes, Projection, shared_parts
-from ipdiverse.adapter.projection import LinearProjection, ResamplerProjection
+from ipdiverse.adapter.projection import (
+    FaceIDPlusProjection,
+    FaceIDProjection,
+    FullFaceProjection,
+    LinearProjection,
+    ResamplerProjection,
+)
 from ipdiverse.errors import CheckpointError
 from ipdiverse.loading import building
 
@@ -202,7 +207,7 @@ def _face(tensors: Tensors, shortcut: bool) -> FaceIDProjection | FaceIDPlusProj
 
 def _check_heads(key: str, width: int) -> None:
     if width < 64 or width % 64:
-        raise ValueError(f"{key}: a width of {width} is no multiple of 64, the width of a head")
+        raise ValueError(f"{key}: a width of {width} is not a multiple of 64, the width of a head")
 
 
 def _depth(tensors: Tensors, prefix: str) -> int:

@@ -24,10 +24,12 @@ from ipdiverse.adapter.files.checkpoint import load_adapter, read_spec
 from ipdiverse.adapter.fusion import GatedFusion
 from ipdiverse.adapter.model import interpolated, new_adapter
 from ipdiverse.adapter.projection import LinearProjection
-from ipdiverse.base.bases import CRITTERS_ADAPTERS, HUB_BASES
+from ipdiverse.base.adapters import CRITTERS_ADAPTERS
+from ipdiverse.base.presets import PRESETS
 from ipdiverse.cli import main
 from ipdiverse.dial import OFF, Achieved, Dial, Levers
 from ipdiverse.errors import ArgumentError, CheckpointError, ModelError
+from tests.checkpoint_files import public
 from tests.folder_hub import FolderHub, Refused
 
 PLUS = CRITTERS_ADAPTERS / "ip-adapter-plus_critters.safetensors"
@@ -37,8 +39,7 @@ FILES = {"README.md", "ip-adapter.safetensors"}
 @pytest.fixture
 def adapter(pipe: Any) -> ImagePromptAdapter:
     new = new_adapter("base", pipe.unet, pipe.image_encoder, GatedFusion(128, 4, heads=4))
-    adapter = ImagePromptAdapter(new.image_proj, new.widths(), new.fusion)
-    adapter.load_state_dict(new.state_dict())
+    adapter = public(new)
     adapter.spec = {"reference": "paired", "steps": 12}
     return adapter
 
@@ -129,7 +130,7 @@ def test_the_hub_understands_the_metadata(adapter: ImagePromptAdapter) -> None:
 def test_the_base_is_what_it_was_trained_on() -> None:
     widths = {2 * i + 1: (768, 320) for i in range(16)}
     made = ImagePromptAdapter(LinearProjection(1024, 768), widths)
-    assert metadata(model_card(made, "a/b"))["base_model"] == HUB_BASES["sd15"]
+    assert metadata(model_card(made, "a/b"))["base_model"] == PRESETS["sd15"].base.id
     made.spec = {"recipe": {"base": "someone/their-model"}}
     card = model_card(made, "a/b")
     assert metadata(card)["base_model"] == "someone/their-model"
@@ -244,7 +245,9 @@ def test_a_repository_that_cannot_be_reached_is_not_called_empty(
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", broken)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    with pytest.raises(CheckpointError, match=r"me/mine/ip-adapter\.safetensors: cannot be had"):
+    with pytest.raises(
+        CheckpointError, match=r"me/mine/ip-adapter\.safetensors: cannot be downloaded"
+    ):
         ImagePromptAdapter.from_pretrained("me/mine")
 
 
