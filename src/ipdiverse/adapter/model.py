@@ -297,7 +297,7 @@ def interpolated(adapter: ImagePromptAdapter, share: float) -> ImagePromptAdapte
             fix="Leave the lever `interpolation` out, or store the weights that the adapter was "
             "fine-tuned from: ipdiverse calibrate --plain FILE.",
         )
-    between = deepcopy(adapter)
+    between = deepcopy(adapter)  # `adapter` may be trained or attached elsewhere meanwhile
     between.base_weights = {}
     if share == 0:
         between.fusion = None

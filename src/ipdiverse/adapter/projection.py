@@ -71,6 +71,7 @@ class PerceiverAttention(nn.Module):
             t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for t in (self.to_q(latents), key, value)
         )
+        # the original scales query and key by head_dim^-1/4 each, for fp16; this scales once
         return self.to_out(
             F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
         )
@@ -100,6 +101,7 @@ class ResamplerProjection(nn.Module):
     ) -> None:
         super().__init__()
         self.latents = nn.Parameter(torch.randn(1, num_tokens, width) / width**0.5)
+        # heads of 64: files do not hold the number, and stock diffusers takes 64 for granted
         self.proj_in = nn.Linear(clip_dim, width)
         self.proj_out = nn.Linear(width, token_width)
         self.norm_out = nn.LayerNorm(token_width)

@@ -234,7 +234,7 @@ def attach(
     layers = unet_layers(unet)
     one = Scale(lambda _layer, _progress: 1.0)
     prompts = [ActiveAdapter(adapter, Slot(adapter.layers()), one) for adapter in adapters]
-    before = dict(unet.attn_processors)
+    before = dict(unet.attn_processors)  # diffusers takes a dict only if it names every layer
     mine = _processors(unet, [prompt.slot for prompt in prompts])
     unet.set_attn_processor({name: mine.get(name, old) for name, old in before.items()})
     homes = [(unet.get_submodule(n.removesuffix(".processor")), p) for n, p in mine.items()]

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 _REMEMBERED = 64
 """Images whose embeddings one encoder keeps."""
 
+# of the process, not of an attachment: a pass of CLIP ViT-H takes seconds on a CPU
 _ZERO_IMAGES: WeakKeyDictionary[torch.nn.Module, Tensor] = WeakKeyDictionary()
 """Hidden states of a black image, once for each encoder of the process."""
 
@@ -78,6 +79,7 @@ class ImageEncoding:
         output = self.encoder(
             pixels.to(parameter.device, parameter.dtype), output_hidden_states=True
         )
+        # the last layer but one: what the authors trained `plus` on
         return {"pooled": output.image_embeds, "hidden": output.hidden_states[-2]}
 
     def _checked(self) -> ImageEncoding:

@@ -123,6 +123,7 @@ class ImagePromptHook(ModelHook):
         self.layout: tuple[str, ...] | None = None
         self._prepared: dict[tuple[str, ...] | None, _Prepared] = {}
 
+    # not compiled: what is known is recognised by identity, which would be a guard for each call
     @torch.compiler.disable
     def pre_forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -177,7 +178,7 @@ class ImagePromptHook(ModelHook):
                 )
 
     def _prepare_tokens(self, text: Tensor) -> None:
-        version = 0 if text.is_inference() else text._version
+        version = 0 if text.is_inference() else text._version  # inference tensors count no changes
         known = self._prepared.get(self.layout)
         recording = torch.is_grad_enabled()
         if known and known.text is text and known.version == version and not recording:
@@ -243,6 +244,7 @@ class ImagePromptHook(ModelHook):
 
     def _layout(self, batch: int, items: int) -> tuple[str, ...]:
         """The branches of a call of the pipeline's own: one, or two when it guides."""
+        # the batch does not tell: two prompts unguided and one guided are both two rows
         guided = getattr(self.pipe, "do_classifier_free_guidance", False)
         layout = (NOTHING, BOTH) if guided else (BOTH,)
         if batch % (len(layout) * items):

@@ -129,14 +129,14 @@ def _metadata(licensed: str | None, base: str | None) -> str:
     """The YAML block that the hub reads."""
     from huggingface_hub import ModelCardData
 
-    related = {"base_model_relation": "adapter"} if base else {}
+    # without the relation the hub would list this as a fine-tuned copy of the base
     data = ModelCardData(
         base_model=base,
+        base_model_relation="adapter" if base else None,
         library_name="ipdiverse",
         license=licensed,
         pipeline_tag="text-to-image",
         tags=["ip-adapter", "image-prompt", "diffusers", "stable-diffusion"],
-        **related,
     )
     return f"---\n{data.to_yaml()}\n---"
 

@@ -36,7 +36,7 @@ from ipdiverse.writing import tensors_hash, write_bytes_atomic
 
 _SPEC_KEY = "ipdiverse"
 _NAMED_PROBLEMS = 5
-_READ_FROM_SPEC = ("fusion", "shortcut")  # what `adapter_from_tensors` asks of it
+_READ_FROM_SPEC = ("fusion", "shortcut")  # all that shapes do not tell
 
 
 class ImagePromptAdapter(model.ImagePromptAdapter):
@@ -132,7 +132,7 @@ class ImagePromptAdapter(model.ImagePromptAdapter):
 
     def _published(
         self, repo_id: str, stated: Stated, dtype: torch.dtype | None
-    ) -> dict[str, bytes]:
+    ) -> dict[str, bytes | None]:
         """What a folder or a repository of this adapter holds, by name."""
         weights = adapter_bytes(self, self.spec, dtype or next(self.parameters()).dtype)
         return {PUBLISHED: weights, **card_files(self, repo_id, stated)}
@@ -308,7 +308,9 @@ def adapter_from_tensors(
         for key in tensors
         if tensors[key].dtype in DTYPES and key not in wrong["unexpected"]
     }
-    problems += [f"{key} is not finite" for key in sorted(loaded) if not _finite(loaded[key])]
+    problems += [
+        f"{key} is not finite" for key in sorted(loaded) if not loaded[key].isfinite().all()
+    ]
     if problems:
         more = len(problems) - _NAMED_PROBLEMS
         named = ", ".join(problems[:_NAMED_PROBLEMS]) + (f" and {more} more" if more > 0 else "")
@@ -318,14 +320,11 @@ def adapter_from_tensors(
         adapter = skeleton(ImagePromptAdapter, tensors, where, spec or {}, shortcut)
     base = {key: loaded.pop(key) for key in list(loaded) if key.startswith(BASE_WEIGHTS)}
     with building():
+        # assign: the skeleton is on `meta` and has no memory to copy into
         adapter.load_state_dict(loaded, assign=True)
     adapter.base_weights = {key.removeprefix(BASE_WEIGHTS): base[key] for key in base}
     adapter.spec = dict(spec or {})
     return adapter
-
-
-def _finite(tensor: Tensor) -> bool:
-    return bool(tensor.isfinite().all())
 
 
 def _shortcut(

@@ -160,7 +160,7 @@ def _open_legacy(file: Path, size: int) -> Contents:
         with file.open("rb") as stream:
             for number in range(_LEGACY_PICKLES):
                 check_pickle(stream, file, None if number == 0 else size)
-        content = _load(file, mmap=False)
+        content = _load(file, mmap=False)  # torch maps zips alone
     except CheckpointError:
         raise
     except Exception as error:  # whatever torch raises on a broken file

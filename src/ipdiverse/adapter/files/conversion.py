@@ -31,7 +31,7 @@ from ipdiverse.adapter.files.layouts import (
 from ipdiverse.adapter.files.structure import describe, stock_notes
 from ipdiverse.adapter.model import ImagePromptAdapter, remember_base_weights
 from ipdiverse.errors import CheckpointError, OutputError
-from ipdiverse.writing import write_bytes_atomic
+from ipdiverse.writing import tensors_hash, write_bytes_atomic
 
 Target = Literal["ipdiverse", "diffusers", "tencent"]
 
@@ -123,16 +123,13 @@ def _kept(
     if adapter.base_weights and to != "ipdiverse":
         notes.append(f"the base weights are left out: {to} has no place for them")
     blend = kept.get("fusion.blend")
-    if to == "tencent" and blend is not None and not _is_ancestors(blend):
+    ancestors = blend is None or bool(blend == torch.tensor(ANCESTOR_BLEND, dtype=blend.dtype))
+    if to == "tencent" and blend is not None and not ancestors:
         notes.append(
             f"the fusion's blend, {float(blend):.4g}, is left out: the layout has no place for it, "
             f"and readers take {ANCESTOR_BLEND}"
         )
     return kept, notes + (stock_notes(adapter) if to == "diffusers" else [])
-
-
-def _is_ancestors(blend: Tensor) -> bool:
-    return torch.equal(blend, torch.tensor(ANCESTOR_BLEND, dtype=blend.dtype))
 
 
 def _as_bytes(
@@ -172,26 +169,16 @@ def _verify(
     found = normalise(contents.tensors, target).tensors
     version = bool(getattr(adapter.image_proj, "shortcut", False))
     adapter_from_tensors(found, target, spec_of(contents), version)
-    wrong = [
+    wrong = [  # by hash, to the bit: torch.equal takes -0 for 0
         name
         for name, tensor in expected.items()
-        if name not in found or found[name].dtype != tensor.dtype or not _equal(found[name], tensor)
+        if name not in found or tensors_hash({"": found[name]}) != tensors_hash({"": tensor})
     ]
     wrong += sorted(found.keys() - expected.keys() - {"fusion.blend"})
     if wrong:
         raise CheckpointError(
             "was not written as it should be", where=target, found=", ".join(wrong[:5])
         )
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    """To the bit: -0 is not 0."""
-    same_shape = one.shape == other.shape
-    return same_shape and torch.equal(_bits(one), _bits(other))
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().flatten().view(torch.uint8)
 
 
 def copy_with_spec(source: Path, target: Path, changes: Mapping[str, Any]) -> None:

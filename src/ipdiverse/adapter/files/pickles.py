@@ -19,23 +19,20 @@ MAX_TENSORS = 20_000
 
 _NUMBERS = {"BININT", "BININT1", "BININT2", "INT", "LONG", "LONG1", "LONG4"}
 _BY_STACK = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}
-_STORAGES = (
-    "Double",
-    "Float",
-    "Half",
-    "BFloat16",
-    "Long",
-    "Int",
-    "Short",
-    "Char",
-    "Byte",
-    "Bool",
-)
 _ALLOWED = {
     "collections OrderedDict",
     "torch._utils _rebuild_parameter",
     "torch._utils _rebuild_tensor_v2",
-    *(f"torch {name}Storage" for name in _STORAGES),
+    "torch BFloat16Storage",
+    "torch BoolStorage",
+    "torch ByteStorage",
+    "torch CharStorage",
+    "torch DoubleStorage",
+    "torch FloatStorage",
+    "torch HalfStorage",
+    "torch IntStorage",
+    "torch LongStorage",
+    "torch ShortStorage",
 }
 
 

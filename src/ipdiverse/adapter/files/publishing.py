@@ -71,6 +71,7 @@ def push_files(
             where=repo_id,
             fix="Run `hf auth login`, or set HF_TOKEN to a token that may write.",
         )
+    # a folder, because the hub's library uploads what it finds there in one commit
     with tempfile.TemporaryDirectory() as folder:
         save_files(Path(folder), files())
         try:

@@ -245,6 +245,7 @@ def _fusion(tensors: Tensors, spec: Mapping[str, Any]) -> Fusion | None:
     stored = spec.get("fusion")
     heads = stored.get("heads") if isinstance(stored, Mapping) else None
     if not isinstance(heads, int) or heads < 1:
+        # shapes do not tell the heads, and this file's spec does not either
         heads = inner // 64 if inner % 64 == 0 and inner else 1
     return GatedFusion(token_width, _shape(tensors, "fusion.gate")[0], heads, inner)
 
