@@ -104,7 +104,7 @@ gates: $(STAMP) ## measure the embedded base against its gates
 
 adapters: $(STAMP) ## train every adapter of the study (hours; it resumes) and ship the best
 	$(BIN)/python -m workshop train-adapters --ship
-	$(BIN)/ipdiverse calibrate --adapter diverse --levers training interval \
+	$(BIN)/ipdiverse calibrate --adapter diverse --levers interpolation interval \
 		--pairs 40 --images 8 --steps 15 --work out/calibration --out $(DIVERSE)
 	$(BIN)/python -m workshop train-adapters --seeds 1 2 --arms self-none diverse
 

@@ -17,7 +17,8 @@ from PIL import Image
 from timing import flops, machine, ratio
 
 from ipdiverse import attach, load_adapter, load_base
-from ipdiverse.base.bases import CRITTERS, adapter_source
+from ipdiverse.base.adapters import adapter_file
+from ipdiverse.base.bases import CRITTERS
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import sample_scene
 from ipdiverse.dial import dial_for
@@ -49,7 +50,7 @@ def main() -> None:
     parser.add_argument("--settings", type=float, nargs="+", default=[0, 0.25, 0.5, 0.75, 1])
     parser.add_argument("--out", type=Path)
     chosen = parser.parse_args()
-    file = Path(adapter_source(CRITTERS, chosen.adapter))
+    file = Path(adapter_file(CRITTERS, chosen.adapter))
     image = Image.fromarray(render(sample_scene(np.random.default_rng(0)), 0))
     stock, ours = load_base().pipe, load_base().pipe
     stock.load_ip_adapter(str(file.parent), subfolder="", weight_name=file.name)

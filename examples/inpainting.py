@@ -13,7 +13,8 @@ from diffusers import StableDiffusionInpaintPipeline
 from PIL import Image, ImageDraw
 
 import ipdiverse
-from ipdiverse.base.bases import adapter_source, any_latents
+from ipdiverse.base.adapters import adapter_file
+from ipdiverse.base.bases import any_latents
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import sample_scene
 from ipdiverse.seeding import generator
@@ -33,7 +34,7 @@ def main() -> None:
     ImageDraw.Draw(mask).ellipse((12, 12, 52, 60), fill=255)
     base = ipdiverse.load_base()
     pipe = StableDiffusionInpaintPipeline(**base.pipe.components, requires_safety_checker=False)
-    adapter = ipdiverse.load_adapter(adapter_source("critters", "plus"))
+    adapter = ipdiverse.load_adapter(adapter_file("critters", "plus"))
     with any_latents(pipe), ipdiverse.attach(pipe, adapter) as attachment:
         attachment.set_reference(reference)
         image = pipe(

@@ -16,7 +16,7 @@ from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from PIL import Image, ImageDraw
 
 import ipdiverse
-from ipdiverse.base.bases import adapter_source
+from ipdiverse.base.adapters import adapter_file
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import sample_scene
 from ipdiverse.seeding import generator
@@ -41,7 +41,7 @@ def main() -> None:
     pipe = StableDiffusionControlNetPipeline(
         **base.pipe.components, controlnet=controlnet, requires_safety_checker=False
     )
-    adapter = ipdiverse.load_adapter(adapter_source("critters", "plus"))
+    adapter = ipdiverse.load_adapter(adapter_file("critters", "plus"))
     with ipdiverse.attach(pipe, adapter) as attachment:
         attachment.set_reference(reference)
         image = pipe(

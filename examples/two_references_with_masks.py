@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 import ipdiverse
-from ipdiverse.base.bases import adapter_source
+from ipdiverse.base.adapters import adapter_file
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import sample_scene
 from ipdiverse.seeding import generator
@@ -32,7 +32,7 @@ def main() -> None:
     for mask, left in zip(masks, (0, 32), strict=True):
         ImageDraw.Draw(mask).rectangle((left, 0, left + 31, 63), fill=255)
     base = ipdiverse.load_base()
-    adapter = ipdiverse.load_adapter(adapter_source("critters", "plus"))
+    adapter = ipdiverse.load_adapter(adapter_file("critters", "plus"))
     with ipdiverse.attach(base.pipe, adapter) as attachment:
         attachment.set_reference(ipdiverse.Reference(references, masks=masks))
         image = base.pipe(

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 import ipdiverse
-from ipdiverse.base.bases import adapter_source
+from ipdiverse.base.adapters import adapter_file
 from ipdiverse.contact_sheet import contact_sheet
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import sample_scene
@@ -33,7 +33,7 @@ def main() -> None:
     scene = sample_scene(np.random.default_rng(3))
     reference = load_image(options.image) if options.image else Image.fromarray(render(scene, 0))
     base = ipdiverse.load_base()
-    adapter = ipdiverse.load_adapter(adapter_source("critters", "plus"))
+    adapter = ipdiverse.load_adapter(adapter_file("critters", "plus"))
     with ipdiverse.attach(base.pipe, adapter) as attachment:
         attachment.set_scale(options.scale)
         attachment.set_reference(reference)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest import mock
 
 import torch
 from accelerate.utils import other as accelerate_saving
 from torch import Tensor, nn
 
+from ipdiverse import ImagePromptAdapter
+from ipdiverse.adapter import model
 from tests import models
-
-if TYPE_CHECKING:
-    from ipdiverse.adapter.model import ImagePromptAdapter
 
 KINDS = ("base", "plus", "full-face", "faceid", "faceid-plus", "faceid-plus-v2")
 
@@ -21,11 +20,20 @@ KINDS = ("base", "plus", "full-face", "faceid", "faceid-plus", "faceid-plus-v2")
 _unet = functools.cache(models.unet)
 
 
-def adapter(kind: str = "base", architecture: str = "sd1", **options: Any) -> ImagePromptAdapter:
+def adapter(
+    kind: str = "base", architecture: str = "sd1", **options: Any
+) -> model.ImagePromptAdapter:
     return models.adapter(kind, _unet(architecture), **options)
 
 
-def tensors_of(made: ImagePromptAdapter) -> dict[str, Tensor]:
+def public(made: model.ImagePromptAdapter) -> ImagePromptAdapter:
+    """The same, without low-rank changes, as the class that users have."""
+    same = ImagePromptAdapter(made.image_proj, made.widths(), made.fusion)
+    same.load_state_dict(made.state_dict())
+    return same
+
+
+def tensors_of(made: model.ImagePromptAdapter) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in made.state_dict().items()}
 
 
@@ -41,7 +49,7 @@ def nested(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 class Trained(nn.Module):
     """What the original trainer hands to accelerate, the whole UNet included."""
 
-    def __init__(self, unet: Any, made: ImagePromptAdapter) -> None:
+    def __init__(self, unet: Any, made: model.ImagePromptAdapter) -> None:
         super().__init__()
         layers = made.layers()
         processors = {
@@ -54,7 +62,7 @@ class Trained(nn.Module):
         self.adapter_modules = nn.ModuleList(unet.attn_processors.values())
 
 
-def trained_state(made: ImagePromptAdapter, architecture: str = "sd1", **changes: Any) -> Any:
+def trained_state(made: model.ImagePromptAdapter, architecture: str = "sd1", **changes: Any) -> Any:
     """Names and tensors of that, shared tensors under both names."""
     return dict(Trained(models.unet(architecture, **changes), made).state_dict())
 

@@ -213,12 +213,13 @@ def adapter(kind: str, unet: Any, *, lora_rank: int = 0, seed: int = 5) -> Image
 
 
 def _projection(kind: str, token_width: int) -> Projection:
-    from ipdiverse.adapter.faces import (
+    from ipdiverse.adapter.projection import (
         FaceIDPlusProjection,
         FaceIDProjection,
         FullFaceProjection,
+        LinearProjection,
+        ResamplerProjection,
     )
-    from ipdiverse.adapter.projection import LinearProjection, ResamplerProjection
 
     match kind:
         case "base":

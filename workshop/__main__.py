@@ -155,7 +155,7 @@ class Copier(CopierOptions):
 
     def run(self) -> None:
         """Measure and print the report."""
-        from ipdiverse.base.bases import copier_report
+        from ipdiverse.base.adapters import copier_report
         from workshop.copier import copier_table, measure_copier
 
         check_target(self.out)

@@ -1,15 +1,16 @@
 """The adapters of the embedded world: which ones are trained, how, and which ship.
 
 `plain` is the published IP-Adapter of this world: references that are the target, no fusion. As
-users do with the published one, every other arm goes on from it, for the same number of steps: with
+users do with the published one, every other arm fine-tunes it, for the same number of steps: with
 every reference (the target itself, a changed copy of it, another image of its subject) and every
-text-image fusion, by the trainer that users have. `self-none` is plain IP-Adapter trained on as
+text-image fusion, by the trainer that users have. `self-none` is plain IP-Adapter trained for as
 long as the others, the copier that they must beat. `diverse`, the default, is `paired-gated`
-trained on; its file names `plus` beside it, and between the two its dial leads.
+trained further; `plus` is its base weights, and its dial leads from these to its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,30 +18,19 @@ from typing import Any, Literal
 
 import torch
 
-from ipdiverse.adapter.beside import naming
-from ipdiverse.adapter.files.checkpoint import (
-    adapter_from_tensors,
-    load_adapter,
-    save_adapter,
-    spec_of,
-)
-from ipdiverse.adapter.files.containers import open_checkpoint
-from ipdiverse.adapter.files.sources import local_file
-from ipdiverse.adapter.mixing import remember_plain
-from ipdiverse.adapter.model import ImagePromptAdapter
-from ipdiverse.base.bases import (
-    ADAPTERS,
-    CRITTERS,
-    CRITTERS_ADAPTERS,
-    SHIPPED_ADAPTERS,
-    adapter_source,
-)
+from ipdiverse.adapter.files.checkpoint import as_safetensors, load_adapter, save_adapter
+from ipdiverse.adapter.files.layouts import PACKED, pack_base_weights
+from ipdiverse.adapter.files.structure import describe
+from ipdiverse.adapter.model import ImagePromptAdapter, remember_base_weights
+from ipdiverse.base.adapters import ADAPTERS, CRITTERS_ADAPTERS, SHIPPED_ADAPTERS, adapter_file
+from ipdiverse.base.bases import CRITTERS
 from ipdiverse.base.memory import bf16_is_fast
 from ipdiverse.data.prepare import PrepareOptions, prepare
 from ipdiverse.errors import ArgumentError, ModelError, check_range
 from ipdiverse.training.checkpoints import ADAPTER
 from ipdiverse.training.config import TrainConfig
 from ipdiverse.training.trainer import train
+from ipdiverse.writing import write_bytes_atomic
 from workshop.base.shipping import provenance
 
 
@@ -139,7 +129,7 @@ def _init_seed(arm: Arm, seed: int) -> int:
 def train_arm(
     name: str, folder: Path, steps: int | None = None, seed: int = 0, images: int = 8000
 ) -> Path:
-    """Train one arm, and before it the one that it starts from; an interrupted one goes on.
+    """Train one arm, and before it the one that it starts from; an interrupted one continues.
 
     Args:
         name: Of `ARMS`.
@@ -184,27 +174,30 @@ def ship_arm(name: str, folder: Path, steps: int | None = None, seed: int = 0) -
     target = CRITTERS_ADAPTERS / f"{file}.safetensors"
     trained = load_adapter(f"{config.out}/adapter.safetensors")
     if name == "diverse":  # calibration then places its dial (`make adapters`)
-        made |= _named(trained, local_file(adapter_source(CRITTERS, "plus")))
-    save_adapter(trained, target, made, torch.float16)
+        _save_fine_tuned(trained, adapter_file(CRITTERS, "plus"), target, made)
+    else:
+        save_adapter(trained, target, made, torch.float16)
     if file == ADAPTERS["plus"]:
-        _lead_to(target)
+        _replace_base_weights(target)
     return target
 
 
-def _lead_to(plain: Path) -> None:
-    """Let the default that ships name this plain adapter, in place of the one that was there."""
+def _save_fine_tuned(
+    adapter: ImagePromptAdapter, base: Path, target: Path, spec: Mapping[str, Any]
+) -> None:
+    """Write an adapter with its base weights packed: whole, the package would not fit in 40 MB."""
+    remember_base_weights(adapter, load_adapter(base))
+    own = {name: tensor.half() for name, tensor in adapter.state_dict().items()}
+    stored = {name: tensor.half() for name, tensor in adapter.base_weights.items()}
+    tensors = {**own, PACKED: pack_base_weights(own, stored)}
+    write_bytes_atomic(target, as_safetensors(tensors, {**spec, **describe(adapter)}))
+
+
+def _replace_base_weights(base: Path) -> None:
+    """Give the default that ships these base weights, in place of those that it holds."""
     default = CRITTERS_ADAPTERS / f"{ADAPTERS['diverse']}.safetensors"
     if not default.is_file():
         return
-    contents = open_checkpoint(default)
-    spec = spec_of(contents)
+    adapter = load_adapter(default)
     with suppress(ModelError):  # one of another size: the default has to be trained anew
-        adapter = adapter_from_tensors(contents.tensors, default, spec)
-        save_adapter(adapter, default, {**spec, **_named(adapter, plain)}, torch.float16)
-
-
-def _named(trained: ImagePromptAdapter, plain: Path) -> dict[str, Any]:
-    """What the adapter's spec says of the plain weights, which ship in a file beside it."""
-    remember_plain(trained, load_adapter(plain))  # refuses what is no such pair
-    trained.plain = {}
-    return naming(plain)
+        _save_fine_tuned(adapter, base, default, adapter.spec)

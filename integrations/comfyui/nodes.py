@@ -216,7 +216,7 @@ class ApplyAdapter:
         setting = diversity or Setting()
         sites = sites_of(model)
         layers = [site.layer for site in sites]
-        strength = resolve_scale(preset, layers, weight=scale, start=start_at, end=end_at)
+        strength = resolve_scale(preset, layers, weight=scale, start_at=start_at, end_at=end_at)
         if scale == 0:
             return (model.clone(),)
         strength = without_layout_until(strength, layers, setting.levers.late_layout)

@@ -74,15 +74,14 @@ class ImagePrompt:
         setting: Setting,
         words: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        from ipdiverse.adapter.mixing import mixed
+        from ipdiverse.adapter.model import interpolated
 
-        adapter = mixed(adapter, setting.levers.training)
+        adapter = interpolated(adapter, setting.levers.training)
         self.adapter, self.embeds, self.scale, self.setting = adapter, embeds, scale, setting
         self.words = words
         with torch.no_grad():
             self._positive = adapter.tokens(embeds)
             self._negative = adapter.tokens(negative)
-        self._noised: dict[int, Tensor] = {}
         self._placed: tuple[torch.device, torch.dtype, ImagePromptAdapter] | None = None
         self._known: tuple[Tensor, Any, Tensor] | None = None
         self._now: tuple[Tensor, float] | None = None
@@ -195,22 +194,7 @@ class ImagePrompt:
 
     def _references(self, items: int) -> Tensor:
         """Projected references of every item, (items, references, tokens, width)."""
-        level = self.setting.levers.noise_level
-        if not level:
-            return self._positive.expand(items, *self._positive.shape)
-        if items not in self._noised:
-            self._noised[items] = self._with_noise(items, level)
-        return self._noised[items]
-
-    def _with_noise(self, items: int, level: int) -> Tensor:
-        from ipdiverse.sampling.references import ChangedEmbeds
-
-        change, rows = ChangedEmbeds(self.seeds(items), level, None), []
-        for item in range(items):
-            said, noise = change.noise(item, self.embeds)
-            level_of = None if said is None else said.expand(len(self.embeds))
-            rows.append(self.adapter.tokens(self.embeds, level=level_of, noise=noise))
-        return torch.stack(rows)
+        return self._positive.expand(items, *self._positive.shape)
 
     def _mask(self, branch: int, rows: int, length: int) -> Tensor | None:
         """Words of a branch's text; ComfyUI repeats the shorter of two texts to one length."""
@@ -332,15 +316,8 @@ def _protected(latents: Tensor, guess: Tensor, model: Any) -> Tensor:
 
 def _check_fit(prompt: ImagePrompt, sites: Sequence[Site]) -> None:
     from ipdiverse.adapter.attach.compatibility import check_layers
-    from ipdiverse.errors import ModelError
 
     check_layers(prompt.adapter, {site.layer.number: site.widths for site in sites}, "this model")
-    if prompt.setting.levers.noise_level and prompt.adapter.noise is None:
-        raise ModelError(
-            "is not noise-conditioned",
-            where="adapter",
-            fix="Connect the Diversity node to this adapter, not to another.",
-        )
 
 
 def _heads(states: Tensor, heads: int) -> Tensor:

@@ -6,8 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ipdiverse.adapter.attach.attach import attach, detach
-    from ipdiverse.adapter.files.checkpoint import load_adapter, save_adapter
-    from ipdiverse.adapter.model import ImagePromptAdapter
+    from ipdiverse.adapter.files.checkpoint import (
+        ImagePromptAdapter,
+        load_adapter,
+        save_adapter,
+    )
     from ipdiverse.adapter.reference import Reference
     from ipdiverse.base.bases import load_base
     from ipdiverse.dial import Levers
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Generation": "sampling.generation",
-    "ImagePromptAdapter": "adapter.model",
+    "ImagePromptAdapter": "adapter.files.checkpoint",
     "IpdiverseError": "errors",
     "Levers": "dial",
     "Reference": "adapter.reference",

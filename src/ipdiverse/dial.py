@@ -222,10 +222,10 @@ def dial_for(adapter: ImagePromptAdapter) -> Dial:
         CheckpointError: Its own is broken.
     """
     calibrated = dial_of(adapter.spec, "adapter")
-    return calibrated or default_dial(adapter.fusion is not None, bool(adapter.plain))
+    return calibrated or default_dial(adapter.fusion is not None, bool(adapter.base_weights))
 
 
-def default_dial(fused: bool, remembers: bool = False) -> Dial:
+def default_dial(fused: bool, has_base_weights: bool = False) -> Dial:
     """A conservative path, for adapters that were not calibrated.
 
     One that holds the weights it went on from is led from these to its own. Others take levers that
@@ -234,9 +234,9 @@ def default_dial(fused: bool, remembers: bool = False) -> Dial:
 
     Args:
         fused: The adapter has a text-image fusion: 0 leaves it out, as stock IP-Adapter does.
-        remembers: It holds the weights that it went on from.
+        has_base_weights: It holds the weights that it was fine-tuned from.
     """
-    if remembers:
+    if has_base_weights:
         path = ((0.0, replace(OFF, training=0.0)), (1.0, OFF))
         return Dial(path, "from the weights it went on from to its own, not calibrated")
     start = replace(OFF, fusion_strength=0.0) if fused else OFF

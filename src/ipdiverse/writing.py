@@ -7,10 +7,14 @@ import errno
 import hashlib
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ipdiverse.errors import OutputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _PROBE_BYTES = 64 * 1024  # an empty file would be written even to a full disk
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -106,6 +110,18 @@ def file_hash(file: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors' names, types, shapes and every bit, in hexadecimal."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        exact = tensor.detach().cpu().contiguous().flatten()
+        digest.update(exact.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _write_synced(path: Path, data: bytes) -> None:

@@ -216,9 +216,9 @@ def scale_window(name: str) -> None:
     with put_on(scene.pipe, models.adapter("plus", scene.pipe.unet)) as attachment:
         attachment.set_reference(REFERENCES[0])
         whole = scene.run([0])
-        attachment.set_scale(1.0, end=0.5)
+        attachment.set_scale(1.0, end_at=0.5)
         first = scene.run([0])
-        attachment.set_scale(1.0, start=0.5)
+        attachment.set_scale(1.0, start_at=0.5)
         second = scene.run([0])
     for found in (first, second):
         differ(found, plain)

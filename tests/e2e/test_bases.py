@@ -425,7 +425,7 @@ def test_pictures_are_read_before_a_download_is_offered(
         ),
         (["--adapter", "sd15", "--base", "critters"], "adapter sd15: belongs to stable-diff"),
         (["--adapter", "nope"], "nope: unknown adapter; expected diverse, plus, base (with"),
-        (["--preset", "vibes"], "preset: is no preset"),
+        (["--preset", "vibes"], "preset: is not a preset"),
         (["--combine", "mix"], "combine: is unknown"),
         (["--mask", "REF", "--mask", "REF"], "mask: has the wrong length"),
         (["--faces", "face.npy"], "faces: are not read by this adapter"),

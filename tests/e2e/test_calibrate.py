@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from ipdiverse.adapter.files.checkpoint import load_adapter
-from ipdiverse.base.bases import adapter_source
+from ipdiverse.base.adapters import adapter_file
 from ipdiverse.cli import main
 from ipdiverse.critters.make import make_dataset
 from ipdiverse.dial import OFF, Levers, dial_of
@@ -81,9 +81,9 @@ def test_generate_follows_the_path(
 
 
 def test_the_plain_adapter_is_stored_with_the_adapters_own_weights(calibrated: Calibrated) -> None:
-    adapter, plain = load_adapter(calibrated.target), load_file(adapter_source("critters", "plus"))
+    adapter, plain = load_adapter(calibrated.target), load_file(adapter_file("critters", "plus"))
     assert all(torch.equal(adapter.plain[name], t.float()) for name, t in plain.items())
-    source = Path(adapter_source("critters", "diverse"))
+    source = Path(adapter_file("critters", "diverse"))
     assert adapter.spec["arm"] == load_adapter(source).spec["arm"], "its spec is kept"
     before, after = load_file(source), load_file(calibrated.target)
     assert all(torch.equal(before[name], after[name]) for name in before)

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ipdiverse.adapter.files.checkpoint import read_spec
-from ipdiverse.base.bases import ADAPTERS, CRITTERS_ADAPTERS
+from ipdiverse.base.adapters import ADAPTERS, CRITTERS_ADAPTERS
 from ipdiverse.dial import OFF, Levers, default_dial
 from ipdiverse.evaluation.bootstrap import estimate
 from ipdiverse.evaluation.running import Runner

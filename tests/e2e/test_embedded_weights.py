@@ -11,14 +11,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from ipdiverse.adapter.files.checkpoint import read_spec
-from ipdiverse.base.bases import (
-    CRITTERS_ADAPTERS,
-    CRITTERS_BASE,
-    CRITTERS_PROVENANCE,
-    SHIPPED_ADAPTERS,
-    adapter_source,
-    load_base,
-)
+from ipdiverse.base.adapters import CRITTERS_ADAPTERS, SHIPPED_ADAPTERS, adapter_file
+from ipdiverse.base.bases import CRITTERS_BASE, CRITTERS_PROVENANCE, load_base
 from ipdiverse.critters.oracle import read
 from ipdiverse.critters.render import render
 from ipdiverse.evaluation.pairs import held_out_scenes
@@ -66,7 +60,7 @@ def test_provenance_says_how_they_were_made() -> None:
 
 @pytest.mark.parametrize("kind", ["base", "plus"])
 def test_stock_diffusers_makes_the_same_image(kind: str, references: list[Image.Image]) -> None:
-    base, file = load_base(), adapter_source("critters", kind)
+    base, file = load_base(), adapter_file("critters", kind)
     with attached(base, file) as attachment:
         attachment.set_scale(0.7)
         request = Request(image="", n=1, steps=4, guidance_scale=3.0)

@@ -263,10 +263,11 @@ def test_python_arguments_of_another_type_are_named(options: dict[str, Any], mes
 
 
 def test_a_loaded_base_is_the_one_that_is_recorded(reference: Path, tmp_path: Path) -> None:
-    from ipdiverse.base.bases import CRITTERS_BASE, adapter_source, load_base
+    from ipdiverse.base.adapters import adapter_file
+    from ipdiverse.base.bases import CRITTERS_BASE, load_base
 
     loaded = load_base(str(CRITTERS_BASE))
-    weights = str(adapter_source("critters", "plus"))
+    weights = str(adapter_file("critters", "plus"))
     result = ipdiverse.generate(reference, n=1, steps=1, loaded=loaded, adapter=weights)
     assert result.request.base == str(CRITTERS_BASE)
 
@@ -300,12 +301,13 @@ def test_a_broken_base_is_one_line(
 ) -> None:
     import shutil
 
-    from ipdiverse.base.bases import CRITTERS_BASE, adapter_source
+    from ipdiverse.base.adapters import adapter_file
+    from ipdiverse.base.bases import CRITTERS_BASE
 
     broken = tmp_path / "broken"
     shutil.copytree(CRITTERS_BASE, broken)
     (broken / "text_encoder" / "model.safetensors").write_bytes(b"not tensors")
-    wanted = ["--base", str(broken), "--adapter", str(adapter_source("critters", "plus"))]
+    wanted = ["--base", str(broken), "--adapter", str(adapter_file("critters", "plus"))]
     assert generate(reference, tmp_path / "out", *wanted) == 2
     error = capsys.readouterr().err
     assert f"{broken}: cannot be opened" in error

@@ -148,7 +148,7 @@ def test_the_recorded_command_repeats_every_flag(
         (["--image", "REF", "--control-image", "REF"], "control_image: needs controlnet"),
         (
             ["--image", "REF", "--preset", "vibes"],
-            "preset: is no preset; expected linear | ease in",
+            "preset: is not a preset; expected linear | ease in",
         ),
         (["--image", "REF", "--combine", "mix"], "combine: is unknown; expected concat | average"),
         (

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from ipdiverse.base.bases import ADAPTERS, load_base
+from ipdiverse.base.adapters import ADAPTERS
+from ipdiverse.base.bases import load_base
 from ipdiverse.commands.critters import Critters
 from ipdiverse.data.prepare import PrepareOptions
 from ipdiverse.dial import Achieved, Levers

@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 import torch
 
+from ipdiverse import ImagePromptAdapter
 from ipdiverse.adapter.attach.attach import attach
 from ipdiverse.adapter.files.checkpoint import load_adapter
 from ipdiverse.adapter.fusion import GatedFusion
-from ipdiverse.adapter.model import ImagePromptAdapter, new_adapter
-from ipdiverse.base.bases import ADAPTERS, CRITTERS_ADAPTERS, load_base
+from ipdiverse.adapter.model import new_adapter
+from ipdiverse.base.adapters import ADAPTERS, CRITTERS_ADAPTERS
+from ipdiverse.base.bases import load_base
 from tests import models
+from tests.checkpoint_files import public
 from tests.folder_hub import FolderHub
 
 if TYPE_CHECKING:
@@ -92,7 +95,7 @@ def test_adapters_of_real_shape(
         torch.manual_seed(8)
         made.fusion = GatedFusion(made.token_width, tokens, heads=2)
         torch.nn.init.ones_(made.fusion.gate)
-    made.push_to_hub("me/mine")
+    public(made).push_to_hub("me/mine")
     adapter = ImagePromptAdapter.from_pretrained("me/mine")
     expected = stock(pipe, hub.root / "me/mine", image)
     plain = ours(pipe, adapter, image, 0.0)
@@ -105,7 +108,7 @@ def test_an_adapter_made_here_is_what_stock_would_load(hub: FolderHub, tmp_path:
     """Half precision, as files are written by default, is read alike by both."""
     pipe, image = models.pipeline("sd1", fresh=True), models.picture(4, 32)
     made = new_adapter("base", pipe.unet, pipe.image_encoder, num_tokens=4)
-    made.save_pretrained(tmp_path / "half", torch.float16)
+    public(made).save_pretrained(tmp_path / "half", torch.float16)
     expected = stock(pipe, tmp_path / "half", image)
     adapter = ImagePromptAdapter.from_pretrained(tmp_path / "half")
     assert_close(ours(pipe, adapter, image, 1.0), expected)

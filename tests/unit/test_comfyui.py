@@ -21,9 +21,7 @@ from ipdiverse.adapter.attach.attach import attach
 from ipdiverse.adapter.attention import ImageBranch, decoupled_cross_attention
 from ipdiverse.adapter.files.checkpoint import save_adapter
 from ipdiverse.adapter.fusion import GatedFusion
-from ipdiverse.adapter.mixing import remember_plain
-from ipdiverse.adapter.model import ImagePromptAdapter, attention_layers
-from ipdiverse.adapter.noise import NoiseConditioning
+from ipdiverse.adapter.model import ImagePromptAdapter, attention_layers, remember_base_weights
 from ipdiverse.adapter.reference import Reference
 from ipdiverse.adapter.scale import PRESETS, unet_layers
 from ipdiverse.dial import OFF, Dial, Levers
@@ -407,7 +405,7 @@ def test_presets_are_ours(preset: str) -> None:
 def test_it_acts_in_its_share_of_the_steps() -> None:
     adapter = adapter_of("sd1")
     found = sampled(applied(model_of("sd1"), adapter, start_at=0.25, end_at=0.75), steps=4)
-    assert_close(found, in_diffusers(adapter, steps=4, start=0.25, end=0.75))
+    assert_close(found, in_diffusers(adapter, steps=4, start_at=0.25, end_at=0.75))
     assert_differ(found, sampled(applied(model_of("sd1"), adapter), steps=4))
 
 
@@ -582,7 +580,6 @@ def test_diversity_0_is_stock_ip_adapter(fused: bool) -> None:
         Levers(late_layout=0.5),
         Levers(fusion_strength=0.5),
         Levers(interval=(0.0, 4.0)),
-        Levers(noise_level=300),
         Levers(repulsion=0.3),
         Levers(particle=0.2),
         Levers(sparke=0.2),
@@ -593,10 +590,7 @@ def test_diversity_0_is_stock_ip_adapter(fused: bool) -> None:
 def test_levers_do_what_they_do_in_a_pipeline(levers: Levers) -> None:
     """The same seeds, so the same images, lever by lever."""
     adapter = adapter_of("sd1", "plus", fused=True)
-    torch.manual_seed(9)
-    adapter.noise = NoiseConditioning(models.CLIP_WIDTH)
-    torch.nn.init.normal_(adapter.noise.level[2].weight, std=0.1)
-    remember_plain(adapter, models.adapter("plus", pipeline("sd1").unet, seed=8))
+    remember_base_weights(adapter, models.adapter("plus", pipeline("sd1").unet, seed=8))
     clip = comfyui.Clip(pipeline("sd1").tokenizer)
     setting = PROMPTING.Setting(levers, 5)
     words = {"clip": clip, "text": PROMPT, "negative_text": NEGATIVE}
@@ -609,7 +603,7 @@ def test_levers_do_what_they_do_in_a_pipeline(levers: Levers) -> None:
 def test_diversity_0_is_the_adapter_it_went_on_from() -> None:
     adapter = adapter_of("sd1", fused=True)
     plain = models.adapter("base", pipeline("sd1").unet, seed=8)
-    remember_plain(adapter, plain)
+    remember_base_weights(adapter, plain)
     found = sampled(applied(model_of("sd1"), adapter, diversity=turned(adapter, 0.0)))
     assert torch.equal(found, sampled(applied(model_of("sd1"), plain)))
 
@@ -656,7 +650,6 @@ def test_the_shield_keeps_away_from_the_references_latents() -> None:
 
 def test_what_does_not_fit_is_one_line() -> None:
     sd1, faces = adapter_of("sd1"), models.adapter("faceid", pipeline("sd1").unet)
-    noisy = PROMPTING.Setting(Levers(noise_level=100))
     cases: list[tuple[Any, ImagePromptAdapter, dict[str, Any], str]] = [
         (
             model_of("sdxl"),
@@ -665,8 +658,7 @@ def test_what_does_not_fit_is_one_line() -> None:
             r"layer 1 does not fit this model; expected \(tokens, hidden\)",
         ),
         (model_of("sd1"), faces, {}, "a faceid adapter: reads faces, which these nodes do not"),
-        (model_of("sd1"), sd1, {"diversity": noisy}, "is not noise-conditioned"),
-        (model_of("sd1"), sd1, {"start_at": 2.0}, "start: is out of range"),
+        (model_of("sd1"), sd1, {"start_at": 2.0}, "start_at: is out of range"),
         (type("Flux", (), {"model": object()})(), sd1, {}, "model: has no UNet"),
     ]
     for model, adapter, changes, message in cases:

@@ -12,7 +12,8 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from ipdiverse import ImagePromptAdapter
-from ipdiverse.base.bases import CRITTERS_ORACLE, adapter_source, load_base
+from ipdiverse.base.adapters import adapter_file
+from ipdiverse.base.bases import CRITTERS_ORACLE, load_base
 from ipdiverse.critters.oracle import load_oracle
 from ipdiverse.loading import loading, quiet
 
@@ -65,7 +66,7 @@ def test_what_is_built_while_another_thread_loads_has_its_weights(
 
     def build() -> nn.Module:
         if kind == "adapter":
-            return ImagePromptAdapter.from_pretrained(adapter_source("critters", "plus"))
+            return ImagePromptAdapter.from_pretrained(adapter_file("critters", "plus"))
         return load_oracle(CRITTERS_ORACLE)
 
     with ThreadPoolExecutor(1) as pool:

@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 
 from ipdiverse.adapter.files.checkpoint import load_adapter, read_spec, save_adapter
 from ipdiverse.adapter.fusion import GatedFusion
-from ipdiverse.base.bases import CRITTERS, SHIPPED_ADAPTERS, adapter_source
-from ipdiverse.errors import ArgumentError, CheckpointError
+from ipdiverse.base.adapters import SHIPPED_ADAPTERS, adapter_file
+from ipdiverse.base.bases import CRITTERS
+from ipdiverse.errors import ArgumentError
 from workshop import arms
 from workshop.__main__ import main as workshop
 from workshop.arms import ARMS, arm_config, ship_arm
@@ -79,27 +80,24 @@ def test_an_arm_is_trained_and_shipped_without_paths(
     assert all(torch.equal(again[name], trained[name]) for name in trained), "it was finished"
 
 
-def test_the_default_ships_with_the_plain_one_named_beside_it(
+def test_the_default_ships_with_its_base_weights_packed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = tmp_path / "package"
     monkeypatch.setattr(arms, "CRITTERS_ADAPTERS", package)
-    plus = Path(adapter_source(CRITTERS, "plus"))
-    diverse = load_adapter(adapter_source(CRITTERS, "diverse"))
-    trained, diverse.plain = diverse.plain, {}
+    plus = load_adapter(adapter_file(CRITTERS, "plus"))
+    diverse = load_adapter(adapter_file(CRITTERS, "diverse"))
+    diverse.base_weights = {}
     (tmp_path / "diverse-seed0").mkdir()
     save_adapter(diverse, tmp_path / "diverse-seed0" / "adapter.safetensors", {}, torch.float32)
     file = ship_arm("diverse", tmp_path)
     assert file is not None
-    assert file.stat().st_size < 1.2 * plus.stat().st_size
-    with pytest.raises(CheckpointError, match=f"are not beside it; expected {plus.name}"):
-        load_adapter(file)
-    (package / plus.name).write_bytes(plus.read_bytes())
-    found = load_adapter(file)
-    assert all(torch.equal(found.plain[name], tensor) for name, tensor in trained.items())
+    assert file.stat().st_size < 0.95 * 2 * Path(adapter_file(CRITTERS, "plus")).stat().st_size
+    found = load_adapter(file).base_weights
+    assert all(torch.equal(found[name], tensor) for name, tensor in plus.state_dict().items())
 
 
-def test_the_default_follows_a_plain_one_that_ships_anew(
+def test_the_default_follows_base_weights_that_ship_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = tmp_path / "package"
@@ -111,9 +109,9 @@ def test_the_default_follows_a_plain_one_that_ships_anew(
     save_adapter(trained, tmp_path / "self-none-seed0" / "adapter.safetensors", {}, torch.float32)
     ship_arm("self-none", tmp_path)
     default = package / "ip-adapter-diverse_critters.safetensors"
-    latents = load_adapter(default).plain["image_proj.latents"]
+    latents = load_adapter(default).base_weights["image_proj.latents"]
     torch.testing.assert_close(latents, trained.state_dict()["image_proj.latents"].half().float())
-    before = load_adapter(adapter_source(CRITTERS, "diverse"))
+    before = load_adapter(adapter_file(CRITTERS, "diverse"))
     assert read_spec(default)["dial"] == before.spec["dial"]
     own = load_adapter(default).state_dict()
     assert all(torch.equal(own[name], tensor) for name, tensor in before.state_dict().items())

@@ -15,8 +15,8 @@ from ipdiverse.errors import ModelError, ShapeError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from ipdiverse.adapter.mask import RegionMask
     from ipdiverse.adapter.model import LayerWeights
+    from ipdiverse.adapter.reference import RegionMask
 
 NOTHING, TEXT, BOTH = "nothing", "text", "both"
 """Branches of guidance: neither prompt, the text alone, text and image."""
@@ -129,6 +129,9 @@ class TokenGroup:
 class Slot:
     """One adapter on a UNet, as its layers see it during a call.
 
+    The original puts image tokens behind the text's and cuts them off by a fixed count. Apart, they
+    need no count, and the text may have any length.
+
     Args:
         weights: Keys' and values' weights by layer number.
         groups: This call's image tokens; empty before the first.
@@ -193,6 +196,7 @@ class DecoupledAttention:
         images = self._branches(attn, pixels=query.shape[2])
         mixed = decoupled_cross_attention(query, key, value, images, mask)
         merged = mixed.transpose(1, 2).flatten(2)
+        # no residual: transformer blocks add it themselves; to_out is a linear layer and a dropout
         return attn.to_out[1](_project(attn.to_out[0], merged, layers, "to_out_lora"))
 
     def _branches(self, attn: Any, pixels: int) -> Iterator[ImageBranch]:

@@ -26,7 +26,7 @@ class GatedFusion(nn.Module):
         width: Width inside, a multiple of `heads`; None takes `token_width`.
 
     Raises:
-        ValueError: The width is no multiple of the heads.
+        ValueError: The width is not a multiple of the heads.
     """
 
     kind = "gated"
@@ -59,7 +59,7 @@ class GatedFusion(nn.Module):
         Args:
             image_tokens: Projected image tokens of one reference.
             text: Text tokens of the same items.
-            text_mask: True where a token is no padding; None attends to every token.
+            text_mask: True where a token is not padding; None attends to every token.
             strength: Weight of what is added; 0 is plain IP-Adapter, exactly.
         """
         query = self._split(self.to_q(self.norm_image(image_tokens)))

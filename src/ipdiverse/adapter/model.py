@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor, nn
 
-from ipdiverse.adapter.faces import FaceIDPlusProjection, FaceIDProjection, FullFaceProjection
 from ipdiverse.adapter.fusion import Fusion
-from ipdiverse.adapter.noise import NoiseConditioning
-from ipdiverse.adapter.projection import LinearProjection, ResamplerProjection
+from ipdiverse.adapter.projection import (
+    FaceIDPlusProjection,
+    FaceIDProjection,
+    FullFaceProjection,
+    LinearProjection,
+    ResamplerProjection,
+)
+from ipdiverse.errors import ModelError, check_range
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Mapping
 
     from diffusers import UNet2DConditionModel
@@ -85,7 +91,6 @@ class ImagePromptAdapter(nn.Module):
             of its tokens and of its queries.
         fusion: Lets image tokens attend to the text; None is plain IP-Adapter.
         lora: Low-rank changes by layer number, self-attention included (FaceID).
-        noise: Noise on the first of the embeddings, and its level; None reads them as they are.
     """
 
     def __init__(
@@ -94,7 +99,6 @@ class ImagePromptAdapter(nn.Module):
         widths: dict[int, tuple[int, int]],
         fusion: Fusion | None = None,
         lora: Mapping[int, LoraShapes] | None = None,
-        noise: NoiseConditioning | None = None,
     ) -> None:
         super().__init__()
         changes = lora or {}
@@ -106,9 +110,10 @@ class ImagePromptAdapter(nn.Module):
             }
         )
         self.fusion = fusion
-        self.noise = noise
         self.spec: dict[str, Any] = {}
-        self.plain: dict[str, Tensor] = {}  # what it went on from (`mixing`); empty if not known
+        # of the adapter that this one was fine-tuned from; empty if they are not known. Not
+        # parameters: they are neither trained nor moved to a device until they are needed
+        self.base_weights: dict[str, Tensor] = {}
 
     def layers(self) -> dict[int, LayerWeights]:
         """Each layer's weights by its number in `unet.attn_processors`."""
@@ -155,19 +160,9 @@ class ImagePromptAdapter(nn.Module):
             return projection.proj[0].in_features  # type: ignore[return-value]
         return None
 
-    def tokens(
-        self, *embeds: Tensor, level: Tensor | None = None, noise: Tensor | None = None
-    ) -> Tensor:
-        """Embeddings to image tokens, (batch, tokens, width).
-
-        Args:
-            embeds: In the order of `reads`.
-            level: For noise-conditioned adapters, τ of each item; None is 0.
-            noise: For these, of the shape of the first of the embeddings.
-        """
-        if self.noise is None:
-            return self.image_proj(*embeds)
-        return self.image_proj(self.noise(embeds[0], level, noise), *embeds[1:])
+    def tokens(self, *embeds: Tensor) -> Tensor:
+        """Embeddings, in the order of `reads`, to image tokens, (batch, tokens, width)."""
+        return self.image_proj(*embeds)
 
     def fuse(
         self, tokens: Tensor, text: Tensor, text_mask: Tensor | None = None, strength: float = 1.0
@@ -176,94 +171,6 @@ class ImagePromptAdapter(nn.Module):
         if self.fusion is None or strength == 0:
             return tokens
         return self.fusion(tokens, text, text_mask, strength)
-
-    @classmethod
-    def from_pretrained(cls, source: str | os.PathLike[str], **options: Any) -> ImagePromptAdapter:
-        """Open an adapter in any published layout (`checkpoint.load_adapter`).
-
-        The arguments are those of diffusers' `load_ip_adapter`.
-
-        Args:
-            source: A file, a folder, or a hub id.
-            options: `weight_name`, `subfolder`, `revision`, `local_files_only`, `token`,
-                `cache_dir`, `face_id_plus_v2`.
-
-        Raises:
-            CheckpointError: It is missing, broken, of another layout, or for another model.
-        """
-        from ipdiverse.adapter.files.checkpoint import load_adapter
-
-        return load_adapter(source, **options)
-
-    def save_pretrained(
-        self,
-        folder: str | os.PathLike[str],
-        dtype: Any = None,
-        *,
-        license: str | None = None,  # noqa: A002 - as the hub calls it
-        base_model: str | None = None,
-    ) -> None:
-        """Write the weights and a model card into a folder (`publishing.save_folder`).
-
-        Args:
-            folder: Made if need be.
-            dtype: Of the stored tensors; None keeps the adapter's.
-            license: Its short name on the hub, for example `apache-2.0`; None states none.
-            base_model: Hub id of what it prompts; None takes what it was trained on, if known.
-
-        Raises:
-            ArgumentError: The license or the base model is no such name.
-            OutputError: The folder cannot be written.
-        """
-        from ipdiverse.adapter.files.card import Stated
-        from ipdiverse.adapter.files.publishing import save_folder
-
-        save_folder(self, folder, dtype, Stated(license, base_model))
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        license: str | None = None,  # noqa: A002 - as the hub calls it
-        base_model: str | None = None,
-        private: bool = False,
-        token: str | None = None,
-        commit_message: str | None = None,
-        create_pr: bool = False,
-        dtype: Any = None,
-    ) -> str:
-        """Upload the weights and a model card.
-
-        Args:
-            repo_id: `owner/name`; made if need be.
-            license: Its short name on the hub, for example `apache-2.0`; None states none.
-            base_model: Hub id of what it prompts; None takes what it was trained on, if known.
-            private: Of a repository that is made.
-            token: None takes the one that is logged in.
-            commit_message: None takes the hub's.
-            create_pr: Propose instead of changing.
-            dtype: Of the stored tensors; None keeps the adapter's.
-
-        Returns:
-            The page's address.
-
-        Raises:
-            ArgumentError: The repository, the license or the base model is no such name.
-            ModelError: There is no token, the hub refused, or it cannot be reached.
-        """
-        from ipdiverse.adapter.files.card import Stated
-        from ipdiverse.adapter.files.publishing import push_folder
-
-        return push_folder(
-            self,
-            repo_id,
-            Stated(license, base_model),
-            private=private,
-            token=token,
-            commit_message=commit_message,
-            create_pr=create_pr,
-            dtype=dtype,
-        )
 
 
 def attention_layers(unet: Any) -> dict[int, str]:
@@ -327,3 +234,77 @@ def new_adapter(
             if mine is not None:
                 mine.weight.data.copy_(theirs.weight.data)
     return adapter
+
+
+def shared_parts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that an adapter has in common with its base weights: all but the fusion."""
+    return {
+        n: tensor for n, tensor in tensors.items() if n.startswith(("image_proj.", "ip_adapter."))
+    }
+
+
+def remember_base_weights(adapter: ImagePromptAdapter, base: ImagePromptAdapter) -> None:
+    """Keep the weights of the adapter that another was fine-tuned from.
+
+    Args:
+        adapter: The fine-tuned one; changed in place.
+        base: Of the same kind and sizes, without fusion.
+
+    Raises:
+        ModelError: The two do not fit together.
+    """
+    mine, theirs = shared_parts(adapter.state_dict()), base.state_dict()
+    wrong = sorted(theirs.keys() - mine.keys()) or [
+        name
+        for name, tensor in mine.items()
+        if name not in theirs or theirs[name].shape != tensor.shape
+    ]
+    if wrong:
+        raise ModelError(
+            "cannot be what this adapter was fine-tuned from",
+            where="base weights",
+            expected="an adapter of the same kind and sizes, without fusion",
+            found=f"{wrong[0]}, which differs",
+        )
+    adapter.base_weights = {name: theirs[name].detach().clone() for name in mine}
+
+
+def interpolated(adapter: ImagePromptAdapter, share: float) -> ImagePromptAdapter:
+    """The adapter between its base weights and its own: W = (1 − share) · W_base + share · W.
+
+    Weights before and after one fine-tuning lie on a path along which a model stays good. Here the
+    path leads from an adapter that copies to one that does not. A fusion's weights stay as they
+    are; what it adds is multiplied by the share (`hook.ActiveAdapter.strength`).
+
+    Args:
+        adapter: One that holds its base weights.
+        share: 0 is exactly the base adapter, without fusion; 1 is `adapter` itself.
+
+    Raises:
+        ArgumentError: The share is out of range.
+        ModelError: It holds no base weights.
+
+    Source:
+        WiSE-FT, arXiv:2109.01903; model soups, arXiv:2203.05482.
+    """
+    check_range("interpolation", share, 0, 1)
+    if share == 1:
+        return adapter
+    if not adapter.base_weights:
+        raise ModelError(
+            "does not hold its base weights",
+            where="adapter",
+            fix="Leave the lever `interpolation` out, or store the weights that the adapter was "
+            "fine-tuned from: ipdiverse calibrate --plain FILE.",
+        )
+    between = deepcopy(adapter)  # `adapter` may be trained or attached elsewhere meanwhile
+    between.base_weights = {}
+    if share == 0:
+        between.fusion = None
+    own = between.state_dict()  # shares memory with the copy
+    with torch.no_grad():
+        for name, tensor in adapter.base_weights.items():
+            # in float32: half precision would round each weight twice
+            base = tensor.to(own[name].device, torch.float32)
+            own[name].copy_(base if share == 0 else base.lerp(own[name].float(), share))
+    return between

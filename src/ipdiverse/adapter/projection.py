@@ -1,4 +1,8 @@
-"""Image embeddings to image tokens. Parameter names are those of the published checkpoints."""
+"""Image and face embeddings to image tokens, under the parameter names of published checkpoints.
+
+A face embedding comes from a recognition model (ArcFace, 512 wide); it says who, not how the image
+looks.
+"""
 
 from __future__ import annotations
 
@@ -67,6 +71,7 @@ class PerceiverAttention(nn.Module):
             t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for t in (self.to_q(latents), key, value)
         )
+        # the original scales query and key by head_dim^-1/4 each, for fp16; this scales once
         return self.to_out(
             F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
         )
@@ -96,6 +101,7 @@ class ResamplerProjection(nn.Module):
     ) -> None:
         super().__init__()
         self.latents = nn.Parameter(torch.randn(1, num_tokens, width) / width**0.5)
+        # heads of 64: files do not hold the number, and stock diffusers takes 64 for granted
         self.proj_in = nn.Linear(clip_dim, width)
         self.proj_out = nn.Linear(width, token_width)
         self.norm_out = nn.LayerNorm(token_width)
@@ -132,3 +138,151 @@ def feed_forward(width: int) -> nn.Sequential:
         nn.GELU(),
         nn.Linear(4 * width, width, bias=False),
     )
+
+
+class FullFaceProjection(nn.Module):
+    """Projection `full-face`: every penultimate hidden state becomes a token.
+
+    Args:
+        clip_dim: Width of the image encoder's hidden states.
+        token_width: The UNet's `cross_attention_dim`.
+        hidden_width: Width between the two layers; None takes `clip_dim`, as published.
+    """
+
+    kind = "full-face"
+    reads = ("hidden",)
+
+    def __init__(self, clip_dim: int, token_width: int, hidden_width: int | None = None) -> None:
+        super().__init__()
+        inner = hidden_width or clip_dim
+        self.proj = nn.Sequential(
+            nn.Linear(clip_dim, inner),
+            nn.GELU(),
+            nn.Linear(inner, token_width),
+            nn.LayerNorm(token_width),
+        )
+
+    @property
+    def num_tokens(self) -> None:
+        """As many as the image encoder has states."""
+        return None
+
+    def forward(
+        self, hidden: Float[Tensor, "batch patches clip_dim"]
+    ) -> Float[Tensor, "batch patches width"]:
+        """Project each state."""
+        return self.proj(hidden)
+
+
+class FaceIDProjection(nn.Module):
+    """Projections `faceid` and `portrait`: a face embedding to a few tokens.
+
+    Args:
+        face_dim: Width of a face embedding.
+        token_width: The UNet's `cross_attention_dim`.
+        num_tokens: Tokens a face; 4 in published FaceID, 16 in Portrait.
+        hidden_width: Width between the two layers; None takes twice `face_dim`, as published.
+    """
+
+    kind = "faceid"
+    reads = ("face",)
+
+    def __init__(
+        self, face_dim: int, token_width: int, num_tokens: int = 4, hidden_width: int | None = None
+    ) -> None:
+        super().__init__()
+        self.num_tokens = num_tokens
+        self.proj = face_layers(face_dim, num_tokens * token_width, hidden_width)
+        self.norm = nn.LayerNorm(token_width)
+
+    def forward(
+        self, face: Float[Tensor, "batch *faces face_dim"]
+    ) -> Float[Tensor, "batch tokens width"]:
+        """Project one face, or several whose tokens then stand side by side (Portrait)."""
+        tokens = self.norm(self.proj(face).unflatten(-1, (self.num_tokens, -1)))
+        return tokens.flatten(1, 2) if tokens.ndim == 4 else tokens
+
+
+class FacePerceiver(nn.Module):
+    """Tokens of a face read the image encoder's hidden states.
+
+    Args:
+        clip_dim: Width of those states.
+        width: Width of the tokens, in and out.
+        depth: Rounds of attention and feed-forward.
+    """
+
+    def __init__(self, clip_dim: int, width: int, depth: int = 4) -> None:
+        super().__init__()
+        self.proj_in = nn.Linear(clip_dim, width)
+        self.proj_out = nn.Linear(width, width)
+        self.norm_out = nn.LayerNorm(width)
+        self.layers = nn.ModuleList(
+            [
+                nn.ModuleList([PerceiverAttention(width, 64, width // 64), feed_forward(width)])
+                for _ in range(depth)
+            ]
+        )
+
+    def forward(
+        self,
+        tokens: Float[Tensor, "batch tokens width"],
+        hidden: Float[Tensor, "batch patches clip_dim"],
+    ) -> Float[Tensor, "batch tokens width"]:
+        """Refine the tokens."""
+        features = self.proj_in(hidden)
+        for layer in self.layers:
+            attention, forward = layer  # type: ignore[misc]
+            tokens = attention(features, tokens) + tokens
+            tokens = forward(tokens) + tokens
+        return self.norm_out(self.proj_out(tokens))
+
+
+class FaceIDPlusProjection(nn.Module):
+    """Projection `faceid-plus`: a face's tokens, refined by what the face looks like.
+
+    Args:
+        face_dim: Width of a face embedding.
+        clip_dim: Width of the image encoder's hidden states.
+        token_width: The UNet's `cross_attention_dim`.
+        num_tokens: 4 in published checkpoints.
+        depth: Rounds of the perceiver.
+        hidden_width: Width between the first two layers; None takes twice `face_dim`.
+        shortcut: Version 2 adds the refinement to the face's own tokens; version 1 replaces them.
+            Both have the same keys, so the user says which.
+    """
+
+    kind = "faceid-plus"
+    reads = ("face", "hidden")
+
+    def __init__(
+        self,
+        face_dim: int,
+        clip_dim: int,
+        token_width: int,
+        num_tokens: int = 4,
+        depth: int = 4,
+        hidden_width: int | None = None,
+        shortcut: bool = False,
+    ) -> None:
+        super().__init__()
+        self.num_tokens, self.shortcut = num_tokens, shortcut
+        self.proj = face_layers(face_dim, num_tokens * token_width, hidden_width)
+        self.norm = nn.LayerNorm(token_width)
+        self.perceiver_resampler = FacePerceiver(clip_dim, token_width, depth)
+
+    def forward(
+        self,
+        face: Float[Tensor, "batch face_dim"],
+        hidden: Float[Tensor, "batch patches clip_dim"],
+    ) -> Float[Tensor, "batch tokens width"]:
+        """Project the face and refine its tokens by the image."""
+        tokens = self.norm(self.proj(face).unflatten(-1, (self.num_tokens, -1)))
+        refined = self.perceiver_resampler(tokens, hidden)
+        return tokens + refined if self.shortcut else refined
+
+
+def face_layers(face_dim: int, width: int, hidden_width: int | None) -> nn.Sequential:
+    """Linear, GELU, linear; biases everywhere."""
+    inner = hidden_width or 2 * face_dim
+    return nn.Sequential(nn.Linear(face_dim, inner), nn.GELU(), nn.Linear(inner, width))

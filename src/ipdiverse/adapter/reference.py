@@ -1,15 +1,18 @@
-"""What an image prompt is made of: one image or several, as pictures or as embeddings."""
+"""An image prompt: one image or several, as pictures or as embeddings, each with a region."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from ipdiverse.errors import ArgumentError
 from ipdiverse.image_io import load_image
@@ -56,7 +59,7 @@ class Reference:
         check_parts(count, self.combine, self.weights, self.masks)
         for image in (*self.images, *(self.masks or ())):
             if not isinstance(image, Image.Image):
-                raise _no_image(image, "PIL images", "Open files with image_io.load_image.")
+                raise _not_an_image(image, "PIL images", "Open files with image_io.load_image.")
 
     def count(self) -> int:
         """How many images or faces."""
@@ -120,12 +123,14 @@ def _image(item: Any) -> Image.Image:
         return item
     if isinstance(item, (str, Path)):
         return load_image(Path(item))
-    raise _no_image(item, "a PIL image, an image's file, or a Reference")
+    raise _not_an_image(item, "a PIL image, an image's file, or a Reference")
 
 
-def _no_image(item: object, expected: str, fix: str | None = None) -> ArgumentError:
+def _not_an_image(item: object, expected: str, fix: str | None = None) -> ArgumentError:
     found = type(item).__name__
-    return ArgumentError("is no image", where="reference", expected=expected, found=found, fix=fix)
+    return ArgumentError(
+        "is not an image", where="reference", expected=expected, found=found, fix=fix
+    )
 
 
 def combine_embeds(
@@ -154,3 +159,57 @@ def combine_embeds(
     if not float(share.sum()):
         raise ArgumentError("sum to 0", where="weights")
     return torch.tensordot(share / share.sum(), embeds, dims=1)[None]
+
+
+class RegionMask:
+    """Weights in 0..1 over an image, shrunk once for each resolution that asks.
+
+    Args:
+        weights: (batch, height, width); one entry serves every item. Its aspect ratio is the
+            output's.
+    """
+
+    def __init__(self, weights: Tensor) -> None:
+        self.weights = weights
+        self._shrunk: dict[int, Tensor] = {}
+
+    def at(self, pixels: int) -> Tensor:
+        """Weights over that many pixels in row order, (batch, pixels).
+
+        Raises:
+            ArgumentError: No grid of the mask's aspect ratio has so many pixels.
+        """
+        if pixels not in self._shrunk:
+            grid = _grid(pixels, self.weights.shape[-1] / self.weights.shape[-2])
+            shrunk = F.interpolate(self.weights[:, None].float(), grid, mode="area")
+            self._shrunk[pixels] = shrunk[:, 0].flatten(1)
+        return self._shrunk[pixels]
+
+    def repeated(self, branches: int) -> RegionMask:
+        """The same for every guidance branch."""
+        if len(self.weights) == 1 or branches == 1:
+            return self
+        return RegionMask(self.weights.repeat(branches, 1, 1))
+
+
+def mask_weights(image: Image.Image) -> Tensor:
+    """A picture as weights, (height, width): white acts, black does not."""
+    return torch.from_numpy(np.asarray(image.convert("L"), dtype=np.float32) / 255)
+
+
+def _grid(pixels: int, ratio: float) -> tuple[int, int]:
+    """Height and width of a layer with so many pixels in an image of this aspect ratio."""
+    best = min(
+        (h for h in range(1, pixels + 1) if pixels % h == 0),
+        key=lambda h: abs(math.log(pixels / h / h / ratio)),
+    )
+    height, width = best, pixels // best
+    if abs(math.log(width / height / ratio)) > math.log(1.5):
+        raise ArgumentError(
+            "does not have the output's aspect ratio",
+            where="mask",
+            expected=f"width/height near {width / height:.2f}",
+            found=f"{ratio:.2f}",
+            fix="Draw the mask at the output's size.",
+        )
+    return height, width

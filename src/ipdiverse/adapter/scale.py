@@ -1,8 +1,8 @@
 """How strongly an image prompt acts: by layer, by step and by item.
 
 A scale is a number; a list with one number for each layer; numbers by block; a preset; a tensor
-with one number for each item; or a function of layer and progress. `start` and `end` switch it off
-outside a part of the steps.
+with one number for each item; or a function of layer and progress. `start_at` and `end_at` switch
+it off outside a part of the steps.
 """
 
 from __future__ import annotations
@@ -55,21 +55,24 @@ class Scale:
     Args:
         of: Scale of a layer at a progress.
         by_step: Whether it depends on the progress at all.
-        start: Share of the steps before which it is 0.
-        end: Share of the steps from which it is 0 again.
+        start_at: Share of the steps before which it is 0.
+        end_at: Share of the steps from which it is 0 again.
         opposed: Numbers of the layers in which the image acts on the unconditional branch alone,
             so that guidance leads away from it.
     """
 
     of: ScaleFunction
     by_step: bool = False
-    start: float = 0.0
-    end: float = 1.0
+    start_at: float = 0.0
+    end_at: float = 1.0
     opposed: frozenset[int] = frozenset()
 
     def at(self, layer: Layer, progress: float) -> float | Tensor:
         """The scale of a layer at a progress."""
-        if not self.start <= progress < self.end and (self.start, self.end) != (0.0, 1.0):
+        if not self.start_at <= progress < self.end_at and (self.start_at, self.end_at) != (
+            0.0,
+            1.0,
+        ):
             return 0.0
         return self.of(layer, progress)
 
@@ -79,8 +82,8 @@ def resolve_scale(
     layers: Sequence[Layer],
     *,
     weight: float = 1.0,
-    start: float = 0.0,
-    end: float = 1.0,
+    start_at: float = 0.0,
+    end_at: float = 1.0,
 ) -> Scale:
     """Make sense of a scale.
 
@@ -90,29 +93,29 @@ def resolve_scale(
             `up.0`; the most specific holds, others are 0); a tensor (items,); a function.
         layers: The UNet's cross-attention layers, in that order.
         weight: Multiplies presets.
-        start: Share of the steps before which the scale is 0.
-        end: Share of the steps from which it is 0.
+        start_at: Share of the steps before which the scale is 0.
+        end_at: Share of the steps from which it is 0.
 
     Raises:
         ArgumentError: An unknown preset or block, a list of the wrong length, a bad range.
     """
-    check_range("start", start, 0, 1)
-    check_range("end", end, start, 1)
-    stepped = (start, end) != (0.0, 1.0)
+    check_range("start_at", start_at, 0, 1)
+    check_range("end_at", end_at, start_at, 1)
+    stepped = (start_at, end_at) != (0.0, 1.0)
     if isinstance(value, str):
         opposed = _opposed(value, layers)
-        return Scale(_preset(value, layers, weight), stepped, start, end, opposed)
+        return Scale(_preset(value, layers, weight), stepped, start_at, end_at, opposed)
     if isinstance(value, Tensor) and value.ndim:
-        return Scale(lambda _layer, _progress: value, stepped, start, end)
+        return Scale(lambda _layer, _progress: value, stepped, start_at, end_at)
     if isinstance(value, Mapping):
-        return Scale(_by_block(value, layers), stepped, start, end)
+        return Scale(_by_block(value, layers), stepped, start_at, end_at)
     if isinstance(value, Sequence):
-        return Scale(_by_layer(value, layers), stepped, start, end)
+        return Scale(_by_layer(value, layers), stepped, start_at, end_at)
     if callable(value) and not isinstance(value, Tensor):
-        return Scale(value, True, start, end)
+        return Scale(value, True, start_at, end_at)
     number = float(value)
     check_range("scale", number, -10, 10)
-    return Scale(lambda _layer, _progress: number, stepped, start, end)
+    return Scale(lambda _layer, _progress: number, stepped, start_at, end_at)
 
 
 def without_layout_until(scale: Scale, layers: Sequence[Layer], share: float) -> Scale:
@@ -134,7 +137,7 @@ def without_layout_until(scale: Scale, layers: Sequence[Layer], share: float) ->
         waiting = layer.transformer in layout and progress < share
         return 0.0 if waiting else scale.of(layer, progress)
 
-    return Scale(of, True, scale.start, scale.end, scale.opposed)
+    return Scale(of, True, scale.start_at, scale.end_at, scale.opposed)
 
 
 def unet_layers(unet: Any) -> list[Layer]:
@@ -246,7 +249,7 @@ def check_preset(name: str, where: str = "scale") -> None:
     """
     if name not in PRESETS:
         raise ArgumentError(
-            "is no preset", where=where, expected=" | ".join(PRESETS), found=repr(name)
+            "is not a preset", where=where, expected=" | ".join(PRESETS), found=repr(name)
         )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ipdiverse.base.downloads import HUB_ID, cannot_be_opened, fetch, split_hub_id
+from ipdiverse.base.downloads import HUB_ID, cannot_be_opened, split_hub_id
 from ipdiverse.base.memory import (
     MemoryOptions,
     Plan,
@@ -21,7 +21,6 @@ from ipdiverse.base.pipelines import (
     CRITTERS,
     CRITTERS_BASE,
     Opening,
-    check_known,
     clip_processor,
     open_pipeline,
 )
@@ -32,26 +31,9 @@ from ipdiverse.loading import loading
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-HUB_BASES = {preset.name: preset.base.id for preset in PRESETS.values()}
-"""Repositories of the presets' bases."""
 _WEIGHTS = CRITTERS_BASE.parent
 CRITTERS_ORACLE = _WEIGHTS / "oracle.safetensors"
-CRITTERS_ADAPTERS = _WEIGHTS / "adapters"
 CRITTERS_PROVENANCE = _WEIGHTS / "provenance.json"
-SHIPPED_ADAPTERS = {
-    "ip-adapter-diverse_critters": "diverse",
-    "ip-adapter_critters": "base-plain",
-    "ip-adapter-plus_critters": "self-none",
-}
-"""Adapters in the package, and the arm of `training.arms` that each is."""
-ADAPTERS = {
-    "diverse": "ip-adapter-diverse_critters",
-    "plus": "ip-adapter-plus_critters",
-    "base": "ip-adapter_critters",
-}
-"""Short names of adapters in the package."""
-DEFAULT_ADAPTER = "diverse"
-"""What prompts critters unless something else is asked for."""
 
 
 @dataclass(frozen=True)
@@ -248,90 +230,3 @@ def any_latents(pipe: Any) -> Iterator[None]:
         yield
     finally:
         unet.register_to_config(in_channels=channels)
-
-
-def copier_report(adapter: str) -> Path:
-    """Where the shipped measurement of a critters adapter is."""
-    return _WEIGHTS / f"copier-{Path(adapter).stem}.json"
-
-
-def adapter_source(base: str, adapter: str) -> Path | str:
-    """Where an adapter's weights are; a preset's are downloaded if they are not in the local cache.
-
-    Args:
-        base: The base's name; `critters` has `diverse`, `plus` and `base` by name.
-        adapter: One of those names, a preset's, a file, a folder, or a hub id with the file's path
-            behind it; empty is the base's own, `default_adapter`.
-
-    Raises:
-        ModelError: There is no such adapter, or it cannot be had.
-    """
-    check_adapter(base, adapter)
-    adapter = adapter or default_adapter(base)
-    if base == CRITTERS and (shipped := _shipped(adapter)):
-        return shipped
-    if Path(adapter).exists():
-        return Path(adapter)
-    return fetch(PRESETS[adapter].adapter_files(), adapter)[0] if adapter in PRESETS else adapter
-
-
-def check_adapter(base: str, adapter: str) -> None:
-    """Refuse what cannot name an adapter of a base, before anything is opened or downloaded.
-
-    Args:
-        base: As `adapter_source` takes it, and the adapter too.
-        adapter: Its name.
-
-    Raises:
-        ModelError: There is no such adapter, or it is of another base.
-        ArgumentError: None is named, and the base has none of its own.
-    """
-    adapter = adapter or default_adapter(base)
-    shipped = _shipped(adapter) is not None
-    if (shipped and base == CRITTERS) or Path(adapter).exists():
-        return
-    if shipped:
-        raise _of_another(adapter, CRITTERS, base)
-    if adapter not in PRESETS and not HUB_ID.match(adapter):
-        raise ModelError(
-            "unknown adapter",
-            where=adapter,
-            expected=f"{', '.join(ADAPTERS)} (with the base {CRITTERS}), {', '.join(PRESETS)}, "
-            "a file, a folder, or a hub id",
-            fix="Check the path.",
-        )
-    if adapter in PRESETS and base in (CRITTERS, *PRESETS):
-        own = PRESETS[adapter].base
-        if base == CRITTERS or PRESETS[base].base != own:
-            raise _of_another(adapter, own.id, base)
-
-
-def _shipped(adapter: str) -> Path | None:
-    """The file in the package that a name of critters' adapters stands for."""
-    file = CRITTERS_ADAPTERS / f"{ADAPTERS.get(adapter, adapter)}.safetensors"
-    return file if "/" not in adapter and file.is_file() else None
-
-
-def _of_another(adapter: str, owner: str, base: str) -> ModelError:
-    own = f", or none: {base} has its own" if base in (CRITTERS, *PRESETS) else ""
-    fix = f"Name one that fits with --adapter{own}."
-    return ModelError(
-        f"belongs to {owner}", where=f"adapter {adapter}", found=f"base {base}", fix=fix
-    )
-
-
-def default_adapter(base: str) -> str:
-    """What prompts a base unless something else is asked for: a preset has its own.
-
-    Raises:
-        ModelError: There is no such base.
-        ArgumentError: The base is no preset, and nobody knows.
-    """
-    check_known(base)
-    if base in PRESETS:
-        return base
-    if base == CRITTERS:
-        return DEFAULT_ADAPTER
-    raise ArgumentError(
-        "is missing", where="adapter", found=f"base {base}", fix="Name one that fits: --adapter."
-    )

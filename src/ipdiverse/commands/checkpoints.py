@@ -34,7 +34,7 @@ class Source:
 
     def find(self) -> Path:
         """The local file."""
-        from ipdiverse.adapter.files.sources import find_checkpoint
+        from ipdiverse.base.adapters import find_checkpoint
 
         return find_checkpoint(
             self.source,
@@ -133,27 +133,20 @@ class Push(Source):
     def run(self) -> None:
         """Upload, or write what would be."""
         from ipdiverse.adapter.files.card import Stated
-        from ipdiverse.adapter.files.checkpoint import load_adapter
-        from ipdiverse.adapter.files.publishing import check_repository, push_folder, save_folder
+        from ipdiverse.adapter.files.checkpoint import load_adapter, stored_dtype
+        from ipdiverse.adapter.files.publishing import check_repository
 
         check_repository(self.repo_id)
-        stated = Stated(self.license, self.base_model)
+        Stated(self.license, self.base_model)  # refuses bad names before a large file is opened
         file = self.find()
-        adapter = load_adapter(file, face_id_plus_v2=self.face_id_plus_v2)
-        dtype = _stored(file)
+        adapter, dtype = (
+            load_adapter(file, face_id_plus_v2=self.face_id_plus_v2),
+            stored_dtype(file),
+        )
+        stated: dict[str, Any] = {"license": self.license, "base_model": self.base_model}
         if self.dry_run:
-            names = save_folder(adapter, self.out, dtype, stated, repo_id=self.repo_id)
+            names = adapter.save_pretrained(self.out, dtype, repo_id=self.repo_id, **stated)
             say(f"wrote {', '.join(names)} into {self.out}; nothing was uploaded")
             return
-        address = push_folder(adapter, self.repo_id, stated, private=self.private, dtype=dtype)
+        address = adapter.push_to_hub(self.repo_id, private=self.private, dtype=dtype, **stated)
         say(f"published {address}")
-
-
-def _stored(file: Path) -> Any:
-    """The type of a file's tensors; float32, which loses nothing, where there are several."""
-    import torch
-
-    from ipdiverse.adapter.files.containers import open_checkpoint
-
-    found = {tensor.dtype for tensor in open_checkpoint(file).tensors.values()}
-    return found.pop() if len(found) == 1 else torch.float32

@@ -150,10 +150,10 @@ class Calibrate:
 
     def run(self) -> None:
         """Climb, say every point, write."""
-        from ipdiverse.adapter.files.checkpoint import copy_with_spec, remember_in_file
+        from ipdiverse.adapter.files.conversion import copy_with_spec, store_base_weights
+        from ipdiverse.base.adapters import adapter_file
         from ipdiverse.commands.consent import agree_to_study
         from ipdiverse.evaluation.calibrate import calibrate, calibration_study
-        from ipdiverse.evaluation.images import adapter_file
         from ipdiverse.evaluation.study import Arm, Study
 
         names = Study.__dataclass_fields__.keys() & Calibrate.__dataclass_fields__.keys()
@@ -161,13 +161,13 @@ class Calibrate:
         study = calibration_study(self.adapter, **numbers)
         plain = () if self.plain is None else (Arm("plain", "path", {"adapter": self.plain}),)
         agree_to_study(replace(study, arms=study.arms + plain), self.yes)
-        source = adapter_file(self.adapter, self.base)
+        source = adapter_file(self.base, self.adapter)
         target = Path(self.out) if self.out else _own(source)
         if target.suffix != ".safetensors":
             raise ArgumentError("must end in .safetensors", where="out", found=target)
         check_target(str(target))
         if self.plain is not None:
-            remember_in_file(source, adapter_file(self.plain, self.base), target)
+            store_base_weights(source, adapter_file(self.base, self.plain), target)
             source = target
             study = calibration_study(str(target), **numbers)
         dial, path = calibrate(study, Path(self.work), self.levers, _tell)
@@ -178,7 +178,7 @@ class Calibrate:
 def _own(source: Path) -> Path:
     """The adapter's file itself, if it is the user's to change."""
     from ipdiverse.adapter.files.checkpoint import read_spec
-    from ipdiverse.base.bases import CRITTERS_ADAPTERS
+    from ipdiverse.base.adapters import CRITTERS_ADAPTERS
 
     shipped = source.resolve().parent == CRITTERS_ADAPTERS.resolve()
     if shipped or "recipe" not in read_spec(source):

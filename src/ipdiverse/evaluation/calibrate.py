@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 from scipy.optimize import isotonic_regression
 
 from ipdiverse.adapter.files.checkpoint import load_adapter
+from ipdiverse.base.adapters import adapter_file
 from ipdiverse.dial import OFF, Achieved, Dial, Levers, changed
 from ipdiverse.errors import ArgumentError
 from ipdiverse.evaluation.bootstrap import estimate
-from ipdiverse.evaluation.images import adapter_file
 from ipdiverse.evaluation.running import Runner
 from ipdiverse.evaluation.study import Arm, Study
 
@@ -163,10 +163,10 @@ def placed(path: Sequence[tuple[Levers, Achieved]], source: str) -> Dial:
 
 def _ladders(adapter: str, base: str) -> tuple[Levers, dict[str, tuple[Any, ...]]]:
     """Where an adapter's dial starts, and the ladders that it can climb."""
-    opened = load_adapter(adapter_file(adapter, base))
-    lacks = {"training": not opened.plain, "fusion_strength": opened.fusion is None}
+    opened = load_adapter(adapter_file(base, adapter))
+    lacks = {"training": not opened.base_weights, "fusion_strength": opened.fusion is None}
     ladders = {name: rungs for name, rungs in LADDERS.items() if not lacks.get(name)}
-    if opened.plain:
+    if opened.base_weights:
         if "fusion_strength" in ladders:
             # an interpolation of 0 leaves the fusion out already, so that it need not start at 0
             ladders["fusion_strength"] = (1.0, 1.5)

@@ -9,13 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from ipdiverse.base.bases import (
-    CRITTERS,
-    DEFAULT_ADAPTER,
-    adapter_source,
-    copier_report,
-    load_base,
-)
+from ipdiverse.base.adapters import DEFAULT_ADAPTER, adapter_file, copier_report
+from ipdiverse.base.bases import CRITTERS, load_base
 from ipdiverse.contact_sheet import labelled_points
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import Scene
@@ -103,7 +98,7 @@ def _drawn(
 def _turned(base: Base, reference: Image.Image) -> tuple[dict[float, list[str]], Dial]:
     """Images at each setting of the default adapter's dial, and the dial."""
     images = {}
-    with attached(base, adapter_source(CRITTERS, DEFAULT_ADAPTER)) as attachment:
+    with attached(base, adapter_file(CRITTERS, DEFAULT_ADAPTER)) as attachment:
         for setting in DIAL:
             request = Request(n=1, guidance_scale=base.guidance_scale, diversity=setting)
             images[setting] = _drawn(base, reference, request, attachment)
@@ -114,7 +109,7 @@ def _scaled(base: Base, reference: Image.Image) -> dict[float, list[str]]:
     """Images of plain IP-Adapter at each scale."""
     request = Request(n=1, guidance_scale=base.guidance_scale)
     images = {}
-    with attached(base, adapter_source(CRITTERS, "plus")) as attachment:
+    with attached(base, adapter_file(CRITTERS, "plus")) as attachment:
         for scale in SCALES:
             attachment.set_scale(scale)
             images[scale] = _drawn(base, reference, request, attachment)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ipdiverse.adapter.files.checkpoint import load_adapter, weights_hash
-from ipdiverse.adapter.files.sources import local_file
-from ipdiverse.base.bases import CRITTERS, adapter_source
+from ipdiverse.base.adapters import adapter_file
+from ipdiverse.base.bases import CRITTERS
 from ipdiverse.base.memory import autocast
 from ipdiverse.base.pipelines import fingerprint
 from ipdiverse.critters.render import render
@@ -86,7 +86,7 @@ class StudyImages:
         Yields:
             Images of `CHUNK` pairs, (pairs · images, height, width, 3), uint8.
         """
-        weights = adapter_file(source, self.study.base)
+        weights = adapter_file(self.study.base, source)
         files = self._files(arm, weights)
         missing = {file: pairs for file, pairs in files.items() if not file.exists()}
         progress(len(self.pairs) - sum(len(pairs) for pairs in missing.values()))
@@ -118,7 +118,7 @@ class StudyImages:
         return np.load(file)["images"] if file.exists() else None
 
     def _files_here(self, arm: Arm, source: str) -> dict[Path, range]:
-        weights = adapter_file(source, self.study.base, local_files_only=True)
+        weights = adapter_file(self.study.base, source, local_files_only=True)
         return self._files(arm, weights)
 
     def _files(self, arm: Arm, weights: Path) -> dict[Path, range]:
@@ -177,20 +177,6 @@ def sample_array(
     wide = replace(base, batch=min(size, len(jobs)))
     images = sample(wide, jobs, request, attachment, progress)
     return np.stack([np.asarray(image) for image in images])
-
-
-def adapter_file(source: str, base: str, local_files_only: bool = False) -> Path:
-    """The local file of an adapter that an arm names.
-
-    Args:
-        source: Its name, file or hub id.
-        base: What it prompts.
-        local_files_only: Never connect.
-
-    Raises:
-        IpdiverseError: It is unknown, or missing.
-    """
-    return local_file(adapter_source(base, source), local_files_only=local_files_only)
 
 
 def what_decides(request: Request, weights: Path | None) -> dict[str, Any]:

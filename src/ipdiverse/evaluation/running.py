@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from ipdiverse.base.adapters import adapter_file, check_adapter
 from ipdiverse.base.bases import (
     CRITTERS,
     CRITTERS_ORACLE,
-    check_adapter,
     check_part,
     load_image_encoder,
 )
@@ -29,7 +29,7 @@ from ipdiverse.base.presets import PRESETS
 from ipdiverse.errors import ArgumentError, IpdiverseError
 from ipdiverse.evaluation import readings
 from ipdiverse.evaluation.features import feature_sums, open_encoder
-from ipdiverse.evaluation.images import StudyImages, adapter_file, anchors, what_decides
+from ipdiverse.evaluation.images import StudyImages, anchors, what_decides
 from ipdiverse.evaluation.measured import (
     SHOWN_IMAGES,
     SHOWN_PAIRS,
@@ -225,7 +225,7 @@ class Runner:
         for arm in self.study.arms:
             for number, source in enumerate(arm.sources):
                 if self._known(arm, number) is None:
-                    adapter_file(source, self.study.base)
+                    adapter_file(self.study.base, source)
 
     def leave_out_undrawn(self) -> list[str]:
         """Take out of the study everything that would have to be drawn.
@@ -288,7 +288,7 @@ class Runner:
         study = self.study
         numbers = {name: getattr(study, name) for name in ("pairs", "images", "seed")}
         try:  # published readings do not need the adapter
-            weights = adapter_file(arm.sources[number], study.base, local_files_only=True)
+            weights = adapter_file(study.base, arm.sources[number], local_files_only=True)
         except IpdiverseError:
             weights = None
         decides = what_decides(self._images.request(arm), weights)

@@ -24,7 +24,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any, Literal
 
-from ipdiverse.base.bases import CRITTERS, DEFAULT_ADAPTER, default_adapter, defaults_of
+from ipdiverse.base.adapters import DEFAULT_ADAPTER, default_adapter
+from ipdiverse.base.bases import CRITTERS, defaults_of
 from ipdiverse.dial import Levers
 from ipdiverse.errors import ArgumentError, IpdiverseError, check_range
 from ipdiverse.sampling.request import MAX_IMAGES, MAX_STEPS, Request

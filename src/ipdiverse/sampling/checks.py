@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ipdiverse.base.bases import check_adapter, check_known, check_part
+from ipdiverse.base.adapters import check_adapter
+from ipdiverse.base.bases import check_part
+from ipdiverse.base.pipelines import check_known
 from ipdiverse.base.presets import PRESETS
 from ipdiverse.errors import ArgumentError
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ipdiverse.adapter.attach.attach import LEVERS_HOOK, inside_offloading
 from ipdiverse.adapter.attention import BOTH, NOTHING
-from ipdiverse.adapter.mixing import mixed
+from ipdiverse.adapter.model import interpolated
 from ipdiverse.dial import Levers
 from ipdiverse.errors import ArgumentError, ModelError
 from ipdiverse.sampling import guidance
@@ -60,7 +60,7 @@ def steer(
     with inside_offloading(unet):
         HookRegistry.check_if_exists_or_initialize(unet).register_hook(steering, LEVERS_HOOK)
     try:
-        attachment.set_training(levers.training)
+        attachment.set_interpolation(levers.training)
         attachment.change_embeds(change)
     except BaseException:
         release(attachment)
@@ -76,7 +76,7 @@ def steer(
 def release(attachment: Attachment) -> None:
     """Take levers off again, exactly."""
     _take_off(attachment)
-    attachment.set_training(1.0)
+    attachment.set_interpolation(1.0)
 
 
 def _take_off(attachment: Attachment) -> None:
@@ -282,14 +282,8 @@ def _check(levers: Levers, attachment: Attachment, seeds: int) -> None:
                 found=seeds,
             )
     for adapter in attachment.adapters:
-        if not adapter.plain:
-            mixed(adapter, levers.training)  # says so before anything is taken off
-    if levers.noise_level and any(a.noise is None for a in attachment.adapters):
-        raise ModelError(
-            "is not noise-conditioned",
-            where="adapter",
-            fix="Train it with --noise-conditioning, or use cads or drop.",
-        )
+        if not adapter.base_weights:
+            interpolated(adapter, levers.training)  # raises before anything is taken off
     if levers.shield and getattr(attachment.pipe.unet, "_hf_hook", None) is not None:
         raise ModelError(
             "needs the VAE while the UNet runs, and models are offloaded",

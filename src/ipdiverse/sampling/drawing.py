@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ipdiverse.base.bases import Base, adapter_source, default_adapter, load_base
+from ipdiverse.base.adapters import adapter_file, default_adapter
+from ipdiverse.base.bases import Base, load_base
 from ipdiverse.base.presets import PRESETS
 from ipdiverse.errors import ArgumentError
 from ipdiverse.image_io import load_image
@@ -105,7 +106,7 @@ def drawing(request: Request, loaded: Base | None = None) -> Iterator[Drawing]:
     negative = load_image(Path(request.negative_image)) if request.negative_image else None
     request = replace(request, adapter=request.adapter or default_adapter(request.base))
     base = loaded or open_base(request)
-    weights = adapter_source(request.base, request.adapter)
+    weights = adapter_file(request.base, request.adapter)
     request = settled(request, base)
     notes = [note for text in request.prompt for note in _cut_words(base, "prompt", text)]
     notes += _cut_words(base, "negative prompt", request.negative_prompt)

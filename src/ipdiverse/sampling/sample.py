@@ -77,7 +77,7 @@ def set_scale(attachment: Attachment, base: Base, request: Request) -> None:
     """
     scale = base.scale if request.scale is None else request.scale
     attachment.set_scale(
-        request.preset or scale, weight=scale, start=request.start, end=request.end
+        request.preset or scale, weight=scale, start_at=request.start, end_at=request.end
     )
 
 
@@ -290,13 +290,13 @@ class attached:  # noqa: N801 - reads as a verb: `with attached(base, file) as a
 
     Args:
         base: An open base.
-        weights: The adapter's file, folder or hub id.
+        weights: The adapter's file (`base.adapters.adapter_file`).
         image_encoder: Folder or hub id of the image encoder, or an open one with its preprocessing;
             empty takes the base's.
     """
 
     def __init__(
-        self, base: Base, weights: Path | str, image_encoder: str | tuple[Any, Any] = ""
+        self, base: Base, weights: Path, image_encoder: str | tuple[Any, Any] = ""
     ) -> None:
         self._base, self._weights, self._encoder = base, weights, image_encoder
 
@@ -304,9 +304,8 @@ class attached:  # noqa: N801 - reads as a verb: `with attached(base, file) as a
         """Attach."""
         from ipdiverse.adapter.attach.attach import attach
         from ipdiverse.adapter.files.checkpoint import load_adapter
-        from ipdiverse.adapter.files.sources import local_file
 
-        adapter = load_adapter(local_file(self._weights))
+        adapter = load_adapter(self._weights)
         if not self._encoder:
             return attach(self._base.pipe, adapter)
         named = self._encoder

@@ -11,10 +11,9 @@ import numpy as np
 import torch
 
 from ipdiverse.adapter.files.checkpoint import load_adapter
-from ipdiverse.adapter.files.sources import local_file
 from ipdiverse.adapter.fusion import BlendFusion, GatedFusion
 from ipdiverse.adapter.model import ImagePromptAdapter, new_adapter
-from ipdiverse.base.bases import adapter_source
+from ipdiverse.base.adapters import adapter_file
 from ipdiverse.data.references import References, parse_references
 from ipdiverse.errors import ArgumentError
 from ipdiverse.loading import building
@@ -44,7 +43,7 @@ def initial_adapter(config: TrainConfig) -> ImagePromptAdapter | None:
     """
     if config.init_from is None:
         return None
-    adapter = load_adapter(local_file(adapter_source(config.base, config.init_from)))
+    adapter = load_adapter(adapter_file(config.base, config.init_from))
     if config.adapter not in ("auto", adapter.kind):
         raise ArgumentError(
             "is of another kind",

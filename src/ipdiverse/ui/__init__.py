@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ipdiverse.adapter.files.sources import SUFFIXES, local_file
-from ipdiverse.base.bases import ADAPTERS, CRITTERS, DEFAULT_ADAPTER
+from ipdiverse.base.adapters import ADAPTERS, DEFAULT_ADAPTER, SUFFIXES, find_checkpoint
+from ipdiverse.base.bases import CRITTERS
 from ipdiverse.base.downloads import missing
 from ipdiverse.base.presets import PRESETS
 from ipdiverse.errors import ModelError
@@ -92,7 +92,7 @@ def find_installed(bases: Sequence[str] = (), adapters: Sequence[str] = ()) -> I
         _check_suffix("base", Path(name), (".safetensors",))
     for name in adapters:
         _check_exists("adapter", name)
-        _check_suffix("adapter", local_file(Path(name)), SUFFIXES)
+        _check_suffix("adapter", find_checkpoint(Path(name)), SUFFIXES)
     presets = tuple(name for name, one in PRESETS.items() if not missing(one.all_files()))
     # presets that share a base are one base and several adapters: the first gives it its name
     first = {PRESETS[name].base.id: name for name in reversed(presets)}

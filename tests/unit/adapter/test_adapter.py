@@ -102,7 +102,7 @@ def test_references_may_be_files(
         assert one.tobytes() == references[0].tobytes()
         prompt.set_reference([file, references[1]])
         assert len(prompt.references()) == 2
-        with pytest.raises(ArgumentError, match="reference: is no image; expected a PIL image"):
+        with pytest.raises(ArgumentError, match="reference: is not an image; expected a PIL image"):
             prompt.set_reference(3)  # type: ignore[arg-type]
 
 

@@ -7,8 +7,7 @@ import torch
 from PIL import Image
 
 from ipdiverse.adapter.attach.attach import attach
-from ipdiverse.adapter.mask import RegionMask, mask_weights
-from ipdiverse.adapter.reference import Reference
+from ipdiverse.adapter.reference import Reference, RegionMask, mask_weights
 from ipdiverse.errors import ArgumentError
 from tests import models
 

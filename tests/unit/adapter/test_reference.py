@@ -37,8 +37,11 @@ def test_one_reference_is_itself_however_it_is_combined() -> None:
     ("parts", "message"),
     [
         ({}, "reference: is empty"),
-        ({"images": ["red.png"]}, r"is no image; expected PIL images; found str\. Open files with"),
-        ({"images": [RED], "masks": [3]}, "is no image; expected PIL images; found int"),
+        (
+            {"images": ["red.png"]},
+            r"is not an image; expected PIL images; found str\. Open files with",
+        ),
+        ({"images": [RED], "masks": [3]}, "is not an image; expected PIL images; found int"),
         ({"images": [RED], "combine": "mix"}, "combine: is unknown; expected concat"),
         ({"images": [RED], "weights": [1.0]}, "combine='weighted' and weights: go together"),
         ({"images": [RED], "combine": "weighted"}, "combine='weighted' and weights: go together"),
@@ -79,5 +82,7 @@ def test_files_are_references_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("given", [None, 3, EMBEDS, [RED, 3]])
 def test_what_is_no_image_is_one_error(given: Any) -> None:
-    with pytest.raises(ArgumentError, match="reference: is no image; expected a PIL image, an im"):
+    with pytest.raises(
+        ArgumentError, match="reference: is not an image; expected a PIL image, an im"
+    ):
         as_reference(given)

@@ -111,17 +111,17 @@ def test_every_preset_acts_somewhere_on_every_unet(preset: str, pipe: Any) -> No
 
 
 def test_an_unknown_preset_names_the_known_ones() -> None:
-    with pytest.raises(ArgumentError, match=r"is no preset; expected linear \| ease in"):
+    with pytest.raises(ArgumentError, match=r"is not a preset; expected linear \| ease in"):
         resolve_scale("vibes", SD15)
 
 
 def test_start_and_end_switch_off_by_step() -> None:
     for progress, expected in ((0.0, 0.0), (0.2, 1.0), (0.59, 1.0), (0.6, 0.0), (0.99, 0.0)):
-        assert at(1.0, SD15, progress, start=0.2, end=0.6) == [expected] * 16, progress
-    assert resolve_scale(1.0, SD15, end=0.6).by_step
+        assert at(1.0, SD15, progress, start_at=0.2, end_at=0.6) == [expected] * 16, progress
+    assert resolve_scale(1.0, SD15, end_at=0.6).by_step
     assert not resolve_scale(1.0, SD15).by_step
-    with pytest.raises(ArgumentError, match="end: is out of range"):
-        resolve_scale(1.0, SD15, start=0.5, end=0.2)
+    with pytest.raises(ArgumentError, match="end_at: is out of range"):
+        resolve_scale(1.0, SD15, start_at=0.5, end_at=0.2)
 
 
 def test_a_function_sees_layer_and_progress() -> None:

@@ -11,7 +11,7 @@ import pytest
 from diffusers import DiffusionPipeline
 from huggingface_hub import constants, errors
 
-from ipdiverse.adapter.files.sources import find_checkpoint
+from ipdiverse.base.adapters import find_checkpoint
 from ipdiverse.base.bases import load_base
 from ipdiverse.base.downloads import cached, fetch, missing, offline, reason
 from ipdiverse.base.presets import HubFile, Repository
@@ -153,7 +153,7 @@ def test_adapters_and_hub_ids_say_the_same(cache: Path, monkeypatch: pytest.Monk
     with pytest.raises(ModelError) as adapter:
         find_checkpoint("owner/name", weight_name="x.safetensors")
     assert str(adapter.value) == (
-        "owner/name/x.safetensors: cannot be had from the hub: it is gated: its owner wants its "
+        "owner/name/x.safetensors: cannot be downloaded from the hub: it is gated: its owner wants its "
         "terms accepted first. Accept them on https://huggingface.co/owner/name, then run `hf auth "
         "login`."
     )

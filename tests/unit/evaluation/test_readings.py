@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from ipdiverse.adapter.files.checkpoint import copy_with_spec, load_adapter, save_adapter
-from ipdiverse.base.bases import CRITTERS_ADAPTERS
+from ipdiverse.adapter.files.checkpoint import load_adapter, save_adapter
+from ipdiverse.adapter.files.conversion import copy_with_spec
+from ipdiverse.base.adapters import CRITTERS_ADAPTERS
 from ipdiverse.cli import main
 from ipdiverse.dial import OFF, Dial
 from ipdiverse.errors import DataError

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ipdiverse.base.bases import DEFAULT_ADAPTER
+from ipdiverse.base.adapters import DEFAULT_ADAPTER
 from ipdiverse.errors import ArgumentError
 from ipdiverse.evaluation import study as study_module
 from ipdiverse.evaluation.study import Arm, Study, quick_study, read_study

@@ -83,7 +83,7 @@ def written(folder: Path, *lines: dict[str, object]) -> Path:
         ({"image_guidance": ""}, "image_guidance: is out of range"),
         ({"base": "sd99"}, "sd99: unknown base"),
         ({"adapter": "nope"}, "nope: unknown adapter"),
-        ({"preset": "vibes"}, "preset: is no preset"),
+        ({"preset": "vibes"}, "preset: is not a preset"),
         ({"combine": "mix"}, "combine: is unknown"),
         ({"strength": 0.5}, "strength: needs init_image"),
     ],

@@ -15,8 +15,7 @@ from diffusers import EDMEulerScheduler
 from ipdiverse.adapter.attach.attach import attach, detach
 from ipdiverse.adapter.attention import NOTHING, TEXT
 from ipdiverse.adapter.fusion import GatedFusion
-from ipdiverse.adapter.mixing import remember_plain
-from ipdiverse.adapter.noise import NoiseConditioning
+from ipdiverse.adapter.model import remember_base_weights
 from ipdiverse.adapter.reference import Reference
 from ipdiverse.dial import Levers
 from ipdiverse.errors import ArgumentError, ModelError
@@ -31,7 +30,6 @@ EVERY_LEVER = {
     "image_guidance": 1.5,
     "interval": (0.5, 3.0),
     "late_layout": 0.6,
-    "noise_level": 500,
     "remove_stated": 1.0,
     "drop": 0.5,
     "cads": 0.5,
@@ -64,8 +62,7 @@ def prompted(pipe: Any) -> Any:
     adapter = models.adapter("plus", pipe.unet)
     adapter.fusion = GatedFusion(adapter.token_width, 8, heads=2)
     torch.nn.init.constant_(adapter.fusion.gate, 0.5)
-    adapter.noise = NoiseConditioning(models.CLIP_WIDTH)
-    remember_plain(adapter, models.adapter("plus", pipe.unet, seed=6))
+    remember_base_weights(adapter, models.adapter("plus", pipe.unet, seed=6))
     attachment = attach(pipe, adapter)
     attachment.set_reference(models.picture(1))
     return attachment
@@ -213,8 +210,6 @@ def test_what_an_adapter_or_base_lacks_is_said() -> None:
     attachment = attach(pipe, models.adapter("plus", pipe.unet))
     attachment.set_reference(models.picture(1))
     try:
-        with pytest.raises(ModelError, match="not noise-conditioned"):
-            steer(attachment, Levers(noise_level=10), SEEDS)
         with pytest.raises(ModelError, match="shares no space"):
             steer(attachment, Levers(remove_stated=1.0), SEEDS, ["a critter"])
         steer(attachment, Levers(cads=0.1), (1, 2, 3))
@@ -265,7 +260,7 @@ def test_a_scale_that_is_set_beside_levers_stays_when_they_go(sd1: Any) -> None:
 def test_references_of_prompts_serve_each_of_their_images(sd1: Any) -> None:
     """Two references, two images of each: every image has its seed and its own reference."""
     seeds, prompts = (1, 2, 3, 4), ["a red critter", "a red critter", "snow", "snow"]
-    levers = Levers(noise_level=400, remove_stated=1.0, shield=20.0, drop=0.3)
+    levers = Levers(remove_stated=1.0, shield=20.0, drop=0.3)
     with prompted(sd1) as attachment:
         attachment.set_reference([models.picture(1), models.picture(2)])
         steer(attachment, levers, seeds, prompts)
@@ -317,7 +312,7 @@ def test_a_refused_lever_leaves_nothing_behind(sd1: Any) -> None:
         before = draw(sd1)
         attachment.set_reference([models.picture(1), models.picture(2)])
         with pytest.raises(ArgumentError, match="do not fit the references"):
-            steer(attachment, Levers(noise_level=300), (1, 2, 3))
+            steer(attachment, Levers(drop=0.3), (1, 2, 3))
         attachment.set_reference(models.picture(1))
         np.testing.assert_array_equal(draw(sd1), before)
 
@@ -386,14 +381,15 @@ def test_adapters_with_different_numbers_of_references_are_shielded(sd1: Any) ->
     np.testing.assert_allclose(alone[0], both[1], atol=2e-3 * np.abs(both).max())
 
 
-@pytest.mark.parametrize("refused", [{"remove_stated": 0.5}, {"training": 0.2, "noise_level": 10}])
+@pytest.mark.parametrize("refused", [{"remove_stated": 0.5}, {"training": 0.2}])
 def test_what_is_refused_leaves_the_levers_that_are_on(sd1: Any, refused: dict[str, float]) -> None:
     with prompted(sd1) as attachment:
-        attachment.adapters[0].plain = {} if "training" in refused else attachment.adapters[0].plain
-        on = {name: EVERY_LEVER[name] for name in ("drop", "fusion_strength", "noise_level")}
+        if "training" in refused:
+            attachment.adapters[0].base_weights = {}
+        on = {name: EVERY_LEVER[name] for name in ("drop", "fusion_strength", "cads")}
         steer(attachment, replace(Levers(), **on), SEEDS)
         before = draw(sd1)
-        refusal = r"needs the prompts|does not hold the weights"
+        refusal = r"needs the prompts|does not hold its base weights"
         with pytest.raises((ArgumentError, ModelError), match=refusal):
             steer(attachment, replace(Levers(), **refused), SEEDS)
         np.testing.assert_array_equal(draw(sd1), before)

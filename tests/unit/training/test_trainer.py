@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from ipdiverse import ImagePromptAdapter, loading
 from ipdiverse.adapter.files.checkpoint import load_adapter, save_adapter
 from ipdiverse.adapter.fusion import BlendFusion, GatedFusion
-from ipdiverse.base.bases import adapter_source
+from ipdiverse.base.adapters import adapter_file
 from ipdiverse.cli import main
 from ipdiverse.data.prepare import PrepareOptions, prepare
 from ipdiverse.errors import (
@@ -524,7 +524,7 @@ def test_gates_need_a_number_of_tokens(config: TrainConfig, tmp_path: Path) -> N
 def test_what_it_starts_from_may_have_a_name(config: TrainConfig) -> None:
     named = initial_adapter(replace(config, base="critters", init_from="plus"))
     assert named is not None
-    shipped = load_adapter(adapter_source("critters", "plus"))
+    shipped = load_adapter(adapter_file("critters", "plus"))
     assert same(named.state_dict(), shipped.state_dict())
     with pytest.raises(ModelError, match="minus: unknown adapter"):
         initial_adapter(replace(config, init_from="minus"))

@@ -13,9 +13,14 @@ from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from diffusers.hooks import HookRegistry
 
 from ipdiverse.adapter.attach.compatibility import check_encoder, check_layers, checked_unet
-from ipdiverse.adapter.attach.encoding import EmbedChange, ImageEncoding, encode_references
-from ipdiverse.adapter.attach.hook import ImagePromptHook, Prompt
-from ipdiverse.adapter.attach.text_mask import forget_words, watch_words
+from ipdiverse.adapter.attach.encoding import (
+    EmbedChange,
+    ImageEncoding,
+    encode_references,
+    forget_words,
+    watch_words,
+)
+from ipdiverse.adapter.attach.hook import ActiveAdapter, ImagePromptHook
 from ipdiverse.adapter.attention import DecoupledAttention, Slot
 from ipdiverse.adapter.model import ImagePromptAdapter, attention_layers, layer_widths
 from ipdiverse.adapter.reference import Reference, as_reference
@@ -124,8 +129,8 @@ class Attachment:
         *,
         adapter: int | None = None,
         weight: float = 1.0,
-        start: float = 0.0,
-        end: float = 1.0,
+        start_at: float = 0.0,
+        end_at: float = 1.0,
     ) -> None:
         """Weight of the image branch (λ); 0 is text alone, exactly.
 
@@ -135,13 +140,15 @@ class Attachment:
             scale: See `scale.resolve_scale`.
             adapter: Which adapter; None is all.
             weight: Multiplies a preset.
-            start: Share of the steps before which it is 0.
-            end: Share of the steps from which it is 0.
+            start_at: Share of the steps before which it is 0.
+            end_at: Share of the steps from which it is 0.
 
         Raises:
             ArgumentError: A scale that does not fit this UNet.
         """
-        resolved = resolve_scale(scale, self._hook.layers, weight=weight, start=start, end=end)
+        resolved = resolve_scale(
+            scale, self._hook.layers, weight=weight, start_at=start_at, end_at=end_at
+        )
         chosen = self._hook.prompts if adapter is None else [self._prompt(adapter)]
         for prompt in chosen:
             prompt.scale = resolved
@@ -154,8 +161,8 @@ class Attachment:
             prompt.fusion_strength = float(strength)
         self._hook.changed()
 
-    def set_training(self, share: float, *, adapter: int | None = None) -> None:
-        """Act with an adapter some way along its training: 1 as trained, 0 what it went on from.
+    def set_interpolation(self, share: float, *, adapter: int | None = None) -> None:
+        """Act with weights between an adapter's base weights (0) and its own (1).
 
         Args:
             share: 0..1.
@@ -163,21 +170,21 @@ class Attachment:
 
         Raises:
             ArgumentError: The share is out of range.
-            ModelError: An adapter does not hold the weights it went on from.
+            ModelError: An adapter does not hold its base weights.
         """
         numbers = range(len(self._hook.prompts)) if adapter is None else [adapter]
         for number in numbers:
             prompt = self._prompt(number)
-            if prompt.training == share:
+            if prompt.interpolation == share:
                 continue
-            prompt.train(share)
+            prompt.interpolate(share)
             if number in self._given:
                 self._encode(number)
         for _, processor in self._hook.processors:
             processor.forget()
         self._hook.changed()
 
-    def _prompt(self, adapter: int) -> Prompt:
+    def _prompt(self, adapter: int) -> ActiveAdapter:
         check_range("adapter", adapter, 0, len(self._hook.prompts) - 1)
         return self._hook.prompts[adapter]
 
@@ -226,8 +233,8 @@ def attach(
         adapter.to(unet.device, unet.dtype).eval()
     layers = unet_layers(unet)
     one = Scale(lambda _layer, _progress: 1.0)
-    prompts = [Prompt(adapter, Slot(adapter.layers()), one) for adapter in adapters]
-    before = dict(unet.attn_processors)
+    prompts = [ActiveAdapter(adapter, Slot(adapter.layers()), one) for adapter in adapters]
+    before = dict(unet.attn_processors)  # diffusers takes a dict only if it names every layer
     mine = _processors(unet, [prompt.slot for prompt in prompts])
     unet.set_attn_processor({name: mine.get(name, old) for name, old in before.items()})
     homes = [(unet.get_submodule(n.removesuffix(".processor")), p) for n, p in mine.items()]

@@ -30,6 +30,7 @@ def checked_unet(pipe: Any) -> Any:
             where=type(pipe).__name__,
             expected="a Stable Diffusion 1.x, 2.x or XL pipeline of diffusers",
         )
+    # load_ip_adapter sets it to ip_image_proj, and the UNet then asks for image_embeds at each call
     if unet.config.get("encoder_hid_dim_type") is not None:
         raise ModelError(
             "already projects another prompt",
@@ -112,7 +113,7 @@ def check_encoder(adapter: ImagePromptAdapter, encoder: Any) -> None:
 
 
 def _check_attention(attention: Any, name: str) -> None:
-    if "Sliced" in type(attention.processor).__name__:
+    if "Sliced" in type(attention.processor).__name__:  # ours cannot slice: it would be lost
         raise ModelError(
             "attention is sliced",
             where=name,
@@ -122,6 +123,7 @@ def _check_attention(attention: Any, name: str) -> None:
         raise ModelError(
             "query, key and value are fused", where=name, fix="Call unet.unfuse_qkv_projections()."
         )
+    # stock processors handle these; ours would silently leave them out
     unusual = [
         part
         for part in ("added_kv_proj_dim", "norm_cross", "group_norm", "spatial_norm", "norm_q")

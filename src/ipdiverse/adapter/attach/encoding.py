@@ -1,18 +1,25 @@
-"""From references to image tokens: every distinct image goes through the encoder once."""
+"""From references to image tokens, and which text tokens are words.
+
+Every distinct image goes through the encoder once. The UNet sees text states alone, and fusion must
+not attend to padding: while an adapter with a fusion is attached, `pipe.encode_prompt` also notes
+which tokens of the prompts it is given are words.
+"""
 
 from __future__ import annotations
 
-import hashlib
+import functools
+import inspect
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ipdiverse.adapter.attach.hook import ReferenceTokens
-from ipdiverse.adapter.mask import RegionMask, mask_weights
-from ipdiverse.adapter.reference import Reference, combine_embeds
+from ipdiverse.adapter.attach.hook import ImagePromptHook, ReferenceTokens
+from ipdiverse.adapter.reference import Reference, RegionMask, combine_embeds, mask_weights
 from ipdiverse.errors import ArgumentError, ModelError
+from ipdiverse.writing import tensors_hash
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,6 +31,7 @@ if TYPE_CHECKING:
 _REMEMBERED = 64
 """Images whose embeddings one encoder keeps."""
 
+# of the process, not of an attachment: a pass of CLIP ViT-H takes seconds on a CPU
 _ZERO_IMAGES: WeakKeyDictionary[torch.nn.Module, Tensor] = WeakKeyDictionary()
 """Hidden states of a black image, once for each encoder of the process."""
 
@@ -43,7 +51,7 @@ class ImageEncoding:
     @torch.no_grad()
     def image(self, image: Image.Image) -> dict[str, Tensor]:
         """`pooled` (1, clip_dim) and `hidden` (1, patches, clip_dim) of one image."""
-        key = _fingerprint(image)
+        key = _image_key(image)
         if key not in self._seen:
             pixels = self._checked().processor(image, return_tensors="pt").pixel_values
             while len(self._seen) >= _REMEMBERED:
@@ -71,6 +79,7 @@ class ImageEncoding:
         output = self.encoder(
             pixels.to(parameter.device, parameter.dtype), output_hidden_states=True
         )
+        # the last layer but one: what the authors trained `plus` on
         return {"pooled": output.image_embeds, "hidden": output.hidden_states[-2]}
 
     def _checked(self) -> ImageEncoding:
@@ -91,10 +100,6 @@ class EmbedChange(Protocol):
 
     def __call__(self, item: int, name: str, embeds: Tensor) -> Tensor:
         """Changed embeddings of `name` (`pooled`, `hidden`) of an item."""
-        ...
-
-    def noise(self, item: int, embeds: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Level (1,) and noise, like `embeds`, for a noise-conditioned adapter; None is none."""
         ...
 
 
@@ -152,7 +157,7 @@ class _Projected:
 
     def __init__(self, adapter: ImagePromptAdapter, encoding: ImageEncoding) -> None:
         self.adapter, self.encoding = adapter, encoding
-        self._known: dict[int, Tensor] = {}
+        self._known: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def tokens(
@@ -162,19 +167,12 @@ class _Projected:
         names = self.adapter.reads
         parts = [self._embeds(reference, name, i) for i, name in enumerate(names)]
         embeds = [combine_embeds(part, reference.combine, reference.weights) for part in parts]
-        level = noise = None
         if changed is not None:
             change, item = changed
             embeds = [change(item, n, part) for n, part in zip(names, embeds, strict=True)]
-            if self.adapter.noise is not None:
-                level, noise = change.noise(item, embeds[0])
         parameter = next(self.adapter.parameters())
-        device, dtype = parameter.device, parameter.dtype
-        embeds = [part.to(device, dtype) for part in embeds]
-        if level is not None and noise is not None:
-            level = level.to(device).expand(len(embeds[0]))
-            return self.adapter.tokens(*embeds, level=level, noise=noise.to(device, dtype))
-        key = hash(tuple(_fingerprint_tensor(part) for part in embeds))
+        embeds = [part.to(parameter.device, parameter.dtype) for part in embeds]
+        key = tensors_hash(dict(zip(names, embeds, strict=True)))
         if key not in self._known:
             self._known[key] = self.adapter.tokens(*embeds)
         return self._known[key]
@@ -224,11 +222,81 @@ def _mask(references: Sequence[Reference], index: int) -> RegionMask:
     return RegionMask(weights[0][None] if same else torch.stack(weights))
 
 
-def _fingerprint(image: Image.Image) -> str:
-    head = f"{image.mode} {image.size} ".encode()
-    return hashlib.sha256(head + image.tobytes()).hexdigest()
+def _image_key(image: Image.Image) -> str:
+    """Of what the encoder will read; the palette and the transparency are part of it."""
+    pixels = torch.from_numpy(np.array(image.convert("RGBA")))
+    return tensors_hash({image.mode: pixels})
 
 
-def _fingerprint_tensor(tensor: Tensor) -> str:
-    data = tensor.detach().cpu().float().contiguous().numpy()
-    return hashlib.sha256(str(data.shape).encode() + data.tobytes()).hexdigest()
+def watch_words(pipe: Any, hook: ImagePromptHook) -> None:
+    """Note the words of every prompt that the pipeline encodes, if a fusion needs them."""
+    fusing = any(prompt.adapter.fusion is not None for prompt in hook.prompts)
+    original = getattr(pipe, "encode_prompt", None)
+    if not fusing or original is None:
+        return
+    pipe.__dict__["encode_prompt"] = _Watched(pipe, hook, original)
+
+
+def forget_words(pipe: Any) -> None:
+    """Undo `watch_words`; what somebody else put there, before or since, stays."""
+    watched = pipe.__dict__.get("encode_prompt")
+    if isinstance(watched, _Watched):
+        del pipe.__dict__["encode_prompt"]
+        if watched.before is not None:
+            pipe.__dict__["encode_prompt"] = watched.before
+
+
+class _Watched:
+    """A pipeline's `encode_prompt` that notes the words first."""
+
+    def __init__(self, pipe: Any, hook: ImagePromptHook, original: Any) -> None:
+        functools.update_wrapper(self, original)
+        self.pipe, self.hook, self.original = pipe, hook, original
+        self.signature = inspect.signature(original)
+        self.before = pipe.__dict__.get("encode_prompt")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        bound = self.signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        self.hook.text_mask = text_mask(self.pipe, bound.arguments)
+        return self.original(*args, **kwargs)
+
+
+def text_mask(pipe: Any, arguments: dict[str, Any]) -> Tensor | None:
+    """True where a token is a word or a mark of begin or end.
+
+    Args:
+        pipe: Whose tokenizer reads the prompts.
+        arguments: Of `encode_prompt`.
+
+    Returns:
+        (branches × items, tokens), unconditional items first; None when the prompt was given as
+        embeddings.
+    """
+    prompt = arguments.get("prompt")
+    if prompt is None:
+        return None
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    masks = [_words(pipe, prompts)]
+    if arguments.get("do_classifier_free_guidance"):
+        if arguments.get("negative_prompt_embeds") is not None:
+            return None
+        negative = arguments.get("negative_prompt") or ""
+        negatives = [negative] if isinstance(negative, str) else list(negative)
+        mask = _words(pipe, negatives)
+        masks.insert(0, mask.expand(len(prompts), -1) if len(mask) == 1 else mask)
+    repeats = arguments.get("num_images_per_prompt") or 1
+    return torch.cat([mask.repeat_interleave(repeats, 0) for mask in masks])
+
+
+def _words(pipe: Any, prompts: list[str]) -> Tensor:
+    tokenizer = pipe.tokenizer if getattr(pipe, "tokenizer", None) else pipe.tokenizer_2
+    convert = getattr(pipe, "maybe_convert_prompt", None)  # textual inversion's several vectors
+    texts = [convert(text, tokenizer) for text in prompts] if convert else prompts
+    return tokenizer(
+        texts,
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    ).attention_mask.bool()

@@ -11,6 +11,7 @@ import torch
 from ipdiverse.errors import ArgumentError, CheckpointError, ModelError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from PIL import Image
@@ -28,7 +29,11 @@ def load_face_embeddings(file: Path) -> Tensor:
     """
     if not file.is_file():
         raise CheckpointError("no such file", where=file, fix="Check the path.")
-    readers = {".npy": _read_npy, ".safetensors": _read_safetensors, ".json": _read_json}
+    readers: dict[str, Callable[[Path], Any]] = {
+        ".npy": lambda file: np.load(file, allow_pickle=False),
+        ".safetensors": _one_tensor,
+        ".json": lambda file: json.loads(file.read_text()),
+    }
     reader = readers.get(file.suffix.lower())
     if reader is None:
         raise CheckpointError(
@@ -47,7 +52,7 @@ def face_array(array: Any, where: object = "faces") -> Tensor:
     """Check an array of embeddings and give it the shape (faces, width).
 
     Raises:
-        CheckpointError: It is no matrix of finite numbers.
+        CheckpointError: It is not a matrix of finite numbers.
     """
     try:
         values = np.asarray(array, dtype=np.float32)
@@ -64,21 +69,13 @@ def face_array(array: Any, where: object = "faces") -> Tensor:
     return torch.from_numpy(values.copy())
 
 
-def _read_npy(file: Path) -> np.ndarray:
-    return np.load(file, allow_pickle=False)
-
-
-def _read_safetensors(file: Path) -> np.ndarray:
+def _one_tensor(file: Path) -> np.ndarray:
     from safetensors.torch import load_file
 
     tensors = list(load_file(file).values())
     if len(tensors) != 1:
         raise ValueError(f"{len(tensors)} tensors, expected one")
     return tensors[0].float().numpy()
-
-
-def _read_json(file: Path) -> list[Any]:
-    return json.loads(file.read_text())
 
 
 def detect_face(image: Image.Image, root: Path | None = None) -> Tensor:

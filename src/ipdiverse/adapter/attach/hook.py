@@ -10,15 +10,15 @@ from diffusers.hooks import ModelHook
 from torch import Tensor
 
 from ipdiverse.adapter.attention import BOTH, NOTHING, DecoupledAttention, Slot, TokenGroup
-from ipdiverse.adapter.mixing import mixed
+from ipdiverse.adapter.model import interpolated
 from ipdiverse.adapter.scale import without_layout_until
 from ipdiverse.errors import ArgumentError, ModelError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from ipdiverse.adapter.mask import RegionMask
     from ipdiverse.adapter.model import ImagePromptAdapter
+    from ipdiverse.adapter.reference import RegionMask
     from ipdiverse.adapter.scale import Layer, Scale
 
 
@@ -47,8 +47,8 @@ class ReferenceTokens:
 
 
 @dataclass(eq=False)
-class Prompt:
-    """One adapter's image prompt.
+class ActiveAdapter:
+    """An attached adapter: its references, its scale, and what levers make of them.
 
     Args:
         adapter: Whose it is.
@@ -57,10 +57,10 @@ class Prompt:
         references: Empty until a reference is set.
         fusion_strength: Weight of what text-image fusion adds.
         change: What levers make of an item's fused tokens, (items, references, tokens, width).
-        fusion_factor: Of a lever, on the fusion's strength.
-        late_layout: Of a lever: share of the steps for which layers of the layout wait.
-        training: Of a lever: share of the way from the weights it went on from.
-        acting: The adapter, or the one that `training` makes of it.
+        fusion_factor: What a lever multiplies the fusion's strength by.
+        late_layout: Fraction of steps before layout layers see the image.
+        interpolation: Share of the adapter's own weights; the rest are its base weights.
+        acting: The adapter, or the one that `interpolation` makes of it.
     """
 
     adapter: ImagePromptAdapter
@@ -71,25 +71,25 @@ class Prompt:
     change: Callable[[Tensor], Tensor] | None = None
     fusion_factor: float = 1.0
     late_layout: float = 0.0
-    training: float = 1.0
+    interpolation: float = 1.0
     acting: ImagePromptAdapter = field(init=False)
 
     def __post_init__(self) -> None:
         self.acting = self.adapter
 
-    def train(self, share: float) -> None:
-        """Act with the adapter some way along its training (`mixing.mixed`)."""
-        self.acting = mixed(self.adapter, share)
-        self.training, self.slot.weights = share, self.acting.layers()
+    def interpolate(self, share: float) -> None:
+        """Act with weights between the base weights and its own (`model.interpolated`)."""
+        self.acting = interpolated(self.adapter, share)
+        self.interpolation, self.slot.weights = share, self.acting.layers()
 
     @property
     def strength(self) -> float:
         """Of the fusion, with the levers on it."""
-        return self.fusion_strength * self.fusion_factor * self.training
+        return self.fusion_strength * self.fusion_factor * self.interpolation
 
     @property
     def items(self) -> int:
-        """How many items have a reference of their own."""
+        """How many items the references are for."""
         return len(self.references[0].positive)
 
 
@@ -111,7 +111,7 @@ class ImagePromptHook(ModelHook):
     def __init__(
         self,
         pipe: Any,
-        prompts: list[Prompt],
+        prompts: list[ActiveAdapter],
         layers: Sequence[Layer],
         processors: list[tuple[Any, DecoupledAttention]],
         before: dict[str, Any],
@@ -123,6 +123,7 @@ class ImagePromptHook(ModelHook):
         self.layout: tuple[str, ...] | None = None
         self._prepared: dict[tuple[str, ...] | None, _Prepared] = {}
 
+    # not compiled: what is known is recognised by identity, which would be a guard for each call
     @torch.compiler.disable
     def pre_forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -137,7 +138,7 @@ class ImagePromptHook(ModelHook):
         if isinstance(text, Tensor):
             self._prepare_tokens(text)
             layouts = [self._layout_for(prompt, len(text)) for prompt in self.prompts]
-        else:  # the UNet itself may read the text, to pool it, and knows no tokens beside it
+        else:  # the UNet may pool the text itself, so it must not get the image tokens with it
             text, given = text
             layouts = [(BOTH,)] * len(self.prompts)
             for prompt, tokens in zip(self.prompts, given, strict=True):
@@ -177,7 +178,7 @@ class ImagePromptHook(ModelHook):
                 )
 
     def _prepare_tokens(self, text: Tensor) -> None:
-        version = 0 if text.is_inference() else text._version
+        version = 0 if text.is_inference() else text._version  # inference tensors count no changes
         known = self._prepared.get(self.layout)
         recording = torch.is_grad_enabled()
         if known and known.text is text and known.version == version and not recording:
@@ -195,7 +196,7 @@ class ImagePromptHook(ModelHook):
         self._prepared[self.layout] = _Prepared(text, version, prepared)
 
     def _group(
-        self, prompt: Prompt, part: ReferenceTokens, text: Tensor, layout: tuple[str, ...]
+        self, prompt: ActiveAdapter, part: ReferenceTokens, text: Tensor, layout: tuple[str, ...]
     ) -> TokenGroup:
         branches = len(layout)
         items = len(text) // branches
@@ -217,7 +218,7 @@ class ImagePromptHook(ModelHook):
         return TokenGroup(tokens, mask, _opposed(tokens, layout))
 
     def _fused(
-        self, prompt: Prompt, tokens: Tensor, text: Tensor, layout: tuple[str, ...]
+        self, prompt: ActiveAdapter, tokens: Tensor, text: Tensor, layout: tuple[str, ...]
     ) -> Tensor:
         """Fuse each reference of each item with that item's text."""
         references = tokens.shape[1]
@@ -238,11 +239,12 @@ class ImagePromptHook(ModelHook):
         rows = [mask[:items] if branch == NOTHING else mask[-items:] for branch in layout]
         return torch.cat(rows).to(text.device)
 
-    def _layout_for(self, prompt: Prompt, batch: int) -> tuple[str, ...]:
+    def _layout_for(self, prompt: ActiveAdapter, batch: int) -> tuple[str, ...]:
         return self.layout or self._layout(batch, prompt.items)
 
     def _layout(self, batch: int, items: int) -> tuple[str, ...]:
         """The branches of a call of the pipeline's own: one, or two when it guides."""
+        # the batch does not tell: two prompts unguided and one guided are both two rows
         guided = getattr(self.pipe, "do_classifier_free_guidance", False)
         layout = (NOTHING, BOTH) if guided else (BOTH,)
         if batch % (len(layout) * items):

@@ -1,6 +1,6 @@
 """The model card of an adapter: what it is, how to use it here and in stock diffusers, its curve.
 
-It says what the file says of itself, and where that is nothing, that it is nothing.
+It repeats what the file says of itself. Where the file says nothing, the card says that.
 """
 
 from __future__ import annotations
@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
-from ipdiverse.adapter.files.conversion import stock_notes
-from ipdiverse.adapter.files.sources import PUBLISHED
-from ipdiverse.adapter.files.structure import base_family, describe
-from ipdiverse.base.bases import CRITTERS, HUB_BASES, HUB_ID
+from ipdiverse.adapter.files.structure import base_family, describe, stock_notes
+from ipdiverse.base.adapters import PUBLISHED
+from ipdiverse.base.pipelines import HUB_ID
+from ipdiverse.base.presets import PRESETS
+from ipdiverse.contact_sheet import labelled_points
 from ipdiverse.dial import dial_of
 from ipdiverse.errors import ArgumentError
 
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from ipdiverse.adapter.model import ImagePromptAdapter
 
 CURVE = "dial.png"
-"""The dial's curve beside the card."""
+"""The picture of the dial's curve, in the folder of the card."""
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
 _SHORT = {"SD 1.x": "sd15", "SDXL": "sdxl"}
 _AUTHORS = "h94/IP-Adapter"
@@ -46,7 +48,7 @@ class Stated:
         base_model: Hub id of what it prompts; None takes what it was trained on, if known.
 
     Raises:
-        ArgumentError: One of them is no such name.
+        ArgumentError: One of them is not such a name.
     """
 
     license: str | None = None
@@ -55,18 +57,26 @@ class Stated:
     def __post_init__(self) -> None:
         if self.license is not None and not _LICENSE.fullmatch(self.license):
             raise ArgumentError(
-                "is no license of the hub",
+                "is not a license of the hub",
                 where="license",
                 expected="a short name such as apache-2.0",
                 found=self.license,
             )
         if self.base_model is not None and not HUB_ID.fullmatch(self.base_model):
             raise ArgumentError(
-                "is no model of the hub",
+                "is not a model of the hub",
                 where="base_model",
                 expected="owner/name",
                 found=self.base_model,
             )
+
+
+def card_files(
+    adapter: ImagePromptAdapter, repo_id: str, stated: Stated
+) -> dict[str, bytes | None]:
+    """The card, and the dial's curve, None where it was not measured, by their files' names."""
+    card = model_card(adapter, repo_id, stated)
+    return {CURVE: curve_png(adapter.spec), "README.md": card.encode("utf-8", "replace")}
 
 
 def model_card(adapter: ImagePromptAdapter, repo_id: str, stated: Stated | None = None) -> str:
@@ -93,33 +103,47 @@ def model_card(adapter: ImagePromptAdapter, repo_id: str, stated: Stated | None 
 def _known_base(adapter: ImagePromptAdapter) -> str | None:
     """Hub id of what it was trained on, or else of what its widths say; None if unknown."""
     trained = _trained_on(adapter)
-    if trained == CRITTERS:
-        return None
-    if isinstance(trained, str) and (trained in HUB_BASES or HUB_ID.fullmatch(trained)):
-        return HUB_BASES.get(trained, trained)
-    return HUB_BASES.get(_SHORT.get(base_family(adapter), ""))
+    if trained in PRESETS:
+        return PRESETS[trained].base.id
+    if HUB_ID.fullmatch(trained):
+        return trained
+    family = _SHORT.get(base_family(adapter))
+    return PRESETS[family].base.id if family else None
 
 
-def _trained_on(adapter: ImagePromptAdapter) -> Any:
+def _trained_on(adapter: ImagePromptAdapter) -> str:
     recipe = adapter.spec.get("recipe")
-    return recipe.get("base") if isinstance(recipe, dict) else None
+    return str(recipe.get("base") or "") if isinstance(recipe, dict) else ""
+
+
+def _own_base(adapter: ImagePromptAdapter) -> str | None:
+    """The base that it was trained on, where `load_base` knows that by a name of one word.
+
+    Such a base brings its own image encoder; None for bases of the hub and for folders.
+    """
+    named = _trained_on(adapter)
+    return named if named.isidentifier() and base_family(adapter) == "custom" else None
 
 
 def _metadata(licensed: str | None, base: str | None) -> str:
-    """YAML for the hub; JSON strings are YAML strings."""
-    lines = ["library_name: ipdiverse", "pipeline_tag: text-to-image"]
-    if licensed is not None:
-        lines.append(f"license: {json.dumps(licensed)}")
-    if base is not None:
-        lines += [f"base_model: {json.dumps(base)}", "base_model_relation: adapter"]
-    tags = ("ip-adapter", "image-prompt", "diffusers", "stable-diffusion")
-    lines += ["tags:", *(f"- {tag}" for tag in tags)]
-    return "\n".join(["---", *lines, "---"])
+    """The YAML block that the hub reads."""
+    from huggingface_hub import ModelCardData
+
+    # without the relation the hub would list this as a fine-tuned copy of the base
+    data = ModelCardData(
+        base_model=base,
+        base_model_relation="adapter" if base else None,
+        library_name="ipdiverse",
+        license=licensed,
+        pipeline_tag="text-to-image",
+        tags=["ip-adapter", "image-prompt", "diffusers", "stable-diffusion"],
+    )
+    return f"---\n{data.to_yaml()}\n---"
 
 
 def _facts(adapter: ImagePromptAdapter, base: str | None, licensed: str | None) -> str:
     facts = describe(adapter)
-    family = CRITTERS if _trained_on(adapter) == CRITTERS else facts["family"]
+    family = _own_base(adapter) or facts["family"]
     tokens = facts["dims"]["num_tokens"] or "as many as the image encoder has states"
     rows = {
         "kind": adapter.kind,
@@ -127,10 +151,7 @@ def _facts(adapter: ImagePromptAdapter, base: str | None, licensed: str | None) 
         "image tokens": f"{tokens}, of width {adapter.token_width}",
         "layers with an image branch": len(adapter.widths()),
         "text-image fusion": "none" if adapter.fusion is None else adapter.fusion.kind,
-        "went on from": "a plain adapter, whose weights it holds"
-        if adapter.plain
-        else "not stored",
-        "noise-conditioned": "no" if adapter.noise is None else "yes",
+        "base weights": "stored" if adapter.base_weights else "not stored",
         "license": licensed or "not stated",
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
@@ -138,9 +159,9 @@ def _facts(adapter: ImagePromptAdapter, base: str | None, licensed: str | None) 
 
 
 def _use(adapter: ImagePromptAdapter, repo_id: str, base: str | None) -> str:
-    critters = _trained_on(adapter) == CRITTERS
-    name = CRITTERS if critters else base or "YOUR_BASE"
-    own_encoder = critters or adapter.clip_dim is None
+    own = _own_base(adapter)
+    name = own or base or "YOUR_BASE"
+    own_encoder = own is not None or adapter.clip_dim is None
     encoder = "" if own_encoder else f"\n{_encoder_lines(adapter)}"
     given = "" if own_encoder else ", image_encoder=encoder, image_processor=processor"
     folder = _encoder_folder(adapter)
@@ -193,8 +214,8 @@ def _use_stock(adapter: ImagePromptAdapter, repo_id: str, base: str | None) -> s
         return f"{title}\n\nIt takes face embeddings, as `ip_adapter_image_embeds`."
     if notes := stock_notes(adapter):
         return f"{title}\n\nIt cannot be used there: {'; '.join(notes)}."
-    if _trained_on(adapter) == CRITTERS:
-        opened = "from ipdiverse import load_base\n\npipe = load_base().pipe  # a stock pipeline"
+    if own := _own_base(adapter):
+        opened = f'from ipdiverse import load_base\n\npipe = load_base("{own}").pipe  # stock'
     else:
         opened = (
             f"from diffusers import DiffusionPipeline\n{_encoder_lines(adapter)}\n"
@@ -223,16 +244,11 @@ def _stock_difference(adapter: ImagePromptAdapter) -> str:
             "Stock diffusers leaves out the text-image fusion: it draws what ipdiverse draws at "
             "`fusion_strength` 0."
         )
-    if adapter.noise is not None:
-        said.append(
-            "Stock diffusers leaves out the noise conditioning, with what it adds at level 0; "
-            "a file that `ipdiverse convert --to diffusers` writes keeps that."
-        )
     return " ".join(said) or "From one reference it draws the same there."
 
 
 def _dial(spec: Mapping[str, Any]) -> str:
-    """What the calibrated dial achieves at each of its points, or that nobody measured it."""
+    """What the calibrated dial achieves at each of its points, or that it was not measured."""
     dial = dial_of(spec, "adapter")
     if dial is None:
         return (
@@ -258,6 +274,44 @@ def _dial(spec: Mapping[str, Any]) -> str:
         f"will differ.\n\n![variety against what is kept]({CURVE})\n\n{table}\n\nCopies are "
         "images that repeat the reference's whole scene, beyond chance."
     )
+
+
+def curve_png(spec: Mapping[str, Any]) -> bytes | None:
+    """The dial's curve: what each of its points keeps, over the variety that it gives.
+
+    Args:
+        spec: Of an adapter's file.
+
+    Returns:
+        A PNG; None where nothing was measured.
+    """
+    dial = dial_of(spec, "adapter")
+    if dial is None or not dial.achieved:
+        return None
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    for name, label, colour in (
+        ("retention", "subject kept", "#2962c9"),
+        ("accuracy", "prompt obeyed", "#d35400"),
+    ):
+        found = [(row.variety, getattr(row, name)) for row in dial.achieved]
+        points = [point for point in found if point[1] is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), "o-", color=colour, markersize=4, label=label)
+    for index in labelled_points([row.variety for row in dial.achieved]):
+        at = (dial.achieved[index].variety, dial.achieved[index].retention)
+        words = f"{dial.points[index][0]:.2g}"
+        axes.annotate(words, at, (3, 5), textcoords="offset points", fontsize=7, color="#2962c9")
+    axes.set_xlabel("variety")
+    axes.set_ylabel("kept")
+    axes.set_title("the dial, from diversity 0 to 1", fontsize=10)
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8, frameon=False)
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
 
 
 def _number(value: float | None) -> str:

@@ -1,8 +1,7 @@
-"""Adapters as files: the published IP-Adapter layout in safetensors, with a JSON spec beside.
+"""Adapters as files: the published IP-Adapter layout in safetensors, with a JSON spec.
 
-Keys are `image_proj.*`, `ip_adapter.N.*` and `fusion.*`, and `plain.*` for the weights that it
-went on from; stock diffusers loads the same file and leaves out the last two. `layouts` says in
-which other layouts adapters are read, `beside` how a file names the plain weights instead.
+Keys are `image_proj.*`, `ip_adapter.N.*`, `fusion.*` and `base_weights.*`; stock diffusers loads
+the same file and ignores the last two. `layouts` says in which other layouts adapters are read.
 """
 
 from __future__ import annotations
@@ -19,24 +18,128 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from ipdiverse.adapter.beside import KEY, check_target, completed, named, tensors_hash
+from ipdiverse.adapter import model
+from ipdiverse.adapter.files.card import Stated, card_files
 from ipdiverse.adapter.files.containers import Contents, open_checkpoint
-from ipdiverse.adapter.files.layouts import normalise
-from ipdiverse.adapter.files.sources import find_checkpoint
+from ipdiverse.adapter.files.layouts import (
+    BASE_WEIGHTS,
+    OLD_BASE_WEIGHTS,
+    normalise,
+    with_base_weights,
+)
+from ipdiverse.adapter.files.publishing import push_files, save_files
 from ipdiverse.adapter.files.structure import DTYPES, describe, misfits, skeleton
-from ipdiverse.adapter.mixing import PLAIN, remember_plain
-from ipdiverse.adapter.model import ImagePromptAdapter
+from ipdiverse.base.adapters import PUBLISHED, find_checkpoint
 from ipdiverse.errors import CheckpointError
 from ipdiverse.loading import building
-from ipdiverse.writing import write_bytes_atomic
+from ipdiverse.writing import tensors_hash, write_bytes_atomic
 
 _SPEC_KEY = "ipdiverse"
 _NAMED_PROBLEMS = 5
-_READ_FROM_SPEC = ("fusion", "shortcut")  # what `adapter_from_tensors` asks of it
+_READ_FROM_SPEC = ("fusion", "shortcut")  # all that shapes do not tell
+
+
+class ImagePromptAdapter(model.ImagePromptAdapter):
+    """An image prompt that opens, saves and publishes itself, by the names that diffusers gave it.
+
+    This is `ipdiverse.ImagePromptAdapter`, and what `load_adapter` returns. The methods are here
+    and not on the module itself, because that must not import the files that import it.
+    """
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike[str], **options: Any) -> ImagePromptAdapter:
+        """Open an adapter in any published layout.
+
+        Args:
+            source: A file, a folder, or a hub id.
+            options: As `load_adapter` takes them; the names are those of diffusers'
+                `load_ip_adapter`.
+
+        Raises:
+            CheckpointError: It is missing, broken, of another layout, or for another model.
+        """
+        return load_adapter(source, **options)
+
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        dtype: torch.dtype | None = None,
+        *,
+        license: str | None = None,  # noqa: A002 - as the hub calls it
+        base_model: str | None = None,
+        repo_id: str | None = None,
+    ) -> list[str]:
+        """Write the weights, a model card, and the dial's curve if it was measured, into a folder.
+
+        Args:
+            folder: Made if need be.
+            dtype: Of the stored tensors; None keeps the adapter's.
+            license: Its short name on the hub, for example `apache-2.0`; None states none.
+            base_model: Hub id of what it prompts; None takes what it was trained on, if known.
+            repo_id: Where it will be published, for the card; None is the folder's name.
+
+        Returns:
+            The files' names.
+
+        Raises:
+            ArgumentError: The license or the base model is not such a name.
+            OutputError: The folder cannot be written.
+        """
+        stated = Stated(license, base_model)
+        name = repo_id or Path(folder).resolve().name
+        return save_files(Path(folder), self._published(name, stated, dtype))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        license: str | None = None,  # noqa: A002 - as the hub calls it
+        base_model: str | None = None,
+        private: bool = False,
+        token: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> str:
+        """Upload what `save_pretrained` writes.
+
+        Args:
+            repo_id: `owner/name`; made if need be.
+            license: As `save_pretrained` takes it, and `base_model` and `dtype` too.
+            base_model: Hub id of what it prompts.
+            private: Whether a repository that is made is private.
+            token: None takes the one that is logged in.
+            commit_message: None takes the hub's.
+            create_pr: Propose the change instead of making it.
+            dtype: Of the stored tensors.
+
+        Returns:
+            The page's address.
+
+        Raises:
+            ArgumentError: The repository, the license or the base model is not such a name.
+            ModelError: There is no token, the hub refused, or it cannot be reached.
+        """
+        stated = Stated(license, base_model)
+        return push_files(
+            repo_id,
+            lambda: self._published(repo_id, stated, dtype),
+            private=private,
+            token=token,
+            commit_message=commit_message,
+            create_pr=create_pr,
+        )
+
+    def _published(
+        self, repo_id: str, stated: Stated, dtype: torch.dtype | None
+    ) -> dict[str, bytes | None]:
+        """What a folder or a repository of this adapter holds, by name."""
+        weights = adapter_bytes(self, self.spec, dtype or next(self.parameters()).dtype)
+        return {PUBLISHED: weights, **card_files(self, repo_id, stated)}
 
 
 def save_adapter(
-    adapter: ImagePromptAdapter,
+    adapter: model.ImagePromptAdapter,
     file: Path,
     spec: Mapping[str, Any],
     dtype: torch.dtype = torch.float16,
@@ -47,18 +150,20 @@ def save_adapter(
         adapter: What to save.
         file: Target, `*.safetensors`.
         spec: Provenance, stored as JSON in the file's metadata; kind, family, fusion and sizes are
-            added. Its `plain` may name a file beside this one (`beside.naming`), where the adapter
-            does not hold those weights itself.
+            added.
         dtype: Of the stored tensors.
-
-    Raises:
-        CheckpointError: `plain` names no such file.
     """
-    said = {key: value for key, value in spec.items() if key != KEY or not adapter.plain}
-    named(said, file)
-    held = {**adapter.state_dict(), **{PLAIN + k: v for k, v in adapter.plain.items()}}
+    write_bytes_atomic(file, adapter_bytes(adapter, spec, dtype))
+
+
+def adapter_bytes(
+    adapter: model.ImagePromptAdapter, spec: Mapping[str, Any], dtype: torch.dtype
+) -> bytes:
+    """What `save_adapter` writes."""
+    base = {BASE_WEIGHTS + name: tensor for name, tensor in adapter.base_weights.items()}
+    held = {**adapter.state_dict(), **base}
     tensors = {k: v.detach().to("cpu", dtype).contiguous() for k, v in held.items()}
-    write_bytes_atomic(file, as_safetensors(tensors, {**said, **describe(adapter)}))
+    return as_safetensors(tensors, {**spec, **describe(adapter)})
 
 
 def as_safetensors(tensors: dict[str, Tensor], spec: Mapping[str, Any]) -> bytes:
@@ -108,7 +213,7 @@ def load_adapter(
     )
     contents = open_checkpoint(file)
     found = normalise(contents.tensors, file)
-    tensors, spec = completed(found.tensors, spec_of(contents), file)
+    tensors, spec = with_base_weights(found.tensors, spec_of(contents), file)
     adapter = adapter_from_tensors(tensors, file, spec, face_id_plus_v2)
     for note in found.notes:
         warnings.warn(f"{file.name}: {note}", stacklevel=2)
@@ -128,7 +233,7 @@ def spec_of(contents: Contents) -> dict[str, Any]:
     """The JSON spec of an open file; empty for files that others made.
 
     Raises:
-        CheckpointError: It is no JSON object.
+        CheckpointError: It is not a JSON object.
     """
     try:
         spec = json.loads(contents.metadata.get(_SPEC_KEY, "{}"))
@@ -141,8 +246,15 @@ def spec_of(contents: Contents) -> dict[str, Any]:
     return spec
 
 
+def stored_dtype(file: Path) -> torch.dtype:
+    """The type of a file's weights; float32, which loses nothing, where there are several."""
+    tensors = open_checkpoint(file).tensors.values()
+    found = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+    return found.pop() if len(found) == 1 else torch.float32
+
+
 def weights_hash(file: Path) -> str:
-    """SHA-256 of an adapter's weights, with those it only names, and of how they are read.
+    """SHA-256 of an adapter's weights, its base weights included, and of how they are read.
 
     When and by which revision they were trained, and their dial, are not in it: equal weights
     trained again, or calibrated anew, have the same.
@@ -151,55 +263,21 @@ def weights_hash(file: Path) -> str:
         file: In any layout that `layouts` knows.
 
     Raises:
-        CheckpointError: The file is broken, or what it names is not beside it.
+        CheckpointError: The file is broken, or its base weights are missing.
     """
     contents = open_checkpoint(file)
     stored = normalise(contents.tensors, file).tensors
-    tensors, spec = completed(stored, spec_of(contents), file)
+    tensors, spec = with_base_weights(stored, spec_of(contents), file)
+    # hashed under the names of version 0.1, by which published readings know their adapters
+    named = {
+        OLD_BASE_WEIGHTS + name.removeprefix(BASE_WEIGHTS)
+        if name.startswith(BASE_WEIGHTS)
+        else name: tensor
+        for name, tensor in tensors.items()
+    }
     read = {name: spec.get(name) for name in _READ_FROM_SPEC}
-    told = json.dumps([tensors_hash(tensors), read], sort_keys=True)
+    told = json.dumps([tensors_hash(named), read], sort_keys=True)
     return hashlib.sha256(told.encode()).hexdigest()
-
-
-def copy_with_spec(source: Path, target: Path, changes: Mapping[str, Any]) -> None:
-    """Write an adapter of ours again, its tensors to the bit, with more in its spec.
-
-    Args:
-        source: A file.
-        target: Where to write; may be the same file.
-        changes: What is added to the spec, or replaced.
-
-    Raises:
-        CheckpointError: The file is broken or of another layout.
-        OutputError: The target holds the weights that the source names.
-    """
-    contents = open_checkpoint(source)
-    stored, said = normalise(contents.tensors, source).tensors, spec_of(contents)
-    check_target(said, source, target)
-    tensors, spec = completed(stored, said, source)
-    adapter_from_tensors(tensors, source, spec)
-    if target.parent.resolve() == source.parent.resolve():  # what it names is beside it there too
-        tensors, spec = dict(stored), said
-    kept = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    write_bytes_atomic(target, as_safetensors(kept, {**spec, **changes}))
-
-
-def remember_in_file(source: Path, plain: Path, target: Path) -> None:
-    """Write an adapter of ours again, with the weights that it went on from beside its own.
-
-    Args:
-        source: The adapter's file; its spec and the type of its weights are kept.
-        plain: File of the plain adapter (`mixing.remember_plain`).
-        target: Where to write; may be the source.
-
-    Raises:
-        CheckpointError: A file is broken or of another layout.
-        ModelError: The two are no such pair.
-    """
-    adapter = load_adapter(source)
-    remember_plain(adapter, load_adapter(plain))
-    stored = next(iter(open_checkpoint(source).tensors.values())).dtype
-    save_adapter(adapter, target, adapter.spec, stored)
 
 
 def adapter_from_tensors(
@@ -220,7 +298,7 @@ def adapter_from_tensors(
         CheckpointError: Keys are missing, unexpected, disagree about sizes or are not finite, or
             it is not known which FaceID-Plus this is.
     """
-    adapter = skeleton(tensors, where, spec or {})
+    adapter = skeleton(ImagePromptAdapter, tensors, where, spec or {})
     wrong = misfits(tensors, adapter)
     problems = [f"missing {key}" for key in wrong["missing"]]
     problems += [f"unexpected {key}" for key in wrong["unexpected"]]
@@ -230,23 +308,23 @@ def adapter_from_tensors(
         for key in tensors
         if tensors[key].dtype in DTYPES and key not in wrong["unexpected"]
     }
-    problems += [f"{key} is not finite" for key in sorted(loaded) if not _finite(loaded[key])]
+    problems += [
+        f"{key} is not finite" for key in sorted(loaded) if not loaded[key].isfinite().all()
+    ]
     if problems:
         more = len(problems) - _NAMED_PROBLEMS
         named = ", ".join(problems[:_NAMED_PROBLEMS]) + (f" and {more} more" if more > 0 else "")
         raise CheckpointError(f"does not fit together: {named}", where=where)
     shortcut = _shortcut(adapter, where, spec or {}, face_id_plus_v2)
-    adapter = skeleton(tensors, where, spec or {}, shortcut) if shortcut else adapter
-    plain = {key: loaded.pop(key) for key in list(loaded) if key.startswith(PLAIN)}
+    if shortcut:
+        adapter = skeleton(ImagePromptAdapter, tensors, where, spec or {}, shortcut)
+    base = {key: loaded.pop(key) for key in list(loaded) if key.startswith(BASE_WEIGHTS)}
     with building():
+        # assign: the skeleton is on `meta` and has no memory to copy into
         adapter.load_state_dict(loaded, assign=True)
-    adapter.plain = {key.removeprefix(PLAIN): tensor for key, tensor in plain.items()}
+    adapter.base_weights = {key.removeprefix(BASE_WEIGHTS): base[key] for key in base}
     adapter.spec = dict(spec or {})
     return adapter
-
-
-def _finite(tensor: Tensor) -> bool:
-    return bool(tensor.isfinite().all())
 
 
 def _shortcut(

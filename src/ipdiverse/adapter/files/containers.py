@@ -2,7 +2,7 @@
 
 What a file claims is checked against its size before anything is allocated, and its kind is told by
 its first bytes, not by its name. Tensors of safetensors files and of torch's zip files stay on
-disk until they are read, so gigabytes of frozen weights beside an adapter cost nothing.
+disk until they are read, so gigabytes of frozen weights in the same file cost nothing.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def _open_legacy(file: Path, size: int) -> Contents:
         with file.open("rb") as stream:
             for number in range(_LEGACY_PICKLES):
                 check_pickle(stream, file, None if number == 0 else size)
-        content = _load(file, mmap=False)
+        content = _load(file, mmap=False)  # torch maps zips alone
     except CheckpointError:
         raise
     except Exception as error:  # whatever torch raises on a broken file
@@ -227,7 +227,7 @@ def _name(key: object, file: Path) -> str:
     if isinstance(key, str) and len(key) <= MAX_NAME:
         return key
     raise CheckpointError(
-        "has a key that is no tensor's name",
+        "has a key that is not a tensor's name",
         where=file,
         expected=f"at most {MAX_NAME} characters",
         found=f"{len(key)}" if isinstance(key, str) else type(key).__name__,

@@ -12,16 +12,26 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from ipdiverse.adapter.beside import check_target, completed
-from ipdiverse.adapter.files.checkpoint import adapter_from_tensors, as_safetensors, spec_of
+from ipdiverse.adapter.files.checkpoint import (
+    adapter_from_tensors,
+    as_safetensors,
+    load_adapter,
+    save_adapter,
+    spec_of,
+    stored_dtype,
+)
 from ipdiverse.adapter.files.containers import open_checkpoint
-from ipdiverse.adapter.files.layouts import ANCESTOR_BLEND, normalise
-from ipdiverse.adapter.files.structure import describe
-from ipdiverse.adapter.mixing import PLAIN
-from ipdiverse.adapter.model import ImagePromptAdapter
-from ipdiverse.adapter.noise import NoiseConditioning
+from ipdiverse.adapter.files.layouts import (
+    ANCESTOR_BLEND,
+    BASE_WEIGHTS,
+    PACKED,
+    normalise,
+    with_base_weights,
+)
+from ipdiverse.adapter.files.structure import describe, stock_notes
+from ipdiverse.adapter.model import ImagePromptAdapter, remember_base_weights
 from ipdiverse.errors import CheckpointError, OutputError
-from ipdiverse.writing import write_bytes_atomic
+from ipdiverse.writing import tensors_hash, write_bytes_atomic
 
 Target = Literal["ipdiverse", "diffusers", "tencent"]
 
@@ -58,15 +68,13 @@ def convert(
 
     Raises:
         CheckpointError: The source cannot be loaded, or the result is not equal to it.
-        OutputError: The target is there already, is the source or what the source names, or
-            cannot be written.
+        OutputError: The target is there already, is the source, or cannot be written.
     """
     goal = Path(target)
     _check_target(Path(source), goal, to, force)
     contents = open_checkpoint(Path(source))
-    found, said = normalise(contents.tensors, source), spec_of(contents)
-    check_target(said, Path(source), goal)
-    tensors, spec = completed(found.tensors, said, Path(source))
+    found = normalise(contents.tensors, source)
+    tensors, spec = with_base_weights(found.tensors, spec_of(contents), Path(source))
     version = face_id_plus_v2 if to == "ipdiverse" or "shortcut" in spec else bool(face_id_plus_v2)
     adapter = adapter_from_tensors(tensors, source, spec, version)
     kept, notes = _kept(tensors, adapter, to)
@@ -108,52 +116,20 @@ def _kept(
         name: tensor.detach().contiguous().clone()
         for name, tensor in tensors.items()
         if (with_fusion or not name.startswith("fusion."))
-        and (to == "ipdiverse" or not name.startswith(PLAIN))
+        and (to == "ipdiverse" or not name.startswith(BASE_WEIGHTS))
     }
     if fusion is not None and not with_fusion:
         notes.append(f"the {fusion.kind} fusion is left out: {to} has none")
-    if adapter.plain and to != "ipdiverse":
-        notes.append(f"the weights that it went on from are left out: {to} has no place for them")
-    if adapter.noise is not None and to != "ipdiverse":
-        kept = _without_noise(kept, adapter.noise)
-        notes.append(
-            f"noise conditioning is left out: {to} has none; what it adds at level 0 stays"
-        )
+    if adapter.base_weights and to != "ipdiverse":
+        notes.append(f"the base weights are left out: {to} has no place for them")
     blend = kept.get("fusion.blend")
-    if to == "tencent" and blend is not None and not _is_ancestors(blend):
+    ancestors = blend is None or bool(blend == torch.tensor(ANCESTOR_BLEND, dtype=blend.dtype))
+    if to == "tencent" and blend is not None and not ancestors:
         notes.append(
             f"the fusion's blend, {float(blend):.4g}, is left out: the layout has no place for it, "
             f"and readers take {ANCESTOR_BLEND}"
         )
     return kept, notes + (stock_notes(adapter) if to == "diffusers" else [])
-
-
-def _without_noise(kept: dict[str, Tensor], noise: NoiseConditioning) -> dict[str, Tensor]:
-    """Fold what noise conditioning adds at level 0, a constant, into the bias that reads it."""
-    name = "image_proj.proj_in" if "image_proj.proj_in.bias" in kept else "image_proj.proj"
-    weight, bias = kept[f"{name}.weight"], kept[f"{name}.bias"]
-    with torch.no_grad():
-        constant = noise(torch.zeros(1, len(noise.mean)))[0]
-        folded = (bias.double() + weight.double() @ constant.double()).to(bias.dtype)
-    rest = {key: tensor for key, tensor in kept.items() if not key.startswith("noise.")}
-    return rest | {f"{name}.bias": folded}
-
-
-def _is_ancestors(blend: Tensor) -> bool:
-    return torch.equal(blend, torch.tensor(ANCESTOR_BLEND, dtype=blend.dtype))
-
-
-def stock_notes(adapter: ImagePromptAdapter) -> list[str]:
-    """What stock diffusers 0.42 takes for granted, instead of reading it, and gets wrong here."""
-    projection = adapter.image_proj
-    if adapter.kind == "base" and projection.num_tokens != 4:
-        return [
-            f"stock diffusers takes 4 image tokens for granted; this has {projection.num_tokens}"
-        ]
-    depth = len(projection.layers) if projection.kind == "plus" else 4  # type: ignore[union-attr]
-    if depth != 4:
-        return [f"stock diffusers takes 4 resampler layers for granted; this has {depth}"]
-    return []
 
 
 def _as_bytes(
@@ -193,10 +169,10 @@ def _verify(
     found = normalise(contents.tensors, target).tensors
     version = bool(getattr(adapter.image_proj, "shortcut", False))
     adapter_from_tensors(found, target, spec_of(contents), version)
-    wrong = [
+    wrong = [  # by hash, to the bit: torch.equal takes -0 for 0
         name
         for name, tensor in expected.items()
-        if name not in found or found[name].dtype != tensor.dtype or not _equal(found[name], tensor)
+        if name not in found or tensors_hash({"": found[name]}) != tensors_hash({"": tensor})
     ]
     wrong += sorted(found.keys() - expected.keys() - {"fusion.blend"})
     if wrong:
@@ -205,11 +181,39 @@ def _verify(
         )
 
 
-def _equal(one: Tensor, other: Tensor) -> bool:
-    """To the bit: -0 is not 0."""
-    same_shape = one.shape == other.shape
-    return same_shape and torch.equal(_bits(one), _bits(other))
+def copy_with_spec(source: Path, target: Path, changes: Mapping[str, Any]) -> None:
+    """Write an adapter of ours again, its tensors to the bit, with more in its spec.
+
+    Args:
+        source: A file.
+        target: Where to write; may be the same file.
+        changes: What is added to the spec, or replaced.
+
+    Raises:
+        CheckpointError: The file is broken or of another layout.
+    """
+    contents = open_checkpoint(source)
+    stored, said = normalise(contents.tensors, source).tensors, spec_of(contents)
+    tensors, spec = with_base_weights(stored, said, source)
+    adapter_from_tensors(tensors, source, spec)
+    if PACKED in stored:  # keep them packed
+        tensors = stored
+    kept = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_bytes_atomic(target, as_safetensors(kept, {**spec, **changes}))
 
 
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().flatten().view(torch.uint8)
+def store_base_weights(source: Path, base: Path, target: Path) -> None:
+    """Write an adapter of ours again, with the base weights that it was fine-tuned from.
+
+    Args:
+        source: The adapter's file; its spec and the type of its weights are kept.
+        base: File of the adapter that it was fine-tuned from (`model.remember_base_weights`).
+        target: Where to write; may be the source.
+
+    Raises:
+        CheckpointError: A file is broken or of another layout.
+        ModelError: The two do not fit together.
+    """
+    adapter = load_adapter(source)
+    remember_base_weights(adapter, load_adapter(base))
+    save_adapter(adapter, target, adapter.spec, stored_dtype(source))

@@ -11,12 +11,16 @@ from typing import Any
 
 from torch import Tensor
 
-from ipdiverse.adapter.beside import completed
 from ipdiverse.adapter.files.checkpoint import spec_of
 from ipdiverse.adapter.files.containers import Contents, open_checkpoint
-from ipdiverse.adapter.files.layouts import Normalised, normalise, recognise
+from ipdiverse.adapter.files.layouts import (
+    BASE_WEIGHTS,
+    Normalised,
+    normalise,
+    recognise,
+    with_base_weights,
+)
 from ipdiverse.adapter.files.structure import describe, dtype_name, misfits, skeleton
-from ipdiverse.adapter.mixing import PLAIN
 from ipdiverse.adapter.model import ImagePromptAdapter
 from ipdiverse.errors import CheckpointError
 
@@ -30,13 +34,12 @@ Report = dict[str, Any]
 class _Found:
     """What was understood; `adapter` is None when nothing was.
 
-    `tensors` are the file's own, `whole` those and what lies beside it; `loads` is False where
-    something stands in the way that keys and shapes do not show.
+    `tensors` include the base weights, wherever they are stored; `loads` is False where something
+    is wrong that keys and shapes do not show.
     """
 
     layout: str
     tensors: Mapping[str, Tensor]
-    whole: Mapping[str, Tensor]
     frozen: tuple[str, ...]
     notes: tuple[str, ...]
     adapter: ImagePromptAdapter | None
@@ -46,8 +49,7 @@ class _Found:
 def inspect_checkpoint(file: Path) -> Report:
     """Kind, base family, tokens, widths and fusion of an adapter, and what does not fit.
 
-    Whether weights are finite is not checked: none is read, but those of the file that this one
-    names beside it, which must be the ones that it means.
+    Whether weights are finite is not checked: they are not read.
 
     Args:
         file: A checkpoint in any container.
@@ -62,13 +64,13 @@ def inspect_checkpoint(file: Path) -> Report:
     contents = open_checkpoint(file)
     spec = spec_of(contents)
     found = _understand(contents, spec)
-    about = _nothing() if found.adapter is None else _about(found.adapter, found.whole, spec)
+    about = _nothing() if found.adapter is None else _about(found.adapter, found.tensors, spec)
     if found.layout == "flux":
         about |= _about_flux(contents.tensors)
     if found.adapter is None:
         wrong = {"missing": [], "unexpected": [], "mismatched": []}
     else:
-        wrong = misfits(found.whole, found.adapter)
+        wrong = misfits(found.tensors, found.adapter)
     return {
         "file": str(file),
         "container": contents.container,
@@ -96,10 +98,12 @@ def as_text(report: Report) -> str:
         "fusion": _fusion(report["fusion"]),
         "LoRA": _lora(report["lora"]),
         "weights": f"{report['parameters'] / 1e6:.1f} M as {_dtypes(report['dtypes'])}"
-        + (", the weights it went on from beside" if report["remembers_plain"] else ""),
+        + (", its base weights included" if report["holds_base_weights"] else ""),
     }
     if report["frozen_tensors"]:
-        rows["base model"] = f"{report['frozen_tensors']} frozen tensors beside it, never read"
+        rows["base model"] = (
+            f"{report['frozen_tensors']} frozen tensors in the same file, never read"
+        )
     rows |= {kind: _list(report[kind]) for kind in ("missing", "unexpected", "mismatched")}
     rows["loads"] = "yes" if report["loads"] else "no"
     lines = [report["file"], *(f"  {name:<13} {text}" for name, text in rows.items())]
@@ -112,24 +116,23 @@ def _understand(contents: Contents, spec: Mapping[str, Any]) -> _Found:
     found = Normalised(layout, tensors)
     notes: tuple[str, ...] = ()
     adapter, loads = None, False
-    whole: Mapping[str, Tensor] = {}
     try:
         found = normalise(tensors, contents.file.name)
-        adapter = skeleton(found.tensors, contents.file.name, spec)
+        adapter = skeleton(ImagePromptAdapter, found.tensors, contents.file.name, spec)
         if adapter.kind == "faceid-plus" and "shortcut" not in spec:
             notes = ("FaceID-Plus version 1 or 2: nothing in the file tells which",)
-        whole = found.tensors
-        whole, _ = completed(found.tensors, spec, contents.file)
+        tensors = found.tensors
+        tensors, _ = with_base_weights(found.tensors, spec, contents.file)
         loads = True
     except CheckpointError as error:
         notes = (str(error),)
     notes = found.notes + notes
-    return _Found(layout, found.tensors, whole, found.frozen, notes, adapter, loads)
+    return _Found(layout, tensors, found.frozen, notes, adapter, loads)
 
 
 def _nothing() -> Report:
     sizes = dict.fromkeys(("num_tokens", "token_width", "clip_dim", "face_dim"))
-    parts = {"fusion": None, "lora": None, "remembers_plain": False}
+    parts = {"fusion": None, "lora": None, "holds_base_weights": False}
     return {"kind": None, "family": None, **sizes, "layers": 0, **parts}
 
 
@@ -143,7 +146,7 @@ def _about(
         **described["dims"],
         "fusion": described["fusion"],
         "lora": _lora_of(tensors),
-        "remembers_plain": any(name.startswith(PLAIN) for name in tensors),
+        "holds_base_weights": any(name.startswith(BASE_WEIGHTS) for name in tensors),
     }
     if adapter.kind == "faceid-plus":
         about["shortcut"] = spec.get("shortcut")

@@ -19,23 +19,20 @@ MAX_TENSORS = 20_000
 
 _NUMBERS = {"BININT", "BININT1", "BININT2", "INT", "LONG", "LONG1", "LONG4"}
 _BY_STACK = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}
-_STORAGES = (
-    "Double",
-    "Float",
-    "Half",
-    "BFloat16",
-    "Long",
-    "Int",
-    "Short",
-    "Char",
-    "Byte",
-    "Bool",
-)
 _ALLOWED = {
     "collections OrderedDict",
     "torch._utils _rebuild_parameter",
     "torch._utils _rebuild_tensor_v2",
-    *(f"torch {name}Storage" for name in _STORAGES),
+    "torch BFloat16Storage",
+    "torch BoolStorage",
+    "torch ByteStorage",
+    "torch CharStorage",
+    "torch DoubleStorage",
+    "torch FloatStorage",
+    "torch HalfStorage",
+    "torch IntStorage",
+    "torch LongStorage",
+    "torch ShortStorage",
 }
 
 
@@ -93,14 +90,17 @@ def _more_than_tensors(file: Path, wanted: str) -> CheckpointError:
 
 
 def too_many(file: Path) -> CheckpointError:
-    """Say that this is no adapter."""
+    """The error for a file that cannot be an adapter."""
     return CheckpointError(
-        "holds too many tensors", where=file, expected=f"at most {MAX_TENSORS}", fix="No adapter."
+        "holds too many tensors",
+        where=file,
+        expected=f"at most {MAX_TENSORS}",
+        fix="It is not an adapter.",
     )
 
 
 def broken(file: Path, container: str, error: Exception) -> CheckpointError:
-    """Say in one line what a library said in many."""
+    """The error for a broken file: the first line of what the library said."""
     lines = str(error).strip().splitlines()
     return CheckpointError(
         f"is a broken {container} file",
@@ -111,7 +111,7 @@ def broken(file: Path, container: str, error: Exception) -> CheckpointError:
 
 
 def claims_too_much(file: Path, expected: str, found: object) -> CheckpointError:
-    """Say that a file claims more than it holds."""
+    """The error for a file that claims more than it holds."""
     return CheckpointError(
         "claims more than it holds",
         where=file,

@@ -1,93 +1,65 @@
-"""An adapter as a folder with a model card, for a disk or for the hub."""
+"""Files in a folder of the disk, or in a repository of the hub."""
 
 from __future__ import annotations
 
-import os
 import tempfile
-from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ipdiverse.adapter.files.card import CURVE, Stated, model_card
-from ipdiverse.adapter.files.checkpoint import save_adapter
-from ipdiverse.adapter.files.sources import PUBLISHED
-from ipdiverse.base.bases import HUB_ID
-from ipdiverse.contact_sheet import labelled_points
-from ipdiverse.dial import dial_of
+from ipdiverse.base.downloads import HUB_ID
 from ipdiverse.errors import ArgumentError, ModelError
-from ipdiverse.writing import ensure_writable_folder, write_bytes_atomic, write_text_atomic
+from ipdiverse.writing import ensure_writable_folder, write_bytes_atomic
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from ipdiverse.adapter.model import ImagePromptAdapter
+    from collections.abc import Callable, Mapping
 
 
-def save_folder(
-    adapter: ImagePromptAdapter,
-    folder: str | os.PathLike[str],
-    dtype: Any = None,
-    stated: Stated | None = None,
-    *,
-    repo_id: str | None = None,
-) -> list[str]:
-    """Write `ip-adapter.safetensors`, a model card `README.md`, and the dial's curve if measured.
+def save_files(folder: Path, files: Mapping[str, bytes | None]) -> list[str]:
+    """Write files into a folder, made if need be.
 
     Args:
-        adapter: What to save; its `spec` goes along, and is shown on the card.
-        folder: Made if need be.
-        dtype: Of the stored tensors; None keeps the adapter's.
-        stated: What only the publisher knows, for the card.
-        repo_id: Where it will be, for the card; None is the folder's name.
+        folder: Where to.
+        files: Contents by name; None removes an older file of that name.
 
     Returns:
-        The files' names.
+        The names of those that were written.
 
     Raises:
         OutputError: The folder cannot be written.
     """
-    target = Path(folder)
-    card = model_card(adapter, repo_id or target.resolve().name, stated)
-    curve = curve_png(adapter.spec)
-    ensure_writable_folder(target)
-    kept = dtype or next(adapter.parameters()).dtype
-    save_adapter(adapter, target / PUBLISHED, adapter.spec, kept)
-    if curve is None:
-        (target / CURVE).unlink(missing_ok=True)  # of a calibration that it no longer has
-    else:
-        write_bytes_atomic(target / CURVE, curve)
-    write_text_atomic(target / "README.md", card)
-    return [PUBLISHED, "README.md", *([CURVE] if curve else [])]
+    ensure_writable_folder(folder)
+    for name, content in files.items():
+        if content is None:
+            (folder / name).unlink(missing_ok=True)
+        else:
+            write_bytes_atomic(folder / name, content)
+    return [name for name, content in files.items() if content is not None]
 
 
-def push_folder(
-    adapter: ImagePromptAdapter,
+def push_files(
     repo_id: str,
-    stated: Stated | None = None,
+    files: Callable[[], Mapping[str, bytes | None]],
     *,
     private: bool = False,
     token: str | None = None,
     commit_message: str | None = None,
     create_pr: bool = False,
-    dtype: Any = None,
 ) -> str:
-    """Upload what `save_folder` writes to a repository of the hub, made if need be.
+    """Upload files to a repository of the hub, made if need be, in one commit.
 
     Args:
-        adapter: What to publish.
         repo_id: `owner/name`.
-        stated: What only the publisher knows, for the card.
-        private: Of a repository that is made.
+        files: Makes what `save_files` takes; called once the name and the token are known to do.
+        private: Whether a repository that is made is private.
         token: None takes the one that is logged in.
         commit_message: None takes the hub's.
-        create_pr: Propose instead of changing.
-        dtype: Of the stored tensors; None keeps the adapter's.
+        create_pr: Propose the change instead of making it.
 
     Returns:
         The repository's address.
 
     Raises:
-        ArgumentError: The repository has no such name.
+        ArgumentError: The repository is not such a name.
         ModelError: There is no token, the hub refused, or it cannot be reached.
     """
     import huggingface_hub
@@ -99,8 +71,9 @@ def push_folder(
             where=repo_id,
             fix="Run `hf auth login`, or set HF_TOKEN to a token that may write.",
         )
+    # a folder, because the hub's library uploads what it finds there in one commit
     with tempfile.TemporaryDirectory() as folder:
-        save_folder(adapter, folder, dtype, stated, repo_id=repo_id)
+        save_files(Path(folder), files())
         try:
             api = huggingface_hub.HfApi(token=token)
             address = api.create_repo(repo_id, private=private, exist_ok=True)
@@ -115,53 +88,15 @@ def push_folder(
     return str(address)
 
 
-def curve_png(spec: Mapping[str, Any]) -> bytes | None:
-    """The dial's curve: what each of its points keeps, over the variety that it gives.
-
-    Args:
-        spec: Of an adapter's file.
-
-    Returns:
-        A PNG; None where nothing was measured.
-    """
-    dial = dial_of(spec, "adapter")
-    if dial is None or not dial.achieved:
-        return None
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 4), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    for name, label, colour in (
-        ("retention", "subject kept", "#2962c9"),
-        ("accuracy", "prompt obeyed", "#d35400"),
-    ):
-        found = [(row.variety, getattr(row, name)) for row in dial.achieved]
-        points = [point for point in found if point[1] is not None]
-        if points:
-            axes.plot(*zip(*points, strict=True), "o-", color=colour, markersize=4, label=label)
-    for index in labelled_points([row.variety for row in dial.achieved]):
-        at = (dial.achieved[index].variety, dial.achieved[index].retention)
-        words = f"{dial.points[index][0]:.2g}"
-        axes.annotate(words, at, (3, 5), textcoords="offset points", fontsize=7, color="#2962c9")
-    axes.set_xlabel("variety")
-    axes.set_ylabel("kept")
-    axes.set_title("the dial, from diversity 0 to 1", fontsize=10)
-    axes.grid(alpha=0.25)
-    axes.legend(fontsize=8, frameon=False)
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
-
-
 def check_repository(repo_id: str) -> None:
     """Refuse what cannot be a repository.
 
     Raises:
-        ArgumentError: It is no `owner/name`.
+        ArgumentError: It is not `owner/name`.
     """
     if HUB_ID.fullmatch(repo_id) is None:
         raise ArgumentError(
-            "is no repository of the hub", where="repo_id", expected="owner/name", found=repo_id
+            "is not a repository of the hub", where="repo_id", expected="owner/name", found=repo_id
         )
 
 

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ipdiverse.adapter.faces import FaceIDPlusProjection, FaceIDProjection, FullFaceProjection
+from ipdiverse.adapter.files.layouts import BASE_WEIGHTS
 from ipdiverse.adapter.fusion import BlendFusion, Fusion, GatedFusion
-from ipdiverse.adapter.mixing import PLAIN, mixable
-from ipdiverse.adapter.model import ImagePromptAdapter, LoraShapes, Projection
-from ipdiverse.adapter.noise import NoiseConditioning
-from ipdiverse.adapter.projection import LinearProjection, ResamplerProjection
+from ipdiverse.adapter.model import ImagePromptAdapter, LoraShapes, Projection, shared_parts
+from ipdiverse.adapter.projection import (
+    FaceIDPlusProjection,
+    FaceIDProjection,
+    FullFaceProjection,
+    LinearProjection,
+    ResamplerProjection,
+)
 from ipdiverse.errors import CheckpointError
 from ipdiverse.loading import building
 
 Tensors = Mapping[str, Tensor]
+Adapter = TypeVar("Adapter", bound=ImagePromptAdapter)
 
 DTYPES = (
     torch.float16,
@@ -36,11 +41,16 @@ _FAMILIES = {(768, 16): "SD 1.x", (1024, 16): "SD 2.x", (2048, 70): "SDXL"}
 
 
 def skeleton(
-    tensors: Tensors, where: object, spec: Mapping[str, Any], shortcut: bool = False
-) -> ImagePromptAdapter:
+    make: type[Adapter],
+    tensors: Tensors,
+    where: object,
+    spec: Mapping[str, Any],
+    shortcut: bool = False,
+) -> Adapter:
     """The adapter that these tensors describe, without memory for weights (device `meta`).
 
     Args:
+        make: Its class.
         tensors: Flat, with our keys.
         where: The source's name, for messages.
         spec: The file's spec; only the fusion's heads are used.
@@ -53,13 +63,7 @@ def skeleton(
         # a file's claims cost no memory before they are checked
         with building(), torch.device("meta"):
             projection = _projection(tensors, where, shortcut)
-            adapter = ImagePromptAdapter(
-                projection,
-                _widths(tensors),
-                _fusion(tensors, spec),
-                _lora(tensors),
-                _noise(tensors),
-            )
+            adapter = make(projection, _widths(tensors), _fusion(tensors, spec), _lora(tensors))
     except (ValueError, IndexError, ArithmeticError, RuntimeError, TypeError) as error:
         raise CheckpointError(
             "its tensors do not describe an adapter", where=where, found=f"{error}"[:200]
@@ -76,8 +80,8 @@ def misfits(tensors: Tensors, adapter: ImagePromptAdapter) -> dict[str, list[str
         Keys that are `missing` and `unexpected`, and sentences on what is `mismatched`.
     """
     expected = adapter.state_dict()
-    if any(key.startswith(PLAIN) for key in tensors):
-        expected |= {PLAIN + key: tensor for key, tensor in mixable(expected).items()}
+    if any(key.startswith(BASE_WEIGHTS) for key in tensors):
+        expected |= {BASE_WEIGHTS + key: one for key, one in shared_parts(expected).items()}
     both = sorted(expected.keys() & tensors.keys())
     mismatched = [
         f"{key} is {tuple(tensors[key].shape)}, expected {tuple(expected[key].shape)}"
@@ -103,7 +107,6 @@ def describe(adapter: ImagePromptAdapter) -> dict[str, Any]:
         "kind": adapter.kind,
         "family": base_family(adapter),
         "fusion": None if fusion is None else {"kind": fusion.kind},
-        "noise_conditioned": adapter.noise is not None,
         "dims": {
             "num_tokens": projection.num_tokens,
             "token_width": adapter.token_width,
@@ -126,6 +129,19 @@ def base_family(adapter: ImagePromptAdapter) -> str:
     return (
         _FAMILIES.get((adapter.token_width, len(numbers)), "custom") if as_published else "custom"
     )
+
+
+def stock_notes(adapter: ImagePromptAdapter) -> list[str]:
+    """What stock diffusers 0.42 takes for granted, instead of reading it, and gets wrong here."""
+    projection = adapter.image_proj
+    if adapter.kind == "base" and projection.num_tokens != 4:
+        return [
+            f"stock diffusers takes 4 image tokens for granted; this has {projection.num_tokens}"
+        ]
+    depth = len(projection.layers) if projection.kind == "plus" else 4  # type: ignore[union-attr]
+    if depth != 4:
+        return [f"stock diffusers takes 4 resampler layers for granted; this has {depth}"]
+    return []
 
 
 def projection_width(projection: Projection) -> int:
@@ -191,7 +207,7 @@ def _face(tensors: Tensors, shortcut: bool) -> FaceIDProjection | FaceIDPlusProj
 
 def _check_heads(key: str, width: int) -> None:
     if width < 64 or width % 64:
-        raise ValueError(f"{key}: a width of {width} is no multiple of 64, the width of a head")
+        raise ValueError(f"{key}: a width of {width} is not a multiple of 64, the width of a head")
 
 
 def _depth(tensors: Tensors, prefix: str) -> int:
@@ -229,12 +245,9 @@ def _fusion(tensors: Tensors, spec: Mapping[str, Any]) -> Fusion | None:
     stored = spec.get("fusion")
     heads = stored.get("heads") if isinstance(stored, Mapping) else None
     if not isinstance(heads, int) or heads < 1:
+        # shapes do not tell the heads, and this file's spec does not either
         heads = inner // 64 if inner % 64 == 0 and inner else 1
     return GatedFusion(token_width, _shape(tensors, "fusion.gate")[0], heads, inner)
-
-
-def _noise(tensors: Tensors) -> NoiseConditioning | None:
-    return NoiseConditioning(len(tensors["noise.mean"])) if "noise.mean" in tensors else None
 
 
 def _shape(tensors: Tensors, key: str) -> torch.Size:
@@ -256,8 +269,6 @@ def _disagreements(adapter: ImagePromptAdapter) -> list[str]:
         wrong.append(f"fusion.gate has {len(fusion.gate)} tokens, expected {projection.num_tokens}")
     if fusion is not None and (found := _fusion_width(fusion)) != width:
         wrong.append(f"fusion reads tokens of width {found}, expected the projection's {width}")
-    if adapter.noise is not None and (found := len(adapter.noise.mean)) != adapter.clip_dim:
-        wrong.append(f"noise is of width {found}, expected the projection's {adapter.clip_dim}")
     return wrong
 
 

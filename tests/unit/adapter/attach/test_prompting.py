@@ -142,7 +142,7 @@ def test_scales_by_item_layer_and_step_act(pipe: Any, references: list[Image.Ima
         np.testing.assert_array_equal(latents(pipe, prompts), plain)
         prompt.set_scale([0.0] * 6 + [1.0])
         assert not close(latents(pipe, prompts), plain)
-        prompt.set_scale(1.0, start=0.5)
+        prompt.set_scale(1.0, start_at=0.5)
         late = latents(pipe, prompts)
         assert not close(late, plain)
         assert not close(late, full)
@@ -309,7 +309,7 @@ def test_nothing_constant_is_computed_twice(pipe: Any, references: list[Image.Im
         prompt.set_reference([references[0], references[0]])
         latents(pipe, ["a", "b"], num_inference_steps=5)
         once = dict(counts)
-        prompt.set_scale(0.5)
+        prompt.set_reference(references[0])
         latents(pipe, ["a", "b"], num_inference_steps=5)
     # one image and the zero image; one projection of each; one fusion; seven layers
     assert once == {

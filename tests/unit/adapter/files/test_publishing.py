@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -15,17 +17,19 @@ from huggingface_hub.repocard_data import CardData
 from PIL import Image
 from safetensors.torch import load_file
 
-from ipdiverse.adapter.files.card import Stated, model_card
+from ipdiverse import ImagePromptAdapter
+from ipdiverse.adapter import model
+from ipdiverse.adapter.files.card import Stated, curve_png, model_card
 from ipdiverse.adapter.files.checkpoint import load_adapter, read_spec
-from ipdiverse.adapter.files.publishing import curve_png
 from ipdiverse.adapter.fusion import GatedFusion
-from ipdiverse.adapter.model import ImagePromptAdapter, new_adapter
-from ipdiverse.adapter.noise import NoiseConditioning
+from ipdiverse.adapter.model import interpolated, new_adapter
 from ipdiverse.adapter.projection import LinearProjection
-from ipdiverse.base.bases import CRITTERS_ADAPTERS, HUB_BASES
+from ipdiverse.base.adapters import CRITTERS_ADAPTERS
+from ipdiverse.base.presets import PRESETS
 from ipdiverse.cli import main
 from ipdiverse.dial import OFF, Achieved, Dial, Levers
 from ipdiverse.errors import ArgumentError, CheckpointError, ModelError
+from tests.checkpoint_files import public
 from tests.folder_hub import FolderHub, Refused
 
 PLUS = CRITTERS_ADAPTERS / "ip-adapter-plus_critters.safetensors"
@@ -34,7 +38,8 @@ FILES = {"README.md", "ip-adapter.safetensors"}
 
 @pytest.fixture
 def adapter(pipe: Any) -> ImagePromptAdapter:
-    adapter = new_adapter("base", pipe.unet, pipe.image_encoder, GatedFusion(128, 4, heads=4))
+    new = new_adapter("base", pipe.unet, pipe.image_encoder, GatedFusion(128, 4, heads=4))
+    adapter = public(new)
     adapter.spec = {"reference": "paired", "steps": 12}
     return adapter
 
@@ -90,6 +95,18 @@ def test_a_curve_comes_with_a_calibration_and_goes_with_it(
     assert {file.name for file in tmp_path.iterdir()} == FILES
 
 
+def test_what_is_opened_is_the_public_class_wherever_it_goes(
+    adapter: ImagePromptAdapter, tmp_path: Path
+) -> None:
+    adapter.save_pretrained(tmp_path)
+    opened = load_adapter(tmp_path)
+    for one in (opened, copy.deepcopy(opened), pickle.loads(pickle.dumps(opened))):  # noqa: S301
+        assert type(one) is ImagePromptAdapter
+        assert isinstance(one, model.ImagePromptAdapter)
+        assert one.save_pretrained(tmp_path / "again")
+    assert type(interpolated(opened, 1)) is ImagePromptAdapter
+
+
 # --- the card --------------------------------------------------------------------------------
 
 
@@ -113,14 +130,20 @@ def test_the_hub_understands_the_metadata(adapter: ImagePromptAdapter) -> None:
 def test_the_base_is_what_it_was_trained_on() -> None:
     widths = {2 * i + 1: (768, 320) for i in range(16)}
     made = ImagePromptAdapter(LinearProjection(1024, 768), widths)
-    assert metadata(model_card(made, "a/b"))["base_model"] == HUB_BASES["sd15"]
+    assert metadata(model_card(made, "a/b"))["base_model"] == PRESETS["sd15"].base.id
     made.spec = {"recipe": {"base": "someone/their-model"}}
     card = model_card(made, "a/b")
     assert metadata(card)["base_model"] == "someone/their-model"
     assert 'subfolder="models/image_encoder"' in card
     assert "--image-encoder h94/IP-Adapter/models/image_encoder" in card
+    widths = {1: (128, 96), 3: (128, 192)}
+    made = ImagePromptAdapter(LinearProjection(128, 128), widths)
     made.spec = {"recipe": {"base": "critters"}}
-    assert "base_model" not in metadata(model_card(made, "a/b"))
+    card = model_card(made, "a/b")
+    assert "base_model" not in metadata(card)
+    assert 'load_base("critters")' in card
+    assert "--base critters" in card
+    assert "--image-encoder" not in card
 
 
 def test_the_card_shows_what_the_dial_achieves(adapter: ImagePromptAdapter) -> None:
@@ -162,9 +185,7 @@ def test_the_card_says_what_stock_diffusers_leaves_out(adapter: ImagePromptAdapt
     card = model_card(adapter, "me/mine")
     assert 'pipe.load_ip_adapter(\n    "me/mine", subfolder=""' in card
     assert "leaves out the text-image fusion" in card
-    adapter.noise = NoiseConditioning(128)
-    assert "leaves out the noise conditioning" in model_card(adapter, "me/mine")
-    adapter.noise = adapter.fusion = None
+    adapter.fusion = None
     assert "From one reference it draws the same there." in model_card(adapter, "me/mine")
     adapter.image_proj = LinearProjection(128, 128, num_tokens=7)
     card = model_card(adapter, "me/mine")
@@ -224,7 +245,9 @@ def test_a_repository_that_cannot_be_reached_is_not_called_empty(
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", broken)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    with pytest.raises(CheckpointError, match=r"me/mine/ip-adapter\.safetensors: cannot be had"):
+    with pytest.raises(
+        CheckpointError, match=r"me/mine/ip-adapter\.safetensors: cannot be downloaded"
+    ):
         ImagePromptAdapter.from_pretrained("me/mine")
 
 
@@ -272,9 +295,9 @@ def test_the_repository_of_another_is_refused(adapter: ImagePromptAdapter, hub: 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"repo_id": "mine"}, "repo_id: is no repository of the hub; expected owner/name"),
-        ({"license": "My License\nx: y"}, "license: is no license of the hub"),
-        ({"base_model": "sd15"}, "base_model: is no model of the hub; expected owner/name"),
+        ({"repo_id": "mine"}, "repo_id: is not a repository of the hub; expected owner/name"),
+        ({"license": "My License\nx: y"}, "license: is not a license of the hub"),
+        ({"base_model": "sd15"}, "base_model: is not a model of the hub; expected owner/name"),
     ],
 )
 def test_bad_names_are_refused_before_anything_is_written(
@@ -315,10 +338,10 @@ def test_a_dry_run_writes_what_would_be_uploaded_to_the_bit(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([str(PLUS), "mine"], "repo_id: is no repository"),
+        ([str(PLUS), "mine"], "repo_id: is not a repository"),
         ([str(PLUS), "you/yours"], "may not be written to"),
         (["gone.safetensors", "me/mine"], "no such file"),
-        ([str(PLUS), "me/mine", "--license", "MIT!"], "license: is no license"),
+        ([str(PLUS), "me/mine", "--license", "MIT!"], "license: is not a license"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(

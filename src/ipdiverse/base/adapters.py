@@ -1,4 +1,7 @@
-"""Where a checkpoint comes from: a file, a folder, or a repository of the Hugging Face hub."""
+"""What users call an adapter, and the file that it is.
+
+A name of the package, a preset, a file, a folder, or a repository of the Hugging Face hub.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,27 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ipdiverse.base.bases import HUB_ID, split_hub_id
-from ipdiverse.base.downloads import reason
-from ipdiverse.errors import CheckpointError
+from ipdiverse.base.downloads import HUB_ID, fetch, reason, split_hub_id
+from ipdiverse.base.pipelines import CRITTERS, CRITTERS_BASE, check_known
+from ipdiverse.base.presets import PRESETS
+from ipdiverse.errors import ArgumentError, CheckpointError, ModelError
+
+_WEIGHTS = CRITTERS_BASE.parent
+CRITTERS_ADAPTERS = _WEIGHTS / "adapters"
+SHIPPED_ADAPTERS = {
+    "ip-adapter-diverse_critters": "diverse",
+    "ip-adapter_critters": "base-plain",
+    "ip-adapter-plus_critters": "self-none",
+}
+"""Adapters in the package, and the arm of `workshop.arms` that each is."""
+ADAPTERS = {
+    "diverse": "ip-adapter-diverse_critters",
+    "plus": "ip-adapter-plus_critters",
+    "base": "ip-adapter_critters",
+}
+"""Short names of adapters in the package."""
+DEFAULT_ADAPTER = "diverse"
+"""What prompts critters unless something else is asked for."""
 
 PUBLISHED = "ip-adapter.safetensors"
 """The file that `push_to_hub` writes, and that a repository is asked for if none is named."""
@@ -26,24 +47,102 @@ _NO_WEIGHTS = (
 _TRUE = {"1", "true", "yes", "on"}
 
 
-def local_file(source: Path | str, *, local_files_only: bool = False) -> Path:
-    """The file that `bases.adapter_source` names: a path, or a hub id with the file behind it.
+def adapter_file(base: str, adapter: str = "", *, local_files_only: bool = False) -> Path:
+    """The file of an adapter that a user names; downloaded if need be and allowed.
 
     Args:
-        source: What it names.
+        base: The base's name; `critters` has `diverse`, `plus` and `base` by name.
+        adapter: One of those names, a preset's, a file, a folder, or a hub id with the file's path
+            behind it; empty is the base's own, `default_adapter`.
         local_files_only: Never connect.
 
     Raises:
-        CheckpointError: It is missing.
+        ModelError: There is no such adapter, or it cannot be downloaded.
+        CheckpointError: The file is missing.
+        ArgumentError: None is named, and the base has no default.
     """
-    if isinstance(source, Path):
-        found = find_checkpoint(source)
+    check_adapter(base, adapter)
+    adapter = adapter or default_adapter(base)
+    if base == CRITTERS and (shipped := _shipped(adapter)):
+        return shipped
+    if Path(adapter).exists():
+        found = find_checkpoint(Path(adapter))
+    elif adapter in PRESETS:
+        files = PRESETS[adapter].adapter_files()
+        found = fetch(files, adapter, local_files_only=local_files_only)[0]
     else:
-        repository, name = split_hub_id(source)
+        repository, name = split_hub_id(adapter)
         found = find_checkpoint(repository, weight_name=name, local_files_only=local_files_only)
     if not found.is_file():
         raise CheckpointError("no such file", where=found, fix="Check the path.")
     return found
+
+
+def default_adapter(base: str) -> str:
+    """What prompts a base unless something else is asked for: a preset has its own.
+
+    Raises:
+        ModelError: There is no such base.
+        ArgumentError: The base is not a preset, and has no default.
+    """
+    check_known(base)
+    if base in PRESETS:
+        return base
+    if base == CRITTERS:
+        return DEFAULT_ADAPTER
+    raise ArgumentError(
+        "is missing", where="adapter", found=f"base {base}", fix="Name one that fits: --adapter."
+    )
+
+
+def check_adapter(base: str, adapter: str) -> None:
+    """Refuse what cannot name an adapter of a base, before anything is opened or downloaded.
+
+    Args:
+        base: As `adapter_file` takes it, and the adapter too.
+        adapter: Its name.
+
+    Raises:
+        ModelError: There is no such adapter, or it is of another base.
+        ArgumentError: None is named, and the base has no default.
+    """
+    adapter = adapter or default_adapter(base)
+    shipped = _shipped(adapter) is not None
+    if (shipped and base == CRITTERS) or Path(adapter).exists():
+        return
+    if shipped:
+        raise _of_another(adapter, CRITTERS, base)
+    if adapter not in PRESETS and not HUB_ID.match(adapter):
+        raise ModelError(
+            "unknown adapter",
+            where=adapter,
+            expected=f"{', '.join(ADAPTERS)} (with the base {CRITTERS}), {', '.join(PRESETS)}, "
+            "a file, a folder, or a hub id",
+            fix="Check the path.",
+        )
+    if adapter in PRESETS and base in (CRITTERS, *PRESETS):
+        own = PRESETS[adapter].base
+        if base == CRITTERS or PRESETS[base].base != own:
+            raise _of_another(adapter, own.id, base)
+
+
+def _shipped(adapter: str) -> Path | None:
+    """The file in the package that a name of critters' adapters stands for."""
+    file = CRITTERS_ADAPTERS / f"{ADAPTERS.get(adapter, adapter)}.safetensors"
+    return file if "/" not in adapter and file.is_file() else None
+
+
+def _of_another(adapter: str, owner: str, base: str) -> ModelError:
+    own = f", or none: {base} has its own" if base in (CRITTERS, *PRESETS) else ""
+    fix = f"Name one that fits with --adapter{own}."
+    return ModelError(
+        f"belongs to {owner}", where=f"adapter {adapter}", found=f"base {base}", fix=fix
+    )
+
+
+def copier_report(adapter: str) -> Path:
+    """Where the shipped measurement of a critters adapter is."""
+    return _WEIGHTS / f"copier-{Path(adapter).stem}.json"
 
 
 def find_checkpoint(
@@ -69,7 +168,7 @@ def find_checkpoint(
         cache_dir: Where downloads are kept; None is the hub library's own place.
 
     Raises:
-        CheckpointError: There is no such file, several fit, or it cannot be had.
+        CheckpointError: There is no such file, several fit, or it cannot be downloaded.
     """
     path = Path(source)
     if path.is_dir():
@@ -102,7 +201,7 @@ def _only_file(folder: Path) -> Path:
     names = ", ".join(file.name for file in files[:10])
     more = f" and {len(files) - 10} more" if len(files) > 10 else ""
     raise CheckpointError(
-        "it is not clear which file is the adapter" if files else "holds no checkpoint",
+        "it is not clear which file is the adapter" if files else "does not hold a checkpoint",
         where=folder,
         expected="one .safetensors or .bin file",
         found=names + more or "none",
@@ -129,13 +228,13 @@ def _download(repository: str, weight_name: str | None, options: dict[str, Any])
         known = None if offline else reason(error, repository)
         if known is not None:
             raise CheckpointError(
-                f"cannot be had from the hub: {known.what}", where=wanted, fix=known.fix
+                f"cannot be downloaded from the hub: {known.what}", where=wanted, fix=known.fix
             ) from error
         lines = str(error).strip().splitlines()
         raise CheckpointError(
-            "is no file here, nor in the local cache"
+            "is not a file here, nor in the local cache"
             if offline
-            else "is no file here, and cannot be had from the hub",
+            else "is not a file here, and cannot be downloaded from the hub",
             where=wanted,
             found=lines[0][:200] if lines else type(error).__name__,
             fix="Allow downloads once, or give a local file."
@@ -146,7 +245,7 @@ def _download(repository: str, weight_name: str | None, options: dict[str, Any])
 
 
 def _is_absent(error: Exception) -> bool:
-    """Whether the hub itself said that there is no such file."""
+    """Whether the hub answered that there is no such file, rather than that it is not cached."""
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     return isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
