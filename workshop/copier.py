@@ -1,4 +1,4 @@
-"""How an adapter copies: fidelity, variety and leak over the scale of its image prompt."""
+"""How much an adapter copies: fidelity, variety and leak over the scale of its image prompt."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def measure_copier(
 
     Args:
         options: What is drawn.
-        folder: Where images are kept: an interrupted run goes on.
+        folder: Where images are kept, so that an interrupted run resumes.
         progress: Show a bar on standard error; None does so on terminals only.
 
     Returns:
@@ -93,7 +93,7 @@ def measure_copier(
 
 def _scores(measured: Measured) -> dict[str, float | None]:
     """Four digits; None, which JSON knows, where nothing could be measured."""
-    assert measured.sets is not None, "critters are known"  # noqa: S101
+    assert measured.sets is not None, "critters are known"  # noqa: S101 - for types
     scores = asdict(score_sets(measured.sets))
     return {
         name: None if np.isnan(value) else round(float(value), 4) for name, value in scores.items()

@@ -41,7 +41,7 @@ GATES: dict[str, tuple[str, float]] = {
     "entropy_guidance_1": (">=", 0.95),
     "probe_worst": (">=", 0.90),
 }
-"""Figure, comparison and bound; figures without a gate are reported beside them."""
+"""Figure, comparison and bound; figures without a gate are reported too."""
 
 
 def check_base(images: int = 2000, guidance: float | None = None) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What the study found, read from docs/study/ at each build: plots, areas, every number.
 
-What `ipdiverse evaluate` wrote is copied there without the images: `results.json` and the pictures.
-Until it is, the pages say so.
+`ipdiverse evaluate --publish` copies its `results.json` and pictures there, without the images. As long as
+they are missing, the pages say that the study has not been run.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _areas(report: dict[str, Any]) -> list[list[str]]:
 
 
 def _dials(report: dict[str, Any]) -> list[list[str]]:
-    """How straight each dial is, and what its worst setting costs."""
+    """How straight each dial is, and the cost of its worst setting."""
     rows = [["dial", "straightness R²", "least identity kept (share)", "worst change in prompt"]]
     for one in report.get("dials", ()):
         straight = f"{one['r_squared']:.3f} (≥ {one['r_squared_low']:.2f})"

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from ipdiverse.evaluation.sets import Sets
 
 RESAMPLES = 2000
-_SLOW_RESAMPLES = 200
-_LEAK_PERMUTATIONS = 20
+_SLOW_RESAMPLES = 200  # of scores that are not sums and are computed again for every draw
+_LEAK_PERMUTATIONS = 20  # few: the noise of the null averages out over the draws
 
 
 class Difference(NamedTuple):
@@ -103,7 +103,7 @@ def difference(
     drawn = resampled(runs, resamples) - resampled(others, resamples)
     apart = _interval(estimate(runs) - estimate(others), drawn)
     spread = float(np.nanstd(drawn)) if not np.isnan(drawn).all() else float("nan")
-    if spread == 0:
+    if spread == 0:  # as of an arm with itself
         return Difference(*apart, float(apart.estimate == 0))
     return Difference(*apart, math.erfc(abs(apart.estimate) / spread / math.sqrt(2)))
 
@@ -136,7 +136,7 @@ def resampled(runs: Sequence[PairSums], resamples: int = RESAMPLES) -> Floats:
     pairs = len(runs[0].total)
     if any(len(run.total) != pairs for run in runs):
         raise ArgumentError("differ in their pairs", where="runs")
-    weights = _pair_weights(pairs, resamples)
+    weights = _pair_weights(pairs, resamples)  # of every arm: what pairs share cancels
     totals = np.stack([run.total for run in runs]) @ weights.T
     counts = np.stack([run.weight for run in runs]) @ weights.T
     if len(runs) > 1:

@@ -126,10 +126,7 @@ def _curve(dial: Dial) -> str:
 
 def plot_dial(dial: Dial, report: dict[str, Any]) -> Image.Image:
     """Identity kept over variety, dial and λ sweep on the same axes."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
+    axes = _axes()
     points = [
         (one.variety, one.retention, f"{at:.2g}")
         for (at, _), one in zip(dial.points, dial.achieved, strict=True)
@@ -147,9 +144,7 @@ def plot_dial(dial: Dial, report: dict[str, Any]) -> Image.Image:
             axes.annotate(words, (x, y), (4, 4), textcoords="offset points", fontsize=7)
     axes.set_xlabel("variety of what nobody fixed (1 = the world's own)")
     axes.set_ylabel("identity kept")
-    axes.grid(alpha=0.25)
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-    return _as_image(figure)
+    return _as_image(axes)
 
 
 def _reports() -> list[dict[str, Any]]:
@@ -179,23 +174,26 @@ def copier_command(report: dict[str, Any]) -> str:
 
 def plot(report: dict[str, Any]) -> Image.Image:
     """Curves over the scale, with the measured points."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
+    axes = _axes()
     scales = [row["scale"] for row in report["rows"]]
     for name, (label, colour) in _CURVES.items():
         axes.plot(scales, [row[name] for row in report["rows"]], "o-", label=label, color=colour)
     axes.set_xlabel("scale of the image prompt")
     axes.set_ylim(-0.05, 1.1)
-    axes.grid(alpha=0.25)
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-    return _as_image(figure)
+    return _as_image(axes)
 
 
-def _as_image(figure: Any) -> Image.Image:
+def _axes() -> Any:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(9, 4), dpi=150, layout="constrained").add_subplot()
+
+
+def _as_image(axes: Any) -> Image.Image:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    canvas = FigureCanvasAgg(figure)
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    canvas = FigureCanvasAgg(axes.figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())

@@ -75,12 +75,13 @@ class FeatureEncoder:
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         """(texts, width), of length 1 each."""
+        # CLIP reads 77 tokens; a tokenizer that was saved without its limit says 10^30
         limit = min(self.tokenizer.model_max_length, 77)
         tokens = self.tokenizer(
             list(texts), padding=True, truncation=True, max_length=limit, return_tensors="pt"
         )
         found = self.model.get_text_features(**tokens.to(self.model.device))
-        # transformers 5 returns an output object here, and 4 a tensor
+        # an output object in some versions of transformers, a tensor in others
         return _unit(getattr(found, "pooler_output", found))
 
     def _embed(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -119,6 +120,7 @@ def open_encoder(name: str, base_pipe: Any = None, device: str = "cpu") -> Featu
 
         try:
             model = AutoModel.from_pretrained(source, use_safetensors=True).eval()
+            # the fast ones resize with torchvision: other pixels than those of published scores
             processor = AutoImageProcessor.from_pretrained(source, use_fast=False)
             reads = hasattr(model, "get_text_features")
             tokenizer = AutoTokenizer.from_pretrained(source) if reads else None
@@ -152,6 +154,7 @@ def feature_sums(
         above `COPY`), and where the encoder reads text `text` (mean cosine to the prompt); each
         name ends in the encoder's.
     """
+    # pairs share references, as the same object: each is encoded once
     distinct = list({id(image): image for image in references}.values())
     place = {id(image): row for row, image in enumerate(distinct)}
     given = encoder.images(distinct)

@@ -124,6 +124,7 @@ class StudyImages:
     def _files(self, arm: Arm, weights: Path) -> dict[Path, range]:
         """The file of each chunk, with the numbers of its pairs."""
         study = [self.study.images, self.study.seed]
+        # versions too: another diffusers or torch may draw other images
         decides = [what_decides(self.request(arm), weights), study, self.decides, versions()]
         key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
         every = range(len(self.pairs))
@@ -134,7 +135,7 @@ class StudyImages:
 
     def _jobs(self, numbers: range) -> list[Job]:
         """Every image of some pairs; noise depends on pair and number alone, not on the arm."""
-        seed = self.study.seed * 1_000_003
+        seed = self.study.seed * 1_000_003  # so that pairs of two studies share no seed
         return [
             Job(self.pairs[number].prompt, seed + number, index, self.references[number])
             for number in numbers
@@ -145,6 +146,7 @@ class StudyImages:
         self, arm: Arm, weights: Path, missing: dict[Path, range], progress: Callable[[int], None]
     ) -> None:
         request = self.request(arm)
+        # other bases have the precision that their placement chose
         fast = autocast() if self.study.base == CRITTERS else nullcontext()
         with attached(self.base, weights, self._reader or "") as attachment:
             set_scale(attachment, self.base, request)
@@ -264,7 +266,7 @@ def anchors(
 
 def _rendered(pairs: Sequence[Pair], images: int) -> Iterator[np.ndarray]:
     """What a perfect model would draw: identity and prompt kept, the rest from the prior."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(0)  # one for all chunks, whose size then changes nothing
     for start in range(0, len(pairs), CHUNK):
         outputs = []
         for pair in pairs[start : start + CHUNK]:

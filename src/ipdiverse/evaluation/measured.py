@@ -175,6 +175,7 @@ def hypervolumes(study: Study, measured: Sequence[Measured]) -> list[dict[str, A
             for name, members in families.items()
         }
         base, base_drawn = areas[study.baseline_arm.family]
+        # areas of one draw of pairs are compared, as `difference` does with scores
         for name, (area, drawn) in areas.items():
             low, high = np.quantile(drawn - base_drawn, [0.025, 0.975])
             found.append(

@@ -90,6 +90,7 @@ def load_readings(file: Path) -> Readings | None:
     if not file.is_file():
         return None
     try:
+        # published readings may come from anybody: no pickles, and no header that exhausts memory
         with np.load(file, allow_pickle=False, max_header_size=4096) as stored:
             attributes = stored["attributes"].astype(int)
             bits, about = stored["invalid"], json.loads(stored["about"].tobytes())

@@ -172,8 +172,8 @@ class Runner:
         self.study = study = replace(study, pairs=len(self.pairs))
         self.base = base = open_base(study)
         named = study.image_encoder
-        self.reader = load_image_encoder(named, base) if named else None
-        given = (study, base, self.pairs, self.references, out / "images", self.reader)
+        reader = load_image_encoder(named, base) if named else None
+        given = (study, base, self.pairs, self.references, out / "images", reader)
         self._images = StudyImages(*given)
         self.encoders = [open_encoder(n, base.pipe, _device(base)) for n in study.features]
         self._hidden = None if progress is None else not progress
@@ -274,7 +274,7 @@ class Runner:
     def _known(self, arm: Arm, number: int) -> Readings | None:
         """Published readings, if they are of this study, these settings, weights and oracle."""
         if self.known is None or self.oracle is None or self.encoders:
-            return None
+            return None  # encoders need the images themselves
         found = readings.find_readings(self.known, arm.name, number)
         if found is None:
             return None
