@@ -20,8 +20,8 @@ from ipdiverse import attach, load_adapter, load_base
 from ipdiverse.base.bases import CRITTERS, adapter_source
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import sample_scene
-from ipdiverse.dial import dial_for
 from ipdiverse.sampling.denoiser import release, steer
+from ipdiverse.sampling.sample import dial_for
 from ipdiverse.seeding import generator
 
 PROMPT, IMAGES, STEPS = "a critter in the snow", 4, 25

@@ -45,12 +45,10 @@ class Setting:
     Args:
         levers: How strongly each acts; off is the adapter as trained.
         seed: Of what is random about them.
-        latents: The reference's, (references, channels, height, width), for the shield.
     """
 
     levers: Levers = field(default_factory=_levers_off)
     seed: int = 0
-    latents: Tensor | None = None
 
 
 class ImagePrompt:
@@ -76,13 +74,12 @@ class ImagePrompt:
     ) -> None:
         from ipdiverse.adapter.mixing import mixed
 
-        adapter = mixed(adapter, setting.levers.training)
+        adapter = mixed(adapter, setting.levers.interpolation)
         self.adapter, self.embeds, self.scale, self.setting = adapter, embeds, scale, setting
         self.words = words
         with torch.no_grad():
             self._positive = adapter.tokens(embeds)
             self._negative = adapter.tokens(negative)
-        self._noised: dict[int, Tensor] = {}
         self._placed: tuple[torch.device, torch.dtype, ImagePromptAdapter] | None = None
         self._known: tuple[Tensor, Any, Tensor] | None = None
         self._now: tuple[Tensor, float] | None = None
@@ -119,14 +116,14 @@ class ImagePrompt:
             ArgumentError: Guidance has more than two branches.
         """
         from ipdiverse.errors import ArgumentError
-        from ipdiverse.sampling.levers import token_levers
 
         branches = options["cond_or_uncond"]
         if not set(branches) <= {_CONDITIONAL, _UNCONDITIONAL}:
             raise ArgumentError(
                 "has more than two branches", where="guidance", expected="cond and uncond"
             )
-        progress = self.progress(options) if token_levers(self.setting.levers) else 0.0
+        acts = bool(self.setting.levers.acting("tokens"))
+        progress = self.progress(options) if acts else 0.0
         known, key = self._known, (tuple(branches), progress)
         if known is not None and known[0] is text and known[1] == key:
             return known[2]
@@ -161,16 +158,16 @@ class ImagePrompt:
 
     def _branch(self, text: Tensor, branch: int, progress: float) -> Tensor:
         """The tokens of one chunk, whose text is given: (items, references · tokens, width)."""
-        from ipdiverse.sampling.levers import Moment, token_levers
+        from ipdiverse.levers import StepContext
 
         items, levers = len(text), self.setting.levers
         if branch == _CONDITIONAL:
-            tokens = self._references(items)
+            tokens = self._positive.expand(items, *self._positive.shape)
         else:
             tokens = self._negative.expand(items, *self._positive.shape)
         tokens = tokens.to(text)
         adapter, references = self._on(text), tokens.shape[1]
-        strength = levers.fusion_strength * levers.training
+        strength = levers.fusion_strength * levers.interpolation
         if adapter.fusion is not None and strength:
             fused = adapter.fuse(
                 tokens.flatten(0, 1),
@@ -181,9 +178,8 @@ class ImagePrompt:
             tokens = fused.unflatten(0, (items, references))
         tokens = tokens.flatten(1, 2)
         if branch == _CONDITIONAL:
-            moment = Moment(progress, self.seeds(items))
-            for lever, strength in token_levers(levers):
-                tokens = lever(tokens, strength, moment)
+            context = StepContext(self.seeds(items), progress)
+            tokens = levers.change("tokens", tokens, context)
         return tokens
 
     def seeds(self, items: int) -> tuple[int, ...]:
@@ -191,25 +187,6 @@ class ImagePrompt:
         from ipdiverse.seeding import derived_seed
 
         return tuple(derived_seed(self.setting.seed, item, "levers") for item in range(items))
-
-    def _references(self, items: int) -> Tensor:
-        """Projected references of every item, (items, references, tokens, width)."""
-        level = self.setting.levers.noise_level
-        if not level:
-            return self._positive.expand(items, *self._positive.shape)
-        if items not in self._noised:
-            self._noised[items] = self._with_noise(items, level)
-        return self._noised[items]
-
-    def _with_noise(self, items: int, level: int) -> Tensor:
-        from ipdiverse.sampling.references import ChangedEmbeds
-
-        change, rows = ChangedEmbeds(self.seeds(items), level, None), []
-        for item in range(items):
-            said, noise = change.noise(item, self.embeds)
-            level_of = None if said is None else said.expand(len(self.embeds))
-            rows.append(self.adapter.tokens(self.embeds, level=level_of, noise=noise))
-        return torch.stack(rows)
 
     def _mask(self, branch: int, rows: int, length: int) -> Tensor | None:
         """Words of a branch's text; ComfyUI repeats the shorter of two texts to one length."""
@@ -237,7 +214,7 @@ def prompted(model: Any, sites: Sequence[Site], prompt: ImagePrompt) -> Any:
         prompt: What to add.
 
     Raises:
-        ModelError: The adapter was trained for another model, or a lever needs another adapter.
+        ModelError: The adapter was trained for another model.
     """
     _check_fit(prompt, sites)
     patched = model.clone()
@@ -250,8 +227,8 @@ def prompted(model: Any, sites: Sequence[Site], prompt: ImagePrompt) -> Any:
         earlier = before.get((*site.block, site.index), before.get(site.block))
         patch = _replacement(prompt, site.layer, earlier or _attention)
         patched.set_model_attn2_replace(patch, *site.block, site.index)
-    if _acts_on_latents(prompt.setting.levers):
-        patched.set_model_sampler_post_cfg_function(_after_guidance(prompt))
+    if prompt.setting.levers.acting("guidance"):
+        patched.set_model_sampler_post_cfg_function(_guided(prompt))
     return patched
 
 
@@ -284,60 +261,23 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, options: Options) -> T
     )
 
 
-def _acts_on_latents(levers: Levers) -> bool:
-    from ipdiverse.sampling.levers import latent_levers
-
-    return levers.interval is not None or bool(latent_levers(levers))
-
-
-def _after_guidance(prompt: ImagePrompt) -> Callable[[dict[str, Any]], Tensor]:
-    """What the interval and the latent levers make of the guess at the clean latents."""
-    from ipdiverse.sampling.guidance import inside
-    from ipdiverse.sampling.levers import Moment, latent_levers
-
-    levers = prompt.setting.levers
+def _guided(prompt: ImagePrompt) -> Callable[[dict[str, Any]], Tensor]:
+    """Guidance as levers change it, on the guess at the clean latents."""
+    from ipdiverse.levers import StepContext
 
     def change(arguments: dict[str, Any]) -> Tensor:
-        guess = arguments["denoised"]
-        if not inside(float(arguments["sigma"].flatten()[0]), levers.interval):
-            guess = arguments["cond_denoised"]
-        protected = None
-        if levers.shield and prompt.setting.latents is not None:
-            protected = _protected(prompt.setting.latents, guess, arguments["model"])
-        moment = Moment(0.0, prompt.seeds(len(guess)), protected)
-        for lever, strength in latent_levers(levers):
-            guess = lever(guess, strength, moment)
-        return guess
+        context = StepContext((), sigma=float(arguments["sigma"].flatten()[0]))
+        # any weight but 1: all that ComfyUI's two branches allow is to guide or not
+        guides = prompt.setting.levers.change("guidance", (2.0, 2.0), context) != (1.0, 1.0)
+        return arguments["denoised" if guides else "cond_denoised"]
 
     return change
 
 
-def _protected(latents: Tensor, guess: Tensor, model: Any) -> Tensor:
-    """The reference's latents as the model sees them, (1, references, channels, height, width)."""
-    from ipdiverse.errors import ShapeError
-
-    if latents.shape[1:] != guess.shape[1:]:
-        raise ShapeError(
-            "differs from the output's latents",
-            where="reference_latent",
-            expected=tuple(guess.shape[1:]),
-            found=tuple(latents.shape[1:]),
-            fix="Scale the reference to the output's size before VAE Encode.",
-        )
-    return model.process_latent_in(latents.to(guess))[None]
-
-
 def _check_fit(prompt: ImagePrompt, sites: Sequence[Site]) -> None:
     from ipdiverse.adapter.attach.compatibility import check_layers
-    from ipdiverse.errors import ModelError
 
     check_layers(prompt.adapter, {site.layer.number: site.widths for site in sites}, "this model")
-    if prompt.setting.levers.noise_level and prompt.adapter.noise is None:
-        raise ModelError(
-            "is not noise-conditioned",
-            where="adapter",
-            fix="Connect the Diversity node to this adapter, not to another.",
-        )
 
 
 def _heads(states: Tensor, heads: int) -> Tensor:

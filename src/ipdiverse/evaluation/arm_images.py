@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from contextlib import nullcontext
-from dataclasses import fields
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +15,10 @@ from ipdiverse.adapter.files.sources import local_file
 from ipdiverse.base.bases import CRITTERS, adapter_source
 from ipdiverse.base.memory import autocast
 from ipdiverse.base.pipelines import fingerprint
-from ipdiverse.dial import Levers, changed
 from ipdiverse.evaluation.sampling import sample_array
 from ipdiverse.image_io import content_hash
-from ipdiverse.sampling.generation import versions
+from ipdiverse.levers import LEVERS
+from ipdiverse.sampling.draw import versions
 from ipdiverse.sampling.sample import Job, attached, levers_of, set_scale
 from ipdiverse.writing import ensure_writable_folder, write_bytes_atomic
 
@@ -167,16 +166,11 @@ def what_decides(request: Request, weights: Path | None) -> dict[str, Any]:
         weights: The adapter's file; None where it is not here. Then its hash is None, and so are
             the levers of a dial, which is in it.
     """
-    levers = {field.name for field in fields(Levers)}
-    settings = {
-        field.name: getattr(request, field.name)
-        for field in fields(request)
-        if field.name not in {"adapter", "diversity", *levers}
-        and getattr(request, field.name) != field.default
-    }
+    left_out = {"adapter", "diversity", *LEVERS}
+    settings = {k: v for k, v in request.stated().items() if k not in left_out}
     turned = request.diversity is not None
     adapter = load_adapter(weights) if turned and weights is not None else None
-    on = None if turned and adapter is None else _rounded(changed(levers_of(request, adapter)))
+    on = None if turned and adapter is None else _rounded(dict(levers_of(request, adapter)))
     hashed = None if weights is None else weights_hash(weights)
     return {"settings": settings, "levers": on, "adapter": hashed}
 

@@ -8,18 +8,18 @@ then places each point so that the dial is linear in the variety that was achiev
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ipdiverse.dial import OFF, Achieved, Dial, Levers, changed
+from ipdiverse.dial import OFF, Achieved, Dial, Levers
 from ipdiverse.errors import ArgumentError
 from ipdiverse.evaluation.bootstrap import estimate
 from ipdiverse.evaluation.running import Runner
 from ipdiverse.evaluation.study import Arm, Study
-from ipdiverse.sampling.removal import joint_text
+from ipdiverse.levers import LEVERS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -36,20 +36,6 @@ _REACH = 2
 """Rungs of a lever that are tried before it counts as gaining nothing."""
 _LEAST_COST = 0.005
 """Fidelity that cannot be told from nothing, on as few pairs."""
-
-LADDERS: dict[str, tuple[Any, ...]] = {
-    "training": (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0),
-    "fusion_strength": (0.0, 0.5, 1.0, 1.5),
-    "noise_level": (0, 150, 300, 450, 600, 750),
-    "interval": (None, (0.0, 8.0), (0.0, 4.0), (0.0, 3.0)),
-    "cads": (0.0, 0.1, 0.2, 0.35, 0.6, 1.0),
-    "drop": (0.0, 0.1, 0.25, 0.5),
-    "late_layout": (0.0, 0.1, 0.2, 0.4),
-    "remove_stated": (0.0, 0.5, 1.0),
-    "shield": (0.0, 0.2, 0.4, 0.6),
-}
-"""Rungs of each lever, from off upwards. Left out are levers on a set, with which an image depends
-on the others, and factorised guidance, as its third pass costs more than stock."""
 
 
 def calibrate(
@@ -68,19 +54,18 @@ def calibrate(
     Raises:
         IpdiverseError: Something is unusable, or no lever gains anything.
     """
-    if unknown := sorted(set(options.levers) - LADDERS.keys()):
+    movable = [name for name, lever in LEVERS.items() if lever.ladder]
+    if unknown := sorted(set(options.levers) - set(movable)):
         raise ArgumentError(
             "are none that a dial may move",
             where="levers",
-            expected=", ".join(LADDERS),
+            expected=", ".join(movable),
             found=", ".join(unknown),
         )
     study = study_of(options)
     start, ladders = _ladders(options.adapter, options.base)
     _check_there(options.levers, ladders, f"adapter {options.adapter}")
     runner = Runner(study, out, progress=False)
-    ladders = {name: rungs for name, rungs in ladders.items() if _works(name, runner)}
-    _check_there(options.levers, ladders, f"base {options.base}")
     if options.levers:
         ladders = {name: rungs for name, rungs in ladders.items() if name in options.levers}
     path = climb(start, ladders, partial(_measured, runner, options), say)
@@ -92,7 +77,7 @@ def calibrate(
         )
     on = f"{runner.study.pairs} pairs of {options.images} images, {study.steps} steps"
     dial = placed(path, f"calibrated on {on}")
-    return dial, [{**asdict(levers), **asdict(scores)} for levers, scores in path]
+    return dial, [{**levers, **asdict(scores)} for levers, scores in path]
 
 
 def study_of(options: CalibrateOptions) -> Study:
@@ -118,7 +103,7 @@ def study_of(options: CalibrateOptions) -> Study:
 
 def _measured(runner: Runner, options: CalibrateOptions, levers: Levers) -> Achieved:
     """What levers achieve."""
-    on = changed(levers)
+    on = dict(levers)
     name = ", ".join(f"{key} {value}" for key, value in on.items()) or "stock"
     measured = runner.measure(Arm(name, "path", {"adapter": options.adapter, **on}))
     found = {n: estimate(measured.parts(n)) for n in measured.runs[0]}
@@ -170,7 +155,7 @@ def _best_rung(
     best, most = None, 0.0
     for name, rungs in ladders.items():
         for height in range(heights[name] + 1, min(heights[name] + 1 + _REACH, len(rungs))):
-            candidate = replace(levers, **{name: rungs[height]})
+            candidate = levers | {name: rungs[height]}
             found = measure(candidate)
             if not _keeps(found, first):
                 break
@@ -256,18 +241,6 @@ def _check_there(wanted: Sequence[str], there: Iterable[str], where: str) -> Non
         )
 
 
-def _works(lever: str, runner: Runner) -> bool:
-    """Whether a lever finds what it needs in the base, as it was placed."""
-    base = runner.base
-    if lever == "shield":  # needs the VAE while the UNet runs
-        return base.plan is None or base.plan.offload != "model"
-    if lever != "remove_stated":
-        return True
-    encoder = base.pipe.image_encoder if runner.reader is None else runner.reader[0]
-    width = None if encoder is None else encoder.config.projection_dim
-    return width is not None and joint_text(base.pipe, [""], width) is not None
-
-
 def _ladders(adapter: str, base: str) -> tuple[Levers, dict[str, tuple[Any, ...]]]:
     """Where an adapter's dial starts, and the ladders that it can climb."""
     from ipdiverse.adapter.files.checkpoint import load_adapter
@@ -275,14 +248,11 @@ def _ladders(adapter: str, base: str) -> tuple[Levers, dict[str, tuple[Any, ...]
     from ipdiverse.base.bases import adapter_source
 
     opened = load_adapter(local_file(adapter_source(base, adapter)))
-    lacks = {
-        "training": not opened.plain,
-        "fusion_strength": opened.fusion is None,
-        "noise_level": opened.noise is None,
+    ladders = {
+        n: lever.ladder for n, lever in LEVERS.items() if lever.ladder and lever.fits(opened)
     }
-    ladders = {name: rungs for name, rungs in LADDERS.items() if not lacks.get(name)}
-    if opened.plain:  # at a training of 0 there is no fusion
+    if opened.plain:  # at an interpolation of 0 there is no fusion
         if "fusion_strength" in ladders:
             ladders["fusion_strength"] = (1.0, 1.5)
-        return replace(OFF, training=0.0), ladders
-    return OFF if opened.fusion is None else replace(OFF, fusion_strength=0.0), ladders
+        return Levers(interpolation=0.0), ladders
+    return OFF if opened.fusion is None else Levers(fusion_strength=0.0), ladders

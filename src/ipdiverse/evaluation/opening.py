@@ -10,7 +10,7 @@ from ipdiverse.base.presets import PRESETS
 from ipdiverse.errors import ArgumentError
 from ipdiverse.evaluation.folders import folder_pairs, opened
 from ipdiverse.evaluation.sampling import study_pairs
-from ipdiverse.sampling import drawing
+from ipdiverse.sampling import task
 from ipdiverse.sampling.request import Request
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def needed_files(study: Study) -> list[HubFile]:
     """
     _check_names(study)
     requests = [_request(study, source) for source in sources(study)]
-    return list(dict.fromkeys(file for one in requests for file in drawing.needed_files(one)))
+    return list(dict.fromkeys(file for one in requests for file in task.needed_files(one)))
 
 
 def open_base(study: Study) -> Base:
@@ -69,7 +69,7 @@ def open_base(study: Study) -> Base:
     _check_names(study)
     named = [PRESETS[source] for source in sources(study) if source in PRESETS]
     reads = next((preset.name for preset in named if preset.encoder is not None), "")
-    return drawing.open_base(_request(study, reads))
+    return task.open_base(_request(study, reads))
 
 
 def open_reader(study: Study, base: Base) -> tuple[Any, Any] | None:

@@ -39,7 +39,7 @@ from ipdiverse.evaluation.readings import (
 from ipdiverse.evaluation.report import volumes
 from ipdiverse.evaluation.sampling import critters_sets, shipped_oracle
 from ipdiverse.evaluation.sets import Parts, joined, set_parts
-from ipdiverse.sampling.generation import versions
+from ipdiverse.sampling.draw import versions
 from ipdiverse.writing import ensure_writable_folder, file_hash, write_text_atomic
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ steps = 25                      # else the base's own, as scale and guidance_sca
 [[arm]]
 name = "plain"                  # as the report calls it
 family = "λ sweep"              # arms of a family are joined by a line
-adapter = "plus"                # and of what `ipdiverse generate` takes: scale, preset, start,
-scale = 1.0                     # end, guidance_scale, diversity, every lever
+adapter = "plus"                # and of what `ipdiverse generate` takes: scale, preset, start_at,
+scale = 1.0                     # end_at, guidance_scale, diversity, every lever
 
 [[sweep]]                       # an arm for every combination
 family = "λ × guidance"
@@ -24,16 +24,15 @@ from itertools import product
 from typing import TYPE_CHECKING, Any, Literal
 
 from ipdiverse.base.bases import CRITTERS, DEFAULT_ADAPTER, default_adapter, defaults_of
-from ipdiverse.dial import Levers
 from ipdiverse.errors import ArgumentError, IpdiverseError, check_range
-from ipdiverse.sampling.request import MAX_IMAGES, MAX_STEPS, Request
+from ipdiverse.levers import LEVERS
+from ipdiverse.sampling.request import MAX_IMAGES, MAX_STEPS, Request, current
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-_SAMPLING = ("adapter", "scale", "preset", "start", "end", "guidance_scale", "diversity")
-SETTINGS = (*_SAMPLING, *(f.name for f in fields(Levers)))
-"""What an arm may set: fields of `Request`."""
+SETTINGS = ("adapter", "scale", "preset", "start_at", "end_at", "guidance_scale", "diversity")
+"""What an arm may set besides levers: fields of `Request`."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Arm:
     Args:
         name: Unlike any other's.
         family: Arms that belong together.
-        settings: Fields of `Request`, of those in `SETTINGS`.
+        settings: Levers, and fields of `Request` that are in `SETTINGS`.
         adapters: Files of the same training with other seeds; empty takes `settings`' adapter.
         at: Where the arm stands in its family; None is in the order of the file.
     """
@@ -74,7 +73,7 @@ class Arm:
         """
         wanted = {name: value for name, value in self.settings.items() if name != "adapter"}
         usual = {"n": 1, "steps": steps, "scale": scale, "guidance_scale": guidance_scale}
-        return Request(**(usual | wanted))
+        return Request.of(usual | wanted, self.name)
 
 
 @dataclass(frozen=True)
@@ -234,11 +233,10 @@ def _arm(entry: dict[str, Any], file: Path) -> Arm:
     at, adapters = settings.pop("at", None), settings.pop("adapters", [])
     if not isinstance(name, str):
         raise ArgumentError("has no name", where=f"{file}: arm", found=entry)
-    unknown = sorted(settings.keys() - set(SETTINGS))
-    if unknown:
-        where = f"{file}: arm {name!r}"
-        raise ArgumentError("unknown key", where=where, found=", ".join(unknown))
     where = f"{file}: arm {name!r}"
+    settings = current(settings, where)
+    if unknown := sorted(settings.keys() - {*SETTINGS, *LEVERS}):
+        raise ArgumentError("unknown key", where=where, found=", ".join(unknown))
     if not isinstance(at, (int, float, type(None))):
         raise ArgumentError("is no number", where=f"{where}, at", found=repr(at))
     if isinstance(settings.get("interval"), list):

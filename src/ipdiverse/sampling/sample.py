@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
-from itertools import groupby
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ipdiverse.base.bases import Base, any_latents, load_image_encoder
-from ipdiverse.dial import OFF, Levers, changed, dial_for
+from ipdiverse.dial import OFF, Dial, Levers, default_dial, dial_of
 from ipdiverse.errors import ModelError
-from ipdiverse.sampling.tasks import Task
+from ipdiverse.sampling.task import Task
 from ipdiverse.seeding import derived_seed
 
 if TYPE_CHECKING:
@@ -26,9 +25,6 @@ if TYPE_CHECKING:
     from ipdiverse.adapter.reference import Reference
     from ipdiverse.sampling.denoiser import Steering
     from ipdiverse.sampling.request import Request
-
-_LARGEST_SET = 16
-"""Images denoised together when levers act on a set."""
 
 
 @dataclass(frozen=True)
@@ -48,20 +44,29 @@ class Job:
     reference: Image.Image | Reference | None = None
 
 
+def dial_for(adapter: ImagePromptAdapter) -> Dial:
+    """An adapter's own dial, or the default one if it was not calibrated.
+
+    Raises:
+        CheckpointError: Its own dial is broken.
+    """
+    calibrated = dial_of(adapter.spec, "adapter")
+    return calibrated or default_dial(adapter.fusion is not None, bool(adapter.plain))
+
+
 def levers_of(request: Request, adapter: ImagePromptAdapter | None) -> Levers:
-    """The levers of a request: its dial's, over which those that it states itself hold.
+    """A request's levers: its dial's, overridden by those that it sets itself.
 
     Args:
         request: What is asked.
-        adapter: The first that is attached, whose dial it is; None has none to turn.
+        adapter: The first that is attached, whose dial is turned; without one there is no dial.
 
     Raises:
         CheckpointError: The adapter's calibrated dial is broken.
     """
-    stated = Levers(**{field.name: getattr(request, field.name) for field in fields(Levers)})
     if request.diversity is None or adapter is None:
-        return stated
-    return replace(dial_for(adapter).at(request.diversity), **changed(stated))
+        return request.levers
+    return dial_for(adapter).at(request.diversity) | request.levers
 
 
 def steps_of(base: Base, request: Request) -> int:
@@ -77,7 +82,7 @@ def set_scale(attachment: Attachment, base: Base, request: Request) -> None:
     """
     scale = base.scale if request.scale is None else request.scale
     attachment.set_scale(
-        request.preset or scale, weight=scale, start=request.start, end=request.end
+        request.preset or scale, weight=scale, start=request.start_at, end=request.end_at
     )
 
 
@@ -91,9 +96,6 @@ def sample(
     negative: Image.Image | None = None,
 ) -> list[Image.Image]:
     """Denoise jobs batch by batch; each image depends on its own job alone.
-
-    Levers that act on a set are the exception: with these an image depends on the others of its
-    set, and on how many there are.
 
     Args:
         base: An open base.
@@ -143,8 +145,7 @@ def sampled(
             if on_step is not None:
                 on_step(images)
 
-        for chunk, size in _chunks(jobs, base.batch, levers):
-            padded = chunk + [chunk[-1]] * (size - len(chunk))
+        for chunk, padded in _chunks(jobs, base.batch):
             _prompt(attachment, padded, levers, negative)
             images = _denoise(task, padded, request, advance, len(chunk))
             yield from zip(chunk, images[: len(chunk)], strict=True)
@@ -176,8 +177,7 @@ def preview(
     task, guesses = task or Task(base), []
     steps = steps_of(base, request) * (request.strength if request.init_image else 1)
     last = max(1, round(share * steps)) - 1
-    for chunk, size in _chunks(jobs, base.batch, levers):
-        padded = chunk + [chunk[-1]] * (size - len(chunk))
+    for chunk, padded in _chunks(jobs, base.batch):
         steering = _prompt(attachment, padded, levers, negative, previews=True)
         _denoise(task, padded, request, None, len(chunk), last)
         if steering is None or steering.guess is None:
@@ -209,17 +209,15 @@ def _prompt(
     return steering
 
 
-def _chunks(jobs: Sequence[Job], size: int, levers: Levers) -> Iterator[tuple[list[Job], int]]:
-    """Batches and the sizes they are filled up to; a set stays together where levers act on it."""
-    if not levers.on_a_set:
-        for start in range(0, len(jobs), size):
-            yield list(jobs[start : start + size]), size
-        return
-    for _, together in groupby(jobs, key=lambda job: (job.prompt, job.seed)):
-        whole = list(together)
-        for start in range(0, len(whole), _LARGEST_SET):
-            part = whole[start : start + _LARGEST_SET]
-            yield part, len(part)
+def _chunks(jobs: Sequence[Job], size: int) -> Iterator[tuple[list[Job], list[Job]]]:
+    """Batches of jobs, and each filled up to one size with its last job.
+
+    Kernels differ with the batch size, and so do roundings: with one size for all, image i is the
+    same to the bit however many are drawn.
+    """
+    for start in range(0, len(jobs), size):
+        chunk = list(jobs[start : start + size])
+        yield chunk, chunk + [chunk[-1]] * (size - len(chunk))
 
 
 def _denoise(

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ipdiverse.base.memory import full_range
-from ipdiverse.sampling.removal import joint_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -125,3 +124,42 @@ def _standard_pairs(apart: Tensor) -> Tensor:
     others = ~torch.eye(len(apart), dtype=torch.bool, device=apart.device)
     values = apart[others]
     return (apart - values.mean()) / values.std().clamp_min(1e-6) if len(values) > 1 else apart
+
+
+@torch.no_grad()
+def joint_text(pipe: Any, texts: list[str], width: int) -> Tensor | None:
+    """Text embeddings in the space of an image encoder, (texts, width).
+
+    Args:
+        pipe: Whose text encoders are asked.
+        texts: What is read.
+        width: Of the space. Encoders without a projection are not in it, whatever their width,
+            unless their config says `pooled_in_image_space`, as the embedded one's does.
+
+    Returns:
+        None where no text encoder is in that space.
+    """
+    for suffix in ("", "_2"):
+        encoder = getattr(pipe, f"text_encoder{suffix}", None)
+        if encoder is None:
+            continue
+        projects = hasattr(encoder, "text_projection")
+        if not projects and not getattr(encoder.config, "pooled_in_image_space", False):
+            continue
+        found = _pooled(encoder, getattr(pipe, f"tokenizer{suffix}"), texts)
+        if found.shape[1] == width:
+            return found
+    return None
+
+
+def _pooled(encoder: Any, tokenizer: Any, texts: list[str]) -> Tensor:
+    tokens = tokenizer(
+        texts,
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    )
+    output = encoder(tokens.input_ids.to(encoder.device))
+    projected = getattr(output, "text_embeds", None)
+    return (output.pooler_output if projected is None else projected).float()

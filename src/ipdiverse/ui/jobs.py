@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 from ipdiverse.dial import dial_of
 from ipdiverse.errors import IpdiverseError
 from ipdiverse.provenance import save_png
-from ipdiverse.sampling.drawing import Drawing, drawing
-from ipdiverse.sampling.generation import Generation
+from ipdiverse.sampling.draw import Drawing, Generation, drawing
 from ipdiverse.ui.closeness import Closeness, judged
 from ipdiverse.writing import ensure_writable_folder
 
@@ -198,8 +197,7 @@ def _sheet(
 ) -> Sheet:
     """Write what is finished with its record, and say what it is like.
 
-    Image i does not depend on how many there are, so fewer of them are a request of their own. On
-    a set they would; but a set is one batch, finished as a whole or not at all.
+    Image i does not depend on how many there are, so fewer of them are a request of their own.
     """
     indices = [job.index for job in work.jobs[: len(images)]]
     fewer = replace(named, n=len(images))

@@ -6,14 +6,13 @@ import io
 import re
 import textwrap
 import zipfile
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ipdiverse.sampling.request import Request
-
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from ipdiverse.sampling.request import Request
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _LONGEST = 80
@@ -80,9 +79,8 @@ _STATED = ("n", "seed", "base", "adapter", "scale", "steps", "guidance_scale")
 
 
 def _arguments(request: Request) -> dict[str, Any]:
-    values = {field.name: getattr(request, field.name) for field in fields(Request)}
-    stated = {f.name for f in fields(Request) if f.name in _STATED or values[f.name] != f.default}
-    return {k: v for k, v in values.items() if k in stated and k not in ("image", "prompt")}
+    stated = request.stated(*_STATED).items()
+    return {name: value for name, value in stated if name not in ("image", "prompt")}
 
 
 def _shared(each: list[dict[str, Any]]) -> dict[str, Any]:

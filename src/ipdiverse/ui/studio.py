@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ipdiverse.sampling.drawing import open_base, opening
+from ipdiverse.sampling.task import LastBase
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -49,8 +49,7 @@ class Studio:
         self._folder = folder
         self._turn, self._lock = threading.Lock(), threading.Lock()
         self._sessions: OrderedDict[str, Session] = OrderedDict()
-        self._base: Base | None = None
-        self._opened: tuple[object, ...] | None = None
+        self._bases = LastBase()
 
     @contextmanager
     def turn(self, check: Callable[[], None]) -> Iterator[None]:
@@ -77,11 +76,7 @@ class Studio:
         Raises:
             IpdiverseError: It cannot be opened.
         """
-        wanted = opening(request)
-        if self._base is None or self._opened != wanted:
-            self._base = None  # two of them need not fit into memory
-            self._base, self._opened = open_base(request), wanted
-        return self._base
+        return self._bases.open(request)
 
     def session(self, key: str | None) -> Session:
         """A visitor's session, begun if need be.
