@@ -3,6 +3,12 @@
 They were measured against the levers that ship and are kept so that studies can draw them again.
 """
 
-from workshop.rivals import drop, late_layout, remove_stated
+from ipdiverse.levers import register_lever
+from workshop.rivals.drop import DROP
+from workshop.rivals.late_layout import LATE_LAYOUT
+from workshop.rivals.remove_stated import REMOVE_STATED
 
-__all__ = ["drop", "late_layout", "remove_stated"]
+RIVALS = (DROP, LATE_LAYOUT, REMOVE_STATED)
+
+for _rival in RIVALS:
+    register_lever(_rival)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ipdiverse.levers import Lever, StepContext, register_lever
+from ipdiverse.levers import Lever, StepContext
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,4 +27,4 @@ def drop_tokens(tokens: Tensor, strength: float, context: StepContext) -> Tensor
     return torch.where(dropped[..., None], tokens.mean(1, keepdim=True), tokens)
 
 
-register_lever(Lever("drop", "Share of image tokens dropped.", "tokens", drop_tokens))
+DROP = Lever("drop", "Share of image tokens dropped.", "tokens", drop_tokens)

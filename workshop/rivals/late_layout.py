@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ipdiverse.adapter.scale import Layer, Scale, resolve_scale
-from ipdiverse.levers import Lever, StepContext, register_lever
+from ipdiverse.levers import Lever, StepContext
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,11 +32,9 @@ def without_layout_until(scale: Scale, strength: float, context: StepContext) ->
     return Scale(of, True, scale.start, scale.end, scale.opposed)
 
 
-register_lever(
-    Lever(
-        "late_layout",
-        "Fraction of the steps before layout layers see the image.",
-        "scale",
-        without_layout_until,
-    )
+LATE_LAYOUT = Lever(
+    "late_layout",
+    "Fraction of the steps before layout layers see the image.",
+    "scale",
+    without_layout_until,
 )

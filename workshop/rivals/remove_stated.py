@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ipdiverse.errors import ArgumentError, ModelError
-from ipdiverse.levers import Lever, StepContext, register_lever
+from ipdiverse.levers import Lever, StepContext
 from ipdiverse.sampling.selection import joint_text
 
 if TYPE_CHECKING:
@@ -117,11 +117,9 @@ def stated_basis(attachment: Attachment, prompt: str, rank: int) -> dict[str, Te
     return {"pooled": rows, "hidden": read}
 
 
-register_lever(
-    Lever(
-        "remove_stated",
-        "Strength of taking out of the image's embedding what the prompt states.",
-        "embeddings",
-        remove_stated,
-    )
+REMOVE_STATED = Lever(
+    "remove_stated",
+    "Strength of taking out of the image's embedding what the prompt states.",
+    "embeddings",
+    remove_stated,
 )

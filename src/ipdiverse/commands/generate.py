@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +30,7 @@ class Generate:
     """
 
     # every --image, --prompt, --mask and --weights adds one
-    request: tyro.conf.UseAppendAction[Request] = field(default_factory=Request)
+    request: tyro.conf.UseAppendAction[Request]
     out: str = "out"
     batch: str = ""
     json: bool = False
