@@ -22,13 +22,13 @@ TINY = ["--pairs", "2", "--images", "2", "--steps", "2"]
 @pytest.fixture
 def climbed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Real measurements of a path that is given: two pairs are too few to climb by."""
-    chosen = Levers(cads=0.7, drop=0.3)
+    chosen = Levers(cads=0.7, interval=(0.0, 4.0))
 
     def climb(start, ladders, measure, say):
         first, last = measure(start), measure(chosen)
         assert 0 <= first.variety <= 2
         assert "cads" in ladders
-        assert "noise_level" not in ladders, "the plain adapter is not noise-conditioned"
+        assert "interpolation" not in ladders, "the plain adapter has no base weights"
         say("one step")
         return [
             (start, Achieved(0.2, first.retention, first.accuracy)),
@@ -58,10 +58,10 @@ def test_the_path_goes_into_the_file_and_generate_follows_it(
     make_dataset(tmp_path / "refs", 1)
     image = next((tmp_path / "refs" / "images").iterdir())
     drawn = ["generate", "--image", str(image), "-n", "1", "--steps", "2", "--json"]
-    hashes = []
+    hashes, halfway = [], dial.at(0.5).interval
     for levers in (
         ["--adapter", str(target), "--diversity", "0.5"],
-        ["--adapter", "plus", "--cads", "0.35", "--drop", "0.15"],
+        ["--adapter", "plus", "--cads", "0.35", "--interval", *map(str, halfway)],
     ):
         assert main([*drawn, *levers, "--out", str(tmp_path / "out")]) == 0
         hashes.append(json.loads(capsys.readouterr().out)["image_sha256"])
@@ -97,8 +97,8 @@ def test_a_finished_calibration_draws_nothing_again(
             "prompts: go with references",
         ),
         (
-            ["--adapter", "plus", "--out", "OUT", "--levers", "training", "cads"],
-            "adapter plus: has no such lever; expected interval, cads.*; found training",
+            ["--adapter", "plus", "--out", "OUT", "--levers", "interpolation", "cads"],
+            "adapter plus: has no such lever; expected interval, cads.*; found interpolation",
         ),
     ],
 )
@@ -130,14 +130,14 @@ def test_the_plain_adapter_is_stored_beside_and_the_dial_leads_from_it(
     source, target = Path(adapter_source("critters", "diverse")), tmp_path / "mine.safetensors"
     words = ["calibrate", "--adapter", "diverse", "--plain", "plus", "--out", str(target)]
     words += ["--work", str(tmp_path / "work"), *TINY]
-    assert main([*words, "--levers", "training", "interval"]) == 0
-    assert seen["start"] == Levers(training=0.0)
-    assert set(seen["ladders"]) == {"training", "interval"}  # pyright: ignore[reportArgumentType]
+    assert main([*words, "--levers", "interpolation", "interval"]) == 0
+    assert seen["start"] == Levers(interpolation=0.0)
+    assert set(seen["ladders"]) == {"interpolation", "interval"}  # pyright: ignore[reportArgumentType]
     adapter, plain = load_adapter(target), load_file(adapter_source("critters", "plus"))
     assert all(torch.equal(adapter.plain[name], t.float()) for name, t in plain.items())
     assert adapter.spec["arm"] == load_adapter(source).spec["arm"], "what it said before is kept"
     dial = dial_of(adapter.spec, target)
     assert dial is not None
-    assert dial.at(0.5).training == pytest.approx(0.5)
+    assert dial.at(0.5).interpolation == pytest.approx(0.5)
     assert main([*words, "--levers", "nothing"]) == 2
     assert "are none that a dial may move" in capsys.readouterr().err

@@ -208,21 +208,20 @@ def test_a_lever_that_others_register_is_a_flag(
 
 
 def test_flags_of_version_0_1_are_understood_with_a_note(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     words = "--training 0.5 --image=a.png --drop 0.2 --start=0.1 --noise-level=5 --end 0.9"
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
+    with pytest.warns(UserWarning, match="--") as told:
         found = asked(words, monkeypatch)
     assert found == Request.of(
         {"image": "a.png", "interpolation": 0.5, "start_at": 0.1, "end_at": 0.9}
     )
-    assert capsys.readouterr().err.splitlines() == [
-        "note: --training is now called --interpolation",
-        "note: --drop no longer acts",
-        "note: --start is now called --start-at",
-        "note: --noise-level no longer acts",
-        "note: --end is now called --end-at",
+    assert [str(one.message) for one in told] == [
+        "--training is now called --interpolation",
+        "--drop no longer acts",
+        "--start is now called --start-at",
+        "--noise-level no longer acts",
+        "--end is now called --end-at",
     ]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from ipdiverse.adapter.files.checkpoint import copy_with_spec, load_adapter, save_adapter
 from ipdiverse.base.bases import CRITTERS_ADAPTERS
 from ipdiverse.cli import main
-from ipdiverse.dial import OFF, Dial
+from ipdiverse.dial import OFF, Dial, Levers
 from ipdiverse.errors import DataError
 from ipdiverse.evaluation import arm_images, running
 from ipdiverse.evaluation.arm_images import what_decides
@@ -26,7 +25,7 @@ from ipdiverse.evaluation.study import Arm
 PLUS = CRITTERS_ADAPTERS / "ip-adapter-plus_critters.safetensors"
 
 
-DIAL = Dial(((0.0, OFF), (1.0, replace(OFF, drop=0.2))), "made up").as_spec()
+DIAL = Dial(((0.0, OFF), (1.0, Levers(cads=0.2))), "made up").as_spec()
 
 
 def study(folder: Path, adapter: Path, scale: float = 0.5) -> Path:
@@ -158,13 +157,13 @@ def test_a_dial_stands_for_its_levers_and_a_base_for_what_is_left_to_it(tmp_path
         return what_decides(Arm("a", "a", settings).request(10, guidance), adapter)
 
     turned = decides({"dial": DIAL}, diversity=0.5)
-    assert turned == decides({}, drop=0.1)
-    assert turned["levers"] == {"drop": 0.1}
+    assert turned == decides({}, cads=0.1)
+    assert turned["levers"] == {"cads": 0.1}
     assert decides({}, diversity=0.5) != turned, "the default path"
     assert decides({}) == decides({}, scale=1.0, fusion_strength=1.0)
     assert decides({}, guidance=4.0) == decides({}, guidance_scale=4.0) != decides({})
     gone = what_decides(Arm("a", "a", {"diversity": 0.5}).request(10, 3.0), None)
     assert gone["levers"] is gone["adapter"] is None
-    assert what_decides(Arm("a", "a", {"drop": 0.1}).request(10, 3.0), None)["levers"] == {
-        "drop": 0.1
+    assert what_decides(Arm("a", "a", {"cads": 0.1}).request(10, 3.0), None)["levers"] == {
+        "cads": 0.1
     }
