@@ -229,7 +229,7 @@ def default_dial(fused: bool, remembers: bool = False) -> Dial:
         path = ((0.0, Levers(interpolation=0.0)), (1.0, OFF))
         return Dial(path, "from the base weights to its own, not calibrated")
     first = Levers(interval=(0.0, 4.0), cads=0.1)
-    rising = ((0.2, first), (0.5, first | {"cads": 0.25}), (1.0, first | {"cads": 0.6}))
+    rising = ((0.2, first), (0.5, first | {"cads": 0.25}), (1.0, first | {"cads": 0.8}))
     if not fused:
         return Dial(((0.0, OFF), *rising), "default path, not calibrated")
     # the fusion is on as soon as the dial leaves 0: what it adds is not what the dial measures

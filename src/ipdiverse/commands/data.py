@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ipdiverse.commands.printing import say, say_json
+from ipdiverse.commands.console import agree_to_encoders, say, say_json
 from ipdiverse.data.options import PrepareOptions
 from ipdiverse.training.config import CacheConfig
 
@@ -62,7 +62,6 @@ class Embed(CacheConfig):
 
     def run(self) -> None:
         """Embed and report."""
-        from ipdiverse.commands.consent import agree_to_encoders
         from ipdiverse.training.embed import Stored, embed
         from ipdiverse.training.frozen import open_encoders
         from ipdiverse.training.preprocessing import Preprocessing

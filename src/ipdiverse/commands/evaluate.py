@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ipdiverse.commands.printing import check_target, say, say_json, write_json
+from ipdiverse.commands.console import agree_to_study, check_target, say, say_json, write_json
 from ipdiverse.errors import ArgumentError
 from ipdiverse.evaluation.options import CalibrateOptions
 
@@ -65,7 +65,6 @@ class Evaluate:
             )
 
     def _study(self) -> None:
-        from ipdiverse.commands.consent import agree_to_study
         from ipdiverse.evaluation.report import publish, write_report
         from ipdiverse.evaluation.running import run_study
         from ipdiverse.evaluation.study import quick_study, read_study
@@ -139,7 +138,6 @@ class Calibrate(CalibrateOptions):
         from ipdiverse.adapter.files.checkpoint import copy_with_spec, remember_in_file
         from ipdiverse.adapter.files.sources import local_file
         from ipdiverse.base.bases import adapter_source
-        from ipdiverse.commands.consent import agree_to_study
         from ipdiverse.evaluation.calibrate import calibrate, study_of
         from ipdiverse.evaluation.study import Arm
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from ipdiverse.commands.printing import say, say_json
+from ipdiverse.commands.console import agree, say, say_json
 from ipdiverse.sampling.request import Request
 
 if TYPE_CHECKING:
@@ -60,7 +60,6 @@ class Generate:
 
     def _agree(self, requests: Sequence[Request]) -> None:
         from ipdiverse.base.presets import PRESETS
-        from ipdiverse.commands.consent import agree
         from ipdiverse.sampling.task import needed_files
 
         files = [file for request in requests for file in needed_files(request)]

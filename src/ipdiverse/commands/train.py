@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from ipdiverse.commands.printing import say
+from ipdiverse.commands.console import agree_to_encoders, say
 from ipdiverse.data.options import PrepareOptions
 from ipdiverse.training.config import TrainConfig
 
@@ -28,7 +28,6 @@ class Train(TrainConfig):
 
     def run(self) -> None:
         """Prepare what is not prepared, train, and say where the adapter is."""
-        from ipdiverse.commands.consent import agree_to_encoders
         from ipdiverse.data.prepare import prepare
         from ipdiverse.training.trainer import train
 

@@ -14,7 +14,7 @@ from ipdiverse.errors import ArgumentError
 from ipdiverse.image_io import content_hash, load_image
 from ipdiverse.loading import quiet
 from ipdiverse.sampling.request import Request
-from ipdiverse.sampling.sample import Job, attached, preview, sampled, set_scale
+from ipdiverse.sampling.sample import Job, attached, sampled, set_scale
 from ipdiverse.sampling.task import Task, open_base, settled, task_for
 
 if TYPE_CHECKING:
@@ -166,32 +166,12 @@ def drawing(
             for text in request.prompt
             for index in range(request.candidates or request.n)
         ]
-        jobs = _selected(jobs, request, task, attachment, negative)
+        if request.candidates not in (None, request.n):
+            from ipdiverse.sampling.selection import chosen
+
+            jobs = chosen(jobs, request, task, attachment, negative)
         images = [pictures[file] for file in request.image]
         yield Drawing(request, images, notes, jobs, task, attachment, negative)
-
-
-def _selected(
-    jobs: list[Job],
-    request: Request,
-    task: Task,
-    attachment: Attachment,
-    negative: Image.Image | None,
-) -> list[Job]:
-    """Of each prompt's candidates the best group; all of them where there are no more."""
-    if request.candidates in (None, request.n):
-        return jobs
-    from ipdiverse.sampling.selection import EARLY, judged, select
-
-    guesses = preview(task.base, jobs, request, attachment, EARLY, task, negative)
-    chosen: list[Job] = []
-    for start in range(0, len(jobs), request.candidates or 1):
-        part = jobs[start : start + (request.candidates or 1)]
-        seen = guesses[start : start + len(part)]
-        texts = [job.prompt for job in part]
-        worth, apart = judged(attachment, seen, texts)
-        chosen += [part[i] for i in select(worth, apart, request.n)]
-    return chosen
 
 
 def _reference(request: Request, pictures: Mapping[str, Image.Image]) -> Reference:

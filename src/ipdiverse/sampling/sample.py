@@ -120,16 +120,16 @@ def sampled(
     negative: Image.Image | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[Job, Image.Image]]:
-    """As `sample`, each job with its image as soon as its batch is there.
+    """As `sample`, but each job with its image as soon as its batch is finished.
 
     Args:
-        base: As `sample` takes it, and what follows too.
+        base: This and the arguments up to `negative` are those of `sample`.
         jobs: What to make, in order.
-        request: Steps, guidance, levers and negative prompt.
-        attachment: The attached adapter.
-        progress: Show a bar on standard error.
-        task: What the pipeline is given besides prompts.
-        negative: The negative reference of every job.
+        request: As there.
+        attachment: As there.
+        progress: As there.
+        task: As there.
+        negative: As there.
         on_step: Called after each denoising step with the number of images it was for; what it
             raises stops the drawing there.
     """
@@ -240,7 +240,7 @@ def _denoise(
         if advance is not None:
             advance(wanted)
         if step == last:
-            pipe._interrupt = True
+            pipe._interrupt = True  # the pipeline's own way to skip the steps that are left
         return arguments
 
     with any_latents(pipe), _enough_memory(task.base):
@@ -254,18 +254,14 @@ def _denoise(
             output_type="pil" if last is None else "latent",
             **task.arguments(len(jobs)),
         )
+    flagged = getattr(output, "nsfw_content_detected", None) or []  # bases without a checker
     task.notes.extend(
         f"the safety checker blacked out image {job.index} of {job.prompt!r}; others of this set, "
         "or another seed, may pass"
-        for job, flagged in zip(jobs[:wanted], _flagged(output), strict=False)
-        if flagged
+        for job, is_flagged in zip(jobs[:wanted], flagged, strict=False)
+        if is_flagged
     )
     return output.images
-
-
-def _flagged(output: Any) -> list[bool]:
-    """What the base's safety checker found; nothing where it has none."""
-    return getattr(output, "nsfw_content_detected", None) or []
 
 
 @contextmanager
@@ -283,7 +279,10 @@ def _enough_memory(base: Base) -> Iterator[None]:
         ) from error
 
 
-class attached:  # noqa: N801 - reads as a verb: `with attached(base, file) as attachment`
+@contextmanager
+def attached(
+    base: Base, weights: Path | str, image_encoder: str | tuple[Any, Any] = ""
+) -> Iterator[Attachment]:
     """An adapter on a base's pipeline for the length of a `with` block.
 
     Args:
@@ -292,28 +291,18 @@ class attached:  # noqa: N801 - reads as a verb: `with attached(base, file) as a
         image_encoder: Folder or hub id of the image encoder, or an open one with its preprocessing;
             empty takes the base's.
     """
+    from ipdiverse.adapter.attach.attach import attach, detach
+    from ipdiverse.adapter.files.checkpoint import load_adapter
+    from ipdiverse.adapter.files.sources import local_file
 
-    def __init__(
-        self, base: Base, weights: Path | str, image_encoder: str | tuple[Any, Any] = ""
-    ) -> None:
-        self._base, self._weights, self._encoder = base, weights, image_encoder
-
-    def __enter__(self) -> Attachment:
-        """Attach."""
-        from ipdiverse.adapter.attach.attach import attach
-        from ipdiverse.adapter.files.checkpoint import load_adapter
-        from ipdiverse.adapter.files.sources import local_file
-
-        adapter = load_adapter(local_file(self._weights))
-        if not self._encoder:
-            return attach(self._base.pipe, adapter)
-        named = self._encoder
-        opened = load_image_encoder(named, self._base) if isinstance(named, str) else named
-        encoder, processor = opened
-        return attach(self._base.pipe, adapter, image_encoder=encoder, image_processor=processor)
-
-    def __exit__(self, *_: object) -> None:
-        """Detach."""
-        from ipdiverse.adapter.attach.attach import detach
-
-        detach(self._base.pipe)
+    adapter = load_adapter(local_file(weights))
+    if isinstance(image_encoder, str):
+        opened = load_image_encoder(image_encoder, base) if image_encoder else (None, None)
+    else:
+        opened = image_encoder
+    encoder, processor = opened
+    attachment = attach(base.pipe, adapter, image_encoder=encoder, image_processor=processor)
+    try:
+        yield attachment
+    finally:
+        detach(base.pipe)

@@ -15,11 +15,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ipdiverse.base.memory import full_range
+from ipdiverse.sampling.sample import preview
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from PIL import Image
+
     from ipdiverse.adapter.attach.attach import Attachment
+    from ipdiverse.sampling.request import Request
+    from ipdiverse.sampling.sample import Job
+    from ipdiverse.sampling.task import Task
 
 EARLY = 0.3
 """Share of the steps that a preview takes."""
@@ -61,6 +67,32 @@ def select(
             if float(gain) > 1e-9:
                 chosen[position], improved = other, True
     return sorted(chosen)
+
+
+def chosen(
+    jobs: Sequence[Job],
+    request: Request,
+    task: Task,
+    attachment: Attachment,
+    negative: Image.Image | None,
+) -> list[Job]:
+    """The best group of each prompt's candidates.
+
+    Args:
+        jobs: All candidates, prompt by prompt.
+        request: How many are begun and finished of each.
+        task: The pipeline.
+        attachment: The adapter on it.
+        negative: The negative reference.
+    """
+    guesses = preview(task.base, jobs, request, attachment, EARLY, task, negative)
+    kept: list[Job] = []
+    for start in range(0, len(jobs), request.candidates or 1):
+        part = jobs[start : start + (request.candidates or 1)]
+        seen = guesses[start : start + len(part)]
+        worth, apart = judged(attachment, seen, [job.prompt for job in part])
+        kept += [part[i] for i in select(worth, apart, request.n)]
+    return kept
 
 
 @torch.no_grad()
