@@ -8,9 +8,35 @@ from PIL import Image
 
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import sample_scene
+from ipdiverse.levers import _registered
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from diffusers import StableDiffusionPipeline
+
+
+PRODUCT = dict(_registered)
+
+
+@pytest.fixture(autouse=True)
+def product_levers() -> Iterator[None]:
+    """Every test sees the product's levers alone, whatever was imported before."""
+    for name in _registered.keys() - PRODUCT.keys():
+        del _registered[name]
+    yield
+    for name in _registered.keys() - PRODUCT.keys():
+        del _registered[name]
+
+
+@pytest.fixture
+def rivals(product_levers: None) -> None:
+    """The workshop's levers too, as a study that imports them sees them."""
+    from ipdiverse.levers import register_lever
+    from workshop.rivals import RIVALS
+
+    for rival in RIVALS:
+        register_lever(rival)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ipdiverse.commands.printing import check_target, say, say_json, write_json
+from ipdiverse.commands.console import check_target, say, say_json, write_json
 from ipdiverse.errors import IpdiverseError, check_range
 from workshop.base.stages import STAGES, BaseRecipe
 from workshop.copier import CopierOptions

@@ -74,8 +74,7 @@ class Diversity:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 - ComfyUI's interface
-        """The setting, a seed for the levers, and levers that act on a batch."""
-        on_a_set = {"default": 0.0, "min": 0.0, "max": 100.0, "step": 0.01}
+        """The setting, and a seed for what is random."""
         return {
             "required": {
                 "adapter": ("IPDIVERSE_ADAPTER",),
@@ -93,55 +92,31 @@ class Diversity:
                     },
                 ),
             },
-            "optional": {
-                "reference_latent": (
-                    "LATENT",
-                    {"tooltip": "For the shield: the reference, VAE-encoded at the output's size."},
-                ),
-                "repulsion": ("FLOAT", on_a_set),
-                "particle": ("FLOAT", on_a_set),
-                "sparke": ("FLOAT", on_a_set),
-            },
         }
 
-    def turn(
-        self,
-        adapter: Any,
-        diversity: float,
-        seed: int,
-        reference_latent: dict[str, Any] | None = None,
-        repulsion: float = 0.0,
-        particle: float = 0.0,
-        sparke: float = 0.0,
-    ) -> tuple[Any]:
+    def turn(self, adapter: Any, diversity: float, seed: int) -> tuple[Any]:
         """Read the dial.
 
         Raises:
             CheckpointError: The adapter's dial is broken.
         """
         _require_ipdiverse()
-        from dataclasses import replace
-
-        from ipdiverse.dial import dial_for
+        from ipdiverse.levers import LEVERS
+        from ipdiverse.sampling.sample import dial_for
 
         from .prompting import Setting
 
-        dial = dial_for(adapter)
-        levers = replace(dial.at(diversity), repulsion=repulsion, particle=particle, sparke=sparke)
-        latents = None if reference_latent is None else reference_latent["samples"]
-        left_out = _unsupported(levers, latents is not None)
+        levers = dial_for(adapter).at(diversity)
+        # ComfyUI guides with two branches, and its CLIP vision output is not changed
+        left_out = [
+            name
+            for name in levers
+            if name == "image_guidance" or LEVERS[name].acts_on == "embeddings"
+        ]
         if left_out:
             logging.warning("ipdiverse: left out of the dial's path: %s", ", ".join(left_out))
-            levers = replace(levers, **left_out)
-        return (Setting(levers, seed, latents),)
-
-
-def _unsupported(levers: Any, shielded: bool) -> dict[str, Any]:
-    """Levers of a path that are on and cannot act here, with what switches them off."""
-    off: dict[str, Any] = {"remove_stated": 0.0, "image_guidance": None}
-    if not shielded:
-        off["shield"] = 0.0
-    return {name: value for name, value in off.items() if getattr(levers, name) != value}
+            levers |= {name: LEVERS[name].off for name in left_out}
+        return (Setting(levers, seed),)
 
 
 class ApplyAdapter:
@@ -207,7 +182,8 @@ class ApplyAdapter:
             ArgumentError: A number is out of range.
         """
         _require_ipdiverse()
-        from ipdiverse.adapter.scale import resolve_scale, without_layout_until
+        from ipdiverse.adapter.scale import resolve_scale
+        from ipdiverse.levers import StepContext
 
         from .inputs import encode, word_mask
         from .prompting import ImagePrompt, Setting, prompted
@@ -219,7 +195,7 @@ class ApplyAdapter:
         strength = resolve_scale(preset, layers, weight=scale, start_at=start_at, end_at=end_at)
         if scale == 0:
             return (model.clone(),)
-        strength = without_layout_until(strength, layers, setting.levers.late_layout)
+        strength = setting.levers.change("scale", strength, StepContext((), layers=layers))
         embeds = encode(adapter, clip_vision, image, negative_image)
         words = None
         if clip is not None and adapter.fusion is not None:

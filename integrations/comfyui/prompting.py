@@ -45,12 +45,10 @@ class Setting:
     Args:
         levers: How strongly each acts; off is the adapter as trained.
         seed: Seed of the random levers.
-        latents: The reference's, (references, channels, height, width), for the shield.
     """
 
     levers: Levers = field(default_factory=_levers_off)
     seed: int = 0
-    latents: Tensor | None = None
 
 
 class ImagePrompt:
@@ -76,7 +74,7 @@ class ImagePrompt:
     ) -> None:
         from ipdiverse.adapter.model import interpolated
 
-        adapter = interpolated(adapter, setting.levers.training)
+        adapter = interpolated(adapter, setting.levers.interpolation)
         self.adapter, self.embeds, self.scale, self.setting = adapter, embeds, scale, setting
         self.words = words
         with torch.no_grad():
@@ -118,14 +116,14 @@ class ImagePrompt:
             ArgumentError: Guidance has more than two branches.
         """
         from ipdiverse.errors import ArgumentError
-        from ipdiverse.sampling.levers import token_levers
 
         branches = options["cond_or_uncond"]
         if not set(branches) <= {_CONDITIONAL, _UNCONDITIONAL}:
             raise ArgumentError(
                 "has more than two branches", where="guidance", expected="cond and uncond"
             )
-        progress = self.progress(options) if token_levers(self.setting.levers) else 0.0
+        acts = bool(self.setting.levers.acting("tokens"))
+        progress = self.progress(options) if acts else 0.0
         known, key = self._known, (tuple(branches), progress)
         if known is not None and known[0] is text and known[1] == key:
             return known[2]
@@ -161,16 +159,16 @@ class ImagePrompt:
 
     def _branch(self, text: Tensor, branch: int, progress: float) -> Tensor:
         """The tokens of one chunk, whose text is given: (items, references · tokens, width)."""
-        from ipdiverse.sampling.levers import Moment, token_levers
+        from ipdiverse.levers import StepContext
 
         items, levers = len(text), self.setting.levers
         if branch == _CONDITIONAL:
-            tokens = self._references(items)
+            tokens = self._positive.expand(items, *self._positive.shape)
         else:
             tokens = self._negative.expand(items, *self._positive.shape)
         tokens = tokens.to(text)
         adapter, references = self._on(text), tokens.shape[1]
-        strength = levers.fusion_strength * levers.training
+        strength = levers.fusion_strength * levers.interpolation
         if adapter.fusion is not None and strength:
             fused = adapter.fuse(
                 tokens.flatten(0, 1),
@@ -181,9 +179,8 @@ class ImagePrompt:
             tokens = fused.unflatten(0, (items, references))
         tokens = tokens.flatten(1, 2)
         if branch == _CONDITIONAL:
-            moment = Moment(progress, self.seeds(items))
-            for lever, strength in token_levers(levers):
-                tokens = lever(tokens, strength, moment)
+            context = StepContext(self.seeds(items), progress)
+            tokens = levers.change("tokens", tokens, context)
         return tokens
 
     def seeds(self, items: int) -> tuple[int, ...]:
@@ -191,10 +188,6 @@ class ImagePrompt:
         from ipdiverse.seeding import derived_seed
 
         return tuple(derived_seed(self.setting.seed, item, "levers") for item in range(items))
-
-    def _references(self, items: int) -> Tensor:
-        """Projected references of every item, (items, references, tokens, width)."""
-        return self._positive.expand(items, *self._positive.shape)
 
     def _mask(self, branch: int, rows: int, length: int) -> Tensor | None:
         """Words of a branch's text; ComfyUI repeats the shorter of two texts to one length."""
@@ -223,7 +216,7 @@ def prompted(model: Any, sites: Sequence[Site], prompt: ImagePrompt) -> Any:
         prompt: What to add.
 
     Raises:
-        ModelError: The adapter was trained for another model, or a lever needs another adapter.
+        ModelError: The adapter was trained for another model.
     """
     _check_fit(prompt, sites)
     patched = model.clone()
@@ -237,8 +230,8 @@ def prompted(model: Any, sites: Sequence[Site], prompt: ImagePrompt) -> Any:
         earlier = before.get((*site.block, site.index), before.get(site.block))
         patch = _replacement(prompt, site.layer, earlier or _attention)
         patched.set_model_attn2_replace(patch, *site.block, site.index)
-    if _acts_on_latents(prompt.setting.levers):
-        patched.set_model_sampler_post_cfg_function(_after_guidance(prompt))
+    if prompt.setting.levers.acting("guidance"):
+        patched.set_model_sampler_post_cfg_function(_guided(prompt))
     return patched
 
 
@@ -271,47 +264,17 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, options: Options) -> T
     )
 
 
-def _acts_on_latents(levers: Levers) -> bool:
-    from ipdiverse.sampling.levers import latent_levers
-
-    return levers.interval is not None or bool(latent_levers(levers))
-
-
-def _after_guidance(prompt: ImagePrompt) -> Callable[[dict[str, Any]], Tensor]:
-    """What the interval and the latent levers make of the guess at the clean latents."""
-    from ipdiverse.sampling.guidance import inside
-    from ipdiverse.sampling.levers import Moment, latent_levers
-
-    levers = prompt.setting.levers
+def _guided(prompt: ImagePrompt) -> Callable[[dict[str, Any]], Tensor]:
+    """Guidance as levers change it, on the guess at the clean latents."""
+    from ipdiverse.levers import StepContext
 
     def change(arguments: dict[str, Any]) -> Tensor:
-        guess = arguments["denoised"]
-        if not inside(float(arguments["sigma"].flatten()[0]), levers.interval):
-            guess = arguments["cond_denoised"]
-        protected = None
-        if levers.shield and prompt.setting.latents is not None:
-            protected = _protected(prompt.setting.latents, guess, arguments["model"])
-        moment = Moment(0.0, prompt.seeds(len(guess)), protected)
-        for lever, strength in latent_levers(levers):
-            guess = lever(guess, strength, moment)
-        return guess
+        context = StepContext((), sigma=float(arguments["sigma"].flatten()[0]))
+        # any weight but 1: all that ComfyUI's two branches allow is to guide or not
+        guides = prompt.setting.levers.change("guidance", (2.0, 2.0), context) != (1.0, 1.0)
+        return arguments["denoised" if guides else "cond_denoised"]
 
     return change
-
-
-def _protected(latents: Tensor, guess: Tensor, model: Any) -> Tensor:
-    """The reference's latents as the model sees them, (1, references, channels, height, width)."""
-    from ipdiverse.errors import ShapeError
-
-    if latents.shape[1:] != guess.shape[1:]:
-        raise ShapeError(
-            "differs from the output's latents",
-            where="reference_latent",
-            expected=tuple(guess.shape[1:]),
-            found=tuple(latents.shape[1:]),
-            fix="Scale the reference to the output's size before VAE Encode.",
-        )
-    return model.process_latent_in(latents.to(guess))[None]
 
 
 def _check_fit(prompt: ImagePrompt, sites: Sequence[Site]) -> None:

@@ -15,23 +15,26 @@ if TYPE_CHECKING:
     from ipdiverse.base.bases import load_base
     from ipdiverse.dial import Levers
     from ipdiverse.errors import IpdiverseError
+    from ipdiverse.levers import Lever, StepContext, register_lever
     from ipdiverse.sampling.denoiser import release, steer
-    from ipdiverse.sampling.generate import generate
-    from ipdiverse.sampling.generation import Generation
+    from ipdiverse.sampling.draw import Generation, generate
     from ipdiverse.sampling.request import Request
 
 _HOMES = {
-    "Generation": "sampling.generation",
+    "Generation": "sampling.draw",
     "ImagePromptAdapter": "adapter.files.checkpoint",
     "IpdiverseError": "errors",
+    "Lever": "levers",
     "Levers": "dial",
     "Reference": "adapter.reference",
     "Request": "sampling.request",
+    "StepContext": "levers",
     "attach": "adapter.attach.attach",
     "detach": "adapter.attach.attach",
-    "generate": "sampling.generate",
+    "generate": "sampling.draw",
     "load_adapter": "adapter.files.checkpoint",
     "load_base": "base.bases",
+    "register_lever": "levers",
     "release": "sampling.denoiser",
     "save_adapter": "adapter.files.checkpoint",
     "steer": "sampling.denoiser",
@@ -41,14 +44,17 @@ __all__ = [
     "Generation",
     "ImagePromptAdapter",
     "IpdiverseError",
+    "Lever",
     "Levers",
     "Reference",
     "Request",
+    "StepContext",
     "attach",
     "detach",
     "generate",
     "load_adapter",
     "load_base",
+    "register_lever",
     "release",
     "save_adapter",
     "steer",

@@ -1,13 +1,18 @@
-"""The command line: parses into one of the commands and turns errors into exit codes."""
+"""The command line: parses into one of the commands and turns errors into exit codes.
+
+What tyro refuses is one line, like every other error.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
 import warnings
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, is_dataclass
+from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -16,13 +21,16 @@ from ipdiverse.commands.checkpoints import Convert, Inspect, Push
 from ipdiverse.commands.critters import Critters
 from ipdiverse.commands.evaluate import Calibrate, Evaluate
 from ipdiverse.commands.generate import Demo, Generate
-from ipdiverse.commands.parsing import in_one_line
 from ipdiverse.commands.train import Embed, Prepare, Train, as_flags
 from ipdiverse.commands.ui import Ui
-from ipdiverse.errors import Interrupted, IpdiverseError
+from ipdiverse.dial import DROPPED_LEVERS, OFF, RENAMED_LEVERS, Levers
+from ipdiverse.errors import ArgumentError, Interrupted, IpdiverseError
+from ipdiverse.levers import LEVERS
+from ipdiverse.sampling.request import RENAMED
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
+    from contextlib import AbstractContextManager
 
 Command = (
     Annotated[Generate, tyro.conf.subcommand("generate")]
@@ -40,10 +48,9 @@ Command = (
     | Annotated[Ui, tyro.conf.subcommand("ui")]
 )
 
-_SWITCHES = {"--tiling": "--tiling=True", "--no-tiling": "--tiling=False"}
-"""Short forms of a switch that has a third state: left to the device."""
-
-
+_SHORT = {"-n": "--n", "--tiling": "--tiling=True", "--no-tiling": "--tiling=False"}
+"""Short forms; tiling has a third state, left to the device."""
+_REGISTRY = tyro.constructors.ConstructorRegistry()
 _SIGPIPE = 13  # which ends other programs there; Windows does not name it
 
 
@@ -73,7 +80,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(arguments: list[str]) -> None:
     if arguments[:1] == ["train"]:
         arguments = ["train", *as_flags(arguments[1:])]
-    arguments = [_SWITCHES.get(word, word) for word in arguments]
+    if arguments[:1] == ["generate"]:
+        arguments = ["generate", *_current_flags(arguments[1:])]
+    arguments = [_SHORT.get(word, word) for word in arguments]
     with in_one_line(Command, arguments):
         command = tyro.cli(
             Command,  # type: ignore[arg-type]
@@ -81,8 +90,46 @@ def _run(arguments: list[str]) -> None:
             args=arguments,
             description="Image prompts with variety, without losing what you asked for.",
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+            registry=_REGISTRY,
         )
     command.run()
+
+
+@_REGISTRY.struct_rule
+def _lever_flags(
+    asked: tyro.constructors.StructTypeInfo,
+) -> tyro.constructors.StructConstructorSpec | None:
+    """A flag for each registered lever."""
+    if asked.type is not Levers:
+        return None
+    default = asked.default if isinstance(asked.default, Levers) else OFF
+    flags = []
+    for name, lever in LEVERS.items():
+        kind: Any = tuple[float, float] if lever.is_range else float
+        kind = kind | None if lever.off is None else kind
+        value = getattr(default, name)
+        flags.append(tyro.constructors.StructFieldSpec(name, kind, value, lever.help))
+    return tyro.constructors.StructConstructorSpec(Levers, tuple(flags))
+
+
+def _current_flags(words: Sequence[str]) -> list[str]:
+    """Flags of version 0.1 by their names of today, with a note for each that changed."""
+    renamed, kept = RENAMED | RENAMED_LEVERS, []
+    left = iter(words)
+    for word in left:
+        flag, equals, value = word.partition("=")
+        name = flag.removeprefix("--").replace("-", "_") if flag.startswith("--") else ""
+        if name in renamed:
+            new = f"--{renamed[name].replace('_', '-')}"
+            warnings.warn(f"{flag} is now called {new}", stacklevel=1)
+            kept.append(f"{new}{equals}{value}")
+        elif name in DROPPED_LEVERS and name not in LEVERS:
+            warnings.warn(f"{flag} no longer acts", stacklevel=1)
+            if not equals:
+                next(left, None)
+        else:
+            kept.append(word)
+    return kept
 
 
 @contextmanager
@@ -112,3 +159,144 @@ def _short_warnings() -> Iterator[None]:
         yield
     finally:
         warnings.formatwarning = before
+
+
+@dataclass(frozen=True)
+class _Place:
+    """How far a command line was understood.
+
+    Args:
+        words: The command, `ipdiverse critters make`.
+        commands: What may follow it.
+        flags: What it takes.
+        arguments: All that was given.
+    """
+
+    words: str
+    commands: tuple[str, ...]
+    flags: tuple[str, ...]
+    arguments: Sequence[str]
+
+    def help(self) -> str:
+        """Where to read on."""
+        return f"`{self.words} --help` lists all."
+
+
+def in_one_line(commands: Any, arguments: Sequence[str]) -> AbstractContextManager[None]:
+    """Raise what tyro refuses as `ArgumentError`, for the length of a `with` block.
+
+    Args:
+        commands: A union of commands, as tyro takes it.
+        arguments: Without the program's name.
+    """
+    try:
+        from tyro import _errors  # no public way; a tyro without it says the same in boxes
+    except ImportError:
+        return nullcontext()
+
+    def refuse(event: Any) -> None:
+        with suppress(AttributeError):  # its fields may be others one day: boxes again
+            error = _error(type(event).__name__, event, _place(commands, arguments))
+            if error is not None:
+                raise error
+
+    return _errors.on_parse_error(refuse)
+
+
+def _error(kind: str, event: Any, place: _Place) -> ArgumentError | None:
+    """Of an event of a kind; None of those that never come up here."""
+    unknown = event.tokens if kind == "UnrecognizedArgs" else None
+    if kind == "MissingArgs":  # most likely what is missing, mistyped
+        unknown = event.unrecognized_tokens
+    if unknown:
+        return _unrecognized(unknown, place)
+    if kind == "MissingArgs":
+        names = [one.arg.display_name() for one in event.missing_arguments]
+        what = "is missing" if len(names) == 1 else "are missing"
+        return ArgumentError(what, where=", ".join(names), fix=place.help())
+    if kind == "MissingSubcommand":
+        return ArgumentError(
+            f"{place.words} needs a command", expected=" | ".join(place.commands), fix=place.help()
+        )
+    argument = getattr(event, "argument", None)
+    return None if argument is None else _bad_value(kind, event, argument, place)
+
+
+def _bad_value(kind: str, event: Any, argument: Any, place: _Place) -> ArgumentError:
+    lowered = argument.lowered
+    what, expected = "cannot be read", str(lowered.metavar).replace("{None}|", "").strip("{}")
+    found = _given(lowered.name_or_flags, place.arguments)
+    if kind == "InvalidChoice":
+        what, expected, found = "is unknown", " | ".join(event.choices), event.value
+    elif not found:
+        what, found = "has no value", None
+        names = {word: word.partition("=")[0].replace("_", "-") for word in place.arguments}
+        unknown = [w for w in names if w.startswith("--") and names[w] not in place.flags]
+        if argument.is_positional() and unknown:  # which tyro takes for this one's value
+            return _unrecognized(unknown, place)
+    return ArgumentError(
+        what, where=argument.display_name(), expected=expected, found=found, fix=place.help()
+    )
+
+
+def _unrecognized(tokens: Sequence[str], place: _Place) -> ArgumentError:
+    flags = [token for token in tokens if token.startswith("-")]
+    word = (flags or tokens)[0].partition("=")[0]
+    if flags:
+        what, known = f"is no option of {place.words}", place.flags
+    elif place.commands:
+        what, known = f"is no command of {place.words}", place.commands
+    else:
+        what, known = "belongs to no option", ()
+    by_letters = {name.lstrip("-"): name for name in known}
+    close = get_close_matches(word.lstrip("-"), by_letters, 1)
+    meant = f"Did you mean {by_letters[close[0]]}? " if close else ""
+    return ArgumentError(what, where=word, fix=meant + place.help())
+
+
+def _given(flags: Sequence[str], arguments: Sequence[str]) -> str | None:
+    """What stands behind the last of some flags."""
+    found = None
+    for at, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name in flags:
+            found = value if equals else " ".join(arguments[at + 1 : at + 2])
+    return found
+
+
+def _place(commands: Any, arguments: Sequence[str]) -> _Place:
+    words, below, flags = ["ipdiverse"], _commands(commands), ("--help",)
+    for word in arguments:
+        if word not in below:
+            break
+        hints = get_type_hints(below[word], include_extras=True)
+        words.append(word)
+        flags = (*_flags_of(below[word]), "--help")
+        below = {name: kind for hint in hints.values() for name, kind in _commands(hint).items()}
+    return _Place(" ".join(words), tuple(below), flags, arguments)
+
+
+def _commands(union: Any) -> dict[str, Any]:
+    """Commands of a union by their names; none of any other type."""
+    marked = [get_args(one) for one in get_args(union) if get_origin(one) is Annotated]
+    named = [(getattr(mark, "name", None), kind) for kind, *marks in marked for mark in marks]
+    return {name: kind for name, kind in named if name is not None}
+
+
+def _flags_of(kind: Any) -> list[str]:
+    """Every flag of a dataclass and of those that it holds."""
+    if kind is Levers:
+        return [f"--{name.replace('_', '-')}" for name in LEVERS]
+    found: list[str] = []
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        inner = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+        held = inner is Levers or is_dataclass(inner)
+        found += _flags_of(inner) if held else _flags(name, hint)
+    return found
+
+
+def _flags(name: str, hint: Any) -> list[str]:
+    if _commands(hint) or tyro.conf.Positional in get_args(hint):
+        return []
+    flag = name.replace("_", "-")
+    return [f"--{flag}", f"--no-{flag}"] if hint is bool else [f"--{flag}"]

@@ -22,7 +22,7 @@ marked slow need `-m slow`.
 1. the image prompt changes the output, and another reference changes it again;
 2. at scale 0 the output is that of the stock pipeline without adapter, bit for bit;
 3. each item of a batch with references of its own equals the item alone, up to rounding;
-4. levers (factorised guidance in an interval, dropped and noised tokens, a shield) change the
+4. levers (factorised guidance in an interval, noised tokens) change the
    output, an item with its seed is the same alone, and off or released they leave no bit behind;
 5. detaching restores output, processors and weights exactly.
 

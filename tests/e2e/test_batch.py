@@ -62,18 +62,6 @@ def test_every_job_is_drawn_as_alone_and_told_as_it_lands(
             np.testing.assert_array_equal(np.asarray(drawn), np.asarray(image))
 
 
-def test_a_set_with_levers_on_it_is_the_same_after_a_loss(jobs: Path) -> None:
-    """Repulsion looks at the whole set, also when one image of it is drawn again."""
-    assert run(jobs, "--repulsion", "0.5") == 0
-    file = jobs.parent / "out" / "0000" / "0001.png"
-    with Image.open(file) as image:
-        before = np.asarray(image).copy()
-    file.unlink()
-    assert run(jobs, "--repulsion", "0.5") == 0
-    with Image.open(file) as image:
-        np.testing.assert_array_equal(np.asarray(image), before)
-
-
 def test_what_is_there_is_not_drawn_again(jobs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(jobs) == 0
     assert "wrote 6 images of 3 jobs" in capsys.readouterr().out
@@ -134,8 +122,8 @@ def test_killed_between_an_image_and_its_line_it_goes_on(jobs: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 1: is no JSON"),
-        ("[]", "line 1: is no JSON object"),
+        ("{", "line 1: is not JSON"),
+        ("[]", "line 1: is not a JSON object"),
         ('{"imag": "x"}', "unknown key; found imag"),
         ('{"prompt": "x"}', "line 1: has no image"),
         ('{"image": "x", "n": 0}', "line 1: n"),

@@ -19,6 +19,7 @@ from ipdiverse.cli import main
 from ipdiverse.critters.make import make_dataset
 from ipdiverse.dial import OFF, Levers, dial_of
 from ipdiverse.evaluation import calibrate, images
+from ipdiverse.levers import LEVERS
 
 SMALL = ["--pairs", "3", "--images", "4", "--steps", "6"]
 
@@ -37,7 +38,16 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Calibrated:
     """A real calibration on a few pairs, along the one lever that gains with so few."""
     folder = tmp_path_factory.mktemp("calibration")
     target = folder / "mine.safetensors"
-    words = ["calibrate", "--adapter", "diverse", "--plain", "plus", "--levers", "training", *SMALL]
+    words = [
+        "calibrate",
+        "--adapter",
+        "diverse",
+        "--plain",
+        "plus",
+        "--levers",
+        "interpolation",
+        *SMALL,
+    ]
     words += ["--work", str(folder / "work"), "--out", str(target), "--json"]
     out, errors = StringIO(), StringIO()
     with redirect_stdout(out), redirect_stderr(errors):
@@ -51,15 +61,15 @@ def test_the_path_is_climbed_until_variety_or_copies_no_longer_gain(
     path, dial = calibrated.report["path"], dial_of(load_adapter(calibrated.target).spec, "x")
     assert dial is not None
     assert calibrated.report["dial"] == dial.as_spec()
-    assert calibrated.errors.count("training ") == len(path) - 1 >= 3, "a line for every rung"
-    rungs = [point["training"] for point in path]
+    assert calibrated.errors.count("interpolation ") == len(path) - 1 >= 3, "a line for every rung"
+    rungs = [point["interpolation"] for point in path]
     assert rungs == sorted(set(rungs))
-    assert set(rungs) <= set(calibrate.LADDERS["training"])
+    assert set(rungs) <= set(LEVERS["interpolation"].ladder)
     assert path[-1]["variety"] > path[0]["variety"] + 0.2
     assert all(point["retention"] >= 0.95 * path[0]["retention"] for point in path)
     assert path[-1]["copies"] < path[0]["copies"]
-    assert dial.at(0) == Levers(training=0.0)
-    assert dial.at(1).training == rungs[-1]
+    assert dial.at(0) == Levers(interpolation=0.0)
+    assert dial.at(1).interpolation == rungs[-1]
     assert [one.variety for one in dial.achieved] == sorted(one.variety for one in dial.achieved)
     assert "3 pairs of 4 images, 6 steps" in dial.source
 
@@ -74,7 +84,7 @@ def test_generate_follows_the_path(
     drawn = ["generate", "--image", str(image), "-n", "1", "--steps", "2", "--json"]
     drawn += ["--adapter", str(calibrated.target), "--out", str(tmp_path / "out")]
     hashes = []
-    for levers in (["--diversity", "0.5"], [f"--training={dial.at(0.5).training!r}"], []):
+    for levers in (["--diversity", "0.5"], [f"--interpolation={dial.at(0.5).interpolation!r}"], []):
         assert main([*drawn, *levers]) == 0
         hashes.append(json.loads(capsys.readouterr().out)["image_sha256"])
     assert hashes[0] == hashes[1] != hashes[2]
@@ -82,7 +92,7 @@ def test_generate_follows_the_path(
 
 def test_the_plain_adapter_is_stored_with_the_adapters_own_weights(calibrated: Calibrated) -> None:
     adapter, plain = load_adapter(calibrated.target), load_file(adapter_file("critters", "plus"))
-    assert all(torch.equal(adapter.plain[name], t.float()) for name, t in plain.items())
+    assert all(torch.equal(adapter.base_weights[name], t.float()) for name, t in plain.items())
     source = Path(adapter_file("critters", "diverse"))
     assert adapter.spec["arm"] == load_adapter(source).spec["arm"], "its spec is kept"
     before, after = load_file(source), load_file(calibrated.target)
@@ -101,7 +111,7 @@ def test_an_adapter_starts_where_it_is_stock_and_climbs_what_it_has() -> None:
     start, ladders = calibrate._ladders("plus", "critters")
     assert (start, ladders.keys()) == (OFF, {"interval", "cads"})
     start, ladders = calibrate._ladders("diverse", "critters")
-    assert start == Levers(training=0.0)
+    assert start == Levers(interpolation=0.0)
     assert ladders.keys() == {"training", "fusion_strength", "interval", "cads"}
     assert ladders["fusion_strength"][0] == 1.0, "which the start has already"
 
@@ -130,8 +140,8 @@ def test_a_path_without_a_gain_is_not_written(
             "prompts: needs references",
         ),
         (
-            ["--adapter", "plus", "--out", "OUT", "--levers", "training", "cads"],
-            "adapter plus: does not have this lever; expected interval, cads.*; found training",
+            ["--adapter", "plus", "--out", "OUT", "--levers", "interpolation", "cads"],
+            "adapter plus: does not have this lever; expected interval, cads.*interpolation",
         ),
         (
             ["--adapter", "plus", "--out", "OUT", "--levers", "nothing"],

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ipdiverse.adapter.files.checkpoint import read_spec
 from ipdiverse.base.adapters import ADAPTERS, CRITTERS_ADAPTERS
-from ipdiverse.dial import OFF, Levers, default_dial
+from ipdiverse.dial import default_dial
 from ipdiverse.evaluation.bootstrap import estimate
 from ipdiverse.evaluation.running import Runner
 from ipdiverse.evaluation.study import Arm, Study
@@ -23,8 +22,7 @@ def test_the_default_path_is_monotone_on_the_plain_adapter(tmp_path: Path) -> No
     assert read_spec(plain).get("reference") == "self"
     path = default_dial(fused=False)
     arms = tuple(
-        Arm(f"{setting:g}", "dial", {"adapter": "plus"} | _off_default(path.at(setting)))
-        for setting in SETTINGS
+        Arm(f"{setting:g}", "dial", {"adapter": "plus", **path.at(setting)}) for setting in SETTINGS
     )
     study = Study(arms=arms, pairs=10, images=6, steps=8)
     runner = Runner(study, tmp_path, progress=False)
@@ -34,9 +32,3 @@ def test_the_default_path_is_monotone_on_the_plain_adapter(tmp_path: Path) -> No
     assert variety[-1] > variety[0] + 0.05
     prompt = [estimate(one.sums("contradict_accuracy")) for one in measured]
     assert prompt[-1] >= prompt[0]
-
-
-def _off_default(levers: Levers) -> dict[str, Any]:
-    """What is on, as an arm's settings: a calibrated adapter's own path is not asked."""
-    default = asdict(OFF)
-    return {name: value for name, value in asdict(levers).items() if value != default[name]}

@@ -249,7 +249,7 @@ def test_the_largest_set_can_be_saved(references: list[Image.Image], tmp_path: P
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prompt": None}, "prompt: is no text"),
+        ({"prompt": None}, "prompt: is not text"),
         ({"prompt": "\ud800"}, "prompt: is not valid Unicode"),
         ({"n": 2.5}, "n: is not a whole number"),
         ({"n": "3"}, "n: is not a whole number"),
@@ -292,7 +292,9 @@ def test_what_an_open_base_cannot_heed_is_refused(reference: Path, option: dict[
 
 def test_images_that_are_no_files_are_refused(references: list[Image.Image]) -> None:
     for images in (references[0], references[:2], np.zeros(3)):
-        with pytest.raises(ipdiverse.IpdiverseError, match=r"image: is no file's path; .*Save it"):
+        with pytest.raises(
+            ipdiverse.IpdiverseError, match=r"image: is not a file's path; .*Save it"
+        ):
             ipdiverse.generate(images)  # type: ignore[arg-type]
 
 

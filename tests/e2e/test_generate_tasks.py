@@ -63,8 +63,8 @@ def test_presets_start_end_and_negative_images_act(base: Any, files: list[str]) 
     for change in (
         {"preset": "style"},
         {"preset": "weak output"},
-        {"end": 0.4},
-        {"start": 0.4},
+        {"end_at": 0.4},
+        {"start_at": 0.4},
         {"negative_image": files[1]},
     ):
         assert not np.array_equal(images(base, files[:1], **change), plain), change
@@ -128,7 +128,7 @@ def test_the_recorded_command_repeats_every_flag(
 
     words = ["generate", "--image", files[0], "--image", files[1], "--prompt", "a", "--prompt", "b"]
     words += ["--mask", str(tmp_path / "left.png"), "--mask", str(tmp_path / "right.png")]
-    words += ["--negative-image", files[2], "--preset", "ease in", "--end", "0.8", "-n", "1"]
+    words += ["--negative-image", files[2], "--preset", "ease in", "--end-at", "0.8", "-n", "1"]
     words += ["--steps", "2", "--init-image", files[3], "--strength", "0.7", "--json"]
     assert main([*words, "--out", str(tmp_path / "a")]) == 0
     record = json.loads(capsys.readouterr().out)
@@ -155,7 +155,7 @@ def test_the_recorded_command_repeats_every_flag(
             ["--image", "REF", "--mask", "REF", "--mask", "REF"],
             "mask: has the wrong length; expected 1; found 2",
         ),
-        (["--image", "REF", "--width", "60"], "width: is no multiple of 8; found 60"),
+        (["--image", "REF", "--width", "60"], "width: is not a multiple of 8; found 60"),
         (
             ["--image", "REF", "--controlnet", "nowhere", "--control-image", "REF"],
             "nowhere: no such folder",
@@ -180,7 +180,7 @@ def test_the_recorded_command_repeats_every_flag(
             ["--image", "REF", "--init-image", "REF", "--mask-image", "REF", "--strength", "0"],
             "strength: redoes none of 2 steps",
         ),
-        (["--image", "REF", "--start", "0.5", "--end", "0.2"], "end: is out of range"),
+        (["--image", "REF", "--start-at", "0.5", "--end-at", "0.2"], "end_at: is out of range"),
     ],
 )
 def test_what_does_not_fit_gets_one_line(

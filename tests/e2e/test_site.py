@@ -19,10 +19,11 @@ import pytest
 import ipdiverse
 from ipdiverse.cli import Command
 from ipdiverse.commands.generate import Generate
-from ipdiverse.dial import Levers
 from ipdiverse.evaluation.report import write_report
 from ipdiverse.evaluation.running import run_study
 from ipdiverse.evaluation.study import Arm, Study
+from ipdiverse.levers import LEVERS
+from ipdiverse.sampling.request import Request
 from tests.fences import ROOT, pages
 
 DOCS = ROOT / "docs"
@@ -108,8 +109,9 @@ def test_the_command_line_is_that_of_the_parsers(site: Path) -> None:
     assert "generate" in names
     for name in names:
         assert f"usage: ipdiverse {name} [-h]" in html, name
-    for field in (*fields(Levers), *fields(Generate)):
-        assert f"--{field.name.replace('_', '-')}" in html, field.name
+    names = [field.name for field in (*fields(Request), *fields(Generate))]
+    for name in {*names, *LEVERS} - {"request", "levers"}:
+        assert f"--{name.replace('_', '-')}" in html, name
 
 
 def test_a_mistake_fails_the_build(tmp_path: Path) -> None:

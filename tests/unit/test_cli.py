@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 import ipdiverse
+from ipdiverse import cli
 from ipdiverse.cli import Command, main
-from ipdiverse.commands import parsing
 from ipdiverse.commands.bases import Bases
 from ipdiverse.commands.generate import Generate
-from ipdiverse.dial import Levers
 from ipdiverse.errors import ArgumentError, Interrupted
+from ipdiverse.levers import LEVERS
 from ipdiverse.sampling.request import Request
 
 if TYPE_CHECKING:
@@ -106,11 +106,11 @@ def test_a_word_that_is_no_command_leaves_no_trace_either() -> None:
         ("generate --image", "--image: has no value; expected STR. `ipdiverse generate --help`"),
         (
             "generate --n x",
-            "-n/--n: cannot be read; expected INT; found x. `ipdiverse generate --help",
+            "--n: cannot be read; expected INT; found x. `ipdiverse generate --help",
         ),
         (
             "generate --n=x",
-            "-n/--n: cannot be read; expected INT; found x. `ipdiverse generate --help",
+            "--n: cannot be read; expected INT; found x. `ipdiverse generate --help",
         ),
         (
             "generate --scale x",
@@ -136,7 +136,7 @@ def test_what_cannot_be_parsed_is_one_line(
 
 
 def test_every_command_says_what_is_no_option_of_it(capsys: pytest.CaptureFixture[str]) -> None:
-    commands = parsing._commands(Command)
+    commands = cli._commands(Command)
     assert len(commands) > 10
     for name in commands:
         assert main([name, "--qqq"]) == 2
@@ -153,9 +153,9 @@ def test_a_tyro_that_tells_nothing_prints_its_boxes(
     with monkeypatch.context() as patched:
         patched.setitem(sys.modules, "tyro._errors", None)
         patched.delattr("tyro._errors", raising=False)
-        with parsing.in_one_line(Command, []):
+        with cli.in_one_line(Command, []):
             pass
-    monkeypatch.setattr(parsing, "_error", lambda *_: object().tokens)  # type: ignore[attr-defined]
+    monkeypatch.setattr(cli, "_error", lambda *_: object().tokens)  # type: ignore[attr-defined]
     with pytest.raises(SystemExit) as stop:
         main(["generate", "--qqq"])
     assert stop.value.code == 2
@@ -172,23 +172,57 @@ def test_a_reader_that_went_away_is_no_error(command: str) -> None:
     assert (done.returncode, done.stderr) == (141, b"")
 
 
-def test_help_begins_with_what_most_ask_for(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_requests_as_they_are_and_levers_last(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with pytest.raises(SystemExit):
         main(["generate", "--help"])
-    flags = re.findall(r"^[^\w-]*(?:-n INT, )?--([a-z][a-z-]*)", capsys.readouterr().out, re.M)
-    levers = [field.name.replace("_", "-") for field in fields(Levers)]
-    assert flags[:5] == ["image", "prompt", "diversity", "n", "out"]
-    assert flags[-len(levers) :] == levers
-    assert sorted(flags) == sorted(field.name.replace("_", "-") for field in fields(Generate))
+    flags = re.findall(r"^[^\w-]*--([a-z][a-z-]*)", capsys.readouterr().out, re.M)
+    own = [field.name for field in fields(Generate) if field.name != "request"]
+    request = [field.name for field in fields(Request) if field.name != "levers"]
+    expected = [name.replace("_", "-") for name in (*own, *request, *LEVERS)]
+    assert flags == expected
+    assert request[:4] == ["image", "prompt", "diversity", "n"]
 
 
-def test_the_order_of_help_is_not_that_of_records() -> None:
-    assert [field.name for field in fields(Request)][: len(fields(Levers)) + 1] == [
-        *(field.name for field in fields(Levers)),
-        "diversity",
+def asked(words: str, monkeypatch: pytest.MonkeyPatch) -> Request:
+    """What a command line of `generate` asks for."""
+    found: list[Request] = []
+    monkeypatch.setattr(Generate, "run", lambda self: found.append(self.request))
+    assert main(["generate", *words.split()]) == 0
+    return found[0]
+
+
+def test_flags_become_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = "--image a.png --prompt x --image b.png --prompt y -n 3 --interval 0.1 4 --no-tiling"
+    assert asked(words, monkeypatch) == Request.of(
+        {"image": ("a.png", "b.png"), "prompt": ("x", "y"), "n": 3, "tiling": False}
+        | {"interval": (0.1, 4.0)}
+    )
+
+
+def test_a_lever_that_others_register_is_a_flag(
+    monkeypatch: pytest.MonkeyPatch, rivals: None
+) -> None:
+    assert asked("--image a.png --drop 0.25", monkeypatch).levers == {"drop": 0.25}
+
+
+def test_flags_of_version_0_1_are_understood_with_a_note(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = "--training 0.5 --image=a.png --drop 0.2 --start=0.1 --noise-level=5 --end 0.9"
+    with pytest.warns(UserWarning, match="--") as told:
+        found = asked(words, monkeypatch)
+    assert found == Request.of(
+        {"image": "a.png", "interpolation": 0.5, "start_at": 0.1, "end_at": 0.9}
+    )
+    assert [str(one.message) for one in told] == [
+        "--training is now called --interpolation",
+        "--drop no longer acts",
+        "--start is now called --start-at",
+        "--noise-level no longer acts",
+        "--end is now called --end-at",
     ]
-    given = Generate(image=("a.png",), cads=0.1)
-    assert given.command("o") == Request(image=("a.png",), cads=0.1).command("o")
 
 
 def test_every_public_name_can_be_imported() -> None:

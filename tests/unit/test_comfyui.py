@@ -10,7 +10,6 @@ import inspect
 import logging
 import subprocess
 import sys
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -26,6 +25,7 @@ from ipdiverse.adapter.reference import Reference
 from ipdiverse.adapter.scale import PRESETS, unet_layers
 from ipdiverse.dial import OFF, Dial, Levers
 from ipdiverse.errors import IpdiverseError, ModelError
+from ipdiverse.levers import LEVERS
 from ipdiverse.sampling.denoiser import steer
 from ipdiverse.seeding import derived_seed
 from tests import comfyui, models
@@ -258,8 +258,7 @@ def test_running_needs_no_diffusers() -> None:
     code = """
 import sys
 import ipdiverse.adapter.attention, ipdiverse.adapter.files.checkpoint, ipdiverse.adapter.scale
-import ipdiverse.dial, ipdiverse.sampling.guidance, ipdiverse.sampling.levers
-import ipdiverse.sampling.references
+import ipdiverse.dial, ipdiverse.levers, ipdiverse.sampling.sample
 print(sorted({"diffusers", "transformers", "accelerate"} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -572,24 +571,23 @@ def test_diversity_0_is_stock_ip_adapter(fused: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "levers",
+    "on",
     [
-        Levers(training=0.5),
-        Levers(cads=0.4),
-        Levers(drop=0.5),
-        Levers(late_layout=0.5),
-        Levers(fusion_strength=0.5),
-        Levers(interval=(0.0, 4.0)),
-        Levers(repulsion=0.3),
-        Levers(particle=0.2),
-        Levers(sparke=0.2),
-        Levers(interval=(0.2, 6.0), cads=0.3, drop=0.25, late_layout=0.25, fusion_strength=1.5),
+        {"interpolation": 0.5},
+        {"cads": 0.4},
+        {"drop": 0.5},
+        {"late_layout": 0.5},
+        {"fusion_strength": 0.5},
+        {"interval": (0.0, 4.0)},
+        {"interval": (0.2, 6.0), "cads": 0.3, "drop": 0.25, "fusion_strength": 1.5},
     ],
-    ids=lambda levers: ", ".join(k for k, v in vars(levers).items() if v != getattr(OFF, k)),
+    ids=", ".join,
 )
-def test_levers_do_what_they_do_in_a_pipeline(levers: Levers) -> None:
+def test_levers_do_what_they_do_in_a_pipeline(on: dict[str, Any], rivals: None) -> None:
     """The same seeds, so the same images, lever by lever."""
+    levers = Levers(**on)
     adapter = adapter_of("sd1", "plus", fused=True)
+    torch.manual_seed(9)
     remember_base_weights(adapter, models.adapter("plus", pipeline("sd1").unet, seed=8))
     clip = comfyui.Clip(pipeline("sd1").tokenizer)
     setting = PROMPTING.Setting(levers, 5)
@@ -619,30 +617,15 @@ def test_the_default_path_acts_and_repeats() -> None:
     assert (drawn[0] - drawn[3]).abs().max() > 1e-3
 
 
-def test_an_adapters_own_path_is_taken(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_adapters_own_path_is_taken(caplog: pytest.LogCaptureFixture, rivals: None) -> None:
     adapter = adapter_of("sd1")
-    last = Levers(cads=0.8, remove_stated=1.0, image_guidance=2.0, shield=0.3)
+    last = Levers(cads=0.8, remove_stated=1.0, image_guidance=2.0)
     adapter.spec["dial"] = Dial(((0.0, OFF), (1.0, last)), "by hand").as_spec()
     with caplog.at_level(logging.WARNING):
-        setting = turned(adapter, 1.0, particle=0.2)
-    assert setting.levers == Levers(cads=0.8, particle=0.2)
-    for name in ("remove_stated", "image_guidance", "shield"):
+        setting = turned(adapter, 1.0)
+    assert setting.levers == Levers(cads=0.8)
+    for name in ("remove_stated", "image_guidance"):
         assert name in caplog.text, "what is left out is said"
-    kept = turned(adapter, 1.0, reference_latent={"samples": torch.zeros(1, 4, 16, 16)})
-    assert kept.levers.shield == 0.3
-
-
-def test_the_shield_keeps_away_from_the_references_latents() -> None:
-    adapter = adapter_of("sd1")
-    plain = sampled(applied(model_of("sd1"), adapter))
-    latents = plain[:1] / comfyui.BaseModel.scale_factor
-    setting = PROMPTING.Setting(Levers(shield=0.5), 5, latents)
-    shielded = sampled(applied(model_of("sd1"), adapter, diversity=setting))
-    radius = 0.5 * plain[0].numel() ** 0.5
-    assert (shielded[0] - plain[0]).norm() > radius
-    wrong = PROMPTING.Setting(Levers(shield=0.5), 5, torch.zeros(1, 4, 8, 8))
-    with pytest.raises(IpdiverseError, match=r"reference_latent: differs .* Scale the reference"):
-        sampled(applied(model_of("sd1"), adapter, diversity=wrong))
 
 
 # --- what cannot be --------------------------------------------------------------------------
@@ -707,5 +690,4 @@ def test_words_are_told_from_padding(chunks: dict[str, list[list[int]]], expecte
 def test_the_readme_says_of_every_lever_what_becomes_of_it() -> None:
     lines = (comfyui.FOLDER / "README.md").read_text().splitlines()
     table = " ".join(line for line in lines if line.startswith("| `"))
-    levers = {field.name for field in fields(Levers)} - {"removal_rank"}  # of `remove_stated`
-    assert not {name for name in levers if f"`{name}`" not in table}
+    assert not {name for name in LEVERS if f"`{name}`" not in table}

@@ -118,28 +118,6 @@ def resolve_scale(
     return Scale(lambda _layer, _progress: number, stepped, start_at, end_at)
 
 
-def without_layout_until(scale: Scale, layers: Sequence[Layer], share: float) -> Scale:
-    """The same scale, but 0 in the layers that carry the layout until a share of the steps is done.
-
-    Layout is decided in the first steps, by those layers (InstantStyle, arXiv:2404.02733).
-
-    Args:
-        scale: Of all layers.
-        layers: The UNet's.
-        share: 0 changes nothing.
-    """
-    if share == 0:
-        return scale
-    count = layers[0].transformers
-    layout = _LAYOUT[count] if count in _LAYOUT else {_roles("layout", layers)[0]}
-
-    def of(layer: Layer, progress: float) -> float | Tensor:
-        waiting = layer.transformer in layout and progress < share
-        return 0.0 if waiting else scale.of(layer, progress)
-
-    return Scale(of, True, scale.start_at, scale.end_at, scale.opposed)
-
-
 def unet_layers(unet: Any) -> list[Layer]:
     """Cross-attention layers in the order in which the UNet runs them: down, mid, up."""
     names = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ipdiverse.commands.printing import say, say_json
+from ipdiverse.commands.console import say, say_json
 
 if TYPE_CHECKING:
     from ipdiverse.base.presets import Preset

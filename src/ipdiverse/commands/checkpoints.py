@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from ipdiverse.commands.printing import say, say_json
+from ipdiverse.commands.console import say, say_json
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ipdiverse.commands.printing import say
+from ipdiverse.commands.console import say
 
 Count = Annotated[int, tyro.conf.arg(aliases=["-n"])]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ipdiverse.base.bases import CRITTERS
-from ipdiverse.commands.printing import check_target, say, say_json, write_json
+from ipdiverse.commands.console import agree_to_study, check_target, say, say_json, write_json
 from ipdiverse.errors import ArgumentError
 
 _OF_IMAGES = ("references", "prompts", "features")
@@ -63,7 +63,6 @@ class Evaluate:
         self._made() if self.images else self._study()
 
     def _study(self) -> None:
-        from ipdiverse.commands.consent import agree_to_study
         from ipdiverse.evaluation.report import publish, write_report
         from ipdiverse.evaluation.running import run_study
         from ipdiverse.evaluation.study import quick_study, read_study
@@ -152,7 +151,6 @@ class Calibrate:
         """Climb, say every point, write."""
         from ipdiverse.adapter.files.conversion import copy_with_spec, store_base_weights
         from ipdiverse.base.adapters import adapter_file
-        from ipdiverse.commands.consent import agree_to_study
         from ipdiverse.evaluation.calibrate import calibrate, calibration_study
         from ipdiverse.evaluation.study import Arm, Study
 

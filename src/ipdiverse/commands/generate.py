@@ -3,43 +3,36 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import Field, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING
 
 import tyro
 
-from ipdiverse.commands.printing import say, say_json
-from ipdiverse.dial import Levers
+from ipdiverse.commands.console import agree, say, say_json
 from ipdiverse.sampling.request import Request
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-Count = Annotated[int, tyro.conf.arg(aliases=["-n"])]
-Texts = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
-Numbers = Annotated[tuple[float, ...], tyro.conf.UseAppendAction]
-
 
 @dataclass(frozen=True)
-class Generate(Request):
+class Generate:
     """Make images from a reference and a prompt.
 
     Args:
-        batch: File of JSON lines, each with fields of its own that hold over the flags; images are
-            written as they land, and a run that was killed goes on.
+        request: What to make.
         out: Folder for images, contact sheet and generation.json.
-        json: Print the record, from which the exact command can be repeated, as JSON.
+        batch: File of JSON lines, one job each; a line's own fields override the flags. Images are
+            written as they finish, and the same command continues a run that was stopped.
+        json: Print the record, which holds the exact command, as JSON.
         yes: Download what a preset needs without asking.
     """
 
-    image: Texts = ()
-    prompt: Texts = ()
-    mask: Texts = ()
-    weights: Numbers = ()
-    n: Count = 4
-    batch: str = ""
+    # every --image, --prompt, --mask and --weights adds one
+    request: tyro.conf.UseAppendAction[Request]
     out: str = "out"
+    batch: str = ""
     json: bool = False
     yes: bool = False
 
@@ -48,15 +41,9 @@ class Generate(Request):
         if self.batch:
             self._batch()
             return
-        from ipdiverse.sampling.checks import check
-        from ipdiverse.sampling.generate import generate
-        from ipdiverse.writing import ensure_writable_folder
+        from ipdiverse.sampling.draw import drawn
 
-        check(self)
-        ensure_writable_folder(Path(self.out))
-        self._may_download([self])
-        wanted = {f.name: getattr(self, f.name) for f in fields(Request)}
-        record = generate(**wanted).save(self.out)
+        record = drawn(self.request, before_opening=self._may_open).save(self.out)
         for note in record["notes"]:
             sys.stderr.write(f"note: {note}\n")
         if self.json:
@@ -65,41 +52,37 @@ class Generate(Request):
             written = len(record["image_sha256"])
             say(f"wrote {written} images and {Path(self.out) / 'contact_sheet.png'}")
 
-    def _may_download(self, requests: Sequence[Request]) -> None:
+    def _may_open(self, request: Request) -> None:
+        from ipdiverse.writing import ensure_writable_folder
+
+        ensure_writable_folder(Path(self.out))
+        self._agree([request])
+
+    def _agree(self, requests: Sequence[Request]) -> None:
         from ipdiverse.base.presets import PRESETS
-        from ipdiverse.commands.consent import agree
-        from ipdiverse.image_io import load_image
-        from ipdiverse.sampling.drawing import needed_files
+        from ipdiverse.sampling.task import needed_files
 
         files = [file for request in requests for file in needed_files(request)]
-        if files:  # what is wrong with the pictures is said before gigabytes come
-            for file in dict.fromkeys(file for r in requests for file in r.pictures if file):
-                load_image(Path(file))
         named = [name for r in requests for name in (r.base, r.adapter) if name in PRESETS]
         agree(", ".join(dict.fromkeys(named)), list(dict.fromkeys(files)), self.yes)
 
     def _batch(self) -> None:
         import json
 
+        from ipdiverse.image_io import load_image
         from ipdiverse.sampling.batch import read_jobs, run_batch
+        from ipdiverse.sampling.task import needed_files
 
-        defaults = {f.name: getattr(self, f.name) for f in fields(Request)}
-        jobs = read_jobs(Path(self.batch), defaults)
-        self._may_download(list(jobs.values()))
+        jobs = read_jobs(Path(self.batch), self.request)
+        if any(needed_files(job) for job in jobs.values()):
+            # a broken picture is named before gigabytes are downloaded
+            for file in dict.fromkeys(file for job in jobs.values() for file in job.picture_files):
+                load_image(Path(file))
+        self._agree(list(jobs.values()))
         tell = (lambda line: say(json.dumps(line))) if self.json else (lambda _: None)
         drawn = run_batch(jobs, Path(self.out), tell)
         if not self.json:
             say(f"wrote {drawn} images of {len(jobs)} jobs into {self.out}")
-
-
-def _listed_first(*names: str) -> dict[str, Field[Any]]:
-    """Fields as `--help` lists them: these, the others, and levers last, which few begin with."""
-    every, levers = Generate.__dataclass_fields__, [field.name for field in fields(Levers)]
-    others = [name for name in every if name not in (*names, *levers)]
-    return {name: every[name] for name in (*names, *others, *levers)}
-
-
-Generate.__dataclass_fields__ = _listed_first("image", "prompt", "diversity", "n", "out")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from ipdiverse.commands.printing import say, say_json
+from ipdiverse.commands.console import agree_to_encoders, say, say_json
 from ipdiverse.config import problems, read_toml, renamed
 from ipdiverse.data.prepare import PrepareOptions
 from ipdiverse.errors import ArgumentError
@@ -87,7 +87,6 @@ class Embed:
 
     def run(self) -> None:
         """Embed and report."""
-        from ipdiverse.commands.consent import agree_to_encoders
         from ipdiverse.training.embed import Stored, embed
         from ipdiverse.training.frozen import Preprocessing, open_encoders
 
@@ -133,7 +132,6 @@ class Train:
 
     def run(self) -> None:
         """Prepare what is not prepared, train, and say where the adapter is."""
-        from ipdiverse.commands.consent import agree_to_encoders
         from ipdiverse.data.prepare import prepare
         from ipdiverse.training.trainer import train
 

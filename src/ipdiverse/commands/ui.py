@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
-from ipdiverse.commands.printing import say
+from ipdiverse.commands.console import say
 from ipdiverse.errors import ArgumentError
 from ipdiverse.ui import Options
 

@@ -9,7 +9,7 @@ then places each point so that the dial is linear in the variety that was achiev
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +17,12 @@ from scipy.optimize import isotonic_regression
 
 from ipdiverse.adapter.files.checkpoint import load_adapter
 from ipdiverse.base.adapters import adapter_file
-from ipdiverse.dial import OFF, Achieved, Dial, Levers, changed
+from ipdiverse.dial import OFF, Achieved, Dial, Levers
 from ipdiverse.errors import ArgumentError
 from ipdiverse.evaluation.bootstrap import estimate
 from ipdiverse.evaluation.running import Runner
 from ipdiverse.evaluation.study import Arm, Study
+from ipdiverse.levers import LEVERS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -37,15 +38,6 @@ _LEAST_COST = 0.005
 """Fidelity that cannot be told from nothing on so few pairs."""
 _SEED = 11
 """Of the pairs; the published study has another."""
-
-LADDERS: dict[str, tuple[Any, ...]] = {
-    "training": (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0),
-    "fusion_strength": (0.0, 0.5, 1.0, 1.5),
-    "interval": (None, (0.0, 8.0), (0.0, 4.0), (0.0, 3.0)),
-    "cads": (0.0, 0.1, 0.2, 0.35, 0.6, 1.0),
-}
-"""Rungs of each lever, from off upwards. Factorised guidance has none, as its third pass costs more
-than stock."""
 
 
 def calibration_study(adapter: str, **numbers: Any) -> Study:
@@ -82,11 +74,12 @@ def calibrate(
     Raises:
         IpdiverseError: A lever, adapter or base cannot be used, or no lever gains variety.
     """
-    if unknown := sorted(set(levers) - LADDERS.keys()):
+    movable = [name for name, lever in LEVERS.items() if lever.ladder]
+    if unknown := sorted(set(levers) - set(movable)):
         raise ArgumentError(
             "cannot be moved by a dial",
             where="levers",
-            expected=", ".join(LADDERS),
+            expected=", ".join(movable),
             found=", ".join(unknown),
         )
     [adapter] = study.sources
@@ -109,7 +102,7 @@ def calibrate(
         )
     on = f"{runner.study.pairs} pairs of {study.images} images, {study.steps} steps"
     dial = placed(path, f"calibrated on {on}")
-    return dial, [{**asdict(levers), **asdict(scores)} for levers, scores in path]
+    return dial, [{**levers, **asdict(scores)} for levers, scores in path]
 
 
 def climb(
@@ -164,19 +157,20 @@ def placed(path: Sequence[tuple[Levers, Achieved]], source: str) -> Dial:
 def _ladders(adapter: str, base: str) -> tuple[Levers, dict[str, tuple[Any, ...]]]:
     """Where an adapter's dial starts, and the ladders that it can climb."""
     opened = load_adapter(adapter_file(base, adapter))
-    lacks = {"training": not opened.base_weights, "fusion_strength": opened.fusion is None}
-    ladders = {name: rungs for name, rungs in LADDERS.items() if not lacks.get(name)}
+    ladders = {
+        name: lever.ladder for name, lever in LEVERS.items() if lever.ladder and lever.fits(opened)
+    }
     if opened.base_weights:
         if "fusion_strength" in ladders:
             # an interpolation of 0 leaves the fusion out already, so that it need not start at 0
             ladders["fusion_strength"] = (1.0, 1.5)
-        return replace(OFF, training=0.0), ladders
-    return OFF if opened.fusion is None else replace(OFF, fusion_strength=0.0), ladders
+        return Levers(interpolation=0.0), ladders
+    return OFF if opened.fusion is None else Levers(fusion_strength=0.0), ladders
 
 
 def _measured(runner: Runner, adapter: str, levers: Levers) -> Achieved:
     """What levers achieve on the pairs of a calibration."""
-    on = changed(levers)
+    on = dict(levers)
     name = ", ".join(f"{key} {value}" for key, value in on.items()) or "stock"
     measured = runner.measure(Arm(name, "path", {"adapter": adapter, **on}))
     found = {n: estimate(measured.sums(n)) for n in measured.runs[0]}
@@ -214,7 +208,7 @@ def _best_rung(
     best, most = None, 0.0
     for name, rungs in ladders.items():
         for height in range(heights[name] + 1, min(heights[name] + 1 + _REACH, len(rungs))):
-            candidate = replace(levers, **{name: rungs[height]})
+            candidate = levers | {name: rungs[height]}
             found = measure(candidate)
             if not _keeps(found, first):
                 break

@@ -14,11 +14,10 @@ from ipdiverse.base.bases import CRITTERS, load_base
 from ipdiverse.contact_sheet import labelled_points
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import Scene
-from ipdiverse.dial import dial_for
 from ipdiverse.evaluation.report import inline, render_page
 from ipdiverse.provenance import save_png
 from ipdiverse.sampling.request import Request
-from ipdiverse.sampling.sample import Job, attached, sample
+from ipdiverse.sampling.sample import Job, attached, dial_for, sample
 from ipdiverse.writing import ensure_writable_folder, write_text_atomic
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from contextlib import nullcontext
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import lru_cache
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
@@ -19,10 +19,10 @@ from ipdiverse.base.memory import autocast
 from ipdiverse.base.pipelines import fingerprint
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import IDENTITY, sample_scene
-from ipdiverse.dial import Levers, changed
 from ipdiverse.evaluation.study import Arm
 from ipdiverse.image_io import content_hash
-from ipdiverse.sampling.generation import versions
+from ipdiverse.levers import LEVERS
+from ipdiverse.sampling.draw import versions
 from ipdiverse.sampling.sample import Job, attached, levers_of, sample, set_scale
 from ipdiverse.writing import ensure_writable_folder, write_bytes_atomic
 
@@ -192,15 +192,10 @@ def what_decides(request: Request, weights: Path | None) -> dict[str, Any]:
         weights: The adapter's file; None if it is not on this machine. Then its hash is None, and
             so are the levers of a dial, which is in the file.
     """
-    levers = {field.name for field in fields(Levers)}
-    settings = {
-        field.name: getattr(request, field.name)
-        for field in fields(request)
-        if field.name not in {"adapter", "diversity", *levers}
-        and getattr(request, field.name) != field.default
-    }
+    left_out = {"adapter", "diversity", *LEVERS}
+    settings = {name: value for name, value in request.stated().items() if name not in left_out}
     if weights is None:
-        on = _rounded(changed(levers_of(request, None))) if request.diversity is None else None
+        on = _rounded(dict(levers_of(request, None))) if request.diversity is None else None
         return {"settings": settings, "levers": on, "adapter": None}
     stat = weights.stat()
     on, hashed = _of_file(weights, request, stat.st_ino, stat.st_mtime_ns, stat.st_size)
@@ -215,7 +210,7 @@ def _of_file(weights: Path, request: Request, *stamp: int) -> tuple[dict[str, An
     file's inode, time and size, has it read again only after it was written.
     """
     adapter = load_adapter(weights) if request.diversity is not None else None
-    return _rounded(changed(levers_of(request, adapter))), _hash_of_file(weights, *stamp)
+    return _rounded(dict(levers_of(request, adapter))), _hash_of_file(weights, *stamp)
 
 
 @lru_cache(maxsize=256)

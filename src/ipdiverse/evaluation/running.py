@@ -41,8 +41,8 @@ from ipdiverse.evaluation.measured import (
 from ipdiverse.evaluation.pairs import pairs_of
 from ipdiverse.evaluation.readings import Readings, critters_sets, read_images, readings_file
 from ipdiverse.evaluation.sets import PairSums, concatenated, pair_sums
-from ipdiverse.sampling import drawing
-from ipdiverse.sampling.generation import versions
+from ipdiverse.sampling import task
+from ipdiverse.sampling.draw import versions
 from ipdiverse.sampling.request import Request
 from ipdiverse.writing import ensure_writable_folder, file_hash, write_text_atomic
 
@@ -114,7 +114,7 @@ def needed_files(study: Study) -> list[HubFile]:
     """
     _check_names(study)
     requests = [_request(study, source) for source in study.sources]
-    return list(dict.fromkeys(file for one in requests for file in drawing.needed_files(one)))
+    return list(dict.fromkeys(file for one in requests for file in task.needed_files(one)))
 
 
 def open_base(study: Study) -> Base:
@@ -126,7 +126,7 @@ def open_base(study: Study) -> Base:
     _check_names(study)
     named = [PRESETS[source] for source in study.sources if source in PRESETS]
     reads = next((preset.name for preset in named if preset.encoder is not None), "")
-    return drawing.open_base(_request(study, reads))
+    return task.open_base(_request(study, reads))
 
 
 def _check_names(study: Study) -> None:

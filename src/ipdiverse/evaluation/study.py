@@ -7,8 +7,8 @@ steps = 25                      # default: the base's own, as for scale and guid
 [[arm]]
 name = "plain"                  # its name in the report
 family = "λ sweep"              # arms of a family are joined by a line
-adapter = "plus"                # and options of `ipdiverse generate`: scale, preset, start, end,
-scale = 1.0                     # guidance_scale, diversity, every lever
+adapter = "plus"                # and options of `ipdiverse generate`: scale, preset, start_at,
+scale = 1.0                     # end_at, guidance_scale, diversity, every lever
 
 [[sweep]]                       # an arm for every combination
 family = "λ × guidance"
@@ -20,28 +20,25 @@ from __future__ import annotations
 
 import tomllib
 import warnings
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any, Literal
 
 from ipdiverse.base.adapters import DEFAULT_ADAPTER, default_adapter
 from ipdiverse.base.bases import CRITTERS, defaults_of
-from ipdiverse.dial import Levers
+from ipdiverse.dial import DROPPED_LEVERS, RENAMED_LEVERS
 from ipdiverse.errors import ArgumentError, IpdiverseError, check_range
+from ipdiverse.levers import LEVERS
+from ipdiverse.sampling import request
 from ipdiverse.sampling.request import MAX_IMAGES, MAX_STEPS, Request
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-_SAMPLING = ("adapter", "scale", "preset", "start", "end", "guidance_scale", "diversity")
-SETTINGS = (*_SAMPLING, *(f.name for f in fields(Levers)))
-"""Fields of `Request` that an arm may set."""
-RENAMED = {"training": "interpolation", "start": "start_at", "end": "end_at"}
-"""Settings of version 0.1, and their names of today."""
-RENAMED = {old: new for old, new in RENAMED.items() if new in SETTINGS}
-DROPPED = {"particle", "sparke", "repulsion", "shield", "noise_level"}
-DROPPED |= {"drop", "late_layout", "remove_stated", "removal_rank"}
-"""Levers of version 0.1 that are gone, unless something registers them again."""
+SETTINGS = ("adapter", "scale", "preset", "start_at", "end_at", "guidance_scale", "diversity")
+"""What an arm may set besides levers: fields of `Request`."""
+RENAMED = RENAMED_LEVERS | request.RENAMED
+"""Settings of version 0.1 by their names of today."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,7 @@ class Arm:
     Args:
         name: Different for every arm.
         family: Arms that belong together.
-        settings: Fields of `Request`, of those in `SETTINGS`.
+        settings: Levers, and fields of `Request` that are in `SETTINGS`.
         adapters: Files of the same training with different seeds; empty takes the adapter in
             `settings`.
         at: Position in the family; None keeps the order of the file.
@@ -83,7 +80,7 @@ class Arm:
         """
         own = {name: value for name, value in self.settings.items() if name != "adapter"}
         usual = {"n": 1, "steps": steps, "scale": scale, "guidance_scale": guidance_scale}
-        return Request(**(usual | own))
+        return Request.of(usual | own, self.name)
 
 
 @dataclass(frozen=True)
@@ -249,7 +246,7 @@ def _renamed(entry: dict[str, Any], file: Path) -> dict[str, Any]:
 
 def _without_dropped(entries: list[dict[str, Any]], file: Path) -> list[dict[str, Any]]:
     """Entries that set none of the levers that are gone: without them they would be other arms."""
-    gone = DROPPED - set(SETTINGS)
+    gone = DROPPED_LEVERS.keys() - LEVERS.keys()
     kept = [entry for entry in entries if not gone & entry.keys()]
     if less := len(entries) - len(kept):
         named = ", ".join(sorted(gone & {key for entry in entries for key in entry}))
@@ -266,7 +263,7 @@ def _arm(entry: dict[str, Any], file: Path) -> Arm:
     if not isinstance(name, str):
         raise ArgumentError("has no name", where=f"{file}: arm", found=entry)
     where = f"{file}: arm {name!r}"
-    if unknown := sorted(settings.keys() - set(SETTINGS)):
+    if unknown := sorted(settings.keys() - {*SETTINGS, *LEVERS}):
         raise ArgumentError("unknown key", where=where, found=", ".join(unknown))
     if not isinstance(at, (int, float, type(None))):
         raise ArgumentError("is not a number", where=f"{where}, at", found=repr(at))

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from ipdiverse.errors import ArgumentError, DataError, IpdiverseError
 from ipdiverse.image_io import content_hash
+from ipdiverse.levers import LEVERS
 from ipdiverse.provenance import save_png
-from ipdiverse.sampling.checks import check
-from ipdiverse.sampling.drawing import drawing, open_base, opening
-from ipdiverse.sampling.request import USED_WITH, Request
+from ipdiverse.sampling.draw import drawing
+from ipdiverse.sampling.request import USED_WITH, Request, current
+from ipdiverse.sampling.task import LastBase
 from ipdiverse.writing import ensure_writable_folder, file_hash, write_text_atomic
 
 if TYPE_CHECKING:
@@ -29,18 +30,18 @@ if TYPE_CHECKING:
 RESULTS = "results.jsonl"
 
 
-def read_jobs(file: Path, defaults: dict[str, Any]) -> dict[str, Request]:
+def read_jobs(file: Path, defaults: Request) -> dict[str, Request]:
     """Read requests, one JSON object a line; all are checked before the first is drawn.
 
     Args:
-        file: Keys are the fields of `Request`; empty lines are left out.
-        defaults: Fields that a line need not state.
+        file: Keys are the fields of `Request` and levers; empty lines are left out.
+        defaults: What holds where a line states nothing else.
 
     Returns:
         In their order, by the line that each stands in.
 
     Raises:
-        DataError: The file cannot be read, or a line is no request; the first of them is named.
+        DataError: The file cannot be read, or a line is not a request; the first of them is named.
     """
     try:
         lines = file.read_text("utf-8").split("\n")  # JSON may hold other ends of lines
@@ -82,19 +83,16 @@ def run_batch(
     ]
     for _, where, job in waiting:
         _look_for_files(job, where)
-    drawn, base, opened = 0, None, None
+    drawn, bases = 0, LastBase()
     for number, where, job in waiting:
-        with _said_of(where):
-            if base is None or opened != opening(job):
-                base = None  # two of them need not fit into memory
-                base, opened = open_base(job), opening(job)
-            drawn += _draw(number, job, base, out, known.get(number, set()), tell)
+        with _named(where):
+            drawn += _draw(number, job, bases.open(job), out, known.get(number, set()), tell)
     return drawn
 
 
 @contextmanager
-def _said_of(where: str) -> Iterator[None]:
-    """Errors say which line they are of."""
+def _named(where: str) -> Iterator[None]:
+    """Errors name the line that they come from."""
     try:
         yield
     except IpdiverseError as error:
@@ -102,7 +100,7 @@ def _said_of(where: str) -> Iterator[None]:
 
 
 def _look_for_files(job: Request, where: str) -> None:
-    for name in (*job.pictures, job.faces):
+    for name in (*job.picture_files, job.faces):
         if name and not Path(name).is_file():
             raise DataError(f"{name}: no such file", where=where, fix="Check the path.")
 
@@ -150,7 +148,7 @@ def _known(out: Path, jobs: list[Request]) -> dict[int, set[int]]:
         if (
             not isinstance(number, int)
             or not 0 <= number < len(jobs)
-            or (request != _stated(jobs[number]))
+            or _current(request) != _stated(jobs[number])
         ):
             raise ArgumentError(
                 "holds results of other jobs",
@@ -172,7 +170,7 @@ def _known(out: Path, jobs: list[Request]) -> dict[int, set[int]]:
 def _inputs(job: Request) -> dict[str, str]:
     """SHA-256 of every file that a request names; folders are not looked into."""
     found = {}
-    for name in (*job.pictures, job.faces, job.adapter, job.base):
+    for name in (*job.picture_files, job.faces, job.adapter, job.base):
         with suppress(OSError):  # drawing says what is wrong with it
             if name and Path(name).is_file():
                 state = Path(name).stat()
@@ -203,35 +201,36 @@ def _check_inputs(file: Path, number: int, before: Any, now: dict[str, str]) -> 
 
 
 def _stated(job: Request) -> dict[str, Any]:
-    """A request as JSON gives it back, without what is at its default."""
-    values = {f.name: getattr(job, f.name) for f in fields(Request)}
-    changed = {f.name: values[f.name] for f in fields(Request) if values[f.name] != f.default}
-    return json.loads(json.dumps(changed))
+    """A request as JSON gives it back, without values at their defaults."""
+    return json.loads(json.dumps(job.stated()))
 
 
-def _request(line: str, defaults: dict[str, Any], where: str) -> Request:
+def _current(stated: Any) -> Any:
+    """A recorded request in today's names."""
+    return current(stated, RESULTS) if isinstance(stated, dict) else stated
+
+
+def _request(line: str, defaults: Request, where: str) -> Request:
     try:
         stated = json.loads(line)
     except ValueError as error:
-        raise DataError("is no JSON", where=where, found=line[:80]) from error
+        raise DataError("is not JSON", where=where, found=line[:80]) from error
     if not isinstance(stated, dict):
-        raise DataError("is no JSON object", where=where, found=line[:80])
-    known = {f.name for f in fields(Request)}
+        raise DataError("is not a JSON object", where=where, found=line[:80])
+    stated = current(stated, where)
+    known = {f.name for f in fields(Request)} - {"levers"} | LEVERS.keys()
     if unknown := sorted(stated.keys() - known):
         raise DataError("unknown key", where=where, found=", ".join(unknown))
-    values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in (defaults | stated).items()
-    }
-    for name, needed in USED_WITH.items():  # a flag for all jobs need not act in each
-        if name not in stated and not values.get(needed):
-            values.pop(name, None)
-    try:
-        request = Request(**values)
-    except (IpdiverseError, TypeError, ValueError) as error:
-        raise DataError(str(error), where=where) from error
-    if not request.image and not request.faces:
-        raise DataError("has no image", where=where)
-    with _said_of(where):
-        check(request)
+    with _named(where):
+        values = defaults.flat() | stated
+        for name, needed in USED_WITH.items():  # a flag for all jobs need not act in each
+            if name not in stated and not values[needed]:
+                del values[name]
+        try:
+            request = Request.of(values)
+        except (TypeError, ValueError) as error:
+            raise DataError(str(error)) from error
+        if not request.image and not request.faces:
+            raise DataError("has no image")
+        request.check()
     return request

@@ -1,8 +1,8 @@
 """Levers on a pipeline: one hook around the UNet, outside the one that brings the image tokens.
 
-It decides which branches of guidance the UNet is called with, combines them itself, and lets levers
-change what comes out. To the pipeline every branch then says the same, and guiding between equal
-branches is the identity, to the bit.
+It decides which branches of guidance the UNet is called with and combines them itself. It then
+gives the pipeline the same prediction for every branch: guidance between equal branches is the
+identity, to the bit, so that stock pipelines need no change.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from torch import Tensor
 from ipdiverse.adapter.attach.attach import LEVERS_HOOK, inside_offloading
 from ipdiverse.adapter.attention import BOTH, NOTHING
 from ipdiverse.adapter.model import interpolated
-from ipdiverse.dial import Levers
 from ipdiverse.errors import ArgumentError, ModelError
+from ipdiverse.levers import StepContext
 from ipdiverse.sampling import guidance
-from ipdiverse.sampling.levers import Moment, latent_levers, token_levers, token_phase
-from ipdiverse.sampling.references import embed_change, reference_latents
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Hashable, Sequence
 
     from ipdiverse.adapter.attach.attach import Attachment
+    from ipdiverse.adapter.scale import Scale
+    from ipdiverse.dial import Levers
 
 
 def steer(
@@ -38,8 +38,6 @@ def steer(
 ) -> Steering:
     """Put levers on a pipeline, in place of those that are on it; `detach` takes them off too.
 
-    Levers that are refused change nothing: those that are on it stay.
-
     Args:
         attachment: Of an adapter, its scale and reference set.
         levers: How strongly each acts.
@@ -47,28 +45,27 @@ def steer(
         prompts: Each item's text, for levers that read it; one text serves all.
 
     Raises:
-        ArgumentError: There are no seeds, or no prompts where a lever reads them.
-        ModelError: A lever needs what this base or adapter does not have.
+        ArgumentError: The number of seeds or prompts does not fit, or a lever reads prompts and
+            there are none.
+        ModelError: A lever needs something that this base or adapter does not have.
     """
+    context = _context(attachment, seeds, prompts)
     _check(levers, attachment, len(seeds))
     hook, unet = attachment.hook, attachment.pipe.unet
-    change = None
-    if levers.noise_level or levers.remove_stated:
-        change = embed_change(attachment, levers, tuple(seeds), prompts)
     _take_off(attachment)
-    steering = Steering(attachment, levers, tuple(seeds))
+    steering = Steering(attachment, levers, context)
     with inside_offloading(unet):
         HookRegistry.check_if_exists_or_initialize(unet).register_hook(steering, LEVERS_HOOK)
     try:
-        attachment.set_interpolation(levers.training)
-        attachment.change_embeds(change)
+        attachment.set_interpolation(levers.change("weights", 1.0, context))
+        attachment.change_embeds(_ChangedEmbeds(steering) if levers.acting("embeddings") else None)
     except BaseException:
         release(attachment)
         raise
     for prompt in hook.prompts:
-        prompt.fusion_factor, prompt.late_layout = levers.fusion_strength, levers.late_layout
-        if token_levers(levers):
-            prompt.change = steering.changed_tokens
+        prompt.fusion_factor = levers.change("fusion", 1.0, context)
+        prompt.change = steering.changed_tokens if levers.acting("tokens") else None
+        prompt.change_scale = steering.changed_scale if levers.acting("scale") else None
     hook.changed()
     return steering
 
@@ -90,31 +87,29 @@ def _take_off(attachment: Attachment) -> None:
         registry.remove_hook(LEVERS_HOOK, recurse=False)
     attachment.change_embeds(None)
     for prompt in hook.prompts:
-        prompt.fusion_factor, prompt.late_layout, prompt.change = 1.0, 0.0, None
+        prompt.fusion_factor, prompt.change, prompt.change_scale = 1.0, None, None
     hook.layout = None
     hook.changed()
 
 
 class Steering(ModelHook):
-    """Calls the UNet with the branches that count, and levers on what goes in and comes out.
+    """Calls the UNet with the branches that count, and lets levers change what it reads.
 
     Args:
         attachment: The adapter's.
         levers: How strongly each acts.
-        seeds: One for each item.
+        context: Its seeds are those of the next calls' items.
 
     With `previews`, the clean-latent guess of each call is kept in `guess`.
     """
 
-    def __init__(self, attachment: Attachment, levers: Levers, seeds: tuple[int, ...]) -> None:
+    def __init__(self, attachment: Attachment, levers: Levers, context: StepContext) -> None:
         super().__init__()
-        self.attachment, self.levers, self.seeds = attachment, levers, seeds
-        self._moment = Moment(0.0, seeds)
+        self.attachment, self.levers, self.context = attachment, levers, context
         self._subsets: dict[tuple[str, ...], Tensor] = {}
         self._text: Tensor | None = None
-        self._protected: Tensor | None = None
         self._names: list[str] = []
-        self._phase = token_phase(levers, 0.0)
+        self._phase = self._phase_now()
         self.previews = False
         self.guess: Tensor | None = None
 
@@ -137,16 +132,20 @@ class Steering(ModelHook):
         layout = hook.layout_of(len(text))
         items = len(text) // len(layout)
         self._check_items(items)
-        alpha, weights = self._weights(given["timestep"], layout)
-        self._set_moment(given, items)
-        if tuple(weights) == layout and not self._combines(weights):
+        alpha = self._alpha(given["timestep"])
+        self._set_context(given["timestep"], guidance.sigma_of(alpha))
+        weights = self._weights(layout)
+        if tuple(weights) == layout and self._pipeline_combines(weights):
             return forward(*args, **kwargs)
         predicted = self._branches(forward, given, weights, layout, items)
         guided = guidance.combine(weights, predicted)
         rescale = float(getattr(self.attachment.pipe, "guidance_rescale", 0.0) or 0.0)
         if rescale and len(weights) > 1 and BOTH in predicted:
             guided = guidance.rescaled(guided, predicted[BOTH], rescale)
-        guided = self._on_latents(guided, given["sample"][-items:], alpha)
+        if self.previews:
+            kind = self.attachment.pipe.scheduler.config.prediction_type
+            sample = given["sample"][-items:, : guided.shape[1]]  # inpainting adds channels
+            self.guess = guidance.clean_guess(kind, sample, guided, alpha)
         output = torch.cat([guided] * len(layout))
         if given.get("return_dict", True):
             from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
@@ -155,37 +154,38 @@ class Steering(ModelHook):
         return (output,)
 
     def changed_tokens(self, tokens: Tensor) -> Tensor:
-        """Token levers on every item's tokens, (items, references, tokens, width)."""
-        flat = tokens.flatten(1, 2)
-        for lever, strength in token_levers(self.levers):
-            flat = lever(flat, strength, self._moment)
-        return flat.view_as(tokens)
+        """Every item's tokens, (items, references, tokens, width), as levers change them."""
+        flat = tokens.flatten(1, 2)  # a lever sees an item's references as one row of tokens
+        return self.levers.change("tokens", flat, self.context).view_as(tokens)
 
-    def _weights(self, timestep: Any, layout: tuple[str, ...]) -> tuple[float, dict[str, float]]:
-        alpha = self._alpha(timestep)
-        guides = len(layout) == 2
-        if not guides or not guidance.inside(guidance.sigma_of(alpha), self.levers.interval):
-            return alpha, {BOTH: 1.0}
+    def changed_scale(self, scale: Scale) -> Scale:
+        """The image prompt's scale as levers change it."""
+        return self.levers.change("scale", scale, self.context)
+
+    def _weights(self, layout: tuple[str, ...]) -> dict[str, float]:
+        if len(layout) != 2:
+            return {BOTH: 1.0}
         scale = float(self.attachment.pipe.guidance_scale)
-        return alpha, guidance.branch_weights(scale, self.levers.image_guidance)
-
-    def _combines(self, weights: dict[str, float]) -> bool:
-        """Whether what the pipeline would make of the UNet's output is not all that is wanted."""
-        pipeline_does = {NOTHING, BOTH} == weights.keys() or len(weights) == 1
-        return bool(latent_levers(self.levers)) or not pipeline_does or self.previews
-
-    def _set_moment(self, given: dict[str, Any], items: int) -> None:
-        hook = self.attachment.hook
-        progress = hook.progress(given["timestep"])
-        text = given["encoder_hidden_states"][-items:]
-        protected = self._references_latents(given["sample"]) if self.levers.shield else None
-        self._moment = replace(
-            self._moment, progress=progress, protected=protected, prompts=text.mean(1)
+        return guidance.branch_weights(
+            *self.levers.change("guidance", (scale, scale), self.context)
         )
-        phase = token_phase(self.levers, progress)
-        if phase != self._phase:
+
+    def _pipeline_combines(self, weights: dict[str, float]) -> bool:
+        """Whether the pipeline's own guidance gives what is wanted."""
+        usual = {NOTHING, BOTH} == weights.keys() or len(weights) == 1
+        return usual and not self.previews
+
+    def _set_context(self, timestep: Any, sigma: float) -> None:
+        hook = self.attachment.hook
+        self.context = replace(self.context, progress=hook.progress(timestep), sigma=sigma)
+        if (phase := self._phase_now()) != self._phase:
             self._phase = phase
             hook.changed()
+
+    def _phase_now(self) -> list[Hashable]:
+        """While this is equal, levers make the same tokens, and they need not be made again."""
+        levers = [lever for lever, _ in self.levers.acting("tokens")]
+        return [lever.phase(self.context) for lever in levers if lever.phase is not None]
 
     def _branches(
         self,
@@ -223,20 +223,6 @@ class Steering(ModelHook):
             self._subsets[wanted] = text[rows]
         return self._subsets[wanted]
 
-    def _on_latents(self, guided: Tensor, sample: Tensor, alpha: float) -> Tensor:
-        levers = latent_levers(self.levers)
-        if not levers and not self.previews:
-            return guided
-        kind = self.attachment.pipe.scheduler.config.prediction_type
-        before = guidance.clean_guess(kind, sample[:, : guided.shape[1]], guided, alpha)
-        after = before
-        for lever, strength in levers:
-            after = lever(after, strength, self._moment)
-        self.guess = after if self.previews else None
-        if not levers:
-            return guided
-        return guidance.moved(kind, guided, after - before, alpha)
-
     def _alpha(self, timestep: Any) -> float:
         """ᾱ at a timestep, between the trained ones where a scheduler goes there."""
         alphas = getattr(self.attachment.pipe.scheduler, "alphas_cumprod", None)
@@ -252,26 +238,59 @@ class Steering(ModelHook):
         below, above = alphas[low].cpu(), alphas[high].cpu()  # not every device has float64
         return float(torch.lerp(below.double(), above.double(), t - low))
 
-    @torch.no_grad()
-    def _references_latents(self, sample: Tensor) -> Tensor:
-        """Latents of the references at the size of the output, encoded once."""
-        if self._protected is None or self._protected.shape[-2:] != sample.shape[-2:]:
-            self._protected = reference_latents(self.attachment, sample)
-        return self._protected
-
     def _check_items(self, items: int) -> None:
-        if items != len(self.seeds):
+        if items != len(self.context.seeds):
             raise ArgumentError(
                 "differ in number from the images of this call",
                 where="seeds of the levers",
                 expected=items,
-                found=len(self.seeds),
+                found=len(self.context.seeds),
             )
 
 
-def _check(levers: Levers, attachment: Attachment, seeds: int) -> None:
+class _ChangedEmbeds:
+    """Each item's embeddings as levers change them (`encoding.EmbedChange`)."""
+
+    def __init__(self, steering: Steering) -> None:
+        self._levers, context = steering.levers, steering.context
+        prompts = context.prompts or ("",) * len(context.seeds)
+        self._contexts = [
+            replace(context, seeds=(seed,), prompts=(prompt,) if context.prompts else ())
+            for seed, prompt in zip(context.seeds, prompts, strict=True)
+        ]
+        self.items = len(self._contexts)
+
+    def __call__(self, item: int, name: str, embeds: Tensor) -> Tensor:
+        context = replace(self._contexts[item], embedding=name)
+        return self._levers.change("embeddings", embeds, context)
+
+    def noise(self, item: int, embeds: Tensor) -> tuple[None, None]:
+        """None: noise-conditioned adapters are told of no noise."""
+        return None, None
+
+
+def _context(
+    attachment: Attachment, seeds: Sequence[int], prompts: Sequence[str] | None
+) -> StepContext:
     if not seeds:
         raise ArgumentError("is empty", where="seeds", expected="one for each image")
+    prompts = tuple(prompts or ())
+    if len(prompts) not in (0, 1, len(seeds)):
+        raise ArgumentError(
+            "differ in number from the seeds",
+            where="prompts",
+            expected=f"1 or {len(seeds)}",
+            found=len(prompts),
+        )
+    return StepContext(
+        tuple(seeds),
+        prompts=prompts * len(seeds) if len(prompts) == 1 else prompts,
+        layers=attachment.hook.layers,
+        attachment=attachment,
+    )
+
+
+def _check(levers: Levers, attachment: Attachment, seeds: int) -> None:
     for number in range(len(attachment.adapters)):
         references = len(attachment.references(number))
         if references and seeds % references:
@@ -283,13 +302,7 @@ def _check(levers: Levers, attachment: Attachment, seeds: int) -> None:
             )
     for adapter in attachment.adapters:
         if not adapter.base_weights:
-            interpolated(adapter, levers.training)  # raises before anything is taken off
-    if levers.shield and getattr(attachment.pipe.unet, "_hf_hook", None) is not None:
-        raise ModelError(
-            "needs the VAE while the UNet runs, and models are offloaded",
-            where="shield",
-            fix="Leave the shield out, or do not offload.",
-        )
+            interpolated(adapter, levers.interpolation)  # raises before anything is taken off
 
 
 def _picked(value: Any, rows: list[int], full: int) -> Any:

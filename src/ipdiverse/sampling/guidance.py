@@ -10,8 +10,10 @@ from torch import Tensor
 
 from ipdiverse.adapter.attention import BOTH, NOTHING, TEXT
 
+Latents = Float[Tensor, "items channels h w"]
 
-def branch_weights(guidance: float, image_guidance: float | None) -> dict[str, float]:
+
+def branch_weights(text: float, image: float) -> dict[str, float]:
     """Weights of ε(∅,∅), ε(T,∅) and ε(T,I) in the guided prediction, zero ones left out.
 
     ε = ε(∅,∅) + w_T [ε(T,∅) − ε(∅,∅)] + w_I [ε(T,I) − ε(T,∅)], the factorisation of
@@ -19,17 +21,11 @@ def branch_weights(guidance: float, image_guidance: float | None) -> dict[str, f
     passes, as does w_T = 1.
 
     Args:
-        guidance: w_T.
-        image_guidance: w_I; None is w_T.
+        text: w_T.
+        image: w_I.
     """
-    image = guidance if image_guidance is None else image_guidance
-    weights = {NOTHING: 1 - guidance, TEXT: guidance - image, BOTH: image}
+    weights = {NOTHING: 1 - text, TEXT: text - image, BOTH: image}
     return {branch: weight for branch, weight in weights.items() if weight}
-
-
-def inside(sigma: float, interval: tuple[float, float] | None) -> bool:
-    """Whether to guide at this noise level (limited interval, arXiv:2404.07724, equation 4)."""
-    return interval is None or interval[0] < sigma <= interval[1]
 
 
 def combine(weights: dict[str, float], predictions: dict[str, Tensor]) -> Tensor:
@@ -55,12 +51,7 @@ def sigma_of(alpha: float) -> float:
     return math.inf if alpha <= 0 else math.sqrt((1 - alpha) / alpha)
 
 
-def clean_guess(
-    kind: str,
-    sample: Float[Tensor, "items channels h w"],
-    predicted: Float[Tensor, "items channels h w"],
-    alpha: float,
-) -> Float[Tensor, "items channels h w"]:
+def clean_guess(kind: str, sample: Latents, predicted: Latents, alpha: float) -> Latents:
     """x̂ from a prediction.
 
     Args:
@@ -80,16 +71,3 @@ def clean_guess(
     if kind == "sample":
         return predicted
     raise ValueError(f"prediction type {kind!r}; expected epsilon, v_prediction or sample")
-
-
-def moved(
-    kind: str,
-    predicted: Float[Tensor, "items channels h w"],
-    change: Float[Tensor, "items channels h w"],
-    alpha: float,
-) -> Float[Tensor, "items channels h w"]:
-    """The prediction that means x̂ + `change` (arguments as `clean_guess`)."""
-    signal, noise = math.sqrt(alpha), max(math.sqrt(1 - alpha), 1e-3)
-    if kind == "epsilon":
-        return predicted - signal / noise * change
-    return predicted - change / noise if kind == "v_prediction" else predicted + change

@@ -1,14 +1,21 @@
-"""What a user asks for: one frozen value that decides every pixel."""
+"""What a user asks for: one frozen value that decides every pixel. It is checked here."""
 
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass, fields
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
 
-from ipdiverse.base.bases import CRITTERS
+from ipdiverse.base.adapters import check_adapter
+from ipdiverse.base.bases import CRITTERS, check_part
 from ipdiverse.base.memory import Dtype, MemoryOptions, Offload
-from ipdiverse.dial import Levers
+from ipdiverse.base.pipelines import check_known
+from ipdiverse.base.presets import PRESETS
+from ipdiverse.dial import OFF, Levers, current_names
 from ipdiverse.errors import ArgumentError, check_range, check_whole
+from ipdiverse.levers import LEVERS
 
 MAX_IMAGES = 1024
 MAX_STEPS = 1000
@@ -17,65 +24,70 @@ MAX_WEIGHT = 1000
 
 USED_WITH = {"strength": "init_image", "control_scale": "controlnet"}
 """Fields that change nothing without another."""
+RENAMED = {"start": "start_at", "end": "end_at"}
+"""Fields of version 0.1 by their names of today."""
 _SEVERAL = ("image", "prompt", "mask", "weights")
-_WHOLE = ("n", "seed")
-_MAYBE_WHOLE = (("steps", 1, MAX_STEPS), ("width", 8, MAX_SIDE), ("height", 8, MAX_SIDE))
 
 
 @dataclass(frozen=True)
-class Request(Levers):
-    """Everything that decides the images of one call; levers are among it.
+class Request:
+    """Everything that decides the images of one call.
 
     Args:
-        diversity: The dial, 0 (stock IP-Adapter) to 1; levers that are not at their defaults hold
-            over its path. None leaves the adapter as it was trained.
-        candidates: Begin so many images of each prompt and finish the `n` that differ most while
-            they show the prompt; None begins no more than are finished.
         image: The reference image's file; several are one reference together.
         prompt: What to show; empty leaves everything to the reference. Several get `n` images each.
-        n: How many images of each prompt, 1 to 1024.
+        diversity: The dial, 0 (stock IP-Adapter) to 1. Levers that you set override it. None leaves
+            the adapter as it was trained.
+        n: How many images of each prompt, 1 to 1024; `-n` for short.
+        candidates: Begin this many images of each prompt and finish the `n` of them that differ
+            most and show the prompt best. None finishes all that are begun.
         seed: Image i of a prompt depends on the seed and i alone, never on n.
         base: `critters`, a preset that `ipdiverse bases` lists, a hub id, a folder that diffusers
             saved, or a single `.safetensors` file.
         adapter: `diverse`, `plus` or `base` of critters, a preset's name, a file, a folder, or a
-            hub id with the file's path behind it; empty is the base's own.
+            hub id followed by the file's path; empty takes the base's own.
         image_encoder: Folder or hub id of the image encoder; empty takes the base's own.
         revision: Branch, tag or commit of the base's repository; empty takes the preset's.
         safety_checker: Open the base with its safety checker, if it has one.
         dtype: Precision of the base; `auto` is half precision where the device computes in it.
-        offload: What waits in main memory while it does not run: nothing, whole models, or layers;
+        offload: What waits in main memory while it does not run: nothing, whole models, or layers.
             `auto` is the fastest that fits.
-        tiling: Decode large images in tiles; None does where memory asks for it.
-        scale: Weight of the image prompt (λ); 0 is text alone, 1 the full reference, None the
+        tiling: Decode large images in tiles; None does so where memory is short.
+        scale: Weight of the image prompt (λ): 0 is text alone, 1 the full reference. None takes the
             base's default.
         preset: How the scale varies over the layers: ComfyUI's weight types, or InstantStyle's
-            `style` and `layout`; empty is the same everywhere.
-        start: Share of the steps before which the image prompt is off.
-        end: Share of the steps from which it is off.
-        combine: Several images: `concat`, `average`, `weighted` or `subtract`.
+            `style` and `layout`. Empty is the same everywhere.
+        start_at: Fraction of the steps before the image prompt switches on.
+        end_at: Fraction of the steps after which the image prompt is off.
+        combine: How several images become one reference: `concat`, `average`, `weighted` or
+            `subtract`.
         weights: For `weighted`, one for each image.
-        mask: Where each image acts: one picture for each, white acts.
-        negative_image: What guidance moves away from.
+        mask: Where each image acts: one picture for each, which acts where it is white.
+        negative_image: An image that guidance moves away from.
         faces: File of face embeddings, for adapters that read faces; without one, insightface
-            finds the faces of the images.
+            finds the faces in the images.
         init_image: Start from this image (image-to-image), or inpaint it with `mask_image`.
-        strength: How much of it is redone, 0 to 1.
-        mask_image: What of `init_image` to paint anew: white.
+        strength: How much of `init_image` is redone, 0 to 1.
+        mask_image: Which part of `init_image` to repaint: white.
         control_image: Pose, depth or edges for the ControlNet.
         controlnet: Folder or hub id of the ControlNet.
-        control_scale: Its weight.
+        control_scale: Weight of the ControlNet.
         width: In pixels; None takes the base's.
         height: In pixels; None takes the base's.
         steps: Denoising steps; None takes the base's default.
         guidance_scale: Classifier-free guidance; None takes the base's default.
-        negative_prompt: What guidance moves away from.
+        negative_prompt: Text that guidance moves away from.
+        levers: What changes sampling to gain variety.
+
+    Raises:
+        ArgumentError: A value is out of range, or needs another that is missing.
     """
 
-    diversity: float | None = None
-    candidates: int | None = None
     image: tuple[str, ...] = ()
-    prompt: tuple[str, ...] = ("",)
+    prompt: tuple[str, ...] = ()  # becomes ("",): flags append to what stands here
+    diversity: float | None = None
     n: int = 4
+    candidates: int | None = None
     seed: int = 0
     base: str = CRITTERS
     adapter: str = ""
@@ -87,8 +99,8 @@ class Request(Levers):
     tiling: bool | None = None
     scale: float | None = None
     preset: str = ""
-    start: float = 0.0
-    end: float = 1.0
+    start_at: float = 0.0
+    end_at: float = 1.0
     combine: str = "concat"
     weights: tuple[float, ...] = ()
     mask: tuple[str, ...] = ()
@@ -105,16 +117,52 @@ class Request(Levers):
     steps: int | None = None
     guidance_scale: float | None = None
     negative_prompt: str = ""
+    levers: Levers = field(default=OFF)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], where: str = "request") -> Request:
+        """From flat values, as job files, studies, records and keyword arguments have them.
+
+        Names of version 0.1 are understood, each with a warning that gives the new one.
+
+        Args:
+            values: Fields of a request and levers, by name.
+            where: What holds them, for the warning.
+
+        Raises:
+            ArgumentError: As the class says.
+            TypeError: There is no such field or lever.
+        """
+        found = current(values, where)
+        levers = {name: found.pop(name) for name in LEVERS if name in found}
+        return cls(**found, levers=Levers(**levers))
+
+    def stated(self, *always: str) -> dict[str, Any]:
+        """Flat values that are not at their defaults: `Request.of` makes the same request of them.
+
+        Args:
+            always: Fields that are stated even when they are at their default.
+        """
+        usual = type(self)().flat()
+        return {
+            name: value
+            for name, value in self.flat().items()
+            if name in always or name not in usual or value != usual[name]
+        }
+
+    def flat(self) -> dict[str, Any]:
+        """Every field and the levers that are on, by name, as records have them."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "levers"}
+        return own | dict(self.levers)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         for name in _SEVERAL:
             value = getattr(self, name)
             several = isinstance(value, (tuple, list))
             object.__setattr__(self, name, tuple(value) if several else (value,))
         if not self.prompt:
             object.__setattr__(self, "prompt", ("",))
-        for name in _WHOLE:
+        for name in ("n", "seed"):
             check_whole(name, getattr(self, name))
         self._check_texts()
         self._check_ranges()
@@ -122,58 +170,102 @@ class Request(Levers):
         self.memory()
 
     @property
-    def pictures(self) -> tuple[str, ...]:
-        """Every file that is read as a picture; empty where there is none."""
+    def picture_files(self) -> tuple[str, ...]:
+        """Every file that is read as a picture, once."""
         ones = (self.negative_image, self.init_image, self.mask_image, self.control_image)
-        return (*self.image, *self.mask, *ones)
+        return tuple(dict.fromkeys(file for file in (*self.image, *self.mask, *ones) if file))
 
     def memory(self) -> MemoryOptions:
-        """How the base is to be placed.
+        """How the base is placed.
 
         Raises:
-            ArgumentError: A word that is not among these.
+            ArgumentError: An unknown word.
         """
         return MemoryOptions(self.dtype, self.offload, self.tiling)
 
+    def check(self, *, opened: bool = False) -> None:
+        """Refuse what could not be drawn, as far as that is known before anything is opened.
+
+        Args:
+            opened: The base is open already, whatever it is called.
+
+        Raises:
+            IpdiverseError: An unknown name, something missing, or something that has no effect.
+        """
+        from ipdiverse.adapter.reference import check_parts
+        from ipdiverse.adapter.scale import check_preset
+
+        if not self.image and not self.faces:
+            raise ArgumentError("is missing", where="image", fix="Give a reference: --image FILE.")
+        for name, needed in USED_WITH.items():
+            self._check_needs(name, needed)
+        if not opened:
+            check_known(self.base)
+        check_adapter(self.base, self.adapter)
+        for part in (self.image_encoder, self.controlnet):
+            if part:
+                check_part(part)
+        if self.preset:
+            check_preset(self.preset, "preset")
+        if self.faces and self.reads_faces is False:
+            raise self.faces_unread()
+        count = len(self.image) or None
+        check_parts(count, self.combine, self.weights or None, self.mask or None, "mask")
+
+    @property
+    def reads_faces(self) -> bool | None:
+        """Whether the adapter reads face embeddings; None where only its file says."""
+        preset = PRESETS.get(self.adapter or self.base)
+        return None if preset is None else preset.faces
+
+    def faces_unread(self) -> ArgumentError:
+        """The error for face embeddings that would have no effect."""
+        faces = ", ".join(name for name, preset in PRESETS.items() if preset.faces)
+        return ArgumentError(
+            "are not read by this adapter",
+            where="faces",
+            found=self.adapter or self.base,
+            fix=f"Leave out --faces, or name an adapter that reads them with --adapter ({faces}).",
+        )
+
     def _check_texts(self) -> None:
-        for field in fields(Request):
-            value = getattr(self, field.name)
-            if field.name in ("image", "prompt", "mask"):
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if one.name in ("image", "prompt", "mask"):
                 for part in value:
-                    _check_text(field.name, part)
-            elif field.type == "str":
-                _check_text(field.name, value)
+                    _check_text(one.name, part)
+            elif one.type == "str":
+                _check_text(one.name, value)
 
     def _check_ranges(self) -> None:
         check_range("n", self.n, 1, MAX_IMAGES)
         check_range("n × prompts", self.n * len(self.prompt), 1, MAX_IMAGES)
-        if self.scale is not None:
-            check_range("scale", self.scale, 0, 10)
-        check_range("start", self.start, 0, 1)
-        check_range("end", self.end, self.start, 1)
-        check_range("strength", self.strength, 0, 1)
-        check_range("control_scale", self.control_scale, 0, 10)
-        check_range("seed", self.seed, 0, 2**63 - 1)
+        ranges = {
+            "scale": (0, 10),
+            "start_at": (0, 1),
+            "end_at": (self.start_at, 1),
+            "strength": (0, 1),
+            "control_scale": (0, 10),
+            "seed": (0, 2**63 - 1),
+            "guidance_scale": (0, 100),
+            "diversity": (0, 1),
+        }
+        whole = {
+            "candidates": (self.n, MAX_IMAGES),
+            "steps": (1, MAX_STEPS),
+            "width": (8, MAX_SIDE),
+            "height": (8, MAX_SIDE),
+        }
+        for name, limits in (ranges | whole).items():
+            if (value := getattr(self, name)) is not None:
+                if name in whole:
+                    check_whole(name, value)
+                check_range(name, value, *limits)
         for weight in self.weights:
             check_range("weights", weight, -MAX_WEIGHT, MAX_WEIGHT)
-        if self.guidance_scale is not None:
-            check_range("guidance_scale", self.guidance_scale, 0, 100)
-        if self.diversity is not None:
-            check_range("diversity", self.diversity, 0, 1)
-        if self.candidates is not None:
-            check_whole("candidates", self.candidates)
-            check_range("candidates", self.candidates, self.n, MAX_IMAGES)
-        self._check_numbers()
-
-    def _check_numbers(self) -> None:
-        """What may be left to the base."""
-        for name, low, high in _MAYBE_WHOLE:
-            value = getattr(self, name)
-            if value is not None:
-                check_whole(name, value)
-                check_range(name, value, low, high)
-                if low == 8 and value % 8:
-                    raise ArgumentError("is no multiple of 8", where=name, found=value)
+        for name in ("width", "height"):
+            if (getattr(self, name) or 0) % 8:  # the VAE halves them three times
+                raise ArgumentError("is not a multiple of 8", where=name, found=getattr(self, name))
 
     def _check_together(self) -> None:
         for name, needed in (
@@ -181,17 +273,6 @@ class Request(Levers):
             ("control_image", "controlnet"),
             ("controlnet", "control_image"),
         ):
-            self._check_needs(name, needed)
-
-    def check_used(self) -> None:
-        """Refuse what would change nothing.
-
-        The flags of a batch are a request too, and may be for some of its jobs alone.
-
-        Raises:
-            ArgumentError: Something would.
-        """
-        for name, needed in USED_WITH.items():
             self._check_needs(name, needed)
 
     def _check_needs(self, name: str, needed: str) -> None:
@@ -202,23 +283,30 @@ class Request(Levers):
     def command(self, out: str) -> str:
         """The shell command that repeats this request exactly."""
         parts = ["ipdiverse", "generate"]
-        for field in fields(Request):
-            value = getattr(self, field.name)
-            if value is None or (value == field.default and field.name not in _ALWAYS):
-                continue
+        for name, value in self.stated(*ALWAYS).items():
+            flag = f"--{_flag(name)}"
             if isinstance(value, bool):
-                parts.append(f"--{'' if value else 'no-'}{_flag(field.name)}")
-                continue
-            if isinstance(value, tuple) and field.name not in _SEVERAL:
-                parts += [f"--{_flag(field.name)}", *map(str, value)]
-                continue
-            for one in value if isinstance(value, tuple) else (value,):
-                parts.append(f"--{_flag(field.name)}={shlex.quote(str(one))}")
+                parts.append(flag if value else f"--no-{_flag(name)}")
+            elif isinstance(value, tuple) and name not in _SEVERAL:
+                parts += [flag, *map(str, value)]
+            elif value is not None:
+                several = value if isinstance(value, tuple) else (value,)
+                parts += [f"{flag}={shlex.quote(str(one))}" for one in several]
         return " ".join([*parts, f"--out={shlex.quote(out)}"])
 
 
-_ALWAYS = ("prompt", "n", "seed", "base", "adapter", "scale", "steps", "guidance_scale")
-"""Flags that a recorded command states even when they are at their default."""
+ALWAYS = ("prompt", "n", "seed", "base", "adapter", "scale", "steps", "guidance_scale")
+"""What a recorded command states even when it is at its default, so that it lasts longer."""
+
+
+def current(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Flat values of version 0.1 in today's names, each change with a warning."""
+    found = current_names(values, where, typed=True)
+    for old, new in RENAMED.items():
+        if old in found:
+            warnings.warn(f"{where}: {old} is now called {new}", stacklevel=3)
+            found[new] = found.pop(old)
+    return found
 
 
 def _flag(name: str) -> str:
@@ -227,7 +315,7 @@ def _flag(name: str) -> str:
 
 def _check_text(name: str, value: object) -> None:
     if not isinstance(value, str):
-        raise ArgumentError("is no text", where=name, expected="a str", found=repr(value))
+        raise ArgumentError("is not text", where=name, expected="a str", found=repr(value))
     try:
         value.encode()
     except UnicodeEncodeError as error:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
-from itertools import groupby
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ipdiverse.base.bases import Base, any_latents, load_image_encoder
-from ipdiverse.dial import OFF, Levers, changed, dial_for
+from ipdiverse.dial import OFF, Dial, Levers, default_dial, dial_of
 from ipdiverse.errors import ModelError
-from ipdiverse.sampling.tasks import Task
+from ipdiverse.sampling.task import Task
 from ipdiverse.seeding import derived_seed
 
 if TYPE_CHECKING:
@@ -26,9 +25,6 @@ if TYPE_CHECKING:
     from ipdiverse.adapter.reference import Reference
     from ipdiverse.sampling.denoiser import Steering
     from ipdiverse.sampling.request import Request
-
-_LARGEST_SET = 16
-"""Images denoised together when levers act on a set."""
 
 
 @dataclass(frozen=True)
@@ -48,20 +44,29 @@ class Job:
     reference: Image.Image | Reference | None = None
 
 
+def dial_for(adapter: ImagePromptAdapter) -> Dial:
+    """An adapter's own dial, or the default one if it was not calibrated.
+
+    Raises:
+        CheckpointError: Its own dial is broken.
+    """
+    calibrated = dial_of(adapter.spec, "adapter")
+    return calibrated or default_dial(adapter.fusion is not None, bool(adapter.base_weights))
+
+
 def levers_of(request: Request, adapter: ImagePromptAdapter | None) -> Levers:
-    """The levers of a request: its dial's, over which those that it states itself hold.
+    """A request's levers: its dial's, overridden by those that it sets itself.
 
     Args:
         request: What is asked.
-        adapter: The first that is attached, whose dial it is; None has none to turn.
+        adapter: The first that is attached, whose dial is turned; without one there is no dial.
 
     Raises:
         CheckpointError: The adapter's calibrated dial is broken.
     """
-    stated = Levers(**{field.name: getattr(request, field.name) for field in fields(Levers)})
     if request.diversity is None or adapter is None:
-        return stated
-    return replace(dial_for(adapter).at(request.diversity), **changed(stated))
+        return request.levers
+    return dial_for(adapter).at(request.diversity) | request.levers
 
 
 def steps_of(base: Base, request: Request) -> int:
@@ -77,7 +82,7 @@ def set_scale(attachment: Attachment, base: Base, request: Request) -> None:
     """
     scale = base.scale if request.scale is None else request.scale
     attachment.set_scale(
-        request.preset or scale, weight=scale, start_at=request.start, end_at=request.end
+        request.preset or scale, weight=scale, start_at=request.start_at, end_at=request.end_at
     )
 
 
@@ -91,9 +96,6 @@ def sample(
     negative: Image.Image | None = None,
 ) -> list[Image.Image]:
     """Denoise jobs batch by batch; each image depends on its own job alone.
-
-    Levers that act on a set are the exception: with these an image depends on the others of its
-    set, and on how many there are.
 
     Args:
         base: An open base.
@@ -118,16 +120,16 @@ def sampled(
     negative: Image.Image | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[Job, Image.Image]]:
-    """As `sample`, each job with its image as soon as its batch is there.
+    """As `sample`, but each job with its image as soon as its batch is finished.
 
     Args:
-        base: As `sample` takes it, and what follows too.
+        base: This and the arguments up to `negative` are those of `sample`.
         jobs: What to make, in order.
-        request: Steps, guidance, levers and negative prompt.
-        attachment: The attached adapter.
-        progress: Show a bar on standard error.
-        task: What the pipeline is given besides prompts.
-        negative: The negative reference of every job.
+        request: As there.
+        attachment: As there.
+        progress: As there.
+        task: As there.
+        negative: As there.
         on_step: Called after each denoising step with the number of images it was for; what it
             raises stops the drawing there.
     """
@@ -143,8 +145,7 @@ def sampled(
             if on_step is not None:
                 on_step(images)
 
-        for chunk, size in _chunks(jobs, base.batch, levers):
-            padded = chunk + [chunk[-1]] * (size - len(chunk))
+        for chunk, padded in _chunks(jobs, base.batch):
             _prompt(attachment, padded, levers, negative)
             images = _denoise(task, padded, request, advance, len(chunk))
             yield from zip(chunk, images[: len(chunk)], strict=True)
@@ -176,8 +177,7 @@ def preview(
     task, guesses = task or Task(base), []
     steps = steps_of(base, request) * (request.strength if request.init_image else 1)
     last = max(1, round(share * steps)) - 1
-    for chunk, size in _chunks(jobs, base.batch, levers):
-        padded = chunk + [chunk[-1]] * (size - len(chunk))
+    for chunk, padded in _chunks(jobs, base.batch):
         steering = _prompt(attachment, padded, levers, negative, previews=True)
         _denoise(task, padded, request, None, len(chunk), last)
         if steering is None or steering.guess is None:
@@ -209,17 +209,15 @@ def _prompt(
     return steering
 
 
-def _chunks(jobs: Sequence[Job], size: int, levers: Levers) -> Iterator[tuple[list[Job], int]]:
-    """Batches and the sizes they are filled up to; a set stays together where levers act on it."""
-    if not levers.on_a_set:
-        for start in range(0, len(jobs), size):
-            yield list(jobs[start : start + size]), size
-        return
-    for _, together in groupby(jobs, key=lambda job: (job.prompt, job.seed)):
-        whole = list(together)
-        for start in range(0, len(whole), _LARGEST_SET):
-            part = whole[start : start + _LARGEST_SET]
-            yield part, len(part)
+def _chunks(jobs: Sequence[Job], size: int) -> Iterator[tuple[list[Job], list[Job]]]:
+    """Batches of jobs, and each filled up to one size with its last job.
+
+    Kernels differ with the batch size, and so do roundings: with one size for all, image i is the
+    same to the bit however many are drawn.
+    """
+    for start in range(0, len(jobs), size):
+        chunk = list(jobs[start : start + size])
+        yield chunk, chunk + [chunk[-1]] * (size - len(chunk))
 
 
 def _denoise(
@@ -242,7 +240,7 @@ def _denoise(
         if advance is not None:
             advance(wanted)
         if step == last:
-            pipe._interrupt = True
+            pipe._interrupt = True  # the pipeline's own way to skip the steps that are left
         return arguments
 
     with any_latents(pipe), _enough_memory(task.base):
@@ -256,18 +254,14 @@ def _denoise(
             output_type="pil" if last is None else "latent",
             **task.arguments(len(jobs)),
         )
+    flagged = getattr(output, "nsfw_content_detected", None) or []  # bases without a checker
     task.notes.extend(
         f"the safety checker blacked out image {job.index} of {job.prompt!r}; others of this set, "
         "or another seed, may pass"
-        for job, flagged in zip(jobs[:wanted], _flagged(output), strict=False)
-        if flagged
+        for job, is_flagged in zip(jobs[:wanted], flagged, strict=False)
+        if is_flagged
     )
     return output.images
-
-
-def _flagged(output: Any) -> list[bool]:
-    """What the base's safety checker found; nothing where it has none."""
-    return getattr(output, "nsfw_content_detected", None) or []
 
 
 @contextmanager
@@ -285,7 +279,10 @@ def _enough_memory(base: Base) -> Iterator[None]:
         ) from error
 
 
-class attached:  # noqa: N801 - reads as a verb: `with attached(base, file) as attachment`
+@contextmanager
+def attached(
+    base: Base, weights: Path | str, image_encoder: str | tuple[Any, Any] = ""
+) -> Iterator[Attachment]:
     """An adapter on a base's pipeline for the length of a `with` block.
 
     Args:
@@ -294,27 +291,17 @@ class attached:  # noqa: N801 - reads as a verb: `with attached(base, file) as a
         image_encoder: Folder or hub id of the image encoder, or an open one with its preprocessing;
             empty takes the base's.
     """
+    from ipdiverse.adapter.attach.attach import attach, detach
+    from ipdiverse.adapter.files.checkpoint import load_adapter
 
-    def __init__(
-        self, base: Base, weights: Path, image_encoder: str | tuple[Any, Any] = ""
-    ) -> None:
-        self._base, self._weights, self._encoder = base, weights, image_encoder
-
-    def __enter__(self) -> Attachment:
-        """Attach."""
-        from ipdiverse.adapter.attach.attach import attach
-        from ipdiverse.adapter.files.checkpoint import load_adapter
-
-        adapter = load_adapter(self._weights)
-        if not self._encoder:
-            return attach(self._base.pipe, adapter)
-        named = self._encoder
-        opened = load_image_encoder(named, self._base) if isinstance(named, str) else named
-        encoder, processor = opened
-        return attach(self._base.pipe, adapter, image_encoder=encoder, image_processor=processor)
-
-    def __exit__(self, *_: object) -> None:
-        """Detach."""
-        from ipdiverse.adapter.attach.attach import detach
-
-        detach(self._base.pipe)
+    adapter = load_adapter(weights)
+    if isinstance(image_encoder, str):
+        opened = load_image_encoder(image_encoder, base) if image_encoder else (None, None)
+    else:
+        opened = image_encoder
+    encoder, processor = opened
+    attachment = attach(base.pipe, adapter, image_encoder=encoder, image_processor=processor)
+    try:
+        yield attachment
+    finally:
+        detach(base.pipe)

@@ -15,12 +15,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ipdiverse.base.memory import full_range
-from ipdiverse.sampling.removal import joint_text
+from ipdiverse.sampling.sample import preview
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from PIL import Image
+
     from ipdiverse.adapter.attach.attach import Attachment
+    from ipdiverse.sampling.request import Request
+    from ipdiverse.sampling.sample import Job
+    from ipdiverse.sampling.task import Task
 
 EARLY = 0.3
 """Share of the steps that a preview takes."""
@@ -62,6 +67,32 @@ def select(
             if float(gain) > 1e-9:
                 chosen[position], improved = other, True
     return sorted(chosen)
+
+
+def chosen(
+    jobs: Sequence[Job],
+    request: Request,
+    task: Task,
+    attachment: Attachment,
+    negative: Image.Image | None,
+) -> list[Job]:
+    """The best group of each prompt's candidates.
+
+    Args:
+        jobs: All candidates, prompt by prompt.
+        request: How many are begun and finished of each.
+        task: The pipeline.
+        attachment: The adapter on it.
+        negative: The negative reference.
+    """
+    guesses = preview(task.base, jobs, request, attachment, EARLY, task, negative)
+    kept: list[Job] = []
+    for start in range(0, len(jobs), request.candidates or 1):
+        part = jobs[start : start + (request.candidates or 1)]
+        seen = guesses[start : start + len(part)]
+        worth, apart = judged(attachment, seen, [job.prompt for job in part])
+        kept += [part[i] for i in select(worth, apart, request.n)]
+    return kept
 
 
 @torch.no_grad()
@@ -125,3 +156,42 @@ def _standard_pairs(apart: Tensor) -> Tensor:
     others = ~torch.eye(len(apart), dtype=torch.bool, device=apart.device)
     values = apart[others]
     return (apart - values.mean()) / values.std().clamp_min(1e-6) if len(values) > 1 else apart
+
+
+@torch.no_grad()
+def joint_text(pipe: Any, texts: list[str], width: int) -> Tensor | None:
+    """Text embeddings in the space of an image encoder, (texts, width).
+
+    Args:
+        pipe: Whose text encoders are asked.
+        texts: What is read.
+        width: Of the space. Encoders without a projection are not in it, whatever their width,
+            unless their config says `pooled_in_image_space`, as the embedded one's does.
+
+    Returns:
+        None where no text encoder is in that space.
+    """
+    for suffix in ("", "_2"):
+        encoder = getattr(pipe, f"text_encoder{suffix}", None)
+        if encoder is None:
+            continue
+        projects = hasattr(encoder, "text_projection")
+        if not projects and not getattr(encoder.config, "pooled_in_image_space", False):
+            continue
+        found = _pooled(encoder, getattr(pipe, f"tokenizer{suffix}"), texts)
+        if found.shape[1] == width:
+            return found
+    return None
+
+
+def _pooled(encoder: Any, tokenizer: Any, texts: list[str]) -> Tensor:
+    tokens = tokenizer(
+        texts,
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    )
+    output = encoder(tokens.input_ids.to(encoder.device))
+    projected = getattr(output, "text_embeds", None)
+    return (output.pooler_output if projected is None else projected).float()

@@ -17,7 +17,7 @@ import numpy as np
 
 from ipdiverse.base.bases import CRITTERS
 from ipdiverse.evaluation.features import COPY, FeatureEncoder
-from ipdiverse.sampling.removal import joint_text
+from ipdiverse.sampling.selection import joint_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 from ipdiverse.dial import dial_of
 from ipdiverse.errors import IpdiverseError
 from ipdiverse.provenance import save_png
-from ipdiverse.sampling.drawing import Drawing, drawing, open_base, opening
-from ipdiverse.sampling.generation import Generation
+from ipdiverse.sampling.draw import Drawing, Generation, drawing
+from ipdiverse.sampling.task import LastBase
 from ipdiverse.ui.closeness import Closeness, judged
 from ipdiverse.writing import ensure_writable_folder
 
@@ -45,8 +45,7 @@ class Turns:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._base: Base | None = None
-        self._opened: tuple[object, ...] | None = None
+        self._last = LastBase()
 
     @contextmanager
     def turn(self, check: Callable[[], None]) -> Iterator[None]:
@@ -73,11 +72,7 @@ class Turns:
         Raises:
             IpdiverseError: It cannot be opened.
         """
-        wanted = opening(request)
-        if self._base is None or self._opened != wanted:
-            self._base = None  # two of them need not fit into memory
-            self._base, self._opened = open_base(request), wanted
-        return self._base
+        return self._last.open(request)
 
 
 class Stopped(Exception):  # noqa: N818 - an event, not an error

@@ -5,14 +5,13 @@ from __future__ import annotations
 import io
 import textwrap
 import zipfile
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any
-
-from ipdiverse.sampling.request import Request
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
+
+    from ipdiverse.sampling.request import Request
 
 
 def as_commands(requests: Mapping[str, Request]) -> str:
@@ -60,9 +59,8 @@ _STATED = ("n", "seed", "base", "adapter", "scale", "steps", "guidance_scale")
 
 
 def _arguments(request: Request) -> dict[str, Any]:
-    values = {field.name: getattr(request, field.name) for field in fields(Request)}
-    stated = {f.name for f in fields(Request) if f.name in _STATED or values[f.name] != f.default}
-    return {k: v for k, v in values.items() if k in stated and k not in ("image", "prompt")}
+    stated = request.stated(*_STATED).items()
+    return {name: value for name, value in stated if name not in ("image", "prompt")}
 
 
 def _listed(arguments: Mapping[str, Any], indent: str) -> str:

@@ -147,7 +147,7 @@ def test_the_lever_draws_what_the_plain_adapter_draws_and_is_taken_off() -> None
             release(attachment)
             return [*images, _latents(pipe)]
 
-    ends = drawn(own, Levers(training=0.0), Levers(training=0.5), OFF)
+    ends = drawn(own, Levers(interpolation=0.0), Levers(interpolation=0.5), OFF)
     stock, trained = drawn(plain)[0], drawn(own)[0]
     np.testing.assert_array_equal(ends[0], stock)
     np.testing.assert_array_equal(ends[2], trained)
@@ -177,8 +177,8 @@ def test_the_same_text_tensor_is_not_answered_from_before() -> None:
 
 def test_without_calibration_the_dial_leads_from_one_to_the_other() -> None:
     dial = default_dial(fused=True, has_base_weights=True)
-    assert dial.at(0).training == 0
-    assert dial.at(0.5).training == 0.5
+    assert dial.at(0).interpolation == 0
+    assert dial.at(0.5).interpolation == 0.5
     assert dial.at(1) == OFF
 
 

@@ -57,34 +57,34 @@ def test_what_breaks_a_bound_is_not_on_the_path() -> None:
 
 
 def test_where_variety_is_spent_what_copies_less_is_taken_and_ends_the_dial() -> None:
-    ladders = {"training": (0.0, 0.5, 1.0), "cads": (0.0, 1.0)}
+    ladders = {"interpolation": (0.0, 0.5, 1.0), "cads": (0.0, 1.0)}
 
     def copier(levers: Levers) -> Achieved:
-        variety = 0.2 + min(levers.training, 0.5)
-        return Achieved(variety, 0.9, 0.9, copies=0.7 - 0.69 * levers.training)
+        variety = 0.2 + min(levers.interpolation, 0.5)
+        return Achieved(variety, 0.9, 0.9, copies=0.7 - 0.69 * levers.interpolation)
 
-    path = climb(Levers(training=0.0), ladders, copier)
-    assert [(x.training, x.cads) for x, _ in path] == [(0, 0), (0.5, 0), (1, 0)]
+    path = climb(Levers(interpolation=0.0), ladders, copier)
+    assert [(x.interpolation, x.cads) for x, _ in path] == [(0, 0), (0.5, 0), (1, 0)]
     dial = placed(path, "test")
-    assert [(at, x.training) for at, x in dial.points] == [(0, 0), (1, 1)]
+    assert [(at, x.interpolation) for at, x in dial.points] == [(0, 0), (1, 1)]
     assert dial.achieved[-1].copies == pytest.approx(0.01)
 
 
 def test_where_no_lever_gains_variety_there_is_no_path() -> None:
     def flat(levers: Levers) -> Achieved:
-        return Achieved(0.5, 0.9, 0.9, copies=0.7 - 0.69 * levers.training)
+        return Achieved(0.5, 0.9, 0.9, copies=0.7 - 0.69 * levers.interpolation)
 
-    assert len(climb(Levers(training=0.0), {"training": (0.0, 1.0)}, flat)) == 1
+    assert len(climb(Levers(interpolation=0.0), {"interpolation": (0.0, 1.0)}, flat)) == 1
 
 
 def test_less_copying_is_not_bought_with_variety() -> None:
-    ladders = {"training": (0.0, 0.5, 1.0)}
+    ladders = {"interpolation": (0.0, 0.5, 1.0)}
 
     def narrow(levers: Levers) -> Achieved:
-        variety = {0.0: 0.2, 0.5: 0.7, 1.0: 0.69}[levers.training]
-        return Achieved(variety, 0.9, 0.9, copies=0.7 - 0.69 * levers.training)
+        variety = {0.0: 0.2, 0.5: 0.7, 1.0: 0.69}[levers.interpolation]
+        return Achieved(variety, 0.9, 0.9, copies=0.7 - 0.69 * levers.interpolation)
 
-    assert len(climb(Levers(training=0.0), ladders, narrow)) == 2
+    assert len(climb(Levers(interpolation=0.0), ladders, narrow)) == 2
 
 
 def test_the_dial_is_linear_in_what_was_achieved() -> None:

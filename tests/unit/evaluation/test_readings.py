@@ -17,7 +17,7 @@ from ipdiverse.adapter.files.checkpoint import load_adapter, save_adapter
 from ipdiverse.adapter.files.conversion import copy_with_spec
 from ipdiverse.base.adapters import CRITTERS_ADAPTERS
 from ipdiverse.cli import main
-from ipdiverse.dial import OFF, Dial
+from ipdiverse.dial import OFF, Dial, Levers
 from ipdiverse.errors import DataError
 from ipdiverse.evaluation import images, readings, running
 from ipdiverse.evaluation.images import what_decides
@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[3]
 PLUS = CRITTERS_ADAPTERS / "ip-adapter-plus_critters.safetensors"
 
 
-DIAL = Dial(((0.0, OFF), (1.0, replace(OFF, cads=0.2))), "made up").as_spec()
+DIAL = Dial(((0.0, OFF), (1.0, Levers(cads=0.2))), "made up").as_spec()
 
 
 def study(folder: Path, adapter: Path, scale: float = 0.5) -> Path:

@@ -54,7 +54,8 @@ def test_arms_and_sweeps_are_read(tmp_path: Path) -> None:
     assert levers.sources == ("a.safetensors", "b.safetensors")
     assert levers.family == "levers"
     request = levers.request(25, 3.0)
-    assert (request.interval, request.cads, request.guidance_scale) == ((0.3, 5), 0.2, 3.0)
+    assert request.levers == {"interval": (0.3, 5), "cads": 0.2}
+    assert request.guidance_scale == 3.0
     grid = [arm for arm in study.arms if arm.family == "grid"]
     assert grid[1].name == "grid: scale 0, guidance_scale 3"
     assert grid[1].request(25, 9.0).guidance_scale == 3.0

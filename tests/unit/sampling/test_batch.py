@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from ipdiverse.dial import Levers
 from ipdiverse.errors import DataError, OutputError
 from ipdiverse.sampling.batch import RESULTS, read_jobs, run_batch
 from ipdiverse.sampling.request import Request
@@ -20,7 +21,7 @@ def test_marks_that_json_strings_may_hold_end_no_line(mark: str, tmp_path: Path)
     lines = [{"image": "a.png", "prompt": f"a critter{mark}in the snow"}, {"image": "b.png"}]
     text = "\r\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
     (tmp_path / "jobs.jsonl").write_bytes(text.encode())
-    first, second = read_jobs(tmp_path / "jobs.jsonl", {}).values()
+    first, second = read_jobs(tmp_path / "jobs.jsonl", Request()).values()
     assert first.prompt == (f"a critter{mark}in the snow",)
     assert second.image == ("b.png",)
 
@@ -78,8 +79,10 @@ def written(folder: Path, *lines: dict[str, object]) -> Path:
     ("line", "message"),
     [
         ({"image": ["a", "b"], "combine": "weighted", "weights": ["a", "b"]}, "weights: is out of"),
-        ({"remove_stated": 0.5, "removal_rank": 2.5}, "removal_rank: is not a whole number"),
-        ({"noise_level": 2.5}, "noise_level: is not a whole number"),
+        ({"candidates": 4.5}, "candidates: is not a whole number"),
+        ({"cads": -1}, "cads: is out of range"),
+        ({"interval": [3, 1]}, "interval: is not a range of noise levels"),
+        ({"no_such": 1}, "unknown key; found no_such"),
         ({"image_guidance": ""}, "image_guidance: is out of range"),
         ({"base": "sd99"}, "sd99: unknown base"),
         ({"adapter": "nope"}, "nope: unknown adapter"),
@@ -93,15 +96,48 @@ def test_what_a_line_gets_wrong_is_said_with_its_line(
 ) -> None:
     file = written(tmp_path, {}, line)
     with pytest.raises(DataError) as caught:
-        read_jobs(file, {})
+        read_jobs(file, Request())
     assert str(caught.value).startswith(f"{file}, line 3: {message}")
 
 
 def test_a_flag_for_all_jobs_need_not_act_in_each(tmp_path: Path) -> None:
     file = written(tmp_path, {}, {"init_image": "b.png"})
-    plain, started = read_jobs(file, {"strength": 0.5, "control_scale": 0.5}).values()
+    plain, started = read_jobs(file, Request(strength=0.5, control_scale=0.5)).values()
     assert (plain.strength, started.strength) == (0.8, 0.5)
     assert plain.control_scale == started.control_scale == 1
+
+
+def test_a_line_overrides_the_flags_lever_by_lever(tmp_path: Path) -> None:
+    file = written(tmp_path, {}, {"cads": 0.3}, {"cads": 0, "n": 2})
+    flags = Request.of({"cads": 0.1, "interval": (0.0, 4.0), "n": 3})
+    first, second, third = read_jobs(file, flags).values()
+    assert (first.levers, first.n) == (flags.levers, 3)
+    assert second.levers == Levers(cads=0.3, interval=(0.0, 4.0))
+    assert (third.levers, third.n) == (Levers(interval=(0.0, 4.0)), 2)
+
+
+def test_jobs_of_version_0_1_are_read_with_notes(tmp_path: Path) -> None:
+    line = {"training": 0.5, "drop": 0.2, "repulsion": 0, "removal_rank": 4, "start": 0.1}
+    file = written(tmp_path, line)
+    with pytest.warns(UserWarning, match="line 1") as told:
+        (job,) = read_jobs(file, Request()).values()
+    assert (job.levers, job.start_at) == (Levers(interpolation=0.5), 0.1)
+    where = f"{file}, line 1: "
+    assert sorted(str(one.message).removeprefix(where) for one in told) == [
+        "drop no longer acts",
+        "start is now called start_at",
+        "training is now called interpolation",
+    ]
+
+
+def test_results_of_version_0_1_count_as_landed(
+    finished: dict[str, Request], tmp_path: Path
+) -> None:
+    file = tmp_path / RESULTS
+    file.write_text(file.read_text().replace('"n": 2', '"n": 2, "training": 0.5, "end": 0.9'))
+    job = Request.of({"image": "a.png", "n": 2, "interpolation": 0.5, "end_at": 0.9})
+    with pytest.warns(UserWarning, match="now called"):
+        assert run_batch({"line 1": job}, tmp_path) == 0
 
 
 @pytest.mark.parametrize("field", ["image", "mask", "init_image", "negative_image", "faces"])
@@ -111,13 +147,13 @@ def test_files_of_every_job_are_looked_for_before_the_first_is_drawn(
     def opens(_: Request) -> None:
         raise AssertionError("a base is opened")
 
-    monkeypatch.setattr("ipdiverse.sampling.batch.open_base", opens)
+    monkeypatch.setattr("ipdiverse.sampling.task.open_base", opens)
     there = tmp_path / "there.png"
     there.touch()
     line = {"image": str(there), field: str(tmp_path / "gone.png")}
     file = written(tmp_path, {"image": str(there)}, line)
     with pytest.raises(DataError) as caught:
-        run_batch(read_jobs(file, {}), tmp_path / "out")
+        run_batch(read_jobs(file, Request()), tmp_path / "out")
     assert str(caught.value) == (
         f"{file}, line 3: {tmp_path / 'gone.png'}: no such file. Check the path."
     )
@@ -127,4 +163,4 @@ def test_a_job_that_cannot_be_drawn_is_said_with_its_line(tmp_path: Path) -> Non
     (tmp_path / "text.png").write_text("no picture")
     file = written(tmp_path, {"image": str(tmp_path / "text.png")})
     with pytest.raises(DataError, match=rf"{file}, line 1: .*text\.png: "):
-        run_batch(read_jobs(file, {}), tmp_path / "out")
+        run_batch(read_jobs(file, Request()), tmp_path / "out")

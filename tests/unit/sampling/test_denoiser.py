@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from accelerate.hooks import ModelHook as OffloadHook
-from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from diffusers import EDMEulerScheduler
 
 from ipdiverse.adapter.attach.attach import attach, detach
 from ipdiverse.adapter.attention import NOTHING, TEXT
 from ipdiverse.adapter.fusion import GatedFusion
 from ipdiverse.adapter.model import remember_base_weights
-from ipdiverse.adapter.reference import Reference
 from ipdiverse.dial import Levers
 from ipdiverse.errors import ArgumentError, ModelError
 from ipdiverse.sampling.denoiser import release, steer
@@ -25,20 +21,16 @@ from tests.devices import WithoutFloat64
 
 SEEDS = (11, 12)
 EVERY_LEVER = {
-    "training": 0.5,
+    "interpolation": 0.5,
     "fusion_strength": 0.5,
     "image_guidance": 1.5,
     "interval": (0.5, 3.0),
+    "cads": 0.5,
     "late_layout": 0.6,
     "remove_stated": 1.0,
     "drop": 0.5,
-    "cads": 0.5,
-    "repulsion": 0.5,
-    "shield": 20.0,  # guesses of random models are large
-    "particle": 0.2,
-    "sparke": 0.2,
 }
-ON_THE_SET = {"repulsion", "particle", "sparke"}
+"""The product's, and rivals: these act on embeddings and on the scale, where none of ours does."""
 
 
 @pytest.fixture(params=["sd1", "sd2", "sdxl"])
@@ -101,20 +93,22 @@ def test_levers_that_are_off_change_nothing_to_the_bit(pipe: Any) -> None:
         np.testing.assert_array_equal(draw(pipe), before)
 
 
+@pytest.mark.usefixtures("rivals")
 @pytest.mark.parametrize("name", EVERY_LEVER)
 def test_each_lever_changes_the_images_and_leaves_no_trace(sd1: Any, name: str) -> None:
     with prompted(sd1) as attachment:
         before = draw(sd1)
-        levers = replace(Levers(), **{name: EVERY_LEVER[name]})
+        levers = Levers(**{name: EVERY_LEVER[name]})
         steer(attachment, levers, SEEDS, ["a red critter in the snow"])
         assert np.abs(draw(sd1) - before).max() > 1e-3
         release(attachment)
         np.testing.assert_array_equal(draw(sd1), before)
 
 
-@pytest.mark.parametrize("name", sorted(EVERY_LEVER.keys() - ON_THE_SET))
+@pytest.mark.usefixtures("rivals")
+@pytest.mark.parametrize("name", EVERY_LEVER)
 def test_an_image_is_the_same_alone(sd1: Any, name: str) -> None:
-    levers = replace(Levers(), **{name: EVERY_LEVER[name]})
+    levers = Levers(**{name: EVERY_LEVER[name]})
     with prompted(sd1) as attachment:
         steer(attachment, levers, SEEDS, ["a red critter in the snow"])
         both = draw(sd1)
@@ -157,9 +151,7 @@ def test_factorised_guidance_is_its_formula_in_one_pass(pipe: Any) -> None:
             return pipe.unet(noise.repeat(2, 1, 1, 1), 500, text, **more).sample
 
     nothing, both = predict().chunk(2)
-    attachment.set_scale(0.0)
-    # what stands for no image is not nothing: it has tokens of its own
-    attachment.set_scale(1.0)
+    # scale 0 would not do: "no image" has tokens too
     attachment.hook.layout = (NOTHING, TEXT)
     attachment.hook.changed()
     text_alone = predict().chunk(2)[1]
@@ -194,17 +186,20 @@ def test_a_pipeline_that_does_not_guide_is_left_with_one_branch(pipe: Any) -> No
     assert set(calls.rows) == {2}
 
 
+@pytest.mark.usefixtures("rivals")
 def test_levers_that_read_prompts_ask_for_them(sd1: Any) -> None:
     with prompted(sd1) as attachment:
         before = draw(sd1)
-        for prompts in (None, ["a", "b", "c"]):
-            with pytest.raises(ArgumentError, match="needs the prompts"):
-                steer(attachment, Levers(remove_stated=0.5), SEEDS, prompts)
+        with pytest.raises(ArgumentError, match="remove_stated: needs the prompts"):
+            steer(attachment, Levers(remove_stated=0.5), SEEDS)
+        with pytest.raises(ArgumentError, match=r"prompts: differ in number .* expected 1 or 2"):
+            steer(attachment, Levers(), SEEDS, ["a", "b", "c"])
         with pytest.raises(ArgumentError, match="seeds: is empty"):
             steer(attachment, Levers(), [])
         np.testing.assert_array_equal(draw(sd1), before)
 
 
+@pytest.mark.usefixtures("rivals")
 def test_what_an_adapter_or_base_lacks_is_said() -> None:
     pipe = models.pipeline("sd1")
     attachment = attach(pipe, models.adapter("plus", pipe.unet))
@@ -230,22 +225,8 @@ def test_a_scheduler_that_does_not_say_the_noise_is_refused() -> None:
             draw(pipe)
 
 
-def test_the_shield_is_refused_where_it_could_not_work(sd1: Any) -> None:
-    with prompted(sd1) as attachment:
-        hidden = torch.randn(1, 17, models.CLIP_WIDTH)
-        attachment.set_reference(Reference(embeds=[hidden]))
-        steer(attachment, Levers(shield=20.0), SEEDS)
-        with pytest.raises(ArgumentError, match="shield: needs the reference's images"):
-            draw(sd1)
-        release(attachment)
-        add_hook_to_module(sd1.unet, OffloadHook())
-        with pytest.raises(ModelError, match=r"shield: needs the VAE .* models are offloaded"):
-            steer(attachment, Levers(shield=20.0), SEEDS)
-        remove_hook_from_module(sd1.unet)
-        steer(attachment, Levers(shield=20.0), SEEDS)
-
-
-def test_a_scale_that_is_set_beside_levers_stays_when_they_go(sd1: Any) -> None:
+@pytest.mark.usefixtures("rivals")
+def test_a_scale_that_is_set_while_levers_are_on_stays_when_they_go(sd1: Any) -> None:
     with prompted(sd1) as attachment:
         attachment.set_scale(0.4)
         expected = draw(sd1)
@@ -257,10 +238,11 @@ def test_a_scale_that_is_set_beside_levers_stays_when_they_go(sd1: Any) -> None:
         np.testing.assert_array_equal(draw(sd1), expected)
 
 
+@pytest.mark.usefixtures("rivals")
 def test_references_of_prompts_serve_each_of_their_images(sd1: Any) -> None:
     """Two references, two images of each: every image has its seed and its own reference."""
     seeds, prompts = (1, 2, 3, 4), ["a red critter", "a red critter", "snow", "snow"]
-    levers = Levers(remove_stated=1.0, shield=20.0, drop=0.3)
+    levers = Levers(remove_stated=1.0, cads=0.3, drop=0.3)
     with prompted(sd1) as attachment:
         attachment.set_reference([models.picture(1), models.picture(2)])
         steer(attachment, levers, seeds, prompts)
@@ -286,12 +268,12 @@ def test_references_of_prompts_serve_each_of_their_images(sd1: Any) -> None:
 
 def test_levers_work_on_a_compiled_unet(sd1: Any) -> None:
     with prompted(sd1) as attachment:
-        steer(attachment, Levers(drop=0.5, interval=(0.5, 3.0)), SEEDS)
+        steer(attachment, Levers(cads=0.5, interval=(0.5, 3.0)), SEEDS)
         expected = draw(sd1)
         release(attachment)
         unet = sd1.unet
         sd1.unet = torch.compile(unet, backend="eager")
-        steer(attachment, Levers(drop=0.5, interval=(0.5, 3.0)), SEEDS)
+        steer(attachment, Levers(cads=0.5, interval=(0.5, 3.0)), SEEDS)
         np.testing.assert_allclose(draw(sd1), expected, atol=1e-4 * np.abs(expected).max())
         release(attachment)
         sd1.unet = unet
@@ -312,21 +294,21 @@ def test_a_refused_lever_leaves_nothing_behind(sd1: Any) -> None:
         before = draw(sd1)
         attachment.set_reference([models.picture(1), models.picture(2)])
         with pytest.raises(ArgumentError, match="do not fit the references"):
-            steer(attachment, Levers(drop=0.3), (1, 2, 3))
+            steer(attachment, Levers(cads=0.3), (1, 2, 3))
         attachment.set_reference(models.picture(1))
         np.testing.assert_array_equal(draw(sd1), before)
 
 
 def test_levers_before_a_reference_say_what_is_missing(sd1: Any) -> None:
     with attach(sd1, models.adapter("plus", sd1.unet)) as attachment:
-        steer(attachment, Levers(drop=0.5), SEEDS)
+        steer(attachment, Levers(cads=0.5), SEEDS)
         with pytest.raises(ArgumentError, match="no reference was set"):
             draw(sd1)
 
 
 def test_levers_run_in_inference_mode(sd1: Any) -> None:
     with prompted(sd1) as attachment, torch.inference_mode():
-        steer(attachment, Levers(repulsion=0.5), SEEDS)
+        steer(attachment, Levers(cads=0.5), SEEDS)
         assert np.isfinite(draw(sd1)).all()
 
 
@@ -346,12 +328,13 @@ def test_levers_that_have_faded_compute_nothing_again(sd1: Any) -> None:
 def test_detach_takes_levers_off_too(sd1: Any) -> None:
     plain = draw(sd1)
     attachment = prompted(sd1)
-    steer(attachment, Levers(cads=0.5, shield=1.0, interval=(0.5, 3.0)), SEEDS)
+    steer(attachment, Levers(cads=0.5, interval=(0.5, 3.0)), SEEDS)
     draw(sd1)
     detach(sd1)
     np.testing.assert_array_equal(draw(sd1), plain)
 
 
+@pytest.mark.usefixtures("rivals")
 def test_constant_levers_keep_what_is_computed_once(sd1: Any) -> None:
     """Token dropout does not change from step to step: keys of the image are computed once."""
     with prompted(sd1) as attachment:
@@ -364,40 +347,29 @@ def test_constant_levers_keep_what_is_computed_once(sd1: Any) -> None:
     assert len(counted) == 2, "once for each set of branches"
 
 
-def test_adapters_with_different_numbers_of_references_are_shielded(sd1: Any) -> None:
-    """One reference for all beside one for each: every item keeps away from both of its own."""
-    one, each = (models.adapter("plus", sd1.unet, seed=seed) for seed in (5, 6))
-    own = [models.picture(2), models.picture(3)]
-    with attach(sd1, one, each) as attachment:
-        attachment.set_reference(models.picture(1))
-        attachment.set_reference(own, adapter=1)
-        before = draw(sd1)
-        steer(attachment, Levers(shield=20.0), SEEDS)
-        both = draw(sd1)
-        assert np.abs(both - before).max() > 1e-3
-        attachment.set_reference(own[1:], adapter=1)
-        steer(attachment, Levers(shield=20.0), SEEDS[1:])
-        alone = draw(sd1, SEEDS[1:])
-    np.testing.assert_allclose(alone[0], both[1], atol=2e-3 * np.abs(both).max())
-
-
-@pytest.mark.parametrize("refused", [{"remove_stated": 0.5}, {"training": 0.2}])
-def test_what_is_refused_leaves_the_levers_that_are_on(sd1: Any, refused: dict[str, float]) -> None:
+def test_what_is_refused_leaves_the_levers_that_are_on(sd1: Any) -> None:
     with prompted(sd1) as attachment:
-        if "training" in refused:
-            attachment.adapters[0].base_weights = {}
-        on = {name: EVERY_LEVER[name] for name in ("drop", "fusion_strength", "cads")}
-        steer(attachment, replace(Levers(), **on), SEEDS)
+        attachment.adapters[0].base_weights = {}
+        steer(attachment, Levers(cads=0.5, fusion_strength=0.5), SEEDS)
         before = draw(sd1)
-        refusal = r"needs the prompts|does not hold its base weights"
-        with pytest.raises((ArgumentError, ModelError), match=refusal):
-            steer(attachment, replace(Levers(), **refused), SEEDS)
+        with pytest.raises(ModelError, match="does not hold its base weights"):
+            steer(attachment, Levers(interpolation=0.2), SEEDS)
+        np.testing.assert_array_equal(draw(sd1), before)
+
+
+@pytest.mark.usefixtures("rivals")
+def test_what_is_refused_while_it_encodes_leaves_no_lever(sd1: Any) -> None:
+    with prompted(sd1) as attachment:
+        before = draw(sd1)
+        steer(attachment, Levers(cads=0.5), SEEDS)
+        with pytest.raises(ArgumentError, match="needs the prompts"):
+            steer(attachment, Levers(remove_stated=0.5, interpolation=0.5), SEEDS)
         np.testing.assert_array_equal(draw(sd1), before)
 
 
 def test_how_much_noise_is_left_needs_no_float64_of_its_device(sd1: Any) -> None:
     with prompted(sd1) as attachment:
-        steering = steer(attachment, Levers(drop=0.5), SEEDS)
+        steering = steer(attachment, Levers(cads=0.5), SEEDS)
         expected = steering._alpha(torch.tensor(123.4))
         alphas = sd1.scheduler.alphas_cumprod
         sd1.scheduler.alphas_cumprod = alphas.as_subclass(WithoutFloat64)

@@ -1,27 +1,46 @@
-"""How jobs are put into batches."""
+"""How jobs are put into batches, and whose levers a request gets."""
 
 from __future__ import annotations
 
-from ipdiverse.dial import OFF, Levers
-from ipdiverse.sampling.sample import _LARGEST_SET, Job, _chunks
+from types import SimpleNamespace
+from typing import Any
 
-SET = 2 * _LARGEST_SET + 3
+import pytest
+
+from ipdiverse.dial import OFF, Dial, Levers, default_dial
+from ipdiverse.errors import CheckpointError
+from ipdiverse.sampling.request import Request
+from ipdiverse.sampling.sample import Job, _chunks, dial_for, levers_of
+
 JOBS = [
-    *(Job("a critter", 0, index) for index in range(SET)),
+    *(Job("a critter", 0, index) for index in range(35)),
     *(Job("snow", 0, index) for index in range(2)),
     Job("snow", 1, 0),
 ]
 
 
-def test_batches_are_filled_up_to_their_size() -> None:
-    batches = list(_chunks(JOBS, 4, OFF))
+def test_batches_are_filled_up_to_one_size() -> None:
+    batches = list(_chunks(JOBS, 4))
     assert [job for batch, _ in batches for job in batch] == JOBS
-    assert {size for _, size in batches} == {4}
+    assert {len(padded) for _, padded in batches} == {4}
     assert [len(batch) for batch, _ in batches] == [4] * (len(JOBS) // 4) + [len(JOBS) % 4]
+    assert all(padded[: len(batch)] == batch for batch, padded in batches)
 
 
-def test_a_set_stays_together_but_for_one_too_large_for_memory() -> None:
-    batches = list(_chunks(JOBS, 4, Levers(repulsion=0.5)))
-    assert [job for batch, _ in batches for job in batch] == JOBS
-    assert [len(batch) for batch, _ in batches] == [_LARGEST_SET, _LARGEST_SET, 3, 2, 1]
-    assert all(size == len(batch) for batch, size in batches), "nothing else takes part in a set"
+def adapter(**spec: Any) -> Any:
+    return SimpleNamespace(spec=spec, fusion=None, plain={})
+
+
+def test_levers_that_are_set_override_the_dial() -> None:
+    own = Dial(((0.0, OFF), (1.0, Levers(cads=0.8, interval=(0.0, 4.0)))), "by hand")
+    calibrated = adapter(dial=own.as_spec())
+    request = Request.of({"diversity": 1.0, "cads": 0.1})
+    assert levers_of(request, calibrated) == Levers(cads=0.1, interval=(0.0, 4.0))
+    assert levers_of(request, None) == Levers(cads=0.1), "without an adapter there is no dial"
+    assert levers_of(Request.of({"cads": 0.1}), calibrated) == Levers(cads=0.1)
+
+
+def test_a_dial_is_the_adapters_own_or_the_default() -> None:
+    assert dial_for(adapter()) == default_dial(fused=False)
+    with pytest.raises(CheckpointError, match="its dial is broken"):
+        dial_for(adapter(dial=[]))

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ipdiverse.adapter.attention import BOTH, NOTHING, DecoupledAttention, Slot, TokenGroup
 from ipdiverse.adapter.model import interpolated
-from ipdiverse.adapter.scale import without_layout_until
 from ipdiverse.errors import ArgumentError, ModelError
 
 if TYPE_CHECKING:
@@ -57,8 +56,8 @@ class ActiveAdapter:
         references: Empty until a reference is set.
         fusion_strength: Weight of what text-image fusion adds.
         change: What levers make of an item's fused tokens, (items, references, tokens, width).
+        change_scale: What levers make of the scale.
         fusion_factor: What a lever multiplies the fusion's strength by.
-        late_layout: Fraction of steps before layout layers see the image.
         interpolation: Share of the adapter's own weights; the rest are its base weights.
         acting: The adapter, or the one that `interpolation` makes of it.
     """
@@ -69,8 +68,8 @@ class ActiveAdapter:
     references: list[ReferenceTokens] = field(default_factory=list)
     fusion_strength: float = 1.0
     change: Callable[[Tensor], Tensor] | None = None
+    change_scale: Callable[[Scale], Scale] | None = None
     fusion_factor: float = 1.0
-    late_layout: float = 0.0
     interpolation: float = 1.0
     acting: ImagePromptAdapter = field(init=False)
 
@@ -259,7 +258,9 @@ class ImagePromptHook(ModelHook):
         return layout
 
     def _set_scales(self, timestep: Any, batch: int, layouts: list[tuple[str, ...]]) -> None:
-        scales = [without_layout_until(p.scale, self.layers, p.late_layout) for p in self.prompts]
+        scales = [
+            p.scale if p.change_scale is None else p.change_scale(p.scale) for p in self.prompts
+        ]
         progress = self.progress(timestep) if any(scale.by_step for scale in scales) else 0.0
         for prompt, scale, layout in zip(self.prompts, scales, layouts, strict=True):
             branches = len(layout)

@@ -1,10 +1,12 @@
-"""Before gigabytes are downloaded: say what, and ask."""
+"""What commands print and write, and the question before a large download."""
 
 from __future__ import annotations
 
+import json
 import sys
 from itertools import groupby
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ipdiverse.base.downloads import missing, not_cached, offline
 from ipdiverse.base.presets import PRESETS, as_size, preset_files, total
@@ -19,13 +21,39 @@ if TYPE_CHECKING:
 _SMALL = 1_000_000
 
 
+def say(text: str) -> None:
+    """Print a line."""
+    sys.stdout.write(text + "\n")
+
+
+def say_json(content: Any) -> None:
+    """Print a value as JSON."""
+    say(json.dumps(content, indent=2))
+
+
+def check_target(out: str | None) -> None:
+    """Refuse a file that cannot be written before hours are spent on its content."""
+    if out is not None:
+        from ipdiverse.writing import ensure_writable_folder
+
+        ensure_writable_folder(Path(out).parent)
+
+
+def write_json(out: str | None, content: Any) -> None:
+    """Write a value as JSON, whole or not at all; to None, nowhere."""
+    if out is not None:
+        from ipdiverse.writing import write_text_atomic
+
+        write_text_atomic(Path(out), json.dumps(content, indent=2) + "\n")
+
+
 def agree_to_encoders(
     name: str, image_encoder: str | None, yes: bool, init_from: str | None = None
 ) -> None:
-    """As `agree`, for what training takes of presets: no safety checker, and one adapter at most.
+    """Ask as `agree` does, for the presets that training uses; it needs no safety checker.
 
     Args:
-        name: Of the base; nothing is asked for what is not a preset.
+        name: The base; only a preset is asked for.
         image_encoder: The user's own, in place of the preset's.
         yes: The user agreed already.
         init_from: The adapter to start from; only a preset's is asked for.
@@ -41,11 +69,11 @@ def agree_to_encoders(
 
 
 def agree_to_study(study: Study, yes: bool) -> None:
-    """As `agree`, for what a study takes of presets; its own files are read first.
+    """Ask as `agree` does, for the presets that a study uses; its own files are read first.
 
     Args:
-        study: What is drawn, with every adapter that it takes.
-        yes: The user said so already.
+        study: What is drawn, with every adapter that it uses.
+        yes: The user agreed already.
 
     Raises:
         ArgumentError: As `agree` says, or the study has too few pairs.

@@ -1,0 +1,190 @@
+"""What a request opens: its base, and the stock pipeline of its task on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from ipdiverse.base.adapters import default_adapter
+from ipdiverse.base.bases import Base, load_base, load_part
+from ipdiverse.base.memory import arrange
+from ipdiverse.base.presets import PRESETS, preset_files
+from ipdiverse.errors import ArgumentError, ModelError
+from ipdiverse.loading import quiet
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from PIL import Image
+
+    from ipdiverse.base.presets import HubFile
+    from ipdiverse.sampling.request import Request
+
+
+@dataclass(frozen=True)
+class Task:
+    """A pipeline for one request.
+
+    Args:
+        base: The base with the pipeline of this task; its parts are shared, not copied.
+        pictures: Arguments that are one picture for each item of a batch.
+        settings: Arguments that are the same for the whole batch.
+        notes: What the user should know, such as words that were cut from the prompt.
+    """
+
+    base: Base
+    pictures: dict[str, Image.Image] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def arguments(self, batch: int) -> dict[str, Any]:
+        """What a call for so many items is given besides prompts and generators."""
+        return {name: [picture] * batch for name, picture in self.pictures.items()} | self.settings
+
+
+def task_for(base: Base, request: Request, pictures: Mapping[str, Image.Image]) -> Task:
+    """Text-to-image, image-to-image or inpainting, with a ControlNet or without.
+
+    Args:
+        base: Open.
+        request: What is asked.
+        pictures: Its decoded pictures by their files.
+
+    Raises:
+        ArgumentError: So little of the picture is to be redone that no step would be.
+        ModelError: The base has no pipeline for the task, or the ControlNet cannot be opened.
+    """
+    _check_strength(base, request)
+    size = image_size(base, request)
+    resized: dict[str, Image.Image] = {}
+    settings: dict[str, Any] = {}
+    extra: dict[str, Any] = {}
+    if request.width or request.height:
+        settings |= {"width": size[0], "height": size[1]}
+    if request.controlnet:
+        extra["controlnet"] = load_part("ControlNetModel", request.controlnet, base)
+        settings["controlnet_conditioning_scale"] = request.control_scale
+    kind = "Text2Image"
+    if request.init_image:
+        kind = "Inpainting" if request.mask_image else "Image2Image"
+        resized["image"] = _resized(pictures[request.init_image], size)
+        settings["strength"] = request.strength
+    if request.mask_image:
+        resized["mask_image"] = _resized(pictures[request.mask_image], size).convert("L")
+    if request.control_image:
+        name = "control_image" if request.init_image else "image"
+        resized[name] = _resized(pictures[request.control_image], size)
+    if kind == "Text2Image" and not extra:
+        return Task(base, resized, settings)
+    return Task(replace(base, pipe=_pipeline(kind, base, extra)), resized, settings)
+
+
+def image_size(base: Base, request: Request) -> tuple[int, int]:
+    """Width and height of what is made, in pixels."""
+    pipe: Any = base.pipe
+    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    return request.width or side, request.height or side
+
+
+def _check_strength(base: Base, request: Request) -> None:
+    steps = base.steps if request.steps is None else request.steps
+    if request.init_image and int(steps * request.strength) == 0:  # as diffusers counts them
+        raise ArgumentError(
+            f"redoes none of {steps} steps",
+            where="strength",
+            expected=f"1/{steps} or more",
+            found=request.strength,
+            fix="Raise --strength or --steps.",
+        )
+
+
+def _pipeline(kind: str, base: Base, extra: dict[str, Any]) -> Any:
+    import diffusers
+
+    auto = getattr(diffusers, f"AutoPipelineFor{kind}")
+    with quiet():
+        try:
+            pipe = auto.from_pipe(base.pipe, **extra)
+        except (ValueError, TypeError) as error:
+            raise ModelError(
+                f"has no pipeline for {kind.lower()}", where=base.name, found=str(error)[:200]
+            ) from error
+    pipe.set_progress_bar_config(disable=True)
+    if base.plan is not None:  # what diffusers keeps of it belongs to the pipeline, not its parts
+        arrange(pipe, base.plan)
+    return pipe
+
+
+def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    from PIL import Image
+
+    return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
+
+
+class LastBase:
+    """Opens bases, and keeps the last one open for requests that can share it."""
+
+    def __init__(self) -> None:
+        self._base: Base | None = None
+        self._opening: tuple[object, ...] | None = None
+
+    def open(self, request: Request) -> Base:
+        """A request's base.
+
+        Raises:
+            IpdiverseError: It cannot be opened.
+        """
+        wanted = opening(request)
+        if self._base is None or self._opening != wanted:
+            self._base = None  # two of them need not fit into memory
+            self._base, self._opening = open_base(request), wanted
+        return self._base
+
+
+def open_base(request: Request) -> Base:
+    """The base that a request names, placed as it asks.
+
+    Raises:
+        IpdiverseError: It cannot be opened or had, or its options do not fit it.
+    """
+    encoder = request.adapter if request.adapter in PRESETS else None
+    return load_base(
+        request.base,
+        revision=request.revision,
+        safety_checker=request.safety_checker,
+        encoder="" if request.image_encoder else encoder,
+        memory=request.memory(),
+    )
+
+
+def opening(request: Request) -> tuple[object, ...]:
+    """What decides how `open_base` opens a base: requests that agree can share one.
+
+    Raises:
+        IpdiverseError: There is no such base, or nothing that prompts it.
+    """
+    adapter = request.adapter or default_adapter(request.base)
+    encoder = request.image_encoder or (adapter if adapter in PRESETS else "")
+    return (request.base, encoder, request.revision, request.safety_checker, request.memory())
+
+
+def needed_files(request: Request) -> list[HubFile]:
+    """What a request takes from the hub for the presets that it names."""
+    adapter = request.adapter or request.base
+    encoder = "" if request.image_encoder else adapter if adapter in PRESETS else request.base
+    checker = request.safety_checker
+    return preset_files(request.base, adapter, encoder, request.revision, checker=checker)
+
+
+def settled(request: Request, base: Base) -> Request:
+    """The request with what it leaves to the base filled in, so that its record repeats it."""
+    filled: dict[str, Any] = {
+        name: getattr(base, name)
+        for name in ("steps", "scale", "guidance_scale")
+        if getattr(request, name) is None
+    }
+    if base.plan is not None:
+        filled |= {"dtype": base.plan.dtype, "tiling": base.plan.tiling}
+    if request.base in PRESETS and not request.revision:
+        filled["revision"] = PRESETS[request.base].base.revision
+    return replace(request, **filled)
