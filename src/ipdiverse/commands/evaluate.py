@@ -161,13 +161,13 @@ class Calibrate:
         study = calibration_study(self.adapter, **numbers)
         plain = () if self.plain is None else (Arm("plain", "path", {"adapter": self.plain}),)
         agree_to_study(replace(study, arms=study.arms + plain), self.yes)
-        source = adapter_file(self.adapter, self.base)
+        source = adapter_file(self.base, self.adapter)
         target = Path(self.out) if self.out else _own(source)
         if target.suffix != ".safetensors":
             raise ArgumentError("must end in .safetensors", where="out", found=target)
         check_target(str(target))
         if self.plain is not None:
-            remember_in_file(source, adapter_file(self.plain, self.base), target)
+            remember_in_file(source, adapter_file(self.base, self.plain), target)
             source = target
             study = calibration_study(str(target), **numbers)
         dial, path = calibrate(study, Path(self.work), self.levers, _tell)

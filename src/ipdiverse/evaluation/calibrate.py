@@ -163,7 +163,7 @@ def placed(path: Sequence[tuple[Levers, Achieved]], source: str) -> Dial:
 
 def _ladders(adapter: str, base: str) -> tuple[Levers, dict[str, tuple[Any, ...]]]:
     """Where an adapter's dial starts, and the ladders that it can climb."""
-    opened = load_adapter(adapter_file(adapter, base))
+    opened = load_adapter(adapter_file(base, adapter))
     lacks = {"training": not opened.plain, "fusion_strength": opened.fusion is None}
     ladders = {name: rungs for name, rungs in LADDERS.items() if not lacks.get(name)}
     if opened.plain:

@@ -86,7 +86,7 @@ class StudyImages:
         Yields:
             Images of `CHUNK` pairs, (pairs · images, height, width, 3), uint8.
         """
-        weights = adapter_file(source, self.study.base)
+        weights = adapter_file(self.study.base, source)
         files = self._files(arm, weights)
         missing = {file: pairs for file, pairs in files.items() if not file.exists()}
         progress(len(self.pairs) - sum(len(pairs) for pairs in missing.values()))
@@ -118,7 +118,7 @@ class StudyImages:
         return np.load(file)["images"] if file.exists() else None
 
     def _files_here(self, arm: Arm, source: str) -> dict[Path, range]:
-        weights = adapter_file(source, self.study.base, local_files_only=True)
+        weights = adapter_file(self.study.base, source, local_files_only=True)
         return self._files(arm, weights)
 
     def _files(self, arm: Arm, weights: Path) -> dict[Path, range]:
@@ -181,12 +181,12 @@ def sample_array(
     return np.stack([np.asarray(image) for image in images])
 
 
-def adapter_file(source: str, base: str, local_files_only: bool = False) -> Path:
+def adapter_file(base: str, source: str, *, local_files_only: bool = False) -> Path:
     """The local file of an adapter that an arm names.
 
     Args:
-        source: Its name, file or hub id.
         base: What it prompts.
+        source: Its name, file or hub id.
         local_files_only: Never connect.
 
     Raises:

@@ -225,7 +225,7 @@ class Runner:
         for arm in self.study.arms:
             for number, source in enumerate(arm.sources):
                 if self._known(arm, number) is None:
-                    adapter_file(source, self.study.base)
+                    adapter_file(self.study.base, source)
 
     def leave_out_undrawn(self) -> list[str]:
         """Take out of the study everything that would have to be drawn.
@@ -288,7 +288,7 @@ class Runner:
         study = self.study
         numbers = {name: getattr(study, name) for name in ("pairs", "images", "seed")}
         try:  # published readings do not need the adapter
-            weights = adapter_file(arm.sources[number], study.base, local_files_only=True)
+            weights = adapter_file(study.base, arm.sources[number], local_files_only=True)
         except IpdiverseError:
             weights = None
         decides = what_decides(self._images.request(arm), weights)
