@@ -211,7 +211,7 @@ def test_offloading_does_not_change_the_image(
         arrange(pipe, replace(plan, device="cpu"))
 
     monkeypatch.setattr(bases, "arrange", on_cpu)
-    monkeypatch.setattr("ipdiverse.sampling.tasks.arrange", on_cpu)
+    monkeypatch.setattr("ipdiverse.sampling.task.arrange", on_cpu)
     monkeypatch.setattr(bases, "this_device", lambda: Device("cuda", 8 * 2**30))
     common: dict[str, Any] = {"base": "sd15-plus", "dtype": "float32", **SMALL}
     for more in ({}, {"init_image": reference, "strength": 0.9}):

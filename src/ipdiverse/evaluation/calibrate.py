@@ -8,13 +8,13 @@ then places each point so that the dial is linear in the variety that was achiev
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ipdiverse.dial import OFF, Achieved, Dial, Levers
+from ipdiverse.dial import OFF, Achieved, Dial, Levers, current_names
 from ipdiverse.errors import ArgumentError
 from ipdiverse.evaluation.bootstrap import estimate
 from ipdiverse.evaluation.running import Runner
@@ -54,6 +54,8 @@ def calibrate(
     Raises:
         IpdiverseError: Something is unusable, or no lever gains anything.
     """
+    named = dict.fromkeys(options.levers)  # by their names of today
+    options = replace(options, levers=tuple(current_names(named, "--levers", typed=True)))
     movable = [name for name, lever in LEVERS.items() if lever.ladder]
     if unknown := sorted(set(options.levers) - set(movable)):
         raise ArgumentError(
