@@ -82,7 +82,7 @@ def task_for(base: Base, request: Request, pictures: Mapping[str, Image.Image]) 
 
 
 def _cut_words(base: Any, name: str, prompt: str) -> list[str]:
-    """Say what the text encoder cannot read."""
+    """A note if a prompt is longer than the text encoder reads."""
     tokenizer = base.pipe.tokenizer
     limit = tokenizer.model_max_length
     with quiet():
@@ -100,8 +100,13 @@ def image_size(base: Base, request: Request) -> tuple[int, int]:
     return request.width or side, request.height or side
 
 
+def steps_of(base: Base, request: Request) -> int:
+    """Denoising steps: the request's, or the base's default."""
+    return base.steps if request.steps is None else request.steps
+
+
 def _check_strength(base: Base, request: Request) -> None:
-    steps = base.steps if request.steps is None else request.steps
+    steps = steps_of(base, request)
     if request.init_image and int(steps * request.strength) == 0:  # as diffusers counts them
         raise ArgumentError(
             f"redoes none of {steps} steps",
