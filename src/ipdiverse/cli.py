@@ -51,7 +51,7 @@ Command = (
 _SHORT = {"-n": "--n", "--tiling": "--tiling=True", "--no-tiling": "--tiling=False"}
 """Short forms; tiling has a third state, left to the device."""
 _REGISTRY = tyro.constructors.ConstructorRegistry()
-_SIGPIPE = 13  # which ends other programs there; Windows does not name it
+_SIGPIPE = 13  # what ends other programs in a pipe; Windows has no name for it
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.write(f"ipdiverse: {error}\n")
         return 2
     except Interrupted as stop:
-        sys.stderr.write(f"ipdiverse: {stop}; the same command goes on from there\n")
+        sys.stderr.write(f"ipdiverse: {stop}; run the same command again to continue\n")
         return 128 + stop.number
     except BrokenPipeError:  # as of `| head` when it has enough
         return 128 + _SIGPIPE
@@ -134,7 +134,7 @@ def _current_flags(words: Sequence[str]) -> list[str]:
 
 @contextmanager
 def _all_written() -> Iterator[None]:
-    """What is printed is out at the end, or nobody reads it; then Python's own last try is quiet.
+    """Flush at the end. If nobody reads any more, Python's own flush at exit must stay quiet.
 
     Raises:
         BrokenPipeError: Nobody reads it.
@@ -168,8 +168,8 @@ class _Place:
     Args:
         words: The command, `ipdiverse critters make`.
         commands: What may follow it.
-        flags: What it takes.
-        arguments: All that was given.
+        flags: The flags that it takes.
+        arguments: The whole command line.
     """
 
     words: str
@@ -178,7 +178,7 @@ class _Place:
     arguments: Sequence[str]
 
     def help(self) -> str:
-        """Where to read on."""
+        """Which help text lists more."""
         return f"`{self.words} --help` lists all."
 
 
@@ -204,9 +204,9 @@ def in_one_line(commands: Any, arguments: Sequence[str]) -> AbstractContextManag
 
 
 def _error(kind: str, event: Any, place: _Place) -> ArgumentError | None:
-    """Of an event of a kind; None of those that never come up here."""
+    """The error for an event of tyro's; None for kinds that never come up here."""
     unknown = event.tokens if kind == "UnrecognizedArgs" else None
-    if kind == "MissingArgs":  # most likely what is missing, mistyped
+    if kind == "MissingArgs":  # most likely a required flag, mistyped
         unknown = event.unrecognized_tokens
     if unknown:
         return _unrecognized(unknown, place)
@@ -243,9 +243,9 @@ def _unrecognized(tokens: Sequence[str], place: _Place) -> ArgumentError:
     flags = [token for token in tokens if token.startswith("-")]
     word = (flags or tokens)[0].partition("=")[0]
     if flags:
-        what, known = f"is no option of {place.words}", place.flags
+        what, known = f"is not an option of {place.words}", place.flags
     elif place.commands:
-        what, known = f"is no command of {place.words}", place.commands
+        what, known = f"is not a command of {place.words}", place.commands
     else:
         what, known = "belongs to no option", ()
     by_letters = {name.lstrip("-"): name for name in known}
@@ -255,7 +255,7 @@ def _unrecognized(tokens: Sequence[str], place: _Place) -> ArgumentError:
 
 
 def _given(flags: Sequence[str], arguments: Sequence[str]) -> str | None:
-    """What stands behind the last of some flags."""
+    """The value of the last of some flags."""
     found = None
     for at, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")

@@ -196,7 +196,7 @@ def test_an_unknown_option_is_one_line_with_the_likely_one(
 ) -> None:
     assert generate(reference, reference.parent / "out", "--diversty", "1") == 2
     assert capsys.readouterr().err == (
-        "ipdiverse: --diversty: is no option of ipdiverse generate. Did you mean --diversity? "
+        "ipdiverse: --diversty: is not an option of ipdiverse generate. Did you mean --diversity? "
         "`ipdiverse generate --help` lists all.\n"
     )
 

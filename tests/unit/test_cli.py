@@ -73,7 +73,7 @@ def test_a_word_that_is_no_command_leaves_no_trace_either() -> None:
         ("", "ipdiverse needs a command; expected generate | bases | demo | "),
         (
             "generat",
-            "generat: is no command of ipdiverse. Did you mean generate? `ipdiverse --help`",
+            "generat: is not a command of ipdiverse. Did you mean generate? `ipdiverse --help`",
         ),
         ("critters", "action, --out: are missing. `ipdiverse critters --help` lists all."),
         (
@@ -83,24 +83,24 @@ def test_a_word_that_is_no_command_leaves_no_trace_either() -> None:
         ("critters make", "--out: is missing. `ipdiverse critters --help` lists all."),
         (
             "critters make --nn 3",
-            "--nn: is no option of ipdiverse critters. Did you mean --n?",
+            "--nn: is not an option of ipdiverse critters. Did you mean --n?",
         ),
         ("convert a", "out, --to: are missing. `ipdiverse convert --help` lists all."),
         (
             "train --dta x",
-            "--dta: is no option of ipdiverse train. Did you mean --data? `ipdiverse tr",
+            "--dta: is not an option of ipdiverse train. Did you mean --data? `ipdiverse tr",
         ),
         (
             "inspect a --sourc",
-            "--sourc: is no option of ipdiverse inspect. `ipdiverse inspect --help",
+            "--sourc: is not an option of ipdiverse inspect. `ipdiverse inspect --help",
         ),
         (
             "generate --imge=a.png",
-            "--imge: is no option of ipdiverse generate. Did you mean --image?",
+            "--imge: is not an option of ipdiverse generate. Did you mean --image?",
         ),
         (
             "generate --no-safty-checker",
-            "--no-safty-checker: is no option of ipdiverse generate. Did",
+            "--no-safty-checker: is not an option of ipdiverse generate. Did",
         ),
         ("generate a.png", "a.png: belongs to no option. `ipdiverse generate --help` lists all."),
         ("generate --image", "--image: has no value; expected STR. `ipdiverse generate --help`"),
@@ -142,7 +142,7 @@ def test_every_command_says_what_is_no_option_of_it(capsys: pytest.CaptureFixtur
         assert main([name, "--qqq"]) == 2
         error = capsys.readouterr().err
         assert error == (
-            f"ipdiverse: --qqq: is no option of ipdiverse {name}. "
+            f"ipdiverse: --qqq: is not an option of ipdiverse {name}. "
             f"`ipdiverse {name} --help` lists all.\n"
         )
 

@@ -17,7 +17,7 @@ from scipy.optimize import isotonic_regression
 
 from ipdiverse.adapter.files.checkpoint import load_adapter
 from ipdiverse.base.adapters import adapter_file
-from ipdiverse.dial import OFF, Achieved, Dial, Levers
+from ipdiverse.dial import OFF, Achieved, Dial, Levers, current_names
 from ipdiverse.errors import ArgumentError
 from ipdiverse.evaluation.bootstrap import estimate
 from ipdiverse.evaluation.running import Runner
@@ -74,6 +74,8 @@ def calibrate(
     Raises:
         IpdiverseError: A lever, adapter or base cannot be used, or no lever gains variety.
     """
+    # by their names of today
+    levers = tuple(current_names(dict.fromkeys(levers), "--levers", typed=True))
     movable = [name for name, lever in LEVERS.items() if lever.ladder]
     if unknown := sorted(set(levers) - set(movable)):
         raise ArgumentError(

@@ -154,10 +154,7 @@ def drawing(
     base = loaded or open_base(request)
     weights = adapter_file(request.base, request.adapter)
     request = settled(request, base)
-    notes = [note for text in request.prompt for note in _cut_words(base, "prompt", text)]
-    notes += _cut_words(base, "negative prompt", request.negative_prompt)
-    notes += [f"memory: {base.plan.line()}"] if base.plan else []
-    task = replace(task_for(base, request, pictures), notes=notes)
+    task = task_for(base, request, pictures)
     negative = pictures[request.negative_image] if request.negative_image else None
     with quiet(), attached(task.base, weights, request.image_encoder) as attachment:
         reference = _with_faces(reference, request, attachment.adapters[0].reads)
@@ -172,7 +169,7 @@ def drawing(
 
             jobs = chosen(jobs, request, task, attachment, negative)
         images = [pictures[file] for file in request.image]
-        yield Drawing(request, images, notes, jobs, task, attachment, negative)
+        yield Drawing(request, images, task.notes, jobs, task, attachment, negative)
 
 
 def _reference(request: Request, pictures: Mapping[str, Image.Image]) -> Reference:
@@ -204,18 +201,6 @@ def _faces_in(images: Sequence[Image.Image]) -> Tensor:
     from ipdiverse.adapter.attach.face_embeddings import detect_face
 
     return torch.cat([detect_face(image) for image in images])
-
-
-def _cut_words(base: Any, name: str, prompt: str) -> list[str]:
-    """Say what the text encoder cannot read."""
-    tokenizer = base.pipe.tokenizer
-    limit = tokenizer.model_max_length
-    with quiet():
-        ids = tokenizer(prompt).input_ids
-    if len(ids) <= limit:
-        return []
-    cut = tokenizer.decode(ids[limit - 1 : -1])
-    return [f"the {name} is longer than {limit} tokens; cut: {cut!r}"]
 
 
 def _file(image: object) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ipdiverse.base.bases import Base, any_latents, load_image_encoder
 from ipdiverse.dial import OFF, Dial, Levers, default_dial, dial_of
 from ipdiverse.errors import ModelError
-from ipdiverse.sampling.task import Task
+from ipdiverse.sampling.task import Task, steps_of
 from ipdiverse.seeding import derived_seed
 
 if TYPE_CHECKING:
@@ -67,11 +67,6 @@ def levers_of(request: Request, adapter: ImagePromptAdapter | None) -> Levers:
     if request.diversity is None or adapter is None:
         return request.levers
     return dial_for(adapter).at(request.diversity) | request.levers
-
-
-def steps_of(base: Base, request: Request) -> int:
-    """Denoising steps: the request's, or the base's default."""
-    return base.steps if request.steps is None else request.steps
 
 
 def set_scale(attachment: Attachment, base: Base, request: Request) -> None:

@@ -74,9 +74,24 @@ def task_for(base: Base, request: Request, pictures: Mapping[str, Image.Image]) 
     if request.control_image:
         name = "control_image" if request.init_image else "image"
         resized[name] = _resized(pictures[request.control_image], size)
+    notes = [note for text in request.prompt for note in _cut_words(base, "prompt", text)]
+    notes += _cut_words(base, "negative prompt", request.negative_prompt)
+    notes += [f"memory: {base.plan.line()}"] if base.plan else []
     if kind == "Text2Image" and not extra:
-        return Task(base, resized, settings)
-    return Task(replace(base, pipe=_pipeline(kind, base, extra)), resized, settings)
+        return Task(base, resized, settings, notes)
+    return Task(replace(base, pipe=_pipeline(kind, base, extra)), resized, settings, notes)
+
+
+def _cut_words(base: Any, name: str, prompt: str) -> list[str]:
+    """A note if a prompt is longer than the text encoder reads."""
+    tokenizer = base.pipe.tokenizer
+    limit = tokenizer.model_max_length
+    with quiet():
+        ids = tokenizer(prompt).input_ids
+    if len(ids) <= limit:
+        return []
+    cut = tokenizer.decode(ids[limit - 1 : -1])
+    return [f"the {name} is longer than {limit} tokens; cut: {cut!r}"]
 
 
 def image_size(base: Base, request: Request) -> tuple[int, int]:
@@ -86,8 +101,13 @@ def image_size(base: Base, request: Request) -> tuple[int, int]:
     return request.width or side, request.height or side
 
 
+def steps_of(base: Base, request: Request) -> int:
+    """Denoising steps: the request's, or the base's default."""
+    return base.steps if request.steps is None else request.steps
+
+
 def _check_strength(base: Base, request: Request) -> None:
-    steps = base.steps if request.steps is None else request.steps
+    steps = steps_of(base, request)
     if request.init_image and int(steps * request.strength) == 0:  # as diffusers counts them
         raise ArgumentError(
             f"redoes none of {steps} steps",

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from ipdiverse.base.bases import Base
 from ipdiverse.errors import ArgumentError, ModelError
 from ipdiverse.sampling.request import Request
-from ipdiverse.sampling.task import task_for
+from ipdiverse.sampling.task import LastBase, task_for
 from tests import models
 
 if TYPE_CHECKING:
@@ -38,3 +38,21 @@ def test_a_strength_that_redoes_no_step_is_refused(tmp_path: Path) -> None:
     made = least.base.pipe("", num_inference_steps=4, output_type="latent", **least.arguments(1))
     assert len(made.images) == 1
     task_for(base, Request(strength=0), {})  # nothing is redone where there is no picture
+
+
+def test_the_last_base_stays_open_for_requests_that_can_share_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    opened: list[str] = []
+
+    def opens(request: Request) -> Any:
+        opened.append(request.adapter)
+        return object()
+
+    monkeypatch.setattr("ipdiverse.sampling.task.open_base", opens)
+    bases = LastBase()
+    first = bases.open(Request(adapter="plus"))
+    assert bases.open(Request(adapter="base", n=2, steps=7)) is first
+    assert bases.open(Request(dtype="float32")) is not first
+    assert bases.open(Request(adapter="plus")) is not first, "one is kept, not two"
+    assert len(opened) == 3
