@@ -104,7 +104,6 @@ def test_the_recorded_command_repeats_levers(
         (["--diversity", "1.5"], "diversity"),
         (["--candidates", "1"], "candidates"),
         (["--interval", "3", "1"], "interval"),
-        (["--noise-level", "100"], "not noise-conditioned"),
         (["--drop", "2"], "drop"),
     ],
 )

@@ -153,8 +153,8 @@ def test_adapters_and_hub_ids_say_the_same(cache: Path, monkeypatch: pytest.Monk
     with pytest.raises(ModelError) as adapter:
         find_checkpoint("owner/name", weight_name="x.safetensors")
     assert str(adapter.value) == (
-        "owner/name/x.safetensors: cannot be downloaded from the hub: it is gated: its owner wants its "
-        "terms accepted first. Accept them on https://huggingface.co/owner/name, then run `hf auth "
+        "owner/name/x.safetensors: cannot be downloaded from the hub: it is gated: its owner wants "
+        "its terms accepted first. Accept them on https://huggingface.co/owner/name, then run `hf auth "
         "login`."
     )
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", fails)
