@@ -94,7 +94,7 @@ def test_the_recorded_command_repeats_levers(
         (["--diversity", "1.5"], "diversity"),
         (["--candidates", "1"], "candidates"),
         (["--interval", "3", "1"], "interval"),
-        (["--adapter", "plus", "--interpolation", "0.5"], "does not hold the weights"),
+        (["--adapter", "plus", "--interpolation", "0.5"], "does not hold its base weights"),
         (["--cads", "-1"], "cads"),
     ],
 )

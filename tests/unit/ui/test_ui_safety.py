@@ -125,7 +125,7 @@ def test_the_command_says_so_in_one_line(
         (["--adapters", "sd15"], "`ipdiverse generate --base sd15 --image FILE` downloads them."),
         (["--bases", "empty"], "empty: is not a base; expected a model_index.json"),
         (["--bases", "ref.png"], "ref.png: cannot be a base; expected .safetensors; found .png"),
-        (["--adapters", "empty"], "empty: holds no checkpoint"),
+        (["--adapters", "empty"], "empty: does not hold a checkpoint"),
         (["--adapters", "ref.png"], "ref.png: cannot be an adapter; expected .safetensors | .bin"),
         (["--waiting", "0"], "waiting: is out of range"),
     ],

@@ -280,7 +280,7 @@ def test_inspect_describes_flux_and_frozen_weights(tmp_path: Path) -> None:
     assert report["layout"] == "fusion checkpoint"
     assert report["fusion"] == {"kind": "blend"}
     assert report["frozen_tensors"] > 300
-    assert "frozen tensors, never read" in as_text(report)
+    assert "frozen tensors in the same file, never read" in as_text(report)
 
 
 # --- the command line ------------------------------------------------------------------------
