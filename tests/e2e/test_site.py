@@ -32,7 +32,7 @@ QUIET = (
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 )
-METRICS = ("metrics.leak", "variety.vendi", "sets.score_sets", "bootstrap.hypervolume")
+METRICS = ("metrics.leak", "metrics.vendi", "sets.score_sets", "bootstrap.hypervolume")
 
 
 def build(folder: Path, config: Path) -> subprocess.CompletedProcess[str]:
