@@ -29,7 +29,7 @@ from ipdiverse.levers import LEVERS
 from ipdiverse.sampling.request import RENAMED
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
 Command = (
@@ -82,6 +82,8 @@ def _run(arguments: list[str]) -> None:
         arguments = ["train", *as_flags(arguments[1:])]
     if arguments[:1] == ["generate"]:
         arguments = ["generate", *_current_flags(arguments[1:])]
+    if arguments[:1] == ["calibrate"]:
+        arguments = ["calibrate", *_current_flags(arguments[1:], {"plain": "base_weights"})]
     arguments = [_SHORT.get(word, word) for word in arguments]
     with in_one_line(Command, arguments):
         command = tyro.cli(
@@ -112,9 +114,11 @@ def _lever_flags(
     return tyro.constructors.StructConstructorSpec(Levers, tuple(flags))
 
 
-def _current_flags(words: Sequence[str]) -> list[str]:
+def _current_flags(
+    words: Sequence[str], renamed: Mapping[str, str] = RENAMED | RENAMED_LEVERS
+) -> list[str]:
     """Flags of version 0.1 by their names of today, with a note for each that changed."""
-    renamed, kept = RENAMED | RENAMED_LEVERS, []
+    kept: list[str] = []
     left = iter(words)
     for word in left:
         flag, equals, value = word.partition("=")

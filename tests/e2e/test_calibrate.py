@@ -42,7 +42,7 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Calibrated:
         "calibrate",
         "--adapter",
         "diverse",
-        "--plain",
+        "--base-weights",
         "plus",
         "--levers",
         "interpolation",

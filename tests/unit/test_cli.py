@@ -16,6 +16,7 @@ import ipdiverse
 from ipdiverse import cli
 from ipdiverse.cli import Command, main
 from ipdiverse.commands.bases import Bases
+from ipdiverse.commands.evaluate import Calibrate
 from ipdiverse.commands.generate import Generate
 from ipdiverse.errors import ArgumentError, Interrupted
 from ipdiverse.levers import LEVERS
@@ -223,6 +224,14 @@ def test_flags_of_version_0_1_are_understood_with_a_note(
         "--noise-level no longer acts",
         "--end is now called --end-at",
     ]
+
+
+def test_the_flag_for_base_weights_by_its_old_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Calibrate] = []
+    monkeypatch.setattr(Calibrate, "run", lambda self: found.append(self))
+    with pytest.warns(UserWarning, match="--plain is now called --base-weights"):
+        assert main(["calibrate", "--adapter", "x", "--plain", "y"]) == 0
+    assert found[0].base_weights == "y"
 
 
 def test_every_public_name_can_be_imported() -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ipdiverse.base.downloads import HUB_ID, cannot_be_opened, split_hub_id
 from ipdiverse.base.memory import (
+    USUAL,
     MemoryOptions,
     Plan,
     arrange,
@@ -115,7 +116,7 @@ def load_base(
         ArgumentError: A revision of a base that has none, or memory options that do not fit.
     """
     embedded = name == CRITTERS
-    if embedded and memory not in (None, MemoryOptions()):
+    if embedded and memory not in (None, USUAL):
         raise ArgumentError(
             "always runs in float32 on the CPU",
             where=name,

@@ -59,6 +59,10 @@ class MemoryOptions:
                 )
 
 
+USUAL = MemoryOptions()
+"""No wishes."""
+
+
 @dataclass(frozen=True)
 class Device:
     """Facts about where models run.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ipdiverse.base.downloads import HUB_ID, cannot_be_opened, fetch, first_line, snapshot
-from ipdiverse.base.presets import PRESETS, Preset, preset_files
+from ipdiverse.base.presets import PRESETS, Preset
 from ipdiverse.errors import ArgumentError, ModelError
 from ipdiverse.loading import loading
 
@@ -109,7 +109,7 @@ def _open_preset(preset: Preset, opening: Opening) -> Any:
 
 def _with_encoder(pipe: Any, opening: Opening, encoder_of: str | None) -> Any:
     """The pipeline, with a preset's image encoder in place of its own."""
-    files = preset_files("", encoder=encoder_of or "")
+    files = PRESETS[encoder_of].encoder_files() if encoder_of in PRESETS else []
     if not files or encoder_of is None:
         return pipe
     found = fetch(files, encoder_of, local_files_only=opening.local_files_only)

@@ -123,8 +123,8 @@ class Calibrate:
             takes the base's, or a preset adapter's own.
         steps: Denoising steps; None takes the base's own.
         levers: Those that the dial may move; by default all that the adapter has.
-        plain: The plain adapter that this one was fine-tuned from, whose weights are stored with
-            its own: the dial then leads from these to its own, and 0 is the plain one, to the bit.
+        base_weights: The adapter that this one was fine-tuned from, whose weights are stored with
+            its own: the dial then leads from these to its own, and 0 is the former, to the bit.
         work: Folder for images; an interrupted calibration resumes.
         out: The file to write; None adds to the adapter's own, if `ipdiverse train` wrote it.
         yes: Download what a preset needs without asking.
@@ -141,7 +141,7 @@ class Calibrate:
     image_encoder: str | None = None
     steps: int | None = None
     levers: tuple[str, ...] = ()
-    plain: str | None = None
+    base_weights: str | None = None
     work: str = "out/calibration"
     out: str | None = None
     yes: bool = False
@@ -157,15 +157,16 @@ class Calibrate:
         names = Study.__dataclass_fields__.keys() & Calibrate.__dataclass_fields__.keys()
         numbers = {name: getattr(self, name) for name in names}
         study = calibration_study(self.adapter, **numbers)
-        plain = () if self.plain is None else (Arm("plain", "path", {"adapter": self.plain}),)
-        agree_to_study(replace(study, arms=study.arms + plain), self.yes)
+        before = self.base_weights
+        others = () if before is None else (Arm("base weights", "path", {"adapter": before}),)
+        agree_to_study(replace(study, arms=study.arms + others), self.yes)
         source = adapter_file(self.base, self.adapter)
         target = Path(self.out) if self.out else _own(source)
         if target.suffix != ".safetensors":
             raise ArgumentError("must end in .safetensors", where="out", found=target)
         check_target(str(target))
-        if self.plain is not None:
-            store_base_weights(source, adapter_file(self.base, self.plain), target)
+        if before is not None:
+            store_base_weights(source, adapter_file(self.base, before), target)
             source = target
             study = calibration_study(str(target), **numbers)
         dial, path = calibrate(study, Path(self.work), self.levers, _tell)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from ipdiverse.commands.console import agree, say, say_json
+from ipdiverse.commands.console import say, say_json
 from ipdiverse.sampling.request import Request
 
 if TYPE_CHECKING:
@@ -60,10 +60,14 @@ class Generate:
 
     def _agree(self, requests: Sequence[Request]) -> None:
         from ipdiverse.base.presets import PRESETS
+
+        named = [name for r in requests for name in (r.base, r.adapter) if name in PRESETS]
+        if not named:  # nothing is on the hub
+            return
+        from ipdiverse.commands.console import agree
         from ipdiverse.sampling.task import needed_files
 
         files = [file for request in requests for file in needed_files(request)]
-        named = [name for r in requests for name in (r.base, r.adapter) if name in PRESETS]
         agree(", ".join(dict.fromkeys(named)), list(dict.fromkeys(files)), self.yes)
 
     def _batch(self) -> None:

@@ -75,9 +75,11 @@ def calibrate(
         IpdiverseError: A lever, adapter or base cannot be used, or no lever gains variety.
     """
     # by their names of today
+    asked = levers
     levers = tuple(current_names(dict.fromkeys(levers), "--levers", typed=True))
     movable = [name for name, lever in LEVERS.items() if lever.ladder]
-    if unknown := sorted(set(levers) - set(movable)):
+    # nothing left of those that were asked for is not the same as all
+    if unknown := sorted(set(levers) - set(movable)) or ([] if levers else asked):
         raise ArgumentError(
             "cannot be moved by a dial",
             where="levers",

@@ -8,19 +8,20 @@ identity, to the bit, so that stock pipelines need no change.
 from __future__ import annotations
 
 import inspect
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
+from jaxtyping import Float
 from torch import Tensor
 
 from ipdiverse.adapter.attach.attach import LEVERS_HOOK, inside_offloading
-from ipdiverse.adapter.attention import BOTH, NOTHING
+from ipdiverse.adapter.attention import BOTH, NOTHING, TEXT
 from ipdiverse.adapter.model import interpolated
 from ipdiverse.errors import ArgumentError, ModelError
 from ipdiverse.levers import StepContext
-from ipdiverse.sampling import guidance
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from ipdiverse.adapter.attach.attach import Attachment
     from ipdiverse.adapter.scale import Scale
     from ipdiverse.dial import Levers
+
+Latents = Float[Tensor, "items channels h w"]
 
 
 def steer(
@@ -133,19 +136,19 @@ class Steering(ModelHook):
         items = len(text) // len(layout)
         self._check_items(items)
         alpha = self._alpha(given["timestep"])
-        self._set_context(given["timestep"], guidance.sigma_of(alpha))
+        self._set_context(given["timestep"], sigma_of(alpha))
         weights = self._weights(layout)
         if tuple(weights) == layout and self._pipeline_combines(weights):
             return forward(*args, **kwargs)
         predicted = self._branches(forward, given, weights, layout, items)
-        guided = guidance.combine(weights, predicted)
+        guided = combine(weights, predicted)
         rescale = float(getattr(self.attachment.pipe, "guidance_rescale", 0.0) or 0.0)
         if rescale and len(weights) > 1 and BOTH in predicted:
-            guided = guidance.rescaled(guided, predicted[BOTH], rescale)
+            guided = rescaled(guided, predicted[BOTH], rescale)
         if self.previews:
             kind = self.attachment.pipe.scheduler.config.prediction_type
             sample = given["sample"][-items:, : guided.shape[1]]  # inpainting adds channels
-            self.guess = guidance.clean_guess(kind, sample, guided, alpha)
+            self.guess = clean_guess(kind, sample, guided, alpha)
         output = torch.cat([guided] * len(layout))
         if given.get("return_dict", True):
             from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
@@ -166,9 +169,7 @@ class Steering(ModelHook):
         if len(layout) != 2:
             return {BOTH: 1.0}
         scale = float(self.attachment.pipe.guidance_scale)
-        return guidance.branch_weights(
-            *self.levers.change("guidance", (scale, scale), self.context)
-        )
+        return branch_weights(*self.levers.change("guidance", (scale, scale), self.context))
 
     def _pipeline_combines(self, weights: dict[str, float]) -> bool:
         """Whether the pipeline's own guidance gives what is wanted."""
@@ -264,10 +265,6 @@ class _ChangedEmbeds:
         context = replace(self._contexts[item], embedding=name)
         return self._levers.change("embeddings", embeds, context)
 
-    def noise(self, item: int, embeds: Tensor) -> tuple[None, None]:
-        """None: noise-conditioned adapters are told of no noise."""
-        return None, None
-
 
 def _context(
     attachment: Attachment, seeds: Sequence[int], prompts: Sequence[str] | None
@@ -314,3 +311,63 @@ def _picked(value: Any, rows: list[int], full: int) -> Any:
     if isinstance(value, dict):
         return {name: _picked(part, rows, full) for name, part in value.items()}
     return value
+
+
+def branch_weights(text: float, image: float) -> dict[str, float]:
+    """Weights of ε(∅,∅), ε(T,∅) and ε(T,I) in the guided prediction, zero ones left out.
+
+    ε = ε(∅,∅) + w_T [ε(T,∅) − ε(∅,∅)] + w_I [ε(T,I) − ε(T,∅)], the factorisation of
+    InstructPix2Pix (arXiv:2211.09800, equation 3) with the text first. Equal weights need two
+    passes, as does w_T = 1.
+
+    Args:
+        text: w_T.
+        image: w_I.
+    """
+    weights = {NOTHING: 1 - text, TEXT: text - image, BOTH: image}
+    return {branch: weight for branch, weight in weights.items() if weight}
+
+
+def combine(weights: dict[str, float], predictions: dict[str, Tensor]) -> Tensor:
+    """Weighted sum of the branches' predictions."""
+    if list(weights) == [NOTHING, BOTH]:  # as pipelines write it, to the bit
+        nothing, both = predictions[NOTHING], predictions[BOTH]
+        return nothing + weights[BOTH] * (both - nothing)
+    return torch.stack([w * predictions[b] for b, w in weights.items()]).sum(0)
+
+
+def rescaled(guided: Tensor, conditional: Tensor, share: float) -> Tensor:
+    """A share of guidance rescaled to the conditional prediction's deviation (arXiv:2305.08891).
+
+    Pipelines that do it themselves then find equal halves and change nothing.
+    """
+    axes = tuple(range(1, guided.ndim))
+    ratio = conditional.std(axes, keepdim=True) / guided.std(axes, keepdim=True)
+    return share * guided * ratio + (1 - share) * guided
+
+
+def sigma_of(alpha: float) -> float:
+    """σ = √((1 − ᾱ) / ᾱ): noise over signal; infinite where nothing is left of the signal."""
+    return math.inf if alpha <= 0 else math.sqrt((1 - alpha) / alpha)
+
+
+def clean_guess(kind: str, sample: Latents, predicted: Latents, alpha: float) -> Latents:
+    """x̂ from a prediction.
+
+    Args:
+        kind: The scheduler's `prediction_type`.
+        sample: x_t, of unit variance together with its noise.
+        predicted: ε, v or x̂ itself.
+        alpha: ᾱ.
+
+    Raises:
+        ValueError: Another kind.
+    """
+    signal, noise = math.sqrt(alpha), math.sqrt(1 - alpha)
+    if kind == "epsilon":
+        return (sample - noise * predicted) / max(signal, 1e-3)
+    if kind == "v_prediction":
+        return signal * sample - noise * predicted
+    if kind == "sample":
+        return predicted
+    raise ValueError(f"prediction type {kind!r}; expected epsilon, v_prediction or sample")

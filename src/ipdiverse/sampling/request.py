@@ -10,7 +10,7 @@ from typing import Any
 
 from ipdiverse.base.adapters import check_adapter
 from ipdiverse.base.bases import CRITTERS, check_part
-from ipdiverse.base.memory import Dtype, MemoryOptions, Offload
+from ipdiverse.base.memory import USUAL, Dtype, MemoryOptions, Offload
 from ipdiverse.base.pipelines import check_known
 from ipdiverse.base.presets import PRESETS
 from ipdiverse.dial import OFF, Levers, current_names
@@ -181,7 +181,8 @@ class Request:
         Raises:
             ArgumentError: An unknown word.
         """
-        return MemoryOptions(self.dtype, self.offload, self.tiling)
+        wishes = (self.dtype, self.offload, self.tiling)
+        return USUAL if wishes == ("auto", "auto", None) else MemoryOptions(*wishes)
 
     def check(self, *, opened: bool = False) -> None:
         """Refuse what could not be drawn, as far as that is known before anything is opened.

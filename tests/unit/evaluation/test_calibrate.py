@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 
 from ipdiverse.dial import OFF, Achieved, Levers
-from ipdiverse.evaluation.calibrate import climb, placed
+from ipdiverse.errors import ArgumentError
+from ipdiverse.evaluation.calibrate import calibrate, climb, placed
 
 LADDERS = {
     "cads": (0.0, 0.5, 1.0),
@@ -104,3 +109,12 @@ def test_points_that_fall_back_are_pooled() -> None:
     assert [setting for setting, _ in dial.points] == pytest.approx([0, 0.4375, 1])
     assert [each.cads for _, each in dial.points] == [0, 0.2, 0.3]
     assert [each.variety for each in dial.achieved] == [0.1, 0.4, 0.9]
+
+
+def test_levers_that_are_all_gone_do_not_stand_for_every_lever() -> None:
+    study: Any = SimpleNamespace(sources=["plus"])
+    with (
+        pytest.warns(UserWarning, match="drop no longer acts"),
+        pytest.raises(ArgumentError, match=r"cannot be moved by a dial; .*; found drop"),
+    ):
+        calibrate(study, Path("nowhere"), ("drop",))

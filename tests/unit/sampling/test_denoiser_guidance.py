@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ipdiverse.adapter.attention import BOTH, NOTHING, TEXT
-from ipdiverse.sampling.guidance import branch_weights, clean_guess, combine, sigma_of
+from ipdiverse.sampling.denoiser import branch_weights, clean_guess, combine, sigma_of
 
 
 @pytest.mark.parametrize(
