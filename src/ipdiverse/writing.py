@@ -1,15 +1,17 @@
-"""Write results whole or not at all."""
+"""Write results whole or not at all, one process in a folder, and find what was damaged since."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import hashlib
+import json
 import os
+import re
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ipdiverse.errors import OutputError
 
@@ -17,10 +19,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _PROBE_BYTES = 64 * 1024  # an empty file would be written even to a full disk
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the last: a limit on the size of files
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 _IN_THE_WAY = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
 _NO_FOLDER_SYNC = (errno.EACCES, errno.EINVAL, errno.ENOTSUP)
+_TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")
+LOCK = ".lock"
 
 AnyPath = str | os.PathLike[str]
 
@@ -43,39 +47,39 @@ def write_bytes_atomic(
     # in the same folder, as a rename is atomic only within one file system
     temporary = target.parent / f".{uuid.uuid4().hex}.tmp"
     try:
-        _write_synced(temporary, data)
-        if check is not None:
-            check(temporary)
-        temporary.replace(target)
-        sync_folder(target.parent)
-    except (OSError, ValueError) as error:
-        raise _output_error(target, error) from error
+        with writing(target):
+            _write_synced(temporary, data)
+            if check is not None:
+                check(temporary)
+            temporary.replace(target)
+            sync_folder(target.parent)
     finally:
         with contextlib.suppress(OSError, ValueError):
             temporary.unlink(missing_ok=True)
 
 
 def write_text_atomic(path: AnyPath, text: str) -> None:
-    """Write a text file in UTF-8, with the line ends as given, completely or not at all.
-
-    Args:
-        path: The target, in a folder that exists; an existing file is replaced.
-        text: The whole content; a character that UTF-8 cannot encode becomes "?".
-
-    Raises:
-        OutputError: It cannot be written; an earlier file is still there.
-    """
+    """As `write_bytes_atomic`, in UTF-8, which a lone surrogate leaves as "?"."""
     write_bytes_atomic(path, text.encode("utf-8", "replace"))
+
+
+def append_text(path: AnyPath, text: str) -> None:
+    """Add to a text file in UTF-8; a kill may cut off its end (raises as `write_bytes_atomic`)."""
+    with writing(path), Path(path).open("a", encoding="utf-8", newline="") as file:
+        file.write(text)
+
+
+@contextlib.contextmanager
+def writing(path: AnyPath) -> Iterator[None]:
+    """What the system refuses while a place is written to becomes an OutputError."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise _output_error(Path(path), error) from error
 
 
 def ensure_writable_folder(path: AnyPath) -> Path:
     """Create a folder if needed, and check before long work that files can be written there.
-
-    Args:
-        path: The folder.
-
-    Returns:
-        The folder as a `Path`.
 
     Raises:
         OutputError: It is a file, cannot be created, may not be written to, or has no space.
@@ -83,14 +87,66 @@ def ensure_writable_folder(path: AnyPath) -> Path:
     folder = Path(path)
     probe = folder / f".{uuid.uuid4().hex}.tmp"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_synced(probe, bytes(_PROBE_BYTES))
-    except (OSError, ValueError) as error:
-        raise _output_error(folder, error) from error
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            _write_synced(probe, bytes(_PROBE_BYTES))
     finally:
         with contextlib.suppress(OSError, ValueError):
             probe.unlink(missing_ok=True)
     return folder
+
+
+@contextlib.contextmanager
+def only_one(path: AnyPath) -> Iterator[None]:
+    """Hold a folder, made if needed, for one process; what killed writes left in it is removed.
+
+    Raises:
+        OutputError: Another process holds it, or it cannot be written to.
+    """
+    from filelock import FileLock, Timeout
+
+    folder = ensure_writable_folder(path)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        what, fix = "another process is at work in this folder", "Wait, or choose another folder."
+        raise OutputError(what, where=folder, fix=fix) from error
+    except OSError as error:
+        raise _output_error(folder, error) from error
+    try:
+        for root, folders, files in os.walk(folder):
+            if LOCK in files and Path(root) != folder:
+                folders.clear()  # it has a process of its own, now or at its next run
+                continue
+            for name in filter(_TEMPORARY.fullmatch, files):
+                Path(root, name).unlink(missing_ok=True)
+        yield
+    finally:
+        lock.release()
+
+
+def sealed(content: Mapping[str, Any], indent: int | None = None) -> str:
+    """JSON of an object, with a hash of itself that `unsealed` compares."""
+    return json.dumps({**content, "seal": _seal(content)}, indent=indent) + "\n"
+
+
+def unsealed(text: str) -> dict[str, Any]:
+    """What `sealed` was given; an object that has no hash, as of version 0.1, is taken as it is.
+
+    Raises:
+        ValueError: It is not JSON of an object, or differs from its hash.
+    """
+    content = json.loads(text)
+    if not isinstance(content, dict):
+        raise ValueError("it is not a JSON object")
+    if content.pop("seal", None) not in (None, _seal(content)):
+        raise ValueError("it differs from the hash that it was written with")
+    return content
+
+
+def _seal(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(dict(content), sort_keys=True).encode()).hexdigest()[:32]
 
 
 def sync_folder(folder: Path) -> None:
@@ -120,8 +176,20 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         exact = tensor.detach().cpu().contiguous().flatten()
-        digest.update(exact.view(torch.uint8).numpy().tobytes())
+        digest.update(exact.view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def safetensors_bytes(tensors: dict[str, Tensor], about: Mapping[str, str]) -> bytes:
+    """A safetensors file with metadata in one order; the library's own differs from run to run."""
+    from safetensors.torch import save
+
+    whole = memoryview(save(tensors, dict(about)))
+    start = 8 + int.from_bytes(whole[:8], "little")
+    header = {**json.loads(bytes(whole[8:start])), "__metadata__": dict(sorted(about.items()))}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the tensors stay aligned
+    return b"".join((len(text).to_bytes(8, "little"), text, whole[start:]))
 
 
 def _write_synced(path: Path, data: bytes) -> None:

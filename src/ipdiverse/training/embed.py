@@ -20,7 +20,7 @@ from torch import Tensor
 from ipdiverse.data.cache import RowReader, Rows, compute
 from ipdiverse.data.manifest import Record, inside, read_manifest
 from ipdiverse.image_io import load_image
-from ipdiverse.writing import ensure_writable_folder, write_text_atomic
+from ipdiverse.writing import only_one, write_bytes_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from ipdiverse.training.frozen import FrozenEncoders, Preprocessing
 
-FOLDER = "embedded"
+FOLDER, REPORT = "embedded", "embedded.json"
 _BATCH = 8
 """Images encoded together."""
 
@@ -228,16 +228,15 @@ def embed(
         stored: Which embeddings are kept.
 
     Returns:
-        Counts, settings and bytes, as written to `embedded.json`.
+        Counts, settings and bytes, as written to `embedded.json`, and how many were `computed` now.
 
     Raises:
         DataError: The folder holds no prepared data.
-        OutputError: A shard cannot be written; finished ones stay.
+        OutputError: A shard cannot be written; finished ones stay. Or another process embeds.
     """
     from tqdm import tqdm
 
-    online = Online(folder, encoders, preprocessing)
-    ensure_writable_folder(folder / FOLDER)
+    online, home = Online(folder, encoders, preprocessing), folder / FOLDER
     fingerprint = encoders.fingerprint()
     layout = _layout(folder, online.records, fingerprint, preprocessing, stored)
     stored = layout.stored
@@ -247,24 +246,32 @@ def embed(
         (layout.targets, lambda span: _targets(online, span, stored)),
         (layout.references, lambda span: _references(online, layout.files, span, stored)),
     ]
-    computed = 0
-    with tqdm(total=sum(len(rows) for rows, _ in work), unit="row", disable=None) as progress:
-        for rows, make in work:
-            progress.set_description(rows.name)
-            computed += compute(rows, make, progress.update)
     shards = [rows.file(number) for rows, _ in work for number in range(rows.shards)]
-    report = {
-        "images": len(online.records),
-        "pictures": len(layout.files),
-        "shards": len(shards),
-        "computed": computed,
-        "bytes": sum(file.stat().st_size for file in shards),
-        "encoders": fingerprint,
-        "preprocessing": asdict(preprocessing),
-        "stored": asdict(stored),
-    }
-    write_text_atomic(folder / FOLDER / "embedded.json", json.dumps(report, indent=2) + "\n")
-    return report
+
+    def report() -> bytes:
+        found = {
+            "images": len(online.records),
+            "pictures": len(layout.files),
+            "shards": len(shards),
+            "bytes": sum(file.stat().st_size for file in shards),
+            "encoders": fingerprint,
+            "preprocessing": asdict(preprocessing),
+            "stored": asdict(stored),
+        }
+        return (json.dumps(found, indent=2) + "\n").encode()
+
+    file, todo = home / REPORT, [(rows, make, rows.missing()) for rows, make in work]
+    computed = sum(len(missing) for _, _, missing in todo)
+    # a finished cache is only read: runs that share it do not hold each other up
+    if computed or not file.is_file() or file.read_bytes() != report():
+        with only_one(home), tqdm(unit="row", disable=None) as progress:
+            file.unlink(missing_ok=True)  # so that a run after a kill holds and tidies the folder
+            progress.total = sum(len(rows.span(n)) for rows, _, missing in todo for n in missing)
+            for rows, make, missing in todo:
+                progress.set_description(rows.name)
+                compute(rows, make, missing, progress.update)
+            write_bytes_atomic(file, report())
+    return json.loads(report()) | {"computed": computed}
 
 
 def _only(batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from ipdiverse.data.cache import RowReader, Rows, compute
+from ipdiverse.data import cache
+from ipdiverse.data.cache import RowReader, Rows
 from ipdiverse.errors import DataError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 
 def rows(folder: Path, count: int = 10) -> Rows:
     return Rows(folder, "x", [f"content {i}" for i in range(count)], "settings", size=4)
+
+
+def compute(
+    rows: Rows,
+    make: Callable[[range], dict[str, torch.Tensor]],
+    progress: Callable[[int], object] = lambda _: None,
+) -> int:
+    """What is missing; how many shards that was."""
+    missing = rows.missing()
+    cache.compute(rows, make, missing, progress)
+    return len(missing)
 
 
 def make(span: range) -> dict[str, torch.Tensor]:
@@ -73,5 +88,35 @@ def test_a_cut_off_shard_is_no_shard(tmp_path: Path) -> None:
     assert not rows(tmp_path).is_done(1)
     with pytest.raises(DataError, match=r"x-00001.*Run `ipdiverse embed` again"):
         RowReader(rows(tmp_path))
-    assert compute(rows(tmp_path), make) == 1
+    with pytest.warns(UserWarning, match="x-00001.safetensors: is damaged, and is computed again"):
+        assert compute(rows(tmp_path), make) == 1
     assert RowReader(rows(tmp_path))[5]["value"] == 5
+
+
+def test_any_flipped_bit_of_a_shard_is_found_and_only_that_shard_made_again(
+    tmp_path: Path,
+) -> None:
+    compute(rows(tmp_path), make)
+    file = rows(tmp_path).file(1)
+    whole = file.read_bytes()
+    for place in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        file.write_bytes(damaged)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            missing = rows(tmp_path).missing()
+        if missing != [1]:  # blanks that fill up the header hold nothing
+            assert whole[place] == ord(" ")
+            assert missing == []
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert compute(rows(tmp_path), make) == 1
+    assert file.read_bytes() == whole, "the same bytes, whenever it is made"
+
+
+def test_a_shard_of_version_0_1_has_no_hash_and_is_kept(tmp_path: Path) -> None:
+    for shard in range(3):
+        tensors = make(rows(tmp_path).span(shard))
+        save_file(tensors, rows(tmp_path).file(shard), {"key": rows(tmp_path).key(shard)})
+    assert compute(rows(tmp_path), make) == 0
