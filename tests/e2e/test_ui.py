@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import shlex
@@ -459,6 +460,81 @@ def test_no_address_is_ever_fetched(client: Client) -> None:
         assert client.http.get(f"/gradio_api/file={url}").status_code == 404
         with pytest.raises(TimeoutError):
             trap.accept()
+
+
+WRONG: dict[str, Any] = {
+    "null": None,
+    "true": True,
+    "negative": -1,
+    "fraction": 1.5,
+    "huge": 10**300,
+    "infinite": 1e999,
+    "NaN": float("nan"),
+    "text": "x",
+    "long": "x" * 100_000,
+    "surrogate": "\ud800",
+    "list": [],
+    "nested": [[0]],
+    "object": {},
+    "file": {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}},
+    "twice": ["0", "0"],
+}
+
+
+def bodies(client: Client) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every field of every event of the page, each with every wrong value; where each is sent."""
+    components = {c["id"]: c["props"] for c in client.config["components"]}
+    about = {"session_hash": client.session, "event_data": {"index": 0}}
+    for event in client.config["dependencies"]:
+        usual = [components[number].get("value") for number in event["inputs"]]
+        body = {"fn_index": event["id"], "data": usual, **about}
+        path = "/gradio_api/queue/join" if event["queue"] else "/gradio_api/run/predict"
+        for wrong in WRONG.values():
+            for at in range(len(usual)):
+                yield path, body | {"data": [*usual[:at], wrong, *usual[at + 1 :]]}
+            for name in ("fn_index", "data", "event_data", "session_hash", "trigger_id", "batched"):
+                yield path, body | {name: wrong}
+    for wrong in WRONG.values():
+        for name in ("fn_index", "session_hash", "event_id"):
+            usual = {"fn_index": 0, "session_hash": client.session, "event_id": "x"}
+            yield "/gradio_api/cancel", usual | {name: wrong}
+
+
+def test_a_wrong_value_of_any_field_is_one_line(
+    client: Client, capfd: pytest.CaptureFixture[str], served: Served
+) -> None:
+    codes = set()
+    with served.sessions.turns.turn(lambda: None):  # nothing is drawn
+        for path, body in bodies(client):
+            answer = client.http.post(path, content=json.dumps(body))
+            codes.add(answer.status_code)
+            if answer.status_code != 200:
+                assert answer.json()["detail"].count("\n") == 0
+                assert len(answer.text) < 2500
+    assert codes == {200, 400}
+    captured = capfd.readouterr()
+    assert "Traceback" not in captured.err + captured.out
+
+
+def test_requests_that_no_browser_sends_are_one_line(
+    client: Client, capfd: pytest.CaptureFixture[str]
+) -> None:
+    get = client.http.get
+    assert get("/", headers={"Host": "["}).status_code == 400
+    assert get("/", headers={"Origin": "http://["}).status_code == 403
+    forwarded = {"X-Forwarded-Host": "evil.example", "X-Forwarded-For": "10.0.0.1"}
+    assert "evil.example" not in get("/config", headers=forwarded).text
+    for path in ("queue/data?session_hash=x", "file=%00", "file=" + "x" * 5000, "heartbeat/%00"):
+        assert get(f"/gradio_api/{path}").status_code in (200, 403, 404)
+    for name in (".png", "\0.png", "x" * 3000 + ".png", "..", ""):
+        answer = client.upload(name, b"no picture")
+        if answer.status_code == 400:
+            continue
+        (path,) = answer.raise_for_status().json()
+        told = client.now("vary-upload", "upload", [[{"path": path, "orig_name": name}]])
+        assert "not an image of an accepted format" in told.raise_for_status().text
+    captured = capfd.readouterr()
+    assert "Traceback" not in captured.err + captured.out
 
 
 def test_uploads_have_a_size(client: Client) -> None:

@@ -1,8 +1,17 @@
-"""Settings of both tabs that draw, and the request that they make."""
+"""Settings of both tabs that draw, the request that they make, and what a browser may send.
+
+Gradio answers a value of the wrong type with a traceback and an error without words. So everything
+that is sent is checked here first, in one place: `Fields` for what is sent to any event of the
+page, `request_from` for what goes together.
+"""
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass
+from pathlib import Path
+from reprlib import repr as short
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
@@ -19,6 +28,126 @@ if TYPE_CHECKING:
     from ipdiverse.ui.uploads import Upload
 
 MAX_SET, MAX_STEPS, MAX_GUIDANCE, MAX_TEXT = 16, 100, 20, 2000
+MAX_SEED = 2**53
+"""Above that, a browser's numbers are no longer whole."""
+_MAX_FILES = 100
+_SESSION = re.compile(r"[\w-]{1,64}", re.ASCII)
+
+
+class Fields:
+    """What a browser may send to each event of the page; anything else is one line.
+
+    Args:
+        page: With all its events.
+        cache: The folder that holds uploads.
+    """
+
+    def __init__(self, page: gr.Blocks, cache: Path) -> None:
+        self._events = {number: event for number, event in page.fns.items() if event.fn}
+        self._cache = cache
+
+    def checked(self, path: str, asked: dict[str, Any]) -> dict[str, Any]:
+        """What of a request gradio gets to see.
+
+        Args:
+            path: Where it was sent.
+            asked: Its body.
+
+        Raises:
+            ArgumentError: The page would not send it.
+        """
+        session = asked.get("session_hash")
+        if not (isinstance(session, str) and _SESSION.fullmatch(session)):
+            raise _unusable("session_hash", "a short name", session)
+        number = _whole("fn_index", asked.get("fn_index"))
+        known = {"session_hash": session, "fn_index": number}
+        if path.endswith("/cancel"):
+            event = asked.get("event_id")
+            return known | {"event_id": _text("event_id", event, 64)}
+        event = self._events.get(number)
+        if event is None or event.queue != path.endswith("/join"):
+            raise _unusable("fn_index", "an event of this page", number)
+        data, inputs = asked.get("data"), event.inputs
+        if not isinstance(data, list) or len(data) != len(inputs):
+            found = len(data) if isinstance(data, list) else data
+            raise _unusable("data", f"a list of {len(inputs)} values", found)
+        passed = [self.value(field, one) for field, one in zip(inputs, data, strict=True)]
+        if event.collects_event_data:
+            about = asked.get("event_data")
+            index = _whole("event_data", about.get("index") if isinstance(about, dict) else about)
+            known["event_data"] = {"index": index, "value": None, "selected": True}
+        return known | {"data": passed}
+
+    def value(self, field: Any, value: Any) -> Any:
+        """A value for a component.
+
+        Raises:
+            ArgumentError: It is of another type, too large, or not among the choices.
+        """
+        name = str(field.label or field.elem_id)
+        match field:
+            case gr.State():  # kept by the server
+                return None
+            case gr.File():
+                return self._files(name, value)
+            case gr.Slider() | gr.Number():
+                return _number(name, value, field.minimum, field.maximum)
+            case gr.CheckboxGroup() | gr.Dropdown() if "-adapter" not in str(field.elem_id):
+                return _chosen_of(name, value, field)
+            case _:  # an adapter too: its choices depend on the base
+                return _text(name, value, MAX_TEXT)
+
+    def _files(self, name: str, value: Any) -> Any:
+        if value is None:
+            return value
+        if not isinstance(value, list) or len(value) > _MAX_FILES:
+            raise _unusable(name, f"a list of at most {_MAX_FILES} files", value)
+        found: dict[str, Any] = {}
+        for one in value:
+            path = one.get("path") if isinstance(one, dict) else one
+            if not isinstance(path, str) or "\0" in path or not self._is_upload(Path(path)):
+                raise _unusable(name, "files that were uploaded", path)
+            if path in found:
+                raise ArgumentError("is named twice", where=name, found=Path(path).name)
+            found[path] = {"path": path, "meta": {"_type": "gradio.FileData"}}
+        return list(found.values())
+
+    def _is_upload(self, path: Path) -> bool:
+        try:
+            return path.is_absolute() and path.resolve().is_relative_to(self._cache)
+        except OSError:  # a name that is too long, a loop of links
+            return False
+
+
+def _unusable(name: str, expected: str, found: Any) -> ArgumentError:
+    return ArgumentError("cannot be used", where=name, expected=expected, found=short(found))
+
+
+def _text(name: str, value: Any, most: int) -> Any:
+    if value is not None and not (isinstance(value, str) and len(value) <= most):
+        if isinstance(value, str):
+            raise ArgumentError("is too long", where=name, expected=f"{most}", found=len(value))
+        raise _unusable(name, "a text", value)
+    return value
+
+
+def _number(name: str, value: Any, low: float | None, high: float | None) -> Any:
+    if value is None:  # an emptied field: the request says what is missing
+        return value
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise _unusable(name, "a number", value)
+    low, high = (-math.inf if low is None else low), (math.inf if high is None else high)
+    check_range(name, value, low, high)
+    return value
+
+
+def _chosen_of(name: str, value: Any, field: gr.CheckboxGroup | gr.Dropdown) -> Any:
+    known = [one for _, one in field.choices]
+    several = isinstance(field, gr.CheckboxGroup)
+    chosen = value if several and isinstance(value, list) else [value]
+    if any(not isinstance(one, str) or one not in known for one in chosen[: len(known) + 1]):
+        raise _unusable(name, " | ".join(map(str, known)), value)
+    return list(dict.fromkeys(chosen)) if several else value
 
 
 def text_inputs(tab: str) -> tuple[gr.Textbox, gr.Textbox]:
@@ -57,7 +186,9 @@ def advanced(installed: Installed, tab: str) -> Advanced:
     """Lay out seed, steps, guidance, base and adapter."""
     first, *_ = installed.bases
     usual = defaults_of(installed.bases[first])
-    seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id=f"{tab}-seed")
+    seed = gr.Number(
+        0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, elem_id=f"{tab}-seed"
+    )
     steps = gr.Slider(
         1,
         MAX_STEPS,
@@ -158,13 +289,13 @@ def request_from(
 
 def _whole(name: str, value: Any) -> int:
     usable = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not usable or not float(value).is_integer():
-        raise ArgumentError("is not a whole number", where=name, found=repr(value))
+    if not usable or not (isinstance(value, int) or value.is_integer()):
+        raise ArgumentError("is not a whole number", where=name, found=short(value))
     return int(value)
 
 
 def _chosen(choices: dict[str, str], label: Any, where: str) -> str:
     if not isinstance(label, str) or label not in choices:
         known = ", ".join(choices) or "none is installed"
-        raise ArgumentError("is not installed", where=where, expected=known, found=repr(label))
+        raise ArgumentError("is not installed", where=where, expected=known, found=short(label))
     return choices[label]

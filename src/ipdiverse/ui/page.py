@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from ipdiverse.evaluation import report
-from ipdiverse.ui.status import PRIVATE, problem
+from ipdiverse.ui.status import PRIVATE, answered, problem
 from ipdiverse.ui.tabs import grid_tab, vary_tab
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ def build(
             sessions.leave(request.session_hash)
 
         page.unload(leave)
+    for event in page.fns.values():
+        event.fn = event.fn and answered(event.fn)
     return page.queue(max_size=waiting, default_concurrency_limit=1, api_open=False)
 
 

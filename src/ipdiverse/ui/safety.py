@@ -3,21 +3,29 @@
 Gradio's own CORS layer keeps other sites from reading answers of a page on localhost. It does not
 look at the Host header, so it would let in a site whose name points at 127.0.0.1 (DNS rebinding);
 and it does not stop requests whose answer nobody needs, such as uploads. `OwnPageOnly` stops both,
-and lets through only the paths that the page itself uses.
+and lets through only the paths that the page itself uses, with bodies that the page could send.
 """
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
+import hmac
 import ipaddress
+import json
+import logging
 import re
+import secrets
 import time
+import traceback
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from ipdiverse.errors import ArgumentError
+from ipdiverse.errors import ArgumentError, IpdiverseError
 from ipdiverse.image_io import MAX_FILE_BYTES
 
 if TYPE_CHECKING:
@@ -26,7 +34,7 @@ if TYPE_CHECKING:
 MAX_REFERENCES = 8
 MAX_UPLOAD = MAX_REFERENCES * MAX_FILE_BYTES
 """Bytes of one upload: the largest number of references, each as large as may be."""
-MAX_BODY = 2**20
+MAX_BODY = 2**17
 """Bytes of any other request."""
 LOGINS_A_MINUTE = 10
 MIN_PASSWORD = 8
@@ -36,7 +44,7 @@ _PATHS = re.compile(
     r"|/(assets|static|svelte)/.*"
     r"|/gradio_api/(startup-events|app_id|login_check|token|user|reset|cancel)/?"
     r"|/gradio_api/(upload|upload_progress|queue/join|queue/data|run/predict)/?"
-    r"|/gradio_api/heartbeat/\w+"
+    r"|/gradio_api/heartbeat/[\w-]{1,64}"
     r"|/gradio_api/file=(?![\w+.-]*:/).*"  # else gradio fetches an address
 )
 # gradio's page has inline scripts, and runs `js=` strings by `eval`; nothing is from elsewhere
@@ -49,6 +57,12 @@ _HEADERS = {
     b"referrer-policy": b"no-referrer",
 }
 _SAFE_METHODS = ("GET", "HEAD")
+_UPLOAD = "/gradio_api/upload"
+_HOST = re.compile(r"([\w.-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?", re.ASCII)
+_COOKIE = b"ipdiverse-visitor"
+_BUSY, _PATIENCE = (429, 503), 1.0
+"""Refusals that come late, and after how many seconds."""
+_log = logging.getLogger(__name__)
 
 
 def is_loopback(host: str) -> bool:
@@ -94,16 +108,35 @@ def private_folder() -> Iterator[Path]:
         yield Path(folder).resolve()
 
 
+class Refused(IpdiverseError):  # noqa: N818 - what happened, not what went wrong
+    """Raised for a request that is not passed on.
+
+    Args:
+        status: Of HTTP.
+        words: A line for whoever asked.
+    """
+
+    def __init__(self, status: int, words: str) -> None:
+        super().__init__(words)
+        self.status = status
+
+
+Check = Callable[[str, dict[str, Any], str | None], dict[str, Any]]
+"""Of a path, what was sent there and the visitor: what of it to pass on, or an IpdiverseError."""
+
+
 class OwnPageOnly:
     """ASGI layer that refuses requests which the page itself would not make.
 
     Args:
         app: The layer below.
         loopback: The page is for this machine: only its names are accepted as Host.
+        check: For bodies in JSON.
     """
 
-    def __init__(self, app: Any, loopback: bool) -> None:
-        self._app, self._loopback = app, loopback
+    def __init__(self, app: Any, loopback: bool, check: Check = lambda _, asked, __: asked) -> None:
+        self._app, self._loopback, self._check = app, loopback, check
+        self._secret = secrets.token_bytes(32)
         self._logins: list[float] = []
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -111,14 +144,29 @@ class OwnPageOnly:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
-        refusal = (404, "not found") if scope["type"] != "http" else self.refusal(scope)
-        if refusal is None:
-            await self._app(scope, receive, _with_headers(send))
+        if scope["type"] != "http":
+            await send({"type": "websocket.close"})
             return
-        status, words = refusal
-        text = [(b"content-type", b"text/plain; charset=utf-8")]
-        await send({"type": "http.response.start", "status": status, "headers": text})
-        await send({"type": "http.response.body", "body": words.encode()})
+        answer = _Answer(send)
+        try:
+            if refusal := self.refusal(scope):
+                raise Refused(*refusal)
+            visitor, cookie = self._visitor(scope)
+            answer.cookie = cookie
+            # no proxy is trusted but those that uvicorn is told of, and it has read these already
+            kept = [pair for pair in scope["headers"] if not pair[0].startswith(b"x-forwarded-")]
+            asked = {**scope, "headers": kept, "visitor": visitor}
+            receive = await self._checked(asked, receive)
+            await self._app(asked, receive, answer.send)
+        except Refused as refused:
+            if refused.status in _BUSY:  # who asks again at once shall not keep the machine busy
+                await asyncio.sleep(_PATIENCE)
+            await answer.refuse(refused.status, str(refused), scope["path"])
+        except Exception as error:  # gradio's and its parts': a request that none of them expects
+            if type(error.__cause__).__name__ != "HTTPException":  # an unknown session's stream
+                log_failure(f"request {scope['method']} {scope['path']}", error)
+            words = f"the request cannot be answered; found {type(error).__name__}"
+            await answer.refuse(400, words, scope["path"])
 
     def refusal(self, scope: Mapping[str, Any]) -> tuple[int, str] | None:
         """Status and words of a refusal; None lets the request through.
@@ -128,13 +176,15 @@ class OwnPageOnly:
         """
         headers = {name.decode("latin-1"): v.decode("latin-1") for name, v in scope["headers"]}
         host = headers.get("host", "")
-        if self._loopback and not is_loopback(urlsplit(f"//{host}").hostname or ""):
+        if host and not _HOST.fullmatch(host):
+            return 400, "the Host header names no host"
+        if self._loopback and not is_loopback(_split(f"//{host}")[0] or ""):
             return 421, "this page answers only to the names of its own machine"
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and _split(origin)[1] != host:
             return 403, "other sites may not use this page"
         path = scope["path"]
-        if not _PATHS.fullmatch(path):
+        if not _PATHS.fullmatch(path) or "\0" in path:
             return 404, "not found"
         if scope["method"] in _SAFE_METHODS:
             return None
@@ -143,9 +193,9 @@ class OwnPageOnly:
     def _too_much(self, path: str, headers: Mapping[str, str]) -> tuple[int, str] | None:
         # a chunked body states no length, and could grow until the disk is full
         size = headers.get("content-length", "")
-        if not size.isdecimal():
+        if not (size.isascii() and size.isdecimal()):
             return 411, "the size is not stated"
-        if int(size) > (MAX_UPLOAD if path == "/gradio_api/upload" else MAX_BODY):
+        if len(size) > 12 or int(size) > (MAX_UPLOAD if path == _UPLOAD else MAX_BODY):
             return 413, "too large"
         if path != "/login":
             return None
@@ -156,12 +206,105 @@ class OwnPageOnly:
         self._logins.append(now)
         return None
 
+    def _visitor(self, scope: Any) -> tuple[str | None, bytes | None]:
+        """Who asks, by a cookie that only this page can make; and the one that a new visitor gets.
 
-def _with_headers(send: Any) -> Any:
-    async def sending(message: Any) -> None:
+        Browsers send it with every request. A program that does not is known by its session.
+        """
+        sent = b"; ".join(value for name, value in scope["headers"] if name == b"cookie")
+        for value in re.findall(_COOKIE + rb"=(\w{32})\.(\w{64})", sent):
+            if hmac.compare_digest(self._signed(value[0]), value[1]):
+                return value[0].decode(), None
+        if scope["path"].rstrip("/") not in ("", "/config"):
+            return None, None
+        name = secrets.token_hex(16).encode()
+        rest = b"; Path=/; HttpOnly; SameSite=Strict"
+        return name.decode(), _COOKIE + b"=" + name + b"." + self._signed(name) + rest
+
+    def _signed(self, name: bytes) -> bytes:
+        return hmac.new(self._secret, name, hashlib.sha256).hexdigest().encode()
+
+    async def _checked(self, scope: Any, receive: Any) -> Any:
+        """The body of a request, once it is known to be one that the page could send."""
+        path = scope["path"].rstrip("/")
+        if scope["method"] in _SAFE_METHODS or path in (_UPLOAD, "/login"):
+            return receive
+        try:
+            asked = json.loads(await _body(receive), parse_constant=_refuse_constant)
+            if not isinstance(asked, dict):
+                raise Refused(400, "the request is not a JSON object")
+            passed = self._check(path, asked, scope["visitor"])
+            text = json.dumps(passed, ensure_ascii=False, allow_nan=False).encode()
+        except Refused:
+            raise
+        except IpdiverseError as error:
+            raise Refused(400, str(error)) from error
+        except (ValueError, RecursionError) as error:  # half surrogate pairs and infinity too
+            raise Refused(400, "the request is not JSON as the page sends it") from error
+        messages = [{"type": "http.request", "body": text, "more_body": False}]
+
+        async def receiving() -> Any:
+            return messages.pop() if messages else await receive()
+
+        return receiving
+
+
+class _Answer:
+    """What is sent back: with our headers, and with an end even where something failed."""
+
+    def __init__(self, send: Any) -> None:
+        self._send = send
+        self.cookie: bytes | None = None
+        self._begun = False
+
+    async def send(self, message: Any) -> None:
         if message["type"] == "http.response.start":
+            self._begun = True
             kept = [pair for pair in message["headers"] if pair[0].lower() not in _HEADERS]
-            message = {**message, "headers": [*kept, *_HEADERS.items()]}
-        await send(message)
+            own = [(b"set-cookie", self.cookie)] if self.cookie else []
+            message = {**message, "headers": [*kept, *_HEADERS.items(), *own]}
+        await self._send(message)
 
-    return sending
+    async def refuse(self, status: int, words: str, path: str) -> None:
+        kind, body = b"text/plain", words
+        if path.startswith("/gradio_api/") and not path.startswith(_UPLOAD):
+            # the page's script looks for either name
+            kind, body = b"application/json", json.dumps({"detail": words, "error": words})
+        if not self._begun:
+            headers = [(b"content-type", kind + b"; charset=utf-8")]
+            await self.send({"type": "http.response.start", "status": status, "headers": headers})
+        else:
+            body = ""
+        await self.send({"type": "http.response.body", "body": body.encode()})
+
+
+def log_failure(where: str, error: BaseException) -> None:
+    """One line, for who runs the page, of what nobody foresaw: which error, and where."""
+    *_, last = traceback.extract_tb(error.__traceback__) or [None]
+    at = f" at {Path(last.filename).name}:{last.lineno}" if last else ""
+    found = f"{type(error).__name__}{at}: {error}"
+    _log.error("%s", IpdiverseError("failed", where=where, found=found))
+
+
+async def _body(receive: Any) -> bytes:
+    parts, more = [], True
+    while more:
+        message = await receive()
+        if message["type"] != "http.request":
+            raise Refused(400, "the request has no end")
+        parts.append(message.get("body", b""))
+        more = message.get("more_body", False)
+    return b"".join(parts)
+
+
+def _refuse_constant(name: str) -> None:
+    raise Refused(400, f"the request holds {name}, which is not JSON")
+
+
+def _split(address: str) -> tuple[str | None, str]:
+    """Host name, and host with port; of what is no address neither."""
+    try:
+        parts = urlsplit(address)
+        return parts.hostname, parts.netloc
+    except ValueError:
+        return None, ""

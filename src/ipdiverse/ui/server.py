@@ -15,7 +15,7 @@ from ipdiverse.image_io import MAX_FILE_BYTES
 from ipdiverse.sampling.request import Request
 from ipdiverse.ui import find_installed
 from ipdiverse.ui.queue import Sessions, Turns
-from ipdiverse.ui.safety import OwnPageOnly, check_binding, is_loopback, private_folder
+from ipdiverse.ui.safety import Check, OwnPageOnly, check_binding, is_loopback, private_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -59,13 +59,15 @@ def opened_page(options: Options) -> Iterator[Page]:
     with ExitStack() as stack:
         folder = stack.enter_context(private_folder())
         stack.enter_context(_environment(folder / "gradio"))
+        from ipdiverse.ui.inputs import Fields
         from ipdiverse.ui.page import build, find_reports, look
 
         sessions = Sessions(folder / "work")
         reports = find_reports([Path(name) for name in options.reports])
         page = build(sessions, installed, reports, options.waiting)
         stack.callback(_close, page, sessions)
-        url = _launch(page, options, look())
+        fields = Fields(page, (folder / "gradio").resolve())
+        url = _launch(page, options, look(), lambda path, asked, _: fields.checked(path, asked))
         warming = threading.Thread(target=_warm, args=(sessions.turns,), daemon=True)
         warming.start()
         stack.callback(warming.join)  # nothing is being opened when the page has gone
@@ -103,21 +105,23 @@ def _environment(cache: Path) -> Iterator[None]:
     before = dict(os.environ)
     for name in _FORGOTTEN:
         os.environ.pop(name, None)
-    os.environ["GRADIO_TEMP_DIR"] = str(cache)
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    own = {"GRADIO_TEMP_DIR": str(cache), "GRADIO_ANALYTICS_ENABLED": "False"}
+    # uvicorn trusts a proxy on this machine unless it is told otherwise
+    own["FORWARDED_ALLOW_IPS"] = before.get("FORWARDED_ALLOW_IPS", "")
+    os.environ |= own
     try:
         yield
     finally:
-        for name in (*_FORGOTTEN, "GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED"):
+        for name in (*_FORGOTTEN, *own):
             os.environ.pop(name, None)
             if name in before:
                 os.environ[name] = before[name]
 
 
-def _launch(page: Any, options: Options, look: dict[str, Any]) -> str:
+def _launch(page: Any, options: Options, look: dict[str, Any], check: Check) -> str:
     from starlette.middleware import Middleware
 
-    layer = Middleware(OwnPageOnly, loopback=is_loopback(options.host))
+    layer = Middleware(OwnPageOnly, loopback=is_loopback(options.host), check=check)
     try:
         _, url, _ = page.launch(
             server_name=options.host,

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import inspect
+from contextlib import contextmanager
+from functools import wraps
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+import gradio as gr
+
+from ipdiverse.errors import IpdiverseError
 from ipdiverse.ui.closeness import plot
+from ipdiverse.ui.safety import log_failure
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from ipdiverse.sampling.request import Request
     from ipdiverse.ui.queue import Job, Sheet
 
-PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-"""Options of every event: no API for programs, and no veil over images while more are drawn."""
+PRIVATE: dict[str, Any] = {
+    "api_visibility": "private",
+    "show_progress": "hidden",
+    "preprocess": False,
+}
+"""Options of every event: no API for programs, no veil over images while more are drawn, and values
+as they were sent: they are checked, and gradio's own checks end in tracebacks."""
 # Set by script, because gr.HTML takes no ARIA attributes; on the element and not on its content,
 # because screen readers announce only what changes inside a live region that was there before.
 LIVE = "element.setAttribute('role', 'status'); element.setAttribute('aria-live', 'polite');"
@@ -23,6 +37,40 @@ HIGH_GUIDANCE = 1.5
 LOW_DIAL, WIDE_DIAL = 0.2, 0.9
 DETAILED = 12
 """Number of words from which a prompt is detailed."""
+
+
+@contextmanager
+def _in_a_line(name: str) -> Iterator[None]:
+    try:
+        yield
+    except IpdiverseError as error:
+        line = str(error)
+    except Exception as error:  # of a library, or of ours: the visitor is told, the log says where
+        log_failure(name, error)
+        line = f"this did not work; found {type(error).__name__}"
+    else:
+        return
+    raise gr.Error(escape(line), print_exception=False)
+
+
+def answered(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """A handler whose failures are one line each, for the visitor and for the log."""
+    name = f"event {handler.__name__}"
+    if inspect.isgeneratorfunction(handler):
+
+        @wraps(handler)
+        def stepwise(*args: Any) -> Iterator[Any]:
+            with _in_a_line(name):
+                yield from handler(*args)
+
+        return stepwise
+
+    @wraps(handler)
+    def at_once(*args: Any) -> Any:
+        with _in_a_line(name):
+            return handler(*args)
+
+    return at_once
 
 
 def bar(job: Job) -> str:

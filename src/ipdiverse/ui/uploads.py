@@ -165,8 +165,8 @@ def picker(sessions: Sessions, tab: str) -> tuple[gr.State, gr.Gallery]:
         words = line(f"Reference: {names}." if kept else "") + "".join(map(problem, refused))
         return kept, _shown(kept), words
 
-    def on_upload(paths: list[str] | None, request: gr.Request) -> tuple[Any, Any, Any]:
-        return take(_read(paths or []), request)
+    def on_upload(files: list[Any] | None, request: gr.Request) -> tuple[Any, Any, Any]:
+        return take(_read([one["path"] for one in files or []]), request)
 
     def on_example(request: gr.Request, event: gr.SelectData) -> tuple[Any, Any, Any, Any]:
         number = event.index if isinstance(event.index, int) else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from ipdiverse.ui.safety import (
 def asked(path: str, method: str = "GET", loopback: bool = True, **headers: str) -> Any:
     """Status of a refusal; None if it is let through."""
     given = {"host": "127.0.0.1:7860"} | {k.replace("_", "-"): v for k, v in headers.items()}
-    raw = [(name.encode(), value.encode()) for name, value in given.items()]
+    raw = [(name.encode(), value.encode("latin-1")) for name, value in given.items()]
     scope = {"type": "http", "path": path, "method": method, "headers": raw}
     refusal = OwnPageOnly(None, loopback).refusal(scope)
     return refusal and refusal[0]
@@ -41,7 +42,15 @@ def test_other_names_are_not_so_that_rebinding_gains_nothing(host: str) -> None:
     assert asked("/", host=host, loopback=False) is None, "there a password is asked for"
 
 
-@pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1:7861"])
+@pytest.mark.parametrize("host", ["[", "a b", "[::1", "x:99999999", "user@localhost", "\xff"])
+def test_what_names_no_host_is_refused(host: str) -> None:
+    for loopback in (True, False):
+        assert asked("/", loopback=loopback, host=host) == 400
+
+
+@pytest.mark.parametrize(
+    "origin", ["http://evil.example", "null", "http://127.0.0.1:7861", "http://[", "", "\xff"]
+)
 def test_other_sites_may_not_use_the_page(origin: str) -> None:
     for loopback in (True, False):
         assert asked("/gradio_api/queue/join", "POST", loopback, origin=origin) == 403
@@ -71,9 +80,92 @@ def test_what_it_uses_is(path: str) -> None:
     assert asked(path) is None
 
 
+async def _unforeseen(scope: Any, receive: Any, send: Any) -> None:
+    if scope["path"] == "/config":
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+    raise KeyError("of a library")
+
+
+def answers(app: Any, path: str, method: str = "GET", body: bytes = b"", **headers: str) -> Any:
+    """All that is sent back, and what the layer below was asked."""
+    given = {"host": "localhost", "content-length": str(len(body))}
+    given |= {name.replace("_", "-"): value for name, value in headers.items()}
+    raw = [(name.encode(), value.encode()) for name, value in given.items()]
+    scope = {"type": "http", "path": path, "method": method, "headers": raw}
+    sent, seen = [], []
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def below(scope: Any, receive: Any, send: Any) -> None:
+        seen.append((scope, await receive()))
+        await app(scope, receive, send)
+
+    asyncio.run(OwnPageOnly(below, loopback=True)(scope, receive, send))
+    return sent, seen
+
+
+def test_an_error_nobody_foresaw_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    (start, body), _ = answers(_unforeseen, "/")
+    assert start["status"] == 400
+    assert body["body"] == b"the request cannot be answered; found KeyError"
+    (record,) = caplog.records
+    assert record.exc_info is None
+    assert "request GET /: failed; found KeyError at test_ui_safety.py" in record.message
+    assert "\n" not in record.message
+    (start, end), _ = answers(_unforeseen, "/config")
+    assert (start["status"], end["body"]) == (200, b""), "an answer that was begun is ended"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(b"", b"[", b"[]", b"NaN", b'{"a": NaN}', b'{"a": -Infinity}', b'{"a": 1e999}'),
+        *(
+            b"\xff\xfe",
+            b'{"a": "\\ud800"}',
+            b'{"a": ' + b"[" * 60_000,
+            b'{"a": ' + b"9" * 6000 + b"}",
+        ),
+    ],
+)
+@pytest.mark.parametrize("path", ["queue/join", "run/predict", "cancel", "reset"])
+def test_a_body_that_is_no_json_object_is_refused(body: bytes, path: str) -> None:
+    (start, end), seen = answers(_unforeseen, f"/gradio_api/{path}", "POST", body)
+    assert start["status"] == 400
+    assert b"the request" in end["body"]
+    assert not seen
+
+
+def test_no_proxy_is_believed_that_was_not_named() -> None:
+    forwarded = {"x_forwarded_host": "evil.example", "x_forwarded_proto": "https"}
+    _, ((scope, _),) = answers(_unforeseen, "/", **forwarded)
+    assert [name for name, _ in scope["headers"]] == [b"host", b"content-length"]
+
+
+def test_a_visitor_is_known_by_a_cookie_that_nobody_else_can_make() -> None:
+    layer = OwnPageOnly(None, loopback=True)
+    name, made = layer._visitor({"path": "/", "headers": []})
+    assert made is not None
+    assert b"HttpOnly; SameSite=Strict" in made
+    pair = made.split(b";")[0]
+    assert layer._visitor({"path": "/", "headers": [(b"cookie", b"a=b; " + pair)]}) == (name, None)
+    forged = pair[:-1] + (b"0" if pair[-1:] != b"0" else b"1")
+    other, again = layer._visitor({"path": "/config", "headers": [(b"cookie", forged)]})
+    assert other != name
+    assert again is not None
+    nobody = layer._visitor({"path": "/gradio_api/upload", "headers": [(b"cookie", forged)]})
+    assert nobody == (None, None), "made with the page alone"
+
+
 def test_requests_have_a_size() -> None:
     join, upload = "/gradio_api/queue/join", "/gradio_api/upload"
     assert asked(join, "POST") == 411
+    for size in ("-1", "1e3", "\xb2", "9" * 5000):
+        assert asked(join, "POST", content_length=size) in (411, 413)
     assert asked(join, "POST", content_length=str(MAX_BODY + 1)) == 413
     assert asked(upload, "POST", content_length=str(MAX_BODY + 1)) is None
     assert asked(upload, "POST", content_length=str(MAX_UPLOAD + 1)) == 413
