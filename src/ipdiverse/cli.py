@@ -24,7 +24,7 @@ from ipdiverse.commands.generate import Demo, Generate
 from ipdiverse.commands.train import Embed, Prepare, Train, as_flags
 from ipdiverse.commands.ui import Ui
 from ipdiverse.dial import DROPPED_LEVERS, OFF, RENAMED_LEVERS, Levers
-from ipdiverse.errors import ArgumentError, Interrupted, IpdiverseError
+from ipdiverse.errors import MAX_SENTENCE, ArgumentError, Interrupted, IpdiverseError, quoted
 from ipdiverse.levers import LEVERS
 from ipdiverse.sampling.request import RENAMED
 
@@ -154,7 +154,7 @@ def _all_written() -> Iterator[None]:
 def _short_warnings() -> Iterator[None]:
     """Warnings are one line each, without the place in the code."""
     before = warnings.formatwarning
-    warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
+    warnings.formatwarning = lambda message, *_, **__: f"note: {quoted(message, MAX_SENTENCE)}\n"
     try:
         yield
     finally:

@@ -2,6 +2,37 @@
 
 from __future__ import annotations
 
+import re
+
+MAX_QUOTED = 200
+"""Characters of a name, caption or other value that a message shows."""
+MAX_SENTENCE = 1000
+"""Characters of a sentence of ours that may hold several such values."""
+
+
+def quoted(value: object, most: int | None = MAX_QUOTED) -> str:
+    """A value from a user or a file as one line that is safe to print: escaped, and cut.
+
+    Escape sequences could steer a terminal, marks of direction could reorder a line, half a
+    surrogate pair cannot be printed at all, and a name of a million characters hides the message.
+
+    Args:
+        value: Anything; line breaks and tabs, as in messages of libraries, become spaces.
+        most: The longest result, in characters; what is left out in the middle becomes "…".
+            None leaves nothing out.
+    """
+    text = _cut(str(value), most)
+    text = re.sub(r"\s*[\n\t]\s*", " ", text).rstrip(" ")
+    escaped = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return _cut(escaped, most)  # again, as an escape is longer than what it stands for
+
+
+def _cut(text: str, most: int | None) -> str:
+    if most is None or len(text) <= most:
+        return text
+    end = most // 3  # the last part of a path tells more than its middle
+    return f"{text[: most - end - 1]}…{text[-end:]}"
+
 
 class IpdiverseError(Exception):
     """Base of every error that bad input causes; the command line prints it and exits with 2.
@@ -25,13 +56,14 @@ class IpdiverseError(Exception):
     ) -> None:
         self.what, self.where, self.fix = what, where, fix
         self.expected, self.found = expected, found
-        parts = [f"{where}: {what}" if where is not None else what]
-        if expected is not None:
-            parts.append(f"expected {expected}")
+        said = quoted(what, MAX_SENTENCE)
+        parts = [f"{quoted(where)}: {said}" if where is not None else said]
+        if expected is not None:  # may list every choice
+            parts.append(f"expected {quoted(expected, MAX_SENTENCE)}")
         if found is not None:
-            parts.append(f"found {found}")
+            parts.append(f"found {quoted(found)}")
         line = "; ".join(parts)
-        super().__init__(" ".join(f"{line}. {fix}".split()) if fix else " ".join(line.split()))
+        super().__init__(f"{line}. {quoted(fix, MAX_SENTENCE)}" if fix else line)
 
 
 class ImageError(IpdiverseError):

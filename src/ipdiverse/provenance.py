@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from PIL import Image, PngImagePlugin
 
-from ipdiverse.errors import ArgumentError, ImageError, OutputError
+from ipdiverse.errors import ArgumentError, ImageError, OutputError, quoted
 from ipdiverse.image_io.files import PNG_SIGNATURE, opened, png_chunks
 from ipdiverse.writing import AnyPath, write_bytes_atomic
 
@@ -86,9 +86,13 @@ def as_text(record: Mapping[str, Any]) -> str:
     rows: dict[str, Any] = {}
     for name, value in record.items():
         rows |= value if name == "request" and isinstance(value, dict) else {name: value}
-    shown = {name: _shown(value) for name, value in rows.items() if value not in (None, "", [], {})}
+    shown = {
+        quoted(name): _shown(value)
+        for name, value in rows.items()
+        if value not in (None, "", [], {})
+    }
     width = max(map(len, shown), default=0)
-    return "\n".join(f"  {_printable(name):<{width}}  {text}" for name, text in shown.items())
+    return "\n".join(f"  {name:<{width}}  {text}" for name, text in shown.items())
 
 
 def _as_json(record: Mapping[str, Any]) -> str:
@@ -115,20 +119,17 @@ def _summary(record: Mapping[str, Any]) -> str:
     prompt = str(plain.pop("prompt", ""))
     settings = ", ".join(f"{key}: {value}" for key, value in plain.items())
     line = " ".join(" | ".join(part for part in (prompt, settings) if part).split())
-    return _printable(line)[:_MAX_SUMMARY].encode("utf-8", "replace").decode()
+    return quoted(line, _MAX_SUMMARY)
 
 
-def _shown(value: Any) -> str:
+def _shown(value: Any, depth: int = 5) -> str:
+    if isinstance(value, dict | list) and not depth:
+        return "…"  # what we write is never so deep; anybody may have written this
     if isinstance(value, dict):
-        return ", ".join(f"{_printable(name)} {_shown(part)}" for name, part in value.items())
+        return ", ".join(f"{quoted(k)} {_shown(part, depth - 1)}" for k, part in value.items())
     if isinstance(value, list):
-        return ", ".join(_shown(part) for part in value)
-    return _printable(str(value))
-
-
-def _printable(text: str) -> str:
-    """Without control characters, which could steer a terminal: a record may come from anybody."""
-    return "".join(character for character in text if character.isprintable())
+        return ", ".join(_shown(part, depth - 1) for part in value)
+    return quoted(value, _MAX_SUMMARY)
 
 
 def _find_record(file: IO[bytes], path: AnyPath) -> bytes | None:

@@ -51,13 +51,13 @@ def test_warnings_are_notes_for_as_long_as_a_command_runs(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def run(_: Bases) -> None:
-        sys.stderr.write(warnings.formatwarning("too long", UserWarning, "file.py", 7))
+        sys.stderr.write(warnings.formatwarning("too\rlong", UserWarning, "file.py", 7))
         ends()
 
     monkeypatch.setattr(Bases, "run", run)
     before = warnings.formatwarning
     assert main(["bases"]) == status
-    assert capsys.readouterr().err.startswith("note: too long\n")
+    assert capsys.readouterr().err.startswith("note: too\\rlong\n")
     assert warnings.formatwarning is before
 
 

@@ -57,7 +57,7 @@ def test_record_comes_back_and_pixels_are_untouched(tmp_path: Path):
 def test_other_tools_see_a_line_that_people_can_read(tmp_path: Path):
     save_png(picture(), tmp_path / "a.png", {**RECORD, "prompt": "a red\n frog, größer\0"})
     with Image.open(tmp_path / "a.png") as stored:
-        assert stored.text["parameters"] == "a red frog, größer | seed: 3, diversity: 0.5"
+        assert stored.text["parameters"] == "a red frog, größer\\x00 | seed: 3, diversity: 0.5"
         assert json.loads(stored.text["ipdiverse"])["seed"] == 3
 
 
@@ -216,7 +216,7 @@ def test_a_record_for_people_leaves_out_what_is_empty_and_cannot_steer_a_termina
         "notes": [],
     }
     lines = [
-        "  prompt    a red[2J frog",
+        r"  prompt    a red\x1b[2J frog",
         "  image     a, b",
         "  seed      0",
         "  versions  ipdiverse 0.1.0, torch 2",

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from ipdiverse.commands.console import say, say_json
+from ipdiverse.commands.console import note, say, say_json
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -101,8 +100,8 @@ class Convert(Source):
             force=self.force,
             face_id_plus_v2=self.face_id_plus_v2,
         )
-        for note in notes:
-            sys.stderr.write(f"note: {note}\n")
+        for one in notes:
+            note(one)
         say(f"wrote {self.out}")
 
 

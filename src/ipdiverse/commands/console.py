@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ipdiverse.base.downloads import missing, not_cached, offline
 from ipdiverse.base.presets import PRESETS, as_size, preset_files, total
-from ipdiverse.errors import ArgumentError
+from ipdiverse.errors import MAX_SENTENCE, ArgumentError, quoted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,8 +22,13 @@ _SMALL = 1_000_000
 
 
 def say(text: str) -> None:
-    """Print a line."""
-    sys.stdout.write(text + "\n")
+    """Print lines; names in them may come from anybody's file, so none can steer the terminal."""
+    sys.stdout.write("".join(f"{quoted(line, None)}\n" for line in text.split("\n")))
+
+
+def note(text: object) -> None:
+    """Say what the user should know, beside the output."""
+    sys.stderr.write(f"note: {quoted(text, MAX_SENTENCE)}\n")
 
 
 def say_json(content: Any) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ipdiverse.base.bases import CRITTERS
 from ipdiverse.commands.console import agree_to_study, check_target, say, say_json, write_json
-from ipdiverse.errors import ArgumentError
+from ipdiverse.errors import MAX_SENTENCE, ArgumentError, quoted
 
 _OF_IMAGES = ("references", "prompts", "features")
 _OF_STUDIES = ("publish", "readings", "partial")
@@ -187,4 +187,4 @@ def _own(source: Path) -> Path:
 
 
 def _tell(line: str) -> None:
-    sys.stderr.write(line + "\n")
+    sys.stderr.write(quoted(line, MAX_SENTENCE) + "\n")

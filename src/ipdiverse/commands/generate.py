@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tyro
 
-from ipdiverse.commands.console import agree, say, say_json
+from ipdiverse.commands.console import agree, note, say, say_json
 from ipdiverse.sampling.request import Request
 
 if TYPE_CHECKING:
@@ -44,8 +43,8 @@ class Generate:
         from ipdiverse.sampling.draw import drawn
 
         record = drawn(self.request, before_opening=self._may_open).save(self.out)
-        for note in record["notes"]:
-            sys.stderr.write(f"note: {note}\n")
+        for one in record["notes"]:
+            note(one)
         if self.json:
             say_json(record)
         else:

@@ -36,7 +36,7 @@ import warnings
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps
 
-from ipdiverse.errors import ImageError
+from ipdiverse.errors import ImageError, quoted
 from ipdiverse.image_io.files import (
     GET_AGAIN,
     MAX_FILE_BYTES,
@@ -208,7 +208,9 @@ def _without_text(data: bytes) -> bytes:
 def _warn_if_animated(image: Image.Image, name: str) -> None:
     frames = getattr(image, "n_frames", 1)
     if image.format in {"PNG", "WEBP"} and frames > 1:
-        text = f"{name}: the image is animated ({frames} frames); only the first frame is used"
+        text = (
+            f"{quoted(name)}: the image is animated ({frames} frames); only the first frame is used"
+        )
         warnings.warn(text, ImageWarning, stacklevel=4)
 
 
