@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 from ipdiverse.config import read
 from ipdiverse.errors import ArgumentError, DataError
+from ipdiverse.writing import file_hash, unsealed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-MANIFEST = "metadata.jsonl"
+MANIFEST, REPORT = "metadata.jsonl", "report.json"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
@@ -165,6 +166,13 @@ def read_manifest(folder: Path) -> list[Record]:
             expected=f"a file {MANIFEST}",
             fix="Run `ipdiverse prepare SOURCE --out` with this folder first.",
         )
+    if not is_whole(folder):
+        raise DataError(
+            "is not as prepare wrote it",
+            where=file,
+            fix="Run the same `ipdiverse prepare` again. If you changed it yourself, remove "
+            f"{REPORT}.",
+        )
     records, problems, lines = [], [], list(json_lines(file))
     _check_prepared(file, [line for _, line in lines])
     for number, line in lines:
@@ -181,6 +189,20 @@ def read_manifest(folder: Path) -> list[Record]:
     if not records:
         raise DataError("has no lines", where=file)
     return records
+
+
+def read_report(folder: Path) -> dict[str, Any] | None:
+    """What `prepare` reported of a folder; None where it has not finished, or that is damaged."""
+    try:
+        return unsealed((folder / REPORT).read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether the manifest is there as its report says; reports of version 0.1 say nothing."""
+    file, report = folder / MANIFEST, read_report(folder) or {}
+    return file.is_file() and report.get("manifest", held := file_hash(file)) == held
 
 
 def manifest_text(records: Iterable[Record]) -> str:

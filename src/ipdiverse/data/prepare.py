@@ -16,14 +16,32 @@ import itertools
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, Literal
 
-from ipdiverse.data.manifest import MANIFEST, Record, json_lines, manifest_text
+from ipdiverse.data.manifest import (
+    MANIFEST,
+    REPORT,
+    Record,
+    is_whole,
+    manifest_text,
+    read_report,
+)
 from ipdiverse.data.sources import SourceOptions, open_source
 from ipdiverse.errors import DataError, ImageError, check_range
-from ipdiverse.writing import ensure_writable_folder, write_bytes_atomic, write_text_atomic
+from ipdiverse.writing import (
+    append_text,
+    ensure_writable_folder,
+    file_hash,
+    only_one,
+    sealed,
+    unsealed,
+    write_bytes_atomic,
+    write_text_atomic,
+    writing,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -34,12 +52,7 @@ if TYPE_CHECKING:
     from ipdiverse.data.manifest import Item
 
 Square = Literal["keep", "pad", "crop"]
-JOURNAL, SETTINGS, QUARANTINE, REPORT = (
-    "prepare.partial.jsonl",
-    "prepare.json",
-    "quarantine.jsonl",
-    "report.json",
-)
+JOURNAL, SETTINGS, QUARANTINE = "prepare.partial.jsonl", "prepare.json", "quarantine.jsonl"
 _CHUNK = 64
 _FEWEST = 20
 """Items before the share of bad ones is judged, when the source does not know its size."""
@@ -92,13 +105,19 @@ def prepare(source: str, out: Path, options: PrepareOptions) -> dict[str, Any]:
             folder was prepared from something else.
         OutputError: The folder cannot be written.
     """
+    with only_one(out):
+        return _prepare(source, out, options)
+
+
+def _prepare(source: str, out: Path, options: PrepareOptions) -> dict[str, Any]:
     from ipdiverse.data.doctor import examine
 
     opened = open_source(source, options)
     ensure_writable_folder(out / "images")
     _claim(out, {"source": source, "kind": opened.kind, **asdict(options)})
-    if (out / REPORT).is_file() and (out / MANIFEST).is_file():
-        return json.loads((out / REPORT).read_text())
+    if (report := read_report(out)) is not None and is_whole(out):
+        (out / JOURNAL).unlink(missing_ok=True)  # a kill may have left it
+        return report
     records, bad = _run(opened.items(), opened.count, out, options)
     write_text_atomic(out / QUARANTINE, "".join(json.dumps(asdict(b)) + "\n" for b in bad))
     if not records:
@@ -107,7 +126,8 @@ def prepare(source: str, out: Path, options: PrepareOptions) -> dict[str, Any]:
     _check_share(len(bad), len(records) + len(bad), options.max_bad, bad, out)
     report = {"source": source, "kind": opened.kind, **examine(records, [asdict(b) for b in bad])}
     write_text_atomic(out / MANIFEST, manifest_text(records))
-    write_text_atomic(out / REPORT, json.dumps(report, indent=2) + "\n")
+    report["manifest"] = file_hash(out / MANIFEST)
+    write_text_atomic(out / REPORT, sealed(report, indent=2))
     (out / JOURNAL).unlink(missing_ok=True)
     return report
 
@@ -116,10 +136,14 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
     """Note what the folder is prepared from; refuse a folder prepared from something else."""
     file = out / SETTINGS
     if not file.is_file():
-        write_text_atomic(file, json.dumps(settings, indent=2) + "\n")
+        write_text_atomic(file, sealed(settings, indent=2))
         return
     # a folder of an older version lacks newer options, which then had today's default
-    before = asdict(PrepareOptions()) | json.loads(file.read_text())
+    try:
+        before = asdict(PrepareOptions()) | unsealed(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        fix = "Remove it, and run the same command again."
+        raise DataError("is damaged", where=file, found=error, fix=fix) from error
     different = sorted(
         key for key in settings if before.get(key) != settings[key] and key != "max_bad"
     )
@@ -144,7 +168,6 @@ def _run(
     results: list[Record | Bad] = []
     bad: list[Bad] = []
     with (
-        (out / JOURNAL).open("a", encoding="utf-8") as journal,
         ThreadPoolExecutor(os.cpu_count()) as pool,
         tqdm(total=count, unit="image", disable=None) as progress,
     ):
@@ -155,9 +178,7 @@ def _run(
         while chunk := list(itertools.islice(items, _CHUNK)):
             done = list(pool.map(work, chunk))
             fresh = [r for item, r in zip(chunk, done, strict=True) if item.name not in known]
-            journal.writelines(json.dumps(asdict(result)) + "\n" for result in fresh)
-            journal.flush()
-            os.fsync(journal.fileno())
+            append_text(out / JOURNAL, "".join(sealed(asdict(result)) for result in fresh))
             results += done
             progress.update(len(chunk))
             bad += [result for result in done if isinstance(result, Bad)]
@@ -168,12 +189,16 @@ def _run(
 
 
 def _journal(file: Path) -> dict[str, Record | Bad]:
-    """What an interrupted run finished, by name; a last line that was cut off is left out."""
+    """What an interrupted run finished, by name; lines cut off or damaged are left out."""
     if not file.is_file():
         return {}
-    lines = [line for _, line in json_lines(file) if isinstance(line, dict)]
-    finished = [Bad(**line) if "reason" in line else Record(**line) for line in lines]
-    return {result.source: result for result in finished}
+    finished = {}
+    for text in file.read_text("utf-8", "replace").split("\n"):
+        with suppress(ValueError, TypeError):
+            line = unsealed(text)
+            result = Bad(**line) if "reason" in line else Record(**line)
+            finished[result.source] = result
+    return finished
 
 
 def _check_share(bad: int, total: int, allowed: float, examples: Iterable[Bad], out: Path) -> None:
@@ -234,7 +259,8 @@ def _store(data: bytes, name: str, out: Path, square: Square) -> tuple[str, Imag
     relative = f"images/{digest[:2]}/{digest}{suffix}"
     target = out / relative
     if not target.is_file():
-        target.parent.mkdir(exist_ok=True)
+        with writing(target.parent):
+            target.parent.mkdir(exist_ok=True)
         write_bytes_atomic(target, data)
     return relative, shaped
 

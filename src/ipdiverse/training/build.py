@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ipdiverse.adapter.files.checkpoint import load_adapter
+from ipdiverse.adapter.files.checkpoint import load_adapter, weights_hash
 from ipdiverse.adapter.fusion import BlendFusion, GatedFusion
 from ipdiverse.adapter.model import ImagePromptAdapter, new_adapter
 from ipdiverse.base.adapters import adapter_file
+from ipdiverse.base.pipelines import fingerprint
 from ipdiverse.data.references import References, parse_references
 from ipdiverse.errors import ArgumentError
 from ipdiverse.loading import building
@@ -126,6 +129,24 @@ def build_samples(
     scaling = (vae.scaling_factor, getattr(vae, "shift_factor", None) or 0.0)
     timesteps = encoders.pipe.scheduler.config.num_train_timesteps
     return Samples(data, trained, references, config, reads, scaling, timesteps)
+
+
+def contents_of(
+    config: TrainConfig, records: list[Record], encoders: FrozenEncoders
+) -> dict[str, str]:
+    """Hashes of what a run's data set and local files hold: moved, they are the same.
+
+    A local UNet is read once for it, some seconds for SD 1.5; the hub's names stand for themselves.
+    """
+    held = [(r.sha256, r.text, r.subject, r.reference) for r in records]
+    found = {"data": hashlib.sha256(json.dumps(held).encode()).hexdigest()[:16]}
+    if Path(config.base).exists():
+        found["base"] = f"{fingerprint(encoders.pipe.unet)} {encoders.fingerprint()}"
+    if config.image_encoder and Path(config.image_encoder).exists():
+        found["image_encoder"] = encoders.fingerprint()
+    if config.init_from and Path(config.init_from).exists():
+        found["init_from"] = weights_hash(adapter_file(config.base, config.init_from))
+    return found
 
 
 def build_optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

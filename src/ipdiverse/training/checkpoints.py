@@ -4,12 +4,14 @@
     checkpoint-00000500/adapter.safetensors         what users load
     checkpoint-00000500/training_state.safetensors  the optimizer's moments; with averaging, also
                                                     the weights, as the adapter has the averages
-    checkpoint-00000500/training_state.json         step, the run's settings, counters
+    checkpoint-00000500/training_state.json         step, the run's settings, counters, hashes of
+                                                    the other two and of itself
 
 A checkpoint is a loadable adapter and, in other files, all that resuming needs. It is written under
 a temporary name and renamed when it is whole; only then are older ones removed. Nothing is
 unpickled: a checkpoint from a stranger can be resumed. A resumed run cuts its log and its curves at
-the checkpoint's step.
+the checkpoint's step. No file holds a time or the place of a folder, so a run that was killed and
+resumed, or moved, ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -20,23 +22,28 @@ import json
 import re
 import shutil
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from ipdiverse.errors import ArgumentError, CheckpointError, OutputError
+from ipdiverse.errors import ArgumentError, CheckpointError
+from ipdiverse.training.config import DROPPED, MAY_CHANGE, todays
 from ipdiverse.writing import (
-    ensure_writable_folder,
+    append_text,
+    file_hash,
+    sealed,
     sync_folder,
+    unsealed,
     write_bytes_atomic,
     write_text_atomic,
+    writing,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
-    from pathlib import Path
 
     from torch import Tensor
 
@@ -44,6 +51,8 @@ if TYPE_CHECKING:
 
 ADAPTER = "adapter.safetensors"
 LOG = "log.jsonl"
+_STATE, _ABOUT = "training_state.safetensors", "training_state.json"
+_PLACES = ("data", "base", "image_encoder", "init_from")
 _NAME = re.compile(r"checkpoint-(\d{8})")
 
 
@@ -76,7 +85,7 @@ def finished(out: Path) -> list[Path]:
 def save_checkpoint(
     out: Path,
     state: State,
-    settings: Mapping[str, Any],
+    run: Mapping[str, Any],
     save_adapter: Callable[[Path], None],
     total_limit: int,
 ) -> Path:
@@ -85,7 +94,7 @@ def save_checkpoint(
     Args:
         out: The run's folder.
         state: What to resume from.
-        settings: The run's.
+        run: What other runs are told from this one by: `settings` and `contents`.
         save_adapter: Writes the loadable adapter to a file.
         total_limit: How many checkpoints to keep.
 
@@ -94,51 +103,95 @@ def save_checkpoint(
     """
     target = out / f"checkpoint-{state.step:08d}"
     partial = out / f".{target.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    ensure_writable_folder(partial)
-    try:
-        save_adapter(partial / ADAPTER)
-        write_bytes_atomic(partial / "training_state.safetensors", save(_flat(state)))
-        about = {"step": state.step, "counters": state.counters, "settings": dict(settings)}
-        write_text_atomic(partial / "training_state.json", json.dumps(about, indent=2) + "\n")
-        replaced = out / f".{target.name}.replaced"
-        if target.exists():
-            target.rename(replaced)
-        partial.rename(target)
-        sync_folder(out)
-    except OSError as error:
-        raise OutputError("cannot be written", where=target, found=error.strerror) from error
-    finally:
+    with writing(target):
         shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(replaced, ignore_errors=True)
-    for old in finished(out)[:-total_limit]:
-        shutil.rmtree(old)
+        partial.mkdir()
+        try:
+            save_adapter(partial / ADAPTER)
+            write_bytes_atomic(partial / _STATE, save(_flat(state)))
+            hashes = {name: file_hash(partial / name) for name in (ADAPTER, _STATE)}
+            about = {"step": state.step, "counters": state.counters, **run, "files": hashes}
+            write_text_atomic(partial / _ABOUT, sealed(about, indent=2))
+            if target.exists():
+                target.rename(out / f".{target.name}.replaced")
+            partial.rename(target)
+            sync_folder(out)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    tidy(out, total_limit)
     return target
 
 
+def tidy(out: Path, total_limit: int) -> None:
+    """Remove all but the newest checkpoints, and what a kill left of others."""
+    with writing(out):
+        for old in finished(out)[:-total_limit]:
+            old.rename(out / f".{old.name}.old")  # half removed, it must not look whole
+        for left in out.glob(".checkpoint-*"):
+            shutil.rmtree(left)
+
+
 def load_checkpoint(folder: Path) -> tuple[State, dict[str, Any]]:
-    """Read a checkpoint: state and settings.
+    """Read a checkpoint: state, and what tells runs apart (`run` of `save_checkpoint`).
 
     Raises:
-        CheckpointError: It is broken.
+        CheckpointError: It is broken, or its bits are not those that were written.
     """
     try:
-        about = json.loads((folder / "training_state.json").read_text())
-        tensors = load_file(folder / "training_state.safetensors")
+        about = unsealed((folder / _ABOUT).read_text("utf-8"))
+        # those of version 0.1 have no hashes
+        for name, stored in about.get("files", {}).items():
+            if file_hash(folder / name) != stored:
+                raise ValueError(f"{name} differs from the hash that it was written with")
+        tensors = load_file(folder / _STATE)
         groups: dict[str, dict[str, Tensor]] = {"weights": {}, "average": {}, "optimizer": {}}
         for key, tensor in tensors.items():
             group, _, name = key.partition("/")
             groups[group][name] = tensor
         if not groups["average"]:
             groups["weights"] = load_file(folder / ADAPTER)
-        return State(about["step"], **groups, counters=about["counters"]), about["settings"]
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        state = State(about["step"], **groups, counters=about["counters"])
+        return state, {"settings": about["settings"], "contents": about.get("contents", {})}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(
             "is broken",
             where=folder,
             found=f"{type(error).__name__}: {error}",
             fix="Remove it; the run is then resumed from the one before.",
         ) from error
+
+
+def without_places(config: TrainConfig) -> dict[str, Any]:
+    """A run's settings to be kept: of a file or folder the name alone, and nothing of `out`."""
+    settings = json.loads(json.dumps(asdict(config)))
+    del settings["out"]
+    named = {name: settings[name] for name in _PLACES if settings[name]}
+    return settings | {n: Path(v).resolve().name for n, v in named.items() if Path(v).exists()}
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What makes two runs different ones, in words.
+
+    Args:
+        before: `settings` and `contents`, of a checkpoint of any version.
+        now: The same of a run. A file or folder is known by the hash in its contents, as it may
+            have been moved; without one, by its name.
+    """
+    old, new = todays(before["settings"]), now["settings"]
+    different = []
+    for name in new.keys() - set(MAY_CHANGE):
+        hashes = [run["contents"].get(name) for run in (before, now)]
+        was, value = old.get(name), new[name]
+        if None not in hashes:
+            if hashes[0] != hashes[1]:
+                same = "has changed" if was == value else f"was {was!r}, is {value!r}"
+                different.append(f"{name} {same}")
+            continue
+        if name in _PLACES and isinstance(was, str) and was != value:
+            was = Path(was).name  # version 0.1 kept its path
+        if was != value:
+            different.append(f"{name} was {was!r}, is {value!r}")
+    return sorted(different) + [f"{name} was on" for name in DROPPED if old.get(name)]
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
@@ -193,19 +246,18 @@ def tracking(
         return
     log = out / LOG
     if log.is_file():
-        found = log.read_text()
+        found = log.read_text("utf-8", "replace")
         lines = [line for line in found.split("\n") if _step_of(line) <= step]
         if (whole := "".join(f"{line}\n" for line in lines)) != found:
             write_text_atomic(log, whole)
     with (
         tqdm(total=config.steps, initial=step, unit="step", disable=None) as bar,
-        log.open("a", buffering=1) as file,
         _tracker(config, out, step) as tracker,
     ):
 
         def track(figures: dict[str, Any]) -> None:
             bar.update(1)
-            file.write(json.dumps(figures) + "\n")
+            append_text(log, json.dumps(figures) + "\n")
             tracker(figures)
 
         yield track

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import signal
-import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +20,7 @@ from ipdiverse.training.build import (
     build_adapter,
     build_optimizer,
     build_samples,
+    contents_of,
     embedding_read,
     initial_adapter,
     learning_rate,
@@ -30,21 +29,25 @@ from ipdiverse.training.build import (
 from ipdiverse.training.checkpoints import (
     ADAPTER,
     State,
+    differences,
     finished,
     load_checkpoint,
     optimizer_tensors,
     restore_optimizer,
     save_checkpoint,
+    tidy,
     tracking,
+    without_places,
 )
-from ipdiverse.training.config import DROPPED, MAY_CHANGE, TrainConfig, todays
 from ipdiverse.training.frozen import FrozenEncoders, open_encoders
 from ipdiverse.training.loss import PromptedUnet
 from ipdiverse.training.validation import Validation
-from ipdiverse.writing import ensure_writable_folder
+from ipdiverse.writing import ensure_writable_folder, only_one
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from ipdiverse.training.config import TrainConfig
 
 _PARTS = {"projection": "image_proj", "layers": "ip_adapter", "fusion": "fusion"}
 
@@ -63,9 +66,13 @@ def train(config: TrainConfig) -> Path:
         ModelError: The base or the initial adapter does not fit, or too many batches in a row were
             not finite.
         Interrupted: A signal stopped it, after saving.
-        OutputError: A checkpoint cannot be written; those before it stay.
+        OutputError: A checkpoint cannot be written; those before it stay. Or another process trains
+            in the folder.
     """
-    return Trainer(config).run()
+    # processes of one run share its folder, which their main one holds
+    main = open_accelerator(config.mixed_precision).is_main_process
+    with only_one(config.out) if main else contextlib.nullcontext():
+        return Trainer(config).run()
 
 
 class Trainer:
@@ -98,6 +105,8 @@ class Trainer:
         if config.cache:  # before the UNet is loaded: never both in memory
             encoders.set_aside(for_good=not config.num_validation_images)
         encoders.load_unet(device)
+        # before the types that autocast computes in take the place of the UNet's own
+        contents = contents_of(config, self.samples.data.records, encoders)
         set_seed(config.seed)  # initial weights; nothing random after that asks the global state
         self.adapter = build_adapter(config, encoders, initial)
         attachment = attach(
@@ -129,20 +138,20 @@ class Trainer:
         share = -(-config.batch // self.accelerator.num_processes)
         self.micro = min(config.micro_batch or share, share)
         self._stop: int | None = None
+        self._about = {"settings": without_places(config), "contents": contents}
         self._resume()
 
     def run(self) -> Path:
         """Train to the last step and write the finished adapter."""
-        started, first = time.monotonic(), self.step
         main = self.accelerator.is_main_process
+        if main:
+            tidy(self.out, self.config.checkpoints_total_limit)
         reporting = tracking(self.config, self.out, self.step, main)
         with self._catching_signals(), reporting as track:
             for batch in self.batches():
                 figures = self.one_step(batch)
-                pace = (time.monotonic() - started) / (self.step - first)
-                left = pace * (self.config.steps - self.step) / 60
                 figures |= self._validate()
-                track({"step": self.step, **figures, "minutes_left": round(left, 1)})
+                track({"step": self.step, **figures})
                 last = self.step == self.config.steps or self._stop is not None
                 if last or self.step % self.config.checkpointing_steps == 0:
                     self.save()
@@ -261,17 +270,14 @@ class Trainer:
                 {"skipped": self.skipped, "bad": self.bad, "micro": self.micro}
                 | ({} if scaler is None else {"scaler": scaler.state_dict()}),
             )
-            settings, limit = asdict(self.config), self.config.checkpoints_total_limit
-            save_checkpoint(self.out, state, settings, self._save_adapter, limit)
+            limit = self.config.checkpoints_total_limit
+            save_checkpoint(self.out, state, self._about, self._save_adapter, limit)
         self.accelerator.wait_for_everyone()
 
     def _save_adapter(self, file: Path) -> None:
         """Write the adapter as users load it: averaged weights if the run averages."""
-        made = {
-            "recipe": asdict(self.config),
-            "reference": self.config.reference,
-            "step": self.step,
-        }
+        recipe = self._about["settings"]
+        made = {"recipe": recipe, "reference": recipe["reference"], "step": self.step}
         with self._averaged():
             save_adapter(self.adapter, file, made, torch.float32)
 
@@ -292,14 +298,7 @@ class Trainer:
         if not (checkpoints := finished(self.out)):
             return
         state, saved = load_checkpoint(checkpoints[-1])
-        before, now = todays(saved), json.loads(json.dumps(asdict(self.config)))
-        different = [
-            f"{name} was {before.get(name)!r}, is {now[name]!r}"
-            for name in now
-            if before.get(name) != now[name] and name not in MAY_CHANGE
-        ]
-        different += [f"{name} was on" for name in DROPPED if before.get(name)]
-        if different:
+        if different := differences(saved, self._about):
             raise ArgumentError(
                 "holds another run",
                 where=self.out,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from ipdiverse.data.manifest import Record, inside
 from ipdiverse.data.references import References
 from ipdiverse.image_io import load_image
 from ipdiverse.seeding import generator
+from ipdiverse.writing import ensure_writable_folder, write_bytes_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -97,8 +99,10 @@ class Validation:
                 sheets.append(contact_sheet(case.reference, others, [""] * len(others), prompt))
             layout.append(_excess(images, case, layout_similarity))
             clip.append(_excess(images, case, self._clip_similarity))
-        (out / FOLDER).mkdir(exist_ok=True)
-        _stack(sheets).save(out / FOLDER / f"{step:08d}.png")
+        buffer = BytesIO()
+        _stack(sheets).save(buffer, "PNG")
+        folder = ensure_writable_folder(out / FOLDER)
+        write_bytes_atomic(folder / f"{step:08d}.png", buffer.getvalue())
         return {"copy_layout": float(np.mean(layout)), "copy_clip": float(np.mean(clip))}
 
     @torch.no_grad()

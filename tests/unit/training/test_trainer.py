@@ -40,6 +40,7 @@ from ipdiverse.training import build, checkpoints
 from ipdiverse.training.build import initial_adapter, learning_rate, open_accelerator
 from ipdiverse.training.config import RENAMED, TrainConfig
 from ipdiverse.training.trainer import Trainer, train
+from ipdiverse.writing import only_one, unsealed
 from tests import models
 
 
@@ -79,8 +80,7 @@ def weights(run: TrainConfig, name: str = "adapter.safetensors") -> dict[str, to
 def log(run: TrainConfig) -> list[dict[str, Any]]:
     from pathlib import Path
 
-    lines = [json.loads(line) for line in (Path(run.out) / "log.jsonl").open()]
-    return [{k: v for k, v in line.items() if k != "minutes_left"} for line in lines]
+    return [json.loads(line) for line in (Path(run.out) / "log.jsonl").open()]
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -372,7 +372,7 @@ def test_a_full_disk_loses_no_earlier_checkpoint(
 
     monkeypatch.setattr(checkpoints, "write_bytes_atomic", full)
     with pytest.raises(
-        OutputError, match=r"checkpoint-00000004: cannot be written; found No space"
+        OutputError, match=r"checkpoint-00000004: there is no space left; found No space"
     ):
         train(config)
     names = [path.name for path in Path(config.out).iterdir() if path.is_dir()]
@@ -437,7 +437,7 @@ def test_a_gradient_scaler_goes_on_where_it_was(
     assert same(weights(whole), weights(config))
     assert log(whole) == log(config)
     file = checkpoints.finished(Path(config.out))[-1] / "training_state.json"
-    about = json.loads(file.read_text())
+    about = unsealed(file.read_text())
     del about["counters"]["scaler"]
     file.write_text(json.dumps(about))
     scaler = Trainer(replace(config, steps=6)).accelerator.scaler
@@ -462,7 +462,9 @@ def test_a_run_of_0_1_is_resumed_and_one_with_noise_conditioning_is_not(
     train(whole)
     train(replace(config, steps=2))
     file = checkpoints.finished(Path(config.out))[-1] / "training_state.json"
-    about = json.loads(file.read_text())
+    about = unsealed(file.read_text())
+    del about["contents"], about["files"]
+    about["settings"] |= {name: getattr(config, name) for name in ("data", "base", "out")}
     todays = {new: old for old, new in RENAMED.items()}
     about["settings"] = {todays.get(k, k): v for k, v in about["settings"].items()}
     about["settings"] |= {"precision": "fp32", "noise_conditioning": False}
@@ -496,6 +498,88 @@ def test_a_broken_checkpoint_says_what_to_do(config: TrainConfig) -> None:
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(CheckpointError, match=r"is broken.*resumed from the one before"):
         train(replace(config, steps=4))
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter.safetensors", "training_state.safetensors", "training_state.json"]
+)
+def test_a_flipped_bit_in_a_checkpoint_is_found(name: str, config: TrainConfig) -> None:
+    train(replace(config, steps=2))
+    file = Path(config.out) / "checkpoint-00000002" / name
+    whole = file.read_bytes()
+    for place in (0, len(whole) // 3, len(whole) // 2, len(whole) - 3):
+        damaged = bytearray(whole)
+        damaged[place] ^= 4
+        file.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"is broken.*resumed from the one before"):
+            checkpoints.load_checkpoint(file.parent)
+    file.write_bytes(whole)
+    assert checkpoints.load_checkpoint(file.parent)[0].step == 2
+
+
+def test_the_same_places_spelled_otherwise_or_moved_go_on(
+    home: Path, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("data", "sd1"):
+        shutil.copytree(home / name, tmp_path / "here" / name)
+    start = save_start(tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    run = replace(config, data="data", base="./sd1", out="run", init_from=start.name, steps=2)
+    train(run)
+    for named in ({"data": "./data/"}, {"base": str(tmp_path / "here" / "sd1")}, {"out": "./run"}):
+        Trainer(replace(run, **named))
+    monkeypatch.chdir(tmp_path)
+    Path("here").rename("there")
+    moved = {"data": "there/data", "base": "there/sd1", "out": "there/run"}
+    Path("there", start.name).rename("renamed.safetensors")
+    train(replace(run, **moved, init_from="renamed.safetensors", steps=4))
+    other = tmp_path / "there" / "data" / "metadata.jsonl"
+    other.write_text(other.read_text().replace('"text": "', '"text": "another ', 1))
+    with pytest.raises(ArgumentError, match="holds another run; found data has changed"):
+        train(replace(run, **moved, init_from="renamed.safetensors", steps=6))
+
+
+def save_start(folder: Path) -> Path:
+    adapter = models.adapter("base", models.unet("sd1"))
+    save_adapter(adapter, folder / "start.safetensors", {}, torch.float32)
+    return folder / "start.safetensors"
+
+
+def test_no_file_of_a_run_says_where_or_when_it_was_made(config: TrainConfig) -> None:
+    train(replace(config, steps=2))
+    for file in Path(config.out).rglob("*"):
+        if file.is_file():
+            text = file.read_bytes()
+            assert str(Path(config.out).parent).encode() not in text, file
+            assert str(Path(config.data).parent).encode() not in text, file
+    recipe = load_adapter(Path(config.out) / "adapter.safetensors").spec["recipe"]
+    assert (recipe["data"], recipe["base"]) == ("data", "sd1")
+    assert "out" not in recipe
+
+
+def test_a_second_process_in_the_folder_is_refused(config: TrainConfig) -> None:
+    refused = "another process is at work in this folder. Wait, or choose another folder"
+    with only_one(config.out), pytest.raises(OutputError, match=refused):
+        train(config)
+    train(replace(config, steps=2))
+    data = Path(config.data, "embedded")
+    with only_one(data):
+        train(replace(config, steps=4))  # a finished cache is only read
+        with pytest.raises(OutputError, match=f"{data}: another process"):
+            train(replace(config, out=config.out + "-2", changed=3))
+
+
+def test_what_kills_left_of_checkpoints_is_gone(config: TrainConfig) -> None:
+    train(replace(config, checkpoints_total_limit=1))
+    out = Path(config.out)
+    for name in ("partial", "old", "replaced"):
+        (out / f".checkpoint-00000004.{name}").mkdir()
+    half = out / "checkpoint-00000002"
+    half.mkdir()
+    (out / f".{'0' * 32}.tmp").touch()
+    train(replace(config, checkpoints_total_limit=1))
+    left = {path.name for path in out.iterdir()}
+    assert left == {".lock", "adapter.safetensors", "checkpoint-00000006", "log.jsonl"}
 
 
 def test_it_starts_from_a_published_adapter(config: TrainConfig) -> None:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from ipdiverse.adapter import model
@@ -32,7 +31,7 @@ from ipdiverse.adapter.files.structure import DTYPES, describe, misfits, skeleto
 from ipdiverse.base.adapters import PUBLISHED, find_checkpoint
 from ipdiverse.errors import CheckpointError
 from ipdiverse.loading import building
-from ipdiverse.writing import tensors_hash, write_bytes_atomic
+from ipdiverse.writing import safetensors_bytes, tensors_hash, write_bytes_atomic
 
 _SPEC_KEY = "ipdiverse"
 _NAMED_PROBLEMS = 5
@@ -168,7 +167,8 @@ def adapter_bytes(
 
 def as_safetensors(tensors: dict[str, Tensor], spec: Mapping[str, Any]) -> bytes:
     """A whole safetensors file with a spec in its metadata."""
-    return save(tensors, {_SPEC_KEY: json.dumps(dict(spec), sort_keys=True), "format": "pt"})
+    about = {_SPEC_KEY: json.dumps(dict(spec), sort_keys=True), "format": "pt"}
+    return safetensors_bytes(tensors, about)
 
 
 def load_adapter(

@@ -1,0 +1,124 @@
+"""Killed, cut off or out of space at any change: the same command then ends with the same bytes."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from PIL import Image
+
+from tests.hostile.kills import Killer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.hostile.kills import End
+
+STUDY = """
+pairs = 2
+images = 2
+steps = 1
+[[arm]]
+name = "plain"
+adapter = "plus"
+[[arm]]
+name = "half"
+adapter = "plus"
+scale = 0.5
+"""
+CACHE = "--changed 1 --cache-images hidden"
+COMMANDS = {
+    "prepare": "prepare s --out d",
+    "embed": f"embed d {CACHE}",
+    "train": f"train --data d --out r --steps 3 --batch 2 {CACHE} --checkpointing-steps 1 "
+    "--checkpoints-total-limit 1 --tokens 2 --width 64 --depth 1 --ema 0.5 --fusion none "
+    "--num-validation-images 1 --validate-every 2 --num-images-per-prompt 1 --validation-steps 1",
+    "evaluate": "evaluate --config study.toml --out e",
+    "calibrate": "calibrate --adapter plus --pairs 2 --images 2 --steps 1 --levers interval "
+    "--work w --out c/dial.safetensors",
+}
+BEFORE = {"embed": ["prepare"], "train": ["prepare"]}
+ENDS: tuple[End, ...] = ("kill", "cut", "full")
+
+
+@pytest.fixture(scope="module")
+def killer() -> Iterator[Killer]:
+    with Killer() as killer:
+        yield killer
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kills")
+
+
+def start(killer: Killer, home: Path, name: str) -> Path:
+    """A folder in which a command can run, made once."""
+    folder = home / f"{name}-start"
+    if not folder.exists():
+        (folder / "s").mkdir(parents=True)
+        for number, letter in enumerate("abc"):
+            picture = Image.new("RGB", (96, 96), (40 * number, 80, 200 - 30 * number))
+            picture.save(folder / "s" / f"{letter}.png")
+            (folder / "s" / f"{letter}.txt").write_text(f"a picture {letter}")
+        (folder / "study.toml").write_text(STUDY)
+        for earlier in BEFORE.get(name, ()):
+            assert killer.run(folder, COMMANDS[earlier].split()).code == 0
+    return folder
+
+
+def whole(killer: Killer, home: Path, name: str) -> tuple[dict[str, bytes], int]:
+    """What a command that nothing disturbs leaves, and how many changes it makes."""
+    folder = home / f"{name}-whole"
+    count = home / f"{name}-changes"
+    if not folder.exists():
+        shutil.copytree(start(killer, home, name), folder)
+        done = killer.run(folder, COMMANDS[name].split())
+        assert done.code == 0, done.printed
+        count.write_text(str(done.changes))
+    return tree(folder), int(count.read_text())
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, with its bytes."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def disturb(killer: Killer, home: Path, name: str, end: End, at: int) -> None:
+    """End a command at a change and run it again: all is as if nothing had happened."""
+    wanted, _ = whole(killer, home, name)
+    folder = home / "elsewhere" / f"{name}-{end}-{at}"
+    shutil.copytree(start(killer, home, name), folder)
+    first = killer.run(folder, COMMANDS[name].split(), end, at)
+    if end == "full":
+        assert first.code in (0, 2), first.printed
+        assert "Traceback" not in first.printed, first.printed
+        errors = [line for line in first.printed.split("\n") if line.startswith("ipdiverse: ")]
+        assert len(errors) == (first.code == 2), first.printed
+    else:
+        assert first.code in (0, 137, -25), first.printed
+    again = killer.run(folder, COMMANDS[name].split())
+    assert again.code == 0, again.printed
+    found = tree(folder)
+    assert sorted(found) == sorted(wanted), (name, end, at)
+    assert [file for file in wanted if found[file] != wanted[file]] == [], (name, end, at)
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("name", ["prepare", "embed", "train"])
+def test_ended_at_a_change_it_goes_on(name: str, end: End, killer: Killer, home: Path) -> None:
+    _, changes = whole(killer, home, name)
+    disturb(killer, home, name, end, at=changes * (2 + ENDS.index(end)) // 5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("name", COMMANDS)
+def test_ended_at_any_change_it_goes_on(name: str, end: End, killer: Killer, home: Path) -> None:
+    _, changes = whole(killer, home, name)
+    for at in range(1, changes + 1):
+        disturb(killer, home, name, end, at)
