@@ -114,7 +114,8 @@ def test_settings_of_version_0_1_are_read_by_the_names_of_today(
 def test_arms_of_levers_that_are_gone_are_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(study_module, "DROPPED", {"gone", "lost", "cads"})
+    gone = dict.fromkeys(("gone", "lost", "cads"), "it is gone")
+    monkeypatch.setattr(study_module, "DROPPED_LEVERS", gone)
     sweeps = '[[sweep]]\nfamily = "f"\ngone = [0.1, 0.2]\n[[arm]]\nname = "b"\nlost = 1\n'
     arms = '[[arm]]\nname = "a"\ncads = 0.1\n'
     with pytest.warns(UserWarning, match="left out 3 arms.* no longer exist: gone, lost$") as told:
