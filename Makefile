@@ -87,13 +87,13 @@ study-quick: $(STAMP) ## a coarse curve of variety against fidelity, in minutes
 study: adapters ## the whole study (hours; it resumes)
 	$(BIN)/python studies/fusion_maps.py runs/adapters/*-gated-seed0/adapter.safetensors \
 		runs/adapters/*-blend*-seed0/adapter.safetensors --out docs/study
-	$(BIN)/ipdiverse evaluate --config studies/edits.toml --out out/edits --publish docs/study/edits \
+	$(BIN)/python -m workshop study studies/edits.toml --out out/edits --publish docs/study/edits \
 		--readings docs/study/edits/readings
-	$(BIN)/ipdiverse evaluate --config studies/steps.toml --out out/steps --publish docs/study/steps \
+	$(BIN)/python -m workshop study studies/steps.toml --out out/steps --publish docs/study/steps \
 		--readings docs/study/steps/readings
-	$(BIN)/ipdiverse evaluate --config studies/ends.toml --out out/ends --publish docs/study/ends \
+	$(BIN)/python -m workshop study studies/ends.toml --out out/ends --publish docs/study/ends \
 		--readings docs/study/ends/readings
-	$(BIN)/ipdiverse evaluate --config studies/variety.toml --out out/study --publish docs/study \
+	$(BIN)/python -m workshop study studies/variety.toml --out out/study --publish docs/study \
 		--readings docs/study/readings
 
 base: $(STAMP) ## train the embedded base from nothing (hours; it resumes) and ship it

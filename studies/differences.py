@@ -1,6 +1,6 @@
 """Differences between arms of a study, pair by pair, from what was read in their images.
 
-    python studies/differences.py paired-none paired-gated paired-blend [--seeds 1]
+    python -m studies.differences paired-none paired-gated paired-blend [--seeds 1]
         [--config studies/variety.toml] [--readings docs/study/readings]
 
 A report compares every arm with the baseline. This compares the first arm that is named with
@@ -14,10 +14,10 @@ from pathlib import Path
 
 from ipdiverse.errors import DataError
 from ipdiverse.evaluation.bootstrap import Difference, difference, holm
-from ipdiverse.evaluation.pairs import Pair, study_pairs
-from ipdiverse.evaluation.readings import critters_sets, find_readings
+from ipdiverse.evaluation.pairs import Pair, critters_sets, study_pairs
 from ipdiverse.evaluation.sets import PairSums, pair_sums
 from ipdiverse.evaluation.study import read_study
+from workshop.recorded import find_recorded
 
 SCORES = {
     "entropy": "variety",
@@ -35,11 +35,11 @@ def runs_of(name: str, folder: Path, pairs: list[Pair], seeds: int) -> list[dict
     Raises:
         DataError: Nothing of the arm was read.
     """
-    read = [find_readings(folder, name, number) for number in range(seeds)]
+    read = [find_recorded(folder, name, number) for number in range(seeds)]
     found = [one for one in read if one is not None]
     if not found:
         raise DataError("has no readings", where=name, expected=f"a file in {folder}")
-    return [pair_sums(critters_sets(one.attributes, one.invalid, pairs)) for one in found]
+    return [pair_sums(critters_sets(one.seen, pairs)) for one in found]
 
 
 def as_text(found: Difference, holds: bool) -> str:

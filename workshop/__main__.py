@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ipdiverse.commands.console import check_target, say, say_json, write_json
+from ipdiverse.commands.console import agree_to_study, check_target, say, say_json, write_json
 from ipdiverse.errors import IpdiverseError, check_range
 from workshop.base.stages import STAGES, BaseRecipe
 from workshop.copier import CopierOptions
@@ -168,12 +168,13 @@ class Copier(CopierOptions):
 
 @dataclass(frozen=True)
 class Study:
-    """Run `ipdiverse evaluate` on a study whose arms may set the workshop's rival levers.
+    """Run a study as `ipdiverse evaluate` does, from readings too, with rival levers in its arms.
 
     Args:
         config: The study in TOML; an interrupted one resumes.
         out: Folder for images, results and report.
-        publish: Copy the study's numbers, pictures and readings to this folder.
+        publish: Copy the study's numbers, pictures and readings (what the oracle read in every
+            image) to this folder.
         readings: A folder of readings that `--publish` wrote: arms in it are not drawn again.
         partial: Draw nothing: report on the part of the study that was drawn or read so far.
     """
@@ -187,9 +188,18 @@ class Study:
     def run(self) -> None:
         """Measure and report."""
         import workshop.rivals  # noqa: F401 - importing registers the levers
-        from ipdiverse.commands.evaluate import Evaluate
+        from ipdiverse.evaluation.report import write_report
+        from ipdiverse.evaluation.study import read_study
+        from workshop.recorded import RecordedRunner, publish
 
-        Evaluate(**vars(self)).run()
+        study, out = read_study(Path(self.config)), Path(self.out)
+        agree_to_study(study, yes=False)
+        runner = RecordedRunner(study, out, Path(self.readings) if self.readings else None)
+        left_out = runner.leave_out_undrawn() if self.partial else []
+        page = write_report(study, runner.run(left_out), out)
+        if self.publish:
+            publish(out, Path(self.publish))
+        say(f"open {page}")
 
 
 Command = (

@@ -14,8 +14,7 @@ from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import ATTRIBUTES, Scene, conditional
 from ipdiverse.evaluation.images import sample_array
 from ipdiverse.evaluation.metrics import entropy_miller_madow, expected_entropy
-from ipdiverse.evaluation.pairs import held_out_scenes
-from ipdiverse.evaluation.readings import shipped_oracle
+from ipdiverse.evaluation.pairs import held_out_scenes, shipped_oracle
 from ipdiverse.sampling.request import Request
 from ipdiverse.sampling.sample import Job
 from workshop.base.clip import tokenize
@@ -117,13 +116,13 @@ def _reconstruction(base: Base, oracle: Oracle, renders: np.ndarray, truth: np.n
     details = {}
     for suffix, images in (("", renders), ("_round_trip", decoded)):
         reading = read(oracle, images)
-        right = (reading.attributes.numpy() == truth).mean(0)
+        right = (reading.attributes == truth).mean(0)
         figures[f"oracle_mean{suffix}"] = float(right.mean())
         figures[f"oracle_worst{suffix}"] = float(right.min())
-        figures[f"oracle_false_invalid{suffix}"] = float(reading.invalid.float().mean())
+        figures[f"oracle_false_invalid{suffix}"] = float(reading.invalid.mean())
         details[f"oracle{suffix}"] = _per_attribute(right)
     wrong = to_images(broken(to_pixels(renders), torch.Generator().manual_seed(0)))
-    figures["oracle_missed_invalid"] = float((~read(oracle, wrong).invalid).float().mean())
+    figures["oracle_missed_invalid"] = float((~read(oracle, wrong).invalid).mean())
     return figures, details
 
 
@@ -143,14 +142,14 @@ def _text_to_image(base: Base, oracle: Oracle, scenes: list[Scene], guidance: fl
         jobs = [Job(p, number, i) for number, p in enumerate(prompts) for i in range(SET)]
         request = Request(n=1, steps=STEPS, guidance_scale=scale)
         reading = read(oracle, sample_array(base, jobs, request))
-        seen = reading.attributes.numpy().reshape(len(prompts), SET, -1)
+        seen = reading.attributes.reshape(len(prompts), SET, -1)
         hits = seen == truth[:, None]
         right = np.array([_mean(hits[m, :, i]) for i, m in enumerate(mask.T)])
         entropy = np.array([_open_entropy(seen[..., i], stated, i) for i in range(mask.shape[1])])
         suffix = "" if label == "default_guidance" else f"_{label}"
         figures[f"prompt_accuracy_mean{suffix}"] = _mean(right)
         figures[f"prompt_accuracy_worst{suffix}"] = float(np.nanmin(right))
-        figures[f"invalid_rate{suffix}"] = float(reading.invalid.float().mean())
+        figures[f"invalid_rate{suffix}"] = float(reading.invalid.mean())
         figures[f"entropy_{label}"] = _mean(entropy)
         figures[f"entropy_worst_{label}"] = float(np.nanmin(entropy))
         details[f"prompt_accuracy{suffix}"] = _per_attribute(right)

@@ -19,7 +19,7 @@ import tyro
 from ipdiverse.commands.bases import Bases
 from ipdiverse.commands.checkpoints import Convert, Inspect, Push
 from ipdiverse.commands.critters import Critters
-from ipdiverse.commands.evaluate import Calibrate, Evaluate
+from ipdiverse.commands.evaluate import MOVED, Calibrate, Evaluate
 from ipdiverse.commands.generate import Demo, Generate
 from ipdiverse.commands.train import Embed, Prepare, Train, as_flags
 from ipdiverse.commands.ui import Ui
@@ -246,6 +246,8 @@ def _bad_value(kind: str, event: Any, argument: Any, place: _Place) -> ArgumentE
 def _unrecognized(tokens: Sequence[str], place: _Place) -> ArgumentError:
     flags = [token for token in tokens if token.startswith("-")]
     word = (flags or tokens)[0].partition("=")[0]
+    if word in MOVED and place.words == "ipdiverse evaluate":
+        return ArgumentError("has moved", where=word, fix="Use `python -m workshop study --help`.")
     if flags:
         what, known = f"is not an option of {place.words}", place.flags
     elif place.commands:

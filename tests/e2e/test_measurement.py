@@ -12,11 +12,17 @@ import pytest
 import torch
 
 from ipdiverse.cli import main
+from ipdiverse.critters.oracle import read
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import IDENTITY, SCENE, sample_scene, split_of
 from ipdiverse.evaluation.demo import copier_command
-from ipdiverse.evaluation.pairs import Pair, held_out_scenes, study_pairs
-from ipdiverse.evaluation.readings import critters_sets, read_images, shipped_oracle
+from ipdiverse.evaluation.pairs import (
+    Pair,
+    critters_sets,
+    held_out_scenes,
+    shipped_oracle,
+    study_pairs,
+)
 from ipdiverse.evaluation.sets import score_sets
 from tests.captions import parse
 from workshop.__main__ import main as workshop
@@ -44,8 +50,8 @@ def test_pairs_are_held_out_and_leave_scene_attributes_open(pairs: list[Pair]) -
 
 
 def score(outputs: np.ndarray, pairs: list[Pair]) -> dict[str, float]:
-    seen = read_images(shipped_oracle(), outputs.reshape(len(pairs), IMAGES, *outputs.shape[1:]))
-    return asdict(score_sets(critters_sets(seen.attributes, seen.invalid, pairs)))
+    seen = read(shipped_oracle(), outputs.reshape(len(pairs), IMAGES, *outputs.shape[1:]))
+    return asdict(score_sets(critters_sets(seen, pairs)))
 
 
 def test_the_renderer_itself_is_the_ceiling(pairs: list[Pair]) -> None:

@@ -20,7 +20,7 @@ import ipdiverse
 from ipdiverse.cli import Command
 from ipdiverse.commands.generate import Generate
 from ipdiverse.evaluation.report import write_report
-from ipdiverse.evaluation.running import run_study
+from ipdiverse.evaluation.running import Runner
 from ipdiverse.evaluation.study import Arm, Study
 from ipdiverse.levers import LEVERS
 from ipdiverse.sampling.request import Request
@@ -230,7 +230,7 @@ def test_the_study_is_read_from_its_folder(
 def test_what_evaluate_writes_is_what_the_page_reads(hook: ModuleType, tmp_path: Path) -> None:
     arms = tuple(Arm(f"dial {x}", "dial", {"diversity": x}, at=x) for x in (0.0, 0.5, 1.0))
     study = Study(arms, pairs=2, images=2, steps=2)
-    done = run_study(study, tmp_path, progress=False)
+    done = Runner(study, tmp_path, progress=False).run()
     write_report(study, done, tmp_path)
     shown = hook.results(tmp_path, "study/")
     assert "2 pairs of a prompt and a reference, 2 images of each, 2 steps" in shown

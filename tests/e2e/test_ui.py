@@ -752,8 +752,9 @@ def test_the_report_of_the_shipped_study_is_shown_whole(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     study, readings = ROOT / "studies" / "variety.toml", ROOT / "docs" / "study" / "readings"
-    command = [sys.executable, "-m", "ipdiverse", "evaluate", "--config", str(study), "--partial"]
-    subprocess.run([*command, "--readings", str(readings), "--out", "out/study"], check=True)
+    command = [sys.executable, "-m", "workshop", "study", str(study), "--partial"]
+    out = str(tmp_path / "out" / "study")
+    subprocess.run([*command, "--readings", str(readings), "--out", out], check=True, cwd=ROOT)
     with opened_page(Options(port=free_port(), reports=("out",))) as served:
         page = browser.new_page(viewport={"width": 1280, "height": 1100})
         page.goto(served.url)

@@ -33,6 +33,9 @@ def test_rivals_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     config.write_text(STUDY)
     words = ["study", str(config), "--out", str(out)]
     assert main([*words, "--publish", str(published)]) == 0
+    names = {file.name for file in published.iterdir()}
+    assert {"results.json", "sets.png", "entropy-retention.svg", "readings"} <= names
+    assert not any("html" in name or name == "images" for name in names)
     arms = json.loads((out / "results.json").read_text())["arms"]
     assert [arm["settings"] for arm in arms[:2]] == [
         {"adapter": "plus"},

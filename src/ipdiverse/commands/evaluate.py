@@ -11,7 +11,8 @@ from ipdiverse.commands.console import agree_to_study, check_target, say, say_js
 from ipdiverse.errors import MAX_SENTENCE, ArgumentError, quoted
 
 _OF_IMAGES = ("references", "prompts", "features")
-_OF_STUDIES = ("publish", "readings", "partial")
+MOVED = ("--publish", "--readings", "--partial")
+"""Flags of version 0.1 that only the shipped study needs; `python -m workshop study` has them."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,6 @@ class Evaluate:
         features: Encoders to compare `images` by: `dino` (the default), `clip`, `base`, a folder or
             a hub id.
         out: Folder for a study's images, results and report, or file for the JSON of `images`.
-        publish: Copy the study's numbers, pictures and readings (what was read in its images) to
-            this folder.
-        readings: A folder of readings that `publish` wrote: arms in it are not drawn again.
-        partial: Draw nothing: report on the part of the study that was drawn or read so far.
         yes: Download what a study's preset needs without asking.
         json: Print the results as JSON.
     """
@@ -42,9 +39,6 @@ class Evaluate:
     prompts: str | None = None
     features: tuple[str, ...] = ()
     out: str | None = None
-    publish: str | None = None
-    readings: str | None = None
-    partial: bool = False
     yes: bool = False
     json: bool = False
 
@@ -54,27 +48,23 @@ class Evaluate:
             raise ArgumentError(
                 "needs one of them", where="evaluate", expected="--config, --quick or --images"
             )
-        others = _OF_STUDIES if self.images else _OF_IMAGES
-        if stray := [f"--{name}" for name in others if getattr(self, name)]:
+        stray = [f"--{name}" for name in _OF_IMAGES if getattr(self, name)]
+        if stray and not self.images:
             verb = "has" if len(stray) == 1 else "have"
-            way = "--images" if self.images else "a study"
-            fix = "Leave it out." if self.images else "Set it in the study's file."
-            raise ArgumentError(f"{verb} no effect with {way}", where=", ".join(stray), fix=fix)
+            fix = "Set it in the study's file."
+            raise ArgumentError(f"{verb} no effect with a study", where=", ".join(stray), fix=fix)
         self._made() if self.images else self._study()
 
     def _study(self) -> None:
-        from ipdiverse.evaluation.report import publish, write_report
-        from ipdiverse.evaluation.running import run_study
+        from ipdiverse.evaluation.report import write_report
+        from ipdiverse.evaluation.running import Runner
         from ipdiverse.evaluation.study import quick_study, read_study
 
         study = read_study(Path(self.config)) if self.config else quick_study()
         agree_to_study(study, self.yes)
         out = Path(self.out or "out/evaluation")
-        known = Path(self.readings) if self.readings else None
-        done = run_study(study, out, known=known, partial=self.partial)
+        done = Runner(study, out).run()
         page = write_report(study, done, out)
-        if self.publish:
-            publish(out, Path(self.publish))
         if self.json:
             rows = [one.row() for one in done.measured]
             say_json({"arms": rows, "hypervolumes": done.hypervolumes})

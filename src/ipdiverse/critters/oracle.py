@@ -6,9 +6,9 @@ conditions generation, so an adapter cannot score well by fooling its own encode
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,8 +17,6 @@ from ipdiverse.loading import building
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    import numpy as np
 
 
 _WIDTHS = (32, 64, 128, 192)
@@ -58,32 +56,30 @@ class Oracle(nn.Module):
         return [head(hidden) for head in self.heads], self.valid(hidden).squeeze(-1)
 
 
-@dataclass(frozen=True)
-class Reading:
-    """Attributes and validity of a batch of images.
+class Reading(NamedTuple):
+    """What the oracle sees in images: attributes, and where no valid scene is shown."""
 
-    Args:
-        attributes: int64 (batch, 9), indices in the order of `ATTRIBUTES`.
-        invalid: bool (batch,), True where the image is not a valid scene.
-    """
-
-    attributes: Tensor
-    invalid: Tensor
+    attributes: np.ndarray
+    """Indices in the order of `ATTRIBUTES`, int64 (..., 9)."""
+    invalid: np.ndarray
+    """bool (...)."""
 
 
 @torch.no_grad()
 def read(oracle: Oracle, images: np.ndarray) -> Reading:
-    """Read uint8 images (count, size, size, 3); sizes other than 64 are resized first."""
+    """Read uint8 images (..., size, size, 3); sizes other than 64 are resized first."""
     attributes, invalid = [], []
-    for start in range(0, len(images), _BATCH):
-        pixels = torch.from_numpy(images[start : start + _BATCH]).permute(0, 3, 1, 2).float()
+    flat = images.reshape(-1, *images.shape[-3:])
+    for start in range(0, len(flat), _BATCH):
+        pixels = torch.from_numpy(flat[start : start + _BATCH]).permute(0, 3, 1, 2).float()
         pixels = pixels / 127.5 - 1
         if pixels.shape[-1] != 64:
             pixels = nn.functional.interpolate(pixels, 64, mode="bilinear", antialias=True)
         logits, valid = oracle(pixels)
         attributes.append(torch.stack([head.argmax(-1) for head in logits], dim=1))
         invalid.append(valid < 0)
-    return Reading(torch.cat(attributes), torch.cat(invalid))
+    seen, shape = torch.cat(attributes).numpy(), images.shape[:-3]
+    return Reading(seen.reshape(*shape, -1), torch.cat(invalid).numpy().reshape(shape))
 
 
 def load_oracle(file: Path) -> Oracle:

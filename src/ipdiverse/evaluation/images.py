@@ -19,6 +19,7 @@ from ipdiverse.base.memory import autocast
 from ipdiverse.base.pipelines import fingerprint
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import IDENTITY, sample_scene
+from ipdiverse.errors import DataError
 from ipdiverse.evaluation.study import Arm
 from ipdiverse.image_io import content_hash
 from ipdiverse.levers import LEVERS
@@ -87,41 +88,20 @@ class StudyImages:
             Images of `CHUNK` pairs, (pairs · images, height, width, 3), uint8.
         """
         weights = adapter_file(self.study.base, source)
-        files = self._files(arm, weights)
+        files = self.files(arm, weights)
         missing = {file: pairs for file, pairs in files.items() if not file.exists()}
         progress(len(self.pairs) - sum(len(pairs) for pairs in missing.values()))
         if missing:
             ensure_writable_folder(next(iter(missing)).parent)
             self._draw(arm, weights, missing, progress)
         for file in files:
-            yield np.load(file)["images"]
+            yield kept(file)
 
     def request(self, arm: Arm) -> Request:
         """The arm as a request, completed with the base's defaults."""
         return arm.request(self.study.steps, self.base.guidance_scale, self.base.scale)
 
-    def all_there(self, arm: Arm, source: str) -> bool:
-        """Whether all images of an arm with one adapter are drawn.
-
-        Raises:
-            IpdiverseError: The adapter is not on this machine.
-        """
-        return all(file.exists() for file in self._files_here(arm, source))
-
-    def first(self, arm: Arm, source: str) -> np.ndarray | None:
-        """The first chunk, as `chunks` gives it; None if it is not drawn.
-
-        Raises:
-            IpdiverseError: The adapter is not on this machine.
-        """
-        file = next(iter(self._files_here(arm, source)))
-        return np.load(file)["images"] if file.exists() else None
-
-    def _files_here(self, arm: Arm, source: str) -> dict[Path, range]:
-        weights = adapter_file(self.study.base, source, local_files_only=True)
-        return self._files(arm, weights)
-
-    def _files(self, arm: Arm, weights: Path) -> dict[Path, range]:
+    def files(self, arm: Arm, weights: Path) -> dict[Path, range]:
         """The file of each chunk, with the numbers of its pairs."""
         study = [self.study.images, self.study.seed]
         # versions too: another diffusers or torch may draw other images
@@ -157,6 +137,21 @@ class StudyImages:
                 np.savez_compressed(buffer, images=made)
                 write_bytes_atomic(file, buffer.getvalue())
                 progress(len(numbers))
+
+
+def kept(file: Path) -> np.ndarray:
+    """Images that were kept, (pairs · images, height, width, 3), uint8.
+
+    Raises:
+        DataError: The file is broken; zip's checksums tell.
+    """
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            return stored["images"]
+    except Exception as error:  # whatever NumPy and zipfile raise on a broken file
+        raise DataError(
+            "is broken", where=file, found=error, fix="Remove it; its images are drawn again."
+        ) from error
 
 
 def sample_array(

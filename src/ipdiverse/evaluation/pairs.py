@@ -1,4 +1,4 @@
-"""What a study asks for: pairs of a prompt and a reference, drawn from critters or from folders."""
+"""Pairs of a prompt and a reference that a study asks for, and what critters answer to them."""
 
 from __future__ import annotations
 
@@ -10,19 +10,29 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from ipdiverse.base.bases import CRITTERS_ORACLE
+from ipdiverse.config import decoded
 from ipdiverse.critters.caption import caption
+from ipdiverse.critters.oracle import load_oracle
 from ipdiverse.critters.render import render
-from ipdiverse.critters.scene import ATTRIBUTES, IDENTITY, Scene, edited, sample_scene
-from ipdiverse.errors import ArgumentError, DataError
+from ipdiverse.critters.scene import ATTRIBUTES, IDENTITY, Scene, conditional, edited, sample_scene
+from ipdiverse.errors import ArgumentError, DataError, ModelError
+from ipdiverse.evaluation.sets import Sets
 from ipdiverse.image_io import load_image
 from ipdiverse.seeding import derived_seed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from ipdiverse.critters.oracle import Oracle, Reading
     from ipdiverse.evaluation.study import Study
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jfif", ".webp"),
+    *(".avif", ".bmp", ".gif", ".heic", ".tif", ".tiff"),
+)
+"""Of images; those that cannot be decoded are refused by name rather than left out in silence."""
+MAX_PROMPTS_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -48,12 +58,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class FolderPair:
-    """A prompt and a reference of the user's.
-
-    Args:
-        file: The reference.
-        prompt: The text.
-    """
+    """A prompt, and the file of a reference."""
 
     file: Path
     prompt: str
@@ -115,6 +120,42 @@ def held_out_scenes(count: int, seed: int) -> list[tuple[Scene, int]]:
     return [(sample_scene(rng, split="test"), int(rng.integers(2**31))) for _ in range(count)]
 
 
+def shipped_oracle() -> Oracle:
+    """The oracle of the package.
+
+    Raises:
+        ModelError: It has not been trained.
+    """
+    if not CRITTERS_ORACLE.is_file():
+        raise ModelError(
+            "the oracle is not trained",
+            where=CRITTERS_ORACLE,
+            fix="Run `make base` in a checkout, or install a released package.",
+        )
+    return load_oracle(CRITTERS_ORACLE)
+
+
+def critters_sets(seen: Reading, pairs: Sequence[Pair]) -> Sets:
+    """What pairs asked for and what the oracle read, (pairs, images) of each, to be scored."""
+    return Sets(
+        *seen,
+        references=np.array([pair.reference.indices() for pair in pairs]),
+        stated=np.array([[name in pair.stated for name in ATTRIBUTES] for pair in pairs]),
+        wanted=np.array([_wanted(pair) for pair in pairs]),
+        identity=np.array([name in IDENTITY for name in ATTRIBUTES]),
+        n_values=tuple(len(values) for values in ATTRIBUTES.values()),
+        priors=[[conditional(name, pair.stated) for name in ATTRIBUTES] for pair in pairs],
+    )
+
+
+def _wanted(pair: Pair) -> list[int]:
+    """Index of each stated value; 0 where nothing is stated, which no score reads."""
+    return [
+        values.index(pair.stated[name]) if name in pair.stated else 0
+        for name, values in ATTRIBUTES.items()
+    ]
+
+
 def folder_pairs(references: Path, prompts: Path | None, count: int) -> list[FolderPair]:
     """Every reference with every prompt, all references of a prompt first, at most `count`."""
     texts = read_prompts(prompts) if prompts else [""]
@@ -132,27 +173,48 @@ def pictures(folder: Path) -> list[Path]:
     """Image files of a folder, by name.
 
     Raises:
-        DataError: The folder does not exist, or has no image in it.
+        DataError: The folder cannot be listed, or has no image in it.
     """
-    if not folder.is_dir():
-        raise DataError("is not a folder", where=folder)
-    found = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+    found = [file for file in listed(folder) if file.suffix.lower() in SUFFIXES]
     if not found:
         raise DataError("holds no images", where=folder, expected=", ".join(SUFFIXES))
     return found
 
 
+def listed(folder: Path) -> list[Path]:
+    """Everything in a folder, by name.
+
+    Raises:
+        DataError: It is not a folder, or cannot be read.
+    """
+    try:
+        return sorted(folder.iterdir())
+    except NotADirectoryError as error:
+        raise DataError("is not a folder", where=folder) from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL character in the name
+        raise DataError("cannot be read", where=folder, expected="a folder", found=error) from error
+
+
 def read_prompts(file: Path) -> list[str]:
     """Prompts, one a line, without empty lines and lines that begin with #.
 
+    The text is UTF-8, or UTF-16 with its byte order mark, as Windows editors save it.
+
     Raises:
-        DataError: The file cannot be read, or holds no prompts.
+        DataError: The file cannot be read, is too large, or holds no prompts.
     """
     try:
-        # splitlines() would also split at U+2028 and \x0b, which may be part of a prompt
-        lines = [line.strip() for line in file.read_text("utf-8").split("\n")]
-    except (OSError, UnicodeError) as error:
-        raise DataError("cannot be read", where=file, expected="a text file") from error
+        with file.open("rb") as stream:
+            data = stream.read(MAX_PROMPTS_BYTES + 1)
+        if len(data) > MAX_PROMPTS_BYTES:
+            raise DataError("is too large", where=file, expected=f"{MAX_PROMPTS_BYTES} bytes")
+        text = decoded(data)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            "cannot be read", where=file, expected="a text file in UTF-8", found=error
+        ) from error
+    # splitlines() would also split at U+2028 and \x0b, which may be part of a prompt
+    lines = [line.strip() for line in text.replace("\r", "\n").split("\n")]
     prompts = [line for line in lines if line and not line.startswith("#")]
     if not prompts:
         raise DataError("holds no prompts", where=file, expected="one a line")

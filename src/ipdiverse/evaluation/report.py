@@ -12,8 +12,7 @@ from PIL import Image
 
 from ipdiverse.evaluation.bootstrap import difference, estimate, holm, interval
 from ipdiverse.evaluation.measured import LABELS, axes_of, by_family, check_dials
-from ipdiverse.evaluation.readings import FOLDER
-from ipdiverse.writing import ensure_writable_folder, write_bytes_atomic, write_text_atomic
+from ipdiverse.writing import write_bytes_atomic, write_text_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -71,20 +70,6 @@ def write_report(study: Study, done: Done, out: Path) -> Path:
     )
     write_text_atomic(out / "report.html", page)
     return out / "report.html"
-
-
-def publish(out: Path, target: Path) -> None:
-    """Copy a study's numbers and pictures, without the images, to where a project keeps them.
-
-    Args:
-        out: A finished study's folder.
-        target: The folder to write to; files in it with other names stay.
-    """
-    folder = ensure_writable_folder(target)
-    for file in (out / "results.json", *sorted(out.glob("*.svg")), *sorted(out.glob("*.png"))):
-        write_bytes_atomic(folder / file.name, file.read_bytes())
-    for file in sorted((out / FOLDER).glob("*.npz")):
-        write_bytes_atomic(ensure_writable_folder(folder / FOLDER) / file.name, file.read_bytes())
 
 
 def render_page(template: str, **values: Any) -> str:

@@ -1,7 +1,6 @@
 """Runs a study. Images are kept as they are drawn, so that an interrupted study resumes.
 
 OUT/images/KEY/00000.npz    images of some pairs of one arm, uint8
-OUT/readings/ARM-0.npz      what the oracle read in those of one adapter
 OUT/results.jsonl           a line for each finished arm
 OUT/results.json            settings, provenance and every arm, for programs
 OUT/report.html, *.svg      for people
@@ -9,7 +8,6 @@ OUT/report.html, *.svg      for people
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -18,18 +16,13 @@ import numpy as np
 from PIL import Image
 
 from ipdiverse.base.adapters import adapter_file, check_adapter
-from ipdiverse.base.bases import (
-    CRITTERS,
-    CRITTERS_ORACLE,
-    check_part,
-    load_image_encoder,
-)
+from ipdiverse.base.bases import CRITTERS, check_part, load_image_encoder
 from ipdiverse.base.pipelines import fingerprint
 from ipdiverse.base.presets import PRESETS
-from ipdiverse.errors import ArgumentError, IpdiverseError
-from ipdiverse.evaluation import readings
+from ipdiverse.critters.oracle import Reading, read
+from ipdiverse.errors import ArgumentError
 from ipdiverse.evaluation.features import feature_sums, open_encoder
-from ipdiverse.evaluation.images import StudyImages, anchors, what_decides
+from ipdiverse.evaluation.images import StudyImages, anchors
 from ipdiverse.evaluation.measured import (
     SHOWN_IMAGES,
     SHOWN_PAIRS,
@@ -38,16 +31,15 @@ from ipdiverse.evaluation.measured import (
     check_dials,
     hypervolumes,
 )
-from ipdiverse.evaluation.pairs import pairs_of
-from ipdiverse.evaluation.readings import Readings, critters_sets, read_images, readings_file
+from ipdiverse.evaluation.pairs import critters_sets, pairs_of, shipped_oracle
 from ipdiverse.evaluation.sets import PairSums, concatenated, pair_sums
 from ipdiverse.sampling import task
 from ipdiverse.sampling.draw import versions
 from ipdiverse.sampling.request import Request
-from ipdiverse.writing import ensure_writable_folder, file_hash, write_text_atomic
+from ipdiverse.writing import ensure_writable_folder, write_text_atomic
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from ipdiverse.base.bases import Base
@@ -55,55 +47,8 @@ if TYPE_CHECKING:
     from ipdiverse.evaluation.sets import Sets
     from ipdiverse.evaluation.study import Arm, Study
 
-    Scored = tuple[dict[str, PairSums], Readings | None, np.ndarray | None]
+    Scored = tuple[dict[str, PairSums], Reading | None, np.ndarray | None]
     """Sums of every score, what was read, and images for the report."""
-
-
-def run_study(
-    study: Study,
-    out: Path,
-    progress: bool | None = None,
-    known: Path | None = None,
-    partial: bool = False,
-) -> Done:
-    """Measure every arm, or those that are left.
-
-    Args:
-        study: What to measure.
-        out: Folder for images and results; a study that was interrupted there resumes.
-        progress: Show a bar on standard error; None does so on terminals only.
-        known: Folder of published readings, which are taken instead of drawing where settings and
-            weights are the same. They are also taken where an adapter is not on this machine, so
-            that its weights cannot be compared.
-        partial: Draw nothing: report on what was drawn or read so far.
-
-    Raises:
-        IpdiverseError: A base, adapter, reference or folder cannot be used.
-    """
-    runner = Runner(study, out, progress, known)
-    left_out = runner.leave_out_undrawn() if partial else []
-    runner.check_sources()
-    study, measured, rows = runner.study, list[Measured](), list[dict[str, Any]]()
-    with runner:
-        for arm in study.arms:
-            measured.append(runner.measure(arm))
-            rows.append(measured[-1].row())
-            lines = "".join(json.dumps(row) + "\n" for row in rows)
-            write_text_atomic(out / "results.jsonl", lines)
-    anchored = runner.anchors()
-    areas = hypervolumes(study, measured)
-    results = {
-        "study": study.settings(),
-        "baseline": study.baseline_arm.name,
-        "versions": versions(),
-        "base": fingerprint(runner.base.pipe.unet),
-        "left_out": left_out,
-        "dials": [check.as_json() for check in check_dials(measured)],
-        "hypervolumes": areas,
-        "arms": [*rows, *(one.row() for one in anchored)],
-    }
-    write_text_atomic(out / "results.json", json.dumps(results, indent=1) + "\n")
-    return Done([*measured, *anchored], runner.references, areas, left_out)
 
 
 def needed_files(study: Study) -> list[HubFile]:
@@ -147,18 +92,15 @@ class Runner:
 
     Args:
         study: Pairs, seeds and steps; progress is estimated from its arms.
-        out: Folder for images.
+        out: Folder for images and results; a study that was interrupted there resumes.
         progress: Show a bar on standard error; None does so on terminals only.
-        known: As `run_study` takes it.
 
     Raises:
         IpdiverseError: The base, a reference, an encoder or the folder cannot be used.
     """
 
-    def __init__(
-        self, study: Study, out: Path, progress: bool | None = None, known: Path | None = None
-    ) -> None:
-        self.out, self.known = ensure_writable_folder(out), known
+    def __init__(self, study: Study, out: Path, progress: bool | None = None) -> None:
+        self.out = ensure_writable_folder(out)
         self.pairs, self.references = pairs_of(study)  # before anything is downloaded
         critters = study.base == CRITTERS and study.references is None
         if not critters and not study.features:
@@ -167,14 +109,13 @@ class Runner:
                 where="features",
                 expected='encoders to compare images by, as features = ["dino", "clip"]',
             )
-        self.oracle = readings.shipped_oracle() if critters else None
-        self._oracle_hash = file_hash(CRITTERS_ORACLE) if critters else None
+        self.oracle = shipped_oracle() if critters else None
         self.study = study = replace(study, pairs=len(self.pairs))
         self.base = base = open_base(study)
         named = study.image_encoder
         reader = load_image_encoder(named, base) if named else None
         given = (study, base, self.pairs, self.references, out / "images", reader)
-        self._images = StudyImages(*given)
+        self.images = StudyImages(*given)
         self.encoders = [open_encoder(n, base.pipe, _device(base)) for n in study.features]
         self._hidden = None if progress is None else not progress
         self._bar: Any = None
@@ -191,17 +132,49 @@ class Runner:
         self._bar.close()
         self._bar = None
 
+    def run(self, left_out: Sequence[str] = ()) -> Done:
+        """Measure every arm of the study, and write the numbers.
+
+        Args:
+            left_out: Arms that were taken out of the study, for the report.
+
+        Raises:
+            IpdiverseError: An adapter is missing or cannot be used.
+        """
+        self.check_sources()
+        measured, rows = list[Measured](), list[dict[str, Any]]()
+        with self:
+            for arm in self.study.arms:
+                measured.append(self.measure(arm))
+                rows.append(measured[-1].row())
+                lines = "".join(json.dumps(row) + "\n" for row in rows)
+                write_text_atomic(self.out / "results.jsonl", lines)
+        anchored = self.anchors()
+        areas = hypervolumes(self.study, measured)
+        results = {
+            "study": self.study.settings(),
+            "baseline": self.study.baseline_arm.name,
+            "versions": versions(),
+            "base": fingerprint(self.base.pipe.unet),
+            "left_out": list(left_out),
+            "dials": [check.as_json() for check in check_dials(measured)],
+            "hypervolumes": areas,
+            "arms": [*rows, *(one.row() for one in anchored)],
+        }
+        write_text_atomic(self.out / "results.json", json.dumps(results, indent=1) + "\n")
+        return Done([*measured, *anchored], self.references, areas, list(left_out))
+
     def measure(self, arm: Arm) -> Measured:
         """Draw the images of an arm that are missing, and score it."""
         if self._bar is not None:
             self._bar.set_description(arm.name)
-        found = [self._measure_seed(arm, number) for number in range(len(arm.sources))]
-        read = [seen for _, seen, _ in found if seen is not None]
+        found = [self.measure_seed(arm, number) for number in range(len(arm.sources))]
+        seeds = [seen for _, seen, _ in found if seen is not None]
         return Measured(
             arm,
             [sums for sums, _, _ in found],
             next((images for _, _, images in found if images is not None), None),
-            self._sets(read) if read else None,
+            self.sets_of(seeds) if seeds else None,
         )
 
     def anchors(self) -> list[Measured]:
@@ -212,108 +185,37 @@ class Runner:
         measured = []
         for arm, chunks in anchors(self.pairs, self.references, self.study.images, known, side):
             sums, seen, images = self._scored(chunks)
-            sets = None if seen is None else self._sets([seen])
+            sets = None if seen is None else self.sets_of([seen])
             measured.append(Measured(arm, [sums], images, sets))
         return measured
 
     def check_sources(self) -> None:
-        """Refuse adapters that are missing before hours are spent.
+        """Refuse adapters that are missing, before hours are spent."""
+        for source in self.study.sources:
+            adapter_file(self.study.base, source)
 
-        Raises:
-            IpdiverseError: An adapter is missing.
-        """
-        for arm in self.study.arms:
-            for number, source in enumerate(arm.sources):
-                if self._known(arm, number) is None:
-                    adapter_file(self.study.base, source)
-
-    def leave_out_undrawn(self) -> list[str]:
-        """Take out of the study everything that would have to be drawn.
-
-        Returns:
-            The arms that are left out, entirely or for some of their training seeds.
-
-        Raises:
-            ArgumentError: The baseline is left out.
-        """
-        arms, left_out = [], []
-        for arm in self.study.arms:
-            sources = range(len(arm.sources))
-            # readings are numbered by training seed, so only seeds before a missing one can stay
-            there = next((n for n in sources if not self._is_there(arm, n)), len(sources))
-            if there:
-                arms.append(replace(arm, adapters=arm.adapters[:there]))
-            if there < len(sources):
-                left_out.append(f"{arm.name} (of some seeds)" if there else arm.name)
-        self.study = replace(self.study, arms=tuple(arms))
-        return left_out
-
-    def _is_there(self, arm: Arm, number: int) -> bool:
-        if self._known(arm, number) is not None:
-            return True
-        try:
-            return self._images.all_there(arm, arm.sources[number])
-        except IpdiverseError:  # its adapter is missing
-            return False
-
-    def _measure_seed(self, arm: Arm, number: int) -> Scored:
+    def measure_seed(self, arm: Arm, number: int) -> Scored:
         """An arm with one of its adapters."""
-        if (known := self._known(arm, number)) is not None:
-            self._advance(len(self.pairs))
-            sums, seen = pair_sums(self._sets([known])), known
-            images = self._first_drawn(arm, arm.sources[number])
-        else:
-            chunks = self._images.chunks(arm, arm.sources[number], self._advance)
-            sums, seen, images = self._scored(chunks)
-        if seen is not None:  # known readings too, so that one folder has those of every arm
-            folder = ensure_writable_folder(self.out / readings.FOLDER)
-            about = seen.about or self._about(arm, number)
-            replace(seen, about=about).save(readings_file(folder, arm.name, number))
-        return sums, seen, images
-
-    def _known(self, arm: Arm, number: int) -> Readings | None:
-        """Published readings, if they are of this study, these settings, weights and oracle."""
-        if self.known is None or self.oracle is None or self.encoders:
-            return None  # encoders need the images themselves
-        found = readings.find_readings(self.known, arm.name, number)
-        if found is None:
-            return None
-        wanted = json.loads(json.dumps(self._about(arm, number)))
-        # without the adapter's file neither its weights nor its dial can be compared
-        wanted |= {k: found.about.get(k) for k in ("adapter", "levers") if wanted[k] is None}
-        return found if found.about == wanted else None
-
-    def _about(self, arm: Arm, number: int) -> dict[str, Any]:
-        """Everything that decides readings; None where only a missing adapter could tell."""
-        study = self.study
-        numbers = {name: getattr(study, name) for name in ("pairs", "images", "seed")}
-        try:  # published readings do not need the adapter
-            weights = adapter_file(study.base, arm.sources[number], local_files_only=True)
-        except IpdiverseError:
-            weights = None
-        decides = what_decides(self._images.request(arm), weights)
-        base = hashlib.sha256(json.dumps(self._images.decides).encode()).hexdigest()
-        return {**decides, **numbers, "base": base, "oracle": self._oracle_hash}
+        return self._scored(self.images.chunks(arm, arm.sources[number], self.advance))
 
     def _scored(self, chunks: Iterable[np.ndarray]) -> Scored:
         """Scores of images that come in chunks of pairs, as `StudyImages.chunks` yields them."""
-        read, features = list[Readings](), list[dict[str, PairSums]]()
-        shown, done = None, 0
+        seen, features = list[Reading](), list[dict[str, PairSums]]()
+        first, done = None, 0
         for images in chunks:
             sets = images.reshape(-1, self.study.images, *images.shape[1:])
-            shown = _shown(sets) if shown is None else shown
+            first = shown(sets) if first is None else first
             pairs = slice(done, done := done + len(sets))
             features.append(self._features(sets, pairs))
             if self.oracle is not None:
-                read.append(read_images(self.oracle, sets))
-        seen = readings.concatenated(read) if read else None
-        exact = {} if seen is None else pair_sums(self._sets([seen]))
-        return exact | concatenated(features), seen, shown
+                seen.append(read(self.oracle, sets))
+        found = _joined(seen, axis=0) if seen else None
+        exact = {} if found is None else pair_sums(self.sets_of([found]))
+        return exact | concatenated(features), found, first
 
-    def _sets(self, read: list[Readings]) -> Sets:
-        """Readings of every training seed as sets, the images of a pair together."""
-        seen = readings.concatenated(read, axis=1)
-        return critters_sets(seen.attributes, seen.invalid, self.pairs)
+    def sets_of(self, seeds: Sequence[Reading]) -> Sets:
+        """What was read for every training seed as sets, the images of a pair together."""
+        return critters_sets(_joined(seeds, axis=1), self.pairs)
 
     def _features(self, sets: np.ndarray, pairs: slice) -> dict[str, PairSums]:
         """Every encoder's scores of some pairs, (pairs, images, height, width, 3)."""
@@ -324,22 +226,18 @@ class Runner:
             sums |= feature_sums(encoder, pictures, self.references[pairs], prompts)
         return sums
 
-    def _first_drawn(self, arm: Arm, source: str) -> np.ndarray | None:
-        """Images for the report, if some were drawn here."""
-        try:
-            images = self._images.first(arm, source)
-        except IpdiverseError:  # its adapter is missing
-            return None
-        if images is None:
-            return None
-        return _shown(images.reshape(-1, self.study.images, *images.shape[1:]))
-
-    def _advance(self, pairs: int) -> None:
+    def advance(self, pairs: int) -> None:
+        """Show that these many pairs more are done."""
         if self._bar is not None:
             self._bar.update(pairs * self.study.images)
 
 
-def _shown(sets: np.ndarray) -> np.ndarray:
+def _joined(parts: Sequence[Reading], axis: int) -> Reading:
+    """Readings of more pairs, along axis 0, or of more images of the same pairs, along axis 1."""
+    return Reading(*(np.concatenate(part, axis) for part in zip(*parts, strict=True)))
+
+
+def shown(sets: np.ndarray) -> np.ndarray:
     """The images that a report shows, as a copy: a view would keep all of them in memory."""
     return sets[:SHOWN_PAIRS, :SHOWN_IMAGES].copy()
 

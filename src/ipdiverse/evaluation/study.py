@@ -18,7 +18,6 @@ guidance_scale = [1.0, 3.0, 7.5]
 
 from __future__ import annotations
 
-import tomllib
 import warnings
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ipdiverse.base.adapters import DEFAULT_ADAPTER, default_adapter
 from ipdiverse.base.bases import CRITTERS, defaults_of
+from ipdiverse.config import read, read_toml, renamed
 from ipdiverse.dial import DROPPED_LEVERS, RENAMED_LEVERS
 from ipdiverse.errors import ArgumentError, IpdiverseError, check_range
 from ipdiverse.levers import LEVERS
@@ -68,12 +68,7 @@ class Arm:
     def request(
         self, steps: int | None, guidance_scale: float | None, scale: float | None = 1.0
     ) -> Request:
-        """The arm as a request, without images and prompts.
-
-        Args:
-            steps: Denoising steps.
-            guidance_scale: Used unless the arm sets one.
-            scale: Weight of the image prompt, used unless the arm sets one.
+        """The arm as a request without images and prompts; what it sets itself comes first.
 
         Raises:
             ArgumentError: A setting is out of range.
@@ -167,20 +162,16 @@ def read_study(file: Path) -> Study:
     Raises:
         ArgumentError: The file cannot be read, or a key or value in it is wrong.
     """
-    try:
-        content = tomllib.loads(file.read_text("utf-8"))
-    except (OSError, UnicodeError, tomllib.TOMLDecodeError) as error:
-        raise ArgumentError("cannot be read", where=file, expected="TOML", found=error) from error
-    entries = [_renamed(entry, file) for entry in _tables(content, "arm", file)]
+    content = read_toml(file)
+    entries = [renamed(entry, RENAMED, file) for entry in _tables(content, "arm", file)]
     for entry in _tables(content, "sweep", file):
-        entries += _swept(_renamed(entry, file), file)
+        entries += _swept(renamed(entry, RENAMED, file), file)
     arms = tuple(_arm(entry, file) for entry in _without_dropped(entries, file))
-    _check_types(content, file)
+    study = read(Study, content | {"arms": arms}, file)
     try:
-        study = Study(arms=arms, **content)
         for arm in study.arms:
             arm.request(study.steps, 1.0)
-    except (IpdiverseError, TypeError) as error:
+    except IpdiverseError as error:
         raise ArgumentError(str(error), where=file) from error
     return study
 
@@ -205,43 +196,11 @@ def _prompted(arm: Arm, base: str) -> Arm:
     return replace(arm, adapters=(default_adapter(base),))
 
 
-_TEXTS = ("base", "references", "prompts", "image_encoder", "baseline", "split")
-_TYPES: dict[str, type] = {
-    **dict.fromkeys(("pairs", "images", "steps", "seed"), int),
-    **dict.fromkeys(_TEXTS, str),
-    "features": list,
-    "edits": bool,
-}
-
-
-def _check_types(content: dict[str, Any], file: Path) -> None:
-    """Refuse keys that a study does not have, and values of another type."""
-    if unknown := sorted(content.keys() - _TYPES.keys()):
-        raise ArgumentError("unknown key", where=file, found=", ".join(unknown))
-    for name, value in content.items():
-        if type(value) is not _TYPES[name]:  # not isinstance: True would pass for an int
-            raise ArgumentError("is of another type", where=f"{file}: {name}", found=repr(value))
-    if "features" in content:
-        content["features"] = _texts(content["features"], f"{file}: features")
-
-
-def _texts(found: Any, where: str) -> tuple[str, ...]:
-    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
-        raise ArgumentError("is not a list of texts", where=where, found=repr(found))
-    return tuple(found)
-
-
 def _tables(content: dict[str, Any], name: str, file: Path) -> list[dict[str, Any]]:
     found = content.pop(name, [])
     if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
         raise ArgumentError("is not a table", where=f"{file}: {name}", expected=f"[[{name}]]")
     return found
-
-
-def _renamed(entry: dict[str, Any], file: Path) -> dict[str, Any]:
-    for old in entry.keys() & RENAMED.keys():
-        warnings.warn(f"{file}: {old} is now called {RENAMED[old]}", stacklevel=3)
-    return {RENAMED.get(key, key): value for key, value in entry.items()}
 
 
 def _without_dropped(entries: list[dict[str, Any]], file: Path) -> list[dict[str, Any]]:
@@ -257,19 +216,15 @@ def _without_dropped(entries: list[dict[str, Any]], file: Path) -> list[dict[str
 
 
 def _arm(entry: dict[str, Any], file: Path) -> Arm:
-    settings = dict(entry)
-    name, family = settings.pop("name", None), settings.pop("family", None)
-    at, adapters = settings.pop("at", None), settings.pop("adapters", [])
-    if not isinstance(name, str):
-        raise ArgumentError("has no name", where=f"{file}: arm", found=entry)
-    where = f"{file}: arm {name!r}"
+    own = {key: entry[key] for key in ("name", "family", "at", "adapters") if key in entry}
+    settings = {key: value for key, value in entry.items() if key not in own}
+    where = f"{file}: arm {entry.get('name', '')!r}"
     if unknown := sorted(settings.keys() - {*SETTINGS, *LEVERS}):
         raise ArgumentError("unknown key", where=where, found=", ".join(unknown))
-    if not isinstance(at, (int, float, type(None))):
-        raise ArgumentError("is not a number", where=f"{where}, at", found=repr(at))
     if isinstance(settings.get("interval"), list):
         settings["interval"] = tuple(settings["interval"])
-    return Arm(name, family or name, settings, _texts(adapters, f"{where}, adapters"), at)
+    family = own.get("name", "")  # an arm without a family is one by itself
+    return read(Arm, {"family": family, "settings": settings} | own, where)
 
 
 def _swept(entry: dict[str, Any], file: Path) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from ipdiverse.critters.oracle import Reading
 from ipdiverse.critters.scene import IDENTITY, sample_scene
 from ipdiverse.errors import ArgumentError
 from ipdiverse.evaluation.bootstrap import (
@@ -18,8 +19,7 @@ from ipdiverse.evaluation.bootstrap import (
     leak_interval,
     resampled,
 )
-from ipdiverse.evaluation.pairs import study_pairs
-from ipdiverse.evaluation.readings import critters_sets
+from ipdiverse.evaluation.pairs import critters_sets, study_pairs
 from ipdiverse.evaluation.sets import PairSums, Sets, pair_sums, score_sets
 
 PAIRS = study_pairs(40, seed=1)
@@ -37,7 +37,8 @@ def drawn(images: int = 6, copies: bool = False) -> np.ndarray:
 
 
 def asked(images: int, copies: bool = False) -> Sets:
-    return critters_sets(drawn(images, copies), np.zeros((len(PAIRS), images), bool), PAIRS)
+    seen = Reading(drawn(images, copies), np.zeros((len(PAIRS), images), bool))
+    return critters_sets(seen, PAIRS)
 
 
 def test_intervals_of_leak_and_distance_are_about_the_scores_of_sets() -> None:

@@ -67,8 +67,8 @@ def test_arms_and_sweeps_are_read(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("pairs = ", "cannot be read"),
-        ("nonsense = 1\n[[arm]]\nname='a'", "unknown key; found nonsense"),
-        ("[[arm]]\nscale = 1.0", "has no name"),
+        ("nonsense = 1\n[[arm]]\nname='a'", "unknown key 'nonsense'"),
+        ("[[arm]]\nscale = 1.0", "missing name"),
         ("[[arm]]\nname='a'\nscales = 1.0", "unknown key; found scales"),
         ("[[arm]]\nname='a'\n[[arm]]\nname='a'", "need different names"),
         ("pairs = 5", "are missing"),
@@ -77,16 +77,19 @@ def test_arms_and_sweeps_are_read(tmp_path: Path) -> None:
         ("baseline='b'\n[[arm]]\nname='a'", "not the name of an arm"),
         ("arm = 3", "is not a table"),
         ("pairs = 1\n[[arm]]\nname='a'", "pairs"),
-        ("pairs = 2.5\n[[arm]]\nname='a'", "of another type"),
-        ("base = 3\n[[arm]]\nname='a'", "of another type"),
-        ("features = 'dino'\n[[arm]]\nname='a'", "of another type"),
-        ("[[arm]]\nname='a'\nadapters='x.safetensors'", "not a list of texts"),
-        ("[[arm]]\nname='a'\nat='x'", "is not a number"),
+        ("pairs = 2.5\n[[arm]]\nname='a'", "pairs is 2.5, expected a whole number"),
+        ("base = 3\n[[arm]]\nname='a'", "base is 3, expected a text"),
+        ("features = 'dino'\n[[arm]]\nname='a'", "features is 'dino', expected a list"),
+        (
+            "[[arm]]\nname='a'\nadapters='x.safetensors'",
+            "adapters is 'x.safetensors'",
+        ),
+        ("[[arm]]\nname='a'\nat='x'", "at is 'x', expected a number"),
         ("[[arm]]\nname='a'\ninterval=[0.3]", "interval"),
         ("[[arm]]\nname='a'\ninterval=5", "interval"),
         ("[[sweep]]\nfamily='a'\nscale=[]", "is empty; found scale"),
         ("prompts='p.txt'\n[[arm]]\nname='a'", "prompts: needs references"),
-        ("image_encoder=3\n[[arm]]\nname='a'", "of another type"),
+        ("image_encoder=3\n[[arm]]\nname='a'", "image_encoder is 3"),
         ("base='owner/base'\n[[arm]]\nname='a'", "adapter: is missing"),
         ("steps=0\n[[arm]]\nname='a'", "steps"),
     ],
@@ -102,7 +105,7 @@ def test_settings_of_version_0_1_are_read_by_the_names_of_today(
 ) -> None:
     monkeypatch.setattr(study_module, "RENAMED", {"shaking": "cads"})
     sweep = '[[sweep]]\nfamily = "f"\nshaking = [0.1, 0.2]\n'
-    with pytest.warns(UserWarning, match="shaking is now called cads") as told:
+    with pytest.warns(UserWarning, match="renamed shaking → cads") as told:
         arms = read_study(written(sweep, tmp_path)).arms
     assert len(told) == 1
     assert [(arm.name, arm.settings) for arm in arms] == [
@@ -114,7 +117,7 @@ def test_settings_of_version_0_1_are_read_by_the_names_of_today(
 def test_arms_of_levers_that_are_gone_are_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gone = dict.fromkeys(("gone", "lost", "cads"), 0)
+    gone = dict.fromkeys(("gone", "lost", "cads"), "it is gone")
     monkeypatch.setattr(study_module, "DROPPED_LEVERS", gone)
     sweeps = '[[sweep]]\nfamily = "f"\ngone = [0.1, 0.2]\n[[arm]]\nname = "b"\nlost = 1\n'
     arms = '[[arm]]\nname = "a"\ncads = 0.1\n'

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +15,22 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from ipdiverse.adapter.files.checkpoint import load_adapter, save_adapter
 from ipdiverse.adapter.files.conversion import copy_with_spec
 from ipdiverse.base.adapters import CRITTERS_ADAPTERS
-from ipdiverse.cli import main
+from ipdiverse.critters.oracle import Reading
 from ipdiverse.dial import OFF, Dial, Levers
 from ipdiverse.errors import DataError
-from ipdiverse.evaluation import images, readings, running
-from ipdiverse.evaluation.images import what_decides
-from ipdiverse.evaluation.readings import (
-    Readings,
-    find_readings,
-    load_readings,
-    readings_file,
+from ipdiverse.evaluation import images
+from ipdiverse.evaluation.study import read_study
+from workshop import recorded
+from workshop.__main__ import main
+from workshop.recorded import (
+    Recorded,
+    RecordedRunner,
+    find_recorded,
+    load_recorded,
+    recorded_file,
 )
-from ipdiverse.evaluation.running import Runner
-from ipdiverse.evaluation.study import Arm, read_study
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 PLUS = CRITTERS_ADAPTERS / "ip-adapter-plus_critters.safetensors"
 
 
@@ -56,22 +56,22 @@ def test_they_come_back_as_they_were(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     attributes = rng.integers(0, 7, (5, 3, 9))
     invalid = rng.random((5, 3)) < 0.3
-    Readings(attributes, invalid, {"steps": 4}).save(tmp_path / "a.npz")
-    found = load_readings(tmp_path / "a.npz")
+    Recorded(Reading(attributes, invalid), {"steps": 4}).save(tmp_path / "a.npz")
+    found = load_recorded(tmp_path / "a.npz")
     assert found is not None
-    np.testing.assert_array_equal(found.attributes, attributes)
-    np.testing.assert_array_equal(found.invalid, invalid)
+    np.testing.assert_array_equal(found.seen.attributes, attributes)
+    np.testing.assert_array_equal(found.seen.invalid, invalid)
     assert found.about == {"steps": 4}
-    assert load_readings(tmp_path / "b.npz") is None
+    assert load_recorded(tmp_path / "b.npz") is None
     (tmp_path / "c.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:200])
     with pytest.raises(DataError, match="are not readings"):
-        load_readings(tmp_path / "c.npz")
+        load_recorded(tmp_path / "c.npz")
 
 
 def test_names_that_differ_only_in_signs_have_files_of_their_own(tmp_path: Path) -> None:
-    assert readings_file(tmp_path, "λ: scale 1", 0) != readings_file(tmp_path, "w: scale 1", 0)
-    assert readings_file(tmp_path, "x", 0) != readings_file(tmp_path, "x", 1)
-    assert readings_file(tmp_path, "../../x", 0).parent == tmp_path
+    assert recorded_file(tmp_path, "λ: scale 1", 0) != recorded_file(tmp_path, "w: scale 1", 0)
+    assert recorded_file(tmp_path, "x", 0) != recorded_file(tmp_path, "x", 1)
+    assert recorded_file(tmp_path, "../../x", 0).parent == tmp_path
 
 
 def test_published_readings_are_taken_where_settings_and_weights_are_theirs(
@@ -90,7 +90,7 @@ def test_published_readings_are_taken_where_settings_and_weights_are_theirs(
 
     def run(name: str, config: Path, *more: str) -> int:
         out = ["--out", str(tmp_path / name)]
-        return main(["evaluate", "--config", str(config), *out, *more])
+        return main(["study", str(config), *out, *more])
 
     published = tmp_path / "published"
     assert run("first", study(tmp_path, adapter), "--publish", str(published)) == 0
@@ -120,7 +120,7 @@ def test_published_readings_are_taken_where_settings_and_weights_are_theirs(
     adapter.write_bytes(PLUS.read_bytes())
     assert run("other", study(tmp_path, adapter, scale=0.25), *taken) == 0
     assert drawn == [4, 4], "other settings are drawn"
-    monkeypatch.setattr(running, "CRITTERS_ORACLE", PLUS)
+    monkeypatch.setattr(recorded, "CRITTERS_ORACLE", PLUS)
     assert run("read", study(tmp_path, adapter), *taken) == 0
     assert drawn == [4, 4, 4], "another oracle reads for itself"
     monkeypatch.undo()
@@ -141,7 +141,7 @@ def test_asking_what_is_there_connects_to_nothing(
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     config = study(tmp_path, adapter.relative_to(tmp_path))  # also how a hub id begins
-    command = ["evaluate", "--config", str(config), "--out"]
+    command = ["study", str(config), "--out"]
     assert main([*command, "first", "--publish", str(published)]) == 0
     shutil.rmtree(tmp_path / "runs")  # as on a fresh clone
     asked: list[bool] = []
@@ -158,61 +158,22 @@ def test_asking_what_is_there_connects_to_nothing(
     assert all(asked)
 
 
-def test_a_dial_stands_for_its_levers_and_a_base_for_what_is_left_to_it(tmp_path: Path) -> None:
-    adapter = tmp_path / "a.safetensors"
-
-    def decides(spec: dict[str, Any], guidance: float = 3.0, **settings: Any) -> dict[str, Any]:
-        copy_with_spec(PLUS, adapter, spec)
-        return what_decides(Arm("a", "a", settings).request(10, guidance), adapter)
-
-    turned = decides({"dial": DIAL}, diversity=0.5)
-    assert turned == decides({}, cads=0.1)
-    assert turned["levers"] == {"cads": 0.1}
-    assert decides({}, diversity=0.5) != turned, "the default path"
-    assert decides({}) == decides({}, scale=1.0, fusion_strength=1.0)
-    assert decides({}, guidance=4.0) == decides({}, guidance_scale=4.0) != decides({})
-    gone = what_decides(Arm("a", "a", {"diversity": 0.5}).request(10, 3.0), None)
-    assert gone["levers"] is gone["adapter"] is None
-    assert what_decides(Arm("a", "a", {"cads": 0.1}).request(10, 3.0), None)["levers"] == {
-        "cads": 0.1
-    }
-
-
-def test_an_adapters_file_is_read_again_only_once_it_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    adapter, read = tmp_path / "a.safetensors", list[str]()
-    for name in ("weights_hash", "load_adapter"):
-        real = getattr(images, name)
-        monkeypatch.setattr(
-            images, name, lambda file, name=name, real=real: (read.append(name), real(file))[1]
-        )
-    copy_with_spec(PLUS, adapter, {"dial": DIAL})
-    request = Arm("a", "a", {"diversity": 0.5}).request(10, 3.0)
-    first = what_decides(request, adapter)
-    assert what_decides(request, adapter) == first
-    what_decides(replace(request, steps=11), adapter)
-    assert sorted(read) == ["load_adapter", "load_adapter", "weights_hash"]
-    copy_with_spec(PLUS, adapter, {})
-    assert what_decides(request, adapter) != first, "another dial"
-
-
 def test_readings_of_version_0_1_are_found_under_the_names_of_today(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(readings, "RENAMED", {"shaking": "cads", "begin": "start"})
+    monkeypatch.setattr(recorded, "RENAMED", {"shaking": "cads", "begin": "start"})
     about = {"settings": {"begin": 0.2}, "levers": {"shaking": 0.1}, "steps": 4}
-    old = Readings(np.zeros((2, 2, 9), int), np.zeros((2, 2), bool), about)
-    old.save(readings_file(tmp_path, "family: shaking 0.1, begin 0.2", 0))
-    found = find_readings(tmp_path, "family: cads 0.1, start 0.2", 0)
+    old = Recorded(Reading(np.zeros((2, 2, 9), int), np.zeros((2, 2), bool)), about)
+    old.save(recorded_file(tmp_path, "family: shaking 0.1, begin 0.2", 0))
+    found = find_recorded(tmp_path, "family: cads 0.1, start 0.2", 0)
     assert found is not None
     assert found.about == {"settings": {"start": 0.2}, "levers": {"cads": 0.1}, "steps": 4}
-    assert find_readings(tmp_path, "family: cads 0.2, start 0.2", 0) is None
+    assert find_recorded(tmp_path, "family: cads 0.2, start 0.2", 0) is None
 
 
 @pytest.mark.parametrize("name", ["steps", "ends"])
 def test_this_repositorys_readings_are_still_taken(name: str, tmp_path: Path) -> None:
     """Hashes of the shipped base, adapters and oracle, and names of levers, are still theirs."""
     published = read_study(ROOT / "studies" / f"{name}.toml")
-    runner = Runner(published, tmp_path, False, ROOT / "docs" / "study" / name / "readings")
-    assert all(runner._known(arm, 0) for arm in published.arms)
+    runner = RecordedRunner(published, tmp_path, ROOT / "docs" / "study" / name / "readings")
+    assert all(runner.recorded(arm, 0) for arm in published.arms)

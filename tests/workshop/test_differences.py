@@ -11,13 +11,13 @@ import pytest
 
 from ipdiverse.errors import DataError
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 
 
 def table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arms: str) -> str:
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["differences.py", *arms, "--seeds", "1"])
-    runpy.run_path("studies/differences.py", run_name="__main__")
+    runpy.run_module("studies.differences", run_name="__main__")
     return capsys.readouterr().out
 
 
