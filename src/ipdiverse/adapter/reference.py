@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ipdiverse.errors import ArgumentError
-from ipdiverse.image_io import load_image
+from ipdiverse.image_io import as_mask, load_image, upright
 
 if TYPE_CHECKING:
     from collections.abc import Sized
@@ -60,6 +60,8 @@ class Reference:
         for image in (*self.images, *(self.masks or ())):
             if not isinstance(image, Image.Image):
                 raise _not_an_image(image, "PIL images", "Open files with image_io.load_image.")
+        # a photograph that Pillow opened lies as the camera was held; one by its path does not
+        object.__setattr__(self, "images", [upright(image) for image in self.images])
 
     def count(self) -> int:
         """How many images or faces."""
@@ -194,7 +196,7 @@ class RegionMask:
 
 def mask_weights(image: Image.Image) -> Tensor:
     """A picture as weights, (height, width): white acts, black does not."""
-    return torch.from_numpy(np.asarray(image.convert("L"), dtype=np.float32) / 255)
+    return torch.from_numpy(np.asarray(as_mask(image), dtype=np.float32) / 255)
 
 
 def _grid(pixels: int, ratio: float) -> tuple[int, int]:

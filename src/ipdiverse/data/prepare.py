@@ -252,8 +252,8 @@ def _store(data: bytes, name: str, out: Path, square: Square) -> tuple[str, Imag
 
     image = load_image_bytes(data, name)
     shaped = to_square(image, square)
-    suffix = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}[format_of(data) or "PNG"]
-    if shaped is not image:
+    suffix = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}.get(format_of(data) or "")
+    if shaped is not image or suffix is None:
         data, suffix = _as_png(shaped), ".png"
     digest = hashlib.sha256(data).hexdigest()
     relative = f"images/{digest[:2]}/{digest}{suffix}"

@@ -2,28 +2,32 @@
 
 | in the wild | policy |
 |---|---|
-| format | JPEG, PNG and WebP, told by content; all others are refused |
-| wrong extension | accepted when the content is one of these formats |
+| format | JPEG, PNG, WebP, BMP, and AVIF where Pillow has it, told by content; others are refused |
+| any extension (`.JPG`, `.jfif`, a wrong one) | accepted when the content is one of these formats |
 | size of the file | at most 64 MiB, checked before reading |
-| size of the image | sides 16 to 16384 px, at most 40 megapixels, checked before decoding |
-| decompression bomb | refused by the line above, before memory is taken for pixels |
-| JPEG of very many scans | refused: each one costs a pass over the whole image |
-| EXIF orientation | applied; EXIF that cannot be read is ignored |
+| size of the image | sides 16 to 16384 px, at most 64 megapixels, checked before decoding |
+| JPEG of one scan | up to 256 megapixels |
+| above 40 megapixels | scaled to a half or a quarter of each side, a JPEG while it is decoded |
+| decompression bomb | refused by the lines above, before memory is taken for pixels |
+| JPEG of very many scans or segments, PNG of very many chunks | refused: each one costs time |
+| EXIF orientation | applied; EXIF that cannot be read is ignored, and no other tag is looked at |
 | CMYK | to sRGB by the file's ICC profile; without a usable one, Pillow's conversion |
 | ICC profile of an RGB image | ignored, as stock diffusers pipelines do |
 | 16-bit grey | divided by 257 and rounded; Pillow's own conversion would clip |
 | 16-bit colour | the upper byte, as Pillow reads it |
 | palette, grey, 1-bit | converted to RGB |
-| transparency of any kind | composited over white |
-| animated PNG or WebP | the first frame, with an `ImageWarning` |
+| transparency of any kind | composited over white; in a mask, refused |
+| animated PNG, WebP or AVIF | the first frame, with an `ImageWarning` |
 | several pictures in one JPEG (MPO) | the first; the others are depth maps, previews and the like |
 | text in a PNG, however long | skipped, except where it says the orientation |
+| BMP of run lengths | refused: Pillow takes a minute for a large one |
 | truncated, corrupt, empty | refused |
 | folder, pipe, device, missing, unreadable | refused |
 | metadata (EXIF, ICC, text) | never carried over to the decoded image |
 
-A refusal is always one `ImageError` line. Pillow's process-wide `LOAD_TRUNCATED_IMAGES`, which is
-off unless some library turns it on, would let truncated files through.
+A refusal is always one `ImageError` line; the numbers are in `image_io/files.py`. Pillow's
+process-wide `LOAD_TRUNCATED_IMAGES`, which is off unless some library turns it on, would let
+truncated files through.
 """
 
 from __future__ import annotations
@@ -34,21 +38,29 @@ import os
 import warnings
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, ImageOps
+from PIL import Image, ImageCms
+from PIL.JpegImagePlugin import JpegImageFile
 
 from ipdiverse.errors import ImageError, quoted
 from ipdiverse.image_io.files import (
     GET_AGAIN,
+    MAX_CHUNKS,
+    MAX_DECODED_PIXELS,
+    MAX_DRAFT_PIXELS,
     MAX_FILE_BYTES,
     MAX_JPEG_SCANS,
+    MAX_PIXELS,
+    MAX_SCANNED_PIXELS,
+    check_count,
     check_file_bytes,
     check_size,
     claimed_size,
     describe,
     format_of,
-    jpeg_scan_count,
     opened,
+    orientation,
     png_chunks,
+    read_jpeg,
 )
 
 _WIDE_GREY = ("I", "I;16", "I;16B", "I;16L", "I;16N")
@@ -56,7 +68,17 @@ _PNG_BIT_DEPTH = 24  # where the header holds it
 _WIDE_BITS = 16
 _PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt")
 _PNG_ORIENTATION = (b"exif\0", b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
-"""Keywords of text in which Pillow looks for the orientation."""
+"""Keywords of text that may hold the orientation."""
+_TURNS = (
+    Image.Transpose.FLIP_LEFT_RIGHT,
+    Image.Transpose.ROTATE_180,
+    Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE,
+    Image.Transpose.ROTATE_270,
+    Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90,
+)
+"""What undoes each orientation, from 2 on."""
 
 
 class ImageWarning(UserWarning):
@@ -67,7 +89,7 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
     """Decode an image file.
 
     Args:
-        path: A JPEG, PNG or WebP file, whatever its extension.
+        path: A file of an accepted format, whatever its extension.
 
     Returns:
         The upright image in mode RGB, without metadata.
@@ -75,17 +97,14 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
     Raises:
         ImageError: The file cannot be read, is not an image, is broken, or is outside the limits.
     """
-    with opened(path) as file:
-        check_file_bytes(os.fstat(file.fileno()).st_size, path)
-        data = file.read(MAX_FILE_BYTES + 1)  # the file may grow after its size was taken
-    return _decode(data, str(path))
+    return _plain(_decode(_read(path), str(path)))
 
 
 def load_image_bytes(data: bytes, name: str = "image") -> Image.Image:
     """Decode an image that is already in memory, such as an upload.
 
     Args:
-        data: The content of a JPEG, PNG or WebP file.
+        data: The content of a file of an accepted format.
         name: What to call it in errors.
 
     Returns:
@@ -94,7 +113,65 @@ def load_image_bytes(data: bytes, name: str = "image") -> Image.Image:
     Raises:
         ImageError: The bytes are not an image, are broken, or are outside the limits.
     """
-    return _decode(data, name)
+    return _plain(_decode(data, name))
+
+
+def load_mask(path: str | os.PathLike[str]) -> Image.Image:
+    """Decode an image file as a mask, as `as_mask` reads it.
+
+    Raises:
+        ImageError: As `load_image` and `as_mask` say, or it is black everywhere.
+    """
+    mask = as_mask(_decode(_read(path), str(path)), path)
+    if mask.getextrema()[1] == 0:
+        raise ImageError(
+            "the mask acts nowhere",
+            where=path,
+            expected="white where it acts",
+            found="black everywhere",
+            fix="Draw in white, or invert it if it was meant the other way round.",
+        )
+    return mask
+
+
+def as_mask(image: Image.Image, where: object = "mask") -> Image.Image:
+    """A picture as a mask: white acts, black does not, grey acts in part.
+
+    What transparency means depends on who drew it: a hole that was erased in white is what to
+    repaint, and so are black strokes on an empty layer. It is refused rather than guessed.
+
+    Args:
+        image: Of any mode.
+        where: What to call it in errors.
+
+    Returns:
+        The mask in mode L.
+
+    Raises:
+        ImageError: It has transparent parts.
+    """
+    clear = 0.0
+    if image.has_transparency_data:
+        alpha = np.asarray(image.convert("RGBA").getchannel("A"))
+        clear = float((alpha < 255).mean())
+    if clear:
+        raise ImageError(
+            "the mask has transparent parts, which may stand for either",
+            where=where,
+            expected="white where it acts, black elsewhere, nothing transparent",
+            found=f"{clear:.0%} transparent",
+            fix="Put it on a black layer, draw in white, and save it without transparency.",
+        )
+    return to_rgb(image).convert("L")
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """An image that Pillow opened, turned as its metadata says; the same one if that is nothing."""
+    return _turned(image, orientation(image.info))
+
+
+def _turned(image: Image.Image, turn: int) -> Image.Image:
+    return image.transpose(_TURNS[turn - 2]) if 2 <= turn <= 8 else image
 
 
 def content_hash(image: Image.Image) -> str:
@@ -134,61 +211,103 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return result
 
 
+def _read(path: str | os.PathLike[str]) -> bytes:
+    with opened(path) as file:
+        check_file_bytes(os.fstat(file.fileno()).st_size, path)
+        return file.read(MAX_FILE_BYTES + 1)  # it may grow after its size was taken
+
+
+def _plain(image: Image.Image) -> Image.Image:
+    """RGB, and no longer of the class that decoded it, which holds the file."""
+    result = to_rgb(image)
+    return result.copy() if result is image else result
+
+
 def _decode(data: bytes, name: str) -> Image.Image:
-    image_format = _check_header(data, name)
-    try:
-        if image_format == "PNG":
-            data = _without_text(data)
-        with Image.open(io.BytesIO(data), formats=[image_format]) as image:
-            check_size(image.size, name)
-            _warn_if_animated(image, name)
-            return _upright_rgb(image, data)
-    except (ImageError, ImageWarning):
-        raise
-    except Exception as error:  # on hostile files Pillow's decoders raise nearly anything
-        raise ImageError(
-            f"the {image_format} image is truncated or corrupt",
-            where=name,
-            expected="a complete image",
-            found=str(error) or type(error).__name__,
-            fix=GET_AGAIN,
-        ) from error
-
-
-def _check_header(data: bytes, name: str) -> str:
-    """Refuse what its header alone rules out, and return the format."""
+    """The upright image in its own mode, at most `MAX_PIXELS` large."""
     check_file_bytes(len(data), name)
     image_format = format_of(data)
     if image_format is None:
         raise ImageError(
             "this is not an image of an accepted format",
             where=name,
-            expected="JPEG, PNG or WebP content",
+            expected="JPEG, PNG, WebP, BMP or AVIF content",
             found=describe(data),
             fix="Convert it to PNG.",
         )
-    size = claimed_size(data, image_format)
-    if size is None:
-        raise ImageError(
-            f"the {image_format} image is truncated or corrupt",
-            where=name,
-            expected="a header with the image's size",
-            found="none",
-            fix=GET_AGAIN,
-        )
+    try:
+        image = _open(data, name, image_format)
+        image.load()
+        key = image.info.get("transparency")
+        if image_format == "PNG" and data[_PNG_BIT_DEPTH] == _WIDE_BITS and isinstance(key, tuple):
+            # Pillow narrows the pixels of 16-bit RGB to 8 bits, but not the transparent colour
+            image.info["transparency"] = tuple(value >> 8 for value in key)
+        return upright(_within_budget(image))
+    except (ImageError, ImageWarning):
+        raise
+    except Exception as error:  # on hostile files Pillow's decoders raise nearly anything
+        found = str(error) or type(error).__name__
+        raise _broken(image_format, name, "a complete image", found) from error
+
+
+def _broken(image_format: str, name: str, expected: str, found: str) -> ImageError:
+    what = f"the {image_format} image is truncated or corrupt"
+    return ImageError(what, where=name, expected=expected, found=found, fix=GET_AGAIN)
+
+
+def _open(data: bytes, name: str, image_format: str) -> Image.Image:
+    if image_format == "JPEG":
+        return _open_jpeg(data, name)
+    if image_format == "AVIF":
+        image, frames = _open_avif(data, name)
+        _warn_if_animated(frames, name)
+        return image
+    _check(claimed_size(data, image_format), image_format, name)
+    if image_format == "PNG":
+        data = _without_text(data, name)
+    image = Image.open(io.BytesIO(data), formats=[image_format])
+    check_size(image.size, name)
+    _warn_if_animated(getattr(image, "n_frames", 1), name)
+    return image
+
+
+def _open_jpeg(data: bytes, name: str) -> Image.Image:
+    jpeg = read_jpeg(data, name)
+    most = MAX_DECODED_PIXELS if jpeg.scans > 1 else MAX_DRAFT_PIXELS
+    size = _check(jpeg.size, "JPEG", name, most)
+    most = min(MAX_JPEG_SCANS, MAX_SCANNED_PIXELS // (size[0] * size[1]))
+    check_count(jpeg.scans, most, "scans in a JPEG of this size", name)
+    # not by `Image.open`, which refuses 200 megapixels before they can be scaled down
+    image = JpegImageFile(io.BytesIO(jpeg.bare))
+    factor = next(f for f in (1, 2, 4, 8) if size[0] * size[1] <= MAX_PIXELS * f * f)
+    image.draft(None, (size[0] // factor, size[1] // factor))
+    image.info |= jpeg.about
+    return image
+
+
+def _open_avif(data: bytes, name: str) -> tuple[Image.Image, int]:
+    """The image and how many frames the file has.
+
+    Not by `Image.open`, which also reads all EXIF: `files.orientation` says why not.
+    """
+    from PIL import _avif
+
+    decoder = _avif.AvifDecoder(data, "auto", os.cpu_count() or 1)
+    size, frames, mode, _, _, turn, _ = decoder.get_info()
     check_size(size, name)
-    if image_format == "JPEG" and (scans := jpeg_scan_count(data)) > MAX_JPEG_SCANS:
-        raise ImageError(
-            "the JPEG image takes too long to decode",
-            where=name,
-            expected=f"at most {MAX_JPEG_SCANS} scans",
-            found=scans,
-            fix="Save it as a plain JPEG or PNG.",
-        )
-    return image_format
+    return _turned(Image.frombytes(mode, size, decoder.get_frame(0)[0]), turn), frames
 
 
-def _without_text(data: bytes) -> bytes:
+def _check(
+    size: tuple[int, int] | None, image_format: str, name: str, most: int = MAX_DECODED_PIXELS
+) -> tuple[int, int]:
+    if size is None:
+        raise _broken(image_format, name, "a header with the image's size", "none")
+    check_size(size, name, most)
+    return size
+
+
+def _without_text(data: bytes, name: str) -> bytes:
     """A PNG without the chunks that are not used and that Pillow may fail on.
 
     Pillow refuses a sound PNG whose compressed text or ICC profile is over 1 MiB
@@ -197,7 +316,8 @@ def _without_text(data: bytes) -> bytes:
     """
     kept, end = [], 0
     view = memoryview(data)
-    for kind, body, length in png_chunks(io.BytesIO(data)):
+    for count, (kind, body, length) in enumerate(png_chunks(io.BytesIO(data)), 2):
+        check_count(count, MAX_CHUNKS, "chunks", name)
         is_unused = kind in _PNG_TEXT and not data.startswith(_PNG_ORIENTATION, body)
         if is_unused or kind == b"iCCP":
             kept.append(view[end : body - 8])
@@ -205,34 +325,17 @@ def _without_text(data: bytes) -> bytes:
     return b"".join([*kept, view[end:]]) if kept else data
 
 
-def _warn_if_animated(image: Image.Image, name: str) -> None:
-    frames = getattr(image, "n_frames", 1)
-    if image.format in {"PNG", "WEBP"} and frames > 1:
-        text = (
-            f"{quoted(name)}: the image is animated ({frames} frames); only the first frame is used"
-        )
-        warnings.warn(text, ImageWarning, stacklevel=4)
+def _warn_if_animated(frames: int, name: str) -> None:
+    if frames > 1:
+        only = "only the first frame is used"
+        text = f"{quoted(name)}: the image is animated ({frames} frames); {only}"
+        warnings.warn(text, ImageWarning, stacklevel=5)
 
 
-def _upright_rgb(image: Image.Image, data: bytes) -> Image.Image:
-    image.load()
-    orientation = _orientation(image)
-    key = image.info.get("transparency")
-    if image.format == "PNG" and data[_PNG_BIT_DEPTH] == _WIDE_BITS and isinstance(key, tuple):
-        # Pillow narrows the pixels of 16-bit RGB to 8 bits, but not the transparent colour
-        image.info["transparency"] = tuple(value >> 8 for value in key)
-    result = to_rgb(image)
-    # `exif_transpose` on the file's own EXIF would write all of it back, which fails where any
-    # other tag of it is broken; so it gets the one tag, on an image without metadata.
-    result.getexif()[ExifTags.Base.Orientation] = orientation
-    return ImageOps.exif_transpose(result)
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # a broken EXIF block must not cost a good picture
-        return 1
+def _within_budget(image: Image.Image) -> Image.Image:
+    if image.width * image.height <= MAX_PIXELS:
+        return image
+    return (image.convert("RGBA") if image.has_transparency_data else to_rgb(image)).reduce(2)
 
 
 def _narrow(image: Image.Image) -> Image.Image:

@@ -86,3 +86,14 @@ def test_what_is_no_image_is_one_error(given: Any) -> None:
         ArgumentError, match="reference: is not an image; expected a PIL image, an im"
     ):
         as_reference(given)
+
+
+def test_a_photograph_is_upright_by_its_path_and_as_pillow_opened_it(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # as a phone writes it when it is held upright
+    Image.linear_gradient("L").crop((0, 0, 256, 128)).save(tmp_path / "a.jpg", exif=exif)
+    with Image.open(tmp_path / "a.jpg") as opened:
+        lying = Reference([opened]).images[0]
+    upright = as_reference(tmp_path / "a.jpg").images[0]
+    assert lying.size == upright.size == (128, 256)
+    assert lying.convert("RGB").tobytes() == upright.tobytes()

@@ -72,6 +72,16 @@ def test_good_images_are_stored_and_bad_ones_listed_with_reasons(
     assert not (tmp_path / "out" / module.JOURNAL).exists()
 
 
+def test_a_format_that_few_tools_read_is_stored_as_png(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for index in range(2):  # told by their content
+        picture(index).save(tmp_path / "in" / f"{index}.jpg", "BMP")
+    prepare(str(tmp_path / "in"), tmp_path / "out", options())
+    names = [record.file_name for record in read_manifest(tmp_path / "out")]
+    assert {Path(name).suffix for name in names} == {".png"}
+    assert load_image(tmp_path / "out" / names[0]).size == (40, 30)
+
+
 def test_datasets_opens_a_prepared_folder(subjects: Path, tmp_path: Path) -> None:
     import datasets
 
