@@ -1,4 +1,4 @@
-"""Write results whole or not at all."""
+"""Write results whole or not at all, one process in a folder."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,10 +18,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _PROBE_BYTES = 64 * 1024  # an empty file would be written even to a full disk
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the last: a limit on the size of files
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 _IN_THE_WAY = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
 _NO_FOLDER_SYNC = (errno.EACCES, errno.EINVAL, errno.ENOTSUP)
+_TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")
+LOCK = ".lock"
 
 AnyPath = str | os.PathLike[str]
 
@@ -68,6 +71,21 @@ def write_text_atomic(path: AnyPath, text: str) -> None:
     write_bytes_atomic(path, text.encode("utf-8", "replace"))
 
 
+def append_text(path: AnyPath, text: str) -> None:
+    """Add to a text file in UTF-8; a kill may cut off its end (raises as `write_bytes_atomic`)."""
+    with writing(path), Path(path).open("a", encoding="utf-8", newline="") as file:
+        file.write(text)
+
+
+@contextlib.contextmanager
+def writing(path: AnyPath) -> Iterator[None]:
+    """What the system refuses while a place is written to becomes an OutputError."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise _output_error(Path(path), error) from error
+
+
 def ensure_writable_folder(path: AnyPath) -> Path:
     """Create a folder if needed, and check before long work that files can be written there.
 
@@ -91,6 +109,36 @@ def ensure_writable_folder(path: AnyPath) -> Path:
         with contextlib.suppress(OSError, ValueError):
             probe.unlink(missing_ok=True)
     return folder
+
+
+@contextlib.contextmanager
+def only_one(path: AnyPath) -> Iterator[None]:
+    """Hold a folder, made if needed, for one process; what killed writes left in it is removed.
+
+    Raises:
+        OutputError: Another process holds it, or it cannot be written to.
+    """
+    from filelock import FileLock, Timeout
+
+    folder = ensure_writable_folder(path)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        what, fix = "another process is at work in this folder", "Wait, or choose another folder."
+        raise OutputError(what, where=folder, fix=fix) from error
+    except OSError as error:
+        raise _output_error(folder, error) from error
+    try:
+        for root, folders, files in os.walk(folder):
+            if LOCK in files and Path(root) != folder:
+                folders.clear()  # it has a process of its own, now or at its next run
+                continue
+            for name in filter(_TEMPORARY.fullmatch, files):
+                Path(root, name).unlink(missing_ok=True)
+        yield
+    finally:
+        lock.release()
 
 
 def sync_folder(folder: Path) -> None:

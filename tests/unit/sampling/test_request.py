@@ -74,7 +74,7 @@ def test_every_picture_file_is_named_once() -> None:
     [
         ({}, "image: is missing"),
         ({"image": "a", "base": "sd99"}, "sd99: unknown base"),
-        ({"image": "a", "preset": "vibes"}, "preset: is no preset"),
+        ({"image": "a", "preset": "vibes"}, "preset: is not a preset"),
         ({"image": "a", "strength": 0.5}, "strength: needs init_image. Give --init-image."),
         ({"image": "a", "combine": "weighted"}, "weights"),
         (
