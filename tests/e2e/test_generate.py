@@ -44,7 +44,7 @@ def test_images_sheet_and_record_are_written(
 ) -> None:
     out = tmp_path / "out"
     assert generate(reference, out, "-n", "3") == 0
-    assert sorted(f.name for f in out.iterdir()) == [
+    assert sorted(f.name for f in out.iterdir() if f.name[0] != ".") == [
         "0000.png",
         "0001.png",
         "0002.png",
@@ -226,12 +226,55 @@ def test_a_prompt_that_looks_like_an_option_is_repeatable(reference: Path, tmp_p
     np.testing.assert_array_equal(pixels(tmp_path / "out" / "0000.png"), result.images[0])
 
 
-def test_a_second_call_leaves_nothing_of_the_first(reference: Path, tmp_path: Path) -> None:
+def test_a_second_call_goes_elsewhere_unless_it_may_overwrite(
+    reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     generate(reference, tmp_path / "out", "-n", "3", "--steps", "1")
     (tmp_path / "out" / "mine.png").write_bytes(b"the user's own")
     generate(reference, tmp_path / "out", "-n", "1", "--steps", "1")
+    assert f"the images go to {tmp_path / 'out-2'}" in capsys.readouterr().err
+    assert len([*(tmp_path / "out").glob("000?.png")]) == 3
+    generate(reference, tmp_path / "out", "-n", "1", "--steps", "1", "--overwrite")
     names = sorted(f.name for f in (tmp_path / "out").glob("*.png"))
     assert names == ["0000.png", "contact_sheet.png", "mine.png"]
+
+
+CTRL_C = """
+import sys
+from ipdiverse.cli import main
+from ipdiverse.sampling.saving import Run
+
+add = Run.add
+
+def adds(self, number, image):
+    if number == 5:
+        raise KeyboardInterrupt
+    return add(self, number, image)
+
+Run.add = adds
+sys.exit(main())
+"""
+
+
+def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(
+    reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["generate", "--image", str(reference), "-n", "6", "--candidates", "7", *FAST]
+    words += ["--prompt", "a critter in the snow", "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-c", CTRL_C, *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert "5 of 6 images are in" in done.stderr
+    assert "run the same command again to continue" in done.stderr
+    assert len([*(tmp_path / "out").glob("000?.png")]) == 5
+    assert main(words) == 0
+    assert "5 of 6 images are in" in capsys.readouterr().err
+    assert main([*words[:-1], str(tmp_path / "whole")]) == 0
+    for number in range(6):
+        name = f"{number:04d}.png"
+        np.testing.assert_array_equal(
+            pixels(tmp_path / "out" / name), pixels(tmp_path / "whole" / name)
+        )
 
 
 def test_the_largest_set_can_be_saved(references: list[Image.Image], tmp_path: Path) -> None:

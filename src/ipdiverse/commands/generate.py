@@ -22,6 +22,8 @@ class Generate:
     Args:
         request: What to make.
         out: Folder for images, contact sheet and generation.json.
+        overwrite: Replace the run that is in `out`. Without it nothing is replaced: if `out` holds
+            another run, the images go to `out-2`, `out-3`, and so on.
         batch: File of JSON lines, one job each; a line's own fields override the flags. Images are
             written as they finish, and the same command continues a run that was stopped.
         json: Print the record, which holds the exact command, as JSON.
@@ -31,6 +33,7 @@ class Generate:
     # every --image, --prompt, --mask and --weights adds one
     request: tyro.conf.UseAppendAction[Request]
     out: str = "out"
+    overwrite: bool = False
     batch: str = ""
     json: bool = False
     yes: bool = False
@@ -40,22 +43,22 @@ class Generate:
         if self.batch:
             self._batch()
             return
-        from ipdiverse.sampling.draw import drawn
+        from ipdiverse.sampling.draw import draw_into
 
-        record = drawn(self.request, before_opening=self._may_open).save(self.out)
+        record = draw_into(
+            Path(self.out),
+            self.request,
+            overwrite=self.overwrite,
+            before_opening=lambda request: self._agree([request]),
+            tell=note,
+        )
         for one in record["notes"]:
             note(one)
         if self.json:
             say_json(record)
         else:
-            written = len(record["image_sha256"])
-            say(f"wrote {written} images and {Path(self.out) / 'contact_sheet.png'}")
-
-    def _may_open(self, request: Request) -> None:
-        from ipdiverse.writing import ensure_writable_folder
-
-        ensure_writable_folder(Path(self.out))
-        self._agree([request])
+            sheet = Path(record["out"]) / "contact_sheet.png"
+            say(f"wrote {len(record['image_sha256'])} images and {sheet}")
 
     def _agree(self, requests: Sequence[Request]) -> None:
         from ipdiverse.base.presets import PRESETS

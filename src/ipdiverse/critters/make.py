@@ -20,9 +20,9 @@ from PIL import Image
 from ipdiverse.critters.caption import caption, mentioned
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import SPLITS, Scene, edited, pair_of, sample_scene
-from ipdiverse.errors import ArgumentError, check_range
+from ipdiverse.errors import ArgumentError, OutputError, check_range
 from ipdiverse.seeding import derived_seed
-from ipdiverse.writing import ensure_writable_folder, write_text_atomic
+from ipdiverse.writing import ensure_writable_folder, only_one, write_text_atomic, writing
 
 _CHUNK = 250  # scenes of one task: enough that starting it costs little
 
@@ -33,7 +33,7 @@ def make_dataset(
     """Render, caption and write scenes.
 
     Args:
-        out: Target folder; files of the same names are replaced.
+        out: Target folder; a data set made in the same way is completed, other files stay.
         n: Number of scenes.
         pairs: Write a second image of the same creature for each, as its reference.
         size: Height and width in pixels, 16 to 2048.
@@ -45,12 +45,21 @@ def make_dataset(
 
     Raises:
         ArgumentError: A number is out of range or the split is unknown.
-        OutputError: The folder cannot be written.
+        OutputError: The folder cannot be written, or holds something else under these names.
     """
     check_range("n", n, 1, 10_000_000)
     check_range("size", size, 16, 2048)
     if split not in SPLITS:
         raise ArgumentError("is unknown", where="split", expected=", ".join(SPLITS), found=split)
+    with only_one(out):
+        return _make(out, n, pairs, size, seed, split)
+
+
+def _make(out: Path, n: int, pairs: bool, size: int, seed: int, split: str) -> int:
+    manifest = out / "metadata.jsonl"
+    before = _text(manifest)
+    if before and not before.startswith(_line(_row(example(0, seed, split), 0, pairs))):
+        raise _another(manifest)
     ensure_writable_folder(out / "images")
     jobs = [
         (out, range(start, min(start + _CHUNK, n)), pairs, size, seed, split)
@@ -58,7 +67,10 @@ def make_dataset(
     ]
     with Pool(min(len(jobs), os.cpu_count() or 1)) as pool:
         rows = [row for chunk in pool.imap(_write_chunk, jobs) for row in chunk]
-    write_text_atomic(out / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    text = "".join(map(_line, rows))
+    if not (text.startswith(before) or before.startswith(text)):
+        raise _another(manifest)
+    write_text_atomic(manifest, text)
     return n * (2 if pairs else 1)
 
 
@@ -129,13 +141,33 @@ def _write_one(
     out: Path, index: int, pairs: bool, size: int, seed: int, split: str
 ) -> dict[str, Any]:
     made = example(index, seed, split)
-    name = f"images/{index:07d}.png"
-    _write(out / name, png(made.scene, made.seed, size))
-    row = {"file_name": name, "text": made.text, "subject": made.scene.subject}
+    row = _row(made, index, pairs)
+    _write(out / row["file_name"], png(made.scene, made.seed, size))
     if pairs:
-        row["reference"] = f"images/{index:07d}-reference.png"
         _write(out / row["reference"], png(made.other, made.other_seed, size))
     return row
+
+
+def _row(made: Example, index: int, pairs: bool) -> dict[str, Any]:
+    name = f"images/{index:07d}"
+    row = {"file_name": f"{name}.png", "text": made.text, "subject": made.scene.subject}
+    return row | {"reference": f"{name}-reference.png"} if pairs else row
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row) + "\n"
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text("utf-8") if os.path.lexists(file) else ""
+    except (OSError, UnicodeError) as error:
+        raise _another(file) from error
+
+
+def _another(file: Path) -> OutputError:
+    what, fix = "is there already, and is not of this data set", "Choose a new folder for --out."
+    return OutputError(what, where=file, fix=fix)
 
 
 def _write(file: Path, data: bytes) -> None:
@@ -143,6 +175,11 @@ def _write(file: Path, data: bytes) -> None:
 
     A power cut can then lose images, but a new run makes the same ones.
     """
-    temporary = file.with_suffix(".partial")
-    temporary.write_bytes(data)
-    temporary.replace(file)
+    with writing(file):
+        if os.path.lexists(file):
+            if not file.is_file() or file.read_bytes() != data:
+                raise _another(file)
+            return
+        temporary = file.with_suffix(".partial")
+        temporary.write_bytes(data)
+        temporary.replace(file)

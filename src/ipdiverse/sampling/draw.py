@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import signal
+import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from ipdiverse.base.adapters import adapter_file, default_adapter
 from ipdiverse.base.bases import Base
-from ipdiverse.errors import ArgumentError
+from ipdiverse.errors import ArgumentError, Interrupted
 from ipdiverse.image_io import content_hash, load_image
 from ipdiverse.loading import quiet
 from ipdiverse.sampling.request import Request
 from ipdiverse.sampling.sample import Job, attached, sampled, set_scale
+from ipdiverse.sampling.saving import Run, fingerprint, open_run, versions
 from ipdiverse.sampling.task import Task, open_base, settled, task_for
 
 if TYPE_CHECKING:
@@ -73,6 +75,64 @@ def drawn(
         return work.finished([image for _, image in work.images()])
 
 
+def draw_into(
+    out: Path,
+    request: Request,
+    *,
+    overwrite: bool = False,
+    before_opening: Callable[[Request], None] = lambda _: None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Draw what a folder lacks of a request, each image written as it is finished.
+
+    Args:
+        out: The folder; a folder that holds something else is left alone (`sampling.saving`).
+        request: What is asked.
+        overwrite: Replace another run that is there.
+        before_opening: As `drawing` takes it.
+        tell: Called with what the user should know of the folder.
+
+    Returns:
+        The record, with `out`, the folder that was used.
+
+    Raises:
+        IpdiverseError: An image, the base, the adapter or the folder is unusable.
+        Interrupted: By Ctrl-C; what is finished is there, and the same call goes on.
+    """
+    pictures = checked_pictures(request)
+    total, used = request.n * len(request.prompt), request.picture_files
+    run_id = fingerprint(request)
+    with open_run(out, run_id, total, overwrite=overwrite, used=used) as run:
+        if run.folder != out:
+            tell(f"{out} holds something else; the images go to {run.folder}")
+        if run.images:
+            tell(f"{len(run.images)} of {total} images are in {run.folder} already")
+        if not run.complete:
+            with _interrupted_between(run, tell):
+                before_opening(request)
+                with drawing(request, pictures=pictures, indices=run.indices) as work:
+                    run.begin(work.record(str(out)))
+                    for number, image in work.images(skip=set(run.images)):
+                        run.add(number, image)
+                    made = work.finished([run.images[number] for number in range(total)])
+                    run.finish(made.sheet(), made.notes)
+        return run.record | {"out": str(run.folder)}
+
+
+@contextmanager
+def _interrupted_between(run: Run, tell: Callable[[str], None]) -> Iterator[None]:
+    """Say what is there when something ends a run early; a run without images leaves nothing."""
+    try:
+        yield
+    except BaseException as error:
+        run.give_up()
+        if run.images:
+            tell(f"{len(run.images)} of {run.total} images are in {run.folder}")
+        if isinstance(error, KeyboardInterrupt):
+            raise Interrupted(signal.SIGINT) from error
+        raise
+
+
 @dataclass(frozen=True)
 class Drawing:
     """A request whose base, adapter and pictures are open.
@@ -85,6 +145,7 @@ class Drawing:
         task: The pipeline.
         attachment: The adapter on it.
         negative: The negative reference.
+        asked: The request as it was given.
     """
 
     request: Request
@@ -94,6 +155,7 @@ class Drawing:
     task: Task
     attachment: Attachment
     negative: Image.Image | None
+    asked: Request
 
     def images(
         self,
@@ -126,7 +188,13 @@ class Drawing:
     def finished(self, images: list[Image.Image]) -> Generation:
         """All of its images with what was asked."""
         indices = [job.index for job in self.jobs]
-        return Generation(self.request, self.references, images, self.notes, indices)
+        return Generation(
+            self.request, self.references, images, self.notes, indices, asked=self.asked
+        )
+
+    def record(self, out: str) -> dict[str, Any]:
+        """What is known before the first image."""
+        return self.finished([]).record(out)
 
 
 @contextmanager
@@ -134,6 +202,9 @@ def drawing(
     request: Request,
     loaded: Base | None = None,
     before_opening: Callable[[Request], None] = lambda _: None,
+    *,
+    pictures: Mapping[str, Image.Image] | None = None,
+    indices: Sequence[int] | None = None,
 ) -> Iterator[Drawing]:
     """Open what a request needs; the adapter comes off at the end of the `with` block.
 
@@ -142,12 +213,15 @@ def drawing(
         loaded: An open base, in place of the request's; None opens that.
         before_opening: Called once the request is checked and its pictures are decoded, before a
             base is downloaded or opened; what it raises ends the drawing.
+        pictures: From `checked_pictures`; None checks the request here.
+        indices: Which candidates an earlier call chose; None chooses.
 
     Raises:
         IpdiverseError: An image, the base or the adapter is unusable.
     """
-    request.check(opened=loaded is not None)
-    pictures = {file: load_image(Path(file)) for file in request.picture_files}
+    asked = request
+    if pictures is None:
+        pictures = checked_pictures(request, opened=loaded is not None)
     reference = _reference(request, pictures)
     before_opening(request)
     request = replace(request, adapter=request.adapter or default_adapter(request.base))
@@ -164,12 +238,31 @@ def drawing(
             for text in request.prompt
             for index in range(request.candidates or request.n)
         ]
-        if request.candidates not in (None, request.n):
+        if indices is not None:
+            texts = [text for text in request.prompt for _ in range(request.n)]
+            numbered = zip(texts, indices, strict=True)
+            jobs = [Job(text, request.seed, index, reference) for text, index in numbered]
+        elif request.candidates not in (None, request.n):
             from ipdiverse.sampling.selection import chosen
 
             jobs = chosen(jobs, request, task, attachment, negative)
         images = [pictures[file] for file in request.image]
-        yield Drawing(request, images, task.notes, jobs, task, attachment, negative)
+        yield Drawing(request, images, task.notes, jobs, task, attachment, negative, asked)
+
+
+def checked_pictures(request: Request, *, opened: bool = False) -> dict[str, Image.Image]:
+    """Decode a request's pictures and check the rest of it, the quickest first.
+
+    Args:
+        request: What is asked.
+        opened: The base is open already.
+
+    Raises:
+        IpdiverseError: As `Request.check` says, or a picture is unusable.
+    """
+    pictures = {file: load_image(Path(file)) for file in request.picture_files}
+    request.check(opened=opened)  # imports torch, which takes seconds
+    return pictures
 
 
 def _reference(request: Request, pictures: Mapping[str, Image.Image]) -> Reference:
@@ -242,6 +335,7 @@ class Generation:
         images: Prompt by prompt; image i of a prompt belongs to (seed, i).
         notes: What the user should know, such as words that were cut from the prompt.
         indices: Each image's number among those begun, which with the seed decides it.
+        asked: The request before defaults were filled in; None is `request`.
     """
 
     request: Request
@@ -249,6 +343,7 @@ class Generation:
     images: list[Image.Image]
     notes: list[str]
     indices: list[int]
+    asked: Request | None = None
 
     def record(self, out: str = "out") -> dict[str, Any]:
         """Everything needed to repeat this exactly, ready for JSON."""
@@ -264,41 +359,53 @@ class Generation:
             "notes": self.notes,
         }
 
-    def save(self, out: Path | str, named: str | None = None) -> dict[str, Any]:
+    def save(
+        self, out: Path | str, named: str | None = None, *, overwrite: bool = False
+    ) -> dict[str, Any]:
         """Write images, contact sheet and JSON into a folder, each file whole or not at all.
+
+        Nothing that another run or anybody else wrote is replaced: where the folder holds such
+        files, the images go to a new one beside it, `out-2` and so on, with a warning.
 
         Args:
             out: The folder.
             named: What the recorded command calls it; None is as it is.
+            overwrite: Replace another run that is there; any other file is still left alone.
 
         Returns:
-            The record, with the written files' names.
+            The record, with the written files' names, and the folder as `out`.
 
         Raises:
             OutputError: The folder cannot be written.
         """
-        from ipdiverse.contact_sheet import contact_sheet
-        from ipdiverse.provenance import save_png
-        from ipdiverse.writing import ensure_writable_folder, write_text_atomic
+        run_id, total = fingerprint(self.asked or self.request), len(self.images)
+        used = self.request.picture_files
+        with open_run(Path(out), run_id, total, overwrite=overwrite, used=used) as run:
+            if run.folder != Path(out):
+                warnings.warn(f"{out} holds something else: saved in {run.folder}", stacklevel=2)
+            if not run.complete:
+                self.write(run, str(out) if named is None else named)
+            return run.record | {"out": str(run.folder)}
 
-        folder = Path(out)
-        ensure_writable_folder(folder)
-        record = self.record(str(out) if named is None else named)
-        names = [f"{index:04d}.png" for index in range(len(self.images))]
-        sheet = contact_sheet(
+    def write(self, run: Run, named: str) -> None:
+        """Write what a folder lacks of these images, contact sheet and JSON."""
+        run.begin(self.record(named))
+        for number, image in enumerate(self.images):
+            if number not in run.images:
+                run.add(number, image)
+        run.finish(self.sheet(), self.notes)
+
+    def sheet(self) -> Image.Image:
+        """The references and all images, with captions."""
+        from ipdiverse.contact_sheet import contact_sheet
+
+        return contact_sheet(
             side_by_side(self.references),
             self.images,
             self._captions(),
             title=" | ".join(self.request.prompt),
             cell=192 if len(self.images) <= _LARGE_SHEET else 96,
         )
-        _clear(folder, set(names))
-        for index, (image, name) in enumerate(zip(self.images, names, strict=True)):
-            save_png(image, folder / name, {**record, "image_index": index})
-        save_png(sheet, folder / "contact_sheet.png", record)
-        record = {**record, "files": [*names, "contact_sheet.png", "generation.json"]}
-        write_text_atomic(folder / "generation.json", json.dumps(record, indent=2) + "\n")
-        return record
 
     def _captions(self) -> list[str]:
         n, seed, prompts = self.request.n, self.request.seed, self.request.prompt
@@ -325,21 +432,3 @@ def side_by_side(images: Sequence[Image.Image]) -> Image.Image:
         whole.paste(image, (left, 0))
         left += image.width
     return whole
-
-
-def versions() -> dict[str, str]:
-    """Versions of this package and of what decides its pixels."""
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("ipdiverse", "torch", "diffusers", "transformers")}
-
-
-def _clear(folder: Path, kept: set[str]) -> None:
-    """Remove an earlier call's record first, and its images that this one does not replace.
-
-    Interrupted, the folder then holds images without a record, never a record of other images.
-    """
-    (folder / "generation.json").unlink(missing_ok=True)
-    for file in folder.glob("[0-9][0-9][0-9][0-9].png"):
-        if file.name not in kept:
-            file.unlink()

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from ipdiverse.dial import dial_of
 from ipdiverse.errors import IpdiverseError
-from ipdiverse.provenance import save_png
 from ipdiverse.sampling.draw import Drawing, Generation, drawing
+from ipdiverse.sampling.saving import Run, fingerprint
 from ipdiverse.sampling.task import LastBase
 from ipdiverse.ui.closeness import Closeness, judged
 from ipdiverse.writing import ensure_writable_folder
@@ -199,18 +199,17 @@ class Job:
             files = self.files.setdefault(inside, [])
             named = replace(work.request, image=self.names)
             stopped = False
+            run = Run(out, fingerprint(named), request.n)
+            run.begin(replace(work, request=named).record(inside))
             try:
                 for number, image in work.images(progress=False, on_step=self._step):
-                    about = {"prompt": request.prompt[0], "image_index": number}
-                    about = {"tool": "ipdiverse", **about, "command": named.command(inside)}
-                    file = out / f"{number:04d}.png"
-                    save_png(image, file, about)
+                    file = run.add(number, image)
                     images.append(image)
                     files.append(file)  # only now: the page's thread shows what is in this list
             except Stopped:
                 stopped = True
             if images:
-                self.sheets[inside] = _sheet(work, named, images, files, inside, out)
+                self.sheets[inside] = _sheet(work, named, images, files, inside, run)
         if stopped:
             raise Stopped
 
@@ -231,13 +230,15 @@ def _sheet(
     images: list[Image.Image],
     files: list[Path],
     inside: str,
-    out: Path,
+    run: Run,
 ) -> Sheet:
     """Write the finished images' record, and compare them with the reference and the prompt."""
     # image i does not depend on how many follow, so a stopped job is a request for fewer images
     indices = [job.index for job in work.jobs[: len(images)]]
     fewer = replace(named, n=len(images))
-    Generation(fewer, work.references, images, work.notes, indices).save(out, inside)
+    made = Generation(fewer, work.references, images, work.notes, indices)
+    run.begin(made.record(inside))
+    run.finish(made.sheet(), work.notes)
     calibrated = dial_of(work.attachment.adapters[0].spec, "adapter") is not None
     closeness = judged(work.attachment, images, work.references, fewer)
     usual = work.task.base.guidance_scale

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+from multiprocessing.pool import ThreadPool
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,7 +12,7 @@ from PIL import Image
 from ipdiverse.cli import main
 from ipdiverse.critters.make import example, make_dataset
 from ipdiverse.critters.scene import IDENTITY, SPLITS, _split_of_subject
-from ipdiverse.errors import ArgumentError
+from ipdiverse.errors import ArgumentError, OutputError
 from tests.captions import parse
 
 if TYPE_CHECKING:
@@ -44,7 +46,8 @@ def test_a_split_holds_its_own_identities_alone(split: str, tmp_path: Path) -> N
 def test_the_same_seed_gives_the_same_files(tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         make_dataset(tmp_path / name, 5, seed=seed, size=32)
-    files = [sorted(f for f in (tmp_path / n).rglob("*") if f.is_file()) for n in "abc"]
+    files = [sorted((tmp_path / n).rglob("*.*")) for n in "abc"]
+    files = [[f for f in folder if f.is_file()] for folder in files]
     contents = [[f.read_bytes() for f in folder] for folder in files]
     assert contents[0] == contents[1]
     assert contents[0] != contents[2]
@@ -96,3 +99,43 @@ def test_a_share_of_examples_states_what_the_reference_has_not() -> None:
     assert not any(different(one.scene, one.other) for one in same)
     kept = [a.text == b.text for a, b in zip(made, same, strict=True) if a not in changed]
     assert all(kept), "the others stay as they were"
+
+
+def test_a_data_set_grows_and_is_made_again_in_its_own_folder(tmp_path: Path) -> None:
+    make_dataset(tmp_path, 2)
+    first = (tmp_path / "images" / "0000000.png").stat()
+    make_dataset(tmp_path, 3)
+    assert (tmp_path / "images" / "0000000.png").stat() == first
+    assert len(rows(tmp_path)) == 3
+    make_dataset(tmp_path, 2)
+    assert len(rows(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "images/0000001.png"])
+def test_files_of_others_are_not_replaced(name: str, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(OutputError, match=rf"{name}: is there already, and is not of this data"):
+        make_dataset(tmp_path, 2)
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_another_data_set_is_not_replaced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_dataset(tmp_path, 2)
+    before = {f: f.read_bytes() for f in tmp_path.rglob("*.*") if f.is_file()}
+    for more in (["--seed", "1"], ["--pairs"], ["--size", "32"]):
+        assert main(["critters", "make", "-n", "2", "--out", str(tmp_path), *more]) == 2
+        assert "is not of this data set. Choose a new folder" in capsys.readouterr().err
+        assert {f: f.read_bytes() for f in tmp_path.rglob("*.*") if f.is_file()} == before
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("ipdiverse.critters.make.Pool", ThreadPool)
+    monkeypatch.setattr("pathlib.Path.replace", full)
+    with pytest.raises(OutputError, match=r"there is no space left; .*Free some space"):
+        make_dataset(tmp_path, 2)
