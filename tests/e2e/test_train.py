@@ -11,6 +11,7 @@ from PIL import Image
 from ipdiverse.cli import main
 from ipdiverse.commands.train import IGNORED_FLAGS, ORIGINAL_FLAGS
 from ipdiverse.critters.make import make_dataset
+from ipdiverse.training.config import RENAMED
 
 if TYPE_CHECKING:
     import pytest
@@ -68,7 +69,7 @@ def test_the_guide_names_only_flags_that_exist(capsys: pytest.CaptureFixture[str
 
     flags = set(re.findall(r"`?(--[a-z][a-z_-]+)", GUIDE.read_text()))
     flags = {flag.replace("_", "-") for flag in flags} - IGNORED_FLAGS.keys()
-    flags -= {f"--{name}".replace("_", "-") for name in ORIGINAL_FLAGS}
+    flags -= {f"--{name}".replace("_", "-") for name in (*ORIGINAL_FLAGS, *RENAMED)}
     known = ""
     for command in ("prepare", "embed", "train", "generate", "evaluate", "calibrate"):
         try:
