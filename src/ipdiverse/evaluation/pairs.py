@@ -189,7 +189,7 @@ def listed(folder: Path) -> list[Path]:
     """
     try:
         return sorted(folder.iterdir())
-    except NotADirectoryError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError("is not a folder", where=folder) from error
     except (OSError, ValueError) as error:  # ValueError: a NUL character in the name
         raise DataError("cannot be read", where=folder, expected="a folder", found=error) from error
