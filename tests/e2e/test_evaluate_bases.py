@@ -172,6 +172,28 @@ def test_a_study_names_an_encoder_and_another_one_draws_anew(own: str, drawn: li
     assert len(drawn) == 2
 
 
+def test_places_spelled_otherwise_or_moved_are_the_same(
+    own: str, place: Path, drawn: list[Any], climbed: list[Any]
+) -> None:
+    adapter = hub.place(Path(constants.HF_HUB_CACHE), PRESETS["sd15-plus"].adapter_files()[0])
+    models.image_encoder().save_pretrained("encoder")
+
+    def both(base: str, encoder: str, out: str) -> None:
+        named = f'steps = 1\nimage_encoder = "{encoder}"'
+        assert study(base, f'adapter = "{adapter}"', named, out) == 0
+        words = ["--adapter", str(adapter), "--steps", "1", "--image-encoder", encoder]
+        assert calibration(base, *words, "--work", f"{out}-work") == 0
+
+    both(own, "encoder", "out")
+    first = len(drawn)
+    both(f"./{own}/", "encoder/", "./out")
+    both(str(place / own), str(place / "encoder"), str(place / "out"))
+    for name in (own, "encoder", "out", "out-work"):
+        Path(name).rename(f"moved {name}")
+    both(f"moved {own}", "moved encoder", "moved out")
+    assert len(drawn) == first, "nothing is drawn again"
+
+
 def test_a_calibration_names_an_encoder(
     own: str, climbed: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -221,7 +243,7 @@ COMMANDS: dict[str, Callable[[], int]] = {
     "calibrate": lambda: calibration("sd15", "--adapter", "sd15-plus", "--steps", "1"),
     "--plain": lambda: calibration("sd15", "--adapter", "sd15", "--plain", "sd15-plus"),
     "train": lambda: main(
-        ["train", "--base", "sd15", "--start", "sd15-plus", "--data", "d", "--out", "run"]
+        ["train", "--base", "sd15", "--init-from", "sd15-plus", "--data", "d", "--out", "run"]
     ),
 }
 

@@ -64,10 +64,7 @@ _LEADING_WORDS = ("one-eyed", "two-eyed", "three-eyed", "bareheaded")
 def mentioned(scene: Scene, seed: int, chance: float | None = None) -> dict[str, str]:
     """The attributes that a caption of this seed states: each is kept or left out at random.
 
-    Args:
-        scene: The scene.
-        seed: Decides which are kept.
-        chance: Probability of each attribute; None draws it uniformly from 0.25..1 first.
+    `chance` is the probability of each; None draws it uniformly from 0.25..1 first.
     """
     rng = np.random.default_rng(seed)
     probability = 0.25 + 0.75 * rng.random() if chance is None else chance
@@ -80,14 +77,9 @@ def mentioned(scene: Scene, seed: int, chance: float | None = None) -> dict[str,
 
 
 def caption(stated: Mapping[str, str], seed: int) -> str:
-    """State these attributes in natural English.
+    """State any subset of attributes in natural English: a lower-case phrase without a full stop.
 
-    Args:
-        stated: Any subset of a scene's attributes.
-        seed: Decides wording and order.
-
-    Returns:
-        One lower-case phrase without a full stop.
+    The seed decides wording and order.
     """
     # not the stream that `mentioned` draws from: the wording must not depend on the choice there
     rng = np.random.default_rng([seed, 1])

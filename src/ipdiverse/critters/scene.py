@@ -116,9 +116,7 @@ def marginal(name: str) -> np.ndarray:
 def conditional(name: str, given: Mapping[str, str]) -> np.ndarray:
     """Prior of one attribute when others are known, (number of values,), by Bayes' rule.
 
-    Args:
-        name: The attribute.
-        given: Known attributes; only place and item inform each other.
+    Only place and item inform each other.
     """
     if name in given:
         return np.array([float(value == given[name]) for value in ATTRIBUTES[name]])
@@ -199,10 +197,7 @@ def split_of(scene: Scene) -> str:
 def edited(scene: Scene, rng: np.random.Generator, split: str | None = None) -> tuple[str, Scene]:
     """Change one attribute of identity: the attribute's name, and the scene with another value.
 
-    Args:
-        scene: The scene.
-        rng: Source of randomness.
-        split: Only identities of this split, drawn by rejection; None takes any.
+    A split takes only identities of its own, drawn by rejection.
     """
     for _ in range(1000):
         name = str(rng.choice(IDENTITY))

@@ -167,12 +167,9 @@ def _centres(size: int) -> np.ndarray:
 
 
 def paint(canvas: np.ndarray, shape: Shape, colour: tuple[float, float, float]) -> None:
-    """Blend a flat colour over the canvas, in place.
+    """Blend a flat colour over the canvas, float32 (size, size, 3), RGB in 0..1, in place.
 
-    Args:
-        canvas: float32, (size, size, 3), RGB in 0..1.
-        shape: What to fill; coverage falls linearly over one pixel at its boundary.
-        colour: RGB in 0..1.
+    Coverage falls linearly over one pixel at the shape's boundary.
     """
     size = canvas.shape[0]
     left, top, right, bottom = shape.bounds()

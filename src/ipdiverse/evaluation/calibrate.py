@@ -43,12 +43,7 @@ _SEED = 11
 def calibration_study(adapter: str, **numbers: Any) -> Study:
     """Pairs to calibrate on, which neither training nor the published study saw.
 
-    Args:
-        adapter: A name, file or hub id.
-        numbers: Other fields of `Study`.
-
-    Raises:
-        ArgumentError: A number is out of range, or prompts come without references.
+    `numbers` are other fields of `Study`, which checks them.
     """
     arm = Arm("stock", "path", {"adapter": adapter})
     return Study(arms=(arm,), seed=_SEED, split="validation", **numbers)
@@ -60,16 +55,13 @@ def calibrate(
     levers: Sequence[str] = (),
     say: Callable[[str], None] = lambda _: None,
 ) -> tuple[Dial, list[dict[str, Any]]]:
-    """Find the path of an adapter.
+    """Find the path of an adapter: its dial, and every point with what it achieved.
 
     Args:
         study: As `calibration_study` gives it.
         out: Folder for images; a calibration that was interrupted there resumes.
         levers: Those that the dial may move; empty is all that the adapter has.
         say: Called with a line about every point that the path gains.
-
-    Returns:
-        The dial, and every point with what it achieved.
 
     Raises:
         IpdiverseError: A lever, adapter or base cannot be used, or no lever gains variety.
@@ -118,12 +110,7 @@ def climb(
     """The greedy path: each point is one rung of one lever above the one before.
 
     Rungs that gain variety come first; once none does, those that copy less at the same variety.
-
-    Args:
-        start: Where the dial is at 0.
-        ladders: Rungs of each lever, the first as in `start`.
-        measure: What levers achieve.
-        say: Called with a line about every point.
+    `start` is the dial at 0, the first rung of every ladder; `measure` tells what levers achieve.
     """
     measure = cache(measure)
     path, heights = [(start, measure(start))], dict.fromkeys(ladders, 0)

@@ -52,17 +52,7 @@ _CURVES = {
 
 
 def make_demo(out: Path) -> Path:
-    """Generate the images, draw the plot, write one self-contained page.
-
-    Args:
-        out: Folder for the page and its images.
-
-    Returns:
-        The page.
-
-    Raises:
-        OutputError: The folder cannot be written to.
-    """
+    """Generate the images, draw the plot, and write one self-contained page, which is returned."""
     ensure_writable_folder(out)
     reference = Image.fromarray(render(REFERENCE, seed=5))
     save_png(reference, out / "reference.png", {"scene": REFERENCE.as_dict()})

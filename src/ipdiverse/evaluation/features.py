@@ -11,6 +11,7 @@ Any other name is a folder or hub id of a CLIP, or of a vision model that transf
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,13 +22,19 @@ from torch.nn import functional as F
 
 from ipdiverse.errors import ArgumentError, DataError, ModelError
 from ipdiverse.evaluation.metrics import mean_pairwise_distance, vendi
-from ipdiverse.evaluation.pairs import FolderPair, open_references, pictures, read_prompts
+from ipdiverse.evaluation.pairs import (
+    FolderPair,
+    listed,
+    open_references,
+    pictures,
+    read_prompts,
+)
 from ipdiverse.evaluation.sets import PairSums
 from ipdiverse.image_io import load_image
 from ipdiverse.loading import loading
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from PIL import Image
 
@@ -64,25 +71,31 @@ class FeatureEncoder:
 
     @torch.no_grad()
     def images(self, images: Sequence[Image.Image]) -> np.ndarray:
-        """(images, width), of length 1 each."""
+        """(images, width), of length 1 each.
+
+        Raises:
+            ModelError: It cannot encode them, or what it gives has no direction, as of NaN.
+        """
         rows = []
-        for start in range(0, len(images), _BATCH):
-            part = list(images[start : start + _BATCH])
-            pixels = self.processor(part, return_tensors="pt").pixel_values
-            rows.append(self._embed(pixels))
-        return _unit(torch.cat(rows))
+        with _refused(self.name, "cannot encode images"):
+            for start in range(0, len(images), _BATCH):
+                part = list(images[start : start + _BATCH])
+                pixels = self.processor(part, return_tensors="pt").pixel_values
+                rows.append(self._embed(pixels))
+        return self._unit(torch.cat(rows))
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> np.ndarray:
-        """(texts, width), of length 1 each."""
+        """(texts, width), of length 1 each (errors as `images`)."""
         # CLIP reads 77 tokens; a tokenizer that was saved without its limit says 10^30
         limit = min(self.tokenizer.model_max_length, 77)
-        tokens = self.tokenizer(
-            list(texts), padding=True, truncation=True, max_length=limit, return_tensors="pt"
-        )
-        found = self.model.get_text_features(**tokens.to(self.model.device))
+        with _refused(self.name, "cannot encode prompts"):
+            tokens = self.tokenizer(
+                list(texts), padding=True, truncation=True, max_length=limit, return_tensors="pt"
+            )
+            found = self.model.get_text_features(**tokens.to(self.model.device))
         # an output object in some versions of transformers, a tensor in others
-        return _unit(getattr(found, "pooler_output", found))
+        return self._unit(getattr(found, "pooler_output", found))
 
     def _embed(self, pixels: torch.Tensor) -> torch.Tensor:
         pixels = pixels.to(self.model.device, self.model.dtype)
@@ -93,9 +106,27 @@ class FeatureEncoder:
         embeds = getattr(output, "image_embeds", None)  # else the class token, as DINO scores do
         return output.last_hidden_state[:, 0] if embeds is None else embeds
 
+    def _unit(self, rows: torch.Tensor) -> np.ndarray:
+        found = F.normalize(rows.float(), dim=1).cpu().numpy()
+        if not np.isclose(np.linalg.norm(found, axis=1), 1, atol=1e-3).all():
+            raise ModelError(
+                "gives features that cannot be compared",
+                where=self.name,
+                expected="finite numbers, not all zero",
+                fix="Its weights may be broken: name another encoder.",
+            )
+        return found
 
-def _unit(rows: torch.Tensor) -> np.ndarray:
-    return F.normalize(rows.float(), dim=1).cpu().numpy()
+
+@contextmanager
+def _refused(name: str, what: str) -> Iterator[None]:
+    """One line for whatever the libraries raise: many types, for folders that hold anything."""
+    try:
+        yield
+    except Exception as error:
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        fix = f"Known by name: {', '.join(ENCODERS)}, base; else give a folder or a hub id."
+        raise ModelError(what, where=name, found=said[0][:300], fix=fix) from error
 
 
 def open_encoder(name: str, base_pipe: Any = None, device: str = "cpu") -> FeatureEncoder:
@@ -115,23 +146,14 @@ def open_encoder(name: str, base_pipe: Any = None, device: str = "cpu") -> Featu
             raise ModelError("has no image encoder", where="base", fix="Name another encoder.")
         return FeatureEncoder(name, encoder.eval(), base_pipe.feature_extractor)
     source = ENCODERS.get(name, name)
-    with loading():
+    with loading(), _refused(name, "cannot be opened as an encoder of images"):
         from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-        try:
-            model = AutoModel.from_pretrained(source, use_safetensors=True).eval()
-            # the fast ones resize with torchvision: other pixels than those of published scores
-            processor = AutoImageProcessor.from_pretrained(source, use_fast=False)
-            reads = hasattr(model, "get_text_features")
-            tokenizer = AutoTokenizer.from_pretrained(source) if reads else None
-        except Exception as error:  # the libraries raise many types for a source that is missing
-            said = str(error).strip().splitlines() or [type(error).__name__]
-            raise ModelError(
-                "cannot be opened as an encoder of images",
-                where=name,
-                found=said[0][:300],
-                fix=f"Known by name: {', '.join(ENCODERS)}, base; else give a folder or a hub id.",
-            ) from error
+        model = AutoModel.from_pretrained(source, use_safetensors=True).eval()
+        # the fast ones resize with torchvision: other pixels than those of published scores
+        processor = AutoImageProcessor.from_pretrained(source, use_fast=False)
+        reads = hasattr(model, "get_text_features")
+        tokenizer = AutoTokenizer.from_pretrained(source) if reads else None
     return FeatureEncoder(name, model.to(device), processor, tokenizer)
 
 
@@ -191,16 +213,20 @@ def made_sets(images: Path, references: Path, prompts: Path | None) -> list[Made
     second prompt. With one prompt for all, or one for each reference in order, no number is needed.
 
     Raises:
-        DataError: A folder names no reference or prompt, or holds fewer than two images.
+        DataError: A folder names no reference or prompt, or holds fewer than two images; or two
+            references have the same name.
     """
-    known = {file.stem: file for file in pictures(references)}
+    known: dict[str, Path] = {}
+    for file in pictures(references):
+        if (other := known.setdefault(file.stem, file)) is not file:
+            fix = "Rename one: folders name references without the ending."
+            raise DataError("has the name of another", where=file, found=other.name, fix=fix)
     texts = read_prompts(prompts) if prompts else [""]
-    if not images.is_dir():
-        raise DataError("is not a folder", where=images)
     sets = []
-    for folder in sorted(path for path in images.iterdir() if path.is_dir()):
-        stem, dashes, number = folder.name.rpartition("--")
-        if not dashes or not number.isdigit():
+    for folder in (path for path in listed(images) if path.is_dir()):
+        stem, _, number = folder.name.rpartition("--")
+        # a reference's own name may end like a number; isdigit() would let ² through, int() not
+        if folder.name in known or not number.isdecimal():
             stem, number = folder.name, ""
         if stem not in known:
             raise DataError(

@@ -47,16 +47,9 @@ RENDERER, COPY = "renderer", "pixel copy"
 
 
 class StudyImages:
-    """Draws and keeps images.
+    """Draws images, keeps them in a folder, and knows which are there.
 
-    Args:
-        study: Its numbers; `pairs` is how many there are.
-        base: Open.
-        pairs: What is asked for.
-        references: Of every pair.
-        folder: Where images are kept.
-        reader: The image encoder that adapters read with, and its preprocessing; None is the
-            base's.
+    `reader`: the image encoder that adapters read with, and its preprocessing; None is the base's.
     """
 
     def __init__(
@@ -77,15 +70,10 @@ class StudyImages:
     def chunks(
         self, arm: Arm, source: str, progress: Callable[[int], None]
     ) -> Iterator[np.ndarray]:
-        """All images of an arm with one adapter; only those that are missing are drawn.
+        """All images of an arm with one adapter, `CHUNK` pairs at a time; missing ones are drawn.
 
-        Args:
-            arm: Which.
-            source: The adapter.
-            progress: Called with the number of pairs that are done since the last call.
-
-        Yields:
-            Images of `CHUNK` pairs, (pairs · images, height, width, 3), uint8.
+        Each part is uint8, (pairs · images, height, width, 3). `progress` is called with the number
+        of pairs that are done since the last call.
         """
         weights = adapter_file(self.study.base, source)
         files = self.files(arm, weights)
@@ -140,11 +128,7 @@ class StudyImages:
 
 
 def kept(file: Path) -> np.ndarray:
-    """Images that were kept, (pairs · images, height, width, 3), uint8.
-
-    Raises:
-        DataError: The file is broken; zip's checksums tell.
-    """
+    """Images of a file that `StudyImages` wrote; DataError if zip's checksums say it is broken."""
     try:
         with np.load(file, allow_pickle=False) as stored:
             return stored["images"]
@@ -163,12 +147,7 @@ def sample_array(
 ) -> np.ndarray:
     """Images of many jobs, uint8 (count, height, width, 3), in large batches on critters.
 
-    Args:
-        base: An open base.
-        jobs: What to make.
-        request: Steps, guidance and levers.
-        attachment: The attached adapter; None for text alone.
-        progress: Show a bar on standard error; None does so on terminals only.
+    Without an adapter the text alone is drawn. `progress` of None shows a bar on terminals only.
     """
     size = MEASURING_BATCH if base.name == CRITTERS else base.batch
     wide = replace(base, batch=min(size, len(jobs)))
@@ -177,15 +156,11 @@ def sample_array(
 
 
 def what_decides(request: Request, weights: Path | None) -> dict[str, Any]:
-    """Everything about an arm that decides its images: settings, levers, the adapter's weights.
+    """Everything about a complete request that decides images: settings, levers, adapter's hash.
 
     A dial is replaced by the levers that it stands for, so that an adapter can be calibrated again
-    without drawing anew what stays the same.
-
-    Args:
-        request: The arm's, completed with the base's defaults.
-        weights: The adapter's file; None if it is not on this machine. Then its hash is None, and
-            so are the levers of a dial, which is in the file.
+    without drawing anew what stays the same. If the adapter is not on this machine, its hash is
+    None, and so are the levers of a dial, which is in its file.
     """
     left_out = {"adapter", "diversity", *LEVERS}
     settings = {name: value for name, value in request.stated().items() if name not in left_out}
@@ -199,7 +174,7 @@ def what_decides(request: Request, weights: Path | None) -> dict[str, Any]:
 
 @lru_cache(maxsize=4096)
 def _of_file(weights: Path, request: Request, *stamp: int) -> tuple[dict[str, Any], str]:
-    """A request's levers with an adapter, and the hash of the adapter's weights.
+    """A request's levers with an adapter, and the hash of its weights.
 
     A study asks for both several times an arm, and an adapter may have gigabytes: `stamp`, the
     file's inode, time and size, has it read again only after it was written.
@@ -238,17 +213,9 @@ def _models(pipe: Any) -> list[str]:
 def anchors(
     pairs: Sequence[Any], references: list[Image.Image], images: int, known: bool, side: int
 ) -> list[tuple[Arm, Iterator[np.ndarray]]]:
-    """What bounds every arm: the renderer above, copies of the reference below.
+    """What bounds every arm: the renderer above, where critters are `known`; copies below.
 
-    Args:
-        pairs: What was asked.
-        references: Of each pair.
-        images: Of each pair.
-        known: Pairs are of critters, which can be rendered.
-        side: Height and width of the images that arms draw.
-
-    Returns:
-        Each anchor with its images, as `StudyImages.chunks` yields them.
+    Images come as `StudyImages.chunks` yields them, of height and width `side`.
     """
     found = [(Arm(RENDERER, "anchor"), _rendered(pairs, images))] if known else []
     return [*found, (Arm(COPY, "anchor"), _copied(references, images, side))]

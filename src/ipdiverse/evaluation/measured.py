@@ -87,19 +87,14 @@ class Measured:
 
 @dataclass(frozen=True)
 class Done:
-    """A finished study.
-
-    Args:
-        measured: Every arm, anchors last.
-        references: Of every pair.
-        hypervolumes: As `hypervolumes` gives them.
-        left_out: Arms that were neither drawn nor read.
-    """
+    """A finished study."""
 
     measured: list[Measured]
+    """Anchors last."""
     references: list[Image.Image]
     hypervolumes: list[dict[str, Any]]
     left_out: list[str]
+    """Arms that were neither drawn nor read."""
 
 
 @dataclass(frozen=True)
@@ -161,10 +156,6 @@ def hypervolumes(study: Study, measured: Sequence[Measured]) -> list[dict[str, A
 
     The corner is fixed, so that areas can be compared between studies: 0 on every axis, and 1 for a
     Vendi score, which is that of equal images.
-
-    Args:
-        study: Names the baseline.
-        measured: Arms and anchors.
     """
     families = by_family(one for one in measured if one.arm.family != "anchor")
     found = []
@@ -192,11 +183,7 @@ def hypervolumes(study: Study, measured: Sequence[Measured]) -> list[dict[str, A
 
 
 def check_dials(measured: Sequence[Measured]) -> list[DialCheck]:
-    """Check every family whose arms set only `diversity`: 0 and at least two other settings.
-
-    Args:
-        measured: Of one study.
-    """
+    """Check every family whose arms set only `diversity`: 0 and at least two other settings."""
     turned = (one for one in measured if "diversity" in one.arm.settings)
     alone = (one for one in turned if set(one.arm.settings) <= {"adapter", "diversity"})
     found = []
@@ -208,12 +195,7 @@ def check_dials(measured: Sequence[Measured]) -> list[DialCheck]:
 
 
 def straightness(settings: np.ndarray, reached: np.ndarray) -> float:
-    """R² of a straight line through the variety that was achieved; 0 where it does not change.
-
-    Args:
-        settings: Of the dial, (points,).
-        reached: At each of them, (points,).
-    """
+    """R² of a straight line through the variety reached at settings; 0 where it does not change."""
     if np.ptp(reached) < 1e-9:
         return 0.0
     return float(np.corrcoef(settings, reached)[0, 1] ** 2)

@@ -37,19 +37,14 @@ MAX_PROMPTS_BYTES = 16 * 2**20
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt and a reference of critters, whose every attribute is known.
-
-    Args:
-        reference: The reference's scene.
-        stated: The attributes that the prompt states, with their values.
-        prompt: The same in words.
-        seed: Seed that renders the reference.
-    """
+    """A prompt and a reference of critters, whose every attribute is known."""
 
     reference: Scene
     stated: dict[str, str]
+    """Attributes that the prompt states, with their values."""
     prompt: str
     seed: int
+    """Renders the reference."""
 
     def image(self) -> Image.Image:
         """The rendered reference."""
@@ -92,13 +87,7 @@ def study_pairs(count: int, seed: int, split: str = "test", edits: bool = False)
 
     Prompts are drawn from the prior, independently of the reference, so some agree with it and most
     contradict it. Identity is left to the reference, and at least two scene attributes stay open.
-
-    Args:
-        count: How many.
-        seed: Of the draw.
-        split: Which identities to take: `train`, `validation` or `test`.
-        edits: The prompt also states one attribute of identity, with another value than the
-            reference's.
+    With `edits` a prompt also gives one attribute of identity another value than the reference's.
     """
     rng = np.random.default_rng(derived_seed("pairs", seed))
     pairs = []
@@ -189,7 +178,7 @@ def listed(folder: Path) -> list[Path]:
     """
     try:
         return sorted(folder.iterdir())
-    except NotADirectoryError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError("is not a folder", where=folder) from error
     except (OSError, ValueError) as error:  # ValueError: a NUL character in the name
         raise DataError("cannot be read", where=folder, expected="a folder", found=error) from error

@@ -33,16 +33,7 @@ _ANCHOR = "#1d2330"
 
 
 def write_report(study: Study, done: Done, out: Path) -> Path:
-    """Write `report.html` and its plots as PNG and SVG.
-
-    Args:
-        study: What was measured.
-        done: Its arms and anchors, and the references that they were given.
-        out: The folder.
-
-    Returns:
-        The page.
-    """
+    """Write `report.html`, whose path is returned, and its plots as PNG and SVG."""
     measured, plots = done.measured, []
     for across, up in axes_of(measured):
         figure, stem = tradeoff(measured, across, up), f"{_slug(across)}-{_slug(up)}"
@@ -99,16 +90,7 @@ def as_bytes(figure: Any, kind: str) -> bytes:
 
 
 def tradeoff(measured: Sequence[Measured], across: str, up: str) -> Any:
-    """Plot one score over another: every family with its intervals, and the anchors.
-
-    Args:
-        measured: Arms and anchors.
-        across: The score of the horizontal axis.
-        up: The score of the vertical axis.
-
-    Returns:
-        A matplotlib figure.
-    """
+    """Plot a score over another: every family with its intervals, and anchors."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.5, 5), dpi=150, layout="constrained")

@@ -52,22 +52,14 @@ if TYPE_CHECKING:
 
 
 def needed_files(study: Study) -> list[HubFile]:
-    """Files on the hub that a study needs for the presets it names, each once.
-
-    Raises:
-        ModelError: A preset's adapter is for another base, or the image encoder is unknown.
-    """
+    """Files on the hub that a study needs for the presets it names, each once."""
     _check_names(study)
     requests = [_request(study, source) for source in study.sources]
     return list(dict.fromkeys(file for one in requests for file in task.needed_files(one)))
 
 
 def open_base(study: Study) -> Base:
-    """The base of a study, placed as the device has room, with the image encoder that presets need.
-
-    Raises:
-        IpdiverseError: It cannot be opened or downloaded.
-    """
+    """A study's base, placed as the device has room, with the image encoder that presets need."""
     _check_names(study)
     named = [PRESETS[source] for source in study.sources if source in PRESETS]
     reads = next((preset.name for preset in named if preset.encoder is not None), "")
@@ -75,7 +67,7 @@ def open_base(study: Study) -> Base:
 
 
 def _check_names(study: Study) -> None:
-    """Before gigabytes are downloaded. Adapter files may be missing where readings are known."""
+    """Before gigabytes are downloaded."""
     for source in study.sources:
         if source in PRESETS:
             check_adapter(study.base, source)
@@ -133,14 +125,7 @@ class Runner:
         self._bar = None
 
     def run(self, left_out: Sequence[str] = ()) -> Done:
-        """Measure every arm of the study, and write the numbers.
-
-        Args:
-            left_out: Arms that were taken out of the study, for the report.
-
-        Raises:
-            IpdiverseError: An adapter is missing or cannot be used.
-        """
+        """Measure every arm and write the numbers; the report names arms that were `left_out`."""
         self.check_sources()
         measured, rows = list[Measured](), list[dict[str, Any]]()
         with self:

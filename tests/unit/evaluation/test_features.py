@@ -18,9 +18,9 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from ipdiverse.errors import ModelError
+from ipdiverse.errors import DataError, ModelError
 from ipdiverse.evaluation import features
-from ipdiverse.evaluation.features import feature_sums, open_encoder
+from ipdiverse.evaluation.features import feature_sums, made_sets, open_encoder
 from workshop.base.tokenizer import build_tokenizer
 
 if TYPE_CHECKING:
@@ -148,3 +148,52 @@ def test_pickled_weights_are_not_opened(dino: Path, tmp_path: Path) -> None:
     torch.save(Dinov2Model.from_pretrained(dino).state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(ModelError, match="cannot be opened as an encoder"):
         open_encoder(str(tmp_path))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
+@pytest.mark.parametrize("reads", ["images", "texts"])
+def test_features_without_a_direction_are_one_line(clip: Path, value: float, reads: str) -> None:
+    encoder = open_encoder(str(clip))
+    for part in (encoder.model.visual_projection, encoder.model.text_projection):
+        part.weight.data.fill_(value)
+    with pytest.raises(ModelError, match=r"gives features that cannot be compared.*finite"):
+        encoder.images([picture(0)]) if reads == "images" else encoder.texts(["a cat"])
+
+
+def test_what_a_model_raises_names_the_encoder(clip: Path) -> None:
+    encoder = open_encoder(str(clip))
+    encoder.model.vision_model = None
+    with pytest.raises(ModelError, match=f"{clip.name}: cannot encode images; found "):
+        encoder.images([picture(0)])
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    """References `cat` and `cat--2`, and two images of each."""
+    for name in ("refs/cat.png", "refs/cat--2.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        picture(0).save(tmp_path / name)
+    for name in ("cat", "cat--2"):
+        (tmp_path / "made" / name).mkdir(parents=True)
+        for number in range(2):
+            picture(number).save(tmp_path / "made" / name / f"{number}.png")
+    return tmp_path
+
+
+def test_a_reference_whose_name_ends_like_a_number_is_found(made: Path) -> None:
+    sets = made_sets(made / "made", made / "refs", None)
+    assert [one.pair.file.name for one in sets] == ["cat.png", "cat--2.png"]
+
+
+@pytest.mark.parametrize("name", ["cat--²", "\x1b[31mred", "\u202eevil", "12", "cat--99999", "--1"])
+def test_folders_that_name_nothing_are_one_line(made: Path, name: str) -> None:
+    (made / "made" / "cat").rename(made / "made" / name)
+    with pytest.raises(DataError, match="does not name a") as caught:
+        made_sets(made / "made", made / "refs", None)
+    assert "\n" not in str(caught.value)
+
+
+def test_references_of_one_name_are_refused_rather_than_mixed_up(made: Path) -> None:
+    picture(1).save(made / "refs" / "cat.jpg")
+    with pytest.raises(DataError, match=r"cat\.png: has the name of another; found cat\.jpg"):
+        made_sets(made / "made", made / "refs", None)

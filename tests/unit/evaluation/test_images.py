@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
 from ipdiverse.adapter.files.conversion import copy_with_spec
 from ipdiverse.base.adapters import CRITTERS_ADAPTERS
 from ipdiverse.dial import OFF, Dial, Levers
+from ipdiverse.errors import DataError
 from ipdiverse.evaluation import images
-from ipdiverse.evaluation.images import what_decides
+from ipdiverse.evaluation.images import kept, what_decides
 from ipdiverse.evaluation.study import Arm
 
 if TYPE_CHECKING:
@@ -58,3 +60,16 @@ def test_an_adapters_file_is_read_again_only_once_it_is_written(
     assert sorted(read) == ["load_adapter", "load_adapter", "weights_hash"]
     copy_with_spec(PLUS, adapter, {})
     assert what_decides(request, adapter) != first, "another dial"
+
+
+def test_a_kept_file_that_broke_is_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "00000.npz"
+    np.savez_compressed(file, images=np.arange(48, dtype=np.uint8).reshape(1, 4, 4, 3))
+    whole = file.read_bytes()
+    assert kept(file).shape == (1, 4, 4, 3)
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 4
+    for broken in (whole[:40], b"", bytes(flipped)):
+        file.write_bytes(broken)
+        with pytest.raises(DataError, match=r"00000\.npz: is broken.*Remove it"):
+            kept(file)
