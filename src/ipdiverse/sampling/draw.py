@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from ipdiverse.base.adapters import adapter_file, default_adapter
 from ipdiverse.base.bases import Base
 from ipdiverse.errors import ArgumentError
-from ipdiverse.image_io import content_hash, load_image
+from ipdiverse.image_io import content_hash
 from ipdiverse.loading import quiet
 from ipdiverse.sampling.request import Request
 from ipdiverse.sampling.sample import Job, attached, sampled, set_scale
-from ipdiverse.sampling.task import Task, open_base, settled, task_for
+from ipdiverse.sampling.task import Pictures, Task, decoded, open_base, settled, task_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
@@ -147,7 +147,7 @@ def drawing(
         IpdiverseError: An image, the base or the adapter is unusable.
     """
     request.check(opened=loaded is not None)
-    pictures = {file: load_image(Path(file)) for file in request.picture_files}
+    pictures = decoded(request)
     reference = _reference(request, pictures)
     before_opening(request)
     request = replace(request, adapter=request.adapter or default_adapter(request.base))
@@ -157,8 +157,10 @@ def drawing(
     notes = [note for text in request.prompt for note in _cut_words(base, "prompt", text)]
     notes += _cut_words(base, "negative prompt", request.negative_prompt)
     notes += [f"memory: {base.plan.line()}"] if base.plan else []
-    task = replace(task_for(base, request, pictures), notes=notes)
-    negative = pictures[request.negative_image] if request.negative_image else None
+    task = task_for(base, request, pictures)
+    notes += task.notes
+    task = replace(task, notes=notes)
+    negative = pictures.images[request.negative_image] if request.negative_image else None
     with quiet(), attached(task.base, weights, request.image_encoder) as attachment:
         reference = _with_faces(reference, request, attachment.adapters[0].reads)
         set_scale(attachment, base, request)
@@ -171,19 +173,19 @@ def drawing(
             from ipdiverse.sampling.selection import chosen
 
             jobs = chosen(jobs, request, task, attachment, negative)
-        images = [pictures[file] for file in request.image]
+        images = [pictures.images[file] for file in request.image]
         yield Drawing(request, images, notes, jobs, task, attachment, negative)
 
 
-def _reference(request: Request, pictures: Mapping[str, Image.Image]) -> Reference:
+def _reference(request: Request, pictures: Pictures) -> Reference:
     from ipdiverse.adapter.attach.face_embeddings import load_face_embeddings
     from ipdiverse.adapter.reference import Reference
 
     faces = load_face_embeddings(Path(request.faces)) if request.faces else None
-    images = [pictures[file] for file in request.image]
+    images = [pictures.images[file] for file in request.image]
     if faces is None and request.reads_faces:  # before a large base is opened
         faces = _faces_in(images)
-    masks = [pictures[file] for file in request.mask] or None
+    masks = [pictures.masks[file] for file in request.mask] or None
     return Reference(images, faces, request.combine, request.weights or None, masks)  # type: ignore[arg-type]
 
 
