@@ -75,7 +75,7 @@ class Generate:
     def _batch(self) -> None:
         import json
 
-        from ipdiverse.image_io import load_image
+        from ipdiverse.image_io import load_image, load_mask
         from ipdiverse.sampling.batch import read_jobs, run_batch
         from ipdiverse.sampling.task import needed_files
 
@@ -84,6 +84,8 @@ class Generate:
             # a broken picture is named before gigabytes are downloaded
             for file in dict.fromkeys(file for job in jobs.values() for file in job.picture_files):
                 load_image(Path(file))
+            for file in dict.fromkeys(file for job in jobs.values() for file in job.mask_files):
+                load_mask(Path(file))
         self._agree(list(jobs.values()))
         tell = (lambda line: say(json.dumps(line))) if self.json else (lambda _: None)
         drawn = run_batch(jobs, Path(self.out), tell)

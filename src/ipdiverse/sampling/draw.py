@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 from ipdiverse.base.adapters import adapter_file, default_adapter
 from ipdiverse.base.bases import Base
 from ipdiverse.errors import ArgumentError, Interrupted
-from ipdiverse.image_io import content_hash, load_image
+from ipdiverse.image_io import content_hash
 from ipdiverse.loading import quiet
 from ipdiverse.sampling.request import Request
 from ipdiverse.sampling.sample import Job, attached, sampled, set_scale
 from ipdiverse.sampling.saving import Run, fingerprint, open_run, versions
-from ipdiverse.sampling.task import Task, open_base, settled, task_for
+from ipdiverse.sampling.task import Pictures, Task, decoded, open_base, settled, task_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
@@ -203,7 +203,7 @@ def drawing(
     loaded: Base | None = None,
     before_opening: Callable[[Request], None] = lambda _: None,
     *,
-    pictures: Mapping[str, Image.Image] | None = None,
+    pictures: Pictures | None = None,
     indices: Sequence[int] | None = None,
 ) -> Iterator[Drawing]:
     """Open what a request needs; the adapter comes off at the end of the `with` block.
@@ -229,7 +229,7 @@ def drawing(
     weights = adapter_file(request.base, request.adapter)
     request = settled(request, base)
     task = task_for(base, request, pictures)
-    negative = pictures[request.negative_image] if request.negative_image else None
+    negative = pictures.images[request.negative_image] if request.negative_image else None
     with quiet(), attached(task.base, weights, request.image_encoder) as attachment:
         reference = _with_faces(reference, request, attachment.adapters[0].reads)
         set_scale(attachment, base, request)
@@ -246,11 +246,11 @@ def drawing(
             from ipdiverse.sampling.selection import chosen
 
             jobs = chosen(jobs, request, task, attachment, negative)
-        images = [pictures[file] for file in request.image]
+        images = [pictures.images[file] for file in request.image]
         yield Drawing(request, images, task.notes, jobs, task, attachment, negative, asked)
 
 
-def checked_pictures(request: Request, *, opened: bool = False) -> dict[str, Image.Image]:
+def checked_pictures(request: Request, *, opened: bool = False) -> Pictures:
     """Decode a request's pictures and check the rest of it, the quickest first.
 
     Args:
@@ -260,20 +260,20 @@ def checked_pictures(request: Request, *, opened: bool = False) -> dict[str, Ima
     Raises:
         IpdiverseError: As `Request.check` says, or a picture is unusable.
     """
-    pictures = {file: load_image(Path(file)) for file in request.picture_files}
+    pictures = decoded(request)
     request.check(opened=opened)  # imports torch, which takes seconds
     return pictures
 
 
-def _reference(request: Request, pictures: Mapping[str, Image.Image]) -> Reference:
+def _reference(request: Request, pictures: Pictures) -> Reference:
     from ipdiverse.adapter.attach.face_embeddings import load_face_embeddings
     from ipdiverse.adapter.reference import Reference
 
     faces = load_face_embeddings(Path(request.faces)) if request.faces else None
-    images = [pictures[file] for file in request.image]
+    images = [pictures.images[file] for file in request.image]
     if faces is None and request.reads_faces:  # before a large base is opened
         faces = _faces_in(images)
-    masks = [pictures[file] for file in request.mask] or None
+    masks = [pictures.masks[file] for file in request.mask] or None
     return Reference(images, faces, request.combine, request.weights or None, masks)  # type: ignore[arg-type]
 
 

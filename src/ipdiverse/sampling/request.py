@@ -6,7 +6,7 @@ import shlex
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal, get_args
 
 from ipdiverse.base.adapters import check_adapter
 from ipdiverse.base.bases import CRITTERS, check_part
@@ -21,6 +21,7 @@ MAX_IMAGES = 1024
 MAX_STEPS = 1000
 MAX_SIDE = 4096
 MAX_WEIGHT = 1000
+Fit = Literal["crop", "pad", "stretch"]
 
 USED_WITH = {"strength": "init_image", "control_scale": "controlnet"}
 """Fields that change nothing without another."""
@@ -62,13 +63,17 @@ class Request:
         combine: How several images become one reference: `concat`, `average`, `weighted` or
             `subtract`.
         weights: For `weighted`, one for each image.
-        mask: Where each image acts: one picture for each, which acts where it is white.
+        mask: Where each image acts: one picture for each, which acts where it is white, and in part
+            where it is grey. Transparency is refused, in `mask_image` too.
         negative_image: An image that guidance moves away from.
         faces: File of face embeddings, for adapters that read faces; without one, insightface
             finds the faces in the images.
         init_image: Start from this image (image-to-image), or inpaint it with `mask_image`.
         strength: How much of `init_image` is redone, 0 to 1.
-        mask_image: Which part of `init_image` to repaint: white.
+        mask_image: Which part of `init_image` to repaint: white; grey is cut at half.
+        fit: How `init_image`, `mask_image` and `control_image` of another shape than the output are
+            made to fit: `crop` cuts off what is too long, `pad` adds black bars, which a mask
+            repaints, and `stretch` distorts.
         control_image: Pose, depth or edges for the ControlNet.
         controlnet: Folder or hub id of the ControlNet.
         control_scale: Weight of the ControlNet.
@@ -109,6 +114,7 @@ class Request:
     init_image: str = ""
     strength: float = 0.8
     mask_image: str = ""
+    fit: Fit = "crop"
     control_image: str = ""
     controlnet: str = ""
     control_scale: float = 1.0
@@ -172,8 +178,13 @@ class Request:
     @property
     def picture_files(self) -> tuple[str, ...]:
         """Every file that is read as a picture, once."""
-        ones = (self.negative_image, self.init_image, self.mask_image, self.control_image)
-        return tuple(dict.fromkeys(file for file in (*self.image, *self.mask, *ones) if file))
+        ones = (self.negative_image, self.init_image, self.control_image)
+        return tuple(dict.fromkeys(file for file in (*self.image, *ones, *self.mask_files) if file))
+
+    @property
+    def mask_files(self) -> tuple[str, ...]:
+        """Those of them that are read as masks, once."""
+        return tuple(dict.fromkeys(file for file in (*self.mask, self.mask_image) if file))
 
     def memory(self) -> MemoryOptions:
         """How the base is placed.
@@ -269,6 +280,9 @@ class Request:
                 raise ArgumentError("is not a multiple of 8", where=name, found=getattr(self, name))
 
     def _check_together(self) -> None:
+        if self.fit not in get_args(Fit):
+            expected = " | ".join(get_args(Fit))
+            raise ArgumentError("is unknown", where="fit", expected=expected, found=self.fit)
         for name, needed in (
             ("mask_image", "init_image"),
             ("control_image", "controlnet"),

@@ -3,22 +3,49 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
 
 from ipdiverse.base.adapters import default_adapter
 from ipdiverse.base.bases import Base, load_base, load_part
 from ipdiverse.base.memory import arrange
 from ipdiverse.base.presets import PRESETS, preset_files
-from ipdiverse.errors import ArgumentError, ModelError
+from ipdiverse.errors import ArgumentError, ModelError, quoted
+from ipdiverse.image_io import load_image, load_mask
 from ipdiverse.loading import quiet
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from PIL import Image
-
     from ipdiverse.base.presets import HubFile
-    from ipdiverse.sampling.request import Request
+    from ipdiverse.sampling.request import Fit, Request
+
+_HALF = 128
+"""From this grey on, pipelines repaint (`VaeImageProcessor` with `do_binarize`)."""
+_FITTED = {"crop": "cropped", "pad": "padded", "stretch": "stretched"}
+
+
+class Pictures(NamedTuple):
+    """A request's decoded files by their names; one file may be both."""
+
+    images: dict[str, Image.Image]
+    masks: dict[str, Image.Image]
+
+
+def decoded(request: Request) -> Pictures:
+    """Decode what a request names.
+
+    Raises:
+        ArgumentError: The mask of an inpainting is white everywhere, or lighter than half nowhere.
+        ImageError: A file cannot be read, or is no mask.
+    """
+    ones = (*request.image, request.negative_image, request.init_image, request.control_image)
+    images = {file: load_image(Path(file)) for file in dict.fromkeys(ones) if file}
+    masks = {file: load_mask(Path(file)) for file in request.mask_files}
+    if request.mask_image:
+        _repainted(masks[request.mask_image], request.mask_image)
+    return Pictures(images, masks)
 
 
 @dataclass(frozen=True)
@@ -42,21 +69,23 @@ class Task:
         return {name: [picture] * batch for name, picture in self.pictures.items()} | self.settings
 
 
-def task_for(base: Base, request: Request, pictures: Mapping[str, Image.Image]) -> Task:
+def task_for(base: Base, request: Request, pictures: Pictures) -> Task:
     """Text-to-image, image-to-image or inpainting, with a ControlNet or without.
 
     Args:
         base: Open.
         request: What is asked.
-        pictures: Its decoded pictures by their files.
+        pictures: Its decoded files.
 
     Raises:
-        ArgumentError: So little of the picture is to be redone that no step would be.
+        ArgumentError: So little of the picture is to be redone that no step would be, or the mask
+            leaves nothing or everything to repaint.
         ModelError: The base has no pipeline for the task, or the ControlNet cannot be opened.
     """
     _check_strength(base, request)
     size = image_size(base, request)
-    resized: dict[str, Image.Image] = {}
+    fitted: dict[str, Image.Image] = {}
+    notes: list[str] = []
     settings: dict[str, Any] = {}
     extra: dict[str, Any] = {}
     if request.width or request.height:
@@ -67,19 +96,28 @@ def task_for(base: Base, request: Request, pictures: Mapping[str, Image.Image]) 
     kind = "Text2Image"
     if request.init_image:
         kind = "Inpainting" if request.mask_image else "Image2Image"
-        resized["image"] = _resized(pictures[request.init_image], size)
+        picture = pictures.images[request.init_image]
+        fitted["image"] = _fitted("init image", picture, size, request.fit, notes)
         settings["strength"] = request.strength
     if request.mask_image:
-        resized["mask_image"] = _resized(pictures[request.mask_image], size).convert("L")
+        mask = pictures.masks[request.mask_image]
+        fitted["mask_image"] = _fitted("mask image", mask, size, request.fit, notes)
+        share = _repainted(fitted["mask_image"], request.mask_image, base)
+        grey = "; grey is cut at half" if any(mask.histogram()[1:-1]) else ""
+        notes.append(f"mask image: {100 * share:.3g} % of the picture is repainted{grey}")
+    for file in request.mask:
+        share = float(np.asarray(pictures.masks[file]).mean()) / 255
+        notes.append(f"mask {quoted(file)}: its image acts on {100 * share:.3g} % of the picture")
     if request.control_image:
         name = "control_image" if request.init_image else "image"
-        resized[name] = _resized(pictures[request.control_image], size)
-    notes = [note for text in request.prompt for note in _cut_words(base, "prompt", text)]
+        picture = pictures.images[request.control_image]
+        fitted[name] = _fitted("control image", picture, size, request.fit, notes)
+    notes += [note for text in request.prompt for note in _cut_words(base, "prompt", text)]
     notes += _cut_words(base, "negative prompt", request.negative_prompt)
     notes += [f"memory: {base.plan.line()}"] if base.plan else []
     if kind == "Text2Image" and not extra:
-        return Task(base, resized, settings, notes)
-    return Task(replace(base, pipe=_pipeline(kind, base, extra)), resized, settings, notes)
+        return Task(base, fitted, settings, notes)
+    return Task(replace(base, pipe=_pipeline(kind, base, extra)), fitted, settings, notes)
 
 
 def _cut_words(base: Any, name: str, prompt: str) -> list[str]:
@@ -135,10 +173,46 @@ def _pipeline(kind: str, base: Base, extra: dict[str, Any]) -> Any:
     return pipe
 
 
-def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    from PIL import Image
+def _fitted(
+    name: str, image: Image.Image, size: tuple[int, int], how: Fit, notes: list[str]
+) -> Image.Image:
+    """The picture at the output's size, and a note where its shape is another."""
+    if image.size == size:
+        return image
+    if abs(image.width * size[1] / image.height - size[0]) >= 1:
+        shapes = "{}x{} is {} to {}x{}".format(*image.size, _FITTED[how], *size)
+        notes.append(f"{name}: {shapes}; --fit takes crop, pad or stretch")
+    if how == "crop":
+        return ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+    if how == "pad":  # what a mask says of the bars is that they are to be filled
+        bars = "white" if image.mode == "L" else "black"
+        return ImageOps.pad(image, size, Image.Resampling.LANCZOS, color=bars)
+    return image.resize(size, Image.Resampling.LANCZOS)
 
-    return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
+
+def _repainted(mask: Image.Image, file: str, base: Base | None = None) -> float:
+    """The share that a mask repaints; with a base, as its latents take it, every eighth pixel."""
+    pipe: Any = base and base.pipe
+    every = pipe.vae_scale_factor if pipe else 1
+    share = float((np.asarray(mask)[::every, ::every] >= _HALF).mean())
+    if share == 0:
+        thin = f" in areas of more than {every} px, or take another --fit" if pipe else ""
+        raise ArgumentError(
+            "the mask repaints nothing",
+            where=file,
+            expected="white, or grey from 128 on, where to repaint",
+            found=f"a lightest grey of {mask.getextrema()[1]}",
+            fix=f"Draw in white{thin}.",
+        )
+    if share == 1:
+        raise ArgumentError(
+            "the mask repaints everything",
+            where=file,
+            expected="black where the picture stays",
+            found=f"a darkest grey of {mask.getextrema()[0]}",
+            fix="Leave out --mask-image to redo the whole picture.",
+        )
+    return share
 
 
 class LastBase:
