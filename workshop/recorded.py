@@ -20,7 +20,7 @@ from ipdiverse.base.adapters import adapter_file
 from ipdiverse.base.bases import CRITTERS_ORACLE
 from ipdiverse.critters.oracle import Reading
 from ipdiverse.errors import DataError, IpdiverseError
-from ipdiverse.evaluation.images import kept, what_decides
+from ipdiverse.evaluation.images import is_whole, kept, what_decides
 from ipdiverse.evaluation.running import Runner, shown
 from ipdiverse.evaluation.sets import pair_sums
 from ipdiverse.evaluation.study import RENAMED
@@ -205,13 +205,13 @@ class RecordedRunner(Runner):
     def _is_there(self, arm: Arm, number: int) -> bool:
         files = self._files(arm, number)
         return self.recorded(arm, number) is not None or bool(
-            files and all(file.exists() for file in files)
+            files and all(is_whole(file) for file in files)
         )
 
     def _first_drawn(self, arm: Arm, number: int) -> np.ndarray | None:
         """Images for the report, if some were drawn here."""
         file = next(iter(self._files(arm, number)), None)
-        if file is None or not file.exists():
+        if file is None or not is_whole(file):
             return None
         images = kept(file)
         return shown(images.reshape(-1, self.study.images, *images.shape[1:]))

@@ -45,7 +45,7 @@ def write_bytes_atomic(
     """
     target = Path(path)
     # in the same folder, as a rename is atomic only within one file system
-    temporary = target.parent / f".{uuid.uuid4().hex}.tmp"
+    temporary = target.parent / f".{_mark(target)}{uuid.uuid4().hex[:20]}.tmp"
     try:
         with writing(target):
             _write_synced(temporary, data)
@@ -97,8 +97,12 @@ def ensure_writable_folder(path: AnyPath) -> Path:
 
 
 @contextlib.contextmanager
-def only_one(path: AnyPath) -> Iterator[None]:
+def only_one(path: AnyPath, *outside: Path) -> Iterator[None]:
     """Hold a folder, made if needed, for one process; what killed writes left in it is removed.
+
+    Args:
+        path: The folder.
+        outside: Files that nobody else writes meanwhile; what kills left beside them goes too.
 
     Raises:
         OutputError: Another process holds it, or it cannot be written to.
@@ -121,9 +125,17 @@ def only_one(path: AnyPath) -> Iterator[None]:
                 continue
             for name in filter(_TEMPORARY.fullmatch, files):
                 Path(root, name).unlink(missing_ok=True)
+        for file in outside:
+            for left in file.parent.glob(f".{_mark(file)}*.tmp"):
+                left.unlink(missing_ok=True)
         yield
     finally:
         lock.release()
+
+
+def _mark(target: Path) -> str:
+    """Twelve hexadecimal digits by which an unfinished file is known as this one's."""
+    return hashlib.sha256(target.name.encode("utf-8", "surrogateescape")).hexdigest()[:12]
 
 
 def sealed(content: Mapping[str, Any], indent: int | None = None) -> str:

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load
 
 from ipdiverse.errors import OutputError
 from ipdiverse.writing import (
+    _mark,
+    append_text,
     ensure_writable_folder,
     file_hash,
+    only_one,
+    safetensors_bytes,
+    sealed,
     sync_folder,
+    unsealed,
     write_bytes_atomic,
     write_text_atomic,
 )
@@ -160,3 +171,79 @@ def test_a_folder_that_forbids_writing(tmp_path: Path):
 def test_a_hash_is_that_of_the_bytes(tmp_path: Path):
     (tmp_path / "a").write_bytes(b"abc")
     assert file_hash(tmp_path / "a").startswith("ba7816bf8f01cfea")
+
+
+def test_one_process_holds_a_folder_and_tidies_it(tmp_path: Path) -> None:
+    beside, inner = tmp_path / "other", tmp_path / "run" / "inner"
+    for folder in (beside, inner, tmp_path / "run" / "plain"):
+        folder.mkdir(parents=True)
+        (folder / f".{'0' * 32}.tmp").touch()
+        (folder / ".mine.tmp").touch()
+    (inner / ".lock").touch()  # a folder of its own
+    target = beside / "a.bin"
+    (beside / f".{_mark(target)}{'0' * 20}.tmp").touch()
+    with only_one(tmp_path / "run", target):
+        left = sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob(".*.tmp"))
+        with (
+            pytest.raises(OutputError, match="run: another process is at work in this folder"),
+            only_one(tmp_path / "run"),
+        ):
+            pass
+    zeros = f".{'0' * 32}.tmp"
+    assert left == [
+        f"other/{zeros}",
+        "other/.mine.tmp",
+        f"run/inner/{zeros}",
+        "run/inner/.mine.tmp",
+        "run/plain/.mine.tmp",
+    ]
+    with only_one(tmp_path / "run"):
+        pass
+
+
+def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from ipdiverse.writing import only_one\n"
+        "with only_one(sys.argv[1]): print(flush=True); time.sleep(600)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE)
+    process.stdout.readline()  # type: ignore[union-attr]
+    with pytest.raises(OutputError, match="another process"), only_one(tmp_path):
+        pass
+    process.kill()
+    process.wait()
+    with only_one(tmp_path):
+        pass
+
+
+def test_a_sealed_object_comes_back_or_is_refused() -> None:
+    text = sealed({"a": 1.5, "b": ["ü", None]})
+    assert unsealed(text) == {"a": 1.5, "b": ["ü", None]}
+    assert unsealed('{"a": 1}') == {"a": 1}, "version 0.1 sealed nothing"
+    for place in range(text.index("b")):
+        damaged = text[:place] + chr(ord(text[place]) ^ 1) + text[place + 1 :]
+        with pytest.raises(ValueError, match=r"."):
+            unsealed(damaged)
+    with pytest.raises(ValueError, match="not a JSON object"):
+        unsealed("[]")
+
+
+@pytest.mark.parametrize("write", [append_text, write_text_atomic])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_no_space_is_one_line(
+    number: int, write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(OutputError, match=r"x\.txt: there is no space left"):
+        write(tmp_path / "x.txt", "text")
+
+
+def test_safetensors_of_one_content_have_the_same_bytes() -> None:
+    tensors = {"b": torch.ones(3), "a": torch.zeros(2, dtype=torch.float16)}
+    about = {"format": "pt", "key": "x", "λ": "ü"}
+    made = {safetensors_bytes(tensors, about) for _ in range(20)}
+    assert len(made) == 1
+    assert all(torch.equal(t, tensors[n]) for n, t in load(made.pop()).items())

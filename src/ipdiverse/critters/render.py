@@ -81,7 +81,7 @@ class Jitter:
 
 
 def render(scene: Scene, seed: int, size: int = 64) -> np.ndarray:
-    """Draw the scene, uint8 (size, size, 3), RGB; the seed decides what is continuous (`Jitter`)."""
+    """Draw the scene, uint8 (size, size, 3), RGB; the seed decides its `Jitter`."""
     jitter = Jitter.from_seed(seed)
     canvas = _background(scene.place, jitter, size)
     for shape, colour in _layers(scene, jitter):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import lru_cache
@@ -77,7 +78,7 @@ class StudyImages:
         """
         weights = adapter_file(self.study.base, source)
         files = self.files(arm, weights)
-        missing = {file: pairs for file, pairs in files.items() if not file.exists()}
+        missing = {file: pairs for file, pairs in files.items() if not is_whole(file)}
         progress(len(self.pairs) - sum(len(pairs) for pairs in missing.values()))
         if missing:
             ensure_writable_folder(next(iter(missing)).parent)
@@ -153,6 +154,18 @@ def sample_array(
     wide = replace(base, batch=min(size, len(jobs)))
     images = sample(wide, jobs, request, attachment, progress)
     return np.stack([np.asarray(image) for image in images])
+
+
+def is_whole(file: Path) -> bool:
+    """Whether images are there, by zip's checksum; damaged ones are warned of and drawn again."""
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            return stored["images"].ndim == 4
+    except FileNotFoundError:
+        return False
+    except Exception as error:  # whatever NumPy and zipfile raise on a broken file
+        warnings.warn(f"{file}: is damaged, and is drawn again ({error})", stacklevel=3)
+        return False
 
 
 def what_decides(request: Request, weights: Path | None) -> dict[str, Any]:

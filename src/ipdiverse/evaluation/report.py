@@ -84,8 +84,12 @@ def inline(image: Image.Image) -> str:
 
 def as_bytes(figure: Any, kind: str) -> bytes:
     """A figure as `png` or `svg`."""
+    import matplotlib as mpl
+
     buffer = BytesIO()
-    figure.savefig(buffer, format=kind)
+    # neither the time nor random names: the same study gives the same bytes
+    with mpl.rc_context({"svg.hashsalt": "ipdiverse"}):
+        figure.savefig(buffer, format=kind, metadata={"Date": None} if kind == "svg" else None)
     return buffer.getvalue()
 
 
