@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ipdiverse.adapter.attach.branches import EncodedPrompt
 from ipdiverse.adapter.model import ImagePromptAdapter, attention_layers, layer_widths
 from workshop.base.tokenizer import build_tokenizer
 
@@ -246,6 +247,11 @@ def _lora_shapes(unet: Any, rank: int) -> dict[int, LoraShapes]:
             for key, part in parts.items()
         }
     return shapes
+
+
+def as_encoded(attachment: Any, positive: torch.Tensor, negative: Any = None) -> None:
+    """Let text of a test's own pass for text that the pipeline encoded."""
+    attachment.hook.encoded.append(EncodedPrompt(positive, negative))
 
 
 def picture(seed: int, size: int = SIZE) -> Image.Image:

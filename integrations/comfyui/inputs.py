@@ -27,7 +27,7 @@ def encode(
     Raises:
         ModelError: The adapter reads faces, or embeddings of another width.
     """
-    from ipdiverse.adapter.attach.compatibility import check_embeddings
+    from ipdiverse.adapter.model import check_embeddings
     from ipdiverse.errors import ModelError
 
     if adapter.reads not in (("pooled",), ("hidden",)):

@@ -278,7 +278,7 @@ def _guided(prompt: ImagePrompt) -> Callable[[dict[str, Any]], Tensor]:
 
 
 def _check_fit(prompt: ImagePrompt, sites: Sequence[Site]) -> None:
-    from ipdiverse.adapter.attach.compatibility import check_layers
+    from ipdiverse.adapter.model import check_layers
 
     check_layers(prompt.adapter, {site.layer.number: site.widths for site in sites}, "this model")
 

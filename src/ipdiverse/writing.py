@@ -188,7 +188,7 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         exact = tensor.detach().cpu().contiguous().flatten()
-        digest.update(exact.view(torch.uint8).numpy())
+        digest.update(memoryview(exact.view(torch.uint8).numpy()))
     return digest.hexdigest()
 
 

@@ -7,6 +7,7 @@ references of a batch, it is each item alone (`tests/acceptance`).
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -57,11 +58,18 @@ def prompted(
         return run(pipe, guidance)
 
 
-def stock(name: str, adapter: ImagePromptAdapter, folder: Path, scale: Any = SCALE) -> Any:
+def stock(
+    name: str,
+    adapter: ImagePromptAdapter,
+    folder: Path,
+    scale: Any = SCALE,
+    task: str = "",
+    **parts: Any,
+) -> Any:
     """A stock pipeline that has loaded this adapter from a file."""
     file = folder / "adapter.safetensors"
     save_file(adapter.state_dict(), file)
-    pipe = models.pipeline(name, fresh=True)
+    pipe = models.pipeline(name, task, fresh=True, **parts)
     with quiet():
         pipe.load_ip_adapter(str(folder), subfolder="", weight_name=file.name)
     pipe.set_ip_adapter_scale(scale)
@@ -250,6 +258,39 @@ def full_sd15() -> Any:
         text_encoder=models.text_encoder(768, words, layers=12, heads=12),
         image_encoder=None,  # embeddings are given
     )
+
+
+@pytest.mark.parametrize("kind", ["base", "plus", "faceid"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_embeddings_as_stock_stacks_them_equal_stock(kind: str, count: int, tmp_path: Path) -> None:
+    pipe = models.pipeline("sd1")
+    adapter = models.adapter(kind, pipe.unet)
+    theirs = stock("sd1", adapter, tmp_path)
+    if kind == "faceid":
+        faces = torch.cat([models.face(seed) for seed in range(count)])[None]
+        given = [torch.cat([torch.zeros_like(faces), faces])]
+    else:
+        images = IMAGES[:count]
+        given = theirs.prepare_ip_adapter_image_embeds([images], None, "cpu", 1, True)
+    expected = run(theirs, 4.0, ip_adapter_image_embeds=given)
+    equal(prompted(pipe, adapter, 4.0, Reference(embeds=given)), expected)
+
+
+@pytest.mark.parametrize("task", ["PAG", "InstructPix2Pix"])
+def test_other_orders_of_rows_equal_stock(task: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"pag_scale": 3.0}
+    parts: dict[str, Any] = {"pag_applied_layers": ["mid"]}
+    if task == "InstructPix2Pix":
+        options = {"image": IMAGES[1], "image_guidance_scale": 1.5}
+        parts = {"unet": models.unet("sd1", in_channels=8)}
+    pipe = models.pipeline("sd1", task, **parts)
+    adapter = models.adapter("base", pipe.unet)
+    theirs = stock("sd1", adapter, tmp_path, SCALE, task, **deepcopy(parts))
+    expected = run(theirs, 4.0, ip_adapter_image=IMAGES[0], **options)
+    with attach(pipe, adapter) as attachment:
+        attachment.set_scale(SCALE)
+        attachment.set_reference(IMAGES[0])
+        equal(run(pipe, 4.0, **options), expected)
 
 
 @pytest.mark.slow

@@ -137,12 +137,14 @@ class Slot:
         groups: This call's image tokens; empty before the first.
         scales: This step's scale by layer number; a missing layer takes 1.
         opposed: Layers that lead away from the image (`Scale.opposed`).
+        latents: Height and width of this call's latents.
     """
 
     weights: dict[int, LayerWeights]
     groups: list[TokenGroup] = field(default_factory=list)
     scales: dict[int, float | Tensor] = field(default_factory=dict)
     opposed: frozenset[int] = frozenset()
+    latents: tuple[int, int] = (1, 1)
 
 
 class DecoupledAttention:
@@ -212,7 +214,7 @@ class DecoupledAttention:
                 key, value = kept.get(
                     tokens, lambda w=weights, t=tokens: _image_key_value(attn, w, t)
                 )
-                region = None if group.mask is None else group.mask.at(pixels)
+                region = None if group.mask is None else group.mask.at(pixels, slot.latents)
                 yield ImageBranch(key, value, scale, region)
 
     def _key_value(

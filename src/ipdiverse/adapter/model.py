@@ -308,3 +308,75 @@ def interpolated(adapter: ImagePromptAdapter, share: float) -> ImagePromptAdapte
             base = tensor.to(own[name].device, torch.float32)
             own[name].copy_(base if share == 0 else base.lerp(own[name].float(), share))
     return between
+
+
+def placed(
+    adapter: ImagePromptAdapter, device: torch.device, dtype: torch.dtype
+) -> ImagePromptAdapter:
+    """The adapter on a device and in a type: itself where it is so already, else a copy."""
+    if all(one.device == device and one.dtype == dtype for one in adapter.parameters()):
+        return adapter
+    copies = {
+        id(one): nn.Parameter(one.detach().to(device, dtype), requires_grad=False)
+        for one in adapter.parameters()
+    }
+    # the memo of deepcopy: what is in it is taken in place of a copy of the original
+    return deepcopy(adapter, {**copies, id(adapter.base_weights): {}}).eval()
+
+
+def state_of(adapter: ImagePromptAdapter) -> tuple[tuple[int, int], ...]:
+    """Equal as long as no weight was replaced or changed in place."""
+    return tuple((id(p), 0 if p.is_inference() else p._version) for p in adapter.parameters())
+
+
+def check_layers(
+    adapter: ImagePromptAdapter, theirs: Mapping[int, tuple[int, int]], named: str = "this UNet"
+) -> None:
+    """Refuse an adapter whose layers have other sizes than a model's, given by number.
+
+    Raises:
+        ModelError: They differ.
+    """
+    mine = adapter.widths()
+    if mine == theirs:
+        return
+    first = min(n for n in mine.keys() | theirs.keys() if mine.get(n) != theirs.get(n))
+    raise ModelError(
+        f"layer {first} does not fit {named}",
+        where="adapter",
+        expected=f"(tokens, hidden) {theirs.get(first, 'no such layer')}",
+        found=mine.get(first, "no such layer"),
+        fix="It was trained for another base model.",
+    )
+
+
+def check_embeddings(
+    adapter: ImagePromptAdapter, width: int, named: str = "this image encoder"
+) -> None:
+    """Refuse an adapter that reads embeddings of another width than an encoder gives.
+
+    Raises:
+        ModelError: They differ.
+    """
+    if adapter.clip_dim != width:
+        raise ModelError(
+            f"does not fit {named}",
+            where="adapter",
+            expected=f"embeddings of width {width}",
+            found=adapter.clip_dim,
+            fix="It was trained for another image encoder.",
+        )
+
+
+def check_encoder(adapter: ImagePromptAdapter, encoder: Any) -> None:
+    """Refuse an image encoder whose embeddings have not the adapter's width; None always fits.
+
+    Raises:
+        ModelError: They differ.
+    """
+    if encoder is None or adapter.clip_dim is None:
+        return
+    pooled = "pooled" in adapter.reads
+    check_embeddings(
+        adapter, encoder.config.projection_dim if pooled else encoder.config.hidden_size
+    )

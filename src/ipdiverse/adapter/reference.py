@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +38,8 @@ class Reference:
         weights: For `weighted`, one for each image.
         masks: Regions, one for each image, white where it acts; only with `concat`.
         embeds: Image embeddings in place of `images`, one tensor for each that the adapter reads,
-            in its order, each (count, ...).
+            in its order, each (count, ...); or what stock diffusers takes as
+            `ip_adapter_image_embeds`, (2 · items, count, ...), the negative ones first.
 
     Raises:
         ArgumentError: Parts that do not fit together.
@@ -53,8 +53,15 @@ class Reference:
     embeds: Sequence[Tensor] | None = None
 
     def __post_init__(self) -> None:
+        if self.embeds is not None:
+            given = self.embeds
+            given = [given] if isinstance(given, (Tensor, np.ndarray)) else given
+            checked = [as_embeds(one, "reference: embeds") for one in given]
+            object.__setattr__(self, "embeds", checked)
+        if self.faces is not None:
+            object.__setattr__(self, "faces", as_embeds(self.faces, "reference: faces"))
         count = self.count()
-        if not count:
+        if count == 0:
             raise ArgumentError("is empty", where="reference", fix="Give at least one image.")
         check_parts(count, self.combine, self.weights, self.masks)
         for image in (*self.images, *(self.masks or ())):
@@ -63,10 +70,12 @@ class Reference:
         # a photograph that Pillow opened lies as the camera was held; one by its path does not
         object.__setattr__(self, "images", [upright(image) for image in self.images])
 
-    def count(self) -> int:
-        """How many images or faces."""
+    def count(self) -> int | None:
+        """How many images or faces; None for embeddings whose axes only an adapter can tell."""
         if self.embeds is not None:
-            return len(self.embeds[0])
+            return (
+                0 if not self.embeds else len(self.embeds[0]) if self.embeds[0].ndim == 2 else None
+            )
         return len(self.images) if self.images else 0 if self.faces is None else len(self.faces)
 
 
@@ -120,12 +129,42 @@ def as_reference(item: Reference | ImageLike | Sequence[ImageLike]) -> Reference
     return Reference([_image(one) for one in item])
 
 
+def as_embeds(given: Any, where: str) -> Tensor:
+    """Embeddings as a tensor of finite numbers with two axes or more.
+
+    Raises:
+        ArgumentError: They are something else.
+    """
+    tensor = torch.from_numpy(given) if isinstance(given, np.ndarray) else given
+    if not isinstance(tensor, Tensor):
+        raise ArgumentError(
+            "is not a tensor", where=where, expected="embeddings", found=type(given).__name__
+        )
+    if tensor.ndim < 2 or not tensor.numel():
+        raise ArgumentError(
+            "has the wrong shape",
+            where=where,
+            expected="(count, width), or (count, patches, width) of hidden states",
+            found=tuple(tensor.shape),
+        )
+    if not tensor.is_floating_point() or not tensor.isfinite().all():
+        found = "NaN or infinity" if tensor.is_floating_point() else tensor.dtype
+        raise ArgumentError(
+            "holds no embeddings",
+            where=where,
+            expected="finite floating-point numbers",
+            found=found,
+        )
+    return tensor
+
+
 def _image(item: Any) -> Image.Image:
     if isinstance(item, Image.Image):
         return item
     if isinstance(item, (str, Path)):
         return load_image(Path(item))
-    raise _not_an_image(item, "a PIL image, an image's file, or a Reference")
+    fix = "Give embeddings as Reference(embeds=[…])." if isinstance(item, Tensor) else None
+    raise _not_an_image(item, "a PIL image, an image's file, or a Reference", fix)
 
 
 def _not_an_image(item: object, expected: str, fix: str | None = None) -> ArgumentError:
@@ -149,7 +188,7 @@ def combine_embeds(
         (references, ...) for `concat`, else (1, ...).
 
     Raises:
-        ArgumentError: The weights sum to 0.
+        ArgumentError: The weights sum to 0, are not finite, or do not fit the embeddings.
     """
     if combine == "concat" or len(embeds) == 1:
         return embeds
@@ -158,34 +197,41 @@ def combine_embeds(
     if combine == "subtract":
         return embeds[:1] - embeds[1:].mean(0, keepdim=True)
     share = torch.tensor(list(weights or ()), dtype=embeds.dtype, device=embeds.device)
-    if not float(share.sum()):
-        raise ArgumentError("sum to 0", where="weights")
+    if len(share) != len(embeds):
+        raise ArgumentError(
+            "have the wrong length", where="weights", expected=len(embeds), found=len(share)
+        )
+    if not float(share.sum()) or not share.isfinite().all():
+        raise ArgumentError("sum to 0, or are not finite", where="weights")
     return torch.tensordot(share / share.sum(), embeds, dims=1)[None]
 
 
 class RegionMask:
-    """Weights in 0..1 over an image, shrunk once for each resolution that asks.
+    """Weights in 0..1 over an image, stretched to each layer's grid, once for each.
 
     Args:
-        weights: (batch, height, width); one entry serves every item. Its aspect ratio is the
-            output's.
+        weights: (batch, height, width), of any size; one entry serves every item.
     """
 
     def __init__(self, weights: Tensor) -> None:
         self.weights = weights
-        self._shrunk: dict[int, Tensor] = {}
+        self._shrunk: dict[tuple[int, int], Tensor] = {}
 
-    def at(self, pixels: int) -> Tensor:
-        """Weights over that many pixels in row order, (batch, pixels).
+    def at(self, pixels: int, latents: tuple[int, int]) -> Tensor:
+        """Weights over a layer's pixels in row order, (batch, pixels).
+
+        Args:
+            pixels: Of the layer.
+            latents: Height and width of the UNet's input.
 
         Raises:
-            ArgumentError: No grid of the mask's aspect ratio has so many pixels.
+            ArgumentError: No layer of a UNet with such an input has so many pixels.
         """
-        if pixels not in self._shrunk:
-            grid = _grid(pixels, self.weights.shape[-1] / self.weights.shape[-2])
+        grid = layer_grid(pixels, latents)
+        if grid not in self._shrunk:
             shrunk = F.interpolate(self.weights[:, None].float(), grid, mode="area")
-            self._shrunk[pixels] = shrunk[:, 0].flatten(1)
-        return self._shrunk[pixels]
+            self._shrunk[grid] = shrunk[:, 0].flatten(1)
+        return self._shrunk[grid]
 
     def repeated(self, branches: int) -> RegionMask:
         """The same for every guidance branch."""
@@ -199,19 +245,22 @@ def mask_weights(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.asarray(as_mask(image), dtype=np.float32) / 255)
 
 
-def _grid(pixels: int, ratio: float) -> tuple[int, int]:
-    """Height and width of a layer with so many pixels in an image of this aspect ratio."""
-    best = min(
-        (h for h in range(1, pixels + 1) if pixels % h == 0),
-        key=lambda h: abs(math.log(pixels / h / h / ratio)),
-    )
-    height, width = best, pixels // best
-    if abs(math.log(width / height / ratio)) > math.log(1.5):
+def layer_grid(pixels: int, latents: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of a layer with so many pixels: the latents', halved so often.
+
+    Raises:
+        ArgumentError: Halving leads past that number.
+    """
+    height, width = latents
+    while height * width > pixels:
+        # a convolution of stride 2 rounds up
+        height, width = -(-height // 2), -(-width // 2)
+    if height * width != pixels:
         raise ArgumentError(
-            "does not have the output's aspect ratio",
+            "does not fit a layer of this UNet",
             where="mask",
-            expected=f"width/height near {width / height:.2f}",
-            found=f"{ratio:.2f}",
-            fix="Draw the mask at the output's size.",
+            expected=f"latents of {latents[0]}x{latents[1]}, halved some times",
+            found=f"{pixels} pixels",
+            fix="Leave the masks out.",
         )
     return height, width

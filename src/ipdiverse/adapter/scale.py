@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from ipdiverse.errors import ArgumentError, check_range
 
-if TYPE_CHECKING:
-    from typing import Any
+_LIMITS = (-10, 10)
+"""Of a weight."""
 
 
 @dataclass(frozen=True)
@@ -101,20 +103,24 @@ def resolve_scale(
     """
     check_range("start_at", start_at, 0, 1)
     check_range("end_at", end_at, start_at, 1)
+    check_range("weight", weight, *_LIMITS)
     stepped = (start_at, end_at) != (0.0, 1.0)
     if isinstance(value, str):
         opposed = _opposed(value, layers)
         return Scale(_preset(value, layers, weight), stepped, start_at, end_at, opposed)
-    if isinstance(value, Tensor) and value.ndim:
+    if isinstance(value, (Tensor, np.ndarray)):
+        value = checked_items(value)
+        if not value.ndim:
+            value = float(value)
+    if isinstance(value, Tensor):
         return Scale(lambda _layer, _progress: value, stepped, start_at, end_at)
     if isinstance(value, Mapping):
         return Scale(_by_block(value, layers), stepped, start_at, end_at)
     if isinstance(value, Sequence):
         return Scale(_by_layer(value, layers), stepped, start_at, end_at)
-    if callable(value) and not isinstance(value, Tensor):
+    if callable(value):
         return Scale(value, True, start_at, end_at)
-    number = float(value)
-    check_range("scale", number, -10, 10)
+    number = checked_number(value)
     return Scale(lambda _layer, _progress: number, stepped, start_at, end_at)
 
 
@@ -148,20 +154,62 @@ def _by_layer(values: Sequence[float], layers: Sequence[Layer]) -> ScaleFunction
             expected=f"{len(layers)} numbers, one for each cross-attention layer",
             found=len(values),
         )
-    numbers = {layer.number: float(v) for layer, v in zip(layers, values, strict=True)}
+    numbers = {layer.number: checked_number(v) for layer, v in zip(layers, values, strict=True)}
     return lambda layer, _: numbers[layer.number]
 
 
 def _by_block(values: Mapping[str, float], layers: Sequence[Layer]) -> ScaleFunction:
     known = {name for layer in layers for name in (layer.block, layer.part)}
-    if unknown := sorted(set(values) - known):
+    if unknown := sorted(map(str, set(values) - known)):
         raise ArgumentError(
             "names a block that this UNet does not have",
             where="scale",
             expected=", ".join(sorted(known)),
             found=", ".join(unknown),
         )
-    return lambda layer, _: float(values.get(layer.block, values.get(layer.part, 0.0)))
+    numbers = {name: checked_number(value) for name, value in values.items()}
+    return lambda layer, _: numbers.get(layer.block, numbers.get(layer.part, 0.0))
+
+
+def checked_number(value: Any) -> float:
+    """One weight, of whatever number type.
+
+    Raises:
+        ArgumentError: It is no number, or out of range.
+    """
+    try:
+        number = float(value) if not isinstance(value, (bool, str)) else value
+    except (TypeError, ValueError, RuntimeError):
+        number = value
+    if not isinstance(number, float):
+        raise ArgumentError(
+            "is nothing that a scale may be",
+            where="scale",
+            expected="a number, one for each layer, numbers by block, a preset, a tensor with one "
+            "for each item, or a function",
+            found=repr(value),
+        )
+    check_range("scale", number, *_LIMITS)
+    return number
+
+
+def checked_items(value: Any) -> Tensor:
+    """A number for each item, as a tensor.
+
+    Raises:
+        ArgumentError: It has several axes, is empty, or holds what no weight can be.
+    """
+    numbers = torch.as_tensor(value)
+    if numbers.ndim > 1 or not numbers.numel() or numbers.is_complex():
+        raise ArgumentError(
+            "has the wrong shape",
+            where="scale",
+            expected="a number for each item, (items,)",
+            found=f"{tuple(numbers.shape)} of {numbers.dtype}",
+        )
+    for number in numbers.flatten().tolist():
+        checked_number(number)
+    return numbers.float()
 
 
 def _bell(layer: Layer) -> float:

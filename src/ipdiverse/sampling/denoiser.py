@@ -132,7 +132,8 @@ class Steering(ModelHook):
         if not isinstance(text, Tensor):
             return forward(*args, **kwargs)
         hook = self.attachment.hook
-        layout = hook.layout_of(len(text))
+        layout = hook.layout_of(text)
+        self._check_layout(layout)
         items = len(text) // len(layout)
         self._check_items(items)
         alpha = self._alpha(given["timestep"])
@@ -238,6 +239,15 @@ class Steering(ModelHook):
         high = min(low + 1, len(alphas) - 1)
         below, above = alphas[low].cpu(), alphas[high].cpu()  # not every device has float64
         return float(torch.lerp(below.double(), above.double(), t - low))
+
+    def _check_layout(self, layout: tuple[str, ...]) -> None:
+        if layout not in ((NOTHING, BOTH), (BOTH,)):
+            raise ModelError(
+                "has guidance of its own, which levers do not know",
+                where=type(self.attachment.pipe).__name__,
+                found=f"a call of the UNet with the branches {', '.join(layout)}",
+                fix="Call `release(attachment)`, or use a pipeline without it.",
+            )
 
     def _check_items(self, items: int) -> None:
         if items != len(self.context.seeds):

@@ -15,7 +15,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ipdiverse.adapter.attach.encoding import ImageEncoding, text_mask
+from ipdiverse.adapter.attach.branches import text_mask
+from ipdiverse.adapter.attach.encoding import ImageEncoding
 from ipdiverse.base.bases import load_base, load_image_encoder
 from ipdiverse.base.pipelines import load_unet
 from ipdiverse.data.references import augment

@@ -109,13 +109,15 @@ class Trainer:
         contents = contents_of(config, self.samples.data.records, encoders)
         set_seed(config.seed)  # initial weights; nothing random after that asks the global state
         self.adapter = build_adapter(config, encoders, initial)
+        # attach acts with a copy of an adapter that is elsewhere, and this one is to learn
+        self.adapter.to(self.pipe.unet.device, self.pipe.unet.dtype)
         attachment = attach(
             self.pipe,
             self.adapter,
             image_encoder=encoders.images.encoder,
             image_processor=encoders.images.processor,
         )
-        # after attach, which gives the adapter the UNet's type: it learns in float32
+        # after the adapter took the UNet's type: it learns in float32
         hold_as_computed(self.pipe.unet, config.mixed_precision)
         if config.epochs is not None:
             steps = config.epochs * -(-len(self.samples.trained) // config.batch)

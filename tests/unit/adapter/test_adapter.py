@@ -7,9 +7,15 @@ import torch
 
 from ipdiverse.adapter.attach.attach import attach, detach
 from ipdiverse.adapter.attention import ImageBranch, decoupled_cross_attention
-from ipdiverse.adapter.model import ImagePromptAdapter, cross_attention_layers, new_adapter
+from ipdiverse.adapter.model import (
+    ImagePromptAdapter,
+    cross_attention_layers,
+    new_adapter,
+    remember_base_weights,
+)
 from ipdiverse.adapter.reference import Reference
 from ipdiverse.errors import ArgumentError, ModelError, ShapeError
+from tests import models
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -160,3 +166,52 @@ def test_an_adapter_for_another_image_encoder_is_refused(
     other = ImagePromptAdapter(LinearProjection(1024, 128), layer_widths(pipe.unet))
     with pytest.raises(ModelError, match=r"image encoder; expected .* width 128; found 1024"):
         attach(pipe, other)
+
+
+def bits(adapter: Any) -> dict[str, tuple[torch.dtype, bytes]]:
+    return {
+        name: (tensor.dtype, tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        for name, tensor in adapter.state_dict().items()
+    }
+
+
+@pytest.mark.parametrize("kind", ["base", "faceid"])
+def test_attaching_leaves_the_adapter_as_it_was(kind: str) -> None:
+    pipe, half = models.pipeline("sd1"), models.pipeline("sd1", fresh=True).to(torch.bfloat16)
+    adapter = models.adapter(kind, pipe.unet, lora_rank=2).train()
+    before, reference = bits(adapter), Reference([models.picture(1)], faces=models.face(1))
+    remember_base_weights(adapter, models.adapter(kind, pipe.unet, lora_rank=2, seed=9))
+
+    def drawn(pipe: Any, *shares: float) -> torch.Tensor:
+        with attach(pipe, adapter) as prompt:
+            prompt.set_reference(reference)
+            for share in shares:
+                prompt.set_interpolation(share)
+            seed = torch.Generator().manual_seed(1)
+            images = pipe("x", num_inference_steps=1, output_type="latent", generator=seed).images
+            acting.append(prompt.hook.prompts[0].acting)
+        return images.float()
+
+    acting: list[Any] = []
+    first = drawn(pipe)
+    assert drawn(half).isfinite().all()
+    drawn(half, 0.5)
+    drawn(half, 0.5, 1.0)
+    assert torch.equal(drawn(pipe), first)
+    assert bits(adapter) == before
+    assert adapter.training
+    assert [one is adapter for one in acting] == [True, False, False, False, True]
+    assert {p.dtype for one in acting[1:4] for p in one.parameters()} == {torch.bfloat16}
+
+
+def test_weights_that_change_while_attached_act() -> None:
+    half = models.pipeline("sd1", fresh=True).to(torch.bfloat16)
+    adapter, other = (models.adapter("base", half.unet, seed=seed) for seed in (5, 6))
+    with attach(half, adapter) as prompt:
+        prompt.set_reference(models.picture(1))
+        adapter.load_state_dict(other.state_dict())
+        prompt.set_reference(models.picture(1))
+        half("x", num_inference_steps=1, output_type="latent")
+        acting = prompt.hook.prompts[0].acting
+    for name, tensor in acting.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name].to(torch.bfloat16))

@@ -167,6 +167,7 @@ def test_the_same_text_tensor_is_not_answered_from_before() -> None:
     def predicted(adapter: ImagePromptAdapter, *shares: float) -> torch.Tensor:
         with attach(pipe, adapter) as attachment, torch.no_grad():
             attachment.set_reference(Reference([models.picture(1)], faces=models.face(1)))
+            models.as_encoded(attachment, text)
             for share in shares:
                 attachment.set_interpolation(share)
                 found = pipe.unet(latents, pipe.scheduler.timesteps[0], text).sample

@@ -8,8 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
+from ipdiverse.adapter.attach.attach import attach
 from ipdiverse.adapter.reference import Reference, as_reference, combine_embeds
 from ipdiverse.errors import ArgumentError, ImageError
+from tests import models
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -97,3 +99,73 @@ def test_a_photograph_is_upright_by_its_path_and_as_pillow_opened_it(tmp_path: P
     upright = as_reference(tmp_path / "a.jpg").images[0]
     assert lying.size == upright.size == (128, 256)
     assert lying.convert("RGB").tobytes() == upright.tobytes()
+
+
+BAD_EMBEDS = {
+    "nothing": ([], "reference: is empty"),
+    "one axis": ([torch.ones(48)], r"embeds: has the wrong shape; expected \(count.*found \(48,\)"),
+    "no rows": ([torch.ones(0, 48)], r"embeds: has the wrong shape.*found \(0, 48\)"),
+    "whole numbers": ([torch.ones(1, 48, dtype=torch.int64)], r"floating-point.*torch\.int64"),
+    "NaN": ([torch.full((1, 48), torch.nan)], "found NaN or infinity"),
+    "infinity": ([torch.full((1, 48), torch.inf)], "found NaN or infinity"),
+    "text": ("abc", "embeds: is not a tensor; expected embeddings; found str"),
+    "a list": ([[1.0]], "embeds: is not a tensor; expected embeddings; found list"),
+    "another width": ([torch.ones(1, 49)], r"expected \(count, 48\), or stock.*found \(1, 49\)"),
+    "hidden states": ([torch.ones(3, 7, 32)], r"expected \(count, 48\).*found \(3, 7, 32\)"),
+    "three stacked": ([torch.ones(3, 1, 48)], r"expected \(count, 48\).*found \(3, 1, 48\)"),
+    "four axes": ([torch.ones(2, 1, 1, 48)], r"expected \(count, 48\).*found \(2, 1, 1, 48\)"),
+    "one too many": ([torch.ones(1, 48)] * 2, "wrong number of embeddings; expected 1, of pooled"),
+    "other negatives": (
+        [torch.arange(4.0)[:, None, None].expand(4, 1, 48)],
+        "negative embeddings: differ between items",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_EMBEDS)
+def test_embeddings_of_a_wrong_shape_are_one_sentence(case: str) -> None:
+    given, message = BAD_EMBEDS[case]
+    pipe = models.pipeline("sd1")
+    with (
+        attach(pipe, models.adapter("base", pipe.unet)) as prompt,
+        pytest.raises(ArgumentError, match=message),
+    ):
+        prompt.set_reference(Reference(embeds=given))  # type: ignore[arg-type]
+
+
+def test_embeddings_may_be_one_tensor_an_array_or_several_items_stacked() -> None:
+    one = torch.randn(1, 48)
+    pipe = models.pipeline("sd1")
+    with attach(pipe, models.adapter("base", pipe.unet)) as prompt:
+
+        def tokens(given: Any, **options: Any) -> torch.Tensor:
+            prompt.set_reference(Reference(embeds=given, **options))
+            return prompt.hook.prompts[0].references[0].positive
+
+        expected = tokens([one])
+        for given in (one, [one.numpy()], [one[None]], [one.double()]):
+            assert torch.allclose(tokens(given), expected, atol=1e-6)
+        items = torch.randn(2, 1, 48)
+        stacked = tokens([torch.cat([torch.zeros_like(items), items])])
+        assert torch.equal(stacked, torch.cat([tokens([item]) for item in items]))
+        with pytest.raises(ArgumentError, match="weights: has the wrong length; expected 2"):
+            tokens([torch.randn(1, 2, 48)], combine="weighted", weights=[1.0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "faces", "message"),
+    [
+        ("faceid", torch.ones(1, 9), r"face embeddings: has the wrong.*found \(1, 9\)"),
+        ("faceid", torch.ones(9), r"reference: faces: has the wrong shape.*found \(9,\)"),
+        ("faceid-plus", torch.ones(2, 32), r"reference: differ in number.*found 2 and 1"),
+    ],
+)
+def test_faces_of_a_wrong_shape_are_one_sentence(
+    kind: str, faces: torch.Tensor, message: str
+) -> None:
+    pipe = models.pipeline("sd1")
+    with (
+        attach(pipe, models.adapter(kind, pipe.unet)) as prompt,
+        pytest.raises(ArgumentError, match=message),
+    ):
+        prompt.set_reference(Reference([models.picture(1)], faces=faces))

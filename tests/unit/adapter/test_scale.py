@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from ipdiverse.adapter.attach.attach import attach
 from ipdiverse.adapter.scale import PRESETS, Layer, resolve_scale, unet_layers
 from ipdiverse.errors import ArgumentError
+from tests import models
 
 SD15 = [Layer(1 + 2 * i, f"down.{i // 2}", i, 16) for i in range(6)] + [
     Layer(31, "mid", 6, 16),
@@ -139,3 +143,41 @@ def test_a_tensor_is_a_scale_for_each_item() -> None:
 def test_a_scale_out_of_range_is_refused(value: float) -> None:
     with pytest.raises(ArgumentError, match="scale: is out of range"):
         resolve_scale(value, SD15)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (None, "scale: is nothing that a scale may be; expected a number.*found None"),
+        ("0.5", "scale: is not a preset.*found '0.5'"),
+        (math.nan, "scale: is out of range; expected -10 to 10; found nan"),
+        (True, "scale: is nothing that a scale may be.*found True"),
+        ([None] * 16, "scale: is nothing that a scale may be.*found None"),
+        (["1"] * 16, "scale: is nothing that a scale may be.*found '1'"),
+        ([math.inf] * 16, "scale: is out of range.*found inf"),
+        ([1.0] * 17, "expected 16 numbers, one for each cross-attention layer; found 17"),
+        ({"up": None}, "scale: is nothing.*found None"),
+        ({3: 1.0}, "scale: names a block that this UNet does not have.*found 3"),
+        (
+            torch.ones(2, 2),
+            r"scale: has the wrong shape; expected a number for each item.*\(2, 2\)",
+        ),
+        (torch.ones(0), r"scale: has the wrong shape.*found \(0,\)"),
+        (np.ones((1, 3)), r"scale: has the wrong shape.*found \(1, 3\)"),
+        (torch.tensor([1.0, math.nan]), "scale: is out of range.*found nan"),
+        (1j, "scale: is nothing that a scale may be"),
+    ],
+)
+def test_what_is_no_scale_is_one_sentence(value: Any, message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        at(value, SD15)
+
+
+def test_a_function_that_gives_no_number_is_one_sentence() -> None:
+    pipe = models.pipeline("sd1")
+    with attach(pipe, models.adapter("base", pipe.unet)) as prompt:
+        prompt.set_reference(models.picture(1))
+        for given in (None, math.nan, "a"):
+            prompt.set_scale(lambda _layer, _progress, given=given: given)  # type: ignore[arg-type]
+            with pytest.raises(ArgumentError, match=r"scale: is "):
+                pipe("x", num_inference_steps=1, output_type="latent")

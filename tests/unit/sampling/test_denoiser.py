@@ -143,6 +143,7 @@ def test_factorised_guidance_is_its_formula_in_one_pass(pipe: Any) -> None:
     text = torch.randn(4, 40, width, generator=torch.Generator().manual_seed(1))
     more = {"added_cond_kwargs": {"text_embeds": torch.randn(4, 64), "time_ids": torch.ones(4, 6)}}
     more = more if pipe.unet.config.addition_embed_type else {}
+    models.as_encoded(attachment, text[2:], negative=text[:2])
     pipe._guidance_scale = 5.0
     pipe.scheduler.set_timesteps(4)
 

@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING, Any
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from diffusers.hooks import HookRegistry
 
-from ipdiverse.adapter.attach.compatibility import check_encoder, check_layers, checked_unet
-from ipdiverse.adapter.attach.encoding import (
-    EmbedChange,
-    ImageEncoding,
-    encode_references,
-    forget_words,
-    watch_words,
-)
+from ipdiverse.adapter.attach.branches import forget_prompts, watch_prompts
+from ipdiverse.adapter.attach.encoding import EmbedChange, ImageEncoding, encode_references
 from ipdiverse.adapter.attach.hook import ActiveAdapter, ImagePromptHook
 from ipdiverse.adapter.attention import DecoupledAttention, Slot
-from ipdiverse.adapter.model import ImagePromptAdapter, attention_layers, layer_widths
+from ipdiverse.adapter.model import (
+    ImagePromptAdapter,
+    attention_layers,
+    check_encoder,
+    check_layers,
+    layer_widths,
+)
 from ipdiverse.adapter.reference import Reference, as_reference
 from ipdiverse.adapter.scale import Scale, resolve_scale, unet_layers
-from ipdiverse.errors import ArgumentError, ModelError, check_range
+from ipdiverse.errors import ArgumentError, ModelError, check_range, check_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 _HOOK = "ipdiverse.image_prompt"
 LEVERS_HOOK = "ipdiverse.levers"
 """Outside the other: decides which branches the UNet is called with."""
+_SEVERAL_PROMPTS = ("LEdits", "CycleDiffusion")
 
 
 class Attachment:
@@ -91,6 +92,7 @@ class Attachment:
 
     def _encode(self, adapter: int) -> None:
         prompt, (references, negative) = self._prompt(adapter), self._given[adapter]
+        prompt.refresh()
         prompt.references = encode_references(
             references, negative, prompt.acting, self._encoding, self._change
         )
@@ -185,6 +187,7 @@ class Attachment:
         self._hook.changed()
 
     def _prompt(self, adapter: int) -> ActiveAdapter:
+        check_whole("adapter", adapter)
         check_range("adapter", adapter, 0, len(self._hook.prompts) - 1)
         return self._hook.prompts[adapter]
 
@@ -203,8 +206,10 @@ def attach(
 ) -> Attachment:
     """Put adapters on a stock pipeline.
 
-    It is this pipeline that must be called: whether it guides, and at which step it is, is read
-    from it, and not from another that shares its UNet (`from_pipe`).
+    The adapter itself is not changed: where the UNet is of another type or on another device, a
+    copy acts. It is this pipeline that must be called: whether it guides, and at which step it is,
+    is read from it, and a call with text that it did not encode is refused, such as one of another
+    pipeline that shares its UNet (`from_pipe`).
 
     Args:
         pipe: A Stable Diffusion pipeline of diffusers: 1.x, 2.x or XL, of any task.
@@ -230,10 +235,11 @@ def attach(
     for adapter in adapters:
         check_layers(adapter, layer_widths(unet))
         check_encoder(adapter, encoding.encoder)
-        adapter.to(unet.device, unet.dtype).eval()
     layers = unet_layers(unet)
     one = Scale(lambda _layer, _progress: 1.0)
     prompts = [ActiveAdapter(adapter, Slot(adapter.layers()), one) for adapter in adapters]
+    for prompt in prompts:
+        prompt.place(unet.device, unet.dtype)
     before = dict(unet.attn_processors)  # diffusers takes a dict only if it names every layer
     mine = _processors(unet, [prompt.slot for prompt in prompts])
     unet.set_attn_processor({name: mine.get(name, old) for name, old in before.items()})
@@ -241,7 +247,8 @@ def attach(
     hook = ImagePromptHook(pipe, prompts, layers, homes, before)
     with inside_offloading(unet):
         HookRegistry.check_if_exists_or_initialize(unet).register_hook(hook, _HOOK)
-    watch_words(pipe, hook)
+    fusing = any(adapter.fusion is not None for adapter in adapters)
+    watch_prompts(pipe, hook.encoded, words=fusing)
     return Attachment(pipe, hook, encoding)
 
 
@@ -254,7 +261,7 @@ def detach(pipe: Any) -> None:
     hook = _hook_of(getattr(pipe, "unet", None))
     if hook is None:
         raise ModelError("no adapter is attached", where="pipeline")
-    forget_words(pipe)
+    forget_prompts(pipe)
     pipe.unet.set_attn_processor(dict(hook.before))
     with inside_offloading(pipe.unet):
         registry = HookRegistry.check_if_exists_or_initialize(pipe.unet)
@@ -295,3 +302,67 @@ def _processors(unet: Any, slots: list[Slot]) -> dict[str, DecoupledAttention]:
         for number, name in attention_layers(unet).items()
         if number in touched
     }
+
+
+def checked_unet(pipe: Any) -> Any:
+    """The UNet of a pipeline, of a kind that adapters can be attached to.
+
+    Raises:
+        ModelError: It has none, or one that another image prompt, offloading or an attention of
+            another kind keeps from it; or it draws with several prompts at once.
+    """
+    unet = getattr(pipe, "unet", None)
+    if unet is None or not hasattr(unet, "attn_processors"):
+        raise ModelError(
+            "has no UNet with attention processors",
+            where=type(pipe).__name__,
+            expected="a Stable Diffusion 1.x, 2.x or XL pipeline of diffusers",
+        )
+    if type(pipe).__name__.startswith(_SEVERAL_PROMPTS):
+        raise ModelError(
+            "draws one image with several prompts, and the image prompt has a place in one",
+            where=type(pipe).__name__,
+            fix="Use a text-to-image, image-to-image or inpainting pipeline.",
+        )
+    # load_ip_adapter sets it to ip_image_proj, and the UNet then asks for image_embeds at each call
+    if unet.config.get("encoder_hid_dim_type") is not None:
+        raise ModelError(
+            "already projects another prompt",
+            where="UNet",
+            found=f"encoder_hid_dim_type {unet.config.encoder_hid_dim_type!r}",
+            fix="If load_ip_adapter was called, call unload_ip_adapter first.",
+        )
+    if unet.device.type == "meta":
+        raise ModelError(
+            "is offloaded layer by layer",
+            where="UNet",
+            fix="Call enable_model_cpu_offload in place of enable_sequential_cpu_offload.",
+        )
+    for name in attention_layers(unet).values():
+        _check_attention(unet.get_submodule(name), name)
+    return unet
+
+
+def _check_attention(attention: Any, name: str) -> None:
+    if "Sliced" in type(attention.processor).__name__:  # ours cannot slice: it would be lost
+        raise ModelError(
+            "attention is sliced",
+            where=name,
+            fix="Call pipe.disable_attention_slicing(), then attach.",
+        )
+    if getattr(attention, "fused_projections", False):
+        raise ModelError(
+            "query, key and value are fused", where=name, fix="Call unet.unfuse_qkv_projections()."
+        )
+    # stock processors handle these; ours would silently leave them out
+    unusual = [
+        part
+        for part in ("added_kv_proj_dim", "norm_cross", "group_norm", "spatial_norm", "norm_q")
+        if getattr(attention, part, None)
+    ]
+    if unusual or not hasattr(attention, "to_q"):
+        raise ModelError(
+            "attention of a kind that image prompts do not support",
+            where=name,
+            found=", ".join(unusual) or type(attention).__name__,
+        )

@@ -1,14 +1,8 @@
-"""From references to image tokens, and which text tokens are words.
-
-Every distinct image goes through the encoder once. The UNet sees text states alone, and fusion must
-not attend to padding: while an adapter with a fusion is attached, `pipe.encode_prompt` also notes
-which tokens of the prompts it is given are words.
-"""
+"""From references to image tokens; every distinct image goes through the encoder once."""
 
 from __future__ import annotations
 
-import functools
-import inspect
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -16,8 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ipdiverse.adapter.attach.hook import ImagePromptHook, ReferenceTokens
-from ipdiverse.adapter.reference import Reference, RegionMask, combine_embeds, mask_weights
+from ipdiverse.adapter.attach.hook import ReferenceTokens
+from ipdiverse.adapter.reference import (
+    Reference,
+    RegionMask,
+    check_parts,
+    combine_embeds,
+    mask_weights,
+)
 from ipdiverse.errors import ArgumentError, ModelError
 from ipdiverse.writing import tensors_hash
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     from ipdiverse.adapter.model import ImagePromptAdapter
 
+_AXES = {"pooled": 2, "face": 2, "hidden": 3}
+"""Axes of one reference's embeddings, the references' own included."""
 _REMEMBERED = 64
 """Images whose embeddings one encoder keeps."""
 
@@ -124,6 +126,9 @@ def encode_references(
             adapter reads.
     """
     projected = _Projected(adapter, encoding)
+    split = [projected.unstacked(reference) for reference in references]
+    references = [reference for items, _ in split for reference in items]
+    negative = negative or split[0][1]
     if change is None:
         rows = [projected.tokens(reference) for reference in references]
     else:
@@ -139,16 +144,20 @@ def encode_references(
         )
     positive = torch.stack(rows)
     no_image = projected.no_image() if negative is None else projected.tokens(negative)
-    if len(no_image) != 1:
+    count = positive.shape[1]
+    if len(no_image) not in (1, count):
         raise ArgumentError("must be one image", where="negative reference", found=len(no_image))
+    no_image = no_image.expand(count, -1, -1)
     masked = [reference.masks is not None for reference in references]
     if not any(masked):
         return [ReferenceTokens(positive, no_image[None])]
     if not all(masked):
         raise ArgumentError("must be given for every item or for none", where="masks")
+    for given in references:
+        check_parts(count, given.combine, None, given.masks)
     return [
-        ReferenceTokens(positive[:, i : i + 1], no_image[None], _mask(references, i))
-        for i in range(positive.shape[1])
+        ReferenceTokens(positive[:, i : i + 1], no_image[None, i : i + 1], _mask(references, i))
+        for i in range(count)
     ]
 
 
@@ -166,6 +175,13 @@ class _Projected:
         """(references, tokens, width); one reference unless they are concatenated."""
         names = self.adapter.reads
         parts = [self._embeds(reference, name, i) for i, name in enumerate(names)]
+        if len({len(part) for part in parts}) > 1:
+            raise ArgumentError(
+                "differ in number",
+                where="reference",
+                expected=f"as many {' as '.join(names)} embeddings",
+                found=" and ".join(str(len(part)) for part in parts),
+            )
         embeds = [combine_embeds(part, reference.combine, reference.weights) for part in parts]
         if changed is not None:
             change, item = changed
@@ -189,13 +205,61 @@ class _Projected:
                 parts.append(torch.zeros(1, self._width(name)))
         return self.adapter.tokens(*[p.to(parameter.device, parameter.dtype) for p in parts])
 
+    def unstacked(self, reference: Reference) -> tuple[list[Reference], Reference | None]:
+        """Each item's reference and the negative one, of embeddings as stock diffusers has them."""
+        stacked, names = reference.embeds, self.adapter.reads
+        if stacked is None:
+            return [reference], None
+        if len(stacked) != len(names):
+            raise ArgumentError(
+                "has the wrong number of embeddings",
+                where="reference",
+                expected=f"{len(names)}, of {' and '.join(names)}, for this adapter",
+                found=len(stacked),
+            )
+        # faces as in stock's own guide, (2, count, 1, width)
+        stacked = [
+            part.squeeze(2) if name == "face" and part.ndim == 4 and part.shape[2] == 1 else part
+            for name, part in zip(names, stacked, strict=True)
+        ]
+        over = {part.ndim - _AXES[name] for name, part in zip(names, stacked, strict=True)}
+        rows = {len(part) for part in stacked}
+        if over == {1} and rows == {1}:
+            return [replace(reference, embeds=[part[0] for part in stacked])], None
+        if over != {1} or len(rows) > 1 or rows.pop() % 2:
+            return [reference], None  # as ours, or of a shape that `_checked` refuses
+        halves = [part.chunk(2) for part in stacked]
+        if not all(torch.equal(none, none[:1].expand_as(none)) for none, _ in halves):
+            raise ArgumentError(
+                "differ between items", where="reference: negative embeddings", expected="the same"
+            )
+        items = range(len(halves[0][1]))
+        return (
+            [replace(reference, embeds=[part[item] for _, part in halves]) for item in items],
+            replace(reference, embeds=[none[0] for none, _ in halves], masks=None),
+        )
+
     def _width(self, name: str) -> int:
-        projection: Any = self.adapter.image_proj
-        return projection.proj.in_features if name == "pooled" else projection.proj[0].in_features
+        if name == "face":
+            projection: Any = self.adapter.image_proj
+            return projection.proj[0].in_features
+        return self.adapter.clip_dim or 0
+
+    def _checked(self, given: Tensor, name: str) -> Tensor:
+        """Embeddings of the axes and the width that the adapter reads."""
+        if given.ndim != _AXES[name] or given.shape[-1] != self._width(name):
+            own = f"count, {'patches, ' if name == 'hidden' else ''}{self._width(name)}"
+            raise ArgumentError(
+                "has the wrong shape",
+                where=f"reference: {name} embeddings",
+                expected=f"({own}), or stock diffusers' (2 · items, {own})",
+                found=tuple(given.shape),
+            )
+        return given
 
     def _embeds(self, reference: Reference, name: str, position: int) -> Tensor:
         if reference.embeds is not None:
-            return reference.embeds[position]
+            return self._checked(reference.embeds[position], name)
         if name == "face":
             if reference.faces is None:
                 raise ArgumentError(
@@ -204,7 +268,7 @@ class _Projected:
                     fix="Give --faces FILE; in Python Reference(faces=…): an array, or a file by "
                     "`load_face_embeddings`.",
                 )
-            return reference.faces
+            return self._checked(reference.faces, name)
         if not reference.images:
             raise ArgumentError(
                 "needs an image",
@@ -226,77 +290,3 @@ def _image_key(image: Image.Image) -> str:
     """Of what the encoder will read; the palette and the transparency are part of it."""
     pixels = torch.from_numpy(np.array(image.convert("RGBA")))
     return tensors_hash({image.mode: pixels})
-
-
-def watch_words(pipe: Any, hook: ImagePromptHook) -> None:
-    """Note the words of every prompt that the pipeline encodes, if a fusion needs them."""
-    fusing = any(prompt.adapter.fusion is not None for prompt in hook.prompts)
-    original = getattr(pipe, "encode_prompt", None)
-    if not fusing or original is None:
-        return
-    pipe.__dict__["encode_prompt"] = _Watched(pipe, hook, original)
-
-
-def forget_words(pipe: Any) -> None:
-    """Undo `watch_words`; what somebody else put there, before or since, stays."""
-    watched = pipe.__dict__.get("encode_prompt")
-    if isinstance(watched, _Watched):
-        del pipe.__dict__["encode_prompt"]
-        if watched.before is not None:
-            pipe.__dict__["encode_prompt"] = watched.before
-
-
-class _Watched:
-    """A pipeline's `encode_prompt` that notes the words first."""
-
-    def __init__(self, pipe: Any, hook: ImagePromptHook, original: Any) -> None:
-        functools.update_wrapper(self, original)
-        self.pipe, self.hook, self.original = pipe, hook, original
-        self.signature = inspect.signature(original)
-        self.before = pipe.__dict__.get("encode_prompt")
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        bound = self.signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        self.hook.text_mask = text_mask(self.pipe, bound.arguments)
-        return self.original(*args, **kwargs)
-
-
-def text_mask(pipe: Any, arguments: dict[str, Any]) -> Tensor | None:
-    """True where a token is a word or a mark of begin or end.
-
-    Args:
-        pipe: Whose tokenizer reads the prompts.
-        arguments: Of `encode_prompt`.
-
-    Returns:
-        (branches × items, tokens), unconditional items first; None when the prompt was given as
-        embeddings.
-    """
-    prompt = arguments.get("prompt")
-    if prompt is None:
-        return None
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    masks = [_words(pipe, prompts)]
-    if arguments.get("do_classifier_free_guidance"):
-        if arguments.get("negative_prompt_embeds") is not None:
-            return None
-        negative = arguments.get("negative_prompt") or ""
-        negatives = [negative] if isinstance(negative, str) else list(negative)
-        mask = _words(pipe, negatives)
-        masks.insert(0, mask.expand(len(prompts), -1) if len(mask) == 1 else mask)
-    repeats = arguments.get("num_images_per_prompt") or 1
-    return torch.cat([mask.repeat_interleave(repeats, 0) for mask in masks])
-
-
-def _words(pipe: Any, prompts: list[str]) -> Tensor:
-    tokenizer = pipe.tokenizer if getattr(pipe, "tokenizer", None) else pipe.tokenizer_2
-    convert = getattr(pipe, "maybe_convert_prompt", None)  # textual inversion's several vectors
-    texts = [convert(text, tokenizer) for text in prompts] if convert else prompts
-    return tokenizer(
-        texts,
-        padding="max_length",
-        max_length=tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
-    ).attention_mask.bool()

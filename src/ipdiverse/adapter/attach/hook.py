@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -9,16 +10,23 @@ import torch
 from diffusers.hooks import ModelHook
 from torch import Tensor
 
+from ipdiverse.adapter.attach.branches import Told, new_memory, tell_branches
 from ipdiverse.adapter.attention import BOTH, NOTHING, DecoupledAttention, Slot, TokenGroup
-from ipdiverse.adapter.model import interpolated
+from ipdiverse.adapter.model import interpolated, placed, state_of
+from ipdiverse.adapter.scale import checked_items, checked_number
 from ipdiverse.errors import ArgumentError, ModelError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from ipdiverse.adapter.attach.branches import Layout
     from ipdiverse.adapter.model import ImagePromptAdapter
     from ipdiverse.adapter.reference import RegionMask
     from ipdiverse.adapter.scale import Layer, Scale
+
+
+_KEPT = 4
+"""Texts whose tokens are kept: pipelines and levers may call the UNet with as many in turn."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +35,8 @@ class _Prepared:
 
     text: Tensor
     version: int
+    wanted: Layout | None
+    layout: Layout
     groups: list[list[TokenGroup]]
 
 
@@ -59,7 +69,7 @@ class ActiveAdapter:
         change_scale: What levers make of the scale.
         fusion_factor: What a lever multiplies the fusion's strength by.
         interpolation: Share of the adapter's own weights; the rest are its base weights.
-        acting: The adapter, or the one that `interpolation` makes of it.
+        acting: The adapter, or what `interpolate` and `place` make of it; it never changes itself.
     """
 
     adapter: ImagePromptAdapter
@@ -72,14 +82,36 @@ class ActiveAdapter:
     fusion_factor: float = 1.0
     interpolation: float = 1.0
     acting: ImagePromptAdapter = field(init=False)
+    _mixed: ImagePromptAdapter = field(init=False)
+    _placed: object = None
 
     def __post_init__(self) -> None:
-        self.acting = self.adapter
+        self.acting = self._mixed = self.adapter
 
     def interpolate(self, share: float) -> None:
         """Act with weights between the base weights and its own (`model.interpolated`)."""
-        self.acting = interpolated(self.adapter, share)
-        self.interpolation, self.slot.weights = share, self.acting.layers()
+        self._mixed, self.interpolation = interpolated(self.adapter, share), share
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Act with the weights as they are now, where it acted before."""
+        parameter = next(self.acting.parameters())
+        self.place(parameter.device, parameter.dtype)
+
+    def place(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Act on that device and in that type, with a copy unless the weights are so already."""
+        wanted = (device, dtype, state_of(self._mixed))  # it may have been trained, or loaded anew
+        if wanted != self._placed:
+            self._act_with(placed(self._mixed, device, dtype), wanted)
+
+    def act_as_is(self) -> None:
+        """Act with the weights themselves, wherever they are: they are being trained."""
+        if self.acting is not self._mixed:
+            self._act_with(self._mixed, None)
+
+    def _act_with(self, adapter: ImagePromptAdapter, place: object) -> None:
+        self.acting, self._placed = adapter, place
+        self.slot.weights = adapter.layers()
 
     @property
     def strength(self) -> float:
@@ -95,9 +127,9 @@ class ActiveAdapter:
 class ImagePromptHook(ModelHook):
     """Hands each layer its image tokens and scale; the text passes through untouched.
 
-    The pipeline's batch is (branches × items): unconditional items first when it guides; `layout`
-    says otherwise for calls that levers make. Text that arrives as `(text, [image_tokens, …])`
-    brings its own tokens, as in training, and is left alone.
+    A call's rows are (branches × items); which branches they are is told from their text
+    (`branches`), and `layout` says it for calls that levers make. Text that arrives as
+    `(text, [image_tokens, …])` brings its own tokens, as in training, and is left alone.
 
     Args:
         pipe: Whose UNet it is on; says whether it guides and at which step it is.
@@ -118,9 +150,10 @@ class ImagePromptHook(ModelHook):
         super().__init__()
         self.pipe, self.prompts, self.layers = pipe, prompts, layers
         self.processors, self.before = processors, before
-        self.text_mask: Tensor | None = None
-        self.layout: tuple[str, ...] | None = None
-        self._prepared: dict[tuple[str, ...] | None, _Prepared] = {}
+        self.encoded = new_memory()
+        self.layout: Layout | None = None
+        self._told: tuple[Tensor, Told] | None = None
+        self._prepared: list[_Prepared] = []
 
     # not compiled: what is known is recognised by identity, which would be a guard for each call
     @torch.compiler.disable
@@ -134,13 +167,16 @@ class ImagePromptHook(ModelHook):
         self._check_processors()
         named = "encoder_hidden_states" in kwargs
         text = kwargs["encoder_hidden_states"] if named else args[2]
+        sample = kwargs["sample"] if "sample" in kwargs else args[0]
+        for prompt in self.prompts:
+            prompt.slot.latents = (sample.shape[-2], sample.shape[-1])
         if isinstance(text, Tensor):
-            self._prepare_tokens(text)
-            layouts = [self._layout_for(prompt, len(text)) for prompt in self.prompts]
+            layout = self._prepare_tokens(text)
         else:  # the UNet may pool the text itself, so it must not get the image tokens with it
             text, given = text
-            layouts = [(BOTH,)] * len(self.prompts)
+            layout = (BOTH,)
             for prompt, tokens in zip(self.prompts, given, strict=True):
+                prompt.act_as_is()
                 prompt.slot.groups = [
                     TokenGroup(tokens.flatten(1, 2) if tokens.ndim == 4 else tokens)
                 ]
@@ -149,17 +185,26 @@ class ImagePromptHook(ModelHook):
             else:
                 args = (*args[:2], text, *args[3:])
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
-        self._set_scales(timestep, len(text), layouts)
+        self._set_scales(timestep, len(text), layout)
         return args, kwargs
 
-    def layout_of(self, batch: int) -> tuple[str, ...]:
-        """The branches of a call of the pipeline's own with so many rows."""
+    def layout_of(self, text: Tensor) -> Layout:
+        """The branches of a call of the pipeline's own.
+
+        Raises:
+            ArgumentError: They cannot be told, or the references do not fit their number.
+        """
         self._check_references()
-        return self._layout(batch, max(prompt.items for prompt in self.prompts))
+        if self._told is None or self._told[0] is not text:
+            self._told = text, tell_branches(self.pipe, text, self.encoded)
+        layout = self._told[1].layout
+        for prompt in self.prompts:
+            _check_items(prompt, len(text), layout)
+        return layout
 
     def changed(self) -> None:
         """A reference or the fusion changed: prepare again at the next call."""
-        self._prepared = {}
+        self._prepared, self._told = [], None
 
     def _check_references(self) -> None:
         if not all(prompt.references for prompt in self.prompts):
@@ -176,26 +221,30 @@ class ImagePromptHook(ModelHook):
                     "switch them off, detach and attach again.",
                 )
 
-    def _prepare_tokens(self, text: Tensor) -> None:
+    def _prepare_tokens(self, text: Tensor) -> Layout:
         version = 0 if text.is_inference() else text._version  # inference tensors count no changes
-        known = self._prepared.get(self.layout)
         recording = torch.is_grad_enabled()
-        if known and known.text is text and known.version == version and not recording:
-            for prompt, groups in zip(self.prompts, known.groups, strict=True):
-                prompt.slot.groups = groups
-            return
+        for known in self._prepared:
+            same = known.text is text and known.version == version and known.wanted == self.layout
+            if same and not recording:
+                for prompt, groups in zip(self.prompts, known.groups, strict=True):
+                    prompt.slot.groups = groups
+                return known.layout
+        layout = self.layout or self.layout_of(text)
         self._check_references()
         for prompt in self.prompts:
-            layout = self._layout_for(prompt, len(text))
-            prompt.acting.to(text.device, text.dtype)
+            _check_items(prompt, len(text), layout)
+            prompt.place(text.device, text.dtype)
             prompt.slot.groups = [
                 self._group(prompt, part, text, layout) for part in prompt.references
             ]
-        prepared = [prompt.slot.groups for prompt in self.prompts]
-        self._prepared[self.layout] = _Prepared(text, version, prepared)
+        groups = [prompt.slot.groups for prompt in self.prompts]
+        prepared = _Prepared(text, version, self.layout, layout, groups)
+        self._prepared = [prepared, *self._prepared[: _KEPT - 1]]
+        return layout
 
     def _group(
-        self, prompt: ActiveAdapter, part: ReferenceTokens, text: Tensor, layout: tuple[str, ...]
+        self, prompt: ActiveAdapter, part: ReferenceTokens, text: Tensor, layout: Layout
     ) -> TokenGroup:
         branches = len(layout)
         items = len(text) // branches
@@ -206,64 +255,34 @@ class ImagePromptHook(ModelHook):
         if prompt.acting.fusion is not None and prompt.strength:
             tokens = self._fused(prompt, tokens, text, layout)
         if prompt.change is not None and BOTH in layout:
-            parts = list(tokens.chunk(branches))
-            at = layout.index(BOTH)
-            parts[at] = prompt.change(parts[at])
-            tokens = torch.cat(parts)
+            parts = zip(layout, tokens.chunk(branches), strict=True)
+            tokens = torch.cat([prompt.change(t) if b == BOTH else t for b, t in parts])
         mask = part.mask
         if mask is not None and len(mask.weights) > 1:
             mask = type(mask)(mask.weights.repeat_interleave(repeats, 0)).repeated(branches)
         tokens = tokens.flatten(1, 2)
         return TokenGroup(tokens, mask, _opposed(tokens, layout))
 
-    def _fused(
-        self, prompt: ActiveAdapter, tokens: Tensor, text: Tensor, layout: tuple[str, ...]
-    ) -> Tensor:
+    def _fused(self, prompt: ActiveAdapter, tokens: Tensor, text: Tensor, layout: Layout) -> Tensor:
         """Fuse each reference of each item with that item's text."""
         references = tokens.shape[1]
-        mask = self._mask_for(text, layout)
+        told = self._told[1] if self._told else Told(layout)
+        words = told.words_of(layout, len(text) // len(layout), text.shape[1])
         fused = prompt.acting.fuse(
             tokens.flatten(0, 1),
             text.repeat_interleave(references, 0),
-            None if mask is None else mask.repeat_interleave(references, 0),
+            None if words is None else words.to(text.device).repeat_interleave(references, 0),
             prompt.strength,
         )
         return fused.unflatten(0, (-1, references))
 
-    def _mask_for(self, text: Tensor, layout: tuple[str, ...]) -> Tensor | None:
-        """What is padding in this text; None when the prompt's words are not known."""
-        mask, items = self.text_mask, len(text) // len(layout)
-        if mask is None or mask.shape[1] != text.shape[1] or len(mask) not in (items, 2 * items):
-            return None
-        rows = [mask[:items] if branch == NOTHING else mask[-items:] for branch in layout]
-        return torch.cat(rows).to(text.device)
-
-    def _layout_for(self, prompt: ActiveAdapter, batch: int) -> tuple[str, ...]:
-        return self.layout or self._layout(batch, prompt.items)
-
-    def _layout(self, batch: int, items: int) -> tuple[str, ...]:
-        """The branches of a call of the pipeline's own: one, or two when it guides."""
-        # the batch does not tell: two prompts unguided and one guided are both two rows
-        guided = getattr(self.pipe, "do_classifier_free_guidance", False)
-        layout = (NOTHING, BOTH) if guided else (BOTH,)
-        if batch % (len(layout) * items):
-            raise ArgumentError(
-                "the number of references does not fit the batch",
-                where="adapter",
-                expected=f"{items} outputs, or a multiple",
-                found=batch // len(layout),
-                fix="Give one reference, one per prompt, or one per output; several images of one "
-                "item are one Reference([...]).",
-            )
-        return layout
-
-    def _set_scales(self, timestep: Any, batch: int, layouts: list[tuple[str, ...]]) -> None:
+    def _set_scales(self, timestep: Any, batch: int, layout: Layout) -> None:
         scales = [
             p.scale if p.change_scale is None else p.change_scale(p.scale) for p in self.prompts
         ]
         progress = self.progress(timestep) if any(scale.by_step for scale in scales) else 0.0
-        for prompt, scale, layout in zip(self.prompts, scales, layouts, strict=True):
-            branches = len(layout)
+        branches = len(layout)
+        for prompt, scale in zip(self.prompts, scales, strict=True):
             prompt.slot.opposed = scale.opposed
             prompt.slot.scales = {
                 layer.number: _for_batch(scale.at(layer, progress), batch // branches, branches)
@@ -286,7 +305,19 @@ class ImagePromptHook(ModelHook):
         return first, count
 
 
-def _opposed(tokens: Tensor, layout: tuple[str, ...]) -> Tensor:
+def _check_items(prompt: ActiveAdapter, batch: int, layout: Layout) -> None:
+    if batch % (len(layout) * prompt.items):
+        raise ArgumentError(
+            "the number of references does not fit the batch",
+            where="adapter",
+            expected=f"{prompt.items} outputs, or a multiple",
+            found=batch // len(layout),
+            fix="Give one reference, one per prompt, or one per output; several images of one "
+            "item are one Reference([...]).",
+        )
+
+
+def _opposed(tokens: Tensor, layout: Layout) -> Tensor:
     """Image tokens where there were none, and none where they were: (branches × items) again."""
     if BOTH not in layout:
         return torch.zeros_like(tokens)
@@ -300,6 +331,9 @@ def _for_batch(scale: float | Tensor, items: int, branches: int) -> float | Tens
 
     Fewer than the items are for as many prompts, each of which has equally many items.
     """
+    if isinstance(scale, float) and -math.inf < scale < math.inf:
+        return scale
+    scale = checked_items(scale) if isinstance(scale, Tensor) else checked_number(scale)
     if not isinstance(scale, Tensor) or scale.ndim == 0:
         return scale
     if items % len(scale):

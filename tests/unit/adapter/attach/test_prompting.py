@@ -15,6 +15,7 @@ from ipdiverse.adapter.model import ImagePromptAdapter, new_adapter
 from ipdiverse.adapter.reference import Reference
 from ipdiverse.adapter.scale import Scale
 from ipdiverse.errors import ArgumentError, ModelError
+from tests import models
 from tests.conftest import random_pipeline
 
 if TYPE_CHECKING:
@@ -67,25 +68,26 @@ def test_an_opposed_layer_shows_the_image_to_the_unconditional_branch_alone(
 ) -> None:
     """Every layer opposed: that branch is the image prompt's, the other is text alone."""
 
-    def predict(rows: slice, guidance: float) -> torch.Tensor:
-        pipe._guidance_scale = guidance
+    def predict(rows: slice) -> torch.Tensor:
         with torch.no_grad():
             return pipe.unet(noise[rows], torch.tensor(500), text[rows]).sample
 
     rng = torch.Generator().manual_seed(0)
     noise = torch.randn(4, 16, 8, 8, generator=rng)
     text = torch.randn(4, 12, 128, generator=rng)
-    text_alone = predict(slice(2, 4), 1.0)
+    text_alone = predict(slice(2, 4))
     with attach(pipe, trained(pipe)) as prompt:
         prompt.set_reference([references[0], references[1]])
-        with_image = predict(slice(0, 2), 1.0)
+        models.as_encoded(prompt, text[:2])
+        with_image = predict(slice(0, 2))
         everywhere = frozenset(layer.number for layer in prompt._hook.layers)
         prompt._hook.prompts[0].scale = Scale(lambda _layer, _progress: 1.0, opposed=everywhere)
-        unguided = predict(slice(0, 2), 1.0)
-        both = predict(slice(0, 4), 3.0)
+        unguided = predict(slice(0, 2))
+        models.as_encoded(prompt, text[2:], negative=text[:2])
+        both = predict(slice(0, 4))
     torch.testing.assert_close(both[:2], with_image, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(both[2:], text_alone, atol=1e-4, rtol=1e-4)
-    unprompted = predict(slice(0, 2), 1.0)
+    unprompted = predict(slice(0, 2))
     torch.testing.assert_close(unguided, unprompted, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(with_image, unprompted, atol=1e-2)
 
@@ -339,6 +341,7 @@ def test_no_flops_in_constant_parts_after_the_first_step(
 
     with attach(pipe, adapter) as prompt:
         prompt.set_reference(references[0])
+        models.as_encoded(prompt, text)
         first, second, third = flops(), flops(), flops()
     assert second == third
     layers = [

@@ -1,0 +1,241 @@
+"""Which rows of a UNet call are guided by the prompt: told from the text that was encoded.
+
+Pipelines order their rows differently: [negative, prompt] in most, [negative, prompt, prompt] with
+perturbed attention, [prompt, negative, negative] in InstructPix2Pix, one branch alone in a second
+call. So while an adapter is attached, `pipe.encode_prompt` also notes what it returns, and each
+row of a call is looked up in that. Fusion must not attend to padding, which the UNet does not see:
+what is a word is noted too.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ipdiverse.adapter.attention import BOTH, NOTHING
+from ipdiverse.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_KEPT = 8
+"""Encoded prompts that are kept: a callback may change the prompt on the way."""
+_WATCHED = ("encode_prompt", "_encode_prompt")  # InstructPix2Pix has only the second
+
+Layout = tuple[str, ...]
+"""The branch of each of the equal blocks of rows in a call."""
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedPrompt:
+    """What a pipeline made of a prompt.
+
+    Args:
+        positive: (items, tokens, width).
+        negative: Of the negative prompt; None where the pipeline does not guide.
+        words: (branches × items, tokens), negative ones first: True where a token is a word or a
+            mark of begin or end; None when it is not known.
+    """
+
+    positive: Tensor
+    negative: Tensor | None = None
+    words: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Told:
+    """A call's branches, and the prompt that its text is from; None if it is not known."""
+
+    layout: Layout
+    prompt: EncodedPrompt | None = None
+
+    def words_of(self, layout: Layout, items: int, tokens: int) -> Tensor | None:
+        """Words of such rows, (branches × items, tokens); None when they are not known."""
+        words = None if self.prompt is None else self.prompt.words
+        if words is None or words.shape[1] != tokens or len(words) not in (items, 2 * items):
+            return None
+        return torch.cat([words[:items] if b == NOTHING else words[-items:] for b in layout])
+
+
+def tell_branches(pipe: Any, text: Tensor, encoded: Sequence[EncodedPrompt]) -> Told:
+    """The branches of a call of the UNet.
+
+    Args:
+        pipe: The pipeline whose UNet it is.
+        text: Of the call, (rows, tokens, width).
+        encoded: What the pipeline encoded, the newest last.
+
+    Raises:
+        ArgumentError: They cannot be known.
+    """
+    stated, unclear = _stated(pipe), False
+    for prompt in reversed(encoded):
+        blocks = text.split(size) if len(text) % (size := len(prompt.positive)) == 0 else [text]
+        sources, found = zip(*(_look_up(block, encoded) for block in blocks), strict=True)
+        if not all(found):
+            continue
+        source = sources[0] if len(set(map(id, sources))) == 1 else None
+        if all(len(branches) == 1 for branches in found):
+            return Told(tuple(branch for (branch,) in found), source)
+        unclear = True  # prompt and negative prompt are the same text
+        if stated and len(found) % len(stated) == 0:
+            each = len(found) // len(stated)
+            layout = tuple(branch for branch in stated for _ in range(each))
+            if all(branch in branches for branch, branches in zip(layout, found, strict=True)):
+                return Told(layout, source)
+    if stated and not _watched(pipe) and len(text) % len(stated) == 0:
+        return Told(stated)
+    raise _unknown(pipe, unclear)
+
+
+def _look_up(
+    block: Tensor, encoded: Sequence[EncodedPrompt]
+) -> tuple[EncodedPrompt | None, set[str]]:
+    """The newest prompt that has these rows, and on which sides: both if it says the same twice."""
+    for prompt in reversed(encoded):
+        sides = ((BOTH, prompt.positive), (NOTHING, prompt.negative))
+        if found := {b for b, known in sides if known is not None and _holds(known, block)}:
+            return prompt, found
+    return None, set()
+
+
+def _holds(known: Tensor, block: Tensor) -> bool:
+    if known.shape[1:] != block.shape[1:] or len(known) % len(block):
+        return False
+    return any(torch.equal(part, block) for part in known.to(block).split(len(block)))
+
+
+def _stated(pipe: Any) -> Layout | None:
+    """The branches by the pipeline's class and its own word on guidance, in diffusers' orders."""
+    guided = getattr(pipe, "do_classifier_free_guidance", None)
+    if guided is None:
+        return None
+    if "InstructPix2Pix" in type(pipe).__name__:
+        return (BOTH, NOTHING, NOTHING) if guided else (BOTH,)
+    perturbed = getattr(pipe, "do_perturbed_attention_guidance", False)
+    return (NOTHING,) * bool(guided) + (BOTH,) * (2 if perturbed else 1)
+
+
+def _unknown(pipe: Any, unclear: bool) -> ArgumentError:
+    what = "cannot tell which rows of this call of the UNet are guided by the prompt"
+    name = type(pipe).__name__
+    if unclear:
+        return ArgumentError(
+            what,
+            where=name,
+            found="a prompt and a negative prompt that are the same text",
+            fix="Give a negative prompt that differs from the prompt.",
+        )
+    return ArgumentError(
+        what,
+        where=name,
+        expected="text that this pipeline's encode_prompt gave",
+        found="other text",
+        fix="Call the pipeline that the adapter is attached to, not another that shares its UNet "
+        "(from_pipe) nor the UNet itself; or detach, and attach to the one that you call.",
+    )
+
+
+def watch_prompts(pipe: Any, encoded: deque[EncodedPrompt], *, words: bool) -> None:
+    """Note every prompt that the pipeline encodes, and its words if they are needed."""
+    if name := _watched(pipe):
+        original = getattr(pipe, name)
+        pipe.__dict__[name] = _Watching(pipe, name, original, encoded, words)
+
+
+def forget_prompts(pipe: Any) -> None:
+    """Undo `watch_prompts`; what somebody else put there, before or since, stays."""
+    for name in _WATCHED:
+        watching = pipe.__dict__.get(name)
+        if isinstance(watching, _Watching):
+            del pipe.__dict__[name]
+            if watching.before is not None:
+                pipe.__dict__[name] = watching.before
+
+
+def new_memory() -> deque[EncodedPrompt]:
+    """Where `watch_prompts` notes them."""
+    return deque(maxlen=_KEPT)
+
+
+def _watched(pipe: Any) -> str | None:
+    return next((name for name in _WATCHED if callable(getattr(pipe, name, None))), None)
+
+
+class _Watching:
+    """A pipeline's `encode_prompt` that also notes what it returns."""
+
+    def __init__(
+        self, pipe: Any, name: str, original: Any, encoded: deque[EncodedPrompt], words: bool
+    ) -> None:
+        functools.update_wrapper(self, original)
+        self.pipe, self.original, self.encoded, self.words = pipe, original, encoded, words
+        self.signature = inspect.signature(original)
+        self.before = pipe.__dict__.get(name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        returned = self.original(*args, **kwargs)
+        bound = self.signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        positive, negative = self._sides(returned, bound.arguments)
+        if isinstance(positive, Tensor) and positive.ndim == 3:
+            words = text_mask(self.pipe, bound.arguments) if self.words else None
+            negative = negative if isinstance(negative, Tensor) else None
+            self.encoded.append(EncodedPrompt(positive, negative, words))
+        return returned
+
+    def _sides(self, returned: Any, arguments: dict[str, Any]) -> tuple[Any, Any]:
+        """Embeddings of the prompt and of the negative prompt."""
+        if isinstance(returned, tuple) and len(returned) > 1:
+            return returned[:2]
+        if isinstance(returned, Tensor) and "InstructPix2Pix" in type(self.pipe).__name__:
+            guided = arguments.get("do_classifier_free_guidance")
+            positive, negative, _ = returned.chunk(3) if guided else (returned, None, None)
+            return positive, negative
+        return None, None  # a tensor whose rows nobody names
+
+
+def text_mask(pipe: Any, arguments: dict[str, Any]) -> Tensor | None:
+    """True where a token is a word or a mark of begin or end.
+
+    Args:
+        pipe: Whose tokenizer reads the prompts.
+        arguments: Of `encode_prompt`.
+
+    Returns:
+        (branches × items, tokens), unconditional items first; None when the prompt was given as
+        embeddings.
+    """
+    prompt = arguments.get("prompt")
+    if prompt is None:
+        return None
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    masks = [_words(pipe, prompts)]
+    if arguments.get("do_classifier_free_guidance"):
+        if arguments.get("negative_prompt_embeds") is not None:
+            return None
+        negative = arguments.get("negative_prompt") or ""
+        negatives = [negative] if isinstance(negative, str) else list(negative)
+        mask = _words(pipe, negatives)
+        masks.insert(0, mask.expand(len(prompts), -1) if len(mask) == 1 else mask)
+    repeats = arguments.get("num_images_per_prompt") or 1
+    return torch.cat([mask.repeat_interleave(repeats, 0) for mask in masks])
+
+
+def _words(pipe: Any, prompts: list[str]) -> Tensor:
+    tokenizer = pipe.tokenizer if getattr(pipe, "tokenizer", None) else pipe.tokenizer_2
+    convert = getattr(pipe, "maybe_convert_prompt", None)  # textual inversion's several vectors
+    texts = [convert(text, tokenizer) for text in prompts] if convert else prompts
+    return tokenizer(
+        texts,
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    ).attention_mask.bool()
