@@ -260,9 +260,14 @@ def checked_pictures(request: Request, *, opened: bool = False) -> dict[str, Ima
     Raises:
         IpdiverseError: As `Request.check` says, or a picture is unusable.
     """
-    pictures = {file: load_image(Path(file)) for file in request.picture_files}
+    pictures = open_pictures(request)
     request.check(opened=opened)  # imports torch, which takes seconds
     return pictures
+
+
+def open_pictures(request: Request) -> dict[str, Image.Image]:
+    """Every picture of a request by its file, decoded once."""
+    return {file: load_image(Path(file)) for file in request.picture_files}
 
 
 def _reference(request: Request, pictures: Mapping[str, Image.Image]) -> Reference:
