@@ -110,6 +110,10 @@ def test_killed_between_an_image_and_its_line_it_goes_on(jobs: Path) -> None:
     told = {line["file"] for line in landed(jobs)}
     assert (len(before), len(told)) == (5, 4)
     assert run(jobs) == 0
+    whole = jobs.parent / "whole"
+    assert main([*words[:-1], str(whole)]) == 0
+    results = [folder / "results.jsonl" for folder in (out, whole)]
+    assert results[0].read_bytes() == results[1].read_bytes(), "as if it had not been killed"
     kept = {file for file, at in before.items() if (out / file).stat().st_mtime_ns == at}
     assert kept == told, "what had landed was not drawn again"
     assert len(landed(jobs)) == 6

@@ -6,10 +6,11 @@ OUT/0003/0001.png          image 1 of the job in line 3 (counted from 0)
 
 from __future__ import annotations
 
+import codecs
 import json
-from contextlib import contextmanager, suppress
+import os
+from contextlib import contextmanager
 from dataclasses import fields
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +20,9 @@ from ipdiverse.levers import LEVERS
 from ipdiverse.provenance import save_png
 from ipdiverse.sampling.draw import drawing
 from ipdiverse.sampling.request import USED_WITH, Request, current
-from ipdiverse.sampling.task import LastBase
-from ipdiverse.writing import ensure_writable_folder, file_hash, write_text_atomic
+from ipdiverse.sampling.saving import fingerprint, image_name, in_the_way, inputs, own_image
+from ipdiverse.sampling.task import LastBase, decoded
+from ipdiverse.writing import append_text, ensure_writable_folder, only_one, write_text_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -44,9 +46,15 @@ def read_jobs(file: Path, defaults: Request) -> dict[str, Request]:
         DataError: The file cannot be read, or a line is not a request; the first of them is named.
     """
     try:
-        lines = file.read_text("utf-8").split("\n")  # JSON may hold other ends of lines
+        data = file.read_bytes()
+        # Windows editors mark UTF-16, and UTF-8 too, at the start of the file
+        utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        lines = data.decode("utf-16" if utf16 else "utf-8-sig").split("\n")  # JSON has other ends
     except (OSError, UnicodeError) as error:
-        raise DataError("cannot be read", where=file, expected="JSON lines") from error
+        fix = "Save it as UTF-8." if isinstance(error, UnicodeError) else "Check the path."
+        raise DataError(
+            "cannot be read", where=file, expected="JSON lines", found=error, fix=fix
+        ) from error
     places = {f"{file}, line {number}": line for number, line in enumerate(lines, 1)}
     jobs = {
         where: _request(line, defaults, where) for where, line in places.items() if line.strip()
@@ -71,23 +79,26 @@ def run_batch(
 
     Raises:
         ArgumentError: The folder holds results of other jobs, or of files that have changed.
+        OutputError: Another process is at work there, or a file of somebody else is in the way.
         DataError: A job cannot be drawn, and its line; what came before it stays. Files that are
             not there are said before the first is drawn.
     """
-    ensure_writable_folder(out)
-    known = _known(out, list(jobs.values()))
-    waiting = [
-        (number, where, job)
-        for number, (where, job) in enumerate(jobs.items())
-        if len(known.get(number, ())) < job.n * len(job.prompt)
-    ]
-    for _, where, job in waiting:
-        _look_for_files(job, where)
-    drawn, bases = 0, LastBase()
-    for number, where, job in waiting:
-        with _named(where):
-            drawn += _draw(number, job, bases.open(job), out, known.get(number, set()), tell)
-    return drawn
+    with only_one(out):
+        known = _known(out, list(jobs.values()))
+        waiting = [
+            (number, where, job)
+            for number, (where, job) in enumerate(jobs.items())
+            if len(known.get(number, ())) < job.n * len(job.prompt)
+        ]
+        for number, where, job in waiting:
+            _look_for_files(job, where)
+            _look_for_others(job, out / f"{number:04d}", known.get(number, set()))
+        drawn, bases = 0, LastBase()
+        for number, where, job in waiting:
+            with _named(where):
+                drawn += _draw(number, job, bases.open(job), out, known.get(number, set()), tell)
+        _known(out, list(jobs.values()))  # in order, where a lost image was drawn again
+        return drawn
 
 
 @contextmanager
@@ -105,6 +116,16 @@ def _look_for_files(job: Request, where: str) -> None:
             raise DataError(f"{name}: no such file", where=where, fix="Check the path.")
 
 
+def _look_for_others(job: Request, folder: Path, there: set[int]) -> None:
+    """Refuse a folder in which a file of somebody else has the name of an image to come."""
+    missing = [at for at in range(job.n * len(job.prompt)) if at not in there]
+    files = [folder / image_name(at) for at in missing]
+    found = [file for file in files if os.path.lexists(file)]
+    run = fingerprint(job) if found else ""
+    if others := [file for file in found if own_image(file, run) is None]:
+        raise in_the_way(others[0])
+
+
 def _draw(
     number: int,
     job: Request,
@@ -114,74 +135,82 @@ def _draw(
     tell: Callable[[dict[str, Any]], None],
 ) -> int:
     folder = ensure_writable_folder(out / f"{number:04d}")
-    drawn, inputs = 0, _inputs(job)
-    with drawing(job, base) as work, (out / RESULTS).open("a", buffering=1) as results:
+    drawn, read, run = 0, inputs(job), fingerprint(job)
+    pictures = decoded(job)  # the request was checked when its line was read
+    with drawing(job, base, pictures=pictures) as work:
         for position, image in work.images(skip=there):
-            name = f"{position:04d}.png"
+            name, sha256 = image_name(position), content_hash(image)
             about = {"job": number, "image": position, "prompt": work.jobs[position].prompt}
+            about |= {"sha256": sha256}
             command = work.request.command(str(folder))
-            save_png(image, folder / name, {"tool": "ipdiverse", **about, "command": command})
-            line = {**about, "file": f"{folder.name}/{name}", "sha256": content_hash(image)}
-            line |= {"request": _stated(job), "inputs": inputs, "notes": work.notes}
-            results.write(json.dumps(line) + "\n")
+            record = {"tool": "ipdiverse", **about, "command": command, "run": run}
+            save_png(image, folder / name, record)
+            line = {**about, "file": f"{folder.name}/{name}", "request": _stated(job)}
+            line |= {"inputs": read, "notes": work.notes}
+            append_text(out / RESULTS, json.dumps(line) + "\n")
             tell(line)
             drawn += 1
     return drawn
 
 
 def _known(out: Path, jobs: list[Request]) -> dict[int, set[int]]:
-    """Images that have landed, by job; a torn last line and lost files are drawn again."""
+    """Images that have landed, by job; torn lines and lost files go, and the rest is in order."""
     file = out / RESULTS
-    if not file.is_file():
+    if not os.path.lexists(file):
         return {}
+    found = _text(file)
     known: dict[int, set[int]] = {}
-    kept: list[str] = []
-    inputs: dict[int, dict[str, str]] = {}
-    found = file.read_text("utf-8")
+    kept: dict[tuple[int, int], str] = {}
+    read: dict[int, dict[str, str]] = {}
     for text in found.split("\n"):
-        try:
-            line = json.loads(text)
-            number, position, name = line["job"], line["image"], line["file"]
-            request = line["request"]
-        except (ValueError, KeyError, TypeError):
+        line = _line(text)
+        if line is None:
             continue
-        if (
-            not isinstance(number, int)
-            or not 0 <= number < len(jobs)
-            or _current(request) != _stated(jobs[number])
-        ):
+        number, position = line["job"], line["image"]
+        if not 0 <= number < len(jobs) or _current(line["request"]) != _stated(jobs[number]):
             raise ArgumentError(
                 "holds results of other jobs",
                 where=file,
                 found=f"job {number}",
                 fix="Choose a new folder for --out.",
             )
-        if (out / f"{number:04d}" / Path(str(name)).name).is_file():
-            if number not in inputs:
-                inputs[number] = _inputs(jobs[number])
-            _check_inputs(file, number, line.get("inputs"), inputs[number])
-            known.setdefault(number, set()).add(int(position))
-            kept.append(text)
-    if (whole := "".join(f"{text}\n" for text in kept)) != found:
+        if (out / f"{number:04d}" / image_name(position)).is_file():
+            if number not in read:
+                read[number] = inputs(jobs[number])
+            _check_inputs(file, number, line.get("inputs"), read[number])
+            known.setdefault(number, set()).add(position)
+            kept[number, position] = text
+    if (whole := "".join(f"{kept[at]}\n" for at in sorted(kept))) != found:
         write_text_atomic(file, whole)
     return known
 
 
-def _inputs(job: Request) -> dict[str, str]:
-    """SHA-256 of every file that a request names; folders are not looked into."""
-    found = {}
-    for name in (*job.picture_files, job.faces, job.adapter, job.base):
-        with suppress(OSError):  # drawing says what is wrong with it
-            if name and Path(name).is_file():
-                state = Path(name).stat()
-                found[name] = _hash_of(Path(name), state.st_mtime_ns, state.st_size)
-    return found
+def _text(file: Path) -> str:
+    """What the record holds.
+
+    Raises:
+        ArgumentError: It is not a batch's; a run that was killed leaves one line torn at most.
+    """
+    try:
+        text = file.read_text("utf-8", errors="replace")
+    except OSError as error:
+        raise ArgumentError("cannot be read", where=file, found=error) from error
+    lines = [line for line in text.split("\n") if line.strip()]
+    torn = len(lines) == 1 and '{"job": '.startswith(lines[0][:8])
+    if lines and not torn and all(_line(line) is None for line in lines):
+        fix = "Choose a new folder for --out."
+        raise ArgumentError("is not a record of a batch", where=file, fix=fix)
+    return text
 
 
-@lru_cache(maxsize=1024)
-def _hash_of(file: Path, *_state: int) -> str:
-    """Of a file as it is: jobs share references, and an adapter is large."""
-    return file_hash(file)
+def _line(text: str) -> dict[str, Any] | None:
+    """A line of the record; None of what is none."""
+    try:
+        line = json.loads(text)
+        whole = type(line["job"]) is type(line["image"]) is int and line["image"] >= 0
+        return line if whole and "request" in line else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _check_inputs(file: Path, number: int, before: Any, now: dict[str, str]) -> None:
@@ -213,7 +242,7 @@ def _current(stated: Any) -> Any:
 def _request(line: str, defaults: Request, where: str) -> Request:
     try:
         stated = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError("is not JSON", where=where, found=line[:80]) from error
     if not isinstance(stated, dict):
         raise DataError("is not a JSON object", where=where, found=line[:80])

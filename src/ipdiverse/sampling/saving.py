@@ -163,7 +163,7 @@ class Run:
     def _save(self, image: Image.Image, name: str, **more: Any) -> Path:
         file = self.folder / name
         if os.path.lexists(file):  # put there while this run was drawing
-            raise _in_the_way(file)
+            raise in_the_way(file)
         own = {k: v for k, v in self.record.items() if k not in ("image_sha256", "files")}
         save_png(image, file, {**own, **more, "sha256": content_hash(image)})
         return file
@@ -251,7 +251,7 @@ def _replacing(folder: Path, run: str, total: int, used: Collection[str]) -> Run
     wanted = [folder / name for name in (*map(image_name, range(total)), SHEET, RECORD)]
     others = [file for file in wanted if os.path.lexists(file) and file not in own]
     if stray := [file for file in others if file.name != RECORD or before is None]:
-        raise _in_the_way(stray[0])
+        raise in_the_way(stray[0])
     inside = {file.resolve() for file in own}
     if read := [name for name in used if Path(name).resolve() in inside]:
         raise OutputError(
@@ -262,7 +262,8 @@ def _replacing(folder: Path, run: str, total: int, used: Collection[str]) -> Run
     return Run(folder, run, total, replaced=own)
 
 
-def _in_the_way(file: Path) -> OutputError:
+def in_the_way(file: Path) -> OutputError:
+    """The error for a file that a run must not replace."""
     return OutputError(
         "is there already, and no run of this folder wrote it",
         where=file,

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ipdiverse.dial import Levers
-from ipdiverse.errors import DataError, OutputError
+from ipdiverse.errors import ArgumentError, DataError, OutputError
 from ipdiverse.sampling.batch import RESULTS, read_jobs, run_batch
 from ipdiverse.sampling.request import Request
+from ipdiverse.writing import only_one
+from tests import models
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -164,3 +166,67 @@ def test_a_job_that_cannot_be_drawn_is_said_with_its_line(tmp_path: Path) -> Non
     file = written(tmp_path, {"image": str(tmp_path / "text.png")})
     with pytest.raises(DataError, match=rf"{file}, line 1: .*text\.png: "):
         run_batch(read_jobs(file, Request()), tmp_path / "out")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_jobs_are_read_as_windows_editors_save_them(encoding: str, tmp_path: Path) -> None:
+    line = json.dumps({"image": "a.png", "prompt": "in Zürich"}, ensure_ascii=False)
+    (tmp_path / "jobs.jsonl").write_text(line + "\r\n", encoding=encoding)
+    (job,) = read_jobs(tmp_path / "jobs.jsonl", Request()).values()
+    assert job.prompt == ("in Zürich",)
+
+
+def test_jobs_in_another_encoding_are_refused(tmp_path: Path) -> None:
+    line = json.dumps({"image": "a.png", "prompt": "in Zürich"}, ensure_ascii=False)
+    (tmp_path / "jobs.jsonl").write_text(line, encoding="latin-1")
+    with pytest.raises(DataError, match=r"jobs\.jsonl: cannot be read; .*Save it as UTF-8"):
+        read_jobs(tmp_path / "jobs.jsonl", Request())
+
+
+def test_the_second_batch_in_a_folder_is_refused(
+    finished: dict[str, Request], tmp_path: Path
+) -> None:
+    with only_one(tmp_path), pytest.raises(OutputError, match="another process is at work"):
+        run_batch(finished, tmp_path)
+
+
+@pytest.mark.parametrize("text", ["my own notes\nabout results\n", '{"score": 1}\n', "[1]\n[2]\n"])
+def test_a_file_of_somebody_else_is_not_taken_for_the_record(text: str, tmp_path: Path) -> None:
+    (tmp_path / RESULTS).write_text(text)
+    with pytest.raises(ArgumentError, match=r"is not a record of a batch\. Choose a new folder"):
+        run_batch({"line 1": Request(image=("a.png",))}, tmp_path)
+    assert (tmp_path / RESULTS).read_text() == text
+
+
+@pytest.mark.parametrize("torn", ['{"job": 0, "im', "{", "\0\0\0", '{"job": 0, "image": 1}'])
+def test_what_a_killed_run_or_two_at_once_left_is_repaired(
+    torn: str, finished: dict[str, Request], tmp_path: Path
+) -> None:
+    file = tmp_path / RESULTS
+    whole = file.read_text()
+    first, second = whole.splitlines()
+    for damaged in (whole + torn, f"{second}\n{torn}\n{first}\n", f"{first}\n{first}\n{second}\n"):
+        file.write_text(damaged)
+        assert run_batch(finished, tmp_path) == 0
+        assert file.read_text() == whole
+
+
+def test_pictures_of_somebody_else_are_not_replaced(tmp_path: Path) -> None:
+    models.picture(1).save(tmp_path / "a.png")
+    mine = tmp_path / "out" / "0000" / "0001.png"
+    mine.parent.mkdir(parents=True)
+    models.picture(2).save(mine)
+    file = written(tmp_path, {"image": str(tmp_path / "a.png")})
+    before = mine.read_bytes()
+    with pytest.raises(OutputError, match=r"0001\.png: is there already, and no run"):
+        run_batch(read_jobs(file, Request()), tmp_path / "out")
+    assert mine.read_bytes() == before
+
+
+def test_a_job_is_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models.picture(1).save(tmp_path / "a.png")
+    file = written(tmp_path, {"image": str(tmp_path / "a.png"), "n": 1, "steps": 1})
+    checked: list[Request] = []
+    monkeypatch.setattr(Request, "check", lambda self, **_: checked.append(self))
+    assert run_batch(read_jobs(file, Request()), tmp_path / "out") == 1
+    assert len(checked) == 1
