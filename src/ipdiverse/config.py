@@ -7,6 +7,7 @@ from a `__post_init__`, so that files, flags and Python callers are held to one 
 
 from __future__ import annotations
 
+import codecs
 import tomllib
 import warnings
 from dataclasses import MISSING, dataclass, fields
@@ -32,6 +33,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 T = TypeVar("T")
+MARKS = {  # the longer mark of UTF-32 begins with that of UTF-16
+    codecs.BOM_UTF8: "utf-8",
+    codecs.BOM_UTF32_LE: "utf-32-le",
+    codecs.BOM_UTF32_BE: "utf-32-be",
+    codecs.BOM_UTF16_LE: "utf-16-le",
+    codecs.BOM_UTF16_BE: "utf-16-be",
+}
+"""The encoding that each byte order mark tells; Windows editors write them."""
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
 
@@ -43,6 +52,24 @@ class Range:
     high: float
 
 
+def decoded(data: bytes, encoding: str = "utf-8") -> str:
+    """The text of a file: by its byte order mark, or else in one encoding; nothing is guessed.
+
+    Raises:
+        ValueError: It is not text in that encoding, or holds NUL characters.
+    """
+    mark = next((mark for mark in MARKS if data.startswith(mark)), b"")
+    codec = MARKS.get(mark, encoding)
+    try:
+        text = data[len(mark) :].decode(codec)
+    except UnicodeDecodeError as error:
+        byte = f"0x{error.object[error.start]:02x}"
+        raise ValueError(f"byte {byte} at position {error.start} is not {codec}") from error
+    if "\0" in text:
+        raise ValueError("it holds NUL characters, as UTF-16 without a byte order mark does")
+    return text
+
+
 def read_toml(file: Path) -> dict[str, Any]:
     """The content of a TOML file.
 
@@ -50,9 +77,8 @@ def read_toml(file: Path) -> dict[str, Any]:
         ArgumentError: It cannot be read.
     """
     try:
-        # Windows editors begin a file with a byte order mark, which tomllib refuses
-        return tomllib.loads(file.read_text("utf-8-sig"))
-    except (OSError, UnicodeError, tomllib.TOMLDecodeError) as error:
+        return tomllib.loads(decoded(file.read_bytes()))
+    except (OSError, ValueError, RecursionError) as error:
         raise ArgumentError("cannot be read", where=file, expected="TOML", found=error) from error
 
 

@@ -120,7 +120,8 @@ def build_samples(
         data = Embedded(folder, encoders.fingerprint(), shown, stored)
     else:
         data: Any = Online(folder, encoders, shown)  # cached_property is no property to pyright
-    trained = _trained(config, len(data.records))
+    counts = [data.records[i].repeats for i in range(len(data.records))]
+    trained = [i for i in _trained(config, len(counts)) for _ in range(counts[i])]
     references = _references(config.reference, [data.records[index] for index in trained])
     vae = encoders.pipe.vae.config
     scaling = (vae.scaling_factor, getattr(vae, "shift_factor", None) or 0.0)

@@ -69,7 +69,8 @@ def test_good_images_are_stored_and_bad_ones_listed_with_reasons(
     assert report["duplicates"] == {"images": 1, "examples": [["dog/0.png", "dog/copy.png"]]}
     assert report["subjects"] == {"count": 2, "single": 1, "without": 0, "largest": 3}
     assert "Subjects with one image, which cannot be paired: 1." in report["advice"]
-    assert not (tmp_path / "out" / module.JOURNAL).exists()
+    assert report["notes"][0].startswith("Captions are made from names of folders")
+    assert "as 'a photo of a cat' for 'cat/0.png'" in report["notes"][0]
 
 
 def test_datasets_opens_a_prepared_folder(subjects: Path, tmp_path: Path) -> None:
@@ -86,7 +87,7 @@ def test_datasets_opens_a_prepared_folder(subjects: Path, tmp_path: Path) -> Non
 def test_too_many_bad_images_stop_the_command(subjects: Path, tmp_path: Path) -> None:
     with pytest.raises(
         DataError,
-        match=r"too many images are bad; expected at most 20%; found 2 of 6 \(dog/cut.jpg",
+        match=r"at most 1 of 6 \(--max-bad 0.2\); found 2 of 6 \(dog/cut.*--max-bad 0\.34",
     ):
         prepare(str(subjects), tmp_path / "out", options(max_bad=0.2))
     assert not (tmp_path / "out" / "metadata.jsonl").exists()
@@ -107,22 +108,22 @@ def test_an_interrupted_run_goes_on_without_reading_again(
     whole = prepare(str(subjects), tmp_path / "whole", options())
     monkeypatch.setattr(module, "_CHUNK", 2)
     taken: list[str] = []
-    take = module._take
+    look = module._look
 
     def stops(item: Any, *rest: Any) -> Any:
         if len(taken) == 4:
             raise KeyboardInterrupt
         taken.append(item.name)
-        return take(item, *rest)
+        return look(item, *rest)
 
-    monkeypatch.setattr(module, "_take", stops)
+    monkeypatch.setattr(module, "_look", stops)
     with pytest.raises(KeyboardInterrupt):
         prepare(str(subjects), tmp_path / "out", options())
     journal = tmp_path / "out" / module.JOURNAL
     journal.write_text(journal.read_text() + '{"source": "cut o')
     again: list[str] = []
     monkeypatch.setattr(
-        module, "_take", lambda item, *rest: (again.append(item.name), take(item, *rest))[1]
+        module, "_look", lambda item, *rest: (again.append(item.name), look(item, *rest))[1]
     )
     report = prepare(str(subjects), tmp_path / "out", options())
     assert not set(again) & set(taken)
