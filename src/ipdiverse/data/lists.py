@@ -109,8 +109,7 @@ def _filled(value: Any) -> bool:
 def read_rows(root: Path, name: str, encoding: str = "utf-8") -> Iterator[tuple[str, Row]]:
     """Place and content of each row of a list: JSON lines, a JSON list, or a table with a header.
 
-    What it is, its content decides: suffixes are often wrong. Only `.jsonl` stays JSON lines though
-    its first line may be broken.
+    What it is, its content decides, since suffixes are often wrong.
 
     Raises:
         DataError: It cannot be read at all; the line is named.
@@ -127,7 +126,7 @@ def read_rows(root: Path, name: str, encoding: str = "utf-8") -> Iterator[tuple[
         is_row = isinstance(row, dict) and bool(matching(row, IMAGE_COLUMNS))
         if start[0] == "[" or (start[0] == "{" and not is_row and not is_jsonl):
             yield from _whole(lines, where)
-        elif is_jsonl or is_row:
+        elif start[0] == "{":
             yield from json_rows(lines)
         else:
             yield from _delimited(lines, where)

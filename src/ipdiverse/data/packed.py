@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 HUB_FILES = ("*.parquet", "*.arrow", "state.json")
 """Files by which a local repository, or a folder that `save_to_disk` wrote, is recognised."""
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"(\xb5": "zstd", b"PK": "zip"}
 _TEXT_SUFFIXES = (".txt", ".caption", ".text")
 
 
@@ -275,6 +276,9 @@ def _samples(root: Path, name: str) -> Iterator[Item]:
     stem, count = "", 0
     try:
         with open_below(root, name, 1 << 50) as file:
+            if packing := _COMPRESSED.get(file.read(2)):
+                raise DataError(f"is compressed ({packing}), expected a plain tar file")
+            file.seek(0)
             for member in _members(file):
                 count += 1
                 check_budget(count, ENTRIES, name, "members")
