@@ -53,11 +53,7 @@ class Range:
 
 
 def decoded(data: bytes, encoding: str = "utf-8") -> str:
-    """The text of a file: by its byte order mark, or else in one encoding; nothing is guessed.
-
-    Raises:
-        ValueError: It is not text in that encoding, or holds NUL characters.
-    """
+    """The text of a file: by its byte order mark, or else in one encoding; nothing is guessed."""
     mark = next((mark for mark in MARKS if data.startswith(mark)), b"")
     codec = MARKS.get(mark, encoding)
     try:
@@ -71,11 +67,7 @@ def decoded(data: bytes, encoding: str = "utf-8") -> str:
 
 
 def read_toml(file: Path) -> dict[str, Any]:
-    """The content of a TOML file.
-
-    Raises:
-        ArgumentError: It cannot be read.
-    """
+    """The content of a TOML file."""
     try:
         return tomllib.loads(decoded(file.read_bytes()))
     except (OSError, ValueError, RecursionError) as error:
@@ -83,16 +75,7 @@ def read_toml(file: Path) -> dict[str, Any]:
 
 
 def renamed(content: Mapping[str, Any], names: Mapping[str, str], where: object) -> dict[str, Any]:
-    """The same content under today's keys, with one note that names the new words.
-
-    Args:
-        content: What was read.
-        names: Today's key of each old one.
-        where: The file, for notes and errors.
-
-    Raises:
-        ArgumentError: A key is given under both names.
-    """
+    """The same content under today's keys, with one note that names the new words."""
     old = [key for key in content if key in names]
     if twice := [key for key in old if names[key] in content]:
         pairs = ", ".join(f"{key} and {names[key]}" for key in twice)
@@ -106,15 +89,7 @@ def renamed(content: Mapping[str, Any], names: Mapping[str, str], where: object)
 
 
 def problems(kind: type, content: Mapping[str, Any]) -> list[str]:
-    """What does not fit the fields of a dataclass: unknown keys, wrong types, choices, ranges.
-
-    Args:
-        kind: A dataclass.
-        content: Values by field; a list fits a tuple, a whole number fits a float.
-
-    Returns:
-        One sentence for each problem, with the key, the value and what was expected.
-    """
+    """What does not fit the fields of a dataclass: unknown keys, wrong types, choices, ranges."""
     hints, found = _hints(kind), []
     for key, value in content.items():
         if key not in hints:
@@ -126,16 +101,7 @@ def problems(kind: type, content: Mapping[str, Any]) -> list[str]:
 
 
 def read(kind: type[T], content: Mapping[str, Any], where: object = None) -> T:
-    """Build a dataclass from a mapping.
-
-    Args:
-        kind: A dataclass.
-        content: Values by field, as `problems` takes them.
-        where: The file or table that they are from, for errors.
-
-    Raises:
-        ArgumentError: Something does not fit or is missing; all of it is named.
-    """
+    """Build a dataclass from a mapping."""
     found = problems(kind, content)
     required = [
         f.name
@@ -154,11 +120,7 @@ def read(kind: type[T], content: Mapping[str, Any], where: object = None) -> T:
 
 
 def check(settings: Any) -> None:
-    """Refuse a dataclass whose values do not fit its fields; for its `__post_init__`.
-
-    Raises:
-        ArgumentError: Something does not fit; all of it is named.
-    """
+    """Refuse a dataclass whose values do not fit its fields; for its `__post_init__`."""
     values = {f.name: getattr(settings, f.name) for f in fields(settings)}
     if found := problems(type(settings), values):
         raise ArgumentError("; ".join(found))

@@ -21,16 +21,7 @@ _EXAMPLES = 5
 
 
 def examine(records: Sequence[Record], bad: Sequence[dict[str, str]]) -> dict[str, Any]:
-    """Count and measure.
-
-    Args:
-        records: Images that can be used, at least one.
-        bad: `source` and `reason` of each that cannot.
-
-    Returns:
-        `images`, `bad`, `sizes`, `duplicates`, `captions`, `subjects`, `references`, and
-        `advice`: one sentence for each thing that will hurt.
-    """
+    """Count and measure."""
     report: dict[str, Any] = {
         "images": len(records),
         "bad": {"count": len(bad), "examples": list(bad[:_EXAMPLES])},

@@ -44,13 +44,7 @@ _ASCII_LINES = ("utf-16", "utf-32")
 
 @dataclass(frozen=True)
 class Listing:
-    """What a folder holds, with all its subfolders; hidden names are left out.
-
-    Args:
-        root: The folder.
-        files: Paths relative to it, with `/`, in order.
-        skipped: Why some folders were not entered: by reason, their paths.
-    """
+    """What a folder holds, with all its subfolders; hidden names are left out."""
 
     root: Path
     files: tuple[str, ...]
@@ -58,11 +52,7 @@ class Listing:
 
 
 def list_files(root: Path) -> Listing:
-    """Everything below a folder; links to folders, and prepared data sets in it, are not entered.
-
-    Raises:
-        DataError: It is not a folder, or holds more than `ENTRIES` files.
-    """
+    """Everything below a folder, but for links to folders and prepared data sets in it."""
     if not root.is_dir():
         raise DataError("is not a folder", where=root)
     files: list[str] = []
@@ -91,25 +81,13 @@ def list_files(root: Path) -> Listing:
 
 
 def check_budget(count: int, most: int, where: object, unit: str = "bytes") -> None:
-    """Refuse a file that would cost more than its kind may.
-
-    Raises:
-        DataError: The count is over the budget.
-    """
+    """Refuse a file that would cost more than its kind may."""
     if count > most:
         raise DataError("is too large", where=where, expected=f"at most {most} {unit}", found=count)
 
 
 def inside(root: Path, name: str) -> Path:
-    """A file below a root.
-
-    Args:
-        root: A folder.
-        name: Relative path in it, with `/`.
-
-    Raises:
-        DataError: The name is absolute, climbs out, or leaves the root through a link.
-    """
+    """A file below a root."""
     pure = PurePosixPath(name.replace("\\", "/"))
     windows_drive = len(name) > 1 and name[1] == ":"
     if not name or pure.is_absolute() or windows_drive or ".." in pure.parts or "\0" in name:
@@ -125,11 +103,7 @@ def inside(root: Path, name: str) -> Path:
 
 
 def open_below(root: Path, name: str, most: int) -> IO[bytes]:
-    """Open a file below a root, which may have no more than `most` bytes.
-
-    Raises:
-        DataError: It leaves the root, is missing, no ordinary file, unreadable or too large.
-    """
+    """Open a file below a root, which may have no more than `most` bytes."""
     path = inside(root, name)
     try:
         file = os.fdopen(_descriptor(root, path), "rb")
@@ -157,11 +131,7 @@ def read_below(root: Path, name: str, most: int) -> bytes:
 
 
 def text_lines(file: IO[bytes], where: object, encoding: str) -> Iterator[tuple[int, str]]:
-    """Number and text of each line, decoded by the file's mark, or else in one encoding.
-
-    Raises:
-        DataError: A line is too long or not text in that encoding; it is named.
-    """
+    """Number and text of each line, decoded by the file's mark, or else in one encoding."""
     head = file.read(4)
     mark = next((m for m in MARKS if head.startswith(m)), b"")
     codec = MARKS.get(mark, encoding)

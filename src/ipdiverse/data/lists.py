@@ -47,18 +47,7 @@ def list_source(
     used: set[str] | None = None,
     unused: Callable[[], dict[str, list[str]]] = dict,
 ) -> Source:
-    """A list of images; all of it is read once, so what is broken is found before any work.
-
-    Args:
-        path: The list.
-        options: How it is read.
-        found_in: The folder that it was found in; None if the user named the list itself.
-        used: Takes the files that it names, relative to `found_in`.
-        unused: See `Source`.
-
-    Raises:
-        DataError: It cannot be read, or its columns or the images' folder cannot be found.
-    """
+    """A list of images; all of it is read once, so what is broken is found before any work."""
     # the user may name a list through a link, but one found in a folder must lie in it
     home, name = path.resolve().parent, path.resolve().name
     if found_in:
@@ -110,9 +99,6 @@ def read_rows(root: Path, name: str, encoding: str = "utf-8") -> Iterator[tuple[
     """Place and content of each row of a list: JSON lines, a JSON list, or a table with a header.
 
     What it is, its content decides, since suffixes are often wrong.
-
-    Raises:
-        DataError: It cannot be read at all; the line is named.
     """
     where = root / name
     with open_below(root, name, LIST_BYTES) as file:
@@ -201,17 +187,7 @@ def matching(columns: Iterable[str], wanted: Sequence[str]) -> list[str]:
 def columns_of(
     rows: Sequence[dict[str, Any]], image: str | None, text: str | None, where: object
 ) -> tuple[str, list[str]]:
-    """The column of images, and those of captions: a row's first that is not empty is its caption.
-
-    Args:
-        rows: The first rows.
-        image: The column asked for; None finds it.
-        text: The same of captions; "" takes none.
-        where: The list.
-
-    Raises:
-        DataError: There is no such column, or captions may be in one of several others.
-    """
+    """The column of images, and those of captions, of which a row's first that is filled counts."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     images = matching(columns, IMAGE_COLUMNS if image is None else [image])
     texts = matching(columns, TEXT_COLUMNS if text is None else [text] * bool(text))

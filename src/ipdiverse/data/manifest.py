@@ -84,7 +84,7 @@ class SourceOptions:
         kind: What the source is; `auto` finds out.
         root: The folder that file names are relative to; None is the list's own.
         image_column: Column with the image; None finds it.
-        text_column: Column with the caption; None finds it.
+        text_column: Column with the caption; None finds it, '' takes none.
         encoding: Encoding of lists and captions without a byte order mark, such as cp1252.
         split: Split of a data set.
         revision: Branch, tag or commit of a hub data set.
@@ -169,12 +169,7 @@ def file_item(root: Path, name: str, reference: str | None = None, **about: Any)
 
 
 def read_manifest(folder: Path) -> list[Record]:
-    """Read and check a prepared folder's manifest, but not whether its images exist.
-
-    Raises:
-        DataError: It is missing, empty, of a folder that was not prepared, or a line is broken; the
-            first bad lines are named.
-    """
+    """Read and check a prepared folder's manifest, but not whether its images exist."""
     file = folder / MANIFEST
     if not file.is_file():
         raise DataError(

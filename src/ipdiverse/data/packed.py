@@ -49,17 +49,6 @@ def hub_source(
     """Open a data set; images stay undecoded until they are read.
 
     Code that comes with a data set is never run.
-
-    Args:
-        source: A hub id, or a folder.
-        image_column: Column with the image; None finds it.
-        text_column: Column with the caption; None finds it, "" takes none.
-        split: Split of a hub data set.
-        revision: Branch, tag or commit of a hub data set.
-
-    Raises:
-        DataError: `datasets` is not installed, or the data set cannot be opened, names files
-            elsewhere, or has no column of images.
     """
     try:
         import datasets
@@ -244,9 +233,6 @@ def webdataset(
 
     Members are read where they lie in the file, and nothing is unpacked to disk, so neither their
     names nor links among them can reach anything.
-
-    Raises:
-        DataError: There is no tar file.
     """
     if not names:
         raise DataError("holds no tar file", where=root, expected=".tar")

@@ -13,6 +13,7 @@ changed, added or removed. The manifest is written last.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -142,8 +143,8 @@ def _claim(
     file, home, target = out / SETTINGS, Path(source).resolve(), out.resolve()
     if home == target or home.is_relative_to(target / "images"):
         raise DataError("lies in the source", where=out, found=source, fix="Choose a new folder.")
-    settings = {"source": _place(source, out), **asdict(options), "kind": opened.kind}
-    settings["root"] = _place(options.root, out)
+    places = {"source": _place(source, out), "root": _place(options.root, out)}
+    settings = {**asdict(options), **places}
     if not file.is_file():
         images = out / "images"
         others = [n for n in (MANIFEST, QUARANTINE, REPORT, JOURNAL) if (out / n).exists()]
@@ -161,12 +162,14 @@ def _claim(
         before = _settings(file)
         # a folder of an older version lacks newer options, which then had today's default
         compared = asdict(PrepareOptions()) | before
-        place = str(before.get("source"))
-        different = [k for k, v in settings.items() if compared.get(k) != v and k != "max_bad"]
-        if _is_same_source(place, source, out) or _is_moved(place, out, opened, journal):
-            different = [name for name in different if name != "source"]
+        free = {"max_bad", "kind"} if (out / MANIFEST).exists() else asdict(options).keys()
+        different = {k for k, v in settings.items() if compared.get(k) != v} - free
+        place = str(before["source"])  # version 0.1 noted it as it was given
+        is_same = os.path.realpath(place) == os.path.realpath(source)
+        if is_same or _is_moved(place, out, opened, journal):
+            different -= {"source"}
         if different:
-            first = sorted(different)[0]
+            first = min(different)
             raise DataError(
                 "was prepared from something else",
                 where=out,
@@ -174,9 +177,8 @@ def _claim(
                 found=repr(settings[first]),
                 fix="Choose a new folder.",
             )
-    text = json.dumps(before | settings, indent=2) + "\n"
     if before | settings != before:
-        write_text_atomic(file, text)
+        write_text_atomic(file, json.dumps(before | settings, indent=2) + "\n")
 
 
 def _settings(file: Path) -> dict[str, Any]:
@@ -191,20 +193,15 @@ def _settings(file: Path) -> dict[str, Any]:
     return content
 
 
-def _is_same_source(before: str, source: str, out: Path) -> bool:
-    """Whether a place noted from the folder, or as version 0.1 did, is that of the source."""
-    places = [Path(os.path.realpath(place)) for place in (out / before, before)]
-    return Path(os.path.realpath(source)) in places and Path(source).exists()
-
-
 def _is_moved(before: str, out: Path, opened: Source, journal: _Journal) -> bool:
     """Whether the place noted is gone, and this source has a file of it, with the same content."""
     if (out / before).exists():
         return False
     for item in itertools.islice(opened.items(), _FEWEST):
         entry = journal.get(item.name)
-        if entry and not item.problem and entry["content"] == _content(*_load(item)):
-            return True
+        with contextlib.suppress(DataError):
+            if entry and not item.problem and entry["content"] == _content(*_load(item)):
+                return True
     return False
 
 
@@ -318,6 +315,8 @@ def _take(
         return Bad(item.name, reason), None
     try:
         stamp = item.stamp() if item.stamp else None
+        if before and before["square"] != square:
+            before = None
         if before and stamp and before["stamp"] == stamp and _is_stored(before, out):
             entry = before
         else:
@@ -326,7 +325,7 @@ def _take(
         return Bad(item.name, str(error).removeprefix(f"{item.name}: ")), None
     if "reason" in entry:
         return Bad(item.name, entry["reason"]), entry
-    about = {k: v for k, v in entry.items() if k not in ("stamp", "content")}
+    about = {k: v for k, v in entry.items() if k not in ("stamp", "content", "square")}
     return Record(**about, text=text, subject=item.subject, repeats=item.repeats), entry
 
 
@@ -359,7 +358,8 @@ def _look(
     from ipdiverse.image_io import content_hash
 
     data, other = _load(item)
-    known = {"source": item.name, "stamp": stamp, "content": _content(data, other)}
+    known = {"source": item.name, "stamp": stamp, "square": square}
+    known["content"] = _content(data, other)
     if before and before["content"] == known["content"] and _is_stored(before, out):
         return before | known
     try:
@@ -374,11 +374,7 @@ def _look(
 
 
 def _write_manifest(out: Path, text: str) -> bool:
-    """Write the manifest, but never over one that somebody edited; whether it is ours.
-
-    Raises:
-        DataError: It was edited, and the source has changed too.
-    """
+    """Write the manifest, but never over one that somebody edited; whether it is ours."""
     file, settings = out / MANIFEST, _settings(out / SETTINGS)
     made = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
     ours = settings.get("manifests", [])
@@ -429,13 +425,7 @@ def _as_png(image: Image.Image) -> bytes:
 
 
 def to_square(image: Image.Image, how: Square) -> Image.Image:
-    """Make an image square.
-
-    Args:
-        image: RGB.
-        how: `keep` leaves it alone; `pad` shows all of it, on a blurred copy of itself, so that no
-            subject is cut and no hard bar is learnt; `crop` takes the centre.
-    """
+    """Make an image square."""
     from PIL import Image, ImageFilter
 
     width, height = image.size

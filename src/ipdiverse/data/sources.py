@@ -53,15 +53,7 @@ _KOHYA = re.compile(r"(\d{1,4})_(.*\S.*)")
 
 
 def open_source(source: str, options: SourceOptions) -> Source:
-    """Open a source.
-
-    Args:
-        source: A path, a hub id, or `critters`.
-        options: How to read it.
-
-    Raises:
-        DataError: It does not exist, its kind is unknown, or it cannot be read at all.
-    """
+    """Open a source."""
     kind = options.kind if options.kind != "auto" else kind_of(source, options.split)
     path = Path(source)
     if kind == "critters":
@@ -80,11 +72,7 @@ def open_source(source: str, options: SourceOptions) -> Source:
 
 
 def kind_of(source: str, split: str = "train") -> str:
-    """The kind of a source, recognised by its files.
-
-    Raises:
-        DataError: It is not a source.
-    """
+    """The kind of a source, recognised by its files."""
     path = Path(source)
     if source == "critters" and not path.exists():
         return "critters"
@@ -113,12 +101,7 @@ def _kind_of_file(path: Path) -> str:
 
 
 class Folder:
-    """What a folder of images holds, and which of it was used.
-
-    Args:
-        listing: Its files.
-        options: How it is read.
-    """
+    """What a folder of images holds, and which of it was used."""
 
     def __init__(self, listing: Listing, options: SourceOptions) -> None:
         self.root, self.listing, self.options = listing.root, listing, options
@@ -128,11 +111,7 @@ class Folder:
         self.pictures = [name for name in listing.files if self._is_picture(name)]
 
     def kind(self) -> str:
-        """The kind of source that the folder is.
-
-        Raises:
-            DataError: None is known that looks like this.
-        """
+        """The kind of source that the folder is."""
         if self.pictures and self.list_name():
             return "metadata"
         if tar_files(self.listing.files):
@@ -345,7 +324,7 @@ def _critters(options: SourceOptions) -> Source:
             made.text,
             made.scene.subject,
             (lambda: png(made.other, made.other_seed)) if options.pairs else None,
-            stamp=lambda: "made from the options",
+            stamp=lambda: f"{options.seed} {options.edits} {options.pairs}",
         )
 
     return Source("critters", options.n, lambda: map(item, range(options.n)))

@@ -285,6 +285,22 @@ def test_the_same_place_spelled_otherwise_is_the_same(
         prepare("other", Path("d"), options())
 
 
+def test_a_list_that_is_added_and_an_encoding_that_is_named_are_taken_up(tmp_path: Path) -> None:
+    source, out = folder(tmp_path / "s", "a.png", "b.png"), tmp_path / "out"
+    prepare(str(source), out, options())
+    (source / "metadata.csv").write_text("file_name,text\na.png,one\n")
+    assert prepare(str(source), out, options())["kind"] == "metadata"
+    assert texts(out) == {"a.png#2": "one"}
+    other, target = folder(tmp_path / "t", "a.png", "b.png"), tmp_path / "target"
+    for name in ("a.txt", "b.txt"):
+        (other / name).write_bytes(b"gr\xfcn")
+    with pytest.raises(DataError, match=r"no usable image; .*--encoding"):
+        prepare(str(other), target, options())
+    prepare(str(other), target, options(encoding="cp1252", square="crop"))
+    assert texts(target) == {"a.png": "gr\u00fcn", "b.png": "gr\u00fcn"}
+    assert {record.width for record in read_manifest(target)} == {30}
+
+
 def test_folders_of_somebody_else_are_left_alone(tmp_path: Path) -> None:
     source = folder(tmp_path / "s", "a.png")
     for name in ("metadata.jsonl", "images/mine.png", "report.json"):
