@@ -53,7 +53,7 @@ class Listing:
 
 def list_files(root: Path) -> Listing:
     """Everything below a folder, but for links to folders and prepared data sets in it."""
-    if not root.is_dir():
+    if not os.path.isdir(root):  # noqa: PTH112
         raise DataError("is not a folder", where=root)
     files: list[str] = []
     skipped: dict[str, list[str]] = {}

@@ -53,7 +53,7 @@ def list_source(
     if found_in:
         home, name = found_in, path.relative_to(found_in).as_posix()
     root = Path(options.root) if options.root else path.parent
-    if not root.is_dir():
+    if not os.path.isdir(root):  # noqa: PTH112
         raise DataError("is not a folder", where=root, fix="Name the images' folder with --root.")
     first = list(itertools.islice(read_rows(home, name, options.encoding), 100))
     rows = [row for _, row in first if isinstance(row, dict)]

@@ -128,7 +128,7 @@ def prepare(source: str, out: Path, options: PrepareOptions) -> dict[str, Any]:
 
 def _place(path: str | None, out: Path) -> str | None:
     """A path as seen from the folder: however it was spelled, also when both have moved."""
-    if path is None or not Path(path).exists():
+    if path is None or not os.path.exists(path):  # noqa: PTH110
         return path
     try:
         return Path(os.path.relpath(os.path.realpath(path), os.path.realpath(out))).as_posix()
@@ -195,7 +195,7 @@ def _settings(file: Path) -> dict[str, Any]:
 
 def _is_moved(before: str, out: Path, opened: Source, journal: _Journal) -> bool:
     """Whether the place noted is gone, and this source has a file of it, with the same content."""
-    if (out / before).exists():
+    if os.path.exists(out / before):  # noqa: PTH110
         return False
     for item in itertools.islice(opened.items(), _FEWEST):
         entry = journal.get(item.name)
@@ -339,7 +339,7 @@ def _harm(text: str, what: str) -> str | None:
 
 def _is_stored(entry: dict[str, Any], out: Path) -> bool:
     names = (entry.get("file_name"), entry.get("reference"))
-    return all((out / name).is_file() for name in names if name)
+    return all(os.path.isfile(out / name) for name in names if name)  # noqa: PTH113
 
 
 def _load(item: Item) -> tuple[bytes, bytes | None]:

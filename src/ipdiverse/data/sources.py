@@ -16,6 +16,7 @@ What lies in a folder and is not used is counted and named.
 from __future__ import annotations
 
 import json
+import os
 import re
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -76,9 +77,10 @@ def kind_of(source: str, split: str = "train") -> str:
     path = Path(source)
     if source == "critters" and not path.exists():
         return "critters"
-    if path.is_file():
+    # unlike those of Path, these are False for a name that no system can have
+    if os.path.isfile(path):  # noqa: PTH113
         return _kind_of_file(path)
-    if path.is_dir():
+    if os.path.isdir(path):  # noqa: PTH112
         return Folder(list_files(path), SourceOptions(split=split)).kind()
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
         return "hub"
@@ -232,7 +234,7 @@ class Folder:
             return False
         columns = matching(row, IMAGE_COLUMNS)
         home = PurePosixPath(self.options.root or self.root, *PurePosixPath(name).parts[:-1])
-        return bool(columns) and Path(home, str(row[columns[0]]).strip()).is_file()
+        return bool(columns) and os.path.isfile(Path(home, str(row[columns[0]]).strip()))  # noqa: PTH113
 
     def _of_split(self) -> list[str]:
         """The images, of the split alone where the folder has nothing but splits."""

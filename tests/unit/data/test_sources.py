@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import sys
 import tarfile
 from typing import TYPE_CHECKING, Any
@@ -407,3 +408,14 @@ def test_a_readme_that_names_files_elsewhere_reaches_none(
     with pytest.raises(DataError, match=r"\.\./x\.arrow: the path leaves its root"):
         items(saved, "hub")
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "\0", "\ud800", "nope", "no/pe/x", "fifo.jsonl"])
+def test_a_name_that_is_no_source_is_one_line(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("fifo.jsonl")
+    with pytest.raises(DataError, match="does not exist") as told:
+        kind_of(name)
+    assert "\n" not in str(told.value)
