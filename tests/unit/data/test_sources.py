@@ -291,7 +291,7 @@ def test_what_is_not_used_is_named(tmp_path: Path) -> None:
     source = open_source(str(tmp_path), SourceOptions())
     assert [item.text for item in source.items()] == ["one", "two"]
     assert source.unused() == {
-        "others": ["README.md"],
+        "other files": ["README.md"],
         "caption files": ["a.txt"],
         "images that no list names, or of another split": ["b.png"],
         "lists": ["other.jsonl"],
