@@ -211,7 +211,9 @@ class Folder:
         if suffix in _OTHER_IMAGES:
             return f"images in a format that is not read ({suffix})"
         groups = {"lists": _LISTS, "caption files": _TEXTS, "archives": _ARCHIVES}
-        return next((group for group, suffixes in groups.items() if suffix in suffixes), "other files")
+        return next(
+            (group for group, suffixes in groups.items() if suffix in suffixes), "other files"
+        )
 
     def _is_picture(self, name: str) -> bool:
         """By suffix; of the formats that may or may not be read, the content decides."""
