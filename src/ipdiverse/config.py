@@ -53,24 +53,21 @@ class Range:
 
 
 def decoded(data: bytes, encoding: str = "utf-8") -> str:
-    """The text of a file: by its byte order mark, or else in one encoding; nothing is guessed.
-
-    Raises:
-        ValueError: It is not text in that encoding, or holds NUL characters.
-    """
+    """The text of a file: by its byte order mark, or else in one encoding; nothing is guessed."""
     mark = next((mark for mark in MARKS if data.startswith(mark)), b"")
-    text = data[len(mark) :].decode(MARKS.get(mark, encoding))
+    codec = MARKS.get(mark, encoding)
+    try:
+        text = data[len(mark) :].decode(codec)
+    except UnicodeDecodeError as error:
+        byte = f"0x{error.object[error.start]:02x}"
+        raise ValueError(f"byte {byte} at position {error.start} is not {codec}") from error
     if "\0" in text:
         raise ValueError("it holds NUL characters, as UTF-16 without a byte order mark does")
     return text
 
 
 def read_toml(file: Path) -> dict[str, Any]:
-    """The content of a TOML file.
-
-    Raises:
-        ArgumentError: It cannot be read.
-    """
+    """The content of a TOML file."""
     try:
         return tomllib.loads(decoded(file.read_bytes()))
     except (OSError, ValueError, RecursionError) as error:
@@ -78,16 +75,7 @@ def read_toml(file: Path) -> dict[str, Any]:
 
 
 def renamed(content: Mapping[str, Any], names: Mapping[str, str], where: object) -> dict[str, Any]:
-    """The same content under today's keys, with one note that names the new words.
-
-    Args:
-        content: What was read.
-        names: Today's key of each old one.
-        where: The file, for notes and errors.
-
-    Raises:
-        ArgumentError: A key is given under both names.
-    """
+    """The same content under today's keys, with one note that names the new words."""
     old = [key for key in content if key in names]
     if twice := [key for key in old if names[key] in content]:
         pairs = ", ".join(f"{key} and {names[key]}" for key in twice)
@@ -101,15 +89,7 @@ def renamed(content: Mapping[str, Any], names: Mapping[str, str], where: object)
 
 
 def problems(kind: type, content: Mapping[str, Any]) -> list[str]:
-    """What does not fit the fields of a dataclass: unknown keys, wrong types, choices, ranges.
-
-    Args:
-        kind: A dataclass.
-        content: Values by field; a list fits a tuple, a whole number fits a float.
-
-    Returns:
-        One sentence for each problem, with the key, the value and what was expected.
-    """
+    """What does not fit the fields of a dataclass: unknown keys, wrong types, choices, ranges."""
     hints, found = _hints(kind), []
     for key, value in content.items():
         if key not in hints:
@@ -121,16 +101,7 @@ def problems(kind: type, content: Mapping[str, Any]) -> list[str]:
 
 
 def read(kind: type[T], content: Mapping[str, Any], where: object = None) -> T:
-    """Build a dataclass from a mapping.
-
-    Args:
-        kind: A dataclass.
-        content: Values by field, as `problems` takes them.
-        where: The file or table that they are from, for errors.
-
-    Raises:
-        ArgumentError: Something does not fit or is missing; all of it is named.
-    """
+    """Build a dataclass from a mapping."""
     found = problems(kind, content)
     required = [
         f.name
@@ -149,11 +120,7 @@ def read(kind: type[T], content: Mapping[str, Any], where: object = None) -> T:
 
 
 def check(settings: Any) -> None:
-    """Refuse a dataclass whose values do not fit its fields; for its `__post_init__`.
-
-    Raises:
-        ArgumentError: Something does not fit; all of it is named.
-    """
+    """Refuse a dataclass whose values do not fit its fields; for its `__post_init__`."""
     values = {f.name: getattr(settings, f.name) for f in fields(settings)}
     if found := problems(type(settings), values):
         raise ArgumentError("; ".join(found))

@@ -110,6 +110,7 @@ def only_one(path: AnyPath, *outside: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     folder = ensure_writable_folder(path)
+    is_new = not (folder / LOCK).exists()
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(blocking=False)
@@ -129,6 +130,10 @@ def only_one(path: AnyPath, *outside: Path) -> Iterator[None]:
             for left in file.parent.glob(f".{_mark(file)}*.tmp"):
                 left.unlink(missing_ok=True)
         yield
+    except BaseException:
+        if is_new:  # a folder that was refused is left as it was
+            (folder / LOCK).unlink(missing_ok=True)
+        raise
     finally:
         lock.release()
 

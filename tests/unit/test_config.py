@@ -40,7 +40,7 @@ def test_a_byte_order_mark_is_not_content(tmp_path: Path) -> None:
     assert read_toml(file) == {"colour": "red"}
 
 
-@pytest.mark.parametrize("content", [b"colour = ", b"\xff\xfe", None])
+@pytest.mark.parametrize("content", [b"colour = ", b"\xff\xff", b"\xff\xfe\x00\xd8", None])
 def test_what_cannot_be_read_is_one_line(content: bytes | None, tmp_path: Path) -> None:
     file = tmp_path / "paint.toml"
     if content is not None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from ipdiverse.commands.console import agree_to_encoders, say, say_json
+from ipdiverse.commands.console import agree_to_encoders, note, say, say_json
 from ipdiverse.config import problems, read_toml, renamed
 from ipdiverse.data.prepare import PrepareOptions
 from ipdiverse.errors import ArgumentError
@@ -139,7 +139,9 @@ class Train:
         agree_to_encoders(config.base, config.image_encoder, self.yes, config.init_from)
         if Path(config.data).is_file():
             prepared = Path(config.out) / "data"
-            prepare(config.data, prepared, PrepareOptions(root=self.root))
+            report = prepare(config.data, prepared, PrepareOptions(root=self.root))
+            for one in report["notes"]:
+                note(one)
             config = replace(config, data=str(prepared))
         say(f"wrote {train(config)}")
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ipdiverse.errors import quoted
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -19,16 +21,7 @@ _EXAMPLES = 5
 
 
 def examine(records: Sequence[Record], bad: Sequence[dict[str, str]]) -> dict[str, Any]:
-    """Count and measure.
-
-    Args:
-        records: Images that can be used, at least one.
-        bad: `source` and `reason` of each that cannot.
-
-    Returns:
-        `images`, `bad`, `sizes`, `duplicates`, `captions`, `subjects`, `references`, and
-        `advice`: one sentence for each thing that will hurt.
-    """
+    """Count and measure."""
     report: dict[str, Any] = {
         "images": len(records),
         "bad": {"count": len(bad), "examples": list(bad[:_EXAMPLES])},
@@ -44,18 +37,27 @@ def examine(records: Sequence[Record], bad: Sequence[dict[str, str]]) -> dict[st
 def as_text(report: dict[str, Any]) -> str:
     """The report for people."""
     sizes, captions, subjects = report["sizes"], report["captions"], report["subjects"]
-    copies = report["duplicates"]["images"]
+    copies, unused = report["duplicates"]["images"], report.get("unused", {}).items()
+    left = sum(found["count"] for what, found in unused if what.startswith("images"))
+    left_out = f", {left} not used" if left else ""
     lines = [
-        f"{report['images']} images, {report['bad']['count']} bad, {copies} duplicates",
+        f"{report['images']} images, {report['bad']['count']} bad, {copies} duplicates{left_out}",
         f"shorter sides {sizes['min']} to {sizes['max']} px, median {sizes['median']:.0f}",
         f"{captions['distinct']} different captions of {captions['median_words']:.0f} words, "
         f"{captions['missing']} missing, {captions['long']} too long",
         f"{subjects['count']} subjects, {subjects['single']} of them with one image; "
         f"{report['references']} images have their own reference",
         *(f"bad: {item['source']}: {item['reason']}" for item in report["bad"]["examples"]),
+        *(f"not used: {found['count']} {what}{_examples(found)}" for what, found in unused),
+        *(f"note: {line}" for line in report.get("notes", ())),
         *(f"advice: {line}" for line in report["advice"]),
     ]
     return "\n".join(lines)
+
+
+def _examples(found: dict[str, Any]) -> str:
+    more = ", …" if found["count"] > len(found["examples"]) else ""
+    return f" ({', '.join(map(quoted, found['examples']))}{more})"
 
 
 def _sizes(records: Sequence[Record]) -> dict[str, Any]:

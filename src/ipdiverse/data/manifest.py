@@ -13,19 +13,23 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import asdict, dataclass
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from ipdiverse.config import read
-from ipdiverse.errors import ArgumentError, DataError
+from ipdiverse.config import Range, read
+from ipdiverse.data.files import LIST_BYTES, inside, open_below, read_below, stamp_of, text_lines
+from ipdiverse.errors import ArgumentError, DataError, check_range
 from ipdiverse.writing import file_hash, unsealed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
 MANIFEST, REPORT = "metadata.jsonl", "report.json"
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp")
+MAX_REPEATS = 1000
+Row = dict[str, Any] | str
+"""A row of a list, or why it cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +37,15 @@ class Item:
     """One image of a source, unread.
 
     Args:
-        name: Unique in the source, and the same each time it is read: an interrupted run is
-            resumed by it.
+        name: Unique in the source, and the same each time it is read: what is known of it is kept
+            under this name.
         load: Gives the file's bytes.
         text: Its caption, if the source has one.
         subject: Its subject, if the source says.
         load_reference: Gives the bytes of the item's own reference, if it has one.
         problem: Why it cannot be used, when the source already knows.
+        stamp: Tells cheaply whether the bytes are those of an earlier run; None if nothing does.
+        repeats: How often it is shown in an epoch.
     """
 
     name: str
@@ -48,6 +54,8 @@ class Item:
     subject: str | None = None
     load_reference: Callable[[], bytes] | None = None
     problem: str | None = None
+    stamp: Callable[[], str] | None = None
+    repeats: int = 1
 
 
 @dataclass(frozen=True)
@@ -58,11 +66,61 @@ class Source:
         kind: One of `sources.KINDS`.
         count: How many items; None when it is known only after reading them.
         items: Yields them, each time from the first, in the same order.
+        notes: What the user should know; complete when the items have been read.
+        unused: What lies there and was not used, by kind; complete when the items have been read.
     """
 
     kind: str
     count: int | None
     items: Callable[[], Iterator[Item]]
+    notes: dict[str, None] = field(default_factory=dict)
+    unused: Callable[[], dict[str, list[str]]] = dict
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """How to read a source.
+
+    Args:
+        kind: What the source is; `auto` finds out.
+        root: The folder that file names are relative to; None is the list's own.
+        image_column: Column with the image; None finds it.
+        text_column: Column with the caption; None finds it, '' takes none.
+        encoding: Encoding of lists and captions without a byte order mark, such as cp1252.
+        split: Split of a data set.
+        revision: Branch, tag or commit of a hub data set.
+        n: How many scenes of critters.
+        pairs: Give each critters scene a reference of the same creature.
+        seed: Seed of critters.
+        edits: Share of critters' references that differ from their scene in one attribute of
+            identity, which the caption then states.
+    """
+
+    kind: Literal[
+        "auto", "metadata", "json", "captions", "subjects", "webdataset", "hub", "critters"
+    ] = "auto"
+    root: str | None = None
+    image_column: str | None = None
+    text_column: str | None = None
+    encoding: str = "utf-8"
+    split: str = "train"
+    revision: str | None = None
+    n: int = 1000
+    pairs: bool = True
+    seed: int = 0
+    edits: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_range("edits", self.edits, 0, 1)
+        try:
+            b"a".decode(self.encoding)
+        except (LookupError, ValueError) as error:
+            raise ArgumentError(
+                "is not an encoding of text",
+                where="encoding",
+                expected="utf-8, cp1252, shift_jis or the like",
+                found=repr(self.encoding),
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -78,6 +136,7 @@ class Record:
         width: In pixels, upright.
         height: In pixels, upright.
         source: Its name in the source.
+        repeats: How often it is shown in an epoch; not written when it is 1.
     """
 
     file_name: str
@@ -88,76 +147,30 @@ class Record:
     width: int
     height: int
     source: str
+    repeats: Annotated[int, Range(1, MAX_REPEATS)] = 1
 
 
 _BY_PREPARE_ALONE = ("sha256", "width", "height", "source")
 """Fields that other image folders, such as those of `critters make`, lack."""
 
 
-def inside(root: Path, name: str) -> Path:
-    """A file below a root.
-
-    Args:
-        root: A folder.
-        name: Relative path in it, with `/`.
-
-    Raises:
-        DataError: The name is absolute, climbs out, or leaves the root through a link.
-    """
-    pure = PurePosixPath(name.replace("\\", "/"))
-    windows_drive = len(name) > 1 and name[1] == ":"
-    if not name or pure.is_absolute() or windows_drive or ".." in pure.parts or "\0" in name:
-        raise DataError(
-            "the path leaves its root", where=name or "an empty path", expected=f"a path in {root}"
-        )
-    path = root.joinpath(*pure.parts)
-    if not path.resolve().is_relative_to(root.resolve()):
-        raise DataError("the path leaves its root through a link", where=name, found=path.resolve())
-    return path
-
-
-def file_item(
-    root: Path,
-    name: str,
-    text: str | None = None,
-    subject: str | None = None,
-    reference: str | None = None,
-) -> Item:
+def file_item(root: Path, name: str, reference: str | None = None, **about: Any) -> Item:
     """An item whose image, and reference, are files below a root."""
+    from ipdiverse.image_io.files import MAX_FILE_BYTES
+
+    files = [name] if reference is None else [name, reference]
     return Item(
-        name,
-        lambda: read_file(root, name),
-        text,
-        subject,
-        None if reference is None else (lambda: read_file(root, reference)),
+        load=lambda: read_below(root, name, MAX_FILE_BYTES),
+        load_reference=None
+        if reference is None
+        else (lambda: read_below(root, reference, MAX_FILE_BYTES)),
+        stamp=lambda: " ".join(stamp_of(root, file) for file in files),
+        **{"name": name, **about},
     )
 
 
-def read_file(root: Path, name: str) -> bytes:
-    """The bytes of a file below a root, no more than an image may have.
-
-    Raises:
-        DataError: It leaves the root, is missing or unreadable.
-    """
-    from ipdiverse.image_io import MAX_FILE_BYTES
-
-    path = inside(root, name)
-    try:
-        if not path.is_file():
-            raise DataError("does not exist", where=name)
-        with path.open("rb") as file:
-            return file.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise DataError("cannot be read", where=name, found=error.strerror) from error
-
-
 def read_manifest(folder: Path) -> list[Record]:
-    """Read and check a prepared folder's manifest, but not whether its images exist.
-
-    Raises:
-        DataError: It is missing, empty, of a folder that was not prepared, or a line is broken; the
-            first bad lines are named.
-    """
+    """Read and check a prepared folder's manifest, but not whether its images exist."""
     file = folder / MANIFEST
     if not file.is_file():
         raise DataError(
@@ -170,16 +183,17 @@ def read_manifest(folder: Path) -> list[Record]:
         raise DataError(
             "is not as prepare wrote it",
             where=file,
-            fix="Run the same `ipdiverse prepare` again. If you changed it yourself, remove "
-            f"{REPORT}.",
+            fix="Run the same `ipdiverse prepare` again; it keeps changes that you made.",
         )
-    records, problems, lines = [], [], list(json_lines(file))
-    _check_prepared(file, [line for _, line in lines])
-    for number, line in lines:
+    records, problems = [], []
+    with open_below(folder, MANIFEST, LIST_BYTES) as opened:
+        lines = list(json_rows(text_lines(opened, file, "utf-8")))
+    _check_prepared(file, [row for _, row in lines])
+    for place, row in lines:
         try:
-            records.append(_record(line, folder))
+            records.append(_record(row, folder))
         except (ArgumentError, DataError) as error:
-            problems.append(f"line {number}: {error}")
+            problems.append(f"{place}: {error}")
     if problems:
         raise DataError(
             f"{len(problems)} of {len(problems) + len(records)} lines are broken",
@@ -207,34 +221,35 @@ def is_whole(folder: Path) -> bool:
 
 def manifest_text(records: Iterable[Record]) -> str:
     """The manifest's content."""
-    return "".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records)
+    rows = [asdict(record) for record in records]
+    kept = [{k: v for k, v in row.items() if (k, v) != ("repeats", 1)} for row in rows]
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
 
 
-def json_lines(file: Path) -> Iterator[tuple[int, Any]]:
-    """Number and value of each line that is not blank; a line that is not JSON gives its text."""
+def json_rows(lines: Iterable[tuple[int, str]]) -> Iterator[tuple[str, Row]]:
+    """Place and content of each line of JSON lines; blank ones are left out."""
+    return ((f"line {number}", json_row(line)) for number, line in lines if line.strip())
+
+
+def json_row(line: str) -> Row:
+    """A line of JSON lines; a comma after it, as in a list, does no harm."""
     try:
-        # not splitlines: other marks that it cuts at may stand within a JSON string
-        lines = file.read_text("utf-8-sig").split("\n")
-    except (OSError, UnicodeError) as error:
-        raise DataError(
-            "cannot be read", where=file, expected="a text in UTF-8", found=error
-        ) from error
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError):
-                yield number, line
+        value = json.loads(line.strip().removesuffix(","))
+    except json.JSONDecodeError as error:
+        return f"is not JSON: {error.msg} at column {error.colno}"
+    except (ValueError, RecursionError) as error:
+        return f"is not JSON: {error}"
+    return value if isinstance(value, dict) else "is not a JSON object"
 
 
-def _check_prepared(file: Path, lines: list[Any]) -> None:
+def _check_prepared(file: Path, rows: list[Row]) -> None:
     """Tell another image folder, all of whose lines lack something, from a broken one."""
     lacking = [
-        [name for name in _BY_PREPARE_ALONE if name not in line]
-        for line in lines
-        if isinstance(line, dict)
+        [name for name in _BY_PREPARE_ALONE if name not in row]
+        for row in rows
+        if isinstance(row, dict)
     ]
-    if lines and len(lacking) == len(lines) and all(lacking):
+    if rows and len(lacking) == len(rows) and all(lacking):
         raise DataError(
             "was not written by prepare",
             where=file,
@@ -244,10 +259,10 @@ def _check_prepared(file: Path, lines: list[Any]) -> None:
         )
 
 
-def _record(line: Any, folder: Path) -> Record:
-    if not isinstance(line, dict):
-        raise DataError("is not a JSON object", found=repr(line)[:60])
-    record = read(Record, line)
+def _record(row: Row, folder: Path) -> Record:
+    if isinstance(row, str):
+        raise DataError(row)
+    record = read(Record, row)
     for name in (record.file_name, record.reference):
         if name is not None:
             inside(folder, name)

@@ -6,21 +6,37 @@ files; `webdataset` is tar files whose members of one stem are one sample.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
+import os
 import tarfile
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from ipdiverse.data.manifest import IMAGE_SUFFIXES, Item, Source, read_file
+from ipdiverse.config import decoded
+from ipdiverse.data.files import (
+    CAPTION_BYTES,
+    ENTRIES,
+    HEADER_BYTES,
+    PARTS,
+    check_budget,
+    inside,
+    open_below,
+    read_below,
+    stamp_of,
+)
+from ipdiverse.data.lists import TEXT_COLUMNS, matching
+from ipdiverse.data.manifest import IMAGE_SUFFIXES, Item, Source
 from ipdiverse.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 HUB_FILES = ("*.parquet", "*.arrow", "state.json")
 """Files by which a local repository, or a folder that `save_to_disk` wrote, is recognised."""
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"(\xb5": "zstd", b"PK": "zip"}
 _TEXT_SUFFIXES = (".txt", ".caption", ".text")
-_MAX_TEXT_BYTES = 1_000_000
 
 
 def hub_source(
@@ -33,17 +49,6 @@ def hub_source(
     """Open a data set; images stay undecoded until they are read.
 
     Code that comes with a data set is never run.
-
-    Args:
-        source: A hub id, or a folder.
-        image_column: Column with the image; None finds it.
-        text_column: Column with the caption; None finds it.
-        split: Split of a hub data set.
-        revision: Branch, tag or commit of a hub data set.
-
-    Raises:
-        DataError: `datasets` is not installed, or the data set cannot be opened or has no column
-            of images.
     """
     try:
         import datasets
@@ -58,14 +63,14 @@ def hub_source(
     columns: dict[str, Any] = dict(table.features)
     image = image_column or _image_column(columns, source)
     for wanted, what in ((image, "image"), (text_column, "text")):
-        if wanted is not None and wanted not in columns:
+        if wanted and wanted not in columns:
             raise DataError(
                 f"has no column {wanted!r}",
                 where=source,
                 found=", ".join(columns),
                 fix=f"Name the right one with --{what}-column.",
             )
-    text = text_column or _text_column(columns)
+    text = _text_column(columns, source) if text_column is None else text_column
     # undecoded: `datasets` would decode without the limits of `image_io`
     if isinstance(columns[image], datasets.Image):
         table = table.cast_column(image, datasets.Image(decode=False))
@@ -75,7 +80,7 @@ def hub_source(
 
     def items() -> Iterator[Item]:
         for number, row in enumerate(table):
-            yield _row_item(number, row, (image, text, reference), _roots(source))
+            yield _row_item(number, row, (image, text or None, reference), _roots(source))
 
     return Source("hub", len(table), items)
 
@@ -83,18 +88,55 @@ def hub_source(
 def _load(source: str, split: str, revision: str | None) -> Any:
     import datasets
 
+    saved = [p for p in (Path(source), Path(source, split)) if (p / "state.json").is_file()]
     try:
-        if (Path(source) / "state.json").is_file():
-            return datasets.load_from_disk(source)
-        return datasets.load_dataset(source, split=split, revision=revision)
+        with _silent("datasets"):
+            if saved:
+                state = json.loads(read_below(saved[0], "state.json", CAPTION_BYTES))
+                for file in state["_data_files"]:
+                    inside(saved[0], file["filename"])
+                return datasets.load_from_disk(saved[0])
+            builder = datasets.load_dataset_builder(source, revision=revision)
+            # what a README lists may be anywhere: it is looked at before anything is read
+            for file in (f for part in (builder.config.data_files or {}).values() for f in part):
+                _check_place(str(file), source)
+            return datasets.load_dataset(source, split=split, revision=revision)
+    except DataError:
+        raise
     except Exception as error:  # whatever network, hub, arrow and parquet code raise
         message = str(error).splitlines()
         raise DataError(
             "cannot be opened as a data set",
             where=source,
             found=message[0] if message else type(error).__name__,
-            fix="Check the name, the split and the connection.",
+            fix="Check the path of a folder, or the name, split and connection of the hub's.",
         ) from error
+
+
+@contextlib.contextmanager
+def _silent(library: str) -> Iterator[None]:
+    """Without what a library logs of an error that is ours to tell."""
+    logger = logging.getLogger(library)
+    before = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _check_place(file: str, source: str) -> None:
+    """Refuse a data file that is not the data set's own."""
+    hub = f"hf://datasets/{source}"
+    is_own = file.startswith((f"{hub}@", f"{hub}/")) and ".." not in file.split("/")
+    if not is_own and not any(_relative(file, root) for root in _roots(source)[:2]):
+        raise DataError("the path leaves its root", where=source, found=file)
+
+
+def _relative(file: str, root: Path) -> str | None:
+    """A file's path below a root after links are followed; None if it is not there."""
+    way = os.path.relpath(os.path.realpath(file), os.path.realpath(root)).replace(os.sep, "/")
+    return None if way.startswith("../") or way == ".." else way
 
 
 def _image_column(columns: dict[str, Any], source: str) -> str:
@@ -115,19 +157,34 @@ def _image_column(columns: dict[str, Any], source: str) -> str:
     return found[0]
 
 
-def _text_column(columns: dict[str, Any]) -> str | None:
+def _text_column(columns: dict[str, Any], source: str) -> str | None:
     texts = [name for name, kind in columns.items() if getattr(kind, "dtype", None) == "string"]
-    usual = [name for name in ("text", "caption", "prompt") if name in texts]
     others = [name for name in texts if name != "subject"]
-    return (usual or others or [None])[0]
+    found = matching(texts, TEXT_COLUMNS) or others
+    if len(found) > 1 and found == others and not matching(texts, TEXT_COLUMNS):
+        raise DataError(
+            "has several columns of text",
+            where=source,
+            found=", ".join(found),
+            fix="Name the captions' with --text-column, which may be '' for no captions.",
+        )
+    return found[0] if found else None
 
 
 def _roots(source: str) -> tuple[Path, ...]:
-    """Where files that a table names may be: the data set's own folder and the caches."""
+    """Where files that a table names may be: the data set's own folder and its caches."""
     from datasets.config import HF_DATASETS_CACHE
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    return (Path(source), Path(HF_DATASETS_CACHE), Path(HF_HUB_CACHE))
+    if not Path(source).is_dir():
+        own = Path(HF_HUB_CACHE, f"datasets--{source.replace('/', '--')}")
+        return (own, own, Path(HF_DATASETS_CACHE))
+    # a snapshot of the hub's cache consists of links to the blobs of its repository
+    home = Path(source).resolve()
+    is_snapshot = home.parent.name == "snapshots" and home.is_relative_to(
+        Path(HF_HUB_CACHE).resolve()
+    )
+    return (home, home.parents[1] if is_snapshot else home)
 
 
 def _row_item(
@@ -150,70 +207,96 @@ def _row_item(
 
 def _bytes(cell: Any, name: str, roots: tuple[Path, ...]) -> bytes:
     """The encoded image of a cell: its bytes, or the file that it names, below one of the roots."""
+    from ipdiverse.image_io.files import MAX_FILE_BYTES
+
     if isinstance(cell, bytes):
         return cell
     if isinstance(cell, dict) and cell.get("bytes"):
         return cell["bytes"]
-    if isinstance(cell, dict) and cell.get("path"):
-        path = Path(cell["path"]).resolve()
+    if isinstance(cell, dict) and isinstance(cell.get("path"), str):
         for root in roots:
-            if path.is_relative_to(root.resolve()):
-                return read_file(root.resolve(), path.relative_to(root.resolve()).as_posix())
+            if way := _relative(cell["path"], root):
+                return read_below(root, way, MAX_FILE_BYTES)
         raise DataError("the path leaves its root", where=name, found=cell["path"])
     raise DataError("holds no image", where=name, found=type(cell).__name__)
 
 
-def tar_files(folder: Path) -> list[Path]:
-    """The tar files right in a folder, in order."""
-    return sorted(folder.glob("*.tar"))
+def tar_files(names: Iterable[str]) -> list[str]:
+    """The tar files right in a folder."""
+    return [name for name in names if name.lower().endswith(".tar") and "/" not in name]
 
 
-def webdataset(path: Path) -> Source:
-    """One tar file, or every tar file of a folder.
+def webdataset(
+    root: Path, names: Sequence[str], unused: Callable[[], dict[str, list[str]]] = dict
+) -> Source:
+    """The samples of plain tar files: members that share everything before their first dot.
 
-    Members are read into memory one sample at a time, and nothing is unpacked to disk, so neither
-    their names nor links in them can reach anything.
-
-    Raises:
-        DataError: It holds no tar file.
+    Members are read where they lie in the file, and nothing is unpacked to disk, so neither their
+    names nor links among them can reach anything.
     """
-    files = tar_files(path) if path.is_dir() else [path]
-    if not files or not files[0].is_file():
-        raise DataError("holds no tar file", where=path, expected=".tar")
+    if not names:
+        raise DataError("holds no tar file", where=root, expected=".tar")
 
     def items() -> Iterator[Item]:
-        for file in files:
-            yield from _samples(file)
+        for name in names:
+            yield from _samples(root, name)
 
-    return Source("webdataset", None, items)
+    return Source("webdataset", None, items, unused=unused)
 
 
-def _samples(file: Path) -> Iterator[Item]:
-    """The samples of one tar: runs of members that share everything before the first dot."""
-    from ipdiverse.image_io import MAX_FILE_BYTES
+class _Headers:
+    """A tar file as `tarfile` sees it: it reads headers alone, and none may claim much memory."""
 
-    parts: dict[str, bytes] = {}
-    stem = ""
+    def __init__(self, file: IO[bytes]) -> None:
+        self.seek, self.tell, self._read = file.seek, file.tell, file.read
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= HEADER_BYTES:
+            raise tarfile.ReadError(f"a header claims {size} bytes")
+        return self._read(size)
+
+
+def _samples(root: Path, name: str) -> Iterator[Item]:
+    """The samples of one tar file; where it breaks off, the last item says so."""
+    parts: list[tarfile.TarInfo] = []
+    stem, count = "", 0
     try:
-        with tarfile.open(file) as archive:
-            for member in archive:
+        with open_below(root, name, 1 << 50) as file:
+            if packing := _COMPRESSED.get(file.read(2)):
+                raise DataError(f"is compressed ({packing}), expected a plain tar file")
+            file.seek(0)
+            for member in _members(file):
+                count += 1
+                check_budget(count, ENTRIES, name, "members")
                 base, suffix = _split(member.name)
                 if not member.isfile() or not suffix:
                     continue
                 if base != stem and parts:
-                    yield _sample(file, stem, parts)
-                    parts = {}
+                    yield _sample(root, name, stem, parts)
+                    parts = []
                 stem = base
-                opened = archive.extractfile(member)
-                if opened is not None:
-                    parts[suffix] = opened.read(MAX_FILE_BYTES + 1)
-    except (tarfile.TarError, OSError, EOFError) as error:
+                if len(parts) <= PARTS:
+                    parts.append(member)
+    except Exception as error:  # tarfile raises nearly anything on hostile headers
         if parts:
-            yield _sample(file, stem, parts)
-        yield Item(file.name, bytes, problem=f"the tar file is broken after {stem!r}: {error}")
+            yield _sample(root, name, stem, parts)
+        reason = f"the tar file is broken after {stem!r}: {error or type(error).__name__}"
+        yield Item(f"{name}/", bytes, problem=reason)
         return
     if parts:
-        yield _sample(file, stem, parts)
+        yield _sample(root, name, stem, parts)
+
+
+def _members(file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
+    headers: Any = _Headers(file)
+    with tarfile.open(fileobj=headers, mode="r:") as archive:
+        held: list[Any] = vars(archive)["members"]
+        while (member := archive.next()) is not None:
+            held.clear()  # tarfile would keep all of them
+            yield member
+        file.seek(archive.offset)
+        if any(file.read(tarfile.BLOCKSIZE)):
+            raise tarfile.ReadError("what follows is no header")
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -223,32 +306,47 @@ def _split(name: str) -> tuple[str, str]:
     return str(path.with_name(stem)) if stem else name, (dot + suffix).lower()
 
 
-def _sample(file: Path, stem: str, parts: dict[str, bytes]) -> Item:
-    name = f"{file.name}/{stem}"
-    image = next((parts[s] for s in IMAGE_SUFFIXES if s in parts), None)
+def _sample(root: Path, file: str, stem: str, parts: Sequence[tarfile.TarInfo]) -> Item:
+    from ipdiverse.image_io.files import MAX_FILE_BYTES
+
+    name = f"{file}/{stem}"
+    by_suffix = {_split(part.name)[1]: part for part in parts}
+
+    def problem(reason: str) -> Item:
+        return Item(name, bytes, problem=reason)
+
+    def load(suffix: str, most: int = MAX_FILE_BYTES) -> bytes:
+        part = by_suffix[suffix]
+        check_budget(part.size, most, part.name)
+        with open_below(root, file, 1 << 50) as opened:
+            opened.seek(part.offset_data)
+            return opened.read(part.size)
+
+    if len(parts) > PARTS:
+        return problem(f"has over {PARTS} parts")
+    if len(by_suffix) < len(parts):
+        return problem("has two parts of one name")
+    if any(part.issparse() for part in parts):
+        return problem("is stored as a sparse file")
+    image = next((s for s in IMAGE_SUFFIXES if s in by_suffix), None)
     if image is None:
-        return Item(name, bytes, problem=f"no image among {', '.join(sorted(parts))}")
-    about = _json_of(parts)
-    texts = [
-        parts[s][:_MAX_TEXT_BYTES].decode("utf-8", "replace") for s in _TEXT_SUFFIXES if s in parts
-    ]
-    text = texts[0] if texts else about.get("text", about.get("caption"))
+        return problem(f"no image among {', '.join(sorted(by_suffix))}")
+    try:
+        text = next((load(s, CAPTION_BYTES) for s in _TEXT_SUFFIXES if s in by_suffix), b"")
+        about = json.loads(load(".json", CAPTION_BYTES)) if ".json" in by_suffix else {}
+        caption, about = decoded(text), about if isinstance(about, dict) else {}
+    except (DataError, ValueError, RecursionError) as error:
+        return problem(f"its text cannot be read: {error}")
+    usual = [about[k] for k in matching(about, TEXT_COLUMNS) if isinstance(about[k], str)]
     subject = about.get("subject")
     reference = next(
-        (parts[f".reference{s}"] for s in IMAGE_SUFFIXES if f".reference{s}" in parts), None
+        (f".reference{s}" for s in IMAGE_SUFFIXES if f".reference{s}" in by_suffix), None
     )
     return Item(
         name,
-        lambda: image,
-        text if isinstance(text, str) else None,
+        lambda: load(image),
+        next((words for words in (caption, *usual) if words.strip()), None),
         subject if isinstance(subject, str) else None,
-        None if reference is None else (lambda: reference),
+        None if reference is None else (lambda: load(reference)),
+        stamp=lambda: f"{stamp_of(root, file)} {by_suffix[image].offset_data}",
     )
-
-
-def _json_of(parts: dict[str, bytes]) -> dict[str, Any]:
-    try:
-        about = json.loads(parts.get(".json", b"{}")[:_MAX_TEXT_BYTES])
-    except (ValueError, RecursionError):
-        return {}
-    return about if isinstance(about, dict) else {}

@@ -1,35 +1,33 @@
 """From any source to one folder: checked images, a manifest, a quarantine list and a report.
 
-    OUT/images/3f/3fa1….jpg   every image once, named by what it shows
-    OUT/metadata.jsonl        the manifest
-    OUT/quarantine.jsonl      what could not be used, each with its reason
-    OUT/report.json           counts, and advice on what will hurt training
+    OUT/images/3f/3fa1….jpg    every image once, named by what it shows
+    OUT/metadata.jsonl         the manifest
+    OUT/quarantine.jsonl       what could not be used, each with its reason
+    OUT/report.json            counts, and advice on what will hurt training
+    OUT/prepare.json           what the folder was prepared from
+    OUT/prepare.journal.jsonl  what is known of each file, bound to its content
 
-Each finished image is noted in a journal, so an interrupted run is resumed; the manifest is written
-last.
+The journal makes the same command go on where it was interrupted, and afterwards take up what was
+changed, added or removed. The manifest is written last.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from io import BytesIO
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ipdiverse.data.manifest import (
-    MANIFEST,
-    REPORT,
-    Record,
-    is_whole,
-    manifest_text,
-    read_report,
-)
-from ipdiverse.data.sources import SourceOptions, open_source
+from ipdiverse.data.files import CAPTION_BYTES, SETTINGS, inside
+from ipdiverse.data.manifest import MANIFEST, REPORT, Record, SourceOptions, manifest_text
+from ipdiverse.data.sources import open_source
 from ipdiverse.errors import DataError, ImageError, check_range
 from ipdiverse.writing import (
     append_text,
@@ -44,18 +42,18 @@ from ipdiverse.writing import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-    from pathlib import Path
+    from collections.abc import Iterable
 
     from PIL import Image
 
-    from ipdiverse.data.manifest import Item
+    from ipdiverse.data.manifest import Item, Source
 
 Square = Literal["keep", "pad", "crop"]
-JOURNAL, SETTINGS, QUARANTINE = "prepare.partial.jsonl", "prepare.json", "quarantine.jsonl"
+JOURNAL, QUARANTINE = "prepare.journal.jsonl", "quarantine.jsonl"
 _CHUNK = 64
 _FEWEST = 20
 """Items before the share of bad ones is judged, when the source does not know its size."""
+_EXAMPLES = 5
 
 
 @dataclass(frozen=True)
@@ -65,25 +63,21 @@ class PrepareOptions(SourceOptions):
     Args:
         square: `keep` the shape; `pad` shows all of the image on a blurred copy of itself; `crop`
             takes the centre and may cut the subject.
-        max_bad: Share of bad images above which the command stops.
+        max_bad: Share of bad images above which the command stops; one is always allowed, unless
+            this is 0.
     """
 
     square: Square = "keep"
     max_bad: float = 0.05
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_range("max_bad", self.max_bad, 0, 1)
-        check_range("edits", self.edits, 0, 1)
 
 
 @dataclass(frozen=True)
 class Bad:
-    """An image that could not be used.
-
-    Args:
-        source: Its name in the source.
-        reason: Why, one line.
-    """
+    """An image that could not be used: its name in the source, and why, in one line."""
 
     source: str
     reason: str
@@ -94,15 +88,15 @@ def prepare(source: str, out: Path, options: PrepareOptions) -> dict[str, Any]:
 
     Args:
         source: A path, a hub id, or `critters` (`sources`).
-        out: Target folder, new or of an interrupted run of the same.
+        out: Target folder: new, or prepared from the same source before.
         options: How.
 
     Returns:
-        The report (`doctor.examine`).
+        The report (`doctor.examine`), with `notes` and what was `unused`.
 
     Raises:
         DataError: The source cannot be read, nothing in it is good, too much of it is bad, or the
-            folder was prepared from something else.
+            folder was prepared from something else or holds files of somebody else.
         OutputError: The folder cannot be written.
     """
     with only_one(out):
@@ -113,132 +107,302 @@ def _prepare(source: str, out: Path, options: PrepareOptions) -> dict[str, Any]:
     from ipdiverse.data.doctor import examine
 
     opened = open_source(source, options)
+    journal = _Journal(out / JOURNAL)
+    _claim(source, out, options, opened, journal)
     ensure_writable_folder(out / "images")
-    _claim(out, {"source": source, "kind": opened.kind, **asdict(options)})
-    if (report := read_report(out)) is not None and is_whole(out):
-        (out / JOURNAL).unlink(missing_ok=True)  # a kill may have left it
-        return report
-    records, bad = _run(opened.items(), opened.count, out, options)
-    write_text_atomic(out / QUARANTINE, "".join(json.dumps(asdict(b)) + "\n" for b in bad))
+    records, bad = _run(opened, out, options, journal)
+    listed = "".join(json.dumps(asdict(b)) + "\n" for b in bad)
+    write_text_atomic(out / QUARANTINE, listed)
     if not records:
         reasons = "; ".join(f"{b.source}: {b.reason}" for b in bad[:3])
         raise DataError("holds no usable image", where=source, found=reasons or "nothing at all")
-    _check_share(len(bad), len(records) + len(bad), options.max_bad, bad, out)
-    report = {"source": source, "kind": opened.kind, **examine(records, [asdict(b) for b in bad])}
-    write_text_atomic(out / MANIFEST, manifest_text(records))
-    report["manifest"] = file_hash(out / MANIFEST)
+    _check_share(bad, len(records) + len(bad), len(records) + len(bad), options.max_bad, out)
+    notes = list(opened.notes)
+    if not _write_manifest(out, manifest_text(records)):
+        notes.append(f"{MANIFEST} was edited after prepare wrote it, and is kept.")
+    unused = {
+        what: {"count": len(names), "examples": names[:_EXAMPLES]}
+        for what, names in opened.unused().items()
+    }
+    report = {
+        "source": _place(source, out),
+        "kind": opened.kind,
+        **examine(records, [asdict(b) for b in bad]),
+        "notes": notes,
+        "unused": unused,
+        "manifest": file_hash(out / MANIFEST),
+    }
     write_text_atomic(out / REPORT, sealed(report, indent=2))
-    (out / JOURNAL).unlink(missing_ok=True)
+    journal.finish(out, {name for r in records for name in (r.file_name, r.reference)})
     return report
 
 
-def _claim(out: Path, settings: dict[str, Any]) -> None:
-    """Note what the folder is prepared from; refuse a folder prepared from something else."""
-    file = out / SETTINGS
-    if not file.is_file():
-        write_text_atomic(file, sealed(settings, indent=2))
-        return
-    # a folder of an older version lacks newer options, which then had today's default
+def _place(path: str | None, out: Path) -> str | None:
+    """A path as seen from the folder: however it was spelled, also when both have moved."""
+    if path is None or not os.path.exists(path):  # noqa: PTH110
+        return path
     try:
-        before = asdict(PrepareOptions()) | unsealed(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        fix = "Remove it, and run the same command again."
-        raise DataError("is damaged", where=file, found=error, fix=fix) from error
-    different = sorted(
-        key for key in settings if before.get(key) != settings[key] and key != "max_bad"
-    )
-    if different:
-        first = different[0]
+        return Path(os.path.relpath(os.path.realpath(path), os.path.realpath(out))).as_posix()
+    except ValueError:  # another drive
+        return os.path.realpath(path)
+
+
+def _claim(
+    source: str, out: Path, options: PrepareOptions, opened: Source, journal: _Journal
+) -> None:
+    """Note what the folder is prepared from; refuse one that is not ours, or of something else."""
+    file, home, target = out / SETTINGS, Path(source).resolve(), out.resolve()
+    if home == target or home.is_relative_to(target / "images"):
+        raise DataError("lies in the source", where=out, found=source, fix="Choose a new folder.")
+    places = {"source": _place(source, out), "root": _place(options.root, out)}
+    settings = {**asdict(options), **places}
+    if not file.is_file():
+        images = out / "images"
+        others = [n for n in (MANIFEST, QUARANTINE, REPORT, JOURNAL) if (out / n).exists()]
+        others += ["images"] if images.is_dir() and any(images.iterdir()) else []
+        if others:
+            raise DataError(
+                "holds files that prepare did not write",
+                where=out,
+                found=", ".join(others),
+                fix="Choose a new folder.",
+            )
+        ensure_writable_folder(out)
+        before: dict[str, Any] = {}
+    else:
+        before = _settings(file)
+        # a folder of an older version lacks newer options, which then had today's default
+        compared = asdict(PrepareOptions()) | before
+        free = {"max_bad", "kind"} if (out / MANIFEST).exists() else asdict(options).keys()
+        different = {k for k, v in settings.items() if compared.get(k) != v} - free
+        place = str(before["source"])  # version 0.1 noted it as it was given
+        is_same = os.path.realpath(place) == os.path.realpath(source)
+        if is_same or _is_moved(place, out, opened, journal):
+            different -= {"source"}
+        if different:
+            first = min(different)
+            raise DataError(
+                "was prepared from something else",
+                where=out,
+                expected=f"{first} {compared.get(first)!r}",
+                found=repr(settings[first]),
+                fix="Choose a new folder.",
+            )
+    if before | settings != before:
+        write_text_atomic(file, sealed(before | settings, indent=2))
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    try:
+        content = unsealed(file.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict) or "source" not in content:
         raise DataError(
-            "was prepared from something else",
-            where=out,
-            expected=f"{first} {before.get(first)!r}",
-            found=repr(settings[first]),
-            fix="Choose a new folder.",
+            "was not written by prepare, or is broken", where=file, fix="Choose a new folder."
         )
+    return content
+
+
+def _is_moved(before: str, out: Path, opened: Source, journal: _Journal) -> bool:
+    """Whether the place noted is gone, and this source has a file of it, with the same content."""
+    if os.path.exists(out / before):  # noqa: PTH110
+        return False
+    for item in itertools.islice(opened.items(), _FEWEST):
+        entry = journal.get(item.name)
+        with contextlib.suppress(DataError):
+            if entry and not item.problem and entry["content"] == _content(*_load(item)):
+                return True
+    return False
+
+
+class _Journal:
+    """What is known of each file by its name: JSON lines, each with a checksum of its own.
+
+    Lines are kept as text, since a data set may have millions.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.lines: dict[str, str] = {}
+        self.stale: list[str] = []
+        self.current: dict[str, str] = {}
+        for line in file.read_text("utf-8", "replace").split("\n") if file.is_file() else ():
+            if (entry := _entry(line)) is not None:
+                self.stale.append(self.lines.get(entry["source"], ""))
+                self.lines[entry["source"]] = line
+
+    def get(self, name: str) -> dict[str, Any] | None:
+        return _entry(self.lines.get(name, ""))
+
+    def add(self, entries: Iterable[dict[str, Any]]) -> None:
+        """Note what was found; what was known is not written again."""
+        made = {entry["source"]: _line(entry) for entry in entries}
+        fresh = [line for name, line in made.items() if self.lines.get(name) != line]
+        self.current |= made
+        if fresh:
+            append_text(self.file, "".join(f"{line}\n" for line in fresh))
+
+    def finish(self, out: Path, kept: set[str | None]) -> None:
+        """Delete stored images that no record names any more, and forget what is not there."""
+        gone = [line for name, line in self.lines.items() if self.current.get(name) != line]
+        for entry in map(_entry, self.stale + gone):
+            for name in {(entry or {}).get(key) for key in ("file_name", "reference")} - kept:
+                if name and name.startswith("images/"):
+                    inside(out, name).unlink(missing_ok=True)
+        text = "".join(f"{line}\n" for line in self.current.values())
+        if text.encode() != (self.file.read_bytes() if self.file.is_file() else b""):
+            write_text_atomic(self.file, text)
+
+
+def _line(entry: dict[str, Any]) -> str:
+    text = json.dumps(entry)
+    return json.dumps({**entry, "check": hashlib.sha256(text.encode()).hexdigest()[:16]})
+
+
+def _entry(line: str) -> dict[str, Any] | None:
+    """What a line says; None for one that was cut off or harmed."""
+    try:
+        entry = json.loads(line)
+        del entry["check"]
+    except (ValueError, RecursionError, TypeError, KeyError):
+        return None
+    return entry if _line(entry) == line else None
 
 
 def _run(
-    items: Iterator[Item], count: int | None, out: Path, options: PrepareOptions
+    opened: Source, out: Path, options: PrepareOptions, journal: _Journal
 ) -> tuple[list[Record], list[Bad]]:
-    """Go through all items; those of the journal are not read again."""
+    """Go through all items; what the journal knows is not decoded again."""
     from tqdm import tqdm
 
-    known = _journal(out / JOURNAL)
-    results: list[Record | Bad] = []
+    records: list[Record] = []
     bad: list[Bad] = []
+    items = opened.items()
     with (
         ThreadPoolExecutor(os.cpu_count()) as pool,
-        tqdm(total=count, unit="image", disable=None) as progress,
+        tqdm(total=opened.count, unit="image", disable=None) as progress,
     ):
 
-        def work(item: Item) -> Record | Bad:
-            return known.get(item.name) or _take(item, out, options.square)
+        def work(item: Item) -> tuple[Record | Bad, dict[str, Any] | None]:
+            return _take(item, out, options.square, journal.get(item.name))
 
         while chunk := list(itertools.islice(items, _CHUNK)):
             done = list(pool.map(work, chunk))
-            fresh = [r for item, r in zip(chunk, done, strict=True) if item.name not in known]
-            append_text(out / JOURNAL, "".join(sealed(asdict(result)) for result in fresh))
-            results += done
+            journal.add(entry for _, entry in done if entry)
+            records += [result for result, _ in done if isinstance(result, Record)]
+            bad += [result for result, _ in done if isinstance(result, Bad)]
             progress.update(len(chunk))
-            bad += [result for result in done if isinstance(result, Bad)]
-            if (total := count or len(results)) >= _FEWEST:
-                _check_share(len(bad), total, options.max_bad, bad, out)
-    records = [result for result in results if isinstance(result, Record)]
+            seen = len(records) + len(bad)
+            if (opened.count or seen) >= _FEWEST:
+                _check_share(bad, seen, opened.count or seen, options.max_bad, out)
     return records, bad
 
 
-def _journal(file: Path) -> dict[str, Record | Bad]:
-    """What an interrupted run finished, by name; lines cut off or damaged are left out."""
-    if not file.is_file():
-        return {}
-    finished = {}
-    for text in file.read_text("utf-8", "replace").split("\n"):
-        with suppress(ValueError, TypeError):
-            line = unsealed(text)
-            result = Bad(**line) if "reason" in line else Record(**line)
-            finished[result.source] = result
-    return finished
-
-
-def _check_share(bad: int, total: int, allowed: float, examples: Iterable[Bad], out: Path) -> None:
-    if bad <= allowed * total:
+def _check_share(bad: list[Bad], seen: int, total: int, allowed: float, out: Path) -> None:
+    most = max(1, int(allowed * total)) if allowed else 0
+    if len(bad) <= most:
         return
-    first = "; ".join(f"{b.source}: {b.reason}" for b in itertools.islice(examples, 3))
+    first = "; ".join(f"{b.source}: {b.reason}" for b in bad[:3])
+    needed = min(1.0, math.ceil(100 * len(bad) / seen) / 100)
     raise DataError(
         "too many images are bad",
         where=out,
-        expected=f"at most {allowed:.0%}",
-        found=f"{bad} of {total} ({first})",
-        fix="Correct the source, or raise --max-bad.",
+        expected=f"at most {most} of {total} (--max-bad {allowed:g})",
+        found=f"{len(bad)} of {seen} ({first})",
+        fix="Correct the source and run the same command again, or go on without them: "
+        f"--max-bad {needed:g}.",
     )
 
 
-def _take(item: Item, out: Path, square: Square) -> Record | Bad:
-    """Check and store one item."""
+def _take(
+    item: Item, out: Path, square: Square, before: dict[str, Any] | None
+) -> tuple[Record | Bad, dict[str, Any] | None]:
+    """Check and store one item; what was known of the same content counts."""
+    text = " ".join((item.text or "").split())
+    reason = item.problem or _harm(text, "caption") or _harm(item.subject or "", "subject")
+    if reason:
+        return Bad(item.name, reason), None
+    try:
+        stamp = item.stamp() if item.stamp else None
+        if before and before["square"] != square:
+            before = None
+        if before and stamp and before["stamp"] == stamp and _is_stored(before, out):
+            entry = before
+        else:
+            entry = _look(item, out, square, before, stamp)
+    except DataError as error:
+        return Bad(item.name, str(error).removeprefix(f"{item.name}: ")), None
+    if "reason" in entry:
+        return Bad(item.name, entry["reason"]), entry
+    about = {k: v for k, v in entry.items() if k not in ("stamp", "content", "square")}
+    return Record(**about, text=text, subject=item.subject, repeats=item.repeats), entry
+
+
+def _harm(text: str, what: str) -> str | None:
+    """Why a text cannot be used: what no encoding holds, or what an earlier reader lost."""
+    if any(c in "\0\ufffd" or "\ud800" <= c <= "\udfff" for c in text):
+        return f"its {what} has characters that were lost or are none: {text!r:.60}"
+    too_long = len(text) > CAPTION_BYTES
+    return f"its {what} has over {CAPTION_BYTES} characters" if too_long else None
+
+
+def _is_stored(entry: dict[str, Any], out: Path) -> bool:
+    names = (entry.get("file_name"), entry.get("reference"))
+    return all(os.path.isfile(out / name) for name in names if name)  # noqa: PTH113
+
+
+def _load(item: Item) -> tuple[bytes, bytes | None]:
+    return item.load(), None if item.load_reference is None else item.load_reference()
+
+
+def _content(data: bytes, other: bytes | None) -> str:
+    parts = [hashlib.sha256(part).hexdigest() for part in (data, other) if part is not None]
+    return "-".join(parts)
+
+
+def _look(
+    item: Item, out: Path, square: Square, before: dict[str, Any] | None, stamp: str | None
+) -> dict[str, Any]:
+    """Decode and store one item, unless the journal knows its content."""
     from ipdiverse.image_io import content_hash
 
-    if item.problem:
-        return Bad(item.name, item.problem)
+    data, other = _load(item)
+    known = {"source": item.name, "stamp": stamp, "square": square}
+    known["content"] = _content(data, other)
+    if before and before["content"] == known["content"] and _is_stored(before, out):
+        return before | known
     try:
-        name, image = _store(item.load(), item.name, out, square)
-        reference = None
-        if item.load_reference is not None:
-            where = f"reference of {item.name}"
-            reference = _store(item.load_reference(), where, out, square)[0]
-    except (ImageError, DataError) as error:
-        return Bad(item.name, str(error))
-    text = " ".join((item.text or "").split())
-    return Record(
-        file_name=name,
-        text=text,
-        subject=item.subject,
-        reference=reference,
-        sha256=content_hash(image),
-        width=image.width,
-        height=image.height,
-        source=item.name,
-    )
+        name, image = _store(data, item.name, out, square)
+        where = f"reference of {item.name}"
+        reference = None if other is None else _store(other, where, out, square)[0]
+    except ImageError as error:
+        return {**known, "reason": str(error).removeprefix(f"{item.name}: ")}
+    size = {"width": image.width, "height": image.height}
+    stored = {"file_name": name, "reference": reference, "sha256": content_hash(image)}
+    return {**known, **stored, **size}
+
+
+def _write_manifest(out: Path, text: str) -> bool:
+    """Write the manifest, but never over one that somebody edited; whether it is ours."""
+    file, settings = out / MANIFEST, _settings(out / SETTINGS)
+    made = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
+    ours = settings.get("manifests", [])
+    if file.is_file() and (found := file_hash(file)) not in (made, *ours):
+        if made in ours[:1]:
+            return False
+        raise DataError(
+            "was edited after prepare wrote it, or is of an older version",
+            where=file,
+            found=f"another manifest ({found[:8]}) than the source gives now",
+            fix="Move it away and run the same command again, or choose a new folder.",
+        )
+    if ours[:1] != [made]:  # noted first: after a kill between the two writes both are ours
+        settings["manifests"] = [made, *ours[:1]]
+        write_text_atomic(out / SETTINGS, sealed(settings, indent=2))
+    if not file.is_file() or file_hash(file) != made:
+        write_text_atomic(file, text)
+    return True
 
 
 def _store(data: bytes, name: str, out: Path, square: Square) -> tuple[str, Image.Image]:
@@ -272,13 +436,7 @@ def _as_png(image: Image.Image) -> bytes:
 
 
 def to_square(image: Image.Image, how: Square) -> Image.Image:
-    """Make an image square.
-
-    Args:
-        image: RGB.
-        how: `keep` leaves it alone; `pad` shows all of it, on a blurred copy of itself, so that no
-            subject is cut and no hard bar is learnt; `crop` takes the centre.
-    """
+    """Make an image square."""
     from PIL import Image, ImageFilter
 
     width, height = image.size

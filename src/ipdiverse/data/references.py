@@ -27,28 +27,14 @@ KINDS: tuple[Kind, ...] = ("self", "augmented", "paired")
 
 @dataclass(frozen=True)
 class Choice:
-    """The image prompt of one target.
-
-    Args:
-        file_name: The reference, relative to the manifest's folder.
-        augment: Whether it is changed before it is encoded.
-    """
+    """The image prompt of one target."""
 
     file_name: str
     augment: bool
 
 
 class References:
-    """Chooses a reference for each target.
-
-    Args:
-        records: The data set.
-        weights: How often each kind is taken; they need not add up to 1.
-
-    Raises:
-        ArgumentError: An unknown kind, or no positive weight.
-        DataError: Only pairs are asked for, but no image has a partner.
-    """
+    """Chooses a reference for each target."""
 
     def __init__(self, records: Sequence[Record], weights: Mapping[str, float]) -> None:
         self.records = records
@@ -88,11 +74,7 @@ class References:
 
 
 def parse_references(text: str) -> dict[str, float]:
-    """`paired`, or `mixed:paired=0.7,augmented=0.3`, as weights.
-
-    Raises:
-        ArgumentError: It is something else.
-    """
+    """`paired`, or `mixed:paired=0.7,augmented=0.3`, as weights."""
     if text in KINDS:
         return {text: 1.0}
     name, colon, parts = text.partition(":")
@@ -155,10 +137,6 @@ def augment(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
     It is cropped, and mirrored in half of the cases; colour, cut-out and background change in half
     of the cases each, and at least one of them always does.
-
-    Args:
-        image: RGB, square or not; the size is kept.
-        rng: Decides everything.
     """
     image = _flip(_crop(image, rng), rng)
     changes: list[Callable[[Image.Image, np.random.Generator], Image.Image]] = [

@@ -9,275 +9,304 @@
 | `webdataset` | a `.tar`, or a folder of them: members of one stem are one sample |
 | `hub` | a data set of `datasets`: a hub id, or a local repository of parquet or arrow files |
 | `critters` | the word `critters`: scenes rendered and captioned on the fly |
+
+What lies in a folder and is not used is counted and named.
 """
 
 from __future__ import annotations
 
-import csv
 import json
+import os
 import re
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
 
-from ipdiverse.data.manifest import IMAGE_SUFFIXES, Item, Source, file_item, json_lines
+from ipdiverse.config import decoded
+from ipdiverse.data.files import CAPTION_BYTES, Listing, list_files, open_below, read_below
+from ipdiverse.data.lists import IMAGE_COLUMNS, TEXT_COLUMNS, list_source, matching, read_rows
+from ipdiverse.data.manifest import (
+    IMAGE_SUFFIXES,
+    MAX_REPEATS,
+    Item,
+    Source,
+    SourceOptions,
+    file_item,
+)
 from ipdiverse.data.packed import HUB_FILES, hub_source, tar_files, webdataset
 from ipdiverse.errors import DataError, check_range
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 KINDS = ("metadata", "json", "captions", "subjects", "webdataset", "hub", "critters")
-_METADATA = ("metadata.jsonl", "metadata.csv")
-_IMAGE_COLUMNS = ("file_name", "image_file", "image", "file", "path", "image_path", "filename")
-_TEXT_COLUMNS = ("text", "caption", "prompt", "description")
-
-
-@dataclass(frozen=True)
-class SourceOptions:
-    """How to read a source.
-
-    Args:
-        kind: What the source is; `auto` finds out.
-        root: The folder that file names are relative to; None is the list's own.
-        image_column: Column with the image; None finds it.
-        text_column: Column with the caption; None finds it.
-        split: Split of a hub data set.
-        revision: Branch, tag or commit of a hub data set.
-        n: How many scenes of critters.
-        pairs: Give each critters scene a reference of the same creature.
-        seed: Seed of critters.
-        edits: Share of critters' references that differ from their scene in one attribute of
-            identity, which the caption then states.
-    """
-
-    kind: Literal[
-        "auto", "metadata", "json", "captions", "subjects", "webdataset", "hub", "critters"
-    ] = "auto"
-    root: str | None = None
-    image_column: str | None = None
-    text_column: str | None = None
-    split: str = "train"
-    revision: str | None = None
-    n: int = 1000
-    pairs: bool = True
-    seed: int = 0
-    edits: float = 0.0
+_LISTS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+_LIST_NAMES = ("metadata", "captions")
+"""Lists of these names must be readable; others are used if they name images that are there."""
+_TEXTS = (".txt", ".caption", ".text", ".json")
+_OTHER_IMAGES = (".heic", ".heif", ".avif", ".bmp", ".tif", ".tiff", ".gif", ".jxl", ".jp2", ".psd")
+_ARCHIVES = (".tar", ".zip", ".gz", ".tgz", ".xz", ".zst", ".7z", ".rar", ".parquet", ".arrow")
+_SPLITS = ("train", "test", "val", "valid", "validation", "dev", "eval")
+_NO_SUBJECTS = (*_SPLITS, "images", "image", "imgs", "img", "pictures", "photos", "data")
+"""Folders whose name says nothing of what their images show."""
+_KOHYA = re.compile(r"(\d{1,4})_(.*\S.*)")
+"""kohya's trainers repeat the images of a folder `10_corgi dog` ten times."""
 
 
 def open_source(source: str, options: SourceOptions) -> Source:
-    """Open a source.
-
-    Args:
-        source: A path, a hub id, or `critters`.
-        options: How to read it.
-
-    Raises:
-        DataError: It does not exist, its kind is unknown, or it cannot be read at all.
-    """
-    kind = options.kind if options.kind != "auto" else kind_of(source)
-    readers: dict[str, Callable[[], Source]] = {
-        "metadata": lambda: _table(Path(source), options),
-        "json": lambda: _table(Path(source), options),
-        "captions": lambda: _captions(Path(source)),
-        "subjects": lambda: _subjects(Path(source)),
-        "webdataset": lambda: webdataset(Path(source)),
-        "hub": lambda: hub_source(
-            source, options.image_column, options.text_column, options.split, options.revision
-        ),
-        "critters": lambda: _critters(options),
-    }
-    return readers[kind]()
+    """Open a source."""
+    kind = options.kind if options.kind != "auto" else kind_of(source, options.split)
+    path = Path(source)
+    if kind == "critters":
+        return _critters(options)
+    if kind == "hub":
+        columns = (options.image_column, options.text_column)
+        return hub_source(source, *columns, options.split, options.revision)
+    if not path.is_dir() and kind in ("metadata", "json"):
+        return list_source(path, options)
+    if not path.is_dir() and kind == "webdataset":
+        return webdataset(path.parent, [path.name])
+    folder = Folder(list_files(path), options)
+    if kind in ("metadata", "json"):
+        return folder.table()
+    return folder.archives() if kind == "webdataset" else folder.images(kind == "subjects")
 
 
-def kind_of(source: str) -> str:
-    """The kind of a source, recognised by its files.
-
-    Raises:
-        DataError: It is not a source.
-    """
+def kind_of(source: str, split: str = "train") -> str:
+    """The kind of a source, recognised by its files."""
     path = Path(source)
     if source == "critters" and not path.exists():
         return "critters"
-    if path.is_file():
+    # unlike those of Path, these are False for a name that no system can have
+    if os.path.isfile(path):  # noqa: PTH113
         return _kind_of_file(path)
-    if path.is_dir():
-        return _kind_of_folder(path)
-    if source.count("/") <= 1 and not source.startswith((".", "/", "~")):
+    if os.path.isdir(path):  # noqa: PTH112
+        return Folder(list_files(path), SourceOptions(split=split)).kind()
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
         return "hub"
     raise DataError(
         "does not exist",
         where=source,
         expected="a folder, a file, a hub id or `critters`",
-        fix="Check the path for a typing error.",
+        fix="Check the path for a typing error; a hub id is OWNER/NAME.",
     )
 
 
 def _kind_of_file(path: Path) -> str:
     suffix = path.suffix.lower()
-    kinds = {".jsonl": "metadata", ".csv": "metadata", ".json": "json", ".tar": "webdataset"}
+    kinds = dict.fromkeys(_LISTS, "metadata") | {".json": "json", ".tar": "webdataset"}
     if suffix not in kinds:
         raise DataError(
-            "is not a data set", where=path, expected=".jsonl, .csv, .json or .tar", found=suffix
+            "is not a data set", where=path, expected=f"{', '.join(_LISTS)} or .tar", found=suffix
         )
     return kinds[suffix]
 
 
-def _kind_of_folder(path: Path) -> str:
-    if any((path / name).is_file() for name in _METADATA):
-        return "metadata"
-    if tar_files(path):
-        return "webdataset"
-    if any(next(path.rglob(pattern), None) for pattern in HUB_FILES):
-        return "hub"
-    if _images_in(path):
-        return "captions"
-    if any(_images_in(folder) for folder in _folders(path)):
-        return "subjects"
-    raise DataError(
-        "holds no data set of a known kind",
-        where=path,
-        expected="images, folders of images, metadata.jsonl, parquet or tar files",
-        fix="Name the kind with --kind.",
-    )
+class Folder:
+    """What a folder of images holds, and which of it was used."""
 
+    def __init__(self, listing: Listing, options: SourceOptions) -> None:
+        self.root, self.listing, self.options = listing.root, listing, options
+        self.used: set[str] = set()
+        self._files = set(listing.files)
+        self._folded = {name.casefold(): name for name in reversed(listing.files)}
+        self.pictures = [name for name in listing.files if self._is_picture(name)]
 
-def _folders(path: Path) -> list[Path]:
-    return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
-def _images_in(folder: Path, pattern: str = "*") -> list[Path]:
-    """Image files of a folder, by suffix, in order; hidden ones are left out."""
-    if not folder.is_dir():
-        raise DataError("is not a folder", where=folder)
-    return sorted(
-        file
-        for file in folder.glob(pattern)
-        if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
-    )
-
-
-def _captions(folder: Path) -> Source:
-    """Every image below the folder; its caption is in the `.txt` of the same name."""
-    files = _images_in(folder, "**/*")
-
-    def item(file: Path) -> Item:
-        return file_item(folder, file.relative_to(folder).as_posix(), _caption_of(file))
-
-    return Source("captions", len(files), lambda: map(item, files))
-
-
-def _caption_of(file: Path) -> str | None:
-    caption = file.with_suffix(".txt")
-    return caption.read_text("utf-8-sig", errors="replace") if caption.is_file() else None
-
-
-def _subjects(folder: Path) -> Source:
-    """Each folder is a subject; captions are `.txt` files or "a photo of a" and its class."""
-    if not folder.is_dir():
-        raise DataError("is not a folder", where=folder)
-    homes = [(home, files) for home in _folders(folder) if (files := _images_in(home))]
-    classes = _classes(folder)
-
-    def items() -> Iterator[Item]:
-        for home, files in homes:
-            words = classes.get(home.name) or subject_class(home.name)
-            for file in files:
-                text = _caption_of(file) or f"a photo of a {words}"
-                yield file_item(folder, f"{home.name}/{file.name}", text, home.name)
-
-    return Source("subjects", sum(len(files) for _, files in homes), items)
-
-
-def _classes(folder: Path) -> dict[str, str]:
-    """Lines `subject,class` of DreamBooth's `prompts_and_classes.txt`, or of `classes.csv`."""
-    found = {}
-    for name in ("classes.csv", "prompts_and_classes.txt"):
-        file = folder / name
-        if file.is_file():
-            for line in file.read_text("utf-8-sig", errors="replace").split("\n"):
-                subject, comma, words = line.partition(",")
-                if comma and (folder / subject.strip()).is_dir() and subject.strip():
-                    found[subject.strip()] = words.strip()
-    return found
-
-
-def _table(path: Path, options: SourceOptions) -> Source:
-    """Rows that name an image file and its text."""
-    if path.is_dir():
-        present = [path / name for name in _METADATA if (path / name).is_file()]
-        if not present:
-            raise DataError("holds no metadata", where=path, expected=" or ".join(_METADATA))
-        path = present[0]
-    rows = _rows(path)
-    root = Path(options.root) if options.root else path.parent
-    if not root.is_dir():
-        raise DataError("is not a folder", where=root, fix="Name the images' folder with --root.")
-    columns = sorted({key for _, row in rows[:100] if isinstance(row, dict) for key in row})
-    image = _column(options.image_column, _IMAGE_COLUMNS, columns, path, "image")
-    text = _column(options.text_column, _TEXT_COLUMNS, columns, path, "text")
-
-    def items() -> Iterator[Item]:
-        for number, row in rows:
-            yield _row_item(root, number, row, image, text)
-
-    return Source("json" if path.suffix.lower() == ".json" else "metadata", len(rows), items)
-
-
-def _row_item(root: Path, number: int, row: Any, image: str, text: str) -> Item:
-    name = row.get(image) if isinstance(row, dict) else None
-    if not isinstance(name, str) or not name:
-        where = f"line {number}"
-        return Item(where, bytes, problem=f"{where} names no image in {image!r}")
-    words = {key: row.get(key) or None for key in (text, "subject", "reference")}
-    for key, value in words.items():
-        if value is not None and not isinstance(value, str):
-            return Item(name, bytes, problem=f"{key} is not a text: {value!r:.60}")
-    # a file may have several lines, each with its caption: the line is part of the name
-    item = file_item(root, name, words[text], words["subject"], words["reference"])
-    return Item(f"{name}#{number}", item.load, item.text, item.subject, item.load_reference)
-
-
-def _rows(path: Path) -> list[tuple[int, Any]]:
-    suffix = path.suffix.lower()
-    if suffix == ".jsonl":
-        return list(json_lines(path))
-    try:
-        if suffix == ".csv":
-            with path.open(newline="", encoding="utf-8-sig") as file:
-                return list(enumerate(csv.DictReader(file), 2))
-        content = json.loads(path.read_text("utf-8-sig"))
-    except (OSError, ValueError, RecursionError, csv.Error) as error:
+    def kind(self) -> str:
+        """The kind of source that the folder is."""
+        if self.pictures and self.list_name():
+            return "metadata"
+        if tar_files(self.listing.files):
+            return "webdataset"
+        if any(PurePosixPath(name).match(p) for name in self.listing.files for p in HUB_FILES):
+            return "hub"
+        if self.pictures:
+            at_top = any("/" not in name for name in self.pictures)
+            named = any(self._home(name) for name in self.pictures)
+            return "subjects" if named and not at_top else "captions"
         raise DataError(
-            "cannot be read", where=path, expected=f"{suffix} in UTF-8", found=error
-        ) from error
-    if not isinstance(content, list):
-        raise DataError(
-            "is not a list",
-            where=path,
-            expected='[{"image_file": …, "text": …}, …]',
-            found=type(content),
+            "holds no data set of a known kind",
+            where=self.root,
+            expected="images, folders of images, metadata.jsonl, parquet or tar files",
+            found=_told(self.unused()) or "no files",
+            fix="Name the kind with --kind.",
         )
-    return list(enumerate(content, 1))
+
+    def list_name(self) -> str | None:
+        """The list that says what the images show: `metadata` or `captions`, or the only one."""
+        stems = {name.rpartition(".")[0].casefold() for name in self.pictures}
+        homes = ("", self.options.split + "/")
+        lists = [
+            name
+            for home in homes
+            for suffix in _LISTS
+            for name in self.listing.files
+            if name.lower().endswith(suffix)
+            and name == home + PurePosixPath(name).name
+            and not {name.rpartition(".")[0].casefold(), name.casefold()[: -len(suffix)]} & stems
+        ]
+        named = [n for n in lists if PurePosixPath(n).stem.casefold() in _LIST_NAMES]
+        if named:
+            return named[0]
+        fitting = [name for name in lists[:10] if self._names_pictures(name)]
+        return fitting[0] if len(fitting) == 1 else None
+
+    def table(self) -> Source:
+        """The images that the folder's list names."""
+        name = self.list_name()
+        if name is None:
+            raise DataError("holds no list", where=self.root, expected="metadata.jsonl or .csv")
+        self.used.add(name)
+        return list_source(self.root / name, self.options, self.root, self.used, self.unused)
+
+    def archives(self) -> Source:
+        """The samples of the folder's tar files."""
+        names = tar_files(self.listing.files)
+        self.used.update(names)
+        return webdataset(self.root, names, self.unused)
+
+    def images(self, by_subject: bool) -> Source:
+        """Every image below the folder, with its caption; by subject, or all alike."""
+        pictures, notes = self._of_split(), {}
+        classes = self._classes() if by_subject else {}
+
+        def items() -> Iterator[Item]:
+            for name in pictures:
+                self.used.add(name)
+                home = self._home(name) if by_subject else ""
+                kohya = _KOHYA.fullmatch(home)
+                repeats = int(kohya[1]) if kohya and 0 < int(kohya[1]) <= MAX_REPEATS else 1
+                subject = kohya[2] if kohya and repeats == int(kohya[1]) else home
+                about: dict[str, Any] = {"subject": subject or None, "repeats": repeats}
+                if repeats > 1:
+                    notes[f"Each image of {home!r} is shown {repeats} times, as its name says."] = (
+                        None
+                    )
+                try:
+                    text = self._caption(name)
+                except DataError as error:
+                    yield Item(name, bytes, problem=f"caption {error}")
+                    continue
+                if not text and subject:
+                    text = f"a photo of a {classes.get(home) or subject_class(subject)}"
+                    if not any(note.startswith("Captions are made") for note in notes):
+                        notes[_made(text, name)] = None
+                yield file_item(self.root, name, text=text, **about)
+
+        kind = "subjects" if by_subject else "captions"
+        return Source(kind, len(pictures), items, notes, self.unused)
+
+    def unused(self) -> dict[str, list[str]]:
+        """What was not used, by kind."""
+        groups = {reason: list(names) for reason, names in self.listing.skipped.items()}
+        for name in self.listing.files:
+            if name not in self.used:
+                groups.setdefault(self._group(name), []).append(name)
+        return groups
+
+    def _group(self, name: str) -> str:
+        suffix = PurePosixPath(name).suffix.lower()
+        if name in self.pictures:
+            return "images that no list names, or of another split"
+        if suffix in _OTHER_IMAGES:
+            return f"images in a format that is not read ({suffix})"
+        groups = {"lists": _LISTS, "caption files": _TEXTS, "archives": _ARCHIVES}
+        return next(
+            (group for group, suffixes in groups.items() if suffix in suffixes), "other files"
+        )
+
+    def _is_picture(self, name: str) -> bool:
+        """By suffix; of the formats that may or may not be read, the content decides."""
+        suffix = PurePosixPath(name).suffix.lower()
+        if suffix not in _OTHER_IMAGES:
+            return suffix in IMAGE_SUFFIXES
+        from ipdiverse.image_io.files import MAX_FILE_BYTES, format_of
+
+        try:
+            with open_below(self.root, name, MAX_FILE_BYTES) as file:
+                return format_of(file.read(64)) is not None
+        except DataError:
+            return False
+
+    def _names_pictures(self, name: str) -> bool:
+        try:
+            rows = (row for _, row in read_rows(self.root, name, self.options.encoding))
+            row = next((row for row in rows if isinstance(row, dict)), {})
+        except DataError:
+            return False
+        columns = matching(row, IMAGE_COLUMNS)
+        home = PurePosixPath(self.options.root or self.root, *PurePosixPath(name).parts[:-1])
+        return bool(columns) and os.path.isfile(Path(home, str(row[columns[0]]).strip()))  # noqa: PTH113
+
+    def _of_split(self) -> list[str]:
+        """The images, of the split alone where the folder has nothing but splits."""
+        tops = {name.split("/")[0].casefold() for name in self.pictures}
+        split = self.options.split.casefold()
+        if split in tops <= {*_SPLITS, split}:
+            return [name for name in self.pictures if name.split("/")[0].casefold() == split]
+        return self.pictures
+
+    def _home(self, picture: str) -> str:
+        """The folder that says what an image shows, or ""."""
+        folders = picture.split("/")[:-1]
+        while folders and folders[0].casefold() in _NO_SUBJECTS and self._only_wrappers:
+            folders = folders[1:]
+        return folders[0] if folders else ""
+
+    @cached_property
+    def _only_wrappers(self) -> bool:
+        """Whether no folder right in this one tells a subject; beside a cat, "train" does."""
+        return {name.split("/")[0].casefold() for name in self.pictures} <= set(_NO_SUBJECTS)
+
+    def _caption(self, picture: str) -> str:
+        """The first caption beside an image that is not empty."""
+        stem = picture.rpartition(".")[0]
+        for wanted in (name + suffix for suffix in _TEXTS for name in (picture, stem)):
+            name = wanted if wanted in self._files else self._folded.get(wanted.casefold())
+            if name is not None:
+                self.used.add(name)
+                if text := self._caption_of(name).strip():
+                    return text
+        return ""
+
+    def _caption_of(self, name: str) -> str:
+        """The text of a caption file; of JSON, the first of the usual keys that has one."""
+        try:
+            text = decoded(read_below(self.root, name, CAPTION_BYTES), self.options.encoding)
+            if not name.lower().endswith(".json"):
+                return text
+            about = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise DataError(
+                "cannot be read",
+                where=name,
+                found=error,
+                fix="Save it as UTF-8, or name its encoding with --encoding.",
+            ) from error
+        keys = matching(about, TEXT_COLUMNS) if isinstance(about, dict) else []
+        return next((about[key] for key in keys if isinstance(about[key], str)), "")
+
+    def _classes(self) -> dict[str, str]:
+        """Lines `subject,class` of DreamBooth's `prompts_and_classes.txt`, or of `classes.csv`."""
+        found, homes = {}, {self._home(name) for name in self.pictures}
+        for name in {"classes.csv", "prompts_and_classes.txt"} & self._files:
+            self.used.add(name)
+            for line in self._caption_of(name).split("\n"):
+                subject, comma, words = line.partition(",")
+                if comma and subject.strip() in homes - {""}:
+                    found[subject.strip()] = words.strip()
+        return found
 
 
-def _column(
-    chosen: str | None, usual: tuple[str, ...], columns: list[str], path: Path, what: str
-) -> str:
-    """The column that was asked for, or the first of the usual names that the table has."""
-    names = (chosen,) if chosen else usual
-    for name in names:
-        if name in columns:
-            return name
-    if chosen is None and what == "text":
-        return usual[0]  # captions may be missing; the report counts them
-    raise DataError(
-        f"has no {what} column",
-        where=path,
-        expected=" or ".join(names),
-        found=", ".join(columns) or "no columns",
-        fix=f"Name it with --{what}-column.",
+def _made(text: str, name: str) -> str:
+    return (
+        f"Captions are made from names of folders where there is none, as {text!r} for {name!r}; "
+        "write your own in .txt files with the images' names."
     )
+
+
+def _told(unused: dict[str, list[str]]) -> str:
+    return "; ".join(f"{len(names)} {what}" for what, names in unused.items())
 
 
 def subject_class(subject: str) -> str:
@@ -299,6 +328,7 @@ def _critters(options: SourceOptions) -> Source:
             made.text,
             made.scene.subject,
             (lambda: png(made.other, made.other_seed)) if options.pairs else None,
+            stamp=lambda: f"{options.seed} {options.edits} {options.pairs}",
         )
 
     return Source("critters", options.n, lambda: map(item, range(options.n)))

@@ -123,7 +123,7 @@ def build_samples(
         data = Embedded(folder, encoders.fingerprint(), shown, stored)
     else:
         data: Any = Online(folder, encoders, shown)  # cached_property is no property to pyright
-    trained = _trained(config, len(data.records))
+    trained = _trained(config, data.records)
     references = _references(config.reference, [data.records[index] for index in trained])
     vae = encoders.pipe.vae.config
     scaling = (vae.scaling_factor, getattr(vae, "shift_factor", None) or 0.0)
@@ -197,9 +197,9 @@ def open_accelerator(mixed_precision: str) -> Accelerator:
     return Accelerator(mixed_precision=mixed_precision)
 
 
-def _trained(config: TrainConfig, count: int) -> list[int]:
-    """All images but those held out for validation, which the seed decides."""
-    held_out = config.num_validation_images
+def _trained(config: TrainConfig, records: list[Record]) -> list[int]:
+    """All images, as often as each repeats, but those held out, which the seed decides."""
+    held_out, count = config.num_validation_images, len(records)
     if held_out >= count:
         raise ArgumentError(
             "leaves nothing to train on",
@@ -209,7 +209,8 @@ def _trained(config: TrainConfig, count: int) -> list[int]:
         )
     rng = np.random.default_rng(derived_seed(config.seed, "held out"))
     validation = set(rng.permutation(count)[:held_out].tolist())
-    return [index for index in range(count) if index not in validation]
+    kept = [index for index in range(count) if index not in validation]
+    return [index for index in kept for _ in range(records[index].repeats)]
 
 
 def _references(kind: str, records: list[Record]) -> References:

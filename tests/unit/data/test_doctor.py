@@ -56,3 +56,14 @@ def test_each_fault_is_named() -> None:
     assert "Images that repeat another: 1" in advice(record("a", **pair), record("a", **pair))
     assert "Images with a side under 64 px: 1" in advice(record("a", width=40))
     assert "another of its subject" not in advice(record("a", reference="images/r.png"))
+
+
+def test_what_was_not_used_is_told_in_the_first_line() -> None:
+    report = examine([record("a")], [])
+    names = {"count": 6, "examples": ["a\x1b.heic"]}
+    unused = {"images in a format that is not read (.heic)": names}
+    first, *lines = as_text({**report, "unused": unused, "notes": ["n"]}).split("\n")
+    assert first == "1 images, 0 bad, 0 duplicates, 6 not used"
+    told = "not used: 6 images in a format that is not read (.heic) (a\\x1b.heic, …)"
+    assert told in lines
+    assert "note: n" in lines

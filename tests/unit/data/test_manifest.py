@@ -58,7 +58,7 @@ def test_lines_that_are_no_records_are_refused(tmp_path: Path) -> None:
     ):
         read_manifest(tmp_path)
     (tmp_path / "metadata.jsonl").write_bytes(b"\xff\xfe\x00\xd8")
-    with pytest.raises(DataError, match=r"cannot be read; expected a text in UTF-8"):
+    with pytest.raises(DataError, match=r"jsonl, line 1: is not text; expected utf-16"):
         read_manifest(tmp_path)
 
 

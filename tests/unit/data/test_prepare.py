@@ -69,7 +69,8 @@ def test_good_images_are_stored_and_bad_ones_listed_with_reasons(
     assert report["duplicates"] == {"images": 1, "examples": [["dog/0.png", "dog/copy.png"]]}
     assert report["subjects"] == {"count": 2, "single": 1, "without": 0, "largest": 3}
     assert "Subjects with one image, which cannot be paired: 1." in report["advice"]
-    assert not (tmp_path / "out" / module.JOURNAL).exists()
+    assert report["notes"][0].startswith("Captions are made from names of folders")
+    assert "as 'a photo of a cat' for 'cat/0.png'" in report["notes"][0]
 
 
 def test_a_format_that_few_tools_read_is_stored_as_png(tmp_path: Path) -> None:
@@ -96,7 +97,7 @@ def test_datasets_opens_a_prepared_folder(subjects: Path, tmp_path: Path) -> Non
 def test_too_many_bad_images_stop_the_command(subjects: Path, tmp_path: Path) -> None:
     with pytest.raises(
         DataError,
-        match=r"too many images are bad; expected at most 20%; found 2 of 6 \(dog/cut.jpg",
+        match=r"at most 1 of 6 \(--max-bad 0.2\); found 2 of 6 \(dog/cut.*--max-bad 0\.34",
     ):
         prepare(str(subjects), tmp_path / "out", options(max_bad=0.2))
     assert not (tmp_path / "out" / "metadata.jsonl").exists()
@@ -117,22 +118,22 @@ def test_an_interrupted_run_goes_on_without_reading_again(
     whole = prepare(str(subjects), tmp_path / "whole", options())
     monkeypatch.setattr(module, "_CHUNK", 2)
     taken: list[str] = []
-    take = module._take
+    look = module._look
 
     def stops(item: Any, *rest: Any) -> Any:
         if len(taken) == 4:
             raise KeyboardInterrupt
         taken.append(item.name)
-        return take(item, *rest)
+        return look(item, *rest)
 
-    monkeypatch.setattr(module, "_take", stops)
+    monkeypatch.setattr(module, "_look", stops)
     with pytest.raises(KeyboardInterrupt):
         prepare(str(subjects), tmp_path / "out", options())
     journal = tmp_path / "out" / module.JOURNAL
     journal.write_text(journal.read_text() + '{"source": "cut o')
     again: list[str] = []
     monkeypatch.setattr(
-        module, "_take", lambda item, *rest: (again.append(item.name), take(item, *rest))[1]
+        module, "_look", lambda item, *rest: (again.append(item.name), look(item, *rest))[1]
     )
     report = prepare(str(subjects), tmp_path / "out", options())
     assert not set(again) & set(taken)
@@ -204,6 +205,173 @@ def test_the_command_prints_the_report(
     error = capsys.readouterr().err.strip().splitlines()
     assert error == [line for line in error if "does not exist" in line]
     assert len(error) == 1
+
+
+def folder(root: Path, *names: str) -> Path:
+    for index, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(index).save(root / name)
+    return root
+
+
+def texts(out: Path) -> dict[str, str]:
+    return {record.source: record.text for record in read_manifest(out)}
+
+
+def test_what_changed_in_the_source_is_taken_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = folder(tmp_path / "s", "a.png", "b.png", "c.png", "d.png"), tmp_path / "out"
+    whole = (source / "b.png").read_bytes()
+    (source / "b.png").write_bytes(whole[:300])
+    (source / "a.txt").write_text("old")
+    assert prepare(str(source), out, options())["bad"]["count"] == 1
+    files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    looked: list[str] = []
+    look = module._look
+    monkeypatch.setattr(
+        module, "_look", lambda item, *rest: (looked.append(item.name), look(item, *rest))[1]
+    )
+    prepare(str(source), out, options())
+    assert looked == []
+    assert files == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    (source / "a.txt").write_text("new")
+    (source / "b.png").write_bytes(whole)
+    (source / "c.png").unlink()
+    (source / "d.png").touch()
+    for seed, name in ((90, "0.png"), (91, "e.png")):
+        picture(seed).save(source / name)
+    assert prepare(str(source), out, options())["bad"]["count"] == 0
+    assert texts(out) == {"0.png": "", "a.png": "new", "b.png": "", "d.png": "", "e.png": ""}
+    assert sorted(looked) == ["0.png", "b.png", "d.png", "e.png"]
+    monkeypatch.undo()
+    prepare(str(source), tmp_path / "fresh", options())
+    images = [
+        sorted(p.name for p in (d / "images").rglob("*.*")) for d in (out, tmp_path / "fresh")
+    ]
+    assert images[0] == images[1], "what no record names is gone"
+
+
+def test_a_harmed_journal_or_a_lost_image_is_made_again(tmp_path: Path) -> None:
+    source, out = folder(tmp_path / "s", "a.png", "b.png"), tmp_path / "out"
+    prepare(str(source), out, options())
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    journal = out / module.JOURNAL
+    journal.write_text(journal.read_text().replace('"width": 40', '"width": 41', 1))
+    next((out / "images").rglob("*.png")).unlink()
+    prepare(str(source), out, options())
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def test_a_manifest_that_was_edited_is_never_overwritten(tmp_path: Path) -> None:
+    source, out = folder(tmp_path / "s", "a.png"), tmp_path / "out"
+    prepare(str(source), out, options())
+    manifest = out / "metadata.jsonl"
+    manifest.write_text(manifest.read_text().replace('"text": ""', '"text": "mine"'))
+    assert "was edited" in prepare(str(source), out, options())["notes"][0]
+    assert texts(out) == {"a.png": "mine"}
+    (source / "a.txt").write_text("theirs")
+    with pytest.raises(DataError, match="was edited after prepare wrote it"):
+        prepare(str(source), out, options())
+    assert texts(out) == {"a.png": "mine"}
+
+
+def test_the_same_place_spelled_otherwise_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder(tmp_path / "s", "a.png")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("s")
+    reports = [
+        prepare(spelled, Path(out), options())
+        for spelled, out in (("s", "d"), ("s/", "./d"), ("./s", "d/"), (str(tmp_path / "s"), "d"))
+    ]
+    assert prepare("link", tmp_path / "d", options()) == reports[0]
+    assert reports.count(reports[0]) == len(reports)
+    (tmp_path / "s").rename(tmp_path / "moved")
+    assert prepare("moved", Path("d"), options())["images"] == 1
+    folder(tmp_path / "other", "0.png", "a.png")
+    with pytest.raises(DataError, match="prepared from something else; expected source"):
+        prepare("other", Path("d"), options())
+
+
+def test_a_list_that_is_added_and_an_encoding_that_is_named_are_taken_up(tmp_path: Path) -> None:
+    source, out = folder(tmp_path / "s", "a.png", "b.png"), tmp_path / "out"
+    prepare(str(source), out, options())
+    (source / "metadata.csv").write_text("file_name,text\na.png,one\n")
+    assert prepare(str(source), out, options())["kind"] == "metadata"
+    assert texts(out) == {"a.png#2": "one"}
+    other, target = folder(tmp_path / "t", "a.png", "b.png"), tmp_path / "target"
+    for name in ("a.txt", "b.txt"):
+        (other / name).write_bytes(b"gr\xfcn")
+    with pytest.raises(DataError, match=r"no usable image; .*--encoding"):
+        prepare(str(other), target, options())
+    prepare(str(other), target, options(encoding="cp1252", square="crop"))
+    assert texts(target) == {"a.png": "gr\u00fcn", "b.png": "gr\u00fcn"}
+    assert {record.width for record in read_manifest(target)} == {30}
+
+
+def test_folders_of_somebody_else_are_left_alone(tmp_path: Path) -> None:
+    source = folder(tmp_path / "s", "a.png")
+    for name in ("metadata.jsonl", "images/mine.png", "report.json"):
+        home = tmp_path / name.replace("/", "-")
+        (home / name).parent.mkdir(parents=True)
+        (home / name).write_text("mine")
+        with pytest.raises(DataError, match="holds files that prepare did not write; found"):
+            prepare(str(source), home, options())
+        assert [p.name for p in home.rglob("*") if p.is_file()] == [Path(name).name]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "prepare.json").write_text("[]")
+    with pytest.raises(DataError, match=r"prepare\.json: was not written by prepare"):
+        prepare(str(source), tmp_path / "other", options())
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "notes.txt").write_text("mine")
+    prepare(str(source), tmp_path / "kept", options())
+    assert (tmp_path / "kept" / "notes.txt").read_text() == "mine"
+
+
+def test_a_target_in_the_source_is_not_read_as_source(tmp_path: Path) -> None:
+    source = folder(tmp_path / "s", "a.png")
+    for _ in range(2):
+        assert prepare(str(source), source / "out", options())["images"] == 1
+    for out in (source, tmp_path / "s/.."):
+        inner = folder(tmp_path / "images" / "x", "b.png") if out != source else source
+        with pytest.raises(DataError, match="lies in the source"):
+            prepare(str(inner), out, options())
+    assert sorted(p.name for p in source.iterdir()) == ["a.png", "out"]
+
+
+def test_repeats_of_a_folder_of_kohya_count_in_an_epoch(tmp_path: Path) -> None:
+    from ipdiverse.training.build import _trained
+    from ipdiverse.training.config import TrainConfig
+
+    prepare(str(folder(tmp_path / "s", "3_dog/a.png", "cat/b.png")), tmp_path / "d", options())
+    records = read_manifest(tmp_path / "d")
+    assert [(record.subject, record.repeats) for record in records] == [("dog", 3), ("cat", 1)]
+    assert _trained(TrainConfig(data="d", out="o"), records) == [0, 0, 0, 1]
+
+
+@pytest.mark.parametrize(("max_bad", "goes_on"), [(0.05, True), (0.0, False)])
+def test_one_bad_image_among_few_does_not_stop(
+    max_bad: float, goes_on: bool, tmp_path: Path
+) -> None:
+    source = folder(tmp_path / "s", "a.png", "b.png")
+    (source / "c.png").write_text("no")
+    if goes_on:
+        assert prepare(str(source), tmp_path / "out", options(max_bad=max_bad))["images"] == 2
+    else:
+        with pytest.raises(DataError, match=r"at most 0 of 3.*found 1 of 3.*--max-bad 0\.34"):
+            prepare(str(source), tmp_path / "out", options(max_bad=max_bad))
+
+
+@pytest.mark.parametrize("harm", ["\0", "\ufffd", chr(0xD800)])
+def test_harmed_text_does_not_go_into_training(harm: str, tmp_path: Path) -> None:
+    folder(tmp_path / "s", "a.png", "b.png")
+    rows = [{"file_name": "a.png", "text": "a"}, {"file_name": "b.png", "text": f"x{harm}y"}]
+    (tmp_path / "s" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    report = prepare(str(tmp_path / "s"), tmp_path / "out", options())
+    assert "its caption has characters that were lost" in report["bad"]["examples"][0]["reason"]
+    assert texts(tmp_path / "out") == {"a.png#1": "a"}
 
 
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason="the shared photos are not beside the repository")

@@ -1,0 +1,190 @@
+"""Files of a data set: found, opened and decoded, each within a budget and below its root.
+
+A data set may come from anybody. So a file is opened once, step by step from the root's handle,
+without following links, and what was opened is checked: a name that is swapped for a link after
+the check reaches nothing. Every kind of file has a budget, checked before work is done on it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, TYPE_CHECKING
+
+from ipdiverse.config import MARKS, decoded
+from ipdiverse.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+KIB, MIB = 1024, 1024 * 1024
+LIST_BYTES = 4096 * MIB
+"""Of a list with one row a line, which is streamed."""
+WHOLE_BYTES = 256 * MIB
+"""Of a list that is read as a whole: JSON, or UTF-16."""
+LINE_BYTES = MIB
+LINES = 10_000_000
+CAPTION_BYTES = 64 * KIB
+ENTRIES = 10_000_000
+"""Files of a folder with all its subfolders, or members of an archive."""
+PARTS = 64
+"""Members of one sample of an archive."""
+HEADER_BYTES = 64 * KIB
+"""Of one long name or other extra header of an archive."""
+
+SETTINGS = "prepare.json"
+"""Marks a folder that `prepare` wrote."""
+_JUNK = ("__MACOSX", "Thumbs.db", "desktop.ini")
+_ASCII_LINES = ("utf-16", "utf-32")
+"""Encodings in which a line feed is more than one byte."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a folder holds, with all its subfolders; hidden names are left out."""
+
+    root: Path
+    files: tuple[str, ...]
+    skipped: dict[str, list[str]]
+
+
+def list_files(root: Path) -> Listing:
+    """Everything below a folder, but for links to folders and prepared data sets in it."""
+    if not os.path.isdir(root):  # noqa: PTH112
+        raise DataError("is not a folder", where=root)
+    files: list[str] = []
+    skipped: dict[str, list[str]] = {}
+
+    def skip(reason: str, path: str) -> None:
+        skipped.setdefault(reason, []).append(os.path.relpath(path, root).replace(os.sep, "/"))
+
+    def unread(error: OSError) -> None:
+        skip("folders that may not be read", str(error.filename))
+
+    for folder, inner, names in os.walk(root, onerror=unread):
+        home = Path(folder)
+        if SETTINGS in names and home != root:
+            skip("folders that prepare wrote", folder)
+            inner.clear()
+            continue
+        links = [name for name in inner if (home / name).is_symlink()]
+        for name in links:
+            skip("links to folders", str(home / name))
+        inner[:] = [n for n in inner if n not in links and n[0] != "." and n not in _JUNK]
+        prefix = "" if home == root else home.relative_to(root).as_posix() + "/"
+        files += [prefix + n for n in names if n[0] != "." and n not in _JUNK]
+        check_budget(len(files), ENTRIES, root, "files")
+    return Listing(root, tuple(sorted(files, key=lambda name: name.split("/"))), skipped)
+
+
+def check_budget(count: int, most: int, where: object, unit: str = "bytes") -> None:
+    """Refuse a file that would cost more than its kind may."""
+    if count > most:
+        raise DataError("is too large", where=where, expected=f"at most {most} {unit}", found=count)
+
+
+def inside(root: Path, name: str) -> Path:
+    """A file below a root."""
+    pure = PurePosixPath(name.replace("\\", "/"))
+    windows_drive = len(name) > 1 and name[1] == ":"
+    if not name or pure.is_absolute() or windows_drive or ".." in pure.parts or "\0" in name:
+        raise DataError(
+            "the path leaves its root", where=name or "an empty path", expected=f"a path in {root}"
+        )
+    path = root.joinpath(*pure.parts)
+    try:
+        _steps(root, path)
+    except ValueError as error:
+        raise DataError("the path leaves its root through a link", where=name) from error
+    return path
+
+
+def open_below(root: Path, name: str, most: int) -> IO[bytes]:
+    """Open a file below a root, which may have no more than `most` bytes."""
+    path = inside(root, name)
+    try:
+        file = os.fdopen(_descriptor(root, path), "rb")
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):  # reading a pipe may block for ever
+            file.close()
+            raise DataError("is not a file", where=name)
+        check_budget(found.st_size, most, name)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DataError("does not exist", where=name) from error
+    except (OSError, ValueError) as error:
+        looped = getattr(error, "errno", None) == errno.ELOOP
+        reason = "a link to itself, or put there just now" if looped else error
+        found = getattr(error, "strerror", None) if not looped else reason
+        raise DataError("cannot be read", where=name, found=found or error) from error
+    return file
+
+
+def read_below(root: Path, name: str, most: int) -> bytes:
+    """The bytes of a file below a root; raises as `open_below` does."""
+    with open_below(root, name, most) as file:
+        data = file.read(most + 1)  # the file may grow after its size was taken
+    check_budget(len(data), most, name)
+    return data
+
+
+def text_lines(file: IO[bytes], where: object, encoding: str) -> Iterator[tuple[int, str]]:
+    """Number and text of each line, decoded by the file's mark, or else in one encoding."""
+    head = file.read(4)
+    mark = next((m for m in MARKS if head.startswith(m)), b"")
+    codec = MARKS.get(mark, encoding)
+    file.seek(len(mark))
+    number = 0
+    try:
+        if codec.startswith(_ASCII_LINES):
+            rest = file.read(WHOLE_BYTES + 1)
+            check_budget(len(rest), WHOLE_BYTES, where)
+            yield from enumerate(decoded(rest, codec).split("\n"), 1)
+            return
+        while line := file.readline(LINE_BYTES + 1):
+            number += 1
+            check_budget(len(line), LINE_BYTES, f"{where}, line {number}")
+            check_budget(number, LINES, where, "lines")
+            yield number, decoded(line, codec)
+    except ValueError as error:
+        raise DataError(
+            "is not text",
+            where=f"{where}, line {number + 1 - bool(number)}",
+            expected=codec,
+            found=error,
+            fix="Save it as UTF-8, or name its encoding with --encoding.",
+        ) from error
+
+
+def stamp_of(root: Path, name: str) -> str:
+    """A file's size and times: if they are the same, so is its content, unless somebody cheats."""
+    try:
+        found = (root / name).stat()
+    except (OSError, ValueError):
+        return "missing"
+    return f"{found.st_size}-{found.st_mtime_ns}-{found.st_ctime_ns}"
+
+
+def _steps(root: Path, path: Path) -> tuple[str, ...]:
+    """The way from a root to a file after links are followed; ValueError where it leads out."""
+    # realpath, unlike Path.resolve, does not raise on a link to itself
+    target = Path(os.path.realpath(path))
+    return target.relative_to(os.path.realpath(root)).parts
+
+
+def _descriptor(root: Path, path: Path) -> int:
+    flags = os.O_RDONLY | getattr(os, "O_BINARY", 0)
+    if os.open not in os.supports_dir_fd:
+        return os.open(os.path.realpath(path), flags)
+    handle = os.open(os.path.realpath(root), flags | os.O_DIRECTORY)
+    steps = _steps(root, path)
+    for index, step in enumerate(steps):
+        kind = os.O_DIRECTORY if index + 1 < len(steps) else os.O_NONBLOCK
+        try:
+            inner = os.open(step, flags | os.O_NOFOLLOW | kind, dir_fd=handle)
+        finally:
+            os.close(handle)
+        handle = inner
+    return handle
