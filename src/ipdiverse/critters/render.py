@@ -65,6 +65,7 @@ class Jitter:
     @classmethod
     def from_seed(cls, seed: int) -> Jitter:
         """Draw all of them from one seed, whatever the scene is."""
+        # all in one draw and always in this order: a seed gives the same picture in every version
         u = np.random.default_rng(seed).random(20)
         return cls(
             x=float(u[0] - 0.5) * 0.06,
@@ -81,7 +82,7 @@ class Jitter:
 
 
 def render(scene: Scene, seed: int, size: int = 64) -> np.ndarray:
-    """Draw the scene, uint8 (size, size, 3), RGB; the seed decides what is continuous (`Jitter`)."""
+    """Draw the scene, uint8 (size, size, 3), RGB; the seed decides all of `Jitter`."""
     jitter = Jitter.from_seed(seed)
     canvas = _background(scene.place, jitter, size)
     for shape, colour in _layers(scene, jitter):
