@@ -1,6 +1,6 @@
 """What the study found, read from docs/study/ at each build: plots, areas, every number.
 
-`ipdiverse evaluate --publish` copies its `results.json` and pictures there, without the images. As
+`python -m workshop study --publish` copies its `results.json` and pictures there, without the images. As
 long as they are missing, the pages say that the study has not been run.
 """
 

@@ -67,6 +67,7 @@ def mentioned(scene: Scene, seed: int, chance: float | None = None) -> dict[str,
     `chance` is the probability of each; None draws it uniformly from 0.25..1 first.
     """
     rng = np.random.default_rng(seed)
+    # people's prompts are short or long, so captions must be too
     probability = 0.25 + 0.75 * rng.random() if chance is None else chance
     kept = rng.random(len(ATTRIBUTES)) < probability
     return {

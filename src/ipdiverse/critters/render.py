@@ -65,6 +65,7 @@ class Jitter:
     @classmethod
     def from_seed(cls, seed: int) -> Jitter:
         """Draw all of them from one seed, whatever the scene is."""
+        # all in one draw and always in this order: a seed gives the same picture in every version
         u = np.random.default_rng(seed).random(20)
         return cls(
             x=float(u[0] - 0.5) * 0.06,

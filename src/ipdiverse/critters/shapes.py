@@ -101,6 +101,7 @@ class Polygon:
         px, py = x - start[0], y - start[1]
         along = np.clip((px * edge[0] + py * edge[1]) / square, 0, 1)
         nearest = ((px - along * edge[0]) ** 2 + (py - along * edge[1]) ** 2).min(0)
+        # inside, a ray to one side crosses an odd number of edges
         crosses = (py < 0) != (py < edge[1])
         crosses = crosses & ((px * edge[1] < py * edge[0]) == (edge[1] > 0))
         inside = np.logical_xor.reduce(crosses, axis=0)

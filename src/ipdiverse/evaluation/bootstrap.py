@@ -185,5 +185,6 @@ def _interval(whole: float, drawn: Floats) -> Interval:
 @lru_cache(maxsize=4)
 def _pair_weights(pairs: int, resamples: int) -> Floats:
     """How often each pair is drawn, (resamples, pairs)."""
+    # counts in place of indices: all draws of a score are then one matrix product
     rng = np.random.default_rng(0)
     return rng.multinomial(pairs, [1 / pairs] * pairs, size=resamples).astype(float)

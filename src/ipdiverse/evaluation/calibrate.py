@@ -171,13 +171,8 @@ def _measured(runner: Runner, adapter: str, levers: Levers) -> Achieved:
 def _achieved(found: dict[str, float], images: int) -> Achieved:
     """Scores on critters, or by encoders: the first that compares images, the first that reads."""
     if "entropy" in found:
-        return Achieved(
-            found["entropy"],
-            found["retention"],
-            found["prompt_accuracy"],
-            found["invalid_rate"],
-            found["copy_rate"],
-        )
+        names = ("entropy", "retention", "prompt_accuracy", "invalid_rate", "copy_rate")
+        return Achieved(*(found[name] for name in names))
 
     def first(kind: str) -> float:
         return next((value for name, value in found.items() if name.startswith(kind)), math.nan)
@@ -202,7 +197,7 @@ def _best_rung(
             candidate = levers | {name: rungs[height]}
             found = measure(candidate)
             if not _keeps(found, first):
-                break
+                break  # a higher rung keeps less still
             gain = gained(found, now)
             if not gain:
                 continue  # a rung may be too near the one before

@@ -66,7 +66,7 @@ class StudyImages:
         self.pairs, self.references, self._reader = pairs, references, reader
         read = [] if reader is None else [fingerprint(reader[0]), str(reader[1])]
         asked = [content_hash(image) for image in references] + [pair.prompt for pair in pairs]
-        self.decides = [*_models(base.pipe), *_placed(base), *read, *asked]
+        self.decides = [*_models(base), *read, *asked]
 
     def chunks(
         self, arm: Arm, source: str, progress: Callable[[int], None]
@@ -122,6 +122,7 @@ class StudyImages:
             for file, numbers in missing.items():
                 with fast:
                     made = sample_array(self.base, self._jobs(numbers), request, attachment, False)
+                # compressed: critters are flat colours, and a study keeps thousands of images
                 buffer = BytesIO()
                 np.savez_compressed(buffer, images=made)
                 write_bytes_atomic(file, buffer.getvalue())
@@ -210,17 +211,13 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.9g}") if isinstance(value, float) else value
 
 
-def _placed(base: Base) -> list[str]:
-    """The base's precision and tiling; nothing for one that stays as it was opened."""
-    return [] if base.plan is None else [base.plan.dtype, f"tiling {base.plan.tiling}"]
-
-
-def _models(pipe: Any) -> list[str]:
-    """The parts of a base that decide images: every model's weights, and the scheduler."""
+def _models(base: Base) -> list[str]:
+    """What of a base decides images: weights, scheduler, and where it was placed how precisely."""
     names = ("unet", "vae", "text_encoder", "text_encoder_2", "image_encoder")
-    modules = [getattr(pipe, name, None) for name in names]
-    scheduler = json.dumps(dict(pipe.scheduler.config), sort_keys=True, default=str)
-    return [*(fingerprint(module) for module in modules if module is not None), scheduler]
+    modules = [getattr(base.pipe, name, None) for name in names]
+    scheduler = json.dumps(dict(base.pipe.scheduler.config), sort_keys=True, default=str)
+    placed = [] if base.plan is None else [base.plan.dtype, f"tiling {base.plan.tiling}"]
+    return [*(fingerprint(one) for one in modules if one is not None), scheduler, *placed]
 
 
 def anchors(

@@ -135,7 +135,7 @@ def axes_of(measured: Sequence[Measured]) -> list[tuple[str, str]]:
     names = list(measured[0].runs[0])
     if "entropy" in names:
         return [("entropy", "retention"), ("entropy", "prompt_accuracy")]
-    pairs = []
+    pairs = []  # each encoder's own variety and fidelity, as encoders disagree on scale
     for name in names:
         kind, _, encoder = name.partition(" ")
         if kind in ("image", "text"):
@@ -205,6 +205,7 @@ def _check(family: str, arms: Sequence[Measured]) -> DialCheck:
     variety, fidelity = axes_of(arms)[0]
     settings = np.array([one.arm.settings["diversity"] for one in arms], float)
     reached = np.array([estimate(one.sums(variety)) for one in arms])
+    # one draw of pairs for all settings: what pairs have in common does not bend the line
     drawn = np.stack([resampled(one.sums(variety)) for one in arms])
     linear = [straightness(settings, draw) for draw in drawn.T]
     kept = [estimate(one.sums(fidelity)) for one in arms]

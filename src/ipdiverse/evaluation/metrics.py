@@ -201,7 +201,7 @@ def vendi(kernel_or_features: ArrayLike, q: float = 1.0, *, is_kernel: bool = Fa
     values = np.linalg.eigvalsh(kernel / len(kernel))
     values = values[values > _EIGENVALUE_FLOOR]
     values = values / values.sum()
-    if q == 1:
+    if q == 1:  # the limit of the formula
         return math.exp(plug_in_entropy(values))
     return float(1 / values.max() if math.isinf(q) else (values**q).sum() ** (1 / (1 - q)))
 
@@ -240,6 +240,7 @@ def hypervolume_2d(points: ArrayLike, reference_point: ArrayLike) -> float:
     if not (np.isfinite(cloud).all() and np.isfinite(corner).all()):
         raise ArgumentError("a coordinate is not finite", where="points")
     area = height = 0.0
+    # from the right: a point adds the part of its rectangle that is above all before it
     for x, y in sorted((cloud - corner).tolist(), reverse=True):
         area += max(x, 0.0) * max(y - height, 0.0)
         height = max(height, y)

@@ -130,19 +130,17 @@ def critters_sets(seen: Reading, pairs: Sequence[Pair]) -> Sets:
         *seen,
         references=np.array([pair.reference.indices() for pair in pairs]),
         stated=np.array([[name in pair.stated for name in ATTRIBUTES] for pair in pairs]),
-        wanted=np.array([_wanted(pair) for pair in pairs]),
+        # where nothing is stated any value will do, as no score reads it
+        wanted=np.array(
+            [
+                [values.index(pair.stated.get(n, values[0])) for n, values in ATTRIBUTES.items()]
+                for pair in pairs
+            ]
+        ),
         identity=np.array([name in IDENTITY for name in ATTRIBUTES]),
         n_values=tuple(len(values) for values in ATTRIBUTES.values()),
         priors=[[conditional(name, pair.stated) for name in ATTRIBUTES] for pair in pairs],
     )
-
-
-def _wanted(pair: Pair) -> list[int]:
-    """Index of each stated value; 0 where nothing is stated, which no score reads."""
-    return [
-        values.index(pair.stated[name]) if name in pair.stated else 0
-        for name, values in ATTRIBUTES.items()
-    ]
 
 
 def folder_pairs(references: Path, prompts: Path | None, count: int) -> list[FolderPair]:

@@ -37,10 +37,11 @@ def write_report(study: Study, done: Done, out: Path) -> Path:
     measured, plots = done.measured, []
     for across, up in axes_of(measured):
         figure, stem = tradeoff(measured, across, up), f"{_slug(across)}-{_slug(up)}"
-        for kind in ("png", "svg"):
-            write_bytes_atomic(out / f"{stem}.{kind}", as_bytes(figure, kind))
+        png = as_bytes(figure, "png")
+        write_bytes_atomic(out / f"{stem}.png", png)
+        write_bytes_atomic(out / f"{stem}.svg", as_bytes(figure, "svg"))
         words = f"{LABELS.get(up, up)} over {LABELS.get(across, across)}; the numbers are below"
-        plots.append({"source": _png_address(as_bytes(figure, "png")), "words": words})
+        plots.append({"source": _png_address(png), "words": words})
     chosen = _chosen(study, measured)
     figure = _sets_figure(chosen, done.references)
     write_bytes_atomic(out / "sets.png", as_bytes(figure, "png"))
@@ -97,6 +98,7 @@ def tradeoff(measured: Sequence[Measured], across: str, up: str) -> Any:
     """Plot a score over another: every family with its intervals, and anchors."""
     from matplotlib.figure import Figure
 
+    # not pyplot: it keeps every figure in memory, and may look for a display
     figure = Figure(figsize=(8.5, 5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     families = by_family(measured)
@@ -166,17 +168,13 @@ def _chosen(study: Study, measured: Sequence[Measured]) -> list[tuple[Measured, 
     def product(one: Measured) -> float:
         return estimate(one.sums(across)) * estimate(one.sums(up))
 
-    best: dict[str, Measured] = {}
+    best: dict[tuple[bool, str], Measured] = {}
     for one in measured:
-        if one.images is None:
-            continue
         alone = one.arm.family == "anchor" or one.arm.name == study.baseline_arm.name
-        kept = best.get(one.arm.family)
-        if alone:
-            best[one.arm.name] = one
-        elif kept is None or product(one) > product(kept):
-            best[one.arm.family] = one
-    first = best.get(study.baseline_arm.name)
+        key = (alone, one.arm.name if alone else one.arm.family)
+        if one.images is not None and (key not in best or product(one) > product(best[key])):
+            best[key] = one
+    first = best.get((True, study.baseline_arm.name))
     ordered = sorted(best.values(), key=lambda one: one is not first)
     return [(one, one.images) for one in ordered if one.images is not None]
 

@@ -102,6 +102,7 @@ class Runner:
                 expected='encoders to compare images by, as features = ["dino", "clip"]',
             )
         self.oracle = shipped_oracle() if critters else None
+        # folders may give fewer pairs than were asked for
         self.study = study = replace(study, pairs=len(self.pairs))
         self.base = base = open_base(study)
         named = study.image_encoder
@@ -132,6 +133,7 @@ class Runner:
             for arm in self.study.arms:
                 measured.append(self.measure(arm))
                 rows.append(measured[-1].row())
+                # written whole again: after a kill it holds every arm before, and no half a line
                 lines = "".join(json.dumps(row) + "\n" for row in rows)
                 write_text_atomic(self.out / "results.jsonl", lines)
         anchored = self.anchors()
@@ -187,7 +189,7 @@ class Runner:
         """Scores of images that come in chunks of pairs, as `StudyImages.chunks` yields them."""
         seen, features = list[Reading](), list[dict[str, PairSums]]()
         first, done = None, 0
-        for images in chunks:
+        for images in chunks:  # an arm's images together may be more than memory holds
             sets = images.reshape(-1, self.study.images, *images.shape[1:])
             first = shown(sets) if first is None else first
             pairs = slice(done, done := done + len(sets))

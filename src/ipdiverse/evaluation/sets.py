@@ -179,6 +179,7 @@ def pair_sums(sets: Sets) -> dict[str, PairSums]:
     agree, contradict = agreement_masks(sets.wanted, sets.references, sets.stated)
     shows, keeps = (sets.outputs == value[:, None] for value in (sets.wanted, sets.references))
     free, edited = sets.free, sets.stated & sets.identity
+    # an image is a copy if it repeats every open attribute at once
     copied = (keeps | ~free[:, None]).all(-1).mean(1) - _chance(sets)
     some = free.any(1).astype(float)
     images = np.full(len(sets.invalid), sets.invalid.shape[1], float)
@@ -199,6 +200,7 @@ def pools(sets: Sets) -> list[Pool]:
     found: dict[tuple[int, bytes], Pool] = {}
     for group, attribute in np.argwhere(sets.free).tolist():
         prior = sets.prior(group, attribute)
+        # rounded: equal conditionals may differ in the last digit by how they were computed
         pool = found.setdefault((attribute, prior.round(9).tobytes()), Pool(prior, [], []))
         pool.groups.append(group)
         pool.counts.append(_counts(sets, group, attribute))

@@ -240,6 +240,7 @@ def _swept(entry: dict[str, Any], file: Path) -> list[dict[str, Any]]:
         chosen = dict(zip(varied, values, strict=True))
         words = ", ".join(f"{key} {_as_text(value)}" for key, value in chosen.items())
         one = entry | chosen | {"name": f"{family}: {words}"}
+        # arms that differ in one number lie on a line, and the report joins them
         if len(varied) == 1 and isinstance(values[0], (int, float)):
             one["at"] = values[0]
         found.append(one)
