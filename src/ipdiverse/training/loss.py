@@ -18,16 +18,7 @@ if TYPE_CHECKING:
 
 
 class PromptedUnet(nn.Module):
-    """A frozen UNet with an adapter that learns.
-
-    Args:
-        pipe: The base, with the adapter attached.
-        adapter: What learns.
-        min_snr: γ of `min_snr_weight`.
-
-    Raises:
-        ModelError: The base predicts neither ε nor v.
-    """
+    """A frozen UNet with an adapter that learns."""
 
     def __init__(self, pipe: Any, adapter: ImagePromptAdapter, min_snr: float) -> None:
         super().__init__()

@@ -31,13 +31,7 @@ _GRID = 16
 
 @dataclass(frozen=True)
 class Case:
-    """A held-out image and its image prompt.
-
-    Args:
-        text: Its caption.
-        target: The image itself.
-        reference: Another image of its subject, or the image itself if it is the only one.
-    """
+    """A held-out image, its caption and its image prompt: a partner, or itself without one."""
 
     text: str
     target: Image.Image
@@ -45,15 +39,7 @@ class Case:
 
 
 class Validation:
-    """Draws held-out cases with the adapter in its present state; measures how much it copies.
-
-    Args:
-        config: The run.
-        records: The whole data set.
-        held_out: Indices of those that the run does not train on.
-        encoders: The base's.
-        attachment: The adapter on its pipeline.
-    """
+    """Draws held-out cases with the adapter in its present state; measures how much it copies."""
 
     def __init__(
         self,
@@ -79,10 +65,6 @@ class Validation:
 
     def run(self, step: int, out: Path) -> dict[str, float]:
         """Draw every case, write the sheet `OUT/validation/STEP.png`, and measure.
-
-        Args:
-            step: Steps done.
-            out: The run's folder.
 
         Returns:
             `copy_layout` and `copy_clip`: how much closer outputs are to their reference than the
