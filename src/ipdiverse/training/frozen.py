@@ -52,13 +52,8 @@ class Preprocessing:
     @classmethod
     def of(cls, config: CacheConfig, resolution: int) -> Self:
         """The preprocessing of a cache, at the base's `resolution` unless it names another."""
-        return cls(
-            config.resolution or resolution,
-            config.variants,
-            config.flip,
-            config.changed,
-            config.image_seed,
-        )
+        own = (config.variants, config.flip, config.changed, config.image_seed)
+        return cls(config.resolution or resolution, *own)
 
     def target(self, image: Image.Image, sha256: str, variant: int) -> Tensor:
         """One variant of a target, float32 (3, resolution, resolution) in -1..1.

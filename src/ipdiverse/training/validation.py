@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from io import BytesIO
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +20,6 @@ from ipdiverse.writing import ensure_writable_folder, write_bytes_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from ipdiverse.adapter.attach.attach import Attachment
     from ipdiverse.training.config import TrainConfig
@@ -54,8 +54,6 @@ class Validation:
         self.cases = [self._case(records, partners, index) for index in held_out]
 
     def _case(self, records: Sequence[Record], partners: References, index: int) -> Case:
-        from pathlib import Path
-
         record, folder = records[index], Path(self.config.data)
         choice = partners.choose(index, np.random.default_rng(self.config.seed))
         target, reference = (
