@@ -23,6 +23,7 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the last: a limit on th
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 _IN_THE_WAY = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
 _NO_FOLDER_SYNC = (errno.EACCES, errno.EINVAL, errno.ENOTSUP)
+_PROBE = "0" * 12
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")
 LOCK = ".lock"
 
@@ -85,10 +86,12 @@ def ensure_writable_folder(path: AnyPath) -> Path:
         OutputError: It is a file, cannot be created, may not be written to, or has no space.
     """
     folder = Path(path)
-    probe = folder / f".{uuid.uuid4().hex}.tmp"
+    probe = folder / f".{_PROBE}{uuid.uuid4().hex[:20]}.tmp"
     try:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
+            for left in folder.glob(f".{_PROBE}*.tmp"):  # by a kill; nobody reads what is in one
+                left.unlink(missing_ok=True)
             _write_synced(probe, bytes(_PROBE_BYTES))
     finally:
         with contextlib.suppress(OSError, ValueError):
@@ -193,7 +196,7 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         exact = tensor.detach().cpu().contiguous().flatten()
-        digest.update(memoryview(exact.view(torch.uint8).numpy()))
+        digest.update(exact.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

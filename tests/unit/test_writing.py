@@ -177,7 +177,7 @@ def test_one_process_holds_a_folder_and_tidies_it(tmp_path: Path) -> None:
     beside, inner = tmp_path / "other", tmp_path / "run" / "inner"
     for folder in (beside, inner, tmp_path / "run" / "plain"):
         folder.mkdir(parents=True)
-        (folder / f".{'0' * 32}.tmp").touch()
+        (folder / f".{'1' * 32}.tmp").touch()
         (folder / ".mine.tmp").touch()
     (inner / ".lock").touch()  # a folder of its own
     target = beside / "a.bin"
@@ -189,7 +189,7 @@ def test_one_process_holds_a_folder_and_tidies_it(tmp_path: Path) -> None:
             only_one(tmp_path / "run"),
         ):
             pass
-    zeros = f".{'0' * 32}.tmp"
+    zeros = f".{'1' * 32}.tmp"
     assert left == [
         f"other/{zeros}",
         "other/.mine.tmp",

@@ -33,9 +33,6 @@ def hold_less(unet: nn.Module) -> None:
 
     A feed-forward of width w keeps twelve numbers for each of its inputs, and computing it again
     costs 24 w operations: the narrower it is, the more memory is saved for the price.
-
-    Args:
-        unet: Frozen; changed in place. Its feed-forwards have no dropout.
     """
     from diffusers.models.attention import BasicTransformerBlock
 
@@ -69,12 +66,7 @@ def fast_backward(latents: Tensor, mixed_precision: str) -> AbstractContextManag
 
     PyTorch's fused attention is at least twice as fast and keeps no attention matrix, except for
     few tokens in half precision on a CPU, where its backward pass is slower than plain attention's
-    (`benchmarks/attention.py`). The backward pass must be inside too, because gradient
-    checkpointing runs the forward pass again there.
-
-    Args:
-        latents: (batch, channels, h, w); a UNet's largest attention is over their h·w places.
-        mixed_precision: As `TrainConfig` takes it.
+    (`benchmarks/attention.py`). Gradient checkpointing runs the forward pass in the backward pass.
     """
     few = latents.shape[-2] * latents.shape[-1] <= _FEW_TOKENS
     plain = latents.device.type == "cpu" and mixed_precision != "no" and few

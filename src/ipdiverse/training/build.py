@@ -38,12 +38,7 @@ if TYPE_CHECKING:
 
 
 def initial_adapter(config: TrainConfig) -> ImagePromptAdapter | None:
-    """The adapter that a run starts from (`init_from`); None starts from new weights.
-
-    Raises:
-        ArgumentError: Its kind is not the one asked for, or the fusion does not fit it.
-        ModelError: No adapter has this name, or it cannot be opened.
-    """
+    """The adapter that a run starts from (`init_from`); None starts from new weights."""
     if config.init_from is None:
         return None
     adapter = load_adapter(adapter_file(config.base, config.init_from))
@@ -102,17 +97,7 @@ def build_samples(
     reads: str,
     first: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Samples:
-    """The run's samples: from the cache, which is completed first, or encoded at every step.
-
-    Args:
-        config: The run.
-        encoders: The base's.
-        reads: What the adapter reads, `pooled` or `hidden`.
-        first: A context that lets the main process go first.
-
-    Raises:
-        DataError: The data set is not prepared, not embedded with these settings, or has no pairs.
-    """
+    """The run's samples: from the cache, which is completed first, or encoded at every step."""
     shown = Preprocessing.of(config, encoders.resolution)
     folder = Path(config.data)
     if config.cache:
@@ -122,7 +107,7 @@ def build_samples(
             embed(folder, encoders, shown, stored)
         data = Embedded(folder, encoders.fingerprint(), shown, stored)
     else:
-        data: Any = Online(folder, encoders, shown)  # cached_property is no property to pyright
+        data = Online(folder, encoders, shown)
     trained = _trained(config, data.records)
     references = _references(config.reference, [data.records[index] for index in trained])
     vae = encoders.pipe.vae.config
@@ -150,11 +135,7 @@ def contents_of(
 
 
 def build_optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW, fused, or its 8-bit form.
-
-    Raises:
-        ArgumentError: The 8-bit form is not installed.
-    """
+    """AdamW, fused, or its 8-bit form."""
     options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     if config.optimizer == "adamw":
         return torch.optim.AdamW(parameters, fused=True, **options)

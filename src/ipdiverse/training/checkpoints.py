@@ -58,14 +58,9 @@ _NAME = re.compile(r"checkpoint-(\d{8})")
 
 @dataclass
 class State:
-    """What a run is resumed from.
+    """What a run is resumed from, by names of parameters, in the optimizer `PARAMETER.NAME`.
 
-    Args:
-        step: Steps done.
-        weights: Trained parameters by name; a loaded state may hold frozen ones too.
-        average: Their running average by name; empty without one.
-        optimizer: The optimizer's tensors, `PARAMETER.NAME`.
-        counters: Batches skipped, the micro-batch that fits, the state of a gradient scaler.
+    `average` is empty without one; loaded `weights` may hold frozen ones too.
     """
 
     step: int
@@ -89,18 +84,7 @@ def save_checkpoint(
     save_adapter: Callable[[Path], None],
     total_limit: int,
 ) -> Path:
-    """Write a checkpoint, then remove all but the newest.
-
-    Args:
-        out: The run's folder.
-        state: What to resume from.
-        run: What other runs are told from this one by: `settings` and `contents`.
-        save_adapter: Writes the loadable adapter to a file.
-        total_limit: How many checkpoints to keep.
-
-    Raises:
-        OutputError: It cannot be written, as on a full disk; every earlier one stays.
-    """
+    """Write a checkpoint, then remove all but the newest."""
     target = out / f"checkpoint-{state.step:08d}"
     partial = out / f".{target.name}.partial"
     with writing(target):
@@ -132,11 +116,7 @@ def tidy(out: Path, total_limit: int) -> None:
 
 
 def load_checkpoint(folder: Path) -> tuple[State, dict[str, Any]]:
-    """Read a checkpoint: state, and what tells runs apart (`run` of `save_checkpoint`).
-
-    Raises:
-        CheckpointError: It is broken, or its bits are not those that were written.
-    """
+    """Read a checkpoint: state, and what tells runs apart (`run` of `save_checkpoint`)."""
     try:
         about = unsealed((folder / _ABOUT).read_text("utf-8"))
         # those of version 0.1 have no hashes
@@ -170,12 +150,9 @@ def without_places(config: TrainConfig) -> dict[str, Any]:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What makes two runs different ones, in words.
+    """What makes two runs different ones, in words; `before` may be of any version.
 
-    Args:
-        before: `settings` and `contents`, of a checkpoint of any version.
-        now: The same of a run. A file or folder is known by the hash in its contents, as it may
-            have been moved; without one, by its name.
+    A place is known by the hash of what it holds, as it may have moved; without one, by its name.
     """
     old, new = todays(before["settings"]), now["settings"]
     different = []
@@ -231,14 +208,7 @@ def _flat(state: State) -> dict[str, Tensor]:
 def tracking(
     config: TrainConfig, out: Path, step: int, main: bool
 ) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A context that gives a function for each step's figures.
-
-    Args:
-        config: The run.
-        out: Its folder. The log's lines after `step` are dropped: those steps are repeated.
-        step: Steps done before.
-        main: Whether this is the process that reports.
-    """
+    """A context that gives a function for each step's figures."""
     from tqdm import tqdm
 
     if not main:
@@ -274,11 +244,7 @@ def _step_of(line: str) -> int:
 def _tracker(
     config: TrainConfig, out: Path, step: int
 ) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Accelerate's TensorBoard or W&B tracker as a function of figures, or one that does nothing.
-
-    Raises:
-        ArgumentError: Its package is not installed.
-    """
+    """Accelerate's TensorBoard or W&B tracker as a function of figures, or a silent one."""
     if config.report_to == "none":
         yield lambda _: None
         return

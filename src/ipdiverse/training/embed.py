@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -37,11 +37,9 @@ _BATCH = 8
 
 @dataclass(frozen=True)
 class Stored:
-    """Which embeddings are stored, and in which type.
+    """Which embeddings are stored: `pooled` for base adapters, `hidden` for plus; and their type.
 
-    Args:
-        images: `pooled` embeddings serve base adapters, `hidden` states plus adapters.
-        dtype: float16 halves the disk and changes the loss in its fourth digit.
+    float16 halves the disk and changes the loss in its fourth digit.
     """
 
     images: Literal["pooled", "hidden", "both"] = "both"
@@ -53,42 +51,8 @@ class Stored:
         return ("pooled", "hidden") if self.images == "both" else (self.images,)
 
 
-class TrainingData(Protocol):
-    """What a training step reads, computed now (`Online`) or before (`Embedded`)."""
-
-    records: list[Record]
-
-    def target(self, index: int, variant: int) -> dict[str, Tensor]:
-        """Posterior of a target's latents: `mean` and `std`, (channels, h, w)."""
-        ...
-
-    def text(self, index: int) -> dict[str, Tensor]:
-        """Text `states` (tokens, width), `mask` (tokens,), and for SDXL `pooled` (width,)."""
-        ...
-
-    def reference(self, file_name: str, change: int) -> dict[str, Tensor]:
-        """Image embeddings of a picture: `pooled` (clip_dim,), `hidden` (patches, clip_dim)."""
-        ...
-
-    @property
-    def no_text(self) -> dict[str, Tensor]:
-        """The text of a dropped caption."""
-        ...
-
-    @property
-    def no_image(self) -> dict[str, Tensor]:
-        """The embeddings of a dropped image."""
-        ...
-
-
 class Online:
-    """Encodes at every call.
-
-    Args:
-        folder: A prepared data set.
-        encoders: The frozen encoders.
-        preprocessing: How images are shown to them.
-    """
+    """What a training step reads, encoded at every call."""
 
     def __init__(
         self, folder: Path, encoders: FrozenEncoders, preprocessing: Preprocessing
@@ -111,25 +75,25 @@ class Online:
         return self.preprocessing.reference(self.image(file_name), file_name, change)
 
     def target(self, index: int, variant: int) -> dict[str, Tensor]:
-        """See `TrainingData`."""
+        """Posterior of a target's latents: `mean` and `std`, (channels, h, w)."""
         return _only(self.encoders.moments(self.target_pixels(index, variant)[None]))
 
     def text(self, index: int) -> dict[str, Tensor]:
-        """See `TrainingData`."""
+        """Text `states` (tokens, width), `mask` (tokens,), and for SDXL `pooled` (width,)."""
         return _only(self.encoders.text([self.records[index].text]))
 
     def reference(self, file_name: str, change: int) -> dict[str, Tensor]:
-        """See `TrainingData`."""
+        """Image embeddings of a picture: `pooled` (clip_dim,), `hidden` (patches, clip_dim)."""
         return _only(self.encoders.image([self.reference_picture(file_name, change)]))
 
     @cached_property
     def no_text(self) -> dict[str, Tensor]:
-        """See `TrainingData`."""
+        """The text of a dropped caption."""
         return _only(self.encoders.text([""]))
 
     @cached_property
     def no_image(self) -> dict[str, Tensor]:
-        """See `TrainingData`."""
+        """The embeddings of a dropped image."""
         return _only(self.encoders.no_image())
 
 
@@ -175,17 +139,7 @@ def _layout(
 
 
 class Embedded:
-    """Reads what `embed` stored.
-
-    Args:
-        folder: A prepared and embedded data set.
-        encoders: `FrozenEncoders.fingerprint` of the base that is trained on.
-        preprocessing: As given to `embed`.
-        stored: As given to `embed`.
-
-    Raises:
-        DataError: It was not embedded, or was embedded with other encoders or settings.
-    """
+    """What a training step reads, as `embed` stored it."""
 
     def __init__(
         self, folder: Path, encoders: str, preprocessing: Preprocessing, stored: Stored
@@ -202,17 +156,20 @@ class Embedded:
         )
 
     def target(self, index: int, variant: int) -> dict[str, Tensor]:
-        """See `TrainingData`."""
+        """As of `Online`."""
         return _floats({name: rows[variant] for name, rows in self._targets[index].items()})
 
     def text(self, index: int) -> dict[str, Tensor]:
-        """See `TrainingData`."""
+        """As of `Online`."""
         return _floats(self._texts[index])
 
     def reference(self, file_name: str, change: int) -> dict[str, Tensor]:
-        """See `TrainingData`."""
+        """As of `Online`."""
         rows = self._references[self._rows[file_name]]
         return _floats({name: each[change] for name, each in rows.items()})
+
+
+TrainingData = Online | Embedded
 
 
 def embed(
@@ -220,19 +177,10 @@ def embed(
 ) -> dict[str, Any]:
     """Compute the missing shards of a data set's cache; a finished one is never computed again.
 
-    Args:
-        folder: A prepared data set.
-        encoders: The frozen encoders.
-        preprocessing: How images are shown to them. Random crops, flips and changes are stored
-            variants: training draws among these, not among all that are possible.
-        stored: Which embeddings are kept.
+    Random crops, flips and changes are stored variants: training draws among these.
 
     Returns:
         Counts, settings and bytes, as written to `embedded.json`, and how many were `computed` now.
-
-    Raises:
-        DataError: The folder holds no prepared data.
-        OutputError: A shard cannot be written; finished ones stay. Or another process embeds.
     """
     from tqdm import tqdm
 

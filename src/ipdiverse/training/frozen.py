@@ -34,12 +34,8 @@ if TYPE_CHECKING:
 class Preprocessing:
     """How images are shown to encoders.
 
-    Args:
-        resolution: Height and width of targets in pixels, a multiple of 8.
-        variants: Random crops and flips of each target; 1 is the centre crop alone.
-        flip: Whether variants may be mirrored; wrong for images with text.
-        changed: Changed references of each image (`references.augment`), besides the image itself.
-        seed: Seed of crops, flips and changes.
+    `resolution` is a multiple of 8; `variants` are random crops, mirrored too with `flip`, where 1
+    is the centre crop alone; `changed` references (`augment`) come besides the image itself.
     """
 
     resolution: int = 512
@@ -56,29 +52,14 @@ class Preprocessing:
 
     @classmethod
     def of(cls, config: CacheConfig, resolution: int) -> Self:
-        """The preprocessing of a cache.
-
-        Args:
-            config: Options of `embed` or of a run.
-            resolution: The base's own, unless the options name another.
-        """
-        return cls(
-            config.resolution or resolution,
-            config.variants,
-            config.flip,
-            config.changed,
-            config.image_seed,
-        )
+        """The preprocessing of a cache, at the base's `resolution` unless it names another."""
+        own = (config.variants, config.flip, config.changed, config.image_seed)
+        return cls(config.resolution or resolution, *own)
 
     def target(self, image: Image.Image, sha256: str, variant: int) -> Tensor:
         """One variant of a target, float32 (3, resolution, resolution) in -1..1.
 
         Variant 0 is the centre; the others are drawn from the seed, the image and the number.
-
-        Args:
-            image: RGB.
-            sha256: The image's hash.
-            variant: From 0.
         """
         # as torchvision's Resize and RandomCrop of the original trainer, but seeded for each image
         scale = self.resolution / min(image.size)
@@ -95,13 +76,7 @@ class Preprocessing:
         return torch.from_numpy(pixels).permute(2, 0, 1).float().div(127.5).sub(1)
 
     def reference(self, image: Image.Image, sha256: str, change: int) -> Image.Image:
-        """One picture to prompt with: 0 is the image itself, the others are changed.
-
-        Args:
-            image: RGB.
-            sha256: The hash of the image or of its file: the same each time.
-            change: From 0.
-        """
+        """One picture to prompt with: 0 is the image itself, the others are changed."""
         if change == 0:
             return image
         rng = np.random.default_rng(derived_seed(self.seed, sha256, "reference", change))
@@ -109,16 +84,7 @@ class Preprocessing:
 
 
 class FrozenEncoders:
-    """VAE, text encoders and image encoder of a stock pipeline.
-
-    Args:
-        pipe: A Stable Diffusion pipeline of diffusers, 1.x, 2.x or XL.
-        image_encoder: A CLIP vision model with projection; None takes the pipeline's.
-        image_processor: Its preprocessing; None takes the pipeline's.
-
-    Raises:
-        ModelError: The base has no image encoder, and none is given.
-    """
+    """VAE, text encoders and image encoder of a stock pipeline."""
 
     def __init__(self, pipe: Any, image_encoder: Any = None, image_processor: Any = None) -> None:
         self.pipe = pipe
@@ -127,9 +93,7 @@ class FrozenEncoders:
         processor = image_processor or getattr(pipe, "feature_extractor", None)
         if encoder is None or processor is None:
             raise ModelError(
-                "has no image encoder",
-                where="base",
-                fix="Name one with --image-encoder.",
+                "has no image encoder", where="base", fix="Name one with --image-encoder."
             )
         self.images = ImageEncoding(encoder, processor)
         texts = (getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2"))
@@ -150,11 +114,7 @@ class FrozenEncoders:
         self.pipe.unet.to(device).requires_grad_(False)
 
     def set_aside(self, for_good: bool) -> None:
-        """Free the device, or all memory, of everything but the UNet.
-
-        Args:
-            for_good: Nothing is encoded again, and the weights go too.
-        """
+        """Free the device of everything but the UNet, or `for_good` all memory, weights too."""
         for module in self._modules():
             module.to("meta" if for_good else "cpu")
 
@@ -168,11 +128,7 @@ class FrozenEncoders:
 
     @torch.no_grad()
     def moments(self, pixels: Tensor) -> dict[str, Tensor]:
-        """Posterior of the latents, unscaled: `mean` and `std`, (batch, channels, h, w).
-
-        Args:
-            pixels: (batch, 3, height, width) in -1..1.
-        """
+        """Unscaled latents' `mean` and `std` (batch, channels, h, w) of pixels in -1..1."""
         vae = self.pipe.vae
         posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
         return {"mean": posterior.mean, "std": posterior.std}
@@ -227,17 +183,7 @@ def open_encoders(
     local_files_only: bool = False,
     unet: bool = True,
 ) -> FrozenEncoders:
-    """The encoders of a base by name.
-
-    Args:
-        base: As `bases.load_base` takes it.
-        image_encoder: A CLIP vision model, folder or hub id; None takes the base's.
-        local_files_only: Never connect.
-        unet: False leaves its weights for `FrozenEncoders.load_unet`.
-
-    Raises:
-        ModelError: One of them cannot be opened.
-    """
+    """The encoders of a base; without `unet`, its weights are left for `load_unet`."""
     opened = load_base(
         base,
         local_files_only=local_files_only,

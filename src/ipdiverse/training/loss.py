@@ -18,16 +18,7 @@ if TYPE_CHECKING:
 
 
 class PromptedUnet(nn.Module):
-    """A frozen UNet with an adapter that learns.
-
-    Args:
-        pipe: The base, with the adapter attached.
-        adapter: What learns.
-        min_snr: γ of `min_snr_weight`.
-
-    Raises:
-        ModelError: The base predicts neither ε nor v.
-    """
+    """A frozen UNet with an adapter that learns."""
 
     def __init__(self, pipe: Any, adapter: ImagePromptAdapter, min_snr: float) -> None:
         super().__init__()
@@ -55,12 +46,8 @@ class PromptedUnet(nn.Module):
         tokens = self.adapter.tokens(batch["image"])
         tokens = self.adapter.fuse(tokens, text, batch.get("text_mask"))
         noisy = schedule.add_noise(latents, noise, timestep)
-        predicted = unet(
-            noisy,
-            timestep,
-            (text, [tokens]),
-            added_cond_kwargs=_added(batch, unet.config, noisy.shape, factor),
-        ).sample
+        added = _added(batch, unet.config, noisy.shape, factor)
+        predicted = unet(noisy, timestep, (text, [tokens]), added_cond_kwargs=added).sample
         v = schedule.config.prediction_type == "v_prediction"
         target = schedule.get_velocity(latents, noise, timestep) if v else noise
         error = (predicted.float() - target.float()).square().mean(dim=(1, 2, 3))

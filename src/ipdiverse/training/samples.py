@@ -25,20 +25,7 @@ if TYPE_CHECKING:
 
 
 class Samples(Dataset[dict[str, Any]]):
-    """Sample number to tensors: `latents`, `noise`, `timestep`, text and image embeddings.
-
-    Args:
-        data: Embeddings and latents' moments.
-        trained: Which images are targets; the others are held out.
-        references: Which picture prompts which of these.
-        config: The run.
-        reads: Which embedding the adapter reads, `pooled` or `hidden`.
-        scaling: The VAE's factor, and its shift.
-        timesteps: How many timesteps the noise schedule has.
-
-    Raises:
-        ArgumentError: References are to be changed, but no changed ones are stored.
-    """
+    """Sample number to tensors: `latents`, `noise`, `timestep`, text and image embeddings."""
 
     def __init__(
         self,

@@ -53,21 +53,12 @@ _PARTS = {"projection": "image_proj", "layers": "ip_adapter", "fusion": "fusion"
 
 
 def train(config: TrainConfig) -> Path:
-    """Train an adapter, or resume the run that stopped in `config.out`.
-
-    Args:
-        config: The run.
-
-    Returns:
-        The finished adapter's file.
+    """Train an adapter, or resume the run that stopped in `config.out`; the finished file.
 
     Raises:
-        DataError: The data set is not prepared or embedded as the run needs it.
-        ModelError: The base or the initial adapter does not fit, or too many batches in a row were
-            not finite.
+        IpdiverseError: Data, base or adapter do not fit, the folder cannot be written or is held by
+            another process, or too many batches in a row were not finite.
         Interrupted: A signal stopped it, after saving.
-        OutputError: A checkpoint cannot be written; those before it stay. Or another process trains
-            in the folder.
     """
     # processes of one run share its folder, which their main one holds
     main = open_accelerator(config.mixed_precision).is_main_process
@@ -76,13 +67,7 @@ def train(config: TrainConfig) -> Path:
 
 
 class Trainer:
-    """State of a run: adapter, average, optimizer, step.
-
-    Args:
-        config: The run.
-        encoders: The base's, with its pipeline; None opens what the config names. Once all is
-            cached and nothing is drawn, their weights are freed.
-    """
+    """State of a run; once all is cached and nothing is drawn, encoders' weights are freed."""
 
     def __init__(self, config: TrainConfig, encoders: FrozenEncoders | None = None) -> None:
         from accelerate.utils import set_seed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from io import BytesIO
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +20,6 @@ from ipdiverse.writing import ensure_writable_folder, write_bytes_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from ipdiverse.adapter.attach.attach import Attachment
     from ipdiverse.training.config import TrainConfig
@@ -31,13 +31,7 @@ _GRID = 16
 
 @dataclass(frozen=True)
 class Case:
-    """A held-out image and its image prompt.
-
-    Args:
-        text: Its caption.
-        target: The image itself.
-        reference: Another image of its subject, or the image itself if it is the only one.
-    """
+    """A held-out image, its caption and its image prompt: a partner, or itself without one."""
 
     text: str
     target: Image.Image
@@ -45,15 +39,7 @@ class Case:
 
 
 class Validation:
-    """Draws held-out cases with the adapter in its present state; measures how much it copies.
-
-    Args:
-        config: The run.
-        records: The whole data set.
-        held_out: Indices of those that the run does not train on.
-        encoders: The base's.
-        attachment: The adapter on its pipeline.
-    """
+    """Draws held-out cases with the adapter in its present state; measures how much it copies."""
 
     def __init__(
         self,
@@ -68,8 +54,6 @@ class Validation:
         self.cases = [self._case(records, partners, index) for index in held_out]
 
     def _case(self, records: Sequence[Record], partners: References, index: int) -> Case:
-        from pathlib import Path
-
         record, folder = records[index], Path(self.config.data)
         choice = partners.choose(index, np.random.default_rng(self.config.seed))
         target, reference = (
@@ -79,10 +63,6 @@ class Validation:
 
     def run(self, step: int, out: Path) -> dict[str, float]:
         """Draw every case, write the sheet `OUT/validation/STEP.png`, and measure.
-
-        Args:
-            step: Steps done.
-            out: The run's folder.
 
         Returns:
             `copy_layout` and `copy_clip`: how much closer outputs are to their reference than the
