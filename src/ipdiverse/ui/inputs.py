@@ -21,11 +21,12 @@ from ipdiverse.errors import ArgumentError, check_range
 from ipdiverse.sampling.request import Request
 from ipdiverse.ui import Installed
 from ipdiverse.ui.status import PRIVATE
+from ipdiverse.ui.uploads import Upload, shown_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ipdiverse.ui.uploads import Upload
+    from ipdiverse.ui.visitors import Sessions
 
 MAX_SET, MAX_STEPS, MAX_GUIDANCE, MAX_TEXT = 16, 100, 20, 2000
 MAX_SEED = 2**53
@@ -43,7 +44,12 @@ class Fields:
     """
 
     def __init__(self, page: gr.Blocks, cache: Path) -> None:
-        self._events = {number: event for number, event in page.fns.items() if event.fn}
+        # only gradio itself says that a page was closed
+        self._events = {
+            number: event
+            for number, event in page.fns.items()
+            if event.fn and not any(kind == "unload" for _, kind in event.targets)
+        }
         self._cache = cache
 
     def checked(self, path: str, asked: dict[str, Any]) -> dict[str, Any]:
@@ -61,41 +67,27 @@ class Fields:
             raise _unusable("session_hash", "a short name", session)
         number = _whole("fn_index", asked.get("fn_index"))
         known = {"session_hash": session, "fn_index": number}
-        if path.endswith("/cancel"):
-            event = asked.get("event_id")
-            return known | {"event_id": _text("event_id", event, 64)}
         event = self._events.get(number)
-        if event is None or event.queue != path.endswith("/join"):
+        cancels, joins = path.endswith("/cancel"), path.endswith("/join")
+        if event is None or (not cancels and event.queue != joins):
             raise _unusable("fn_index", "an event of this page", number)
+        if cancels:
+            return known | {"event_id": _text("event_id", asked.get("event_id"), 64) or ""}
         data, inputs = asked.get("data"), event.inputs
         if not isinstance(data, list) or len(data) != len(inputs):
             found = len(data) if isinstance(data, list) else data
             raise _unusable("data", f"a list of {len(inputs)} values", found)
-        passed = [self.value(field, one) for field, one in zip(inputs, data, strict=True)]
+        passed = [
+            self._files(str(field.label), one)
+            if isinstance(field, gr.File)
+            else check_value(field, one)
+            for field, one in zip(inputs, data, strict=True)
+        ]
         if event.collects_event_data:
             about = asked.get("event_data")
             index = _whole("event_data", about.get("index") if isinstance(about, dict) else about)
             known["event_data"] = {"index": index, "value": None, "selected": True}
         return known | {"data": passed}
-
-    def value(self, field: Any, value: Any) -> Any:
-        """A value for a component.
-
-        Raises:
-            ArgumentError: It is of another type, too large, or not among the choices.
-        """
-        name = str(field.label or field.elem_id)
-        match field:
-            case gr.State():  # kept by the server
-                return None
-            case gr.File():
-                return self._files(name, value)
-            case gr.Slider() | gr.Number():
-                return _number(name, value, field.minimum, field.maximum)
-            case gr.CheckboxGroup() | gr.Dropdown() if "-adapter" not in str(field.elem_id):
-                return _chosen_of(name, value, field)
-            case _:  # an adapter too: its choices depend on the base
-                return _text(name, value, MAX_TEXT)
 
     def _files(self, name: str, value: Any) -> Any:
         if value is None:
@@ -117,6 +109,24 @@ class Fields:
             return path.is_absolute() and path.resolve().is_relative_to(self._cache)
         except OSError:  # a name that is too long, a loop of links
             return False
+
+
+def check_value(field: Any, value: Any) -> Any:
+    """A value for a component.
+
+    Raises:
+        ArgumentError: It is of another type, too large, or not among the choices.
+    """
+    name = str(field.label or field.elem_id)
+    match field:
+        case gr.BrowserState():
+            return value if isinstance(value, list) and len(value) <= _MAX_FILES else None
+        case gr.Slider() | gr.Number():
+            return _number(name, value, field.minimum, field.maximum)
+        case gr.CheckboxGroup() | gr.Dropdown() if "-adapter" not in str(field.elem_id):
+            return _chosen_of(name, value, field)
+        case _:  # an adapter too: its choices depend on the base
+            return _text(name, value, MAX_TEXT)
 
 
 def _unusable(name: str, expected: str, found: Any) -> ArgumentError:
@@ -228,8 +238,62 @@ def advanced(installed: Installed, tab: str) -> Advanced:
         choice = gr.Dropdown(choices=names, value=names[0] if names else None)
         return choice, usual.steps, usual.guidance_scale
 
-    base.change(on_base, base, [adapter, steps, guidance], queue=False, **PRIVATE)
+    base.input(on_base, base, [adapter, steps, guidance], queue=False, **PRIVATE)
     return Advanced(seed, steps, guidance, base, adapter, combine)
+
+
+def remembered(
+    sessions: Sessions,
+    installed: Installed,
+    tab: str,
+    fields: list[Any],
+    more: Advanced,
+    references: list[Any],
+) -> None:
+    """Let a reload keep what was typed and chosen.
+
+    Settings are kept by the browser; of references it knows nothing but their visitor's cookie.
+
+    Args:
+        sessions: Everybody's.
+        installed: What may be chosen.
+        tab: Its name.
+        fields: Settings.
+        more: Those of them whose choices depend on the base.
+        references: Components that show the references.
+    """
+    # the secret hides nothing: the page knows it; it only has to stay the same
+    kept = gr.BrowserState(storage_key=f"ipdiverse-{tab}", secret="ipdiverse")  # noqa: S106
+    changes = [field.change for field in fields]
+    gr.on(changes, None, fields, kept, js="(...values) => values", show_progress="hidden")
+
+    def restore(values: list[Any] | None, request: gr.Request) -> list[Any]:
+        session = sessions.asking(request)
+        chosen = session.chosen[tab] = session.visitor.chosen.get(tab, [])
+        return [*_restored(fields, more, values or [], installed), *shown_of(chosen)]
+
+    gr.context.Context.root_block.load(  # type: ignore[union-attr] - it is there inside `Blocks`
+        restore, kept, [*fields, *references], queue=False, **PRIVATE
+    )
+
+
+def _restored(
+    fields: list[Any], more: Advanced, values: list[Any], installed: Installed
+) -> list[Any]:
+    """What was kept, where it can still be used; a browser may have kept it for years."""
+    if len(values) != len(fields):
+        return [gr.skip()] * len(fields)
+    found = dict(zip(fields, values, strict=True))
+    for field, value in found.items():
+        try:
+            found[field] = check_value(field, value)
+        except ArgumentError:
+            found[field] = field.value
+    names = list(installed.adapters_of(installed.bases[found[more.base]]))
+    if found[more.adapter] not in names:
+        found[more.adapter] = names[0] if names else None
+    found[more.adapter] = gr.Dropdown(choices=names, value=found[more.adapter])
+    return list(found.values())
 
 
 def request_from(

@@ -11,17 +11,20 @@ import gradio as gr
 from ipdiverse.evaluation import report
 from ipdiverse.ui.status import PRIVATE, answered, problem
 from ipdiverse.ui.tabs import grid_tab, vary_tab
+from ipdiverse.ui.visitors import visitor_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ipdiverse.ui import Installed
-    from ipdiverse.ui.queue import Sessions
+    from ipdiverse.ui.visitors import Sessions
 
 TITLE = "ipdiverse"
 CACHE_SECONDS = (600, 3600)
 """How often gradio's cache is looked through, and the age at which a file in it is deleted."""
 
+MAX_EVENTS = 200
+"""Drawings that gradio has accepted and not yet begun; `Turns` has its own line after that."""
 MAX_REPORTS = 200
 MAX_BYTES = 64 * 2**20
 _NAME = "report.html"
@@ -29,16 +32,13 @@ _MARK = f"<h1>{report.TITLE}</h1>"
 _HEAD_BYTES = 4096
 
 
-def build(
-    sessions: Sessions, installed: Installed, reports: dict[str, Path], waiting: int
-) -> gr.Blocks:
+def build(sessions: Sessions, installed: Installed, reports: dict[str, Path]) -> gr.Blocks:
     """The page.
 
     Args:
         sessions: Everybody's.
         installed: What may be chosen.
         reports: From `find_reports`.
-        waiting: How many drawings may wait for their turn; more are refused.
     """
     with gr.Blocks(
         title=TITLE, analytics_enabled=False, delete_cache=CACHE_SECONDS, fill_width=True
@@ -52,12 +52,12 @@ def build(
             _reports_tab(reports)
 
         def leave(request: gr.Request) -> None:
-            sessions.leave(request.session_hash)
+            sessions.leave(request.session_hash, visitor_of(request))
 
         page.unload(leave)
     for event in page.fns.values():
         event.fn = event.fn and answered(event.fn)
-    return page.queue(max_size=waiting, default_concurrency_limit=1, api_open=False)
+    return page.queue(max_size=MAX_EVENTS, default_concurrency_limit=1, api_open=False)
 
 
 def look() -> dict[str, Any]:

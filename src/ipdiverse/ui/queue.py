@@ -1,20 +1,23 @@
-"""Who draws when: one turn for everybody, jobs on threads, and the visitors whose jobs they are."""
+"""Who draws when: one turn for everybody, and jobs on threads that take it.
+
+Turns are fair between visitors, not first come, first served: next is who has had least of the
+machine and asks for least. A turn lasts for one batch of images, so nobody waits for the whole of
+somebody else's work, and one who wants much more than the next in line is interrupted.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import shutil
 import sys
 import threading
 import time
 import traceback
-from collections import OrderedDict
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ipdiverse.dial import dial_of
-from ipdiverse.errors import IpdiverseError
+from ipdiverse.errors import ArgumentError, IpdiverseError
 from ipdiverse.sampling.draw import Drawing, Generation, drawing
 from ipdiverse.sampling.saving import Run, fingerprint
 from ipdiverse.sampling.task import LastBase
@@ -29,37 +32,126 @@ if TYPE_CHECKING:
 
     from ipdiverse.base.bases import Base
     from ipdiverse.sampling.request import Request
+    from ipdiverse.ui.visitors import Visitor
 
-MAX_SESSIONS = 128
-"""Visitors whose results are kept; beyond that, the one away longest is forgotten."""
+PLACES = 2
+"""Drawings that one visitor may have in the line: one for each tab that draws."""
+USUAL = 200
+"""Denoising steps times images: asking for fewer gives nobody an earlier turn, and who asks when
+all their places are taken is charged for so many."""
+_PASSED = 25
+"""By how many steps times images each turn of others brings the next turn nearer."""
+_INTERRUPTIONS = 3
+"""How often a batch of images is begun again for the sake of others."""
+_PASSED_ON = 10.0
+"""Seconds in which gradio passes a request on, or its visitor has gone."""
 _WAIT, _LOOK = 0.1, 0.2
 """Seconds between two tries for a turn, and between two looks at a job."""
 
 
 class Turns:
-    """The one turn to draw, and the base that whoever has it draws with.
+    """The one turn to draw, the line of jobs for it, and the base that whoever has it draws with.
 
     Gradio's own queue cannot hold the turn: it frees the place of a cancelled event at once, while
-    the job's thread is still inside a denoising step.
+    the job's thread is still inside a denoising step; and it knows no visitors.
+
+    Args:
+        waiting: How many jobs may wait while another one draws.
     """
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
+    def __init__(self, waiting: int = 8) -> None:
+        self._lock, self._line_lock = threading.Lock(), threading.Lock()
+        self._line: list[Job] = []
+        self._expected: list[float] = []  # when each was admitted that has not arrived
+        self._waiting = waiting
         self._last = LastBase()
 
     @contextmanager
-    def turn(self, check: Callable[[], None]) -> Iterator[None]:
+    def turn(self, check: Callable[[], None], job: Job | None = None) -> Iterator[None]:
         """Wait until nobody else draws, and keep others waiting for the length of the block.
 
         Args:
             check: Called while waiting; an error that it raises ends the wait.
+            job: In the line; None goes before it.
         """
-        while not self._lock.acquire(timeout=_WAIT):
+        while not (self._is_next(job) and self._lock.acquire(timeout=_WAIT)):
             check()
+            if not self._is_next(job):
+                time.sleep(_WAIT)
         try:
+            for other in self._others(job):
+                other.passed += 1
+            if job is not None:
+                job.passed = 0
             yield
         finally:
             self._lock.release()
+
+    def join(self, job: Job) -> None:
+        """Put a job into the line, if need be in place of one that wants much more.
+
+        Raises:
+            ArgumentError: The line is full, or the visitor has too many jobs in it.
+        """
+        with self._line_lock:
+            if refusal := self.refusal(job.visitor, job):
+                raise ArgumentError(refusal[1])
+            if len(self._active()) > self._waiting:
+                self._worst().refuse()
+            self._line.append(job)
+
+    def leave(self, job: Job) -> None:
+        """Take a job out of the line."""
+        with self._line_lock:
+            if job in self._line:
+                self._line.remove(job)
+
+    def admit(self, visitor: Visitor | None) -> tuple[int, str] | None:
+        """As `refusal`, before gradio passes a request on; if there is none, a place is kept."""
+        recent = time.monotonic() - _PASSED_ON
+        self._expected = [at for at in self._expected if at > recent]
+        refusal = self.refusal(visitor, expected=len(self._expected))
+        if refusal is None:
+            self._expected.append(time.monotonic())
+        return refusal
+
+    def arrived(self) -> None:
+        """A request that was admitted is about to ask for its place."""
+        if self._expected:
+            self._expected.pop(0)
+
+    def refusal(
+        self, visitor: Visitor | None, job: Job | None = None, expected: int = 0
+    ) -> tuple[int, str] | None:
+        """Why another job of a visitor would not get a place: a status of HTTP, and words."""
+        active = self._active()
+        if visitor is not None and sum(one.visitor is visitor for one in active) >= PLACES:
+            visitor.charge(USUAL)
+            return 429, f"{PLACES} of your drawings are waiting; cancel one, or wait for it"
+        if len(active) + expected <= self._waiting:
+            return None
+        used = 0.0 if visitor is None else visitor.used
+        need = used + USUAL / 2 if job is None else job.need
+        if active and 2 * need <= self._worst().need:
+            return None
+        return 503, "Queue is full: others are drawing. Try again in a minute."
+
+    def gives_way(self, job: Job, within: bool) -> bool:
+        """Whether the job that has the turn should let another one draw.
+
+        Args:
+            job: That has the turn.
+            within: In the middle of a batch, which has to be begun again: only a few times, and
+                only for one that needs less than half.
+        """
+        others = self._others(job)
+        if within:
+            return job.interrupted < _INTERRUPTIONS and any(2 * o.need < job.need for o in others)
+        return any(other.rank < job.rank for other in others)
+
+    def before(self, job: Job) -> int:
+        """Number of jobs that are to draw before one, if nobody else comes."""
+        return sum(other.rank < job.rank for other in self._others(job))
 
     @property
     def busy(self) -> bool:
@@ -74,9 +166,28 @@ class Turns:
         """
         return self._last.open(request)
 
+    def _active(self) -> list[Job]:
+        return [job for job in list(self._line) if not job.stopping]
+
+    def _others(self, job: Job | None) -> list[Job]:
+        return [other for other in self._active() if other is not job]
+
+    def _worst(self) -> Job:
+        return max(self._active(), key=lambda job: (job.need, job.since))
+
+    def _is_next(self, job: Job | None) -> bool:
+        if job is None or job.stopping:
+            return True
+        mine = (job.rank, job.since)
+        return all(mine <= (other.rank, other.since) for other in self._others(job))
+
 
 class Stopped(Exception):  # noqa: N818 - an event, not an error
     """Somebody asked the job to stop."""
+
+
+class GaveWay(Exception):  # noqa: N818 - an event, not an error
+    """Somebody else is to draw first; the job goes on afterwards."""
 
 
 @dataclass(frozen=True)
@@ -102,35 +213,85 @@ class Sheet:
 
 
 class Job:
-    """Requests drawn one after the other, on a thread.
+    """Requests drawn one after the other, on a thread, in as many turns as it takes.
 
     Args:
         turns: Waited for before drawing.
         requests: By the folder inside `folder` that each one's images go to; references as files.
         names: What a visitor calls the references.
         folder: For the images.
+        visitor: Whose it is.
     """
 
     def __init__(
-        self, turns: Turns, requests: Mapping[str, Request], names: tuple[str, ...], folder: Path
+        self,
+        turns: Turns,
+        requests: Mapping[str, Request],
+        names: tuple[str, ...],
+        folder: Path,
+        visitor: Visitor | None = None,
     ) -> None:
         self.requests, self.names, self.folder = requests, names, folder
+        self.visitor, self.passed, self.interrupted = visitor, 0, 0
         self.total = sum(request.n * (request.steps or 0) for request in requests.values())
         self.done = 0
         self.sheets: dict[str, Sheet] = {}
         self.files: dict[str, list[Path]] = {}
         self.error: IpdiverseError | None = None
         self._turns = turns
+        self._drawn: list[Image.Image] = []  # of the request that is being drawn
+        self._run: Run | None = None
+        self._finished = self._turn_from = 0  # steps times images
+        self._so_far: Callable[[], dict[str, Sheet]] | None = None
         self._began: tuple[float, int] | None = None
         self._stop, self._ended = threading.Event(), threading.Event()
 
     def start(self) -> None:
-        """Begin as soon as nobody else draws."""
+        """Get into the line, and begin when it is this job's turn.
+
+        Raises:
+            ArgumentError: There is no place.
+        """
+        self._turns.join(self)
         threading.Thread(target=self._run, daemon=True).start()
 
     def stop(self) -> None:
         """Stop after the current denoising step; finished images stay."""
         self._stop.set()
+
+    def refuse(self) -> None:
+        """Stop to make room for others."""
+        self.error = IpdiverseError(
+            "your drawing has lost its place, as others who have drawn less are waiting",
+            fix="Try again in a minute.",
+        )
+        self.stop()
+
+    @property
+    def need(self) -> float:
+        """What the visitor has had, and half of what is asked; halves, so that turns alternate."""
+        used = 0.0 if self.visitor is None else self.visitor.used
+        return used + max(self.total - self.done, USUAL) / 2
+
+    @property
+    def rank(self) -> float:
+        """The lowest draws next: who needs little, or has waited for many turns of others."""
+        return self.need - _PASSED * self.passed
+
+    @property
+    def since(self) -> float:
+        """When the visitor first came: of equals, the one who has been here longer is first."""
+        return 0.0 if self.visitor is None else self.visitor.since
+
+    @property
+    def stopping(self) -> bool:
+        """Whether it was told to stop."""
+        return self._stop.is_set()
+
+    @property
+    def before(self) -> int:
+        """Number of other jobs that come first."""
+        return self._turns.before(self)
 
     def watch(self) -> Generator[None]:
         """Yield every now and then until the job has ended; closing the generator stops the job."""
@@ -174,50 +335,73 @@ class Job:
             return None
         since, at = self._began
         timed = self.done - at
-        return (time.monotonic() - since) / timed * (self.total - self.done) if timed else None
+        return (time.monotonic() - since) / timed * (self.total - self.done) if timed > 0 else None
 
     def _run(self) -> None:
         try:
-            with self._turns.turn(self._check):
-                for inside, request in self.requests.items():
-                    self._check()
-                    self._draw(inside, request)
+            for inside, request in self.requests.items():
+                self._drawn, self._finished, self._so_far = [], self.done, None
+                self._run = None
+                while len(self._drawn) < request.n:
+                    with self._turns.turn(self._check, self):
+                        self._check()
+                        self._turn_from = self._finished
+                        self._draw(inside, request)
         except Stopped:
-            pass
+            if self._so_far is not None:  # stopped while others drew
+                self.sheets |= self._so_far()
         except IpdiverseError as error:
             self.error = error
         except Exception as error:  # whatever else happens must not leave the visitor waiting
             traceback.print_exc(file=sys.stderr)
             self.error = IpdiverseError("drawing failed", found=type(error).__name__)
         finally:
+            self._turns.leave(self)
             self._ended.set()
 
     def _draw(self, inside: str, request: Request) -> None:
+        """Draw a request's images, those that are left, or until it is somebody else's turn."""
         out = ensure_writable_folder(self.folder / inside)
         with drawing(request, self._turns.base(request)) as work:
-            images: list[Image.Image] = []
-            files = self.files.setdefault(inside, [])
+            files, skip = self.files.setdefault(inside, []), range(len(self._drawn))
             named = replace(work.request, image=self.names)
-            stopped = False
-            run = Run(out, fingerprint(named), request.n)
-            run.begin(replace(work, request=named).record(inside))
+            if self._run is None:  # not one that goes on after others had their turn
+                self._run = Run(out, fingerprint(named), request.n)
+                self._run.begin(replace(work, request=named).record(inside))
+            run, ended = self._run, None
             try:
-                for number, image in work.images(progress=False, on_step=self._step):
+                for number, image in work.images(skip, progress=False, on_step=self._step):
                     file = run.add(number, image)
-                    images.append(image)
+                    self._drawn.append(image)
+                    self._finished, self.interrupted = self._finished + (request.steps or 0), 0
                     files.append(file)  # only now: the page's thread shows what is in this list
-            except Stopped:
-                stopped = True
-            if images:
-                self.sheets[inside] = _sheet(work, named, images, files, inside, run)
-        if stopped:
-            raise Stopped
+            except (Stopped, GaveWay) as error:
+                ended = error
+                self._charge(self._finished - self.done)  # what was begun is not paid for
+            if self._drawn:
+                sheet = partial(_sheet, work, named, self._drawn, files, inside, run)
+                self._so_far = lambda: {inside: sheet(compared=False)}
+                if not isinstance(ended, GaveWay):
+                    self.sheets[inside], self._so_far = sheet(), None
+        if isinstance(ended, Stopped):
+            raise ended
 
     def _step(self, images: int) -> None:
-        self.done += images
+        within = self.done != self._finished
+        first = self._finished == self._turn_from
+        self._charge(images)
         if self._began is None:
             self._began = (time.monotonic(), self.done)
         self._check()
+        # after the first batch of a turn, others may be next; within a batch, hardly ever
+        if (within or not first) and self._turns.gives_way(self, within):
+            self.interrupted += within
+            raise GaveWay
+
+    def _charge(self, steps: int) -> None:
+        self.done += steps
+        if self.visitor is not None:
+            self.visitor.charge(steps)
 
     def _check(self) -> None:
         if self._stop.is_set():
@@ -231,6 +415,7 @@ def _sheet(
     files: list[Path],
     inside: str,
     run: Run,
+    compared: bool = True,
 ) -> Sheet:
     """Write the finished images' record, and compare them with the reference and the prompt."""
     # image i does not depend on how many follow, so a stopped job is a request for fewer images
@@ -240,74 +425,7 @@ def _sheet(
     run.begin(made.record(inside))
     run.finish(made.sheet(), work.notes)
     calibrated = dial_of(work.attachment.adapters[0].spec, "adapter") is not None
-    closeness = judged(work.attachment, images, work.references, fewer)
+    # the pipeline is somebody else's when a job is stopped while it waits
+    closeness = judged(work.attachment, images, work.references, fewer) if compared else None
     usual = work.task.base.guidance_scale
     return Sheet(fewer, list(files), work.notes, calibrated, closeness, usual)
-
-
-@dataclass
-class Session:
-    """One visitor's work.
-
-    Args:
-        folder: For references and results.
-        jobs: The last one of each tab.
-    """
-
-    folder: Path
-    jobs: dict[str, Job] = field(default_factory=dict)
-
-
-class Sessions:
-    """All visitors, and the turns that they take.
-
-    Args:
-        folder: Private; each session's is inside it.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.turns = Turns()
-        self._folder = folder
-        self._lock = threading.Lock()
-        self._sessions: OrderedDict[str, Session] = OrderedDict()
-
-    def of(self, key: str | None) -> Session:
-        """A visitor's session; a new one for a new visitor.
-
-        Args:
-            key: What the browser calls it: any text.
-        """
-        name = _folder_name(key)
-        with self._lock:
-            if name not in self._sessions:
-                folder = self._folder / name
-                folder.mkdir(parents=True, exist_ok=True)
-                self._sessions[name] = Session(folder)
-            self._sessions.move_to_end(name)
-            while len(self._sessions) > MAX_SESSIONS:
-                self._forget(next(iter(self._sessions)))
-            return self._sessions[name]
-
-    def leave(self, key: str | None) -> None:
-        """A visitor has gone: stop their jobs and delete their files."""
-        with self._lock:
-            self._forget(_folder_name(key))
-
-    def close(self) -> None:
-        """Stop and delete everything."""
-        with self._lock:
-            for name in list(self._sessions):
-                self._forget(name)
-
-    def _forget(self, name: str) -> None:
-        session = self._sessions.pop(name, None)
-        if session is None:
-            return
-        for job in session.jobs.values():
-            job.stop()
-        shutil.rmtree(session.folder, ignore_errors=True)
-
-
-def _folder_name(key: str | None) -> str:
-    """A safe name for whatever a browser calls itself."""
-    return hashlib.sha256(str(key).encode("utf-8", "replace")).hexdigest()[:24]

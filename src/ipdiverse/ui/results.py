@@ -15,16 +15,17 @@ import gradio as gr
 
 from ipdiverse.errors import IpdiverseError
 from ipdiverse.ui import status
-from ipdiverse.ui.queue import Job, Session, Sessions
+from ipdiverse.ui.queue import Job
 from ipdiverse.ui.recipes import as_commands, as_python, packed
 from ipdiverse.ui.status import LIVE, PRIVATE
-from ipdiverse.ui.uploads import Upload
 from ipdiverse.writing import write_bytes_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from ipdiverse.sampling.request import Request
+    from ipdiverse.ui.uploads import Upload
+    from ipdiverse.ui.visitors import Session, Sessions
 
 _PATIENCE = 60.0
 """Seconds that cancelling waits for the running denoising step."""
@@ -133,29 +134,31 @@ def draw_on(
     Args:
         triggers: Events that start a drawing.
         cancel: The button that stops it.
-        inputs: Components; the first holds the list of uploads.
+        inputs: Components.
         outputs: Components that `shown` fills.
         results: Components that are filled here.
         tab: Its name.
         sessions: Everybody's.
-        requests_of: Takes the inputs' values; requests by the folder of their images.
+        requests_of: Takes references and the inputs' values; requests by their images' folder.
         shown: What a job has drawn, by output; of None, nothing.
     """
 
-    def start(request: gr.Request, uploads: list[Upload], *values: Any) -> Iterator[dict[Any, Any]]:
-        session = sessions.of(request.session_hash)
+    def start(request: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
+        sessions.turns.arrived()
+        session = sessions.asking(request)
+        uploads = session.chosen.get(tab, [])
         try:
-            requests = requests_of(uploads, *values)
+            job = _new_job(sessions, session, tab, requests_of(uploads, *values), uploads)
         except IpdiverseError as error:
             yield {results.told: status.problem(str(error)), results.progress: ""}
             return
-        job = _new_job(sessions, session, tab, requests, uploads)
         yield {**shown(None), results.told: status.going(job), **results.emptied()}
         yield from _watched(job, results, lambda: shown(job))
         yield {**shown(job), **_ended(job, results)}
+        session.visitor.weigh()
 
     def stop(request: gr.Request) -> dict[Any, Any]:
-        job = sessions.of(request.session_hash).jobs.get(tab)
+        job = sessions.asking(request).jobs.get(tab)
         if job is None:
             return {results.progress: "", results.told: status.line("Cancelled; nothing to stop.")}
         job.stop()
@@ -163,8 +166,8 @@ def draw_on(
         return {**shown(job), **_ended(job, results)} if job.wait(_PATIENCE) else {}
 
     every = [*outputs, *results.all()]
-    # one id for both tabs: gradio then lets one drawing through at a time, and counts the others
-    options = PRIVATE | {"concurrency_id": "drawing", "concurrency_limit": 1}
+    # no limit of gradio's: its queue is first come, first served; `Turns` decides who draws
+    options = PRIVATE | {"concurrency_id": "drawing", "concurrency_limit": None}
     options |= {"show_progress": "minimal", "show_progress_on": results.progress}
     drawing = [trigger(start, list(inputs), every, **options) for trigger in triggers]
     cancel.click(stop, None, every, cancels=drawing, queue=False, **PRIVATE)
@@ -180,12 +183,14 @@ def _new_job(
     """Start a job in place of the tab's last one, whose files go."""
     if (before := session.jobs.get(tab)) is not None:
         before.stop()
-    shutil.rmtree(session.folder / tab, ignore_errors=True)
     # a new folder each time: the browser keeps images by their address
     folder = session.folder / tab / uuid.uuid4().hex
-    job = Job(sessions.turns, requests, tuple(one.name for one in uploads), folder)
-    session.jobs[tab] = job
+    names = tuple(one.name for one in uploads)
+    job = Job(sessions.turns, requests, names, folder, session.visitor)
     job.start()
+    session.jobs[tab] = job
+    if before is not None:
+        shutil.rmtree(before.folder, ignore_errors=True)
     return job
 
 

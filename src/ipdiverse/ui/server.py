@@ -14,8 +14,16 @@ from ipdiverse.errors import ArgumentError, IpdiverseError, check_range
 from ipdiverse.image_io import MAX_FILE_BYTES
 from ipdiverse.sampling.request import Request
 from ipdiverse.ui import find_installed
-from ipdiverse.ui.queue import Sessions, Turns
-from ipdiverse.ui.safety import Check, OwnPageOnly, check_binding, is_loopback, private_folder
+from ipdiverse.ui.queue import Turns
+from ipdiverse.ui.safety import (
+    Check,
+    OwnPageOnly,
+    Refused,
+    check_binding,
+    is_loopback,
+    private_folder,
+)
+from ipdiverse.ui.visitors import Sessions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -62,12 +70,21 @@ def opened_page(options: Options) -> Iterator[Page]:
         from ipdiverse.ui.inputs import Fields
         from ipdiverse.ui.page import build, find_reports, look
 
-        sessions = Sessions(folder / "work")
+        sessions = Sessions(folder / "work", options.waiting)
         reports = find_reports([Path(name) for name in options.reports])
-        page = build(sessions, installed, reports, options.waiting)
+        page = build(sessions, installed, reports)
         stack.callback(_close, page, sessions)
         fields = Fields(page, (folder / "gradio").resolve())
-        url = _launch(page, options, look(), lambda path, asked, _: fields.checked(path, asked))
+
+        def check(path: str, asked: dict[str, Any], visitor: str | None) -> dict[str, Any]:
+            passed = fields.checked(path, asked)
+            if path.endswith("/join"):  # before gradio spends time on it
+                known = sessions.visitor(passed["session_hash"], visitor)
+                if refusal := sessions.turns.admit(known):
+                    raise Refused(*refusal)
+            return passed
+
+        url = _launch(page, options, look(), check)
         warming = threading.Thread(target=_warm, args=(sessions.turns,), daemon=True)
         warming.start()
         stack.callback(warming.join)  # nothing is being opened when the page has gone

@@ -78,7 +78,8 @@ def bar(job: Job) -> str:
     percent = 100 * job.done // max(1, job.total)
     words = f"{job.images} of {job.wanted} images, {percent} %"
     if not job.begun:
-        words = "opening the model"
+        before = job.before
+        words = f"waiting; {before} before you" if before else "opening the model"
     elif job.seconds_left is not None:
         words += f", about {duration(job.seconds_left)} left"
     return (

@@ -16,7 +16,7 @@ from PIL import Image
 from ipdiverse.base.bases import defaults_of
 from ipdiverse.errors import ArgumentError
 from ipdiverse.evaluation.report import inline
-from ipdiverse.ui.inputs import MAX_SET, advanced, request_from, text_inputs
+from ipdiverse.ui.inputs import MAX_SET, advanced, remembered, request_from, text_inputs
 from ipdiverse.ui.results import Results, draw_on, progress_parts, recipe_parts
 from ipdiverse.ui.status import PRIVATE, report
 from ipdiverse.ui.uploads import picker
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
     from ipdiverse.sampling.request import Request
     from ipdiverse.ui import Installed
-    from ipdiverse.ui.queue import Job, Sessions
+    from ipdiverse.ui.queue import Job
+    from ipdiverse.ui.visitors import Sessions
 
 _Component = TypeVar("_Component")
 
@@ -42,7 +43,7 @@ def vary_tab(sessions: Sessions, installed: Installed) -> None:
     """Lay the first tab out and say what its buttons do."""
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=300):
-            uploads, references = picker(sessions, "vary")
+            references, named = picker(sessions, "vary")
             prompt, negative = text_inputs("vary")
             diversity, count = _sliders()
             with gr.Row():
@@ -73,11 +74,13 @@ def vary_tab(sessions: Sessions, installed: Installed) -> None:
     def on_base(label: str) -> float:
         return defaults_of(installed.bases[label]).scale
 
-    more.base.change(on_base, more.base, scale, queue=False, **PRIVATE)
+    more.base.input(on_base, more.base, scale, queue=False, **PRIVATE)
+    fields = [prompt, negative, diversity, count, scale, *more.all()]
+    remembered(sessions, installed, "vary", fields, more, [references, named])
     draw_on(
         [draw.click, prompt.submit],
         cancel,
-        [uploads, prompt, negative, diversity, count, scale, *more.all()],
+        fields,
         [gallery, described],
         results,
         tab="vary",
@@ -166,7 +169,7 @@ def grid_tab(sessions: Sessions, installed: Installed) -> None:
     """Lay the second tab out and say what its buttons do."""
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=300):
-            uploads, references = picker(sessions, "grid")
+            references, named = picker(sessions, "grid")
             prompt, negative = text_inputs("grid")
             diversities = _choice("Diversity, across", "diversities", DIVERSITIES, (0, 0.5, 1))
             scales = _choice("Adapter scale, down", "scales", SCALES, (0.5, 1))
@@ -190,10 +193,12 @@ def grid_tab(sessions: Sessions, installed: Installed) -> None:
             lambda **cell: request_from(installed, given, prompt, negative, *others, n=1, **cell),
         )
 
+    fields = [prompt, negative, diversities, scales, *more.all()]
+    remembered(sessions, installed, "grid", fields, more, [references, named])
     draw_on(
         [draw.click],
         cancel,
-        [uploads, prompt, negative, diversities, scales, *more.all()],
+        fields,
         [table],
         results,
         tab="grid",

@@ -7,6 +7,7 @@ import io
 import re
 import threading
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,23 +17,23 @@ import gradio as gr
 from PIL import Image
 
 from ipdiverse.critters.make import example, png
-from ipdiverse.errors import ImageError
+from ipdiverse.errors import ArgumentError, ImageError
 from ipdiverse.image_io import MAX_FILE_BYTES, load_image_bytes
 from ipdiverse.ui.safety import MAX_REFERENCES
 from ipdiverse.ui.status import LIVE, PRIVATE, line, problem
 from ipdiverse.writing import write_bytes_atomic
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
-    from ipdiverse.ui.queue import Sessions
+    from ipdiverse.ui.visitors import Session, Sessions
 
 EXAMPLES = 6
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".avif")
 _SHOWN_SIDE = 512
 _LONGEST_NAME = 80
 # a small file may decode to 40 megapixels: a crowd that uploads at once must not fill the memory
-_decoding = threading.Semaphore(2)
+_decoding, _in_line = threading.Semaphore(2), threading.Semaphore(12)
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,12 @@ class Upload:
     Args:
         name: What it is called in recipes.
         file: The copy to draw from.
+        shown: A small one for the page.
     """
 
     name: str
     file: str
+    shown: str = ""
 
 
 def safe_name(name: str, taken: Sequence[str] = ()) -> str:
@@ -75,12 +78,14 @@ def example_files() -> tuple[tuple[str, bytes], ...]:
     return tuple((f"critter-{n}.png", png(one.scene, one.seed)) for n, one in enumerate(made, 1))
 
 
-def accept(files: Sequence[tuple[str, bytes]], folder: Path) -> tuple[list[Upload], list[str]]:
-    """Decode what somebody sent, and keep the images.
+def accept(
+    files: Sequence[tuple[str, Path | bytes]], folder: Path
+) -> tuple[list[Upload], list[str]]:
+    """Decode what somebody sent, one picture at a time, and keep it.
 
     Args:
-        files: Names, of any text, and contents.
-        folder: For copies.
+        files: Names, of any text, and files or contents.
+        folder: For copies; what is neither kept now nor in use goes.
 
     Returns:
         What was kept, and a line for each file that was refused.
@@ -88,51 +93,83 @@ def accept(files: Sequence[tuple[str, bytes]], folder: Path) -> tuple[list[Uploa
     kept: list[Upload] = []
     refused = [f"Only the first {MAX_REFERENCES} are used."] if len(files) > MAX_REFERENCES else []
     folder.mkdir(parents=True, exist_ok=True)
-    for name, data in files[:MAX_REFERENCES]:
+    for name, source in files[:MAX_REFERENCES]:
         called = safe_name(name, [one.name for one in kept])
         try:
-            with _decoding, warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                load_image_bytes(data, called)
+            with _slot():
+                kept.append(_keep(called, source, folder))
         except ImageError as error:
             refused.append(str(error))
-            continue
-        copy = folder / (hashlib.sha256(data).hexdigest()[:32] + Path(called).suffix)
-        write_bytes_atomic(copy, data)
-        kept.append(Upload(called, str(copy)))
     return kept, refused
 
 
-def _read(paths: Sequence[str]) -> list[tuple[str, bytes]]:
-    """Names and contents; of a file that is too large, just enough to be refused."""
-    found = []
-    for path in paths[: MAX_REFERENCES + 1]:
-        with Path(path).open("rb") as file:
-            found.append((Path(path).name, file.read(MAX_FILE_BYTES + 1)))
-    return found
-
-
-def _shown(uploads: Sequence[Upload]) -> list[tuple[Image.Image, str]]:
-    """Decoded pictures with their names, small enough for a page."""
-    shown = []
-    for one in uploads:
+@contextmanager
+def _slot() -> Iterator[None]:
+    """A turn to decode; a short line waits for it, as waiting takes a thread of the page."""
+    if not _in_line.acquire(blocking=False):
+        raise ArgumentError("too many pictures are being read", fix="Try again in a minute.")
+    try:
         with _decoding:
-            image = load_image_bytes(Path(one.file).read_bytes(), one.name)
-        image.thumbnail((_SHOWN_SIDE, _SHOWN_SIDE))
-        shown.append((image, f"reference {one.name}"))
-    return shown
+            yield
+    finally:
+        _in_line.release()
 
 
-def picker(sessions: Sessions, tab: str) -> tuple[gr.State, gr.Gallery]:
+def _keep(called: str, source: Path | bytes, folder: Path) -> Upload:
+    data = source if isinstance(source, bytes) else _read(source)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image = load_image_bytes(data, called)
+    copy = folder / (hashlib.sha256(data).hexdigest()[:32] + Path(called).suffix)
+    shown = copy.with_name(f"{copy.stem}-shown.png")
+    write_bytes_atomic(copy, data)
+    image.thumbnail((_SHOWN_SIDE, _SHOWN_SIDE))
+    image.save(shown)
+    return Upload(called, str(copy), str(shown))
+
+
+def _read(path: Path) -> bytes:
+    """A file's content; of one that is too large, just enough to be refused."""
+    with path.open("rb") as file:
+        return file.read(MAX_FILE_BYTES + 1)
+
+
+def choose(session: Session, tab: str, kept: list[Upload]) -> None:
+    """Make references those of a tab, and delete the visitor's that no page uses any more."""
+    owner = session.visitor
+    session.chosen[tab] = owner.chosen[tab] = kept
+    pages = list(owner.sessions.values())
+    used = {one.file for page in (owner, *pages) for some in page.chosen.values() for one in some}
+    # a job that still draws reads its references once, at the start of each turn
+    used |= {
+        file
+        for page in pages
+        for job in page.jobs.values()
+        for request in job.requests.values()
+        for file in request.image
+    }
+    for file in (owner.folder / "references").iterdir():
+        if not any(Path(name).stem == file.stem.removesuffix("-shown") for name in used):
+            file.unlink(missing_ok=True)
+    owner.weigh()
+
+
+def shown_of(kept: Sequence[Upload]) -> tuple[list[tuple[str, str]], str]:
+    """Pictures with their names for the gallery, and the line that names them."""
+    names = ", ".join(one.name for one in kept)
+    pictures = [(one.shown, f"reference {one.name}") for one in kept]
+    return pictures, line(f"Reference: {names}." if kept else "")
+
+
+def picker(sessions: Sessions, tab: str) -> tuple[gr.Gallery, gr.HTML]:
     """Lay out uploads and examples.
 
     Returns:
-        State: a list of `Upload`. And a gallery of them, for the caller to render next to the
-        images that are drawn from them.
+        A gallery of the references, for the caller to render next to the images that are drawn
+        from them; and the line that names them.
     """
-    chosen = gr.State([])
     upload = gr.File(
-        label="Reference images (several act as one): JPEG, PNG, WebP",
+        label="Reference images (several act as one): JPEG, PNG, WebP, BMP, AVIF",
         file_count="multiple",
         file_types=list(SUFFIXES),
         height=130,
@@ -159,21 +196,26 @@ def picker(sessions: Sessions, tab: str) -> tuple[gr.State, gr.Gallery]:
         **options,
     )
 
-    def take(files: list[tuple[str, bytes]], request: gr.Request) -> tuple[Any, Any, Any]:
-        kept, refused = accept(files, sessions.of(request.session_hash).folder / "references")
-        names = ", ".join(one.name for one in kept)
-        words = line(f"Reference: {names}." if kept else "") + "".join(map(problem, refused))
-        return kept, _shown(kept), words
+    def take(files: list[tuple[str, Path | bytes]], session: Session) -> tuple[Any, Any]:
+        if not session.visitor.reading.acquire(blocking=False):
+            raise ArgumentError("your other pictures are still being read")
+        try:
+            kept, refused = accept(files, session.visitor.folder / "references")
+            choose(session, tab, kept)
+        finally:
+            session.visitor.reading.release()
+        pictures, words = shown_of(kept)
+        return pictures, words + "".join(map(problem, refused))
 
-    def on_upload(files: list[Any] | None, request: gr.Request) -> tuple[Any, Any, Any]:
-        return take(_read([one["path"] for one in files or []]), request)
+    def on_upload(files: list[Any] | None, request: gr.Request) -> tuple[Any, Any]:
+        paths = [Path(one["path"]) for one in files or []]
+        return take([(path.name, path) for path in paths], sessions.asking(request))
 
-    def on_example(request: gr.Request, event: gr.SelectData) -> tuple[Any, Any, Any, Any]:
-        number = event.index if isinstance(event.index, int) else 0
-        return *take([example_files()[number % EXAMPLES]], request), None
+    def on_example(request: gr.Request, event: gr.SelectData) -> tuple[Any, Any, Any]:
+        return *take([example_files()[event.index % EXAMPLES]], sessions.asking(request)), None
 
-    outputs = [chosen, shown, told]
+    outputs = [shown, told]
     for happens in (upload.upload, upload.delete, upload.clear):
         happens(on_upload, upload, outputs, queue=False, **PRIVATE)
     examples.select(on_example, None, [*outputs, upload], queue=False, **PRIVATE)
-    return chosen, shown
+    return shown, told

@@ -1,0 +1,203 @@
+"""Visitors: what each has chosen and drawn, and who is forgotten when there are too many.
+
+A visitor is a browser, known by its cookie; a program without one is a visitor for each session. A
+session is one open page: a reload begins a new one, and finds the visitor's references again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ipdiverse.ui.queue import Job, Turns
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+MAX_VISITORS = 1000
+MAX_SESSIONS = 8
+"""Pages that one visitor may have open."""
+MAX_BYTES = 2 * 2**30
+"""References and results of all visitors together, on disk."""
+FORGOTTEN_AFTER = 3600.0
+"""Seconds for which somebody without an open page finds their references again."""
+_SHARE = 600.0
+"""Seconds after which half of what somebody has drawn no longer counts."""
+
+
+@dataclass(eq=False)
+class Visitor:
+    """Somebody, and how much of the machine they have had.
+
+    Args:
+        folder: For references and results.
+        known: By a cookie.
+        chosen: The last references of each tab: a list of `Upload`.
+        sessions: Open pages, the one used last at the end.
+        requests: So far.
+        bytes: On disk.
+    """
+
+    folder: Path
+    known: bool
+    chosen: dict[str, Any] = field(default_factory=dict)
+    sessions: dict[str, Session] = field(default_factory=dict)
+    requests: int = 0
+    bytes: int = 0
+    reading: threading.Lock = field(default_factory=threading.Lock)
+    since: float = field(default_factory=time.monotonic)
+    seen: float = field(default_factory=time.monotonic)
+    _used: float = 0.0
+    _at: float = field(default_factory=time.monotonic)
+
+    @property
+    def used(self) -> float:
+        """Denoising steps times images, lately."""
+        now = time.monotonic()
+        self._used, self._at = self._used * 0.5 ** ((now - self._at) / _SHARE), now
+        return self._used
+
+    def charge(self, steps: float) -> None:
+        """Count what was drawn, or asked for too often."""
+        self._used = self.used + steps
+
+    def weigh(self) -> None:
+        """Look at how much is on disk."""
+        found = self.folder.rglob("*")
+        self.bytes = sum(file.stat().st_size for file in found if file.is_file())
+
+    @property
+    def worth(self) -> tuple[bool, bool, bool, float]:
+        """Who is kept longer: browsers, who has results, who came more than once, who came last."""
+        drawn = any(session.jobs for session in self.sessions.values())
+        return self.known, drawn, self.requests > 1, self.seen
+
+
+@dataclass(eq=False)
+class Session:
+    """One open page.
+
+    Args:
+        folder: For results.
+        visitor: Whose it is.
+        jobs: The last one of each tab.
+        chosen: The references of each tab.
+    """
+
+    folder: Path
+    visitor: Visitor
+    jobs: dict[str, Job] = field(default_factory=dict)
+    chosen: dict[str, Any] = field(default_factory=dict)
+
+
+class Sessions:
+    """All visitors, and the turns that they take.
+
+    Args:
+        folder: Private; each visitor's is inside it.
+        waiting: How many drawings may wait for their turn.
+    """
+
+    def __init__(self, folder: Path, waiting: int = 8) -> None:
+        self.turns = Turns(waiting)
+        self._folder = folder
+        self._lock = threading.RLock()
+        self._visitors: dict[str, Visitor] = {}
+
+    def of(self, key: str | None, visitor: str | None = None) -> Session:
+        """A page's session; a new one for a new page.
+
+        Args:
+            key: What the browser calls it: any text.
+            visitor: From the cookie; None for a program without one.
+        """
+        name = _folder_name(key)
+        with self._lock:
+            owner = self._visitor(visitor or f"session {name}", visitor is not None)
+            if name not in owner.sessions:
+                owner.sessions[name] = Session(owner.folder / name, owner)
+            owner.sessions[name] = session = owner.sessions.pop(name)
+            session.folder.mkdir(parents=True, exist_ok=True)
+            while len(owner.sessions) > MAX_SESSIONS:
+                self._close(owner, next(iter(owner.sessions)))
+            self._make_room(owner)
+            return session
+
+    def asking(self, request: Any) -> Session:
+        """The session of whoever sent a request, a `gr.Request`."""
+        return self.of(request.session_hash, visitor_of(request))
+
+    def all(self) -> list[Session]:
+        """Every open page's."""
+        with self._lock:
+            return [one for owner in self._visitors.values() for one in owner.sessions.values()]
+
+    def visitor(self, key: str | None, visitor: str | None) -> Visitor | None:
+        """Who somebody is, if they are known already; their visit is not counted."""
+        return self._visitors.get(_folder_name(visitor or f"session {_folder_name(key)}"))
+
+    def leave(self, key: str | None, visitor: str | None = None) -> None:
+        """A page was closed: stop its jobs and delete its files; a browser may come back."""
+        name = _folder_name(key)
+        with self._lock:
+            owner = self.visitor(key, visitor)
+            if owner is not None:
+                self._close(owner, name)
+                if not owner.known:
+                    self._forget(_folder_name(f"session {name}"))
+
+    def close(self) -> None:
+        """Stop and delete everything."""
+        with self._lock:
+            for name in list(self._visitors):
+                self._forget(name)
+
+    def _visitor(self, key: str, known: bool) -> Visitor:
+        name = _folder_name(key)
+        if name not in self._visitors:
+            self._visitors[name] = Visitor(self._folder / name, known)
+        found = self._visitors[name]
+        found.requests, found.seen = found.requests + 1, time.monotonic()
+        return found
+
+    def _make_room(self, kept: Visitor) -> None:
+        gone = time.monotonic() - FORGOTTEN_AFTER
+        for name, one in list(self._visitors.items()):
+            if one is not kept and not one.sessions and one.seen < gone:
+                self._forget(name)
+        while self._too_much():
+            others = [name for name, one in self._visitors.items() if one is not kept]
+            if not others:
+                return
+            self._forget(min(others, key=lambda name: self._visitors[name].worth))
+
+    def _too_much(self) -> bool:
+        held = sum(one.bytes for one in self._visitors.values())
+        return len(self._visitors) > MAX_VISITORS or held > MAX_BYTES
+
+    def _close(self, owner: Visitor, name: str) -> None:
+        session = owner.sessions.pop(name, None)
+        if session is not None:
+            for job in session.jobs.values():
+                job.stop()
+            shutil.rmtree(session.folder, ignore_errors=True)
+
+    def _forget(self, name: str) -> None:
+        owner = self._visitors.pop(name)
+        for session in list(owner.sessions):
+            self._close(owner, session)
+        shutil.rmtree(owner.folder, ignore_errors=True)
+
+
+def visitor_of(request: Any) -> str | None:
+    """By the cookie of a `gr.Request`, which the layer in front of gradio has checked."""
+    return request.request.scope.get("visitor")
+
+
+def _folder_name(key: str | None) -> str:
+    """A safe name for whatever a browser calls itself."""
+    return hashlib.sha256(str(key).encode("utf-8", "replace")).hexdigest()[:24]
