@@ -16,6 +16,7 @@ from ipdiverse.adapter.files.checkpoint import (
     adapter_from_tensors,
     as_safetensors,
     load_adapter,
+    opened_whole,
     save_adapter,
     spec_of,
     stored_dtype,
@@ -72,7 +73,7 @@ def convert(
     """
     goal = Path(target)
     _check_target(Path(source), goal, to, force)
-    contents = open_checkpoint(Path(source))
+    contents = opened_whole(Path(source))
     found = normalise(contents.tensors, source)
     tensors, spec = with_base_weights(found.tensors, spec_of(contents), Path(source))
     version = face_id_plus_v2 if to == "ipdiverse" or "shortcut" in spec else bool(face_id_plus_v2)
@@ -192,7 +193,7 @@ def copy_with_spec(source: Path, target: Path, changes: Mapping[str, Any]) -> No
     Raises:
         CheckpointError: The file is broken or of another layout.
     """
-    contents = open_checkpoint(source)
+    contents = opened_whole(source)
     stored, said = normalise(contents.tensors, source).tensors, spec_of(contents)
     tensors, spec = with_base_weights(stored, said, source)
     adapter_from_tensors(tensors, source, spec)

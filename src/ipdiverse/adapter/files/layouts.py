@@ -22,6 +22,7 @@ from torch import Tensor
 from ipdiverse.adapter.files.containers import open_checkpoint
 from ipdiverse.adapter.model import shared_parts
 from ipdiverse.errors import CheckpointError
+from ipdiverse.loading import what_is
 from ipdiverse.writing import tensors_hash
 
 BASE_WEIGHTS = "base_weights."
@@ -41,6 +42,16 @@ BLEND_NOTE = (
     "when it generated"
 )
 
+BOUNDS = {
+    "parameters": 1_000_000_000,  # the largest published, FaceID-Plus for SDXL, has 0.4
+    "layers with an image branch": 1024,  # SDXL has 140 attention layers
+    "resampler layers": 64,
+    "image tokens": 4096,
+    "axes": 4,
+}
+"""The most that an adapter's file may claim."""
+_LAYER = re.compile(r"ip_adapter\.[^.]+\.")
+_RESAMPLER = re.compile(r"image_proj\.(?:perceiver_resampler\.)?layers\.[^.]+\.")
 _FUSION = ("query", "key", "value")
 _BLOCKS = ("down_blocks", "up_blocks", "mid_block")  # the order of `unet.attn_processors`
 _PREFIXES = {
@@ -100,6 +111,9 @@ def normalise(tensors: Mapping[str, Tensor], where: object) -> Normalised:
     Raises:
         CheckpointError: The adapter is for another kind of model.
     """
+    kind = what_is(tensors)
+    if kind and kind[0] != "an IP-Adapter":
+        raise CheckpointError(f"is {kind[0]}, not an adapter", where=where, fix=kind[1])
     layout = recognise(tensors)
     if layout == "flux":
         raise CheckpointError(
@@ -124,7 +138,29 @@ def normalise(tensors: Mapping[str, Tensor], where: object) -> Normalised:
         dtype = ours["fusion.query.weight"].dtype
         ours.setdefault("fusion.blend", torch.tensor(ANCESTOR_BLEND, dtype=dtype))
         notes = (*notes, BLEND_NOTE)
+    _check_bounds(ours, where)
     return Normalised(layout, dict(sorted(ours.items())), tuple(frozen), notes)
+
+
+def _check_bounds(tensors: Mapping[str, Tensor], where: object) -> None:
+    """Refuse what no adapter has, before modules or weights take the memory that is claimed."""
+    own = sum(t.numel() for name, t in tensors.items() if not name.startswith(BASE_WEIGHTS))
+    tokens = tensors.get("image_proj.latents")
+    found = {
+        "parameters": max(own, sum(t.numel() for t in tensors.values()) - own),
+        "layers with an image branch": len({n.split(".")[1] for n in tensors if _LAYER.match(n)}),
+        "resampler layers": len({m[0] for n in tensors if (m := _RESAMPLER.match(n))}),
+        "image tokens": tokens.shape[1] if tokens is not None and tokens.ndim == 3 else 0,
+        "axes": max((t.ndim for t in tensors.values()), default=0),
+    }
+    for name, most in BOUNDS.items():
+        if found[name] > most:
+            raise CheckpointError(
+                "claims more than any adapter has",
+                where=where,
+                expected=f"at most {most} {name}",
+                found=found[name],
+            )
 
 
 def _renamed(name: str, numbers: Mapping[str, int]) -> str | None:

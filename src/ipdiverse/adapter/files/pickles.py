@@ -76,7 +76,7 @@ def _instructions(stream: IO[bytes], file: Path) -> Iterator[tuple[str, Any]]:
             if (position or 0) > MAX_PICKLE_BYTES:
                 raise too_many(file)
             yield code.name, argument
-    except (ValueError, IndexError, RecursionError) as error:
+    except (ValueError, IndexError, RecursionError, OverflowError, MemoryError) as error:
         raise broken(file, "torch", error) from error
 
 
