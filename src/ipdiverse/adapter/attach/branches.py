@@ -64,16 +64,7 @@ class Told:
 
 
 def tell_branches(pipe: Any, text: Tensor, encoded: Sequence[EncodedPrompt]) -> Told:
-    """The branches of a call of the UNet.
-
-    Args:
-        pipe: The pipeline whose UNet it is.
-        text: Of the call, (rows, tokens, width).
-        encoded: What the pipeline encoded, the newest last.
-
-    Raises:
-        ArgumentError: They cannot be known.
-    """
+    """The branches of a call of the UNet."""
     stated, unclear = _stated(pipe), False
     for prompt in reversed(encoded):
         blocks = text.split(size) if len(text) % (size := len(prompt.positive)) == 0 else [text]
@@ -196,16 +187,13 @@ class _Watching:
             return returned[:2]
         if isinstance(returned, Tensor) and "InstructPix2Pix" in type(self.pipe).__name__:
             guided = arguments.get("do_classifier_free_guidance")
-            return tuple(returned.chunk(3)[:2]) if guided else (returned, None)
+            rows = returned.chunk(3) if guided else (returned, None)
+            return rows[0], rows[1]
         return None, None  # a tensor whose rows nobody names
 
 
 def text_mask(pipe: Any, arguments: dict[str, Any]) -> Tensor | None:
     """True where a token is a word or a mark of begin or end.
-
-    Args:
-        pipe: Whose tokenizer reads the prompts.
-        arguments: Of `encode_prompt`.
 
     Returns:
         (branches × items, tokens), unconditional items first; None when the prompt was given as

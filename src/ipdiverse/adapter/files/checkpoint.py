@@ -174,11 +174,7 @@ def as_safetensors(tensors: dict[str, Tensor], spec: Mapping[str, Any]) -> bytes
 
 
 def opened_whole(file: Path) -> Contents:
-    """A file whose weights are those that were written, as far as it says which.
-
-    Raises:
-        CheckpointError: It is broken, or a bit of it is not as it was written.
-    """
+    """A file whose weights are those that were written, as far as it says which."""
     contents = open_checkpoint(file)
     stored = contents.metadata.get(_HASH_KEY)
     if stored is not None and stored != tensors_hash(contents.tensors):
@@ -241,20 +237,12 @@ def load_adapter(
 
 
 def read_spec(file: Path) -> dict[str, Any]:
-    """The JSON spec in a file's metadata; empty for files that others made.
-
-    Raises:
-        CheckpointError: The file or its spec is broken.
-    """
+    """The JSON spec in a file's metadata; empty for files that others made."""
     return spec_of(open_checkpoint(file))
 
 
 def spec_of(contents: Contents) -> dict[str, Any]:
-    """The JSON spec of an open file; empty for files that others made.
-
-    Raises:
-        CheckpointError: It is not a JSON object.
-    """
+    """The JSON spec of an open file; empty for files that others made."""
     try:
         spec = json.loads(contents.metadata.get(_SPEC_KEY, "{}"))
     except (ValueError, RecursionError) as error:
@@ -278,12 +266,6 @@ def weights_hash(file: Path) -> str:
 
     When and by which revision they were trained, and their dial, are not in it: equal weights
     trained again, or calibrated anew, have the same.
-
-    Args:
-        file: In any layout that `layouts` knows.
-
-    Raises:
-        CheckpointError: The file is broken, or its base weights are missing.
     """
     contents = opened_whole(file)
     stored = normalise(contents.tensors, file).tensors
@@ -306,18 +288,7 @@ def adapter_from_tensors(
     spec: Mapping[str, Any] | None = None,
     face_id_plus_v2: bool | None = None,
 ) -> ImagePromptAdapter:
-    """Build the adapter that these tensors describe; every size is read from their shapes.
-
-    Args:
-        tensors: Flat, with our keys; copied to float32.
-        where: The source's name, for messages.
-        spec: What the file says of itself.
-        face_id_plus_v2: Version 2 (True) or 1 (False) of FaceID-Plus, when the spec does not say.
-
-    Raises:
-        CheckpointError: Keys are missing, unexpected, disagree about sizes or are not finite, or
-            it is not known which FaceID-Plus this is.
-    """
+    """Build the adapter that these tensors describe; every size is read from their shapes."""
     adapter = skeleton(ImagePromptAdapter, tensors, where, spec or {})
     wrong = misfits(tensors, adapter)
     problems = [f"missing {key}" for key in wrong["missing"]]

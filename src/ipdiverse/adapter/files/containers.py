@@ -67,15 +67,7 @@ class Contents:
 
 
 def open_checkpoint(file: Path) -> Contents:
-    """Open a file without running anything in it, and without believing its claims.
-
-    Args:
-        file: Safetensors, or what `torch.save` wrote, old format or new.
-
-    Raises:
-        CheckpointError: It is missing, broken, claims more than it holds, or holds something
-            else than tensors.
-    """
+    """Open a file without running anything in it, and without believing its claims."""
     try:
         contents = _open(file)
     except CheckpointError as error:

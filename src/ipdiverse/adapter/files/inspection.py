@@ -51,16 +51,6 @@ def inspect_checkpoint(file: Path) -> Report:
     """Kind, base family, tokens, widths and fusion of an adapter, and what does not fit.
 
     Whether weights are finite is not checked: they are not read.
-
-    Args:
-        file: A checkpoint in any container.
-
-    Returns:
-        What JSON can hold. `loads` says whether `load_adapter` accepts its keys and shapes;
-        `missing`, `unexpected` and `mismatched` say why not.
-
-    Raises:
-        CheckpointError: The file is broken, or holds something else than an adapter.
     """
     contents = open_checkpoint(file)
     kind = what_is(contents.tensors)

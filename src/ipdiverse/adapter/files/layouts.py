@@ -102,15 +102,7 @@ def recognise(names: Iterable[str]) -> str:
 
 
 def normalise(tensors: Mapping[str, Tensor], where: object) -> Normalised:
-    """Rename a checkpoint's tensors to our keys and leave out the base model's own.
-
-    Args:
-        tensors: Flat, in any layout; none is read.
-        where: The source's name, for messages.
-
-    Raises:
-        CheckpointError: The adapter is for another kind of model.
-    """
+    """Rename a checkpoint's tensors to our keys and leave out the base model's own."""
     kind = what_is(tensors)
     if kind and kind[0] != "an IP-Adapter":
         raise CheckpointError(f"is {kind[0]}, not an adapter", where=where, fix=kind[1])
@@ -201,10 +193,6 @@ def pack_base_weights(own: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> 
     Fine-tuning hardly changes a weight's sign and exponent, so of the exclusive or of both the
     upper bytes are nearly all zero: of the shipped adapter 79 % are stored.
 
-    Args:
-        own: The adapter's tensors, float16.
-        base: Its base weights: same names as `shared_parts(own)`, same shapes and type.
-
     Returns:
         uint8, (bytes,).
     """
@@ -244,18 +232,7 @@ def _halves(tensor: Tensor) -> np.ndarray:
 def with_base_weights(
     tensors: Mapping[str, Tensor], spec: Mapping[str, Any], file: Path
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An adapter's tensors and spec, with its base weights among the tensors if it has any.
-
-    Args:
-        tensors: Of the file, with our keys (`normalise`).
-        spec: Of the file. In files of version 0.1 it may name a file of the same folder that holds
-            the base weights, and their hash, as `plain`; no file elsewhere is ever read.
-        file: Where both are from.
-
-    Raises:
-        CheckpointError: The base weights are broken, or the file that is named is missing, holds
-            other weights, or lies elsewhere.
-    """
+    """An adapter's tensors and spec, with its base weights among the tensors if it has any."""
     kept = {name: tensor for name, tensor in tensors.items() if name != PACKED}
     rest = {k: v for k, v in spec.items() if k != "plain" and (k != "noise_conditioned" or not v)}
     base: dict[str, Tensor] = {}
