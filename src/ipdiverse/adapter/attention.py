@@ -74,19 +74,7 @@ def add_image(
     scale: float | Float[Tensor, "*batch"],
     region: Float[Tensor, "#batch pixels"] | None = None,
 ) -> Float[Tensor, "batch heads pixels head_dim"]:
-    """Add one image branch to what the text, and other images, gave.
-
-    Args:
-        mixed: What to add to.
-        query: Latent queries.
-        image_key: Keys of the image tokens.
-        image_value: Values of the image tokens.
-        scale: Weight, one for all or one for each item; 0 returns `mixed` exactly.
-        region: Weight of each pixel; None is 1 everywhere.
-
-    Raises:
-        ShapeError: The batch sizes differ.
-    """
+    """Add one image branch to what the text, and other images, gave."""
     if image_key.shape[0] != query.shape[0]:
         raise ShapeError(
             "image and text batch sizes differ",
@@ -176,16 +164,7 @@ class DecoupledAttention:
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
-        """Attend to the text, add each adapter's image tokens.
-
-        Args:
-            attn: The diffusers `Attention` layer; its projections serve the text branch.
-            hidden_states: Latent features, (batch, pixels, channels).
-            encoder_hidden_states: Text (batch, text, width); None attends to the features
-                themselves.
-            attention_mask: Additive mask over text tokens.
-            temb: Unused in transformer blocks; part of diffusers' interface.
-        """
+        """Attend to the text, add each adapter's image tokens."""
         text = encoder_hidden_states
         layers = [slot.weights.get(self.number) for slot in self.slots]
         query = _heads(attn, _project(attn.to_q, hidden_states, layers, "to_q_lora"))

@@ -54,14 +54,7 @@ class GatedFusion(nn.Module):
         text_mask: Bool[Tensor, "batch text"] | None = None,
         strength: float = 1.0,
     ) -> Float[Tensor, "batch tokens width"]:
-        """Fuse.
-
-        Args:
-            image_tokens: Projected image tokens of one reference.
-            text: Text tokens of the same items.
-            text_mask: True where a token is not padding; None attends to every token.
-            strength: Weight of what is added; 0 is plain IP-Adapter, exactly.
-        """
+        """Fuse."""
         query = self._split(self.to_q(self.norm_image(image_tokens)))
         normed = self.norm_text(text)
         mixed = attend(

@@ -204,16 +204,7 @@ def new_adapter(
     fusion: Fusion | None = None,
     **projection_sizes: int,
 ) -> ImagePromptAdapter:
-    """An untrained adapter that fits a UNet and an image encoder.
-
-    Args:
-        kind: `base` or `plus`.
-        unet: The model to prompt; keys and values start as copies of its text projections, as in
-            the original.
-        image_encoder: What gives the image embeddings.
-        fusion: Of the UNet's `cross_attention_dim`; None is plain IP-Adapter.
-        projection_sizes: `num_tokens`, and for plus `width` and `depth`.
-    """
+    """An untrained adapter that fits a UNet and an image encoder."""
     widths = layer_widths(unet)
     token_width = next(iter(widths.values()))[0]
     if kind == "base":
@@ -244,15 +235,7 @@ def shared_parts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def remember_base_weights(adapter: ImagePromptAdapter, base: ImagePromptAdapter) -> None:
-    """Keep the weights of the adapter that another was fine-tuned from.
-
-    Args:
-        adapter: The fine-tuned one; changed in place.
-        base: Of the same kind and sizes, without fusion.
-
-    Raises:
-        ModelError: The two do not fit together.
-    """
+    """Keep the weights of the adapter that another was fine-tuned from."""
     mine, theirs = shared_parts(adapter.state_dict()), base.state_dict()
     wrong = sorted(theirs.keys() - mine.keys()) or [
         name
@@ -332,11 +315,7 @@ def state_of(adapter: ImagePromptAdapter) -> tuple[tuple[int, int], ...]:
 def check_layers(
     adapter: ImagePromptAdapter, theirs: Mapping[int, tuple[int, int]], named: str = "this UNet"
 ) -> None:
-    """Refuse an adapter whose layers have other sizes than a model's, given by number.
-
-    Raises:
-        ModelError: They differ.
-    """
+    """Refuse an adapter whose layers have other sizes than a model's, given by number."""
     mine = adapter.widths()
     if mine == theirs:
         return
@@ -353,11 +332,7 @@ def check_layers(
 def check_embeddings(
     adapter: ImagePromptAdapter, width: int, named: str = "this image encoder"
 ) -> None:
-    """Refuse an adapter that reads embeddings of another width than an encoder gives.
-
-    Raises:
-        ModelError: They differ.
-    """
+    """Refuse an adapter that reads embeddings of another width than an encoder gives."""
     if adapter.clip_dim != width:
         raise ModelError(
             f"does not fit {named}",
@@ -369,11 +344,7 @@ def check_embeddings(
 
 
 def check_encoder(adapter: ImagePromptAdapter, encoder: Any) -> None:
-    """Refuse an image encoder whose embeddings have not the adapter's width; None always fits.
-
-    Raises:
-        ModelError: They differ.
-    """
+    """Refuse an image encoder whose embeddings have not the adapter's width; None always fits."""
     if encoder is None or adapter.clip_dim is None:
         return
     pooled = "pooled" in adapter.reads

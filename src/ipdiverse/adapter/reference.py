@@ -86,18 +86,7 @@ def check_parts(
     masks: Sized | None,
     mask_name: str = "masks",
 ) -> None:
-    """Refuse parts of a reference that do not fit together.
-
-    Args:
-        count: How many images; None is not known yet.
-        combine: As `Reference` takes it, and what follows too.
-        weights: For `weighted`.
-        masks: Regions.
-        mask_name: What the user gave them as.
-
-    Raises:
-        ArgumentError: They do not.
-    """
+    """Refuse parts of a reference that do not fit together."""
     if combine not in COMBINES:
         raise ArgumentError(
             "is unknown", where="combine", expected=" | ".join(COMBINES), found=combine
@@ -116,12 +105,7 @@ def check_parts(
 
 
 def as_reference(item: Reference | ImageLike | Sequence[ImageLike]) -> Reference:
-    """One image, or several, as a reference; images or their files.
-
-    Raises:
-        ArgumentError: It is something else.
-        ImageError: A file cannot be read.
-    """
+    """One image, or several, as a reference; images or their files."""
     if isinstance(item, Reference):
         return item
     if isinstance(item, str) or not isinstance(item, Sequence):
@@ -130,11 +114,7 @@ def as_reference(item: Reference | ImageLike | Sequence[ImageLike]) -> Reference
 
 
 def as_embeds(given: Any, where: str) -> Tensor:
-    """Embeddings as a tensor of finite numbers with two axes or more.
-
-    Raises:
-        ArgumentError: They are something else.
-    """
+    """Embeddings as a tensor of finite numbers with two axes or more."""
     tensor = torch.from_numpy(given) if isinstance(given, np.ndarray) else given
     if not isinstance(tensor, Tensor):
         raise ArgumentError(
@@ -179,16 +159,8 @@ def combine_embeds(
 ) -> Tensor:
     """Several references' embeddings to one's, or as they are for `concat`.
 
-    Args:
-        embeds: (references, ...).
-        combine: See `Reference`.
-        weights: For `weighted`; they need not sum to 1.
-
     Returns:
         (references, ...) for `concat`, else (1, ...).
-
-    Raises:
-        ArgumentError: The weights sum to 0, are not finite, or do not fit the embeddings.
     """
     if combine == "concat" or len(embeds) == 1:
         return embeds
@@ -218,15 +190,7 @@ class RegionMask:
         self._shrunk: dict[tuple[int, int], Tensor] = {}
 
     def at(self, pixels: int, latents: tuple[int, int]) -> Tensor:
-        """Weights over a layer's pixels in row order, (batch, pixels).
-
-        Args:
-            pixels: Of the layer.
-            latents: Height and width of the UNet's input.
-
-        Raises:
-            ArgumentError: No layer of a UNet with such an input has so many pixels.
-        """
+        """Weights over a layer's pixels in row order, (batch, pixels)."""
         grid = layer_grid(pixels, latents)
         if grid not in self._shrunk:
             shrunk = F.interpolate(self.weights[:, None].float(), grid, mode="area")
@@ -246,11 +210,7 @@ def mask_weights(image: Image.Image) -> Tensor:
 
 
 def layer_grid(pixels: int, latents: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of a layer with so many pixels: the latents', halved so often.
-
-    Raises:
-        ArgumentError: Halving leads past that number.
-    """
+    """Height and width of a layer with so many pixels: the latents', halved so often."""
     height, width = latents
     while height * width > pixels:
         # a convolution of stride 2 rounds up

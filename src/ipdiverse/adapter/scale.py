@@ -172,11 +172,7 @@ def _by_block(values: Mapping[str, float], layers: Sequence[Layer]) -> ScaleFunc
 
 
 def checked_number(value: Any) -> float:
-    """One weight, of whatever number type.
-
-    Raises:
-        ArgumentError: It is no number, or out of range.
-    """
+    """One weight, of whatever number type."""
     try:
         number = float(value) if not isinstance(value, (bool, str)) else value
     except (TypeError, ValueError, RuntimeError):
@@ -194,11 +190,7 @@ def checked_number(value: Any) -> float:
 
 
 def checked_items(value: Any) -> Tensor:
-    """A number for each item, as a tensor.
-
-    Raises:
-        ArgumentError: It has several axes, is empty, or holds what no weight can be.
-    """
+    """A number for each item, as a tensor."""
     numbers = torch.as_tensor(value)
     if numbers.ndim > 1 or not numbers.numel() or numbers.is_complex():
         raise ArgumentError(
@@ -264,15 +256,7 @@ PRESETS = (*_SMOOTH, *_BY_TRANSFORMER, *_ALIASES)
 
 
 def check_preset(name: str, where: str = "scale") -> None:
-    """Refuse what names no preset.
-
-    Args:
-        name: As the user gave it.
-        where: What the user gave it as.
-
-    Raises:
-        ArgumentError: It names none.
-    """
+    """Refuse what names no preset."""
     if name not in PRESETS:
         raise ArgumentError(
             "is not a preset", where=where, expected=" | ".join(PRESETS), found=repr(name)

@@ -6,6 +6,7 @@ A name of the package, a preset, a file, a folder, or a repository of the Huggin
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,9 @@ PUBLISHED = "ip-adapter.safetensors"
 
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 """Of files that may hold an adapter."""
+INDEX = ".index.json"
+"""How the name of the file ends that says which shard holds which tensor."""
+_SHARD = re.compile(r"(.+)-[0-9]{5}-of-[0-9]{5}(\.safetensors|\.bin)")
 _NO_WEIGHTS = (
     "training_state",
     "optimizer",
@@ -171,6 +175,9 @@ def find_checkpoint(
         CheckpointError: There is no such file, several fit, or it cannot be downloaded.
     """
     path = Path(source)
+    if shard := _SHARD.fullmatch(path.name):
+        index = path.with_name(f"{shard[1]}{shard[2]}{INDEX}")
+        return index if index.is_file() else path
     if path.is_dir():
         folder = path / subfolder
         return folder / weight_name if weight_name else _only_file(folder)
@@ -190,6 +197,16 @@ def find_checkpoint(
 
 def _only_file(folder: Path) -> Path:
     """The folder's weights; safetensors before anything that is pickled."""
+    names = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+    if any(name == "zero_to_fp32.py" or name.endswith("_optim_states.pt") for name in names):
+        raise CheckpointError(
+            "is a DeepSpeed checkpoint",
+            where=folder,
+            fix="Run the zero_to_fp32.py that DeepSpeed put there, and give its result.",
+        )
+    indexes = sorted(folder / name for name in names if name.endswith(INDEX))
+    if len(indexes) == 1:
+        return indexes[0]
     files = [
         file
         for file in (sorted(folder.iterdir()) if folder.is_dir() else [])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ipdiverse.base.downloads import HUB_ID, cannot_be_opened, fetch, first_line, snapshot
 from ipdiverse.base.presets import PRESETS, Preset
 from ipdiverse.errors import ArgumentError, ModelError
-from ipdiverse.loading import loading
+from ipdiverse.loading import WHOLE_BASE, loading, what_is
 
 if TYPE_CHECKING:
     import torch
@@ -213,6 +213,9 @@ def _single_file(file: Path, opening: Opening) -> Any:
                 names = list(opened.keys())
         except SafetensorError as error:
             raise ModelError("cannot be opened", where=file, found=first_line(error)) from error
+        kind = what_is(names)
+        if kind and kind[0] != WHOLE_BASE:
+            raise ModelError(f"is {kind[0]}, not a base", where=file, fix=kind[1])
         # the second text encoder, which of these only SDXL has, under the original layout's name
         large = any(key.startswith("conditioner.embedders.1.") for key in names)
         kind = "StableDiffusionXLPipeline" if large else "StableDiffusionPipeline"

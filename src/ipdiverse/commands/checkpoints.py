@@ -62,9 +62,12 @@ class Inspect(Source):
             self._picture()
             return
         from ipdiverse.adapter.files.inspection import as_text, inspect_checkpoint
+        from ipdiverse.errors import CheckpointError
 
         report = inspect_checkpoint(self.find())
         say_json(report) if self.json else say(as_text(report))
+        if not report["loads"]:
+            raise CheckpointError("does not load", where=report["file"], fix="See above.")
 
     def _picture(self) -> None:
         from ipdiverse.provenance import as_text, read_provenance

@@ -240,7 +240,7 @@ class Job:
         self.error: IpdiverseError | None = None
         self._turns = turns
         self._drawn: list[Image.Image] = []  # of the request that is being drawn
-        self._run: Run | None = None
+        self._saved: Run | None = None
         self._finished = self._turn_from = 0  # steps times images
         self._so_far: Callable[[], dict[str, Sheet]] | None = None
         self._began: tuple[float, int] | None = None
@@ -341,7 +341,7 @@ class Job:
         try:
             for inside, request in self.requests.items():
                 self._drawn, self._finished, self._so_far = [], self.done, None
-                self._run = None
+                self._saved = None
                 while len(self._drawn) < request.n:
                     with self._turns.turn(self._check, self):
                         self._check()
@@ -365,10 +365,10 @@ class Job:
         with drawing(request, self._turns.base(request)) as work:
             files, skip = self.files.setdefault(inside, []), range(len(self._drawn))
             named = replace(work.request, image=self.names)
-            if self._run is None:  # not one that goes on after others had their turn
-                self._run = Run(out, fingerprint(named), request.n)
-                self._run.begin(replace(work, request=named).record(inside))
-            run, ended = self._run, None
+            if self._saved is None:  # not one that goes on after others had their turn
+                self._saved = Run(out, fingerprint(named), request.n)
+                self._saved.begin(replace(work, request=named).record(inside))
+            run, ended = self._saved, None
             try:
                 for number, image in work.images(skip, progress=False, on_step=self._step):
                     file = run.add(number, image)

@@ -305,12 +305,7 @@ def _processors(unet: Any, slots: list[Slot]) -> dict[str, DecoupledAttention]:
 
 
 def checked_unet(pipe: Any) -> Any:
-    """The UNet of a pipeline, of a kind that adapters can be attached to.
-
-    Raises:
-        ModelError: It has none, or one that another image prompt, offloading or an attention of
-            another kind keeps from it; or it draws with several prompts at once.
-    """
+    """The UNet of a pipeline, of a kind that adapters can be attached to."""
     unet = getattr(pipe, "unet", None)
     if unet is None or not hasattr(unet, "attn_processors"):
         raise ModelError(

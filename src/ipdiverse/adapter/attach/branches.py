@@ -64,16 +64,7 @@ class Told:
 
 
 def tell_branches(pipe: Any, text: Tensor, encoded: Sequence[EncodedPrompt]) -> Told:
-    """The branches of a call of the UNet.
-
-    Args:
-        pipe: The pipeline whose UNet it is.
-        text: Of the call, (rows, tokens, width).
-        encoded: What the pipeline encoded, the newest last.
-
-    Raises:
-        ArgumentError: They cannot be known.
-    """
+    """The branches of a call of the UNet."""
     stated, unclear = _stated(pipe), False
     for prompt in reversed(encoded):
         blocks = text.split(size) if len(text) % (size := len(prompt.positive)) == 0 else [text]
@@ -203,10 +194,6 @@ class _Watching:
 
 def text_mask(pipe: Any, arguments: dict[str, Any]) -> Tensor | None:
     """True where a token is a word or a mark of begin or end.
-
-    Args:
-        pipe: Whose tokenizer reads the prompts.
-        arguments: Of `encode_prompt`.
 
     Returns:
         (branches × items, tokens), unconditional items first; None when the prompt was given as

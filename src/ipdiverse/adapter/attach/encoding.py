@@ -112,19 +112,7 @@ def encode_references(
     encoding: ImageEncoding,
     change: EmbedChange | None = None,
 ) -> list[ReferenceTokens]:
-    """Project every item's references; equal ones once.
-
-    Args:
-        references: One for each item.
-        negative: What guidance moves away from; None is no image.
-        adapter: Its projection.
-        encoding: The image encoder.
-        change: Of the items' embeddings; one reference then becomes one for each of its items.
-
-    Raises:
-        ArgumentError: Items have different numbers of references or masks, or lack what the
-            adapter reads.
-    """
+    """Project every item's references; equal ones once."""
     projected = _Projected(adapter, encoding)
     split = [projected.unstacked(reference) for reference in references]
     references = [reference for items, _ in split for reference in items]

@@ -19,14 +19,7 @@ if TYPE_CHECKING:
 
 
 def load_face_embeddings(file: Path) -> Tensor:
-    """Read embeddings, one face a row, float32 (faces, width).
-
-    Args:
-        file: `.npy`, `.safetensors` with one tensor, or `.json` with a list of numbers or of lists.
-
-    Raises:
-        CheckpointError: The file is missing, broken, or holds something else.
-    """
+    """Read embeddings, one face a row, float32 (faces, width)."""
     if not file.is_file():
         raise CheckpointError("no such file", where=file, fix="Check the path.")
     readers: dict[str, Callable[[Path], Any]] = {
@@ -49,11 +42,7 @@ def load_face_embeddings(file: Path) -> Tensor:
 
 
 def face_array(array: Any, where: object = "faces") -> Tensor:
-    """Check an array of embeddings and give it the shape (faces, width).
-
-    Raises:
-        CheckpointError: It is not a matrix of finite numbers.
-    """
+    """Check an array of embeddings and give it the shape (faces, width)."""
     try:
         values = np.asarray(array, dtype=np.float32)
     except (TypeError, ValueError) as error:
@@ -79,16 +68,7 @@ def _one_tensor(file: Path) -> np.ndarray:
 
 
 def detect_face(image: Image.Image, root: Path | None = None) -> Tensor:
-    """The largest face's embedding by insightface, (1, 512), normalised to length 1.
-
-    Args:
-        image: With at least one face.
-        root: Where insightface keeps its models; None is its own default.
-
-    Raises:
-        ModelError: insightface or its models are missing.
-        ArgumentError: No face was found.
-    """
+    """The largest face's embedding by insightface, (1, 512), normalised to length 1."""
     try:
         from insightface.app import FaceAnalysis  # type: ignore[import-not-found]
     except ImportError as error:

@@ -189,11 +189,7 @@ class ImagePromptHook(ModelHook):
         return args, kwargs
 
     def layout_of(self, text: Tensor) -> Layout:
-        """The branches of a call of the pipeline's own.
-
-        Raises:
-            ArgumentError: They cannot be told, or the references do not fit their number.
-        """
+        """The branches of a call of the pipeline's own."""
         self._check_references()
         if self._told is None or self._told[0] is not text:
             self._told = text, tell_branches(self.pipe, text, self.encoded)

@@ -80,13 +80,7 @@ def card_files(
 
 
 def model_card(adapter: ImagePromptAdapter, repo_id: str, stated: Stated | None = None) -> str:
-    """What a page about this adapter should say, as Markdown with the hub's metadata.
-
-    Args:
-        adapter: With the `spec` of its file.
-        repo_id: Where it will be.
-        stated: What only the publisher knows; None is nothing.
-    """
+    """What a page about this adapter should say, as Markdown with the hub's metadata."""
     stated = stated or Stated()
     base = stated.base_model or _known_base(adapter)
     parts = (
@@ -277,14 +271,7 @@ def _dial(spec: Mapping[str, Any]) -> str:
 
 
 def curve_png(spec: Mapping[str, Any]) -> bytes | None:
-    """The dial's curve: what each of its points keeps, over the variety that it gives.
-
-    Args:
-        spec: Of an adapter's file.
-
-    Returns:
-        A PNG; None where nothing was measured.
-    """
+    """The dial's curve: what each of its points keeps, over the variety that it gives."""
     dial = dial_of(spec, "adapter")
     if dial is None or not dial.achieved:
         return None

@@ -34,6 +34,7 @@ from ipdiverse.loading import building
 from ipdiverse.writing import safetensors_bytes, tensors_hash, write_bytes_atomic
 
 _SPEC_KEY = "ipdiverse"
+_HASH_KEY = "ipdiverse.sha256"
 _NAMED_PROBLEMS = 5
 _READ_FROM_SPEC = ("fusion", "shortcut")  # all that shapes do not tell
 
@@ -166,9 +167,23 @@ def adapter_bytes(
 
 
 def as_safetensors(tensors: dict[str, Tensor], spec: Mapping[str, Any]) -> bytes:
-    """A whole safetensors file with a spec in its metadata."""
-    about = {_SPEC_KEY: json.dumps(dict(spec), sort_keys=True), "format": "pt"}
-    return safetensors_bytes(tensors, about)
+    """A whole safetensors file with a spec, and the weights' hash, in its metadata."""
+    told = {_SPEC_KEY: json.dumps(dict(spec), sort_keys=True), _HASH_KEY: tensors_hash(tensors)}
+    return safetensors_bytes(tensors, {**told, "format": "pt"})
+
+
+def opened_whole(file: Path) -> Contents:
+    """A file whose weights are those that were written, as far as it says which."""
+    contents = open_checkpoint(file)
+    stored = contents.metadata.get(_HASH_KEY)
+    if stored is not None and stored != tensors_hash(contents.tensors):
+        raise CheckpointError(
+            "its weights are not those that were written",
+            where=file,
+            expected=f"SHA-256 {stored[:12]}…",
+            fix="It was damaged or changed. Download or copy it again.",
+        )
+    return contents
 
 
 def load_adapter(
@@ -211,7 +226,7 @@ def load_adapter(
         token=token,
         cache_dir=cache_dir,
     )
-    contents = open_checkpoint(file)
+    contents = opened_whole(file)
     found = normalise(contents.tensors, file)
     tensors, spec = with_base_weights(found.tensors, spec_of(contents), file)
     adapter = adapter_from_tensors(tensors, file, spec, face_id_plus_v2)
@@ -221,20 +236,12 @@ def load_adapter(
 
 
 def read_spec(file: Path) -> dict[str, Any]:
-    """The JSON spec in a file's metadata; empty for files that others made.
-
-    Raises:
-        CheckpointError: The file or its spec is broken.
-    """
+    """The JSON spec in a file's metadata; empty for files that others made."""
     return spec_of(open_checkpoint(file))
 
 
 def spec_of(contents: Contents) -> dict[str, Any]:
-    """The JSON spec of an open file; empty for files that others made.
-
-    Raises:
-        CheckpointError: It is not a JSON object.
-    """
+    """The JSON spec of an open file; empty for files that others made."""
     try:
         spec = json.loads(contents.metadata.get(_SPEC_KEY, "{}"))
     except (ValueError, RecursionError) as error:
@@ -258,14 +265,8 @@ def weights_hash(file: Path) -> str:
 
     When and by which revision they were trained, and their dial, are not in it: equal weights
     trained again, or calibrated anew, have the same.
-
-    Args:
-        file: In any layout that `layouts` knows.
-
-    Raises:
-        CheckpointError: The file is broken, or its base weights are missing.
     """
-    contents = open_checkpoint(file)
+    contents = opened_whole(file)
     stored = normalise(contents.tensors, file).tensors
     tensors, spec = with_base_weights(stored, spec_of(contents), file)
     # hashed under the names of version 0.1, by which published readings know their adapters
@@ -286,31 +287,24 @@ def adapter_from_tensors(
     spec: Mapping[str, Any] | None = None,
     face_id_plus_v2: bool | None = None,
 ) -> ImagePromptAdapter:
-    """Build the adapter that these tensors describe; every size is read from their shapes.
-
-    Args:
-        tensors: Flat, with our keys; copied to float32.
-        where: The source's name, for messages.
-        spec: What the file says of itself.
-        face_id_plus_v2: Version 2 (True) or 1 (False) of FaceID-Plus, when the spec does not say.
-
-    Raises:
-        CheckpointError: Keys are missing, unexpected, disagree about sizes or are not finite, or
-            it is not known which FaceID-Plus this is.
-    """
+    """Build the adapter that these tensors describe; every size is read from their shapes."""
     adapter = skeleton(ImagePromptAdapter, tensors, where, spec or {})
     wrong = misfits(tensors, adapter)
     problems = [f"missing {key}" for key in wrong["missing"]]
     problems += [f"unexpected {key}" for key in wrong["unexpected"]]
     problems += wrong["mismatched"]
-    loaded = {
-        key: tensors[key].detach().to(torch.float32, copy=True)
-        for key in tensors
-        if tensors[key].dtype in DTYPES and key not in wrong["unexpected"]
-    }
-    problems += [
-        f"{key} is not finite" for key in sorted(loaded) if not loaded[key].isfinite().all()
-    ]
+    try:
+        loaded = {
+            key: tensors[key].detach().to(torch.float32, copy=True)
+            for key in tensors
+            if tensors[key].dtype in DTYPES and key not in wrong["unexpected"]
+        }
+        infinite = [key for key in sorted(loaded) if not loaded[key].isfinite().all()]
+    except (MemoryError, RuntimeError) as error:  # torch says by the latter that memory is out
+        raise CheckpointError(
+            "cannot be read into memory", where=where, found=str(error) or "MemoryError"
+        ) from error
+    problems += [f"{key} is not finite" for key in infinite]
     if problems:
         more = len(problems) - _NAMED_PROBLEMS
         named = ", ".join(problems[:_NAMED_PROBLEMS]) + (f" and {more} more" if more > 0 else "")

@@ -7,12 +7,14 @@ disk until they are read, so gigabytes of frozen weights in the same file cost n
 
 from __future__ import annotations
 
+import json
+import re
 import tempfile
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -20,19 +22,25 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ipdiverse.adapter.files.pickles import (
+    MAX_PICKLE_BYTES,
     MAX_TENSORS,
     broken,
     check_pickle,
     claims_too_much,
     too_many,
 )
+from ipdiverse.base.adapters import INDEX
 from ipdiverse.errors import CheckpointError
+from ipdiverse.loading import what_is
 
-MAX_HEADER_BYTES = 100_000_000
-"""The limit of the safetensors format itself."""
+MAX_HEADER_BYTES = 16_000_000
+"""Of safetensors files and indexes; a whole SDXL model takes 0.4 MB."""
+MAX_SHARDS = 64
 MAX_DEPTH = 8
 MAX_NAME = 300
 
+_WRAPPED = re.compile(r"^state_dict\.|(?:^|(?<=\.))(?:module|_orig_mod)\.")
+"""What DistributedDataParallel, `torch.compile` and Lightning put into names."""
 _ZIP = b"PK\x03\x04"
 # pickle protocol 2 and torch's magic number, 0x1950a86a20f9469cfc6c
 _LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
@@ -59,15 +67,24 @@ class Contents:
 
 
 def open_checkpoint(file: Path) -> Contents:
-    """Open a file without running anything in it, and without believing its claims.
+    """Open a file without running anything in it, and without believing its claims."""
+    try:
+        contents = _open(file)
+    except CheckpointError as error:
+        if kind := _named(file):
+            raise CheckpointError(
+                f"is {kind[0]}, not an adapter", where=file, fix=kind[1]
+            ) from error
+        raise
+    plain = {_WRAPPED.sub("", name): tensor for name, tensor in contents.tensors.items()}
+    if len(plain) < len(contents.tensors):
+        raise CheckpointError(
+            "holds a tensor twice, under `module.` or `_orig_mod.` and without", where=file
+        )
+    return replace(contents, tensors=plain)
 
-    Args:
-        file: Safetensors, or what `torch.save` wrote, old format or new.
 
-    Raises:
-        CheckpointError: It is missing, broken, claims more than it holds, or holds something
-            else than tensors.
-    """
+def _open(file: Path) -> Contents:
     size, start = _look(file)
     if start.startswith(_ZIP):
         return _open_zip(file, size)
@@ -75,10 +92,52 @@ def open_checkpoint(file: Path) -> Contents:
         return _open_legacy(file, size)
     if start[8:9] == b"{":
         return _open_safetensors(file, size, int.from_bytes(start[:8], "little"))
+    if start[:1] == b"{" and file.name.endswith(INDEX):
+        return _open_shards(file, size)
     if start[:1] == b"\x80":
         with file.open("rb") as stream:
             check_pickle(stream, file, size)
     raise _unknown(file, start)
+
+
+def _named(file: Path) -> tuple[str, str] | None:
+    """What a refused pickle is, by what is written in its beginning."""
+    try:
+        with file.open("rb") as stream:
+            beginning = stream.read(MAX_PICKLE_BYTES)
+    except (OSError, ValueError):
+        return None
+    pickled = beginning.startswith((_ZIP, b"\x80"))
+    kind = what_is([beginning.decode("latin-1")]) if pickled else None
+    return kind if kind and kind[0] != "an IP-Adapter" else None
+
+
+def _open_shards(file: Path, size: int) -> Contents:
+    """The files that an index names, all in its folder, as one."""
+    if size > MAX_HEADER_BYTES:
+        raise claims_too_much(file, f"at most {MAX_HEADER_BYTES} bytes", size)
+    try:
+        names = set(json.loads(file.read_text("utf-8"))["weight_map"].values())
+        shards = [file.with_name(name) for name in sorted(names)]  # refuses names with a folder
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            "is not an index of shards", where=file, expected='{"weight_map": {tensor: file}}'
+        ) from error
+    if len(shards) > MAX_SHARDS or any(shard.name.endswith(INDEX) for shard in shards):
+        raise CheckpointError(
+            "names too many shards, or itself",
+            where=file,
+            expected=f"at most {MAX_SHARDS}",
+            found=len(shards),
+        )
+    tensors: dict[str, Tensor] = {}
+    for shard in shards:
+        opened = _open(shard)
+        tensors |= opened.tensors
+        size += opened.size
+    if len(tensors) > MAX_TENSORS:
+        raise too_many(file)
+    return Contents(file, "shards", size, tensors)
 
 
 def _look(file: Path) -> tuple[int, bytes]:

@@ -16,6 +16,7 @@ from ipdiverse.adapter.files.checkpoint import (
     adapter_from_tensors,
     as_safetensors,
     load_adapter,
+    opened_whole,
     save_adapter,
     spec_of,
     stored_dtype,
@@ -50,29 +51,10 @@ def convert(
     force: bool = False,
     face_id_plus_v2: bool | None = None,
 ) -> list[str]:
-    """Write an adapter in another layout; tensors keep their type and every bit.
-
-    Args:
-        source: A checkpoint of any layout.
-        target: Where to: `.safetensors`, and for `tencent` `.bin` too. It gets its name only once
-            it was read back and every tensor was found equal.
-        to: `ipdiverse` (with a spec), `diffusers` (what stock diffusers loads, without fusion) or
-            `tencent` (what the original code loads; with a blend fusion, what the first fusion
-            project loads).
-        force: Replace a file that is there.
-        face_id_plus_v2: Version 2 (True) or 1 (False) of FaceID-Plus, when the file does not say;
-            only `ipdiverse` stores it.
-
-    Returns:
-        Notes on what was assumed or left out.
-
-    Raises:
-        CheckpointError: The source cannot be loaded, or the result is not equal to it.
-        OutputError: The target is there already, is the source, or cannot be written.
-    """
+    """Write an adapter in another layout; tensors keep their type and every bit."""
     goal = Path(target)
     _check_target(Path(source), goal, to, force)
-    contents = open_checkpoint(Path(source))
+    contents = opened_whole(Path(source))
     found = normalise(contents.tensors, source)
     tensors, spec = with_base_weights(found.tensors, spec_of(contents), Path(source))
     version = face_id_plus_v2 if to == "ipdiverse" or "shortcut" in spec else bool(face_id_plus_v2)
@@ -160,11 +142,7 @@ def _as_bytes(
 def _verify(
     written: Path, expected: Mapping[str, Tensor], target: Path, adapter: ImagePromptAdapter
 ) -> None:
-    """Load the result and compare every tensor.
-
-    Raises:
-        CheckpointError: It is not what was meant.
-    """
+    """Load the result and compare every tensor."""
     contents = open_checkpoint(written)
     found = normalise(contents.tensors, target).tensors
     version = bool(getattr(adapter.image_proj, "shortcut", False))
@@ -182,17 +160,8 @@ def _verify(
 
 
 def copy_with_spec(source: Path, target: Path, changes: Mapping[str, Any]) -> None:
-    """Write an adapter of ours again, its tensors to the bit, with more in its spec.
-
-    Args:
-        source: A file.
-        target: Where to write; may be the same file.
-        changes: What is added to the spec, or replaced.
-
-    Raises:
-        CheckpointError: The file is broken or of another layout.
-    """
-    contents = open_checkpoint(source)
+    """Write an adapter of ours again, its tensors to the bit, with more in its spec."""
+    contents = opened_whole(source)
     stored, said = normalise(contents.tensors, source).tensors, spec_of(contents)
     tensors, spec = with_base_weights(stored, said, source)
     adapter_from_tensors(tensors, source, spec)
@@ -203,17 +172,7 @@ def copy_with_spec(source: Path, target: Path, changes: Mapping[str, Any]) -> No
 
 
 def store_base_weights(source: Path, base: Path, target: Path) -> None:
-    """Write an adapter of ours again, with the base weights that it was fine-tuned from.
-
-    Args:
-        source: The adapter's file; its spec and the type of its weights are kept.
-        base: File of the adapter that it was fine-tuned from (`model.remember_base_weights`).
-        target: Where to write; may be the source.
-
-    Raises:
-        CheckpointError: A file is broken or of another layout.
-        ModelError: The two do not fit together.
-    """
+    """Write an adapter of ours again, with the base weights that it was fine-tuned from."""
     adapter = load_adapter(source)
     remember_base_weights(adapter, load_adapter(base))
     save_adapter(adapter, target, adapter.spec, stored_dtype(source))

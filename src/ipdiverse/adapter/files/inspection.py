@@ -23,6 +23,7 @@ from ipdiverse.adapter.files.layouts import (
 from ipdiverse.adapter.files.structure import describe, dtype_name, misfits, skeleton
 from ipdiverse.adapter.model import ImagePromptAdapter
 from ipdiverse.errors import CheckpointError
+from ipdiverse.loading import what_is
 
 _FLUX_LAYER = re.compile(r"double_blocks\.([0-9]+)\..+_k_proj\.weight")
 _NAMED = 5
@@ -50,18 +51,18 @@ def inspect_checkpoint(file: Path) -> Report:
     """Kind, base family, tokens, widths and fusion of an adapter, and what does not fit.
 
     Whether weights are finite is not checked: they are not read.
-
-    Args:
-        file: A checkpoint in any container.
-
-    Returns:
-        What JSON can hold. `loads` says whether `load_adapter` accepts its keys and shapes;
-        `missing`, `unexpected` and `mismatched` say why not.
-
-    Raises:
-        CheckpointError: The file is broken or holds something else than tensors.
     """
     contents = open_checkpoint(file)
+    kind = what_is(contents.tensors)
+    if kind is None or kind[0] != "an IP-Adapter" or recognise(contents.tensors) != "flux":
+        normalise(contents.tensors, file)  # refuses what is something else, or claims too much
+    if kind is None:
+        raise CheckpointError(
+            "is not an adapter",
+            where=file,
+            expected="tensors named image_proj.* and ip_adapter.*",
+            found=", ".join(sorted(contents.tensors)[:3]) or "no tensors",
+        )
     spec = spec_of(contents)
     found = _understand(contents, spec)
     about = _nothing() if found.adapter is None else _about(found.adapter, found.tensors, spec)

@@ -22,6 +22,7 @@ from torch import Tensor
 from ipdiverse.adapter.files.containers import open_checkpoint
 from ipdiverse.adapter.model import shared_parts
 from ipdiverse.errors import CheckpointError
+from ipdiverse.loading import what_is
 from ipdiverse.writing import tensors_hash
 
 BASE_WEIGHTS = "base_weights."
@@ -41,6 +42,16 @@ BLEND_NOTE = (
     "when it generated"
 )
 
+BOUNDS = {
+    "parameters": 1_000_000_000,  # the largest published, FaceID-Plus for SDXL, has 0.4
+    "layers with an image branch": 1024,  # SDXL has 140 attention layers
+    "resampler layers": 64,
+    "image tokens": 4096,
+    "axes": 4,
+}
+"""The most that an adapter's file may claim."""
+_LAYER = re.compile(r"ip_adapter\.[^.]+\.")
+_RESAMPLER = re.compile(r"image_proj\.(?:perceiver_resampler\.)?layers\.[^.]+\.")
 _FUSION = ("query", "key", "value")
 _BLOCKS = ("down_blocks", "up_blocks", "mid_block")  # the order of `unet.attn_processors`
 _PREFIXES = {
@@ -91,15 +102,10 @@ def recognise(names: Iterable[str]) -> str:
 
 
 def normalise(tensors: Mapping[str, Tensor], where: object) -> Normalised:
-    """Rename a checkpoint's tensors to our keys and leave out the base model's own.
-
-    Args:
-        tensors: Flat, in any layout; none is read.
-        where: The source's name, for messages.
-
-    Raises:
-        CheckpointError: The adapter is for another kind of model.
-    """
+    """Rename a checkpoint's tensors to our keys and leave out the base model's own."""
+    kind = what_is(tensors)
+    if kind and kind[0] != "an IP-Adapter":
+        raise CheckpointError(f"is {kind[0]}, not an adapter", where=where, fix=kind[1])
     layout = recognise(tensors)
     if layout == "flux":
         raise CheckpointError(
@@ -124,7 +130,29 @@ def normalise(tensors: Mapping[str, Tensor], where: object) -> Normalised:
         dtype = ours["fusion.query.weight"].dtype
         ours.setdefault("fusion.blend", torch.tensor(ANCESTOR_BLEND, dtype=dtype))
         notes = (*notes, BLEND_NOTE)
+    _check_bounds(ours, where)
     return Normalised(layout, dict(sorted(ours.items())), tuple(frozen), notes)
+
+
+def _check_bounds(tensors: Mapping[str, Tensor], where: object) -> None:
+    """Refuse what no adapter has, before modules or weights take the memory that is claimed."""
+    own = sum(t.numel() for name, t in tensors.items() if not name.startswith(BASE_WEIGHTS))
+    tokens = tensors.get("image_proj.latents")
+    found = {
+        "parameters": max(own, sum(t.numel() for t in tensors.values()) - own),
+        "layers with an image branch": len({n.split(".")[1] for n in tensors if _LAYER.match(n)}),
+        "resampler layers": len({m[0] for n in tensors if (m := _RESAMPLER.match(n))}),
+        "image tokens": tokens.shape[1] if tokens is not None and tokens.ndim == 3 else 0,
+        "axes": max((t.ndim for t in tensors.values()), default=0),
+    }
+    for name, most in BOUNDS.items():
+        if found[name] > most:
+            raise CheckpointError(
+                "claims more than any adapter has",
+                where=where,
+                expected=f"at most {most} {name}",
+                found=found[name],
+            )
 
 
 def _renamed(name: str, numbers: Mapping[str, int]) -> str | None:
@@ -165,10 +193,6 @@ def pack_base_weights(own: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> 
     Fine-tuning hardly changes a weight's sign and exponent, so of the exclusive or of both the
     upper bytes are nearly all zero: of the shipped adapter 79 % are stored.
 
-    Args:
-        own: The adapter's tensors, float16.
-        base: Its base weights: same names as `shared_parts(own)`, same shapes and type.
-
     Returns:
         uint8, (bytes,).
     """
@@ -208,18 +232,7 @@ def _halves(tensor: Tensor) -> np.ndarray:
 def with_base_weights(
     tensors: Mapping[str, Tensor], spec: Mapping[str, Any], file: Path
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An adapter's tensors and spec, with its base weights among the tensors if it has any.
-
-    Args:
-        tensors: Of the file, with our keys (`normalise`).
-        spec: Of the file. In files of version 0.1 it may name a file of the same folder that holds
-            the base weights, and their hash, as `plain`; no file elsewhere is ever read.
-        file: Where both are from.
-
-    Raises:
-        CheckpointError: The base weights are broken, or the file that is named is missing, holds
-            other weights, or lies elsewhere.
-    """
+    """An adapter's tensors and spec, with its base weights among the tensors if it has any."""
     kept = {name: tensor for name, tensor in tensors.items() if name != PACKED}
     rest = {k: v for k, v in spec.items() if k != "plain" and (k != "noise_conditioned" or not v)}
     base: dict[str, Tensor] = {}

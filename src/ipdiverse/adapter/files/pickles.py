@@ -37,16 +37,7 @@ _ALLOWED = {
 
 
 def check_pickle(stream: IO[bytes], file: Path, size: int | None) -> None:
-    """Read a pickle's instructions, without following them, and refuse all but tensors.
-
-    Args:
-        stream: At the start of the pickle; afterwards at its end.
-        file: For messages.
-        size: No number in it, and not all storages together, may exceed this; None for no limit.
-
-    Raises:
-        CheckpointError: It asks for anything else than tensors, or for more than the file holds.
-    """
+    """Read a pickle's instructions, without following them, and refuse all but tensors."""
     strings: list[str] = []
     number = claimed = 0
     for name, argument in _instructions(stream, file):
@@ -76,7 +67,7 @@ def _instructions(stream: IO[bytes], file: Path) -> Iterator[tuple[str, Any]]:
             if (position or 0) > MAX_PICKLE_BYTES:
                 raise too_many(file)
             yield code.name, argument
-    except (ValueError, IndexError, RecursionError) as error:
+    except (ValueError, IndexError, RecursionError, OverflowError, MemoryError) as error:
         raise broken(file, "torch", error) from error
 
 

@@ -15,18 +15,7 @@ if TYPE_CHECKING:
 
 
 def save_files(folder: Path, files: Mapping[str, bytes | None]) -> list[str]:
-    """Write files into a folder, made if need be.
-
-    Args:
-        folder: Where to.
-        files: Contents by name; None removes an older file of that name.
-
-    Returns:
-        The names of those that were written.
-
-    Raises:
-        OutputError: The folder cannot be written.
-    """
+    """Write files into a folder, made if need be."""
     ensure_writable_folder(folder)
     for name, content in files.items():
         if content is None:
@@ -45,23 +34,7 @@ def push_files(
     commit_message: str | None = None,
     create_pr: bool = False,
 ) -> str:
-    """Upload files to a repository of the hub, made if need be, in one commit.
-
-    Args:
-        repo_id: `owner/name`.
-        files: Makes what `save_files` takes; called once the name and the token are known to do.
-        private: Whether a repository that is made is private.
-        token: None takes the one that is logged in.
-        commit_message: None takes the hub's.
-        create_pr: Propose the change instead of making it.
-
-    Returns:
-        The repository's address.
-
-    Raises:
-        ArgumentError: The repository is not such a name.
-        ModelError: There is no token, the hub refused, or it cannot be reached.
-    """
+    """Upload files to a repository of the hub, made if need be, in one commit."""
     import huggingface_hub
 
     check_repository(repo_id)
@@ -89,11 +62,7 @@ def push_files(
 
 
 def check_repository(repo_id: str) -> None:
-    """Refuse what cannot be a repository.
-
-    Raises:
-        ArgumentError: It is not `owner/name`.
-    """
+    """Refuse what cannot be a repository."""
     if HUB_ID.fullmatch(repo_id) is None:
         raise ArgumentError(
             "is not a repository of the hub", where="repo_id", expected="owner/name", found=repo_id

@@ -47,18 +47,7 @@ def skeleton(
     spec: Mapping[str, Any],
     shortcut: bool = False,
 ) -> Adapter:
-    """The adapter that these tensors describe, without memory for weights (device `meta`).
-
-    Args:
-        make: Its class.
-        tensors: Flat, with our keys.
-        where: The source's name, for messages.
-        spec: The file's spec; only the fusion's heads are used.
-        shortcut: Of a FaceID-Plus projection, whose versions 1 and 2 have the same keys.
-
-    Raises:
-        CheckpointError: They describe none.
-    """
+    """The adapter that these tensors describe, without memory for weights (device `meta`)."""
     try:
         # a file's claims cost no memory before they are checked
         with building(), torch.device("meta"):
@@ -74,11 +63,7 @@ def skeleton(
 
 
 def misfits(tensors: Tensors, adapter: ImagePromptAdapter) -> dict[str, list[str]]:
-    """How tensors differ from what the adapter they describe must have.
-
-    Returns:
-        Keys that are `missing` and `unexpected`, and sentences on what is `mismatched`.
-    """
+    """How tensors differ from what the adapter they describe must have."""
     expected = adapter.state_dict()
     if any(key.startswith(BASE_WEIGHTS) for key in tensors):
         expected |= {BASE_WEIGHTS + key: one for key, one in shared_parts(expected).items()}

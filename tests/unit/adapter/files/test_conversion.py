@@ -263,9 +263,8 @@ def test_inspect_tells_what_does_not_fit_instead_of_failing(tmp_path: Path) -> N
     assert not report["loads"]
     assert "  missing       ip_adapter.3.to_v_ip.weight\n" in as_text(report)
     save_file({f"x.{n}": torch.zeros(1) for n in range(9)}, tmp_path / "a.safetensors")
-    report = inspect_checkpoint(tmp_path / "a.safetensors")
-    assert (report["layout"], report["kind"], report["loads"]) == ("unknown", None, False)
-    assert "holds no known image projection" in as_text(report)
+    with pytest.raises(CheckpointError, match=r"is not an adapter;.*found x\.0, x\.1, x\.2"):
+        inspect_checkpoint(tmp_path / "a.safetensors")
 
 
 def test_inspect_describes_flux_and_frozen_weights(tmp_path: Path) -> None:
