@@ -56,30 +56,12 @@ def write_bytes_atomic(
 
 
 def write_text_atomic(path: AnyPath, text: str) -> None:
-    """Write a text file in UTF-8, with the line ends as given, completely or not at all.
-
-    Args:
-        path: The target, in a folder that exists; an existing file is replaced.
-        text: The whole content; a character that UTF-8 cannot encode becomes "?".
-
-    Raises:
-        OutputError: It cannot be written; an earlier file is still there.
-    """
+    """As `write_bytes_atomic`, in UTF-8; a character that it cannot encode becomes "?"."""
     write_bytes_atomic(path, text.encode("utf-8", "replace"))
 
 
 def ensure_writable_folder(path: AnyPath) -> Path:
-    """Create a folder if needed, and check before long work that files can be written there.
-
-    Args:
-        path: The folder.
-
-    Returns:
-        The folder as a `Path`.
-
-    Raises:
-        OutputError: It is a file, cannot be created, may not be written to, or has no space.
-    """
+    """Create a folder if needed, and check before long work that it takes files (`OutputError`)."""
     folder = Path(path)
     probe = folder / f".{uuid.uuid4().hex}.tmp"
     try:
