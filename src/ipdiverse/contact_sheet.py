@@ -71,11 +71,8 @@ def contact_sheet(
         images: The outputs, in reading order.
         captions: One for each image; "" for none. Long ones are wrapped, and cut with an ellipsis.
         title: A heading above everything.
-        columns: Images in a row of the grid; None makes the grid as square as possible.
+        columns: In the grid; None makes it as square as possible.
         cell: Side in pixels of the square that each image is scaled to fit.
-
-    Returns:
-        An RGB image.
 
     Raises:
         ArgumentError: The counts differ, a number is out of range, or the sheet would be too large.
@@ -221,14 +218,7 @@ def _line_height(size: int) -> int:
 
 
 def labelled_points(values: Sequence[float]) -> list[int]:
-    """Points of a curve whose labels do not touch, the first and the last among them.
-
-    Args:
-        values: Positions along the axis, rising.
-
-    Returns:
-        Their indices.
-    """
+    """Indices of rising values whose labels do not touch, the first and the last among them."""
     if len(values) < 2:
         return list(range(len(values)))
     gap, kept = LABEL_GAP * (values[-1] - values[0]), [0]

@@ -95,11 +95,7 @@ class ShapeError(IpdiverseError):
 
 
 class Interrupted(Exception):  # noqa: N818 - what happened, not what went wrong
-    """Raised when a signal asked a run to stop; everything up to the last step is saved.
-
-    Args:
-        number: The signal's number.
-    """
+    """Raised when a signal asked a run to stop; everything up to the last step is saved."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by signal {number}")
@@ -107,22 +103,14 @@ class Interrupted(Exception):  # noqa: N818 - what happened, not what went wrong
 
 
 def check_range(name: str, value: float, low: float, high: float) -> None:
-    """Refuse a number outside its range.
-
-    Raises:
-        ArgumentError: It is outside, NaN, or not a number.
-    """
+    """Refuse what is outside a range, NaN, or not a number (`ArgumentError`)."""
     usable = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not usable or not low <= value <= high:
         raise ArgumentError("is out of range", where=name, expected=f"{low} to {high}", found=value)
 
 
 def check_whole(name: str, value: object) -> None:
-    """Refuse anything but an int; a bool is not one here.
-
-    Raises:
-        ArgumentError: It is not an int.
-    """
+    """Refuse anything but an int (`ArgumentError`); a bool is not one here."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise ArgumentError(
             "is not a whole number", where=name, expected="an int", found=repr(value)

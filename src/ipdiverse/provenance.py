@@ -26,12 +26,7 @@ _MAX_SUMMARY = 2000
 
 
 def save_png(image: Image.Image, path: AnyPath, record: Mapping[str, Any]) -> None:
-    """Write a PNG that carries the record of how it was made.
-
-    Args:
-        image: The image.
-        path: The target; an existing file is replaced, or left as it was if writing fails.
-        record: Values that JSON can hold; the one-line summary begins with its "prompt".
+    """Write a PNG that carries the record of how it was made, whole or not at all.
 
     Raises:
         ArgumentError: The record cannot be stored as JSON, or is too large.

@@ -60,7 +60,7 @@ def write_bytes_atomic(
 
 
 def write_text_atomic(path: AnyPath, text: str) -> None:
-    """As `write_bytes_atomic`, in UTF-8, which a lone surrogate leaves as "?"."""
+    """As `write_bytes_atomic`, in UTF-8; a character that it cannot encode becomes "?"."""
     write_bytes_atomic(path, text.encode("utf-8", "replace"))
 
 
@@ -80,11 +80,7 @@ def writing(path: AnyPath) -> Iterator[None]:
 
 
 def ensure_writable_folder(path: AnyPath) -> Path:
-    """Create a folder if needed, and check before long work that files can be written there.
-
-    Raises:
-        OutputError: It is a file, cannot be created, may not be written to, or has no space.
-    """
+    """Create a folder if needed, and check before long work that it takes files (`OutputError`)."""
     folder = Path(path)
     probe = folder / f".{_PROBE}{uuid.uuid4().hex[:20]}.tmp"
     try:

@@ -101,27 +101,12 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
 
 
 def load_image_bytes(data: bytes, name: str = "image") -> Image.Image:
-    """Decode an image that is already in memory, such as an upload.
-
-    Args:
-        data: The content of a file of an accepted format.
-        name: What to call it in errors.
-
-    Returns:
-        The upright image in mode RGB, without metadata.
-
-    Raises:
-        ImageError: The bytes are not an image, are broken, or are outside the limits.
-    """
+    """As `load_image`, from memory; errors call it by the name."""
     return _plain(_decode(data, name))
 
 
 def load_mask(path: str | os.PathLike[str]) -> Image.Image:
-    """Decode an image file as a mask, as `as_mask` reads it.
-
-    Raises:
-        ImageError: As `load_image` and `as_mask` say, or it is black everywhere.
-    """
+    """A file as a mask (`ImageError` as `load_image` and `as_mask` say, or black everywhere)."""
     mask = as_mask(_decode(_read(path), str(path)), path)
     if mask.getextrema()[1] == 0:
         raise ImageError(
@@ -140,21 +125,11 @@ def as_mask(image: Image.Image, where: object = "mask") -> Image.Image:
     What transparency means depends on who drew it: a hole that was erased in white is what to
     repaint, and so are black strokes on an empty layer. It is refused rather than guessed.
 
-    Args:
-        image: Of any mode.
-        where: What to call it in errors.
-
-    Returns:
-        The mask in mode L.
-
     Raises:
         ImageError: It has transparent parts.
     """
-    clear = 0.0
-    if image.has_transparency_data:
-        alpha = np.asarray(image.convert("RGBA").getchannel("A"))
-        clear = float((alpha < 255).mean())
-    if clear:
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    if clear := 0 if alpha is None else float((np.asarray(alpha) < 255).mean()):
         raise ImageError(
             "the mask has transparent parts, which may stand for either",
             where=where,
@@ -175,28 +150,14 @@ def _turned(image: Image.Image, turn: int) -> Image.Image:
 
 
 def content_hash(image: Image.Image) -> str:
-    """Identify an image by its pixels, whatever file it came from.
-
-    Args:
-        image: The image; modes other than RGB are converted as when loading.
-
-    Returns:
-        The SHA-256 of its size and RGB pixels, 64 hexadecimal digits.
-    """
+    """SHA-256 of an image's size and pixels in RGB, whatever file it came from."""
     digest = hashlib.sha256(f"{image.width}x{image.height}:".encode())
     digest.update(to_rgb(image).tobytes())
     return digest.hexdigest()
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode to RGB by the stated policies; orientation is left alone.
-
-    Args:
-        image: An image of any mode that Pillow decodes.
-
-    Returns:
-        An RGB image without metadata; a copy unless it was one already.
-    """
+    """Any mode to RGB as stated, without metadata; orientation is left alone."""
     if image.mode == "RGB" and not image.info:
         return image
     if image.mode in _WIDE_GREY:
@@ -262,7 +223,7 @@ def _open(data: bytes, name: str, image_format: str) -> Image.Image:
         image, frames = _open_avif(data, name)
         _warn_if_animated(frames, name)
         return image
-    _check(claimed_size(data, image_format), image_format, name)
+    check_size(_sized(claimed_size(data, image_format), image_format, name), name)
     if image_format == "PNG":
         data = _without_text(data, name)
     image = Image.open(io.BytesIO(data), formats=[image_format])
@@ -273,8 +234,8 @@ def _open(data: bytes, name: str, image_format: str) -> Image.Image:
 
 def _open_jpeg(data: bytes, name: str) -> Image.Image:
     jpeg = read_jpeg(data, name)
-    most = MAX_DECODED_PIXELS if jpeg.scans > 1 else MAX_DRAFT_PIXELS
-    size = _check(jpeg.size, "JPEG", name, most)
+    size = _sized(jpeg.size, "JPEG", name)
+    check_size(size, name, MAX_DECODED_PIXELS if jpeg.scans > 1 else MAX_DRAFT_PIXELS)
     most = min(MAX_JPEG_SCANS, MAX_SCANNED_PIXELS // (size[0] * size[1]))
     check_count(jpeg.scans, most, "scans in a JPEG of this size", name)
     # not by `Image.open`, which refuses 200 megapixels before they can be scaled down
@@ -286,10 +247,7 @@ def _open_jpeg(data: bytes, name: str) -> Image.Image:
 
 
 def _open_avif(data: bytes, name: str) -> tuple[Image.Image, int]:
-    """The image and how many frames the file has.
-
-    Not by `Image.open`, which also reads all EXIF: `files.orientation` says why not.
-    """
+    """The image, and how many frames its file has; `Image.open` would also read all EXIF."""
     from PIL import _avif
 
     decoder = _avif.AvifDecoder(data, "auto", os.cpu_count() or 1)
@@ -298,12 +256,9 @@ def _open_avif(data: bytes, name: str) -> tuple[Image.Image, int]:
     return _turned(Image.frombytes(mode, size, decoder.get_frame(0)[0]), turn), frames
 
 
-def _check(
-    size: tuple[int, int] | None, image_format: str, name: str, most: int = MAX_DECODED_PIXELS
-) -> tuple[int, int]:
+def _sized(size: tuple[int, int] | None, image_format: str, name: str) -> tuple[int, int]:
     if size is None:
         raise _broken(image_format, name, "a header with the image's size", "none")
-    check_size(size, name, most)
     return size
 
 

@@ -77,17 +77,7 @@ _WEBP_SIZE_END = 30
 
 @contextmanager
 def opened(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """Open an image file for reading; errors while it is read are reported too.
-
-    Args:
-        path: The file.
-
-    Yields:
-        The open file.
-
-    Raises:
-        ImageError: It is missing, unreadable or not an ordinary file.
-    """
+    """Open an ordinary file; errors while it is open are `ImageError`s too."""
     try:
         mode = Path(path).stat().st_mode
         if not stat.S_ISREG(mode):  # reading a pipe may block for ever, a device may never end
@@ -174,14 +164,7 @@ def check_count(count: int, most: int, what: str, where: object) -> None:
 
 
 def format_of(data: bytes) -> str | None:
-    """Tell the format of an image by its content.
-
-    Args:
-        data: The file, or at least its first 34 bytes.
-
-    Returns:
-        "JPEG", "PNG", "WEBP", "BMP" or "AVIF"; None for anything else.
-    """
+    """By the first 34 bytes: "JPEG", "PNG", "WEBP", "BMP", "AVIF" or None."""
     if data.startswith(PNG_SIGNATURE):
         return "PNG"
     if data.startswith(b"\xff\xd8\xff"):
@@ -196,7 +179,7 @@ def format_of(data: bytes) -> str | None:
 
 
 def describe(data: bytes) -> str:
-    """Name content that is not an accepted image, such as "a GIF" or "plain text", for an error."""
+    """Name content that is not accepted, such as "a GIF" or "plain text", for an error."""
     head = data[:512]
     for pattern, name in _OTHERS:
         if re.match(pattern, head, re.DOTALL):
@@ -214,9 +197,6 @@ def orientation(about: Mapping[Any, Any]) -> int:
     """How to turn an image, 1 to 8 as EXIF numbers it; 1 where nothing says.
 
     Not by Pillow: it first copies what every tag claims, at worst 65,535 times the whole file.
-
-    Args:
-        about: Metadata as Pillow keeps it in `Image.info`.
     """
     exif, raw = about.get("exif"), about.get("Raw profile type exif")
     if exif is None and raw:  # ImageMagick writes it into a PNG as three lines, then digits
@@ -247,19 +227,13 @@ def _exif_orientation(exif: bytes) -> int | None:
 
 @dataclass
 class Jpeg:
-    """What a JPEG's markers say of its main image.
+    """What a JPEG's markers say of its main image."""
 
-    Args:
-        size: Width and height by the last frame header; a broken file may hold several.
-        scans: Decoding passes over the whole image for each.
-        about: Its EXIF and XMP, named as Pillow does.
-        bare: The file without them, comments, previews and fill bytes. Pillow would read fill bytes
-            one by one, and copy all EXIF again for each further part of it.
-    """
-
-    size: tuple[int, int] | None = None
+    size: tuple[int, int] | None = None  # by the last frame header: a broken file may hold several
     scans: int = 0
-    about: dict[str, bytes] = field(default_factory=dict)
+    about: dict[str, bytes] = field(default_factory=dict)  # EXIF and XMP, as in `Image.info`
+    # The file without those, comments, previews and fill bytes: Pillow would read fill bytes one by
+    # one, and copy all EXIF again for each further part of it.
     bare: bytes = b""
 
 
@@ -286,11 +260,7 @@ def read_jpeg(data: bytes, where: object) -> Jpeg:
 
 
 def png_chunks(file: IO[bytes]) -> Iterator[tuple[bytes, int, int]]:
-    """Step through the chunks of a PNG, at most `MAX_CHUNKS`, whatever the caller reads of each.
-
-    Yields:
-        Kind, position of the body, and its length; the file, which can seek, is at the body.
-    """
+    """Each chunk's kind, position of its body, where the file then is, and length."""
     position = len(PNG_SIGNATURE)
     for _ in range(MAX_CHUNKS):
         file.seek(position)

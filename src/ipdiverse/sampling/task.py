@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 _HALF = 128
 """From this grey on, pipelines repaint (`VaeImageProcessor` with `do_binarize`)."""
-_FITTED = {"crop": "cropped", "pad": "padded", "stretch": "stretched"}
 
 
 class Pictures(NamedTuple):
@@ -34,12 +33,7 @@ class Pictures(NamedTuple):
 
 
 def decoded(request: Request) -> Pictures:
-    """Decode what a request names.
-
-    Raises:
-        ArgumentError: The mask of an inpainting is white everywhere, or lighter than half nowhere.
-        ImageError: A file cannot be read, or is no mask.
-    """
+    """Decode what a request names (`IpdiverseError` where a picture or mask cannot be used)."""
     ones = (*request.image, request.negative_image, request.init_image, request.control_image)
     images = {file: load_image(Path(file)) for file in dict.fromkeys(ones) if file}
     masks = {file: load_mask(Path(file)) for file in request.mask_files}
@@ -72,11 +66,6 @@ class Task:
 def task_for(base: Base, request: Request, pictures: Pictures) -> Task:
     """Text-to-image, image-to-image or inpainting, with a ControlNet or without.
 
-    Args:
-        base: Open.
-        request: What is asked.
-        pictures: Its decoded files.
-
     Raises:
         ArgumentError: So little of the picture is to be redone that no step would be, or the mask
             leaves nothing or everything to repaint.
@@ -102,7 +91,8 @@ def task_for(base: Base, request: Request, pictures: Pictures) -> Task:
     if request.mask_image:
         mask = pictures.masks[request.mask_image]
         fitted["mask_image"] = _fitted("mask image", mask, size, request.fit, notes)
-        share = _repainted(fitted["mask_image"], request.mask_image, base)
+        every = getattr(base.pipe, "vae_scale_factor", 8)
+        share = _repainted(fitted["mask_image"], request.mask_image, every)
         grey = "; grey is cut at half" if any(mask.histogram()[1:-1]) else ""
         notes.append(f"mask image: {100 * share:.3g} % of the picture is repainted{grey}")
     for file in request.mask:
@@ -180,8 +170,8 @@ def _fitted(
     if image.size == size:
         return image
     if abs(image.width * size[1] / image.height - size[0]) >= 1:
-        shapes = "{}x{} is {} to {}x{}".format(*image.size, _FITTED[how], *size)
-        notes.append(f"{name}: {shapes}; --fit takes crop, pad or stretch")
+        shapes = "{}x{} is fitted to {}x{}".format(*image.size, *size)
+        notes.append(f"{name}: {shapes} by {how}; --fit takes crop, pad or stretch")
     if how == "crop":
         return ImageOps.fit(image, size, Image.Resampling.LANCZOS)
     if how == "pad":  # what a mask says of the bars is that they are to be filled
@@ -190,13 +180,11 @@ def _fitted(
     return image.resize(size, Image.Resampling.LANCZOS)
 
 
-def _repainted(mask: Image.Image, file: str, base: Base | None = None) -> float:
-    """The share that a mask repaints; with a base, as its latents take it, every eighth pixel."""
-    pipe: Any = base and base.pipe
-    every = pipe.vae_scale_factor if pipe else 1
+def _repainted(mask: Image.Image, file: str, every: int = 1) -> float:
+    """The share that a mask repaints; latents take one of every so many pixels of a row."""
     share = float((np.asarray(mask)[::every, ::every] >= _HALF).mean())
     if share == 0:
-        thin = f" in areas of more than {every} px, or take another --fit" if pipe else ""
+        thin = f" in areas of more than {every} px, or take another --fit" if every > 1 else ""
         raise ArgumentError(
             "the mask repaints nothing",
             where=file,
@@ -223,11 +211,7 @@ class LastBase:
         self._opening: tuple[object, ...] | None = None
 
     def open(self, request: Request) -> Base:
-        """A request's base.
-
-        Raises:
-            IpdiverseError: It cannot be opened.
-        """
+        """A request's base."""
         wanted = opening(request)
         if self._base is None or self._opening != wanted:
             self._base = None  # two of them need not fit into memory
@@ -236,11 +220,7 @@ class LastBase:
 
 
 def open_base(request: Request) -> Base:
-    """The base that a request names, placed as it asks.
-
-    Raises:
-        IpdiverseError: It cannot be opened or had, or its options do not fit it.
-    """
+    """The base that a request names, placed as it asks."""
     encoder = request.adapter if request.adapter in PRESETS else None
     return load_base(
         request.base,
@@ -252,11 +232,7 @@ def open_base(request: Request) -> Base:
 
 
 def opening(request: Request) -> tuple[object, ...]:
-    """What decides how `open_base` opens a base: requests that agree can share one.
-
-    Raises:
-        IpdiverseError: There is no such base, or nothing that prompts it.
-    """
+    """What decides how `open_base` opens a base: requests that agree can share one."""
     adapter = request.adapter or default_adapter(request.base)
     encoder = request.image_encoder or (adapter if adapter in PRESETS else "")
     return (request.base, encoder, request.revision, request.safety_checker, request.memory())

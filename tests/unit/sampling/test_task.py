@@ -40,7 +40,7 @@ def task(base: Base, mask: Image.Image, picture: Image.Image | None = None, **op
 
 @pytest.mark.parametrize(
     ("how", "fitted"),
-    [(None, "cropped"), ("crop", "cropped"), ("pad", "padded"), ("stretch", "stretched")],
+    [(None, "crop"), ("crop", "crop"), ("pad", "pad"), ("stretch", "stretch")],
 )
 def test_pictures_of_another_shape_are_fitted_as_asked_and_that_is_said(
     base: Base, how: str | None, fitted: str
@@ -49,14 +49,14 @@ def test_pictures_of_another_shape_are_fitted_as_asked_and_that_is_said(
     options = {"width": 64, "height": 64} | ({"fit": how} if how else {})
     made = task(base, half((120, 60)), picture, **options)
     assert made.notes[:2] == [
-        f"{name} image: 120x60 is {fitted} to 64x64; --fit takes crop, pad or stretch"
+        f"{name} image: 120x60 is fitted to 64x64 by {fitted}; --fit takes crop, pad or stretch"
         for name in ("init", "mask")
     ]
     middle = picture.resize((64, 64), Image.Resampling.LANCZOS, (30, 0, 90, 60))
     whole = picture.resize((64, 32), Image.Resampling.LANCZOS)
     squashed = picture.resize((64, 64), Image.Resampling.LANCZOS)
     barred = ImageOps.expand(whole, (0, 16), "black")
-    expected = {"cropped": middle, "padded": barred, "stretched": squashed}[fitted]
+    expected = {"crop": middle, "pad": barred, "stretch": squashed}[fitted]
     assert made.pictures["image"].tobytes() == expected.tobytes()
     bars = np.asarray(made.pictures["mask_image"])[:15]
     assert bars.min() == (255 if how == "pad" else 0), "bars are repainted"
