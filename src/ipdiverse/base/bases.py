@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ from ipdiverse.base.pipelines import (
 )
 from ipdiverse.base.presets import PRESETS
 from ipdiverse.errors import ArgumentError, ModelError
-from ipdiverse.loading import loading
+from ipdiverse.loading import loading, one_line, quiet
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -125,22 +126,78 @@ def load_base(
     device = None if embedded or memory is None else this_device()
     dtype = "float32" if device is None or memory is None else plan_dtype(device, memory.dtype)
     opening = Opening(local_files_only, revision, safety_checker, encoder, dtype, unet)
-    pipe = open_pipeline(name, opening)
-    if getattr(pipe, "unet", None) is None:
+    pipe, plan = open_pipeline(name, opening), None
+    with one_line("cannot be used", name):
+        _check_parts(name, pipe)
+        pipe = _as_text_to_image(name, pipe)
+        pipe.set_progress_bar_config(disable=True)
+        if device is not None and memory is not None:
+            adapter = PRESETS[name].weights[1] if name in PRESETS else 0
+            plan = plan_memory(device, sizes_of(pipe, adapter), memory)
+            arrange(pipe, plan)
+    usual, batch = defaults_of(name), 4 if embedded else 1
+    return Base(name, pipe, usual.guidance_scale, batch, usual.steps, usual.scale, plan)
+
+
+_NEEDED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+
+
+def _check_parts(name: str, pipe: Any) -> None:
+    """Refuse a pipeline that opened and cannot draw, or draws nonsense.
+
+    Raises:
+        ModelError: A part is missing, or a tokenizer is not that of its text encoder.
+    """
+    if lacking := [part for part in _NEEDED if getattr(pipe, part, None) is None]:
         raise ModelError(
-            "has no UNet",
+            f"has no {'UNet' if lacking[0] == 'unet' else lacking[0]}",
             where=name,
             expected="Stable Diffusion 1.x, 2.x or XL",
             found=type(pipe).__name__,
         )
-    pipe.set_progress_bar_config(disable=True)
-    plan = None
-    if device is not None and memory is not None:
-        adapter = PRESETS[name].weights[1] if name in PRESETS else 0
-        plan = plan_memory(device, sizes_of(pipe, adapter), memory)
-        arrange(pipe, plan)
-    usual, batch = defaults_of(name), 4 if embedded else 1
-    return Base(name, pipe, usual.guidance_scale, batch, usual.steps, usual.scale, plan)
+    for suffix in ("", "_2"):
+        encoder = getattr(pipe, f"text_encoder{suffix}", None)
+        tokenizer = getattr(pipe, f"tokenizer{suffix}", None)
+        if encoder is None or tokenizer is None:
+            continue
+        words, known = len(tokenizer), encoder.config.vocab_size
+        # without its vocabulary a tokenizer opens all the same, with its few special tokens alone
+        if not known / 2 <= words <= known:
+            raise ModelError(
+                f"its tokenizer{suffix} does not fit its text encoder",
+                where=name,
+                expected=f"{known} tokens",
+                found=words,
+                fix=f"Copy every file of tokenizer{suffix} again: vocab.json and merges.txt.",
+            )
+        # without its config it believes that a text may have any length
+        longest = encoder.config.max_position_embeddings
+        tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
+
+
+def _as_text_to_image(name: str, pipe: Any) -> Any:
+    """The text-to-image pipeline of what may have been saved as one of another task.
+
+    Raises:
+        ModelError: diffusers has none for it.
+    """
+    if "image" not in signature(type(pipe).__call__).parameters:
+        return pipe
+    from diffusers import AutoPipelineForText2Image
+
+    try:
+        with quiet():
+            made: Any = AutoPipelineForText2Image.from_pipe(pipe)
+    except (ValueError, TypeError) as error:
+        raise ModelError(
+            "is a pipeline of another task",
+            where=name,
+            expected="Stable Diffusion 1.x, 2.x or XL",
+            found=type(pipe).__name__,
+        ) from error
+    if hasattr(pipe, "unet_later"):
+        made.unet_later = pipe.unet_later
+    return made
 
 
 def load_part(kind: str, source: str, base: Base, *, local_files_only: bool = False) -> Any:

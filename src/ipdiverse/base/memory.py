@@ -128,8 +128,18 @@ class Plan:
 def plan_dtype(device: Device, wanted: str = "auto") -> str:
     """Half precision wherever the device computes in it: float16 on CUDA and MPS.
 
-    On a CPU that is bfloat16, where it is native; float16 would be emulated there.
+    On a CPU that is bfloat16, where it is native.
+
+    Raises:
+        ArgumentError: float16 is wanted on a CPU.
     """
+    if wanted == "float16" and device.kind == "cpu":
+        raise ArgumentError(
+            "is not computed in on a CPU",
+            where="dtype",
+            found=wanted,
+            fix="Leave it out, or choose float32 or bfloat16.",
+        )
     if wanted != "auto":
         return wanted
     if device.kind == "cpu":

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ipdiverse.base.bases import Base, any_latents, load_image_encoder
 from ipdiverse.dial import OFF, Dial, Levers, default_dial, dial_of
 from ipdiverse.errors import ModelError
+from ipdiverse.loading import one_line
 from ipdiverse.sampling.task import Task, steps_of
 from ipdiverse.seeding import derived_seed
 
@@ -230,15 +231,20 @@ def _denoise(
     from ipdiverse.seeding import generator
 
     pipe: Any = task.base.pipe
+    stopped: list[Exception] = []
 
     def on_step(_: Any, step: int, __: Any, arguments: dict[str, Any]) -> dict[str, Any]:
         if advance is not None:
-            advance(wanted)
+            try:
+                advance(wanted)
+            except Exception as error:
+                stopped.append(error)
+                raise
         if step == last:
             pipe._interrupt = True  # the pipeline's own way to skip the steps that are left
         return arguments
 
-    with any_latents(pipe), _enough_memory(task.base):
+    with any_latents(pipe), _one_line(task.base, stopped):
         output = pipe(
             prompt=[job.prompt for job in jobs],
             negative_prompt=[request.negative_prompt] * len(jobs),
@@ -260,12 +266,18 @@ def _denoise(
 
 
 @contextmanager
-def _enough_memory(base: Base) -> Iterator[None]:
+def _one_line(base: Base, stopped: list[Exception]) -> Iterator[None]:
+    """What the pipeline raises as one line; what the caller's own `advance` raised as it is."""
     import torch
 
     try:
-        yield
-    except torch.OutOfMemoryError as error:
+        with one_line("cannot draw this", base.name):
+            yield
+    except ModelError as error:
+        if stopped:
+            raise stopped[0] from None
+        if not isinstance(error.__cause__, torch.OutOfMemoryError):
+            raise
         raise ModelError(
             "ran out of memory",
             where=base.name,

@@ -55,6 +55,7 @@ def task_for(base: Base, request: Request, pictures: Mapping[str, Image.Image]) 
         ModelError: The base has no pipeline for the task, or the ControlNet cannot be opened.
     """
     _check_strength(base, request)
+    _check_channels(base, request)
     size = image_size(base, request)
     resized: dict[str, Image.Image] = {}
     settings: dict[str, Any] = {}
@@ -116,6 +117,22 @@ def _check_strength(base: Base, request: Request) -> None:
             found=request.strength,
             fix="Raise --strength or --steps.",
         )
+
+
+def _check_channels(base: Base, request: Request) -> None:
+    """Refuse a UNet that is given more than latents, unless inpainting gives it that."""
+    pipe: Any = base.pipe
+    takes, latents = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
+    if takes == latents or (request.mask_image and takes == 2 * latents + 1):
+        return
+    paints = takes == 2 * latents + 1
+    raise ModelError(
+        "is a base for inpainting" if paints else "is a base of another task",
+        where=base.name,
+        expected=f"a UNet of {latents} input channels",
+        found=takes,
+        fix="Give --init-image and --mask-image." if paints else "Choose a text-to-image base.",
+    )
 
 
 def _pipeline(kind: str, base: Base, extra: dict[str, Any]) -> Any:

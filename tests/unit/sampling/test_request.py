@@ -96,7 +96,7 @@ def test_what_could_not_be_drawn_is_said_before_anything_is_opened(
         ({"end_at": 0.1, "start_at": 0.2}, "end_at: is out of range"),
         ({"width": 60}, "width: is not a multiple of 8; found 60"),
         ({"n": 3, "candidates": 2}, "candidates: is out of range; expected 3 to 1024"),
-        ({"steps": 2.5}, "steps: is no whole number"),
+        ({"steps": 2.5}, "steps: is not a whole number"),
         ({"mask_image": "m.png"}, "mask_image: needs init_image"),
     ],
 )

@@ -28,7 +28,7 @@ def test_batches_are_filled_up_to_one_size() -> None:
 
 
 def adapter(**spec: Any) -> Any:
-    return SimpleNamespace(spec=spec, fusion=None, plain={})
+    return SimpleNamespace(spec=spec, fusion=None, base_weights={})
 
 
 def test_levers_that_are_set_override_the_dial() -> None:
