@@ -59,11 +59,7 @@ _SIGPIPE = 13  # what ends other programs in a pipe; Windows has no name for it
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse and run; 0 when it worked, 2 for bad input, 128 + its number when a signal stopped it.
-
-    Args:
-        arguments: Without the program's name; None takes the process's own.
-    """
+    """Parse and run; 0 if it worked, 2 for bad input, 128 + its number if a signal stopped it."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             # a λ must not end in a traceback where a console or a pipe is not Unicode
@@ -163,11 +159,7 @@ def _with_seed(words: list[str]) -> list[str]:
 
 @contextmanager
 def _all_written() -> Iterator[None]:
-    """Flush at the end. If nobody reads any more, Python's own flush at exit must stay quiet.
-
-    Raises:
-        BrokenPipeError: Nobody reads it.
-    """
+    """Flush at the end. If nobody reads any more, Python's own flush at exit must stay quiet."""
     try:
         try:
             yield
@@ -192,14 +184,7 @@ def _short_warnings() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Place:
-    """How far a command line was understood.
-
-    Args:
-        words: The command, `ipdiverse critters make`.
-        commands: What may follow it.
-        flags: The flags that it takes.
-        arguments: The whole command line.
-    """
+    """How far a command line was understood."""
 
     words: str
     commands: tuple[str, ...]
@@ -212,12 +197,7 @@ class _Place:
 
 
 def in_one_line(commands: Any, arguments: Sequence[str]) -> AbstractContextManager[None]:
-    """Raise what tyro refuses as `ArgumentError`, for the length of a `with` block.
-
-    Args:
-        commands: A union of commands, as tyro takes it.
-        arguments: Without the program's name.
-    """
+    """Raise what tyro refuses as `ArgumentError`, for the length of a `with` block."""
     try:
         from tyro import _errors  # no public way; a tyro without it says the same in boxes
     except ImportError:

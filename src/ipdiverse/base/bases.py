@@ -64,13 +64,7 @@ class Base:
 
 @dataclass(frozen=True)
 class Defaults:
-    """Good settings for a base, to begin with.
-
-    Args:
-        steps: Denoising steps.
-        scale: Weight of the image prompt.
-        guidance_scale: Weight of the prompt.
-    """
+    """Good settings for a base, to begin with."""
 
     steps: int = 25
     scale: float = 1.0
@@ -143,11 +137,7 @@ _NEEDED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
 def _check_parts(name: str, pipe: Any) -> None:
-    """Refuse a pipeline that opened and cannot draw, or draws nonsense.
-
-    Raises:
-        ModelError: A part is missing, or a tokenizer is not that of its text encoder.
-    """
+    """Refuse a pipeline that opened and cannot draw, or draws nonsense."""
     if lacking := [part for part in _NEEDED if getattr(pipe, part, None) is None]:
         raise ModelError(
             f"has no {'UNet' if lacking[0] == 'unet' else lacking[0]}",
@@ -176,11 +166,7 @@ def _check_parts(name: str, pipe: Any) -> None:
 
 
 def _as_text_to_image(name: str, pipe: Any) -> Any:
-    """The text-to-image pipeline of what may have been saved as one of another task.
-
-    Raises:
-        ModelError: diffusers has none for it.
-    """
+    """The text-to-image pipeline of what may have been saved as one of another task."""
     if "image" not in signature(type(pipe).__call__).parameters:
         return pipe
     from diffusers import AutoPipelineForText2Image
@@ -201,17 +187,7 @@ def _as_text_to_image(name: str, pipe: Any) -> Any:
 
 
 def load_part(kind: str, source: str, base: Base, *, local_files_only: bool = False) -> Any:
-    """Open one more model for a base: an image encoder, a ControlNet.
-
-    Args:
-        kind: The class in diffusers or transformers.
-        source: A folder, or a hub id with an optional folder behind it, `owner/name/folder`.
-        base: Whose device and dtype it takes.
-        local_files_only: Use the hub's local cache, and download nothing.
-
-    Raises:
-        ModelError: It cannot be opened.
-    """
+    """Open one more model for a base, of a folder or a hub id, perhaps `owner/name/folder`."""
     check_part(source)
     with loading():
         import diffusers
@@ -234,11 +210,7 @@ def load_part(kind: str, source: str, base: Base, *, local_files_only: bool = Fa
 
 
 def check_part(source: str) -> None:
-    """Refuse a source that `load_part` cannot open, without opening it.
-
-    Raises:
-        ModelError: It is neither a folder nor a hub id.
-    """
+    """Refuse a source that `load_part` cannot open, without opening it."""
     if not Path(source).is_dir() and not HUB_ID.match(source):
         raise ModelError(
             "no such folder", where=source, expected="a folder, or a hub id", fix="Check the path."
@@ -248,17 +220,7 @@ def check_part(source: str) -> None:
 def load_image_encoder(
     source: str, base: Base, *, local_files_only: bool = False
 ) -> tuple[Any, Any]:
-    """Open an image encoder for a base, with its preprocessing.
-
-    Args:
-        source: As `load_part` takes it. The published encoders of IP-Adapter have no preprocessing:
-            then it is CLIP's own.
-        base: Whose device and dtype it takes.
-        local_files_only: Use the hub's local cache, and download nothing.
-
-    Raises:
-        ModelError: It cannot be opened.
-    """
+    """Open an image encoder for a base, with its preprocessing; CLIP's own if it has none."""
     options = {"local_files_only": local_files_only}
     encoder = load_part("CLIPVisionModelWithProjection", source, base, **options)
     try:

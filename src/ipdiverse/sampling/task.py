@@ -23,14 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Task:
-    """A pipeline for one request.
-
-    Args:
-        base: The base with the pipeline of this task; its parts are shared, not copied.
-        pictures: Arguments that are one picture for each item of a batch.
-        settings: Arguments that are the same for the whole batch.
-        notes: What the user should know, such as words that were cut from the prompt.
-    """
+    """A pipeline for one request."""
 
     base: Base
     pictures: dict[str, Image.Image] = field(default_factory=dict)
@@ -43,17 +36,7 @@ class Task:
 
 
 def task_for(base: Base, request: Request, pictures: Mapping[str, Image.Image]) -> Task:
-    """Text-to-image, image-to-image or inpainting, with a ControlNet or without.
-
-    Args:
-        base: Open.
-        request: What is asked.
-        pictures: Its decoded pictures by their files.
-
-    Raises:
-        ArgumentError: So little of the picture is to be redone that no step would be.
-        ModelError: The base has no pipeline for the task, or the ControlNet cannot be opened.
-    """
+    """Text-to-image, image-to-image or inpainting, with a ControlNet or without."""
     _check_strength(base, request)
     _check_channels(base, request)
     size = image_size(base, request)
@@ -166,11 +149,7 @@ class LastBase:
         self._opening: tuple[object, ...] | None = None
 
     def open(self, request: Request) -> Base:
-        """A request's base.
-
-        Raises:
-            IpdiverseError: It cannot be opened.
-        """
+        """A request's base."""
         wanted = opening(request)
         if self._base is None or self._opening != wanted:
             self._base = None  # two of them need not fit into memory
@@ -179,11 +158,7 @@ class LastBase:
 
 
 def open_base(request: Request) -> Base:
-    """The base that a request names, placed as it asks.
-
-    Raises:
-        IpdiverseError: It cannot be opened or had, or its options do not fit it.
-    """
+    """The base that a request names, placed as it asks."""
     encoder = request.adapter if request.adapter in PRESETS else None
     return load_base(
         request.base,
@@ -195,11 +170,7 @@ def open_base(request: Request) -> Base:
 
 
 def opening(request: Request) -> tuple[object, ...]:
-    """What decides how `open_base` opens a base: requests that agree can share one.
-
-    Raises:
-        IpdiverseError: There is no such base, or nothing that prompts it.
-    """
+    """What decides how `open_base` opens a base: requests that agree can share one."""
     adapter = request.adapter or default_adapter(request.base)
     encoder = request.image_encoder or (adapter if adapter in PRESETS else "")
     return (request.base, encoder, request.revision, request.safety_checker, request.memory())
