@@ -5,12 +5,15 @@ What tyro refuses is one line, like every other error.
 
 from __future__ import annotations
 
+import io
 import os
+import random
 import sys
 import warnings
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, is_dataclass
 from difflib import get_close_matches
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
 
@@ -18,6 +21,7 @@ import tyro
 
 from ipdiverse.commands.bases import Bases
 from ipdiverse.commands.checkpoints import Convert, Inspect, Push
+from ipdiverse.commands.console import say
 from ipdiverse.commands.critters import Critters
 from ipdiverse.commands.evaluate import MOVED, Calibrate, Evaluate
 from ipdiverse.commands.generate import Demo, Generate
@@ -55,11 +59,11 @@ _SIGPIPE = 13  # what ends other programs in a pipe; Windows has no name for it
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse and run; 0 when it worked, 2 for bad input, 128 + its number when a signal stopped it.
-
-    Args:
-        arguments: Without the program's name; None takes the process's own.
-    """
+    """Parse and run; 0 if it worked, 2 for bad input, 128 + its number if a signal stopped it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            # a λ must not end in a traceback where a console or a pipe is not Unicode
+            stream.reconfigure(errors="backslashreplace")
     try:
         with _short_warnings(), _all_written():
             _run(sys.argv[1:] if arguments is None else arguments)
@@ -78,10 +82,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> None:
+    if arguments == ["--version"]:
+        say(f"ipdiverse {version('ipdiverse')}")
+        return
     if arguments[:1] == ["train"]:
         arguments = ["train", *as_flags(arguments[1:])]
     if arguments[:1] == ["generate"]:
-        arguments = ["generate", *_current_flags(arguments[1:])]
+        arguments = ["generate", *_with_seed(_current_flags(arguments[1:]))]
     if arguments[:1] == ["calibrate"]:
         arguments = ["calibrate", *_current_flags(arguments[1:], {"plain": "base_weights"})]
     arguments = [_SHORT.get(word, word) for word in arguments]
@@ -90,7 +97,8 @@ def _run(arguments: list[str]) -> None:
             Command,  # type: ignore[arg-type]
             prog="ipdiverse",
             args=arguments,
-            description="Image prompts with variety, without losing what you asked for.",
+            description="Image prompts with variety, without losing what you asked for. "
+            "`ipdiverse --version` says which version this is.",
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
             registry=_REGISTRY,
         )
@@ -136,13 +144,22 @@ def _current_flags(
     return kept
 
 
+def _with_seed(words: list[str]) -> list[str]:
+    """A seed in place of `--seed random`, which other tools write as -1; a note tells it."""
+    found = list(words)
+    for at, word in enumerate(words):
+        name, _, value = word.partition("=")
+        value = value or " ".join(words[at + 1 : at + 2])
+        if name == "--seed" and value in ("random", "-1"):
+            seed = random.SystemRandom().randrange(2**32)
+            sys.stderr.write(f"note: the seed is {seed}; --seed {seed} repeats this\n")
+            found[at : at + (1 if "=" in word else 2)] = [f"--seed={seed}"]
+    return found
+
+
 @contextmanager
 def _all_written() -> Iterator[None]:
-    """Flush at the end. If nobody reads any more, Python's own flush at exit must stay quiet.
-
-    Raises:
-        BrokenPipeError: Nobody reads it.
-    """
+    """Flush at the end. If nobody reads any more, Python's own flush at exit must stay quiet."""
     try:
         try:
             yield
@@ -167,14 +184,7 @@ def _short_warnings() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Place:
-    """How far a command line was understood.
-
-    Args:
-        words: The command, `ipdiverse critters make`.
-        commands: What may follow it.
-        flags: The flags that it takes.
-        arguments: The whole command line.
-    """
+    """How far a command line was understood."""
 
     words: str
     commands: tuple[str, ...]
@@ -187,12 +197,7 @@ class _Place:
 
 
 def in_one_line(commands: Any, arguments: Sequence[str]) -> AbstractContextManager[None]:
-    """Raise what tyro refuses as `ArgumentError`, for the length of a `with` block.
-
-    Args:
-        commands: A union of commands, as tyro takes it.
-        arguments: Without the program's name.
-    """
+    """Raise what tyro refuses as `ArgumentError`, for the length of a `with` block."""
     try:
         from tyro import _errors  # no public way; a tyro without it says the same in boxes
     except ImportError:
@@ -218,6 +223,8 @@ def _error(kind: str, event: Any, place: _Place) -> ArgumentError | None:
         names = [one.arg.display_name() for one in event.missing_arguments]
         what = "is missing" if len(names) == 1 else "are missing"
         return ArgumentError(what, where=", ".join(names), fix=place.help())
+    if kind == "MissingSubcommand" and any(not one.startswith("-") for one in place.arguments):
+        return _unrecognized(place.arguments, place)
     if kind == "MissingSubcommand":
         return ArgumentError(
             f"{place.words} needs a command", expected=" | ".join(place.commands), fix=place.help()
@@ -245,6 +252,8 @@ def _bad_value(kind: str, event: Any, argument: Any, place: _Place) -> ArgumentE
 
 def _unrecognized(tokens: Sequence[str], place: _Place) -> ArgumentError:
     flags = [token for token in tokens if token.startswith("-")]
+    if place.commands and (words := [one for one in place.arguments if not one.startswith("-")]):
+        tokens, flags = words, []  # a command that is mistyped takes no flags
     word = (flags or tokens)[0].partition("=")[0]
     if word in MOVED and place.words == "ipdiverse evaluate":
         return ArgumentError("has moved", where=word, fix="Use `python -m workshop study --help`.")
@@ -253,11 +262,21 @@ def _unrecognized(tokens: Sequence[str], place: _Place) -> ArgumentError:
     elif place.commands:
         what, known = f"is not a command of {place.words}", place.commands
     else:
-        what, known = "belongs to no option", ()
+        return _left_over(word, place)
     by_letters = {name.lstrip("-"): name for name in known}
     close = get_close_matches(word.lstrip("-"), by_letters, 1)
     meant = f"Did you mean {by_letters[close[0]]}? " if close else ""
     return ArgumentError(what, where=word, fix=meant + place.help())
+
+
+def _left_over(word: str, place: _Place) -> ArgumentError:
+    """The error for a value behind another: `*.png` as the shell spells it out, or no quotes."""
+    before = place.arguments[: place.arguments.index(word)] if word in place.arguments else ()
+    flag = next((one for one in reversed(before) if one.startswith("--")), None)
+    repeat = (
+        f"Repeat {flag} for each value, and put quotes around one with spaces. " if flag else ""
+    )
+    return ArgumentError("belongs to no option", where=word, fix=repeat + place.help())
 
 
 def _given(flags: Sequence[str], arguments: Sequence[str]) -> str | None:

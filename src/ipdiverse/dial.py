@@ -99,11 +99,6 @@ def current_names(
 
     A lever that no longer exists is left out, with a warning if it was on. Keys that are not
     levers stay as they are.
-
-    Args:
-        strengths: By name.
-        where: What says so, for the warning.
-        typed: A person wrote it, and is told of new names; files are read without a word.
     """
     if typed:
         for old in RENAMED_LEVERS.keys() & strengths.keys():
@@ -138,14 +133,7 @@ class Achieved:
 
 @dataclass(frozen=True)
 class Dial:
-    """A path through the levers.
-
-    Args:
-        points: Levers at rising settings, the first at 0 and the last at 1. Between two of them
-            every strength is interpolated.
-        source: Where it comes from, for people.
-        achieved: What each point achieved; empty where nothing was measured.
-    """
+    """A path through the levers: points at rising settings from 0 to 1, interpolated between."""
 
     points: tuple[tuple[float, Levers], ...]
     source: str
@@ -161,14 +149,7 @@ class Dial:
             raise ArgumentError("does not say what every point achieved", where="dial")
 
     def at(self, diversity: float) -> Levers:
-        """Levers at a setting.
-
-        Args:
-            diversity: 0..1.
-
-        Raises:
-            ArgumentError: It is out of range.
-        """
+        """Levers at a setting."""
         check_range("diversity", diversity, 0, 1)
         for (low, before), (high, after) in zip(self.points, self.points[1:], strict=False):
             if diversity <= high:
@@ -195,11 +176,7 @@ def between(before: Levers, after: Levers, share: float) -> Levers:
 
 
 def dial_of(spec: Mapping[str, Any], where: object) -> Dial | None:
-    """The dial in a checkpoint's spec, if it was calibrated.
-
-    Raises:
-        CheckpointError: The spec has a dial that is broken.
-    """
+    """The dial in a checkpoint's spec, if it was calibrated."""
     found = spec.get("dial")
     if found is None:
         return None
@@ -220,10 +197,6 @@ def default_dial(fused: bool, has_base_weights: bool = False) -> Dial:
     An adapter that holds its base weights is led from these to its own. Others
     take levers that need no training: first guidance is left out at high noise, where it narrows
     most and serves least, then noise on image tokens grows.
-
-    Args:
-        fused: The adapter has a text-image fusion: 0 leaves it out, as stock IP-Adapter does.
-        has_base_weights: It holds its base weights.
     """
     if has_base_weights:
         path = ((0.0, Levers(interpolation=0.0)), (1.0, OFF))

@@ -6,6 +6,8 @@ import threading
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
+from ipdiverse.errors import IpdiverseError, ModelError
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
@@ -90,6 +92,18 @@ def loading() -> Iterator[None]:
     """`building`, and the libraries are quiet: for whatever calls their `from_pretrained`."""
     with building(), quiet():
         yield
+
+
+@contextmanager
+def one_line(what: str, where: str) -> Iterator[None]:
+    """Whatever a library raises in a `with` block, as a ModelError that names what it was for."""
+    try:
+        yield
+    except IpdiverseError:
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(what, where=where, found=lines[0][:300]) from error
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import pytest
+from PIL import Image
 
 import ipdiverse
 from ipdiverse import cli
@@ -24,6 +25,7 @@ from ipdiverse.sampling.request import Request
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 
 def passes() -> None:
@@ -102,6 +104,16 @@ def test_a_word_that_is_no_command_leaves_no_trace_either() -> None:
         (
             "generate --no-safty-checker",
             "--no-safty-checker: is not an option of ipdiverse generate. Did",
+        ),
+        ("genrate --image a.png", "genrate: is not a command of ipdiverse. Did you mean generate?"),
+        ("genrate", "genrate: is not a command of ipdiverse. Did you mean generate?"),
+        (
+            "generate --image a.png b.png --mask m.png",
+            "b.png: belongs to no option. Repeat --image for each value, and put quotes",
+        ),
+        (
+            "generate --image https://example.com/a.png",
+            "https://example.com/a.png: is an address; expected a file. Download it first",
         ),
         ("generate a.png", "a.png: belongs to no option. `ipdiverse generate --help` lists all."),
         ("generate --image", "--image: has no value; expected STR. `ipdiverse generate --help`"),
@@ -206,6 +218,63 @@ def test_a_lever_that_others_register_is_a_flag(
     monkeypatch: pytest.MonkeyPatch, rivals: None
 ) -> None:
     assert asked("--image a.png --drop 0.25", monkeypatch).levers == {"drop": 0.25}
+
+
+@pytest.mark.parametrize("word", ["--seed -1", "--seed=random"])
+def test_a_random_seed_is_told_and_kept(
+    word: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seeds = [asked(f"--image a.png {word} -n 2", monkeypatch).seed for _ in range(2)]
+    notes = [f"note: the seed is {seed}; --seed {seed} repeats this" for seed in seeds]
+    assert capsys.readouterr().err.splitlines() == notes
+    assert seeds[0] != seeds[1]
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert re.fullmatch(r"ipdiverse \d+\.\d+\.\d+\S*\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "ascii"])
+@pytest.mark.parametrize("words", ["generate --help", "train --help", "generate --image λ.png"])
+def test_consoles_that_are_not_unicode_are_written_to(encoding: str, words: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "ipdiverse", *words.split()],
+        env=os.environ | {"PYTHONIOENCODING": encoding},
+        capture_output=True,
+        check=False,
+    )
+    said = (done.stdout + done.stderr).decode(encoding)
+    assert done.returncode in (0, 2)
+    assert "Traceback" not in said
+    assert "\\u03b" in said
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "generate --image typo.png",
+        "generate --image {here} --base typo",
+        "generate --image {here} --adapter typo",
+        "generate --image {here} --controlnet typo --control-image {here}",
+        "generate --faces typo.npy",
+        "generate --batch typo.jsonl",
+        "inspect typo.png",
+        "inspect typo.safetensors",
+        "convert typo.safetensors b.safetensors --to ipdiverse",
+    ],
+)
+def test_what_is_mistyped_is_said_before_torch_is_imported(words: str, tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    code = (
+        "import sys; from ipdiverse.cli import main\n"
+        "code = main(sys.argv[1:])\n"
+        "sys.exit('torch' if 'torch' in sys.modules else 0 if code == 2 else 'passed')"
+    )
+    argv = words.format(here=tmp_path / "a.png").split()
+    done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, check=False)
+    assert b"typo" in done.stderr
+    assert (done.returncode, done.stderr.count(b"\n")) == (0, 1), done.stderr
 
 
 def test_flags_of_version_0_1_are_understood_with_a_note(

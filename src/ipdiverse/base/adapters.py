@@ -83,12 +83,7 @@ def adapter_file(base: str, adapter: str = "", *, local_files_only: bool = False
 
 
 def default_adapter(base: str) -> str:
-    """What prompts a base unless something else is asked for: a preset has its own.
-
-    Raises:
-        ModelError: There is no such base.
-        ArgumentError: The base is not a preset, and has no default.
-    """
+    """What prompts a base unless something else is asked for: a preset has its own."""
     check_known(base)
     if base in PRESETS:
         return base
@@ -100,16 +95,7 @@ def default_adapter(base: str) -> str:
 
 
 def check_adapter(base: str, adapter: str) -> None:
-    """Refuse what cannot name an adapter of a base, before anything is opened or downloaded.
-
-    Args:
-        base: As `adapter_file` takes it, and the adapter too.
-        adapter: Its name.
-
-    Raises:
-        ModelError: There is no such adapter, or it is of another base.
-        ArgumentError: None is named, and the base has no default.
-    """
+    """Refuse what cannot name an adapter of a base, before anything is opened or downloaded."""
     adapter = adapter or default_adapter(base)
     shipped = _shipped(adapter) is not None
     if (shipped and base == CRITTERS) or Path(adapter).exists():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ from ipdiverse.base.pipelines import (
 )
 from ipdiverse.base.presets import PRESETS
 from ipdiverse.errors import ArgumentError, ModelError
-from ipdiverse.loading import loading
+from ipdiverse.loading import loading, one_line, quiet
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -63,13 +64,7 @@ class Base:
 
 @dataclass(frozen=True)
 class Defaults:
-    """Good settings for a base, to begin with.
-
-    Args:
-        steps: Denoising steps.
-        scale: Weight of the image prompt.
-        guidance_scale: Weight of the prompt.
-    """
+    """Good settings for a base, to begin with."""
 
     steps: int = 25
     scale: float = 1.0
@@ -125,36 +120,74 @@ def load_base(
     device = None if embedded or memory is None else this_device()
     dtype = "float32" if device is None or memory is None else plan_dtype(device, memory.dtype)
     opening = Opening(local_files_only, revision, safety_checker, encoder, dtype, unet)
-    pipe = open_pipeline(name, opening)
-    if getattr(pipe, "unet", None) is None:
-        raise ModelError(
-            "has no UNet",
-            where=name,
-            expected="Stable Diffusion 1.x, 2.x or XL",
-            found=type(pipe).__name__,
-        )
-    pipe.set_progress_bar_config(disable=True)
-    plan = None
-    if device is not None and memory is not None:
-        adapter = PRESETS[name].weights[1] if name in PRESETS else 0
-        plan = plan_memory(device, sizes_of(pipe, adapter), memory)
-        arrange(pipe, plan)
+    pipe, plan = open_pipeline(name, opening), None
+    with one_line("cannot be used", name):
+        _check_parts(name, pipe)
+        pipe = _as_text_to_image(name, pipe)
+        pipe.set_progress_bar_config(disable=True)
+        if device is not None and memory is not None:
+            adapter = PRESETS[name].weights[1] if name in PRESETS else 0
+            plan = plan_memory(device, sizes_of(pipe, adapter), memory)
+            arrange(pipe, plan)
     usual, batch = defaults_of(name), 4 if embedded else 1
     return Base(name, pipe, usual.guidance_scale, batch, usual.steps, usual.scale, plan)
 
 
+_NEEDED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+
+
+def _check_parts(name: str, pipe: Any) -> None:
+    """Refuse a pipeline that opened and cannot draw, or draws nonsense."""
+    if lacking := [part for part in _NEEDED if getattr(pipe, part, None) is None]:
+        raise ModelError(
+            f"has no {'UNet' if lacking[0] == 'unet' else lacking[0]}",
+            where=name,
+            expected="Stable Diffusion 1.x, 2.x or XL",
+            found=type(pipe).__name__,
+        )
+    for suffix in ("", "_2"):
+        encoder = getattr(pipe, f"text_encoder{suffix}", None)
+        tokenizer = getattr(pipe, f"tokenizer{suffix}", None)
+        if encoder is None or tokenizer is None:
+            continue
+        words, known = len(tokenizer), encoder.config.vocab_size
+        # without its vocabulary a tokenizer opens all the same, with its few special tokens alone
+        if not known / 2 <= words <= known:
+            raise ModelError(
+                f"its tokenizer{suffix} does not fit its text encoder",
+                where=name,
+                expected=f"{known} tokens",
+                found=words,
+                fix=f"Copy every file of tokenizer{suffix} again: vocab.json and merges.txt.",
+            )
+        # without its config it believes that a text may have any length
+        longest = encoder.config.max_position_embeddings
+        tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
+
+
+def _as_text_to_image(name: str, pipe: Any) -> Any:
+    """The text-to-image pipeline of what may have been saved as one of another task."""
+    if "image" not in signature(type(pipe).__call__).parameters:
+        return pipe
+    from diffusers import AutoPipelineForText2Image
+
+    try:
+        with quiet():
+            made: Any = AutoPipelineForText2Image.from_pipe(pipe)
+    except (ValueError, TypeError) as error:
+        raise ModelError(
+            "is a pipeline of another task",
+            where=name,
+            expected="Stable Diffusion 1.x, 2.x or XL",
+            found=type(pipe).__name__,
+        ) from error
+    if hasattr(pipe, "unet_later"):
+        made.unet_later = pipe.unet_later
+    return made
+
+
 def load_part(kind: str, source: str, base: Base, *, local_files_only: bool = False) -> Any:
-    """Open one more model for a base: an image encoder, a ControlNet.
-
-    Args:
-        kind: The class in diffusers or transformers.
-        source: A folder, or a hub id with an optional folder behind it, `owner/name/folder`.
-        base: Whose device and dtype it takes.
-        local_files_only: Use the hub's local cache, and download nothing.
-
-    Raises:
-        ModelError: It cannot be opened.
-    """
+    """Open one more model for a base, of a folder or a hub id, perhaps `owner/name/folder`."""
     check_part(source)
     with loading():
         import diffusers
@@ -177,11 +210,7 @@ def load_part(kind: str, source: str, base: Base, *, local_files_only: bool = Fa
 
 
 def check_part(source: str) -> None:
-    """Refuse a source that `load_part` cannot open, without opening it.
-
-    Raises:
-        ModelError: It is neither a folder nor a hub id.
-    """
+    """Refuse a source that `load_part` cannot open, without opening it."""
     if not Path(source).is_dir() and not HUB_ID.match(source):
         raise ModelError(
             "no such folder", where=source, expected="a folder, or a hub id", fix="Check the path."
@@ -191,17 +220,7 @@ def check_part(source: str) -> None:
 def load_image_encoder(
     source: str, base: Base, *, local_files_only: bool = False
 ) -> tuple[Any, Any]:
-    """Open an image encoder for a base, with its preprocessing.
-
-    Args:
-        source: As `load_part` takes it. The published encoders of IP-Adapter have no preprocessing:
-            then it is CLIP's own.
-        base: Whose device and dtype it takes.
-        local_files_only: Use the hub's local cache, and download nothing.
-
-    Raises:
-        ModelError: It cannot be opened.
-    """
+    """Open an image encoder for a base, with its preprocessing; CLIP's own if it has none."""
     options = {"local_files_only": local_files_only}
     encoder = load_part("CLIPVisionModelWithProjection", source, base, **options)
     try:

@@ -97,13 +97,7 @@ def not_cached(lacking: Sequence[HubFile], name: str) -> ModelError:
 
 
 def cannot_be_opened(what: str, where: str, error: Exception) -> ModelError:
-    """A library's error in a line, with a fix where one is known.
-
-    Args:
-        what: What cannot be done.
-        where: A path or a hub id.
-        error: What the library raised.
-    """
+    """A library's error in a line, with a fix where one is known."""
     local = Path(where).exists() or not HUB_ID.match(where)
     known = None if local else reason(error, split_hub_id(where)[0])
     if known is None:
@@ -112,12 +106,7 @@ def cannot_be_opened(what: str, where: str, error: Exception) -> ModelError:
 
 
 def reason(error: BaseException, repository: str = "") -> Reason | None:
-    """Why the hub gave no file; None for errors that are not about the hub.
-
-    Args:
-        error: What a library raised; the errors that caused it are read too.
-        repository: `owner/name`, for the link to its page.
-    """
+    """Why the hub gave no file; None for errors that are not about the hub."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     chain = list(_chain(error))

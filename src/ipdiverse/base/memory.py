@@ -65,13 +65,7 @@ USUAL = MemoryOptions()
 
 @dataclass(frozen=True)
 class Device:
-    """Facts about where models run.
-
-    Args:
-        kind: `cuda`, `mps` or `cpu`.
-        memory: Bytes for us: free memory on CUDA; all of it on others, which can swap.
-        bfloat16: Whether it computes in bfloat16 natively.
-    """
+    """Facts about where models run."""
 
     kind: str
     memory: int
@@ -101,15 +95,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a base runs.
-
-    Args:
-        device: `cuda`, `mps` or `cpu`.
-        dtype: `float32`, `float16` or `bfloat16`.
-        offload: `none`, `model` or `sequential`.
-        tiling: Whether the VAE works in tiles.
-        memory: Bytes that the plan was made for.
-    """
+    """How a base runs."""
 
     device: str
     dtype: str
@@ -128,8 +114,15 @@ class Plan:
 def plan_dtype(device: Device, wanted: str = "auto") -> str:
     """Half precision wherever the device computes in it: float16 on CUDA and MPS.
 
-    On a CPU that is bfloat16, where it is native; float16 would be emulated there.
+    On a CPU that is bfloat16, where it is native.
     """
+    if wanted == "float16" and device.kind == "cpu":
+        raise ArgumentError(
+            "is not computed in on a CPU",
+            where="dtype",
+            found=wanted,
+            fix="Leave it out, or choose float32 or bfloat16.",
+        )
     if wanted != "auto":
         return wanted
     if device.kind == "cpu":
@@ -143,9 +136,6 @@ def plan_memory(device: Device, sizes: Sizes, options: MemoryOptions) -> Plan:
     Tried in this order: everything on the device; that, with the VAE in tiles; one model at a time;
     that, in tiles; one layer at a time. CPU and MPS have no memory apart from the main one, so
     there is nothing to offload to: only tiling is left to choose.
-
-    Raises:
-        ArgumentError: Offloading is wanted on another device than CUDA.
     """
     accelerated = device.kind == "cuda"
     if options.offload not in ("auto", "none") and not accelerated:
@@ -215,12 +205,7 @@ def _main_memory() -> int:
 
 
 def sizes_of(pipe: Any, adapter: int = 0) -> Sizes:
-    """Sizes of an open pipeline.
-
-    Args:
-        pipe: A Stable Diffusion pipeline of diffusers.
-        adapter: Bytes of the adapter that will be put on it.
-    """
+    """Sizes of an open pipeline."""
     import torch
 
     parts = {
@@ -242,12 +227,7 @@ def sizes_of(pipe: Any, adapter: int = 0) -> Sizes:
 
 
 def arrange(pipe: Any, plan: Plan) -> None:
-    """Put a pipeline where its plan says, with diffusers' own means.
-
-    Args:
-        pipe: A pipeline of diffusers. It may share parts with one that was arranged before.
-        plan: What to do.
-    """
+    """Put a pipeline where its plan says, with diffusers' own means."""
     import torch
 
     device = torch.device(plan.device)

@@ -24,14 +24,8 @@ CRITTERS_BASE = Path(__file__).parents[1] / "critters" / "weights" / "base"
 class Opening:
     """How a pipeline is opened.
 
-    Args:
-        local_files_only: Use the hub's local cache, and download nothing.
-        revision: Of its repository; empty is the preset's, or `main`.
-        safety_checker: With it, if there is one.
-        encoder: The preset whose image encoder comes along; None is its own, empty none.
-        dtype: `float32`, `float16` or `bfloat16`.
-        unet: False leaves the UNet's weights for `load_unet`, where the pipeline is a folder or a
-            repository.
+    `encoder` is the preset whose image encoder comes along: None is its own, empty none. Without
+    `unet` its weights are left for `load_unet`, where there is a folder or a repository.
     """
 
     local_files_only: bool
@@ -43,12 +37,7 @@ class Opening:
 
 
 def open_pipeline(name: str, opening: Opening) -> Any:
-    """Open the pipeline that a name stands for.
-
-    Raises:
-        ModelError: There is no such base, or it cannot be opened or had.
-        ArgumentError: A revision of a base that has none.
-    """
+    """Open the pipeline that a name stands for."""
     if name == CRITTERS and not (CRITTERS_BASE / "model_index.json").is_file():
         raise ModelError(
             "the embedded model is not in this installation",
@@ -75,11 +64,7 @@ def open_pipeline(name: str, opening: Opening) -> Any:
 
 
 def check_known(name: str) -> None:
-    """Refuse a name that cannot be a base's, without opening it.
-
-    Raises:
-        ModelError: It is not a preset's name, a folder with a pipeline, a file or a hub id.
-    """
+    """Refuse a name that cannot be a base's, without opening it."""
     source = Path(name)
     known = name == CRITTERS or name in PRESETS or source.is_file()
     folder = source.is_dir() and not (source / "model_index.json").is_file()
@@ -179,11 +164,7 @@ def _empty_unet(source: str, options: dict[str, Any]) -> Any:
 
 
 def load_unet(pipe: Any) -> None:
-    """Load a UNet that was left for later (`Opening.unet`); any other pipeline stays as it is.
-
-    Raises:
-        ModelError: It cannot be opened.
-    """
+    """Load a UNet that was left for later (`Opening.unet`); any other pipeline stays as it is."""
     later = getattr(pipe, "unet_later", None)
     if later is None or pipe.unet.device.type != "meta":
         return

@@ -20,13 +20,7 @@ _MB = 1_000_000
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository of the Hugging Face hub.
-
-    Args:
-        id: `owner/name`.
-        revision: Commit, tag or branch.
-        license: As its model card states it.
-    """
+    """A repository of the Hugging Face hub."""
 
     id: str
     revision: str
@@ -40,14 +34,7 @@ class Repository:
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file of a repository.
-
-    Args:
-        repository: Where it is.
-        name: Its path there.
-        size: In bytes, about; 0 for small files.
-        revision: Replaces the repository's own.
-    """
+    """A file of a repository."""
 
     repository: Repository
     name: str
@@ -248,15 +235,7 @@ PRESETS: dict[str, Preset] = {preset.name: preset for preset in _ALL}
 def preset_files(
     base: str, adapter: str = "", encoder: str = "", revision: str = "", *, checker: bool = True
 ) -> list[HubFile]:
-    """Files of the hub that a base, an adapter and an image encoder take.
-
-    Args:
-        base: A preset, whose pipeline is taken; any other name takes nothing, here and below.
-        adapter: The preset whose adapter is taken.
-        encoder: The preset whose image encoder is taken.
-        revision: Replaces the base's pinned one.
-        checker: The base's safety checker too.
-    """
+    """Files of the hub that a base, an adapter and an image encoder take."""
     return [
         *(PRESETS[base].base_files(revision, checker=checker) if base in PRESETS else ()),
         *(PRESETS[adapter].adapter_files() if adapter in PRESETS else ()),

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from ipdiverse.commands.console import note, say, say_json
+from ipdiverse.errors import CheckpointError
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -35,13 +36,16 @@ class Source:
         """The local file."""
         from ipdiverse.base.adapters import find_checkpoint
 
-        return find_checkpoint(
+        found = find_checkpoint(
             self.source,
             weight_name=self.weight_name,
             subfolder=self.subfolder,
             revision=self.revision,
             local_files_only=self.local_files_only,
         )
+        if not found.is_file():  # said before torch is imported, which takes seconds
+            raise CheckpointError("no such file", where=found, fix="Check the path.")
+        return found
 
 
 @dataclass(frozen=True)
@@ -61,10 +65,10 @@ class Inspect(Source):
         if Path(self.source).suffix.lower() in _PICTURES:
             self._picture()
             return
+        file = self.find()
         from ipdiverse.adapter.files.inspection import as_text, inspect_checkpoint
-        from ipdiverse.errors import CheckpointError
 
-        report = inspect_checkpoint(self.find())
+        report = inspect_checkpoint(file)
         say_json(report) if self.json else say(as_text(report))
         if not report["loads"]:
             raise CheckpointError("does not load", where=report["file"], fix="See above.")
@@ -94,10 +98,11 @@ class Convert(Source):
 
     def run(self) -> None:
         """Convert and say what was assumed or left out."""
+        file = self.find()
         from ipdiverse.adapter.files.conversion import convert
 
         notes = convert(
-            self.find(),
+            file,
             self.out,
             self.to,
             force=self.force,

@@ -58,7 +58,7 @@ class Generate:
             say_json(record)
         else:
             sheet = Path(record["out"]) / "contact_sheet.png"
-            say(f"wrote {len(record['image_sha256'])} images and {sheet}")
+            sys.stdout.write(f"wrote {len(record['image_sha256'])} images and {sheet}\n")
 
     def _agree(self, requests: Sequence[Request]) -> None:
         from ipdiverse.base.presets import PRESETS

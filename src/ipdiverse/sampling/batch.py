@@ -33,18 +33,7 @@ RESULTS = "results.jsonl"
 
 
 def read_jobs(file: Path, defaults: Request) -> dict[str, Request]:
-    """Read requests, one JSON object a line; all are checked before the first is drawn.
-
-    Args:
-        file: Keys are the fields of `Request` and levers; empty lines are left out.
-        defaults: What holds where a line states nothing else.
-
-    Returns:
-        In their order, by the line that each stands in.
-
-    Raises:
-        DataError: The file cannot be read, or a line is not a request; the first of them is named.
-    """
+    """Read requests, one JSON object a line; all are checked before the first is drawn."""
     try:
         data = file.read_bytes()
         # Windows editors mark UTF-16, and UTF-8 too, at the start of the file
@@ -67,22 +56,7 @@ def read_jobs(file: Path, defaults: Request) -> dict[str, Request]:
 def run_batch(
     jobs: Mapping[str, Request], out: Path, tell: Callable[[dict[str, Any]], None] = lambda _: None
 ) -> int:
-    """Draw what is not there yet.
-
-    Args:
-        jobs: From `read_jobs`.
-        out: Folder for images and results.
-        tell: Given each image's line as it lands.
-
-    Returns:
-        How many images were drawn now.
-
-    Raises:
-        ArgumentError: The folder holds results of other jobs, or of files that have changed.
-        OutputError: Another process is at work there, or a file of somebody else is in the way.
-        DataError: A job cannot be drawn, and its line; what came before it stays. Files that are
-            not there are said before the first is drawn.
-    """
+    """Draw what is not there yet; returns how many images were drawn now."""
     with only_one(out):
         known = _known(out, list(jobs.values()))
         waiting = [
@@ -186,11 +160,7 @@ def _known(out: Path, jobs: list[Request]) -> dict[int, set[int]]:
 
 
 def _text(file: Path) -> str:
-    """What the record holds.
-
-    Raises:
-        ArgumentError: It is not a batch's; a run that was killed leaves one line torn at most.
-    """
+    """What the record holds."""
     try:
         text = file.read_text("utf-8", errors="replace")
     except OSError as error:
@@ -214,11 +184,7 @@ def _line(text: str) -> dict[str, Any] | None:
 
 
 def _check_inputs(file: Path, number: int, before: Any, now: dict[str, str]) -> None:
-    """Refuse images that were made from what has changed since.
-
-    Raises:
-        ArgumentError: A file has.
-    """
+    """Refuse images that were made from what has changed since."""
     known = before if isinstance(before, dict) else {}
     if changed := [name for name in now if known.get(name, now[name]) != now[name]]:
         raise ArgumentError(

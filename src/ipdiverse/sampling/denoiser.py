@@ -98,11 +98,6 @@ def _take_off(attachment: Attachment) -> None:
 class Steering(ModelHook):
     """Calls the UNet with the branches that count, and lets levers change what it reads.
 
-    Args:
-        attachment: The adapter's.
-        levers: How strongly each acts.
-        context: Its seeds are those of the next calls' items.
-
     With `previews`, the clean-latent guess of each call is kept in `guess`.
     """
 
@@ -329,10 +324,6 @@ def branch_weights(text: float, image: float) -> dict[str, float]:
     ε = ε(∅,∅) + w_T [ε(T,∅) − ε(∅,∅)] + w_I [ε(T,I) − ε(T,∅)], the factorisation of
     InstructPix2Pix (arXiv:2211.09800, equation 3) with the text first. Equal weights need two
     passes, as does w_T = 1.
-
-    Args:
-        text: w_T.
-        image: w_I.
     """
     weights = {NOTHING: 1 - text, TEXT: text - image, BOTH: image}
     return {branch: weight for branch, weight in weights.items() if weight}

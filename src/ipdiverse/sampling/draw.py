@@ -83,22 +83,7 @@ def draw_into(
     before_opening: Callable[[Request], None] = lambda _: None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Draw what a folder lacks of a request, each image written as it is finished.
-
-    Args:
-        out: The folder; a folder that holds something else is left alone (`sampling.saving`).
-        request: What is asked.
-        overwrite: Replace another run that is there.
-        before_opening: As `drawing` takes it.
-        tell: Called with what the user should know of the folder.
-
-    Returns:
-        The record, with `out`, the folder that was used.
-
-    Raises:
-        IpdiverseError: An image, the base, the adapter or the folder is unusable.
-        Interrupted: By Ctrl-C; what is finished is there, and the same call goes on.
-    """
+    """Draw what a folder lacks of a request, each image written as it is finished."""
     pictures = checked_pictures(request)
     total, used = request.n * len(request.prompt), request.picture_files
     run_id = fingerprint(request)
@@ -135,18 +120,7 @@ def _interrupted_between(run: Run, tell: Callable[[str], None]) -> Iterator[None
 
 @dataclass(frozen=True)
 class Drawing:
-    """A request whose base, adapter and pictures are open.
-
-    Args:
-        request: Defaults filled in.
-        references: The decoded reference images.
-        notes: What the user should know, such as words that were cut from the prompt.
-        jobs: Every image, prompt by prompt.
-        task: The pipeline.
-        attachment: The adapter on it.
-        negative: The negative reference.
-        asked: The request as it was given.
-    """
+    """A request whose base, adapter and pictures are open."""
 
     request: Request
     references: list[Image.Image]
@@ -163,14 +137,7 @@ class Drawing:
         progress: bool | None = None,
         on_step: Callable[[int], None] | None = None,
     ) -> Iterator[tuple[int, Image.Image]]:
-        """Number and image of each job, as soon as it is finished.
-
-        Args:
-            skip: Numbers of jobs that are not wanted.
-            progress: Show a bar on standard error; None does so on terminals only.
-            on_step: Called after each denoising step with the number of images it was for; what
-                it raises stops the drawing there.
-        """
+        """Number and image of each job, as soon as it is finished; what `on_step` raises stops it."""
         numbers = [number for number in range(len(self.jobs)) if number not in skip]
         images = sampled(
             self.task.base,
@@ -208,16 +175,9 @@ def drawing(
 ) -> Iterator[Drawing]:
     """Open what a request needs; the adapter comes off at the end of the `with` block.
 
-    Args:
-        request: What is asked.
-        loaded: An open base, in place of the request's; None opens that.
-        before_opening: Called once the request is checked and its pictures are decoded, before a
-            base is downloaded or opened; what it raises ends the drawing.
-        pictures: From `checked_pictures`; None checks the request here.
-        indices: Which candidates an earlier call chose; None chooses.
-
-    Raises:
-        IpdiverseError: An image, the base or the adapter is unusable.
+    `before_opening` is called before a base is downloaded or opened; what it raises ends it all.
+    Without `pictures` (from `checked_pictures`) the request is checked here; without `indices`
+    candidates are chosen.
     """
     asked = request
     if pictures is None:
@@ -251,15 +211,7 @@ def drawing(
 
 
 def checked_pictures(request: Request, *, opened: bool = False) -> Pictures:
-    """Decode a request's pictures and check the rest of it, the quickest first.
-
-    Args:
-        request: What is asked.
-        opened: The base is open already.
-
-    Raises:
-        IpdiverseError: As `Request.check` says, or a picture is unusable.
-    """
+    """Decode a request's pictures and check the rest of it, the quickest first."""
     pictures = decoded(request)
     request.check(opened=opened)  # imports torch, which takes seconds
     return pictures
@@ -309,11 +261,7 @@ def _file(image: object) -> str:
 
 
 def _check_open(loaded: Base, options: Mapping[str, Any]) -> None:
-    """Refuse options that have no effect on a base that is open already.
-
-    Raises:
-        ArgumentError: One is given.
-    """
+    """Refuse options that have no effect on a base that is open already."""
     idle = {name: getattr(Request, name) for name in _HOW_OPENED} | {"base": loaded.name}
     for name, value in idle.items():
         if options.get(name, value) != value:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ipdiverse.base.adapters import check_adapter
@@ -204,9 +206,6 @@ class Request:
         Raises:
             IpdiverseError: An unknown name, something missing, or something that has no effect.
         """
-        from ipdiverse.adapter.reference import check_parts
-        from ipdiverse.adapter.scale import check_preset
-
         if not self.image and not self.faces:
             raise ArgumentError("is missing", where="image", fix="Give a reference: --image FILE.")
         for name, needed in USED_WITH.items():
@@ -217,10 +216,16 @@ class Request:
         for part in (self.image_encoder, self.controlnet):
             if part:
                 check_part(part)
-        if self.preset:
-            check_preset(self.preset, "preset")
         if self.faces and self.reads_faces is False:
             raise self.faces_unread()
+        if self.faces and not Path(self.faces).is_file():
+            raise ArgumentError("no such file", where=self.faces, fix="Check the path.")
+        # these import torch, which takes seconds: last
+        from ipdiverse.adapter.reference import check_parts
+        from ipdiverse.adapter.scale import check_preset
+
+        if self.preset:
+            check_preset(self.preset, "preset")
         count = len(self.image) or None
         check_parts(count, self.combine, self.weights or None, self.mask or None, "mask")
 
@@ -248,6 +253,11 @@ class Request:
                     _check_text(one.name, part)
             elif one.type == "str":
                 _check_text(one.name, value)
+
+        for file in self.picture_files:
+            if re.match(r"[a-z][a-z0-9+.-]+://|data:", file, re.IGNORECASE):
+                fix = "Download it first, and give the file."
+                raise ArgumentError("is an address", where=file, expected="a file", fix=fix)
 
     def _check_ranges(self) -> None:
         check_range("n", self.n, 1, MAX_IMAGES)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ipdiverse.base.bases import Base, any_latents, load_image_encoder
 from ipdiverse.dial import OFF, Dial, Levers, default_dial, dial_of
 from ipdiverse.errors import ModelError
+from ipdiverse.loading import one_line
 from ipdiverse.sampling.task import Task, steps_of
 from ipdiverse.seeding import derived_seed
 
@@ -29,14 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """One image to make.
-
-    Args:
-        prompt: Its text.
-        seed: The set's seed.
-        index: Its number in the set.
-        reference: Its image prompt; None for text alone.
-    """
+    """One image to make."""
 
     prompt: str
     seed: int
@@ -45,36 +39,20 @@ class Job:
 
 
 def dial_for(adapter: ImagePromptAdapter) -> Dial:
-    """An adapter's own dial, or the default one if it was not calibrated.
-
-    Raises:
-        CheckpointError: Its own dial is broken.
-    """
+    """An adapter's own dial, or the default one if it was not calibrated."""
     calibrated = dial_of(adapter.spec, "adapter")
     return calibrated or default_dial(adapter.fusion is not None, bool(adapter.base_weights))
 
 
 def levers_of(request: Request, adapter: ImagePromptAdapter | None) -> Levers:
-    """A request's levers: its dial's, overridden by those that it sets itself.
-
-    Args:
-        request: What is asked.
-        adapter: The first that is attached, whose dial is turned; without one there is no dial.
-
-    Raises:
-        CheckpointError: The adapter's calibrated dial is broken.
-    """
+    """A request's levers: its dial's, overridden by those that it sets itself."""
     if request.diversity is None or adapter is None:
         return request.levers
     return dial_for(adapter).at(request.diversity) | request.levers
 
 
 def set_scale(attachment: Attachment, base: Base, request: Request) -> None:
-    """Weigh the image prompt as a request asks; what it leaves open the base says.
-
-    Raises:
-        ArgumentError: A scale that does not fit this UNet.
-    """
+    """Weigh the image prompt as a request asks; what it leaves open the base says."""
     scale = base.scale if request.scale is None else request.scale
     attachment.set_scale(
         request.preset or scale, weight=scale, start_at=request.start_at, end_at=request.end_at
@@ -90,17 +68,7 @@ def sample(
     task: Task | None = None,
     negative: Image.Image | None = None,
 ) -> list[Image.Image]:
-    """Denoise jobs batch by batch; each image depends on its own job alone.
-
-    Args:
-        base: An open base.
-        jobs: What to make, in order.
-        request: Steps, guidance, levers and negative prompt.
-        attachment: The attached adapter; None for text alone.
-        progress: Show a bar on standard error; None does so on terminals only.
-        task: What the pipeline is given besides prompts; None is text-to-image.
-        negative: The negative reference of every job.
-    """
+    """Denoise jobs batch by batch; each image depends on its own job alone."""
     drawn = sampled(base, jobs, request, attachment, progress, task, negative)
     return [image for _, image in drawn]
 
@@ -115,19 +83,7 @@ def sampled(
     negative: Image.Image | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[Job, Image.Image]]:
-    """As `sample`, but each job with its image as soon as its batch is finished.
-
-    Args:
-        base: This and the arguments up to `negative` are those of `sample`.
-        jobs: What to make, in order.
-        request: As there.
-        attachment: As there.
-        progress: As there.
-        task: As there.
-        negative: As there.
-        on_step: Called after each denoising step with the number of images it was for; what it
-            raises stops the drawing there.
-    """
+    """As `sample`, but each job with its image as soon as its batch is finished."""
     from tqdm import tqdm
 
     show = sys.stderr.isatty() if progress is None else progress
@@ -155,17 +111,7 @@ def preview(
     task: Task | None = None,
     negative: Image.Image | None = None,
 ) -> Tensor:
-    """Clean-latent guesses after the first steps, (jobs, channels, height, width).
-
-    Args:
-        base: An open base.
-        jobs: What would be made, in order.
-        request: As `sample` takes it.
-        attachment: The attached adapter.
-        share: Of the steps.
-        task: As `sample` takes it.
-        negative: The negative reference of every job.
-    """
+    """Clean-latent guesses after the first steps, (jobs, channels, height, width)."""
     import torch
 
     levers = levers_of(request, attachment.adapters[0])
@@ -230,15 +176,20 @@ def _denoise(
     from ipdiverse.seeding import generator
 
     pipe: Any = task.base.pipe
+    stopped: list[Exception] = []
 
     def on_step(_: Any, step: int, __: Any, arguments: dict[str, Any]) -> dict[str, Any]:
         if advance is not None:
-            advance(wanted)
+            try:
+                advance(wanted)
+            except Exception as error:
+                stopped.append(error)
+                raise
         if step == last:
             pipe._interrupt = True  # the pipeline's own way to skip the steps that are left
         return arguments
 
-    with any_latents(pipe), _enough_memory(task.base):
+    with any_latents(pipe), _one_line(task.base, stopped):
         output = pipe(
             prompt=[job.prompt for job in jobs],
             negative_prompt=[request.negative_prompt] * len(jobs),
@@ -260,12 +211,18 @@ def _denoise(
 
 
 @contextmanager
-def _enough_memory(base: Base) -> Iterator[None]:
+def _one_line(base: Base, stopped: list[Exception]) -> Iterator[None]:
+    """What the pipeline raises as one line; what the caller's own `advance` raised as it is."""
     import torch
 
     try:
-        yield
-    except torch.OutOfMemoryError as error:
+        with one_line("cannot draw this", base.name):
+            yield
+    except ModelError as error:
+        if stopped:
+            raise stopped[0] from None
+        if not isinstance(error.__cause__, torch.OutOfMemoryError):
+            raise
         raise ModelError(
             "ran out of memory",
             where=base.name,
@@ -278,14 +235,7 @@ def _enough_memory(base: Base) -> Iterator[None]:
 def attached(
     base: Base, weights: Path | str, image_encoder: str | tuple[Any, Any] = ""
 ) -> Iterator[Attachment]:
-    """An adapter on a base's pipeline for the length of a `with` block.
-
-    Args:
-        base: An open base.
-        weights: The adapter's file (`base.adapters.adapter_file`).
-        image_encoder: Folder or hub id of the image encoder, or an open one with its preprocessing;
-            empty takes the base's.
-    """
+    """An adapter on a base's pipeline for the length of a `with` block."""
     from ipdiverse.adapter.attach.attach import attach, detach
     from ipdiverse.adapter.files.checkpoint import load_adapter
 

@@ -99,17 +99,7 @@ def own_image(file: Path, run: object) -> Image.Image | None:
 
 @dataclass
 class Run:
-    """A folder that a run writes into.
-
-    Args:
-        folder: Where.
-        id: The run's fingerprint.
-        total: How many images it has.
-        images: Those that are there, by number; add them with `add`.
-        record: What generation.json holds.
-        replaced: Files of another run, which go when this one begins.
-        complete: Nothing is left to do.
-    """
+    """A folder that a run writes into."""
 
     folder: Path
     id: str
@@ -129,11 +119,7 @@ class Run:
         return found if isinstance(found, list) and len(found) == self.total else None
 
     def begin(self, record: dict[str, Any]) -> None:
-        """Take the folder, before the first image.
-
-        Raises:
-            OutputError: It cannot be written, here and below.
-        """
+        """Take the folder, before the first image."""
         with writing(self.folder):
             for file in self.replaced:
                 file.unlink(missing_ok=True)
@@ -185,19 +171,7 @@ def image_name(number: int) -> str:
 def open_run(
     out: Path, run: str, total: int, *, overwrite: bool = False, used: Collection[str] = ()
 ) -> Iterator[Run]:
-    """Find a folder for a run and hold it for the length of a `with` block.
-
-    Args:
-        out: Where it would go.
-        run: Its fingerprint.
-        total: How many images it has.
-        overwrite: Replace another run that is there, but no other file.
-        used: Files that the run reads, which it must not replace.
-
-    Raises:
-        OutputError: Another process is at work there, it cannot be written to, or `overwrite`
-            would replace what no run wrote.
-    """
+    """Find a folder for a run and hold it for the length of a `with` block."""
     folder = out if overwrite else _free(out, run, total)
     with only_one(folder):
         found = _found(folder, run, total)
@@ -240,11 +214,7 @@ def _found(folder: Path, run: str, total: int) -> Run | None:
 
 
 def _replacing(folder: Path, run: str, total: int, used: Collection[str]) -> Run:
-    """A run in place of the one that is there.
-
-    Raises:
-        OutputError: Something there was written by no run, or is read by this one.
-    """
+    """A run in place of the one that is there."""
     before = (_record(folder) or {}).get("run")
     ours = [file for file in folder.iterdir() if _IMAGE.fullmatch(file.name) or file.name == SHEET]
     own = [file for file in ours if own_image(file, before) is not None]

@@ -76,15 +76,7 @@ def chosen(
     attachment: Attachment,
     negative: Image.Image | None,
 ) -> list[Job]:
-    """The best group of each prompt's candidates.
-
-    Args:
-        jobs: All candidates, prompt by prompt.
-        request: How many are begun and finished of each.
-        task: The pipeline.
-        attachment: The adapter on it.
-        negative: The negative reference.
-    """
+    """The best group of each prompt's candidates."""
     guesses = preview(task.base, jobs, request, attachment, EARLY, task, negative)
     kept: list[Job] = []
     for start in range(0, len(jobs), request.candidates or 1):
@@ -99,15 +91,7 @@ def chosen(
 def judged(
     attachment: Attachment, guesses: Tensor, prompts: Sequence[str]
 ) -> tuple[Tensor, Tensor]:
-    """Worth and distances of previews, each in standard deviations.
-
-    Args:
-        attachment: Whose pipeline's VAE draws the previews; its image encoder sees them, and text
-            encoders of the same space read the prompts. Without an image encoder latents are
-            compared, and without such text encoders all are of equal worth.
-        guesses: Clean-latent guesses, (candidates, channels, height, width).
-        prompts: One for each.
-    """
+    """Worth and distances of previews, each in standard deviations."""
     if attachment.image_encoder is None:
         seen = F.normalize(guesses.flatten(1).float(), dim=1)
         return torch.zeros(len(guesses)), _standard_pairs(1 - seen @ seen.T)

@@ -44,14 +44,7 @@ def decoded(request: Request) -> Pictures:
 
 @dataclass(frozen=True)
 class Task:
-    """A pipeline for one request.
-
-    Args:
-        base: The base with the pipeline of this task; its parts are shared, not copied.
-        pictures: Arguments that are one picture for each item of a batch.
-        settings: Arguments that are the same for the whole batch.
-        notes: What the user should know, such as words that were cut from the prompt.
-    """
+    """A pipeline for one request."""
 
     base: Base
     pictures: dict[str, Image.Image] = field(default_factory=dict)
@@ -64,14 +57,9 @@ class Task:
 
 
 def task_for(base: Base, request: Request, pictures: Pictures) -> Task:
-    """Text-to-image, image-to-image or inpainting, with a ControlNet or without.
-
-    Raises:
-        ArgumentError: So little of the picture is to be redone that no step would be, or the mask
-            leaves nothing or everything to repaint.
-        ModelError: The base has no pipeline for the task, or the ControlNet cannot be opened.
-    """
+    """Text-to-image, image-to-image or inpainting, with a ControlNet or without."""
     _check_strength(base, request)
+    _check_channels(base, request)
     size = image_size(base, request)
     fitted: dict[str, Image.Image] = {}
     notes: list[str] = []
@@ -144,6 +132,22 @@ def _check_strength(base: Base, request: Request) -> None:
             found=request.strength,
             fix="Raise --strength or --steps.",
         )
+
+
+def _check_channels(base: Base, request: Request) -> None:
+    """Refuse a UNet that is given more than latents, unless inpainting gives it that."""
+    pipe: Any = base.pipe
+    takes, latents = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
+    if takes == latents or (request.mask_image and takes == 2 * latents + 1):
+        return
+    paints = takes == 2 * latents + 1
+    raise ModelError(
+        "is a base for inpainting" if paints else "is a base of another task",
+        where=base.name,
+        expected=f"a UNet of {latents} input channels",
+        found=takes,
+        fix="Give --init-image and --mask-image." if paints else "Choose a text-to-image base.",
+    )
 
 
 def _pipeline(kind: str, base: Base, extra: dict[str, Any]) -> Any:
