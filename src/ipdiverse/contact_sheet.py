@@ -67,15 +67,8 @@ def contact_sheet(
     """Draw the reference in a frame on the left, and a grid of the outputs on the right.
 
     Args:
-        reference: The image prompt.
-        images: The outputs, in reading order.
         captions: One for each image; "" for none. Long ones are wrapped, and cut with an ellipsis.
-        title: A heading above everything.
         columns: In the grid; None makes it as square as possible.
-        cell: Side in pixels of the square that each image is scaled to fit.
-
-    Raises:
-        ArgumentError: The counts differ, a number is out of range, or the sheet would be too large.
     """
     if not images:
         raise ArgumentError("a contact sheet needs at least one image", where="images", found=0)

@@ -215,8 +215,6 @@ def cads(tokens: Tensor, strength: float, context: StepContext) -> Tensor:
 
     Args:
         tokens: Fused image tokens, (items, tokens, width).
-        strength: s, in deviations of the tokens.
-        context: When.
     """
     gamma = 1 - min(1.0, strength) * (1 - annealing(context))
     if strength == 0 or gamma == 1:

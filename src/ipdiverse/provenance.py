@@ -26,12 +26,7 @@ _MAX_SUMMARY = 2000
 
 
 def save_png(image: Image.Image, path: AnyPath, record: Mapping[str, Any]) -> None:
-    """Write a PNG that carries the record of how it was made, whole or not at all.
-
-    Raises:
-        ArgumentError: The record cannot be stored as JSON, or is too large.
-        OutputError: The name does not end in .png, or the file cannot be written.
-    """
+    """Write a PNG that carries the record of how it was made, whole or not at all."""
     if Path(path).suffix.lower() != ".png":
         raise OutputError(
             "the image is written as PNG only",

@@ -37,12 +37,7 @@ def write_bytes_atomic(
 
     Args:
         path: The target, in a folder that exists; an existing file is replaced.
-        data: The whole content.
         check: Called with the new file before it replaces the old; if it raises, the old one stays.
-
-    Raises:
-        OutputError: It cannot be written; an earlier file is still there. Only if the disk fails
-            in the very last step, making the name durable, may the new file be there instead.
     """
     target = Path(path)
     # in the same folder, as a rename is atomic only within one file system
@@ -100,11 +95,7 @@ def only_one(path: AnyPath, *outside: Path) -> Iterator[None]:
     """Hold a folder, made if needed, for one process; what killed writes left in it is removed.
 
     Args:
-        path: The folder.
         outside: Files that nobody else writes meanwhile; what kills left beside them goes too.
-
-    Raises:
-        OutputError: Another process holds it, or it cannot be written to.
     """
     from filelock import FileLock, Timeout
 
@@ -148,11 +139,7 @@ def sealed(content: Mapping[str, Any], indent: int | None = None) -> str:
 
 
 def unsealed(text: str) -> dict[str, Any]:
-    """What `sealed` was given; an object that has no hash, as of version 0.1, is taken as it is.
-
-    Raises:
-        ValueError: It is not JSON of an object, or differs from its hash.
-    """
+    """What `sealed` was given; an object without a hash, as of 0.1, is taken as it is."""
     content = json.loads(text)
     if not isinstance(content, dict):
         raise ValueError("it is not a JSON object")

@@ -48,14 +48,8 @@ def decoupled_cross_attention(
     """Attend to the text and to each group of image tokens separately, then add.
 
     Args:
-        query: Latent queries, shared by all branches.
-        text_key: Keys of the text tokens.
-        text_value: Values of the text tokens.
         images: The image branches; without any, or at a scale of 0, the text result exactly.
         text_mask: Added to the text branch's attention logits; None attends to every token.
-
-    Raises:
-        ShapeError: The image and text batch sizes differ.
 
     Source:
         arXiv:2308.06721, section 3.2 (λ is a branch's `scale`).

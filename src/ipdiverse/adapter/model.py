@@ -260,12 +260,7 @@ def interpolated(adapter: ImagePromptAdapter, share: float) -> ImagePromptAdapte
     are; what it adds is multiplied by the share (`hook.ActiveAdapter.strength`).
 
     Args:
-        adapter: One that holds its base weights.
         share: 0 is exactly the base adapter, without fusion; 1 is `adapter` itself.
-
-    Raises:
-        ArgumentError: The share is out of range.
-        ModelError: It holds no base weights.
 
     Source:
         WiSE-FT, arXiv:2109.01903; model soups, arXiv:2203.05482.

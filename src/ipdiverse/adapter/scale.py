@@ -93,13 +93,8 @@ def resolve_scale(
         value: A number; a preset of `PRESETS`; a sequence with one number for each of `layers`, in
             the order in which the UNet runs them; numbers by block (`down`, `down.1`, `mid`, `up`,
             `up.0`; the most specific holds, others are 0); a tensor (items,); a function.
-        layers: The UNet's cross-attention layers, in that order.
-        weight: Multiplies presets.
         start_at: Share of the steps before which the scale is 0.
         end_at: Share of the steps from which it is 0.
-
-    Raises:
-        ArgumentError: An unknown preset or block, a list of the wrong length, a bad range.
     """
     check_range("start_at", start_at, 0, 1)
     check_range("end_at", end_at, start_at, 1)

@@ -148,17 +148,11 @@ def find_checkpoint(
     """The local file that a source names, downloaded if need be and allowed.
 
     Args:
-        source: A file, a folder, or a hub id `owner/repository`.
         weight_name: The file in a folder or repository. A folder with one such file needs none; of
             a repository None is `ip-adapter.safetensors`.
-        subfolder: Where in the folder or repository.
-        revision: Branch, tag or commit of a repository.
         local_files_only: Never connect; the environment's HF_HUB_OFFLINE does the same.
         token: Of the hub, for private repositories; None takes the one that is logged in.
         cache_dir: Where downloads are kept; None is the hub library's own place.
-
-    Raises:
-        CheckpointError: There is no such file, several fit, or it cannot be downloaded.
     """
     path = Path(source)
     if shard := _SHARD.fullmatch(path.name):

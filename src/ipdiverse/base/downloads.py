@@ -59,14 +59,9 @@ def fetch(files: Sequence[HubFile], name: str, *, local_files_only: bool = False
 
     Args:
         files: Of any repositories; those of one repository come from one commit.
-        name: Of the preset, for messages.
-        local_files_only: Download nothing.
 
     Returns:
         Where each is.
-
-    Raises:
-        ModelError: One cannot be had.
     """
     lacking = missing(files)
     if lacking and (local_files_only or offline()):

@@ -87,12 +87,7 @@ class Preset:
     faces: bool = False
 
     def base_files(self, revision: str = "", *, checker: bool = True) -> list[HubFile]:
-        """The pipeline's files.
-
-        Args:
-            revision: Replaces the pinned one.
-            checker: The safety checker too.
-        """
+        """The pipeline's files."""
         wanted = self.files + (self.checker if checker else ())
         return [HubFile(self.base, name, size, revision) for name, size in wanted]
 

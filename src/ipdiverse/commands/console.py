@@ -59,13 +59,7 @@ def agree_to_encoders(
 
     Args:
         name: The base; only a preset is asked for.
-        image_encoder: The user's own, in place of the preset's.
-        yes: The user agreed already.
         init_from: The adapter to start from; only a preset's is asked for.
-
-    Raises:
-        ArgumentError: The user said no, or there is no terminal to ask on.
-        ModelError: Downloads are off.
     """
     encoder = "" if image_encoder else name
     files = preset_files(name, init_from or "", encoder, checker=False)
@@ -74,18 +68,7 @@ def agree_to_encoders(
 
 
 def agree_to_study(study: Study, yes: bool) -> None:
-    """Ask as `agree` does, for the presets that a study uses; its own files are read first.
-
-    Args:
-        study: What is drawn, with every adapter that it uses.
-        yes: The user agreed already.
-
-    Raises:
-        ArgumentError: As `agree` says, or the study has too few pairs.
-        DataError: A folder, or a file of prompts, is unusable.
-        ImageError: So is a reference.
-        ModelError: Downloads are off, or a preset's adapter is of another base.
-    """
+    """Ask as `agree` does, for the presets that a study uses; its own files are read first."""
     from ipdiverse.evaluation.pairs import pairs_of
     from ipdiverse.evaluation.running import needed_files
 
@@ -96,17 +79,7 @@ def agree_to_study(study: Study, yes: bool) -> None:
 
 
 def agree(name: str, files: Sequence[HubFile], yes: bool) -> None:
-    """Return when everything is in the local cache, or may be downloaded.
-
-    Args:
-        name: Of the preset.
-        files: What is needed.
-        yes: The user agreed already.
-
-    Raises:
-        ArgumentError: The user said no, or there is no terminal to ask on.
-        ModelError: Downloads are off.
-    """
+    """Return when everything is in the local cache, or may be downloaded."""
     lacking = missing(files)
     if not lacking:
         return

@@ -147,14 +147,7 @@ class Train:
 
 
 def read_run(file: Path) -> dict[str, Any]:
-    """A run's settings from a TOML file, under today's names.
-
-    Args:
-        file: Keys are the fields of `TrainConfig`, and `root`.
-
-    Raises:
-        ArgumentError: The file cannot be read, or keys or values do not fit; all are named.
-    """
+    """A run's settings from a TOML file, under today's names."""
     content = read_toml(file)
     for key in DROPPED.keys() & content.keys():
         warnings.warn(f"{file}: {key} has no effect: {DROPPED[key]}", stacklevel=2)
@@ -171,9 +164,6 @@ def as_flags(arguments: list[str]) -> list[str]:
     """Arguments of `train` with old and original flags renamed and a `--config FILE` spelled out.
 
     Flags override the file.
-
-    Raises:
-        ArgumentError: The file cannot be read or has settings that `TrainConfig` does not.
     """
     parts = [part for argument in arguments for part in _split_flag(argument)]
     flags = [_todays_flag(part) for part in parts]

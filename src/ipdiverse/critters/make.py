@@ -34,18 +34,10 @@ def make_dataset(
 
     Args:
         out: Target folder; a data set made in the same way is completed, other files stay.
-        n: Number of scenes.
-        pairs: Write a second image of the same creature for each, as its reference.
         size: Height and width in pixels, 16 to 2048.
-        seed: Decides scenes, renders and captions.
-        split: Draw identities of this split only.
 
     Returns:
         The number of images written.
-
-    Raises:
-        ArgumentError: A number is out of range or the split is unknown.
-        OutputError: The folder cannot be written, or holds something else under these names.
     """
     check_range("n", n, 1, 10_000_000)
     check_range("size", size, 16, 2048)
@@ -103,11 +95,6 @@ def example(index: int, seed: int, split: str, edits: float = 0.0) -> Example:
 
     Args:
         index: From 0.
-        seed: The data set's seed.
-        split: Draw identities of this split only.
-        edits: Fraction of examples whose reference differs in one attribute of identity. The
-            caption states that attribute: the prompt contradicts the reference, the image follows
-            the prompt.
     """
     key = (seed, split, index)
     rng = np.random.default_rng(derived_seed(*key))

@@ -146,12 +146,7 @@ def sample_scene(
     """Draw a scene from the prior.
 
     Args:
-        rng: Source of randomness.
-        given: Attributes that are fixed.
         split: Only identities of this split, drawn by rejection; None takes any.
-
-    Raises:
-        ValueError: `split` is unknown, or no identity of it agrees with `given`.
     """
     if split is not None and split not in SPLITS:
         raise ValueError(f"split is {split!r}; expected one of {', '.join(SPLITS)}")

@@ -71,12 +71,7 @@ class Rows:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def is_done(self, shard: int, whole: bool = False) -> bool:
-        """Whether a shard was computed from these contents and settings.
-
-        Args:
-            shard: Its number.
-            whole: Read all of it, and warn if its tensors are not those that were written.
-        """
+        """Whether a shard was computed from these contents and settings."""
         try:
             with safe_open(self.file(shard), "pt") as file:
                 about = file.metadata() or {}
@@ -110,13 +105,7 @@ def compute(
     """Compute shards.
 
     Args:
-        rows: What is wanted.
-        make: Gives the tensors of a range of rows, stacked along their first dimension.
         missing: Their numbers (`Rows.missing`).
-        progress: Told how many rows each shard has, when it is done.
-
-    Raises:
-        OutputError: A shard cannot be written; the others stay.
     """
     for shard in missing:
         span = rows.span(shard)

@@ -88,16 +88,9 @@ def prepare(source: str, out: Path, options: PrepareOptions) -> dict[str, Any]:
 
     Args:
         source: A path, a hub id, or `critters` (`sources`).
-        out: Target folder: new, or prepared from the same source before.
-        options: How.
 
     Returns:
         The report (`doctor.examine`), with `notes` and what was `unused`.
-
-    Raises:
-        DataError: The source cannot be read, nothing in it is good, too much of it is bad, or the
-            folder was prepared from something else or holds files of somebody else.
-        OutputError: The folder cannot be written.
     """
     with only_one(out):
         return _prepare(source, out, options)

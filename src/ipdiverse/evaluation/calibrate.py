@@ -58,13 +58,8 @@ def calibrate(
     """Find the path of an adapter: its dial, and every point with what it achieved.
 
     Args:
-        study: As `calibration_study` gives it.
         out: Folder for images; a calibration that was interrupted there resumes.
         levers: Those that the dial may move; empty is all that the adapter has.
-        say: Called with a line about every point that the path gains.
-
-    Raises:
-        IpdiverseError: A lever, adapter or base cannot be used, or no lever gains variety.
     """
     # by their names of today
     asked = levers

@@ -60,13 +60,7 @@ class FolderPair:
 
 
 def pairs_of(study: Study) -> tuple[list[Any], list[Image.Image]]:
-    """The pairs of a study, `Pair` or `FolderPair`, and the reference image of each.
-
-    Raises:
-        DataError: A folder, or a file of prompts, cannot be used.
-        ImageError: A reference cannot be read.
-        ArgumentError: There are fewer than two pairs.
-    """
+    """The pairs of a study, `Pair` or `FolderPair`, and the reference image of each."""
     if study.references is None:
         drawn = study_pairs(study.pairs, study.seed, study.split, study.edits)
         return drawn, [pair.image() for pair in drawn]
@@ -110,11 +104,7 @@ def held_out_scenes(count: int, seed: int) -> list[tuple[Scene, int]]:
 
 
 def shipped_oracle() -> Oracle:
-    """The oracle of the package.
-
-    Raises:
-        ModelError: It has not been trained.
-    """
+    """The oracle of the package."""
     if not CRITTERS_ORACLE.is_file():
         raise ModelError(
             "the oracle is not trained",
@@ -157,11 +147,7 @@ def open_references(pairs: Sequence[FolderPair]) -> list[Image.Image]:
 
 
 def pictures(folder: Path) -> list[Path]:
-    """Image files of a folder, by name.
-
-    Raises:
-        DataError: The folder cannot be listed, or has no image in it.
-    """
+    """Image files of a folder, by name."""
     found = [file for file in listed(folder) if file.suffix.lower() in SUFFIXES]
     if not found:
         raise DataError("holds no images", where=folder, expected=", ".join(SUFFIXES))
@@ -169,11 +155,7 @@ def pictures(folder: Path) -> list[Path]:
 
 
 def listed(folder: Path) -> list[Path]:
-    """Everything in a folder, by name.
-
-    Raises:
-        DataError: It is not a folder, or cannot be read.
-    """
+    """Everything in a folder, by name."""
     try:
         return sorted(folder.iterdir())
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -186,9 +168,6 @@ def read_prompts(file: Path) -> list[str]:
     """Prompts, one a line, without empty lines and lines that begin with #.
 
     The text is UTF-8, or UTF-16 with its byte order mark, as Windows editors save it.
-
-    Raises:
-        DataError: The file cannot be read, is too large, or holds no prompts.
     """
     try:
         with file.open("rb") as stream:

@@ -68,11 +68,7 @@ class Arm:
     def request(
         self, steps: int | None, guidance_scale: float | None, scale: float | None = 1.0
     ) -> Request:
-        """The arm as a request without images and prompts; what it sets itself comes first.
-
-        Raises:
-            ArgumentError: A setting is out of range.
-        """
+        """The arm as a request without images and prompts; what it sets itself comes first."""
         own = {name: value for name, value in self.settings.items() if name != "adapter"}
         usual = {"n": 1, "steps": steps, "scale": scale, "guidance_scale": guidance_scale}
         return Request.of(usual | own, self.name)
@@ -158,9 +154,6 @@ def read_study(file: Path) -> Study:
 
     Settings of version 0.1 that were renamed are read under their names of today. Arms that set
     a lever of version 0.1 that is gone are left out. A warning says both.
-
-    Raises:
-        ArgumentError: The file cannot be read, or a key or value in it is wrong.
     """
     content = read_toml(file)
     entries = [renamed(entry, RENAMED, file) for entry in _tables(content, "arm", file)]

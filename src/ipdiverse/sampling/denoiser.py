@@ -353,17 +353,7 @@ def sigma_of(alpha: float) -> float:
 
 
 def clean_guess(kind: str, sample: Latents, predicted: Latents, alpha: float) -> Latents:
-    """x̂ from a prediction.
-
-    Args:
-        kind: The scheduler's `prediction_type`.
-        sample: x_t, of unit variance together with its noise.
-        predicted: ε, v or x̂ itself.
-        alpha: ᾱ.
-
-    Raises:
-        ValueError: Another kind.
-    """
+    """x̂ from a prediction."""
     signal, noise = math.sqrt(alpha), math.sqrt(1 - alpha)
     if kind == "epsilon":
         return (sample - noise * predicted) / max(signal, 1e-3)

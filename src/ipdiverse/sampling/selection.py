@@ -42,9 +42,7 @@ def select(
     """The best group found by greedy choice and then by swaps until none helps, in rising order.
 
     Args:
-        worth: u of each candidate.
         apart: b of each pair; symmetric, its diagonal does not count.
-        count: K.
         weight: λ; a group's sum of distances is divided by K − 1, so that it does not grow with K.
     """
     total = len(worth)
@@ -145,12 +143,6 @@ def _standard_pairs(apart: Tensor) -> Tensor:
 @torch.no_grad()
 def joint_text(pipe: Any, texts: list[str], width: int) -> Tensor | None:
     """Text embeddings in the space of an image encoder, (texts, width).
-
-    Args:
-        pipe: Whose text encoders are asked.
-        texts: What is read.
-        width: Of the space. Encoders without a projection are not in it, whatever their width,
-            unless their config says `pooled_in_image_space`, as the embedded one's does.
 
     Returns:
         None where no text encoder is in that space.

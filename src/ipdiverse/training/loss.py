@@ -62,7 +62,6 @@ def min_snr_weight(snr: Float[Tensor, " batch"], gamma: float, v: bool) -> Float
     Args:
         snr: Signal-to-noise ratio of each sample's timestep, ᾱ / (1 − ᾱ).
         gamma: γ, 5 in the paper.
-        v: Whether the UNet predicts v.
     """
     # a schedule rescaled to zero SNR ends at 0, and 0 / 0 would lose the batch
     return snr.clamp(max=gamma) / (snr + 1 if v else snr.clamp_min(1e-8))

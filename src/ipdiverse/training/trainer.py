@@ -53,13 +53,7 @@ _PARTS = {"projection": "image_proj", "layers": "ip_adapter", "fusion": "fusion"
 
 
 def train(config: TrainConfig) -> Path:
-    """Train an adapter, or resume the run that stopped in `config.out`; the finished file.
-
-    Raises:
-        IpdiverseError: Data, base or adapter do not fit, the folder cannot be written or is held by
-            another process, or too many batches in a row were not finite.
-        Interrupted: A signal stopped it, after saving.
-    """
+    """Train an adapter, or resume the run that stopped in `config.out`; the finished file."""
     # processes of one run share its folder, which their main one holds
     main = open_accelerator(config.mixed_precision).is_main_process
     with only_one(config.out) if main else contextlib.nullcontext():

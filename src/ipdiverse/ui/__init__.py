@@ -3,7 +3,7 @@
 server.py opens and closes it, safety.py says who may ask for what. page.py puts the tabs of tabs.py
 together, which are made of uploads.py and inputs.py (what a visitor gives) and results.py (what
 comes back). queue.py draws, one visitor at a time; status.py and closeness.py say what came out,
-recipes.py how to repeat it.
+results.py also how to repeat it.
 """
 
 from __future__ import annotations
@@ -74,15 +74,7 @@ class Installed:
 
 
 def find_installed(bases: Sequence[str] = (), adapters: Sequence[str] = ()) -> Installed:
-    """Look at the package, the hub's local cache, and what the user named; nothing is downloaded.
-
-    Args:
-        bases: More of them: folders and single files.
-        adapters: More of them: files and folders.
-
-    Raises:
-        ModelError: One that the user named does not exist, or is something else.
-    """
+    """Look at the package, the hub's local cache, and what the user named; download nothing."""
     for name in bases:
         _check_exists("base", name)
         if Path(name).is_dir() and not (Path(name) / "model_index.json").is_file():

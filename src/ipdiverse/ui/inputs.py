@@ -53,15 +53,7 @@ class Fields:
         self._cache = cache
 
     def checked(self, path: str, asked: dict[str, Any]) -> dict[str, Any]:
-        """What of a request gradio gets to see.
-
-        Args:
-            path: Where it was sent.
-            asked: Its body.
-
-        Raises:
-            ArgumentError: The page would not send it.
-        """
+        """What of a request gradio gets to see."""
         session = asked.get("session_hash")
         if not (isinstance(session, str) and _SESSION.fullmatch(session)):
             raise _unusable("session_hash", "a short name", session)
@@ -112,11 +104,7 @@ class Fields:
 
 
 def check_value(field: Any, value: Any) -> Any:
-    """A value for a component.
-
-    Raises:
-        ArgumentError: It is of another type, too large, or not among the choices.
-    """
+    """A value for a component."""
     name = str(field.label or field.elem_id)
     match field:
         case gr.BrowserState():
@@ -253,14 +241,6 @@ def remembered(
     """Let a reload keep what was typed and chosen.
 
     Settings are kept by the browser; of references it knows nothing but their visitor's cookie.
-
-    Args:
-        sessions: Everybody's.
-        installed: What may be chosen.
-        tab: Its name.
-        fields: Settings.
-        more: Those of them whose choices depend on the base.
-        references: Components that show the references.
     """
     # the secret hides nothing: the page knows it; it only has to stay the same
     kept = gr.BrowserState(storage_key=f"ipdiverse-{tab}", secret="ipdiverse")  # noqa: S106
@@ -309,24 +289,7 @@ def request_from(
     combine: Any,
     **more: Any,
 ) -> Request:
-    """The request that the settings make. They are checked, for a program may send anything.
-
-    Args:
-        installed: What may be chosen.
-        uploads: The references.
-        prompt: One text.
-        negative: The negative prompt.
-        seed: Not negative.
-        steps: Denoising steps.
-        guidance: Weight of the prompt.
-        base: By its label.
-        adapter: By its label.
-        combine: How several references are used.
-        more: Other fields of `Request`.
-
-    Raises:
-        IpdiverseError: Something is missing or impossible.
-    """
+    """The request that the settings make. They are checked, for a program may send anything."""
     if not uploads:
         raise ArgumentError(
             "is missing", where="reference", fix="Add an image, or pick an example."

@@ -33,13 +33,7 @@ _HEAD_BYTES = 4096
 
 
 def build(sessions: Sessions, installed: Installed, reports: dict[str, Path]) -> gr.Blocks:
-    """The page.
-
-    Args:
-        sessions: Everybody's.
-        installed: What may be chosen.
-        reports: From `find_reports`.
-    """
+    """The page."""
     with gr.Blocks(
         title=TITLE, analytics_enabled=False, delete_cache=CACHE_SECONDS, fill_width=True
     ) as page:

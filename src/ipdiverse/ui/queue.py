@@ -14,7 +14,7 @@ import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from ipdiverse.dial import dial_of
 from ipdiverse.errors import ArgumentError, IpdiverseError
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
     from ipdiverse.base.bases import Base
     from ipdiverse.sampling.request import Request
-    from ipdiverse.ui.visitors import Visitor
 
 PLACES = 2
 """Drawings that one visitor may have in the line: one for each tab that draws."""
@@ -47,6 +46,21 @@ _PASSED_ON = 10.0
 """Seconds in which gradio passes a request on, or its visitor has gone."""
 _WAIT, _LOOK = 0.1, 0.2
 """Seconds between two tries for a turn, and between two looks at a job."""
+
+
+class Asker(Protocol):
+    """Whoever asks for images, and how much of the machine they have had (`visitors.Visitor`)."""
+
+    since: float
+
+    @property
+    def used(self) -> float:
+        """Denoising steps times images, lately."""
+        ...
+
+    def charge(self, steps: float) -> None:
+        """Count what was drawn."""
+        ...
 
 
 class Turns:
@@ -88,11 +102,7 @@ class Turns:
             self._lock.release()
 
     def join(self, job: Job) -> None:
-        """Put a job into the line, if need be in place of one that wants much more.
-
-        Raises:
-            ArgumentError: The line is full, or the visitor has too many jobs in it.
-        """
+        """Put a job into the line, if need be in place of one that wants much more."""
         with self._line_lock:
             if refusal := self.refusal(job.visitor, job):
                 raise ArgumentError(refusal[1])
@@ -106,7 +116,7 @@ class Turns:
             if job in self._line:
                 self._line.remove(job)
 
-    def admit(self, visitor: Visitor | None) -> tuple[int, str] | None:
+    def admit(self, visitor: Asker | None) -> tuple[int, str] | None:
         """As `refusal`, before gradio passes a request on; if there is none, a place is kept."""
         recent = time.monotonic() - _PASSED_ON
         self._expected = [at for at in self._expected if at > recent]
@@ -121,7 +131,7 @@ class Turns:
             self._expected.pop(0)
 
     def refusal(
-        self, visitor: Visitor | None, job: Job | None = None, expected: int = 0
+        self, visitor: Asker | None, job: Job | None = None, expected: int = 0
     ) -> tuple[int, str] | None:
         """Why another job of a visitor would not get a place: a status of HTTP, and words."""
         active = self._active()
@@ -137,13 +147,7 @@ class Turns:
         return 503, "Queue is full: others are drawing. Try again in a minute."
 
     def gives_way(self, job: Job, within: bool) -> bool:
-        """Whether the job that has the turn should let another one draw.
-
-        Args:
-            job: That has the turn.
-            within: In the middle of a batch, which has to be begun again: only a few times, and
-                only for one that needs less than half.
-        """
+        """Whether the job that has the turn should let another one draw."""
         others = self._others(job)
         if within:
             return job.interrupted < _INTERRUPTIONS and any(2 * o.need < job.need for o in others)
@@ -159,11 +163,7 @@ class Turns:
         return self._lock.locked()
 
     def base(self, request: Request) -> Base:
-        """Open a request's base and keep it open for the next. Call it inside `turn` only.
-
-        Raises:
-            IpdiverseError: It cannot be opened.
-        """
+        """Open a request's base and keep it open for the next. Call it inside `turn` only."""
         return self._last.open(request)
 
     def _active(self) -> list[Job]:
@@ -229,7 +229,7 @@ class Job:
         requests: Mapping[str, Request],
         names: tuple[str, ...],
         folder: Path,
-        visitor: Visitor | None = None,
+        visitor: Asker | None = None,
     ) -> None:
         self.requests, self.names, self.folder = requests, names, folder
         self.visitor, self.passed, self.interrupted = visitor, 0, 0
@@ -247,11 +247,7 @@ class Job:
         self._stop, self._ended = threading.Event(), threading.Event()
 
     def start(self) -> None:
-        """Get into the line, and begin when it is this job's turn.
-
-        Raises:
-            ArgumentError: There is no place.
-        """
+        """Get into the line, and begin when it is this job's turn."""
         self._turns.join(self)
         threading.Thread(target=self._run, daemon=True).start()
 

@@ -76,15 +76,7 @@ def is_loopback(host: str) -> bool:
 
 
 def check_binding(host: str, password: str) -> None:
-    """Refuse to listen beyond this machine without a password.
-
-    Args:
-        host: What the page is bound to.
-        password: Empty means none.
-
-    Raises:
-        ArgumentError: It is missing, or too easy to guess.
-    """
+    """Refuse to listen beyond this machine without a password."""
     if not is_loopback(host) and not password:
         raise ArgumentError(
             "would be open to everyone who can reach this machine",
@@ -169,11 +161,7 @@ class OwnPageOnly:
             await answer.refuse(400, words, scope["path"])
 
     def refusal(self, scope: Mapping[str, Any]) -> tuple[int, str] | None:
-        """Status and words of a refusal; None lets the request through.
-
-        Args:
-            scope: ASGI's, of an HTTP request.
-        """
+        """Status and words of a refusal; None lets the request through."""
         headers = {name.decode("latin-1"): v.decode("latin-1") for name, v in scope["headers"]}
         host = headers.get("host", "")
         if host and not _HOST.fullmatch(host):

@@ -51,15 +51,7 @@ class Page:
 
 @contextmanager
 def opened_page(options: Options) -> Iterator[Page]:
-    """Serve the page for the length of a `with` block; afterwards nothing of it is left.
-
-    Args:
-        options: How.
-
-    Raises:
-        IpdiverseError: It would be open to others without a password, the port is taken, or
-            something that it should offer does not exist.
-    """
+    """Serve the page for the length of a `with` block; afterwards nothing of it is left."""
     check_binding(options.host, options.password)
     check_range("port", options.port, 1, 65535)
     check_range("waiting", options.waiting, 1, 1000)
@@ -92,15 +84,7 @@ def opened_page(options: Options) -> Iterator[Page]:
 
 
 def serve(options: Options, tell: Callable[[str], None]) -> None:
-    """Serve the page until a signal ends it.
-
-    Args:
-        options: How.
-        tell: Given the page's address once it is open.
-
-    Raises:
-        IpdiverseError: As `opened_page` does.
-    """
+    """Serve the page until a signal ends it."""
     ended = threading.Event()
     before = {
         number: signal.signal(number, lambda *_: ended.set())

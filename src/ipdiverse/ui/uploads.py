@@ -52,12 +52,7 @@ class Upload:
 
 
 def safe_name(name: str, taken: Sequence[str] = ()) -> str:
-    """A file name without folders or special characters, for a command and for an archive.
-
-    Args:
-        name: As a browser sent it: any text.
-        taken: Names that others have.
-    """
+    """A file name without folders or special characters, for a command and for an archive."""
     bare = Path(name.replace("\\", "/")).name
     kept = re.sub(r"[^\w.-]+", "_", bare, flags=re.ASCII).strip("._-")
     stem, suffix = Path(kept).stem[:_LONGEST_NAME], Path(kept).suffix
@@ -84,7 +79,6 @@ def accept(
     """Decode what somebody sent, one picture at a time, and keep it.
 
     Args:
-        files: Names, of any text, and files or contents.
         folder: For copies; what is neither kept now nor in use goes.
 
     Returns:

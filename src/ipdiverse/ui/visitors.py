@@ -112,7 +112,6 @@ class Sessions:
         """A page's session; a new one for a new page.
 
         Args:
-            key: What the browser calls it: any text.
             visitor: From the cookie; None for a program without one.
         """
         name = _folder_name(key)

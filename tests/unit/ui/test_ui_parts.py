@@ -17,7 +17,7 @@ from PIL import Image
 
 from ipdiverse.errors import ArgumentError, IpdiverseError
 from ipdiverse.sampling.request import Request
-from ipdiverse.ui import Installed, closeness, find_installed, page, recipes, status, uploads
+from ipdiverse.ui import Installed, closeness, find_installed, page, results, status, uploads
 from ipdiverse.ui.closeness import BANDS, CRITTER_BANDS, Closeness
 
 REQUEST = Request(
@@ -59,7 +59,7 @@ def test_names_differ() -> None:
 
 
 def test_a_command_keeps_any_prompt_whole() -> None:
-    words = shlex.split(recipes.as_commands({"out": REQUEST}))
+    words = shlex.split(results.as_commands({"out": REQUEST}))
     assert f"--prompt={REQUEST.prompt[0]}" in words
     assert words[-1] == "--out=out"
 
@@ -79,7 +79,7 @@ def called(program: str) -> list[tuple[list[Any], dict[str, Any], str]]:
 
 
 def test_a_program_asks_for_the_same() -> None:
-    ((args, kwargs, out),) = called(recipes.as_python({"out": REQUEST}))
+    ((args, kwargs, out),) = called(results.as_python({"out": REQUEST}))
     assert Request(image=args[0], prompt=args[1], **kwargs) == REQUEST
     assert out == "out"
 
@@ -90,7 +90,7 @@ def test_a_program_of_a_grid_asks_for_every_cell() -> None:
         for d in (0.0, 0.5)
         for s in (0.5, 1.0)
     }
-    found = called(recipes.as_python(cells))
+    found = called(results.as_python(cells))
     assert {o: Request(image=tuple(a[0]), prompt=a[1], **k) for a, k, o in found} == cells
 
 
@@ -99,7 +99,7 @@ def test_a_set_holds_what_its_recipes_need(tmp_path: Path) -> None:
     (tmp_path / "out" / "0000.png").write_bytes(b"image")
     (tmp_path / "kept").write_bytes(b"reference")
     files = {"cat.png": tmp_path / "kept"}
-    data = recipes.packed(tmp_path, files, {"out": REQUEST}, "set")
+    data = results.packed(tmp_path, files, {"out": REQUEST}, "set")
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         assert archive.read("set/cat.png") == b"reference"
         assert archive.read("set/out/0000.png") == b"image"
