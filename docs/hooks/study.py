@@ -1,7 +1,7 @@
 """What the study found, read from docs/study/ at each build: plots, areas, every number.
 
-`python -m workshop study --publish` copies its `results.json` and pictures there, without the images. As
-long as they are missing, the pages say that the study has not been run.
+`python -m workshop study --publish` copies its `results.json` and pictures there, without the
+images. As long as they are missing, the pages say that the study has not been run.
 """
 
 from __future__ import annotations
