@@ -137,7 +137,7 @@ class Drawing:
         progress: bool | None = None,
         on_step: Callable[[int], None] | None = None,
     ) -> Iterator[tuple[int, Image.Image]]:
-        """Number and image of each job, as soon as it is finished; what `on_step` raises stops it."""
+        """Number and image of each job, once it is finished; what `on_step` raises stops it."""
         numbers = [number for number in range(len(self.jobs)) if number not in skip]
         images = sampled(
             self.task.base,
