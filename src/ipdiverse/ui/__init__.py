@@ -1,6 +1,7 @@
 """The web page: how it is served, and what it offers. Only this package imports gradio.
 
-server.py opens and closes it, safety.py says who may ask for what. page.py puts the tabs of tabs.py
+server.py opens and closes it, safety.py says who may ask for what, bounds.py and visitors.py how
+much of the machine each may hold. page.py puts the tabs of tabs.py
 together, which are made of uploads.py and inputs.py (what a visitor gives) and results.py (what
 comes back). queue.py draws, one visitor at a time; status.py and closeness.py say what came out,
 recipes.py how to repeat it.
@@ -75,10 +76,6 @@ class Installed:
 
 def find_installed(bases: Sequence[str] = (), adapters: Sequence[str] = ()) -> Installed:
     """Look at the package, the hub's local cache, and what the user named; nothing is downloaded.
-
-    Args:
-        bases: More of them: folders and single files.
-        adapters: More of them: files and folders.
 
     Raises:
         ModelError: One that the user named does not exist, or is something else.

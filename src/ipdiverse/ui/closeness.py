@@ -127,12 +127,6 @@ def judged(
 ) -> Closeness | None:
     """Compare images, with the image encoder that the adapter reads.
 
-    Args:
-        attachment: Of the adapter, on its pipeline.
-        images: One or more.
-        references: One or more.
-        request: Its base and prompt.
-
     Returns:
         None where the adapter reads no images, or its encoder has no projection to compare by.
     """

@@ -55,10 +55,6 @@ class Fields:
     def checked(self, path: str, asked: dict[str, Any]) -> dict[str, Any]:
         """What of a request gradio gets to see.
 
-        Args:
-            path: Where it was sent.
-            asked: Its body.
-
         Raises:
             ArgumentError: The page would not send it.
         """
@@ -106,7 +102,7 @@ class Fields:
 
     def _is_upload(self, path: Path) -> bool:
         try:
-            return path.is_absolute() and path.resolve().is_relative_to(self._cache)
+            return path.resolve().is_relative_to(self._cache) and path.is_file()
         except OSError:  # a name that is too long, a loop of links
             return False
 
@@ -253,14 +249,6 @@ def remembered(
     """Let a reload keep what was typed and chosen.
 
     Settings are kept by the browser; of references it knows nothing but their visitor's cookie.
-
-    Args:
-        sessions: Everybody's.
-        installed: What may be chosen.
-        tab: Its name.
-        fields: Settings.
-        more: Those of them whose choices depend on the base.
-        references: Components that show the references.
     """
     # the secret hides nothing: the page knows it; it only has to stay the same
     kept = gr.BrowserState(storage_key=f"ipdiverse-{tab}", secret="ipdiverse")  # noqa: S106
@@ -310,19 +298,6 @@ def request_from(
     **more: Any,
 ) -> Request:
     """The request that the settings make. They are checked, for a program may send anything.
-
-    Args:
-        installed: What may be chosen.
-        uploads: The references.
-        prompt: One text.
-        negative: The negative prompt.
-        seed: Not negative.
-        steps: Denoising steps.
-        guidance: Weight of the prompt.
-        base: By its label.
-        adapter: By its label.
-        combine: How several references are used.
-        more: Other fields of `Request`.
 
     Raises:
         IpdiverseError: Something is missing or impossible.

@@ -33,13 +33,7 @@ _HEAD_BYTES = 4096
 
 
 def build(sessions: Sessions, installed: Installed, reports: dict[str, Path]) -> gr.Blocks:
-    """The page.
-
-    Args:
-        sessions: Everybody's.
-        installed: What may be chosen.
-        reports: From `find_reports`.
-    """
+    """The page."""
     with gr.Blocks(
         title=TITLE, analytics_enabled=False, delete_cache=CACHE_SECONDS, fill_width=True
     ) as page:
@@ -86,9 +80,6 @@ def find_reports(folders: Sequence[Path]) -> dict[str, Path]:
     """Reports that `ipdiverse evaluate` wrote, by the label that a visitor reads.
 
     Links that lead out of a folder are left alone.
-
-    Args:
-        folders: Searched with all their subfolders; one that does not exist is skipped.
     """
     found: dict[str, Path] = {}
     for folder in folders:

@@ -68,12 +68,7 @@ class Turns:
 
     @contextmanager
     def turn(self, check: Callable[[], None], job: Job | None = None) -> Iterator[None]:
-        """Wait until nobody else draws, and keep others waiting for the length of the block.
-
-        Args:
-            check: Called while waiting; an error that it raises ends the wait.
-            job: In the line; None goes before it.
-        """
+        """Wait until nobody else draws, and keep others waiting for the length of the block."""
         while not (self._is_next(job) and self._lock.acquire(timeout=_WAIT)):
             check()
             if not self._is_next(job):
@@ -137,13 +132,7 @@ class Turns:
         return 503, "Queue is full: others are drawing. Try again in a minute."
 
     def gives_way(self, job: Job, within: bool) -> bool:
-        """Whether the job that has the turn should let another one draw.
-
-        Args:
-            job: That has the turn.
-            within: In the middle of a batch, which has to be begun again: only a few times, and
-                only for one that needs less than half.
-        """
+        """Whether the job that has the turn should let another one draw."""
         others = self._others(job)
         if within:
             return job.interrupted < _INTERRUPTIONS and any(2 * o.need < job.need for o in others)

@@ -15,20 +15,12 @@ if TYPE_CHECKING:
 
 
 def as_commands(requests: Mapping[str, Request]) -> str:
-    """A line of shell for each request.
-
-    Args:
-        requests: By the folder that each one's images go to; references by their bare names.
-    """
+    """A line of shell for each request."""
     return "\n".join(request.command(folder) for folder, request in requests.items())
 
 
 def as_python(requests: Mapping[str, Request]) -> str:
-    """A program that draws the same images.
-
-    Args:
-        requests: As `as_commands` takes them; of several, all ask for the same but numbers.
-    """
+    """A program that draws the same images."""
     (folder, first), *others = requests.items()
     given = f"    {_one_or_list(first.image)},\n    {_one_or_list(first.prompt)},\n"
     if not others:
@@ -77,12 +69,6 @@ def packed(
     """A zip of images with their records, the references, and both recipes.
 
     Unpacked, either recipe run in its folder draws the same images into the same places.
-
-    Args:
-        folder: Holds each request's folder.
-        references: Files by their names in the recipes.
-        requests: As `as_commands` takes them.
-        stem: The archive's one folder.
     """
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:

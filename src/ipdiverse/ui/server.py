@@ -16,14 +16,13 @@ from ipdiverse.sampling.request import Request
 from ipdiverse.ui import find_installed
 from ipdiverse.ui.queue import Turns
 from ipdiverse.ui.safety import (
-    Check,
     OwnPageOnly,
     Refused,
     check_binding,
     is_loopback,
     private_folder,
 )
-from ipdiverse.ui.visitors import Sessions
+from ipdiverse.ui.visitors import MAX_VISITORS, Sessions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -53,9 +52,6 @@ class Page:
 def opened_page(options: Options) -> Iterator[Page]:
     """Serve the page for the length of a `with` block; afterwards nothing of it is left.
 
-    Args:
-        options: How.
-
     Raises:
         IpdiverseError: It would be open to others without a password, the port is taken, or
             something that it should offer does not exist.
@@ -67,6 +63,7 @@ def opened_page(options: Options) -> Iterator[Page]:
     with ExitStack() as stack:
         folder = stack.enter_context(private_folder())
         stack.enter_context(_environment(folder / "gradio"))
+        from ipdiverse.ui.bounds import Connection, Uploads
         from ipdiverse.ui.inputs import Fields
         from ipdiverse.ui.page import build, find_reports, look
 
@@ -84,7 +81,10 @@ def opened_page(options: Options) -> Iterator[Page]:
                     raise Refused(*refusal)
             return passed
 
-        url = _launch(page, options, look(), check)
+        uploads = Uploads(folder / "gradio")
+        limits = {"check": check, "uploads": uploads, "loopback": is_loopback(options.host)}
+        url = _launch(page, options, look(), limits)
+        page.server.config.http_protocol_class = Connection  # read for each connection
         warming = threading.Thread(target=_warm, args=(sessions.turns,), daemon=True)
         warming.start()
         stack.callback(warming.join)  # nothing is being opened when the page has gone
@@ -93,10 +93,6 @@ def opened_page(options: Options) -> Iterator[Page]:
 
 def serve(options: Options, tell: Callable[[str], None]) -> None:
     """Serve the page until a signal ends it.
-
-    Args:
-        options: How.
-        tell: Given the page's address once it is open.
 
     Raises:
         IpdiverseError: As `opened_page` does.
@@ -135,10 +131,10 @@ def _environment(cache: Path) -> Iterator[None]:
                 os.environ[name] = before[name]
 
 
-def _launch(page: Any, options: Options, look: dict[str, Any], check: Check) -> str:
+def _launch(page: Any, options: Options, look: dict[str, Any], limits: dict[str, Any]) -> str:
     from starlette.middleware import Middleware
 
-    layer = Middleware(OwnPageOnly, loopback=is_loopback(options.host), check=check)
+    layer = Middleware(OwnPageOnly, **limits)
     try:
         _, url, _ = page.launch(
             server_name=options.host,
@@ -155,6 +151,7 @@ def _launch(page: Any, options: Options, look: dict[str, Any], check: Check) -> 
             ssr_mode=False,
             pwa=False,
             mcp_server=False,
+            state_session_capacity=MAX_VISITORS,
             enable_monitoring=False,
             run_history=False,
             strict_cors=True,

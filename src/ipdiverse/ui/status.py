@@ -139,13 +139,7 @@ def report(sheet: Sheet) -> str:
 
 
 def why_alike(request: Request, calibrated: bool, usual_guidance: float) -> list[str]:
-    """Which settings made a set narrow, most likely first, and what to change; a sentence each.
-
-    Args:
-        request: What was drawn, defaults filled in.
-        calibrated: The adapter carries its own dial.
-        usual_guidance: The base's default.
-    """
+    """Which settings made a set narrow, most likely first, and what to change; a sentence each."""
     dial, scale = request.diversity or 0.0, request.scale or 0.0
     guidance = request.guidance_scale or 0.0
     words = len(" ".join(request.prompt).split())

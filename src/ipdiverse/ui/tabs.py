@@ -220,13 +220,7 @@ def _choice(
 
 
 def cells(diversities: Sequence[float], scales: Sequence[float], ask: Any) -> dict[str, Request]:
-    """A request for each cell, row by row, by the folder of its image.
-
-    Args:
-        diversities: Across.
-        scales: Down.
-        ask: Makes a request of `diversity` and `scale`.
-    """
+    """A request for each cell, row by row, by the folder of its image."""
     return {
         f"out/diversity-{diversity:g}-scale-{scale:g}": ask(diversity=diversity, scale=scale)
         for scale in scales

@@ -52,12 +52,7 @@ class Upload:
 
 
 def safe_name(name: str, taken: Sequence[str] = ()) -> str:
-    """A file name without folders or special characters, for a command and for an archive.
-
-    Args:
-        name: As a browser sent it: any text.
-        taken: Names that others have.
-    """
+    """A file name without folders or special characters, for a command and for an archive."""
     bare = Path(name.replace("\\", "/")).name
     kept = re.sub(r"[^\w.-]+", "_", bare, flags=re.ASCII).strip("._-")
     stem, suffix = Path(kept).stem[:_LONGEST_NAME], Path(kept).suffix
@@ -82,10 +77,6 @@ def accept(
     files: Sequence[tuple[str, Path | bytes]], folder: Path
 ) -> tuple[list[Upload], list[str]]:
     """Decode what somebody sent, one picture at a time, and keep it.
-
-    Args:
-        files: Names, of any text, and files or contents.
-        folder: For copies; what is neither kept now nor in use goes.
 
     Returns:
         What was kept, and a line for each file that was refused.
