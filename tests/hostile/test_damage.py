@@ -14,7 +14,7 @@ from ipdiverse.data import prepare as preparing
 from ipdiverse.data.manifest import read_manifest
 from ipdiverse.data.prepare import PrepareOptions, prepare
 from ipdiverse.errors import DataError
-from ipdiverse.evaluation.images import _is_whole
+from ipdiverse.evaluation.images import is_whole
 
 
 @pytest.fixture
@@ -98,12 +98,12 @@ def test_damaged_images_of_a_study_are_drawn_again(tmp_path: Path) -> None:
         file.write_bytes(flipped(whole, place))
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            if _is_whole(file):  # a date or a flag that nobody reads
+            if is_whole(file):  # a date or a flag that nobody reads
                 assert np.array_equal(np.load(file)["images"], images)
             else:
                 assert "0.npz: is damaged, and is drawn again" in str(said[0].message)
                 found += 1
     assert found > 0.8 * len(whole)
     file.write_bytes(whole)
-    assert _is_whole(file)
-    assert not _is_whole(tmp_path / "1.npz")
+    assert is_whole(file)
+    assert not is_whole(tmp_path / "1.npz")

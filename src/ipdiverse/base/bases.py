@@ -133,6 +133,7 @@ def load_base(
     return Base(name, pipe, usual.guidance_scale, batch, usual.steps, usual.scale, plan)
 
 
+_FEWEST_WORDS = 100
 _NEEDED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
@@ -152,7 +153,7 @@ def _check_parts(name: str, pipe: Any) -> None:
             continue
         words, known = len(tokenizer), encoder.config.vocab_size
         # without its vocabulary a tokenizer opens all the same, with its few special tokens alone
-        if not known / 2 <= words <= known:
+        if not min(known / 2, _FEWEST_WORDS) <= words <= known:
             raise ModelError(
                 f"its tokenizer{suffix} does not fit its text encoder",
                 where=name,
