@@ -9,7 +9,7 @@ import pytest
 
 from ipdiverse.errors import ArgumentError, ImageError
 from ipdiverse.image_io import load_image
-from ipdiverse.sampling import draw
+from ipdiverse.sampling import draw, task
 from ipdiverse.sampling.draw import drawn
 from ipdiverse.sampling.request import Request
 from tests import models
@@ -34,7 +34,7 @@ def test_a_picture_is_decoded_once_wherever_it_is_used(
         decoded.append(file)
         return load_image(file)
 
-    monkeypatch.setattr(draw, "load_image", counted)
+    monkeypatch.setattr(task, "load_image", counted)
     uses = {"image": picture, "negative_image": picture, "init_image": picture}
     made = drawn(Request.of({**uses, "n": 1, "steps": 2}))
     assert (len(made.images), decoded) == (1, [Path(picture)])
