@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,9 +83,14 @@ def whole(killer: Killer, home: Path, name: str) -> tuple[dict[str, bytes], int]
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, with its bytes."""
+    """Every file below a folder, with its bytes; a journal without the times of source files."""
     files = (path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+    for name in [name for name in found if name.endswith("prepare.journal.jsonl")]:
+        rows = [json.loads(line) for line in found[name].splitlines()]
+        kept = [{k: v for k, v in row.items() if k not in ("stamp", "check")} for row in rows]
+        found[name] = json.dumps(kept).encode()
+    return found
 
 
 def disturb(killer: Killer, home: Path, name: str, end: End, at: int) -> None:

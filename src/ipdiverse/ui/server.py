@@ -281,6 +281,7 @@ class Uploads:
             Refused: Too much is on its way.
         """
         self.sweep()
+        size = max(size, _LEAST)
         while self._sum(owner) + size > MAX_UPLOAD and self._drop(owner):
             pass
         while self._sum() + size > MAX_UPLOADS and self._drop(self._largest()):
@@ -288,7 +289,7 @@ class Uploads:
         if self._sum(owner) + size > MAX_UPLOAD or self._sum() + size > MAX_UPLOADS:
             raise Refused(429, "too many uploads are on their way; try again in a minute")
         ticket = object()
-        self._held[ticket] = (owner, max(size, _LEAST), time.monotonic())
+        self._held[ticket] = (owner, size, time.monotonic())
         return ticket
 
     def end(self, ticket: object, files: Sequence[Path]) -> None:
