@@ -98,7 +98,7 @@ class Fields:
 
     def _is_upload(self, path: Path) -> bool:
         try:
-            return path.resolve().is_relative_to(self._cache) and path.is_file()
+            return path.is_absolute() and path.resolve().is_relative_to(self._cache)
         except OSError:  # a name that is too long, a loop of links
             return False
 

@@ -1,23 +1,14 @@
-"""Opening and closing the page: bound to this machine, in a private folder that is deleted.
-
-Also how much of the machine clients may hold: connections, and uploads on disk.
-"""
+"""Opening and closing the page: bound to this machine, in a private folder that is deleted."""
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
 import threading
-import time
-from collections import Counter
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ipdiverse.errors import ArgumentError, IpdiverseError, check_range
 from ipdiverse.image_io import MAX_FILE_BYTES
@@ -25,34 +16,22 @@ from ipdiverse.sampling.request import Request
 from ipdiverse.ui import find_installed
 from ipdiverse.ui.queue import Turns
 from ipdiverse.ui.safety import (
-    MAX_UPLOAD,
+    Check,
     OwnPageOnly,
     Refused,
     check_binding,
     is_loopback,
     private_folder,
 )
-from ipdiverse.ui.visitors import MAX_VISITORS, Sessions
+from ipdiverse.ui.visitors import Sessions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
     from ipdiverse.ui import Options
 
 _FORGOTTEN = ("GRADIO_ALLOWED_PATHS", "GRADIO_SHARE", "GRADIO_MCP_SERVER", "GRADIO_DEBUG")
 """Settings of gradio that could open to others what is closed here."""
-
-MAX_CONNECTIONS = 400
-"""In sum: many systems let a process have 1,024 files open, and gradio needs some."""
-SILENCE = 15.0
-"""Seconds without a byte after which a request that is not complete is given up."""
-MAX_UPLOADS = 2 * 2**30
-"""Bytes of uploads of all visitors; `MAX_UPLOAD` is the bound of one."""
-KEPT = 600.0
-"""Seconds for which an upload is kept: what is used of it is copied at once."""
-_LEAST = 2**18
-"""What a small file counts for, so that their number is bounded too."""
-_number = count()
 
 
 @dataclass(frozen=True)
@@ -97,10 +76,7 @@ def opened_page(options: Options) -> Iterator[Page]:
                     raise Refused(*refusal)
             return passed
 
-        uploads = Uploads(folder / "gradio")
-        limits = {"check": check, "uploads": uploads, "loopback": is_loopback(options.host)}
-        url = _launch(page, options, look(), limits)
-        page.server.config.http_protocol_class = Connection  # read for each connection
+        url = _launch(page, options, look(), check)
         warming = threading.Thread(target=_warm, args=(sessions.turns,), daemon=True)
         warming.start()
         stack.callback(warming.join)  # nothing is being opened when the page has gone
@@ -143,10 +119,10 @@ def _environment(cache: Path) -> Iterator[None]:
                 os.environ[name] = before[name]
 
 
-def _launch(page: Any, options: Options, look: dict[str, Any], limits: dict[str, Any]) -> str:
+def _launch(page: Any, options: Options, look: dict[str, Any], check: Check) -> str:
     from starlette.middleware import Middleware
 
-    layer = Middleware(OwnPageOnly, **limits)
+    layer = Middleware(OwnPageOnly, loopback=is_loopback(options.host), check=check)
     try:
         _, url, _ = page.launch(
             server_name=options.host,
@@ -163,7 +139,6 @@ def _launch(page: Any, options: Options, look: dict[str, Any], limits: dict[str,
             ssr_mode=False,
             pwa=False,
             mcp_server=False,
-            state_session_capacity=MAX_VISITORS,
             enable_monitoring=False,
             run_history=False,
             strict_cors=True,
@@ -204,135 +179,3 @@ def _patience(looks: int) -> Callable[[], None]:
             raise TimeoutError
 
     return check
-
-
-class Connection(H11Protocol):
-    """One that is closed when it is silent, or when it is the least useful of too many."""
-
-    _silence: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: Any) -> None:
-        """Close another one if there are too many."""
-        super().connection_made(transport)
-        self.number = next(_number)
-        self._listen()
-        if len(self.connections) > MAX_CONNECTIONS:
-            least_useful([one for one in self.connections if one is not self]).drop()
-
-    def data_received(self, data: bytes) -> None:
-        """Wait for more, unless the request is complete."""
-        super().data_received(data)
-        self._listen()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Wait no more."""
-        if self._silence is not None:
-            self._silence.cancel()
-        super().connection_lost(exc)
-
-    @property
-    def stage(self) -> int:
-        """0 before a request, 1 while its body comes, 2 until it is answered."""
-        if self.cycle is None or self.cycle.response_complete:
-            return 0
-        return 1 if self.cycle.more_body else 2
-
-    def drop(self) -> None:
-        """Close it without waiting for anything."""
-        if not self.transport.is_closing():
-            self.transport.abort()
-
-    def _listen(self) -> None:
-        if self._silence is not None:
-            self._silence.cancel()
-        self._silence = self.loop.call_later(SILENCE, self._silent)
-
-    def _silent(self) -> None:
-        if self.stage < 2:
-            self.drop()
-
-
-def least_useful(connections: Sequence[Any]) -> Any:
-    """Who asks for least goes first, then the oldest of the address with the most connections."""
-    crowd = Counter(one.client and one.client[0] for one in connections)
-    return min(
-        connections, key=lambda one: (one.stage, -crowd[one.client and one.client[0]], one.number)
-    )
-
-
-class Uploads:
-    """What was uploaded, by whom; the oldest of whoever has most goes when there is too much.
-
-    Args:
-        folder: Where gradio puts it.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._held: dict[Any, tuple[str | None, int, float]] = {}
-
-    def begin(self, owner: str | None, size: int) -> object:
-        """Make room for an upload.
-
-        Returns:
-            What to give to `end`.
-
-        Raises:
-            Refused: Too much is on its way.
-        """
-        self.sweep()
-        size = max(size, _LEAST)
-        while self._sum(owner) + size > MAX_UPLOAD and self._drop(owner):
-            pass
-        while self._sum() + size > MAX_UPLOADS and self._drop(self._largest()):
-            pass
-        if self._sum(owner) + size > MAX_UPLOAD or self._sum() + size > MAX_UPLOADS:
-            raise Refused(429, "too many uploads are on their way; try again in a minute")
-        ticket = object()
-        self._held[ticket] = (owner, size, time.monotonic())
-        return ticket
-
-    def end(self, ticket: object, files: Sequence[Path]) -> None:
-        """An upload is complete; without files it was broken off, and gradio leaves its pieces."""
-        owner, size, _ = self._held[ticket]
-        now = time.monotonic()
-        if not files:
-            self._held[ticket] = (owner, size, now)
-            return
-        del self._held[ticket]
-        for file in files:
-            self._held.pop(file, None)
-            self._held[file] = (owner, max(file.stat().st_size, _LEAST), now)
-
-    def sweep(self) -> None:
-        """Delete what is old, and the pieces of uploads that were broken off."""
-        old = time.monotonic() - KEPT
-        for key, (_, _, at) in list(self._held.items()):
-            if at >= old:
-                break
-            self._forget(key)
-        broken = time.time() - 2 * SILENCE
-        for piece in self._folder.glob("tmp*"):
-            if piece.is_file() and piece.stat().st_mtime < broken:
-                piece.unlink(missing_ok=True)
-
-    def _sum(self, *owners: str | None) -> int:
-        return sum(size for who, size, _ in self._held.values() if not owners or who in owners)
-
-    def _largest(self) -> str | None:
-        sums: Counter[str | None] = Counter()
-        for key, (owner, size, _) in self._held.items():
-            sums[owner] += size if isinstance(key, Path) else 0
-        return max(sums, key=lambda owner: sums[owner], default=None)
-
-    def _drop(self, owner: str | None) -> bool:
-        own = (key for key, (who, *_) in self._held.items() if who == owner)
-        oldest = next((key for key in own if isinstance(key, Path)), None)
-        if oldest is not None:
-            self._forget(oldest)
-        return oldest is not None
-
-    def _forget(self, key: Any) -> None:
-        del self._held[key]
-        if isinstance(key, Path):
-            key.unlink(missing_ok=True)

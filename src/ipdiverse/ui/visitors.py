@@ -109,7 +109,11 @@ class Sessions:
         self._visitors: dict[str, Visitor] = {}
 
     def of(self, key: str | None, visitor: str | None = None) -> Session:
-        """A page's session; a new one for a new page."""
+        """A page's session; a new one for a new page.
+
+        Args:
+            visitor: From the cookie; None for a program without one.
+        """
         name = _folder_name(key)
         with self._lock:
             owner = self._visitor(visitor or f"session {name}", visitor is not None)
