@@ -586,8 +586,9 @@ def waiting_job(served: Served, client: Client, **wanted: Any) -> Job:
 def test_fifty_at_once_are_drawn_or_told_to_come_back(
     served: Served, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    crowd = [Client(served.url) for _ in range(50)]
-    for one in (client, *crowd):
+    # nobody has drawn before: whoever has would lose their place to a newcomer
+    first, *crowd = [Client(served.url) for _ in range(51)]
+    for one in (first, *crowd):
         one._config = client.config
         one.take_example()
     draw, drawing, at_once = Job._draw, [], []
@@ -609,10 +610,10 @@ def test_fifty_at_once_are_drawn_or_told_to_come_back(
 
     with ThreadPoolExecutor(50) as pool:
         with served.sessions.turns.turn(lambda: None):
-            waiting_job(served, client, seed=999)
+            waiting_job(served, first, seed=999)
             answers = list(pool.map(come, range(50)))
         taken = [n for n, answer in enumerate(answers) if answer.status_code == 200]
-        told = list(pool.map(Client.outcome, [client, *(crowd[n] for n in taken)]))
+        told = list(pool.map(Client.outcome, [first, *(crowd[n] for n in taken)]))
     refused = [answer.text for answer in answers if answer.status_code == 503]
     assert (len(taken), len(refused)) == (WAITING, 50 - WAITING), "nobody is left without an answer"
     assert all("Queue is full" in text for text in refused)

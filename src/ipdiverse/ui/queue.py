@@ -142,7 +142,8 @@ class Turns:
             return None
         used = 0.0 if visitor is None else visitor.used
         need = used + USUAL / 2 if job is None else job.need
-        if active and 2 * need <= self._worst().need:
+        # one newcomer at a time may take the place of whoever has had most
+        if active and expected == 0 and 2 * need <= self._worst().need:
             return None
         return 503, "Queue is full: others are drawing. Try again in a minute."
 
