@@ -39,13 +39,7 @@ LoraShapes = dict[str, tuple[int, int, int]]
 
 
 class LowRank(nn.Module):
-    """A low-rank change of a projection: up(down(x)) (LoRA, arXiv:2106.09685), of weight 1.
-
-    Args:
-        width_in: Input width.
-        rank: Of the change.
-        width_out: Output width.
-    """
+    """A low-rank change of a projection: up(down(x)) (LoRA, arXiv:2106.09685), of weight 1."""
 
     def __init__(self, width_in: int, rank: int, width_out: int) -> None:
         super().__init__()
@@ -111,8 +105,8 @@ class ImagePromptAdapter(nn.Module):
         )
         self.fusion = fusion
         self.spec: dict[str, Any] = {}
-        # of the adapter that this one was fine-tuned from; empty if they are not known. Not
-        # parameters: they are neither trained nor moved to a device until they are needed
+        # of the adapter that this one was fine-tuned from; empty if they are not known. A plain
+        # dict, as parameters would be trained, and moved to a device before they are needed
         self.base_weights: dict[str, Tensor] = {}
 
     def layers(self) -> dict[int, LayerWeights]:
@@ -149,16 +143,7 @@ class ImagePromptAdapter(nn.Module):
     @property
     def clip_dim(self) -> int | None:
         """Width of the image encoder's output that it reads; None when it reads faces alone."""
-        projection = self.image_proj
-        if isinstance(projection, LinearProjection):
-            return projection.proj.in_features
-        if isinstance(projection, ResamplerProjection):
-            return projection.proj_in.in_features
-        if isinstance(projection, FaceIDPlusProjection):
-            return projection.perceiver_resampler.proj_in.in_features
-        if isinstance(projection, FullFaceProjection):
-            return projection.proj[0].in_features  # type: ignore[return-value]
-        return None
+        return self.image_proj.clip_dim
 
     def tokens(self, *embeds: Tensor) -> Tensor:
         """Embeddings, in the order of `reads`, to image tokens, (batch, tokens, width)."""
@@ -207,23 +192,16 @@ def new_adapter(
     """An untrained adapter that fits a UNet and an image encoder."""
     widths = layer_widths(unet)
     token_width = next(iter(widths.values()))[0]
+    clip = image_encoder.config
     if kind == "base":
-        projection = LinearProjection(
-            image_encoder.config.projection_dim, token_width, **projection_sizes
-        )
+        projection = LinearProjection(clip.projection_dim, token_width, **projection_sizes)
     else:
-        projection = ResamplerProjection(
-            image_encoder.config.hidden_size, token_width, **projection_sizes
-        )
+        projection = ResamplerProjection(clip.hidden_size, token_width, **projection_sizes)
     adapter = ImagePromptAdapter(projection, widths, fusion)
     layers = adapter.layers()
-    for number, attention in _cross_attentions(unet).items():
-        for mine, theirs in (
-            (layers[number].to_k_ip, attention.to_k),
-            (layers[number].to_v_ip, attention.to_v),
-        ):
-            if mine is not None:
-                mine.weight.data.copy_(theirs.weight.data)
+    for number, attention in _cross_attentions(unet).items():  # as the original starts
+        keys, values = attention.to_k.weight, attention.to_v.weight
+        layers[number].load_state_dict({"to_k_ip.weight": keys, "to_v_ip.weight": values})
     return adapter
 
 
@@ -342,7 +320,6 @@ def check_encoder(adapter: ImagePromptAdapter, encoder: Any) -> None:
     """Refuse an image encoder whose embeddings have not the adapter's width; None always fits."""
     if encoder is None or adapter.clip_dim is None:
         return
-    pooled = "pooled" in adapter.reads
-    check_embeddings(
-        adapter, encoder.config.projection_dim if pooled else encoder.config.hidden_size
-    )
+    config = encoder.config
+    width = config.projection_dim if "pooled" in adapter.reads else config.hidden_size
+    check_embeddings(adapter, width)

@@ -197,11 +197,11 @@ class RegionMask:
             self._shrunk[grid] = shrunk[:, 0].flatten(1)
         return self._shrunk[grid]
 
-    def repeated(self, branches: int) -> RegionMask:
-        """The same for every guidance branch."""
-        if len(self.weights) == 1 or branches == 1:
+    def repeated(self, branches: int, each: int = 1) -> RegionMask:
+        """The same for several images of each item, and for every guidance branch."""
+        if len(self.weights) == 1:
             return self
-        return RegionMask(self.weights.repeat(branches, 1, 1))
+        return RegionMask(self.weights.repeat_interleave(each, 0).repeat(branches, 1, 1))
 
 
 def mask_weights(image: Image.Image) -> Tensor:

@@ -42,46 +42,28 @@ class _Prepared:
 
 @dataclass(eq=False)
 class ReferenceTokens:
-    """Projected tokens of every item's references that share one attention, before fusion.
+    """Projected tokens of every item's references that share one attention, before fusion."""
 
-    Args:
-        positive: (items, references, tokens, width).
-        negative: The same for the unconditional branch; one entry serves every item.
-        mask: Where they act, (items or 1, height, width) inside; None is everywhere.
-    """
-
-    positive: Tensor
-    negative: Tensor
-    mask: RegionMask | None = None
+    positive: Tensor  # (items, references, tokens, width)
+    negative: Tensor  # of the unconditional branch; one entry serves every item
+    mask: RegionMask | None = None  # where they act; None is everywhere
 
 
 @dataclass(eq=False)
 class ActiveAdapter:
-    """An attached adapter: its references, its scale, and what levers make of them.
+    """An attached adapter: its references, its scale, and what levers make of them."""
 
-    Args:
-        adapter: Whose it is.
-        slot: What its layers read.
-        scale: How strongly it acts.
-        references: Empty until a reference is set.
-        fusion_strength: Weight of what text-image fusion adds.
-        change: What levers make of an item's fused tokens, (items, references, tokens, width).
-        change_scale: What levers make of the scale.
-        fusion_factor: What a lever multiplies the fusion's strength by.
-        interpolation: Share of the adapter's own weights; the rest are its base weights.
-        acting: The adapter, or what `interpolate` and `place` make of it; it never changes itself.
-    """
-
-    adapter: ImagePromptAdapter
+    adapter: ImagePromptAdapter  # never changed; `acting` is what draws
     slot: Slot
     scale: Scale
     references: list[ReferenceTokens] = field(default_factory=list)
     fusion_strength: float = 1.0
+    # set by levers; `change` gets fused tokens, (items, references, tokens, width)
     change: Callable[[Tensor], Tensor] | None = None
     change_scale: Callable[[Scale], Scale] | None = None
     fusion_factor: float = 1.0
-    interpolation: float = 1.0
-    acting: ImagePromptAdapter = field(init=False)
+    interpolation: float = 1.0  # share of its own weights; the rest are its base weights
+    acting: ImagePromptAdapter = field(init=False)  # itself, or what the methods make of it
     _mixed: ImagePromptAdapter = field(init=False)
     _placed: object = None
 
@@ -115,7 +97,7 @@ class ActiveAdapter:
 
     @property
     def strength(self) -> float:
-        """Of the fusion, with the levers on it."""
+        """Of the fusion, levers included; interpolation scales what fusion adds by its share."""
         return self.fusion_strength * self.fusion_factor * self.interpolation
 
     @property
@@ -132,9 +114,7 @@ class ImagePromptHook(ModelHook):
     `(text, [image_tokens, …])` brings its own tokens, as in training, and is left alone.
 
     Args:
-        pipe: Whose UNet it is on; says whether it guides and at which step it is.
-        prompts: One for each adapter.
-        layers: The UNet's cross-attention layers.
+        pipe: Tells whether it guides and at which step it is.
         processors: Each attention module's processor of ours, to notice when one was replaced.
         before: The processors to put back.
     """
@@ -253,9 +233,7 @@ class ImagePromptHook(ModelHook):
         if prompt.change is not None and BOTH in layout:
             parts = zip(layout, tokens.chunk(branches), strict=True)
             tokens = torch.cat([prompt.change(t) if b == BOTH else t for b, t in parts])
-        mask = part.mask
-        if mask is not None and len(mask.weights) > 1:
-            mask = type(mask)(mask.weights.repeat_interleave(repeats, 0)).repeated(branches)
+        mask = None if part.mask is None else part.mask.repeated(branches, repeats)
         tokens = tokens.flatten(1, 2)
         return TokenGroup(tokens, mask, _opposed(tokens, layout))
 

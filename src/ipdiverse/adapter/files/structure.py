@@ -96,7 +96,7 @@ def describe(adapter: ImagePromptAdapter) -> dict[str, Any]:
             "num_tokens": projection.num_tokens,
             "token_width": adapter.token_width,
             "clip_dim": adapter.clip_dim,
-            "face_dim": face_dim(projection),
+            "face_dim": projection.face_dim,
             "layers": len(adapter.widths()),
         },
     }
@@ -127,22 +127,6 @@ def stock_notes(adapter: ImagePromptAdapter) -> list[str]:
     if depth != 4:
         return [f"stock diffusers takes 4 resampler layers for granted; this has {depth}"]
     return []
-
-
-def projection_width(projection: Projection) -> int:
-    """Width of the tokens that a projection gives."""
-    if isinstance(projection, ResamplerProjection):
-        return projection.norm_out.normalized_shape[0]
-    if isinstance(projection, FullFaceProjection):
-        return projection.proj[3].normalized_shape[0]  # type: ignore[index,return-value]
-    return projection.norm.normalized_shape[0]
-
-
-def face_dim(projection: Projection) -> int | None:
-    """Width of the face embedding that a projection reads; None when it reads none."""
-    if isinstance(projection, FaceIDProjection | FaceIDPlusProjection):
-        return projection.proj[0].in_features  # type: ignore[return-value]
-    return None
 
 
 def _projection(tensors: Tensors, where: object, shortcut: bool) -> Projection:
@@ -244,7 +228,7 @@ def _shape(tensors: Tensors, key: str) -> torch.Size:
 def _disagreements(adapter: ImagePromptAdapter) -> list[str]:
     """Parts that fit their own tensors, but not each other."""
     projection, fusion = adapter.image_proj, adapter.fusion
-    width = projection_width(projection)
+    width = projection.token_width
     wrong = [
         f"ip_adapter.{number} reads tokens of width {found}, expected the projection's {width}"
         for number, (found, _) in adapter.widths().items()
@@ -252,14 +236,10 @@ def _disagreements(adapter: ImagePromptAdapter) -> list[str]:
     ]
     if isinstance(fusion, GatedFusion) and projection.num_tokens not in {None, len(fusion.gate)}:
         wrong.append(f"fusion.gate has {len(fusion.gate)} tokens, expected {projection.num_tokens}")
-    if fusion is not None and (found := _fusion_width(fusion)) != width:
+    layer = fusion.to_q if isinstance(fusion, GatedFusion) else getattr(fusion, "query", None)
+    if layer is not None and (found := layer.in_features) != width:
         wrong.append(f"fusion reads tokens of width {found}, expected the projection's {width}")
     return wrong
-
-
-def _fusion_width(fusion: Fusion) -> int:
-    layer = fusion.to_q if isinstance(fusion, GatedFusion) else fusion.query
-    return layer.in_features
 
 
 def dtype_name(tensor: Tensor) -> str:
