@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from ipdiverse.adapter import model
-from ipdiverse.adapter.files.card import Stated, card_files
 from ipdiverse.adapter.files.containers import Contents, open_checkpoint
 from ipdiverse.adapter.files.layouts import (
     BASE_WEIGHTS,
@@ -26,7 +25,7 @@ from ipdiverse.adapter.files.layouts import (
     normalise,
     with_base_weights,
 )
-from ipdiverse.adapter.files.publishing import push_files, save_files
+from ipdiverse.adapter.files.publishing import Stated, card_files, push_files, save_files
 from ipdiverse.adapter.files.structure import DTYPES, describe, misfits, skeleton
 from ipdiverse.base.adapters import PUBLISHED, find_checkpoint
 from ipdiverse.errors import CheckpointError
