@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import torch
 from diffusers.hooks import ModelHook
 from torch import Tensor
 
-from ipdiverse.adapter.attach.branches import Told, new_memory, tell_branches
+from ipdiverse.adapter.attach.branches import KEPT_PROMPTS, Told, tell_branches
 from ipdiverse.adapter.attention import BOTH, NOTHING, DecoupledAttention, Slot, TokenGroup
 from ipdiverse.adapter.model import interpolated, placed, state_of
 from ipdiverse.adapter.scale import checked_items, checked_number
@@ -19,7 +20,7 @@ from ipdiverse.errors import ArgumentError, ModelError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from ipdiverse.adapter.attach.branches import Layout
+    from ipdiverse.adapter.attach.branches import EncodedPrompt, Layout
     from ipdiverse.adapter.model import ImagePromptAdapter
     from ipdiverse.adapter.reference import RegionMask
     from ipdiverse.adapter.scale import Layer, Scale
@@ -130,7 +131,7 @@ class ImagePromptHook(ModelHook):
         super().__init__()
         self.pipe, self.prompts, self.layers = pipe, prompts, layers
         self.processors, self.before = processors, before
-        self.encoded = new_memory()
+        self.encoded: deque[EncodedPrompt] = deque(maxlen=KEPT_PROMPTS)
         self.layout: Layout | None = None
         self._told: tuple[Tensor, Told] | None = None
         self._prepared: list[_Prepared] = []
@@ -199,10 +200,9 @@ class ImagePromptHook(ModelHook):
 
     def _prepare_tokens(self, text: Tensor) -> Layout:
         version = 0 if text.is_inference() else text._version  # inference tensors count no changes
-        recording = torch.is_grad_enabled()
-        for known in self._prepared:
-            same = known.text is text and known.version == version and known.wanted == self.layout
-            if same and not recording:
+        # while gradients are recorded, each call needs a graph of its own
+        for known in () if torch.is_grad_enabled() else self._prepared:
+            if known.text is text and known.version == version and known.wanted == self.layout:
                 for prompt, groups in zip(self.prompts, known.groups, strict=True):
                     prompt.slot.groups = groups
                 return known.layout
@@ -211,9 +211,8 @@ class ImagePromptHook(ModelHook):
         for prompt in self.prompts:
             _check_items(prompt, len(text), layout)
             prompt.place(text.device, text.dtype)
-            prompt.slot.groups = [
-                self._group(prompt, part, text, layout) for part in prompt.references
-            ]
+            parts = prompt.references
+            prompt.slot.groups = [self._group(prompt, part, text, layout) for part in parts]
         groups = [prompt.slot.groups for prompt in self.prompts]
         prepared = _Prepared(text, version, self.layout, layout, groups)
         self._prepared = [prepared, *self._prepared[: _KEPT - 1]]
@@ -301,10 +300,7 @@ def _opposed(tokens: Tensor, layout: Layout) -> Tensor:
 
 
 def _for_batch(scale: float | Tensor, items: int, branches: int) -> float | Tensor:
-    """A scale for each item as one for each row of the batch, (branches × items).
-
-    Fewer than the items are for as many prompts, each of which has equally many items.
-    """
+    """A scale for each row of a call, (branches × items), of one for each item or prompt."""
     if isinstance(scale, float) and -math.inf < scale < math.inf:
         return scale
     scale = checked_items(scale) if isinstance(scale, Tensor) else checked_number(scale)
