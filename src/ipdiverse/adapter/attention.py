@@ -23,19 +23,12 @@ NOTHING, TEXT, BOTH = "nothing", "text", "both"
 
 
 class ImageBranch(NamedTuple):
-    """What one group of image tokens brings to a layer.
-
-    Args:
-        key: (batch, heads, tokens, head_dim).
-        value: The same.
-        scale: Weight of the branch, dimensionless, one for all or one for each item.
-        region: Weight of each pixel, (batch or 1, pixels); None is 1 everywhere.
-    """
+    """What one group of image tokens brings to a layer."""
 
     key: Float[Tensor, "batch heads image head_dim"]
     value: Float[Tensor, "batch heads image head_dim"]
-    scale: float | Float[Tensor, "*batch"]
-    region: Float[Tensor, "#batch pixels"] | None = None
+    scale: float | Float[Tensor, "*batch"]  # weight of the branch, dimensionless
+    region: Float[Tensor, "#batch pixels"] | None = None  # of each pixel; None is 1 everywhere
 
 
 def decoupled_cross_attention(
@@ -89,17 +82,12 @@ def add_image(
 
 @dataclass(eq=False)
 class TokenGroup:
-    """Image tokens that share one attention: the references of an item, or one with a mask.
+    """Image tokens that share one attention: the references of an item, or one with a mask."""
 
-    Args:
-        tokens: (batch, tokens, width), fused, both guidance branches.
-        mask: Where it acts; None is everywhere.
-        opposed: The same for layers that lead away from the image: its tokens in the unconditional
-            branch, zeros (whose keys and values are zero) in the other. None is `tokens`.
-    """
-
-    tokens: Tensor
-    mask: RegionMask | None = None
+    tokens: Tensor  # (batch, tokens, width), fused, both guidance branches
+    mask: RegionMask | None = None  # where it acts; None is everywhere
+    # for layers that lead away from the image: its tokens in the unconditional branch, zeros (whose
+    # keys and values are zero) in the other; None is `tokens`
     opposed: Tensor | None = None
 
     def for_layer(self, opposed: bool) -> Tensor:
@@ -113,20 +101,13 @@ class Slot:
 
     The original puts image tokens behind the text's and cuts them off by a fixed count. Apart, they
     need no count, and the text may have any length.
-
-    Args:
-        weights: Keys' and values' weights by layer number.
-        groups: This call's image tokens; empty before the first.
-        scales: This step's scale by layer number; a missing layer takes 1.
-        opposed: Layers that lead away from the image (`Scale.opposed`).
-        latents: Height and width of this call's latents.
     """
 
-    weights: dict[int, LayerWeights]
-    groups: list[TokenGroup] = field(default_factory=list)
-    scales: dict[int, float | Tensor] = field(default_factory=dict)
-    opposed: frozenset[int] = frozenset()
-    latents: tuple[int, int] = (1, 1)
+    weights: dict[int, LayerWeights]  # by layer number
+    groups: list[TokenGroup] = field(default_factory=list)  # this call's image tokens
+    scales: dict[int, float | Tensor] = field(default_factory=dict)  # a missing layer takes 1
+    opposed: frozenset[int] = frozenset()  # layers that lead away from the image
+    latents: tuple[int, int] = (1, 1)  # height and width, of this call
 
 
 class DecoupledAttention:
@@ -135,10 +116,6 @@ class DecoupledAttention:
     What does not change during a call is computed once: keys and values of the text, and of each
     group of image tokens. They are recognised by identity, as pipelines pass the same tensor at
     every step; nothing is kept while gradients are recorded or `torch.compile` traces.
-
-    Args:
-        number: The layer's number in `unet.attn_processors`.
-        slots: The adapters, shared by all layers.
     """
 
     def __init__(self, number: int, slots: list[Slot]) -> None:
