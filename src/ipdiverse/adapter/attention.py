@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from ipdiverse.errors import ModelError, ShapeError
+from ipdiverse.errors import ShapeError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -49,32 +49,30 @@ def decoupled_cross_attention(
     """
     mixed = F.scaled_dot_product_attention(query, text_key, text_value, attn_mask=text_mask)
     for image in images:
-        mixed = add_image(mixed, query, *image)
+        mixed = add_image(mixed, query, image)
     return mixed
 
 
 def add_image(
     mixed: Float[Tensor, "batch heads pixels head_dim"],
     query: Float[Tensor, "batch heads pixels head_dim"],
-    image_key: Float[Tensor, "batch heads image head_dim"],
-    image_value: Float[Tensor, "batch heads image head_dim"],
-    scale: float | Float[Tensor, "*batch"],
-    region: Float[Tensor, "#batch pixels"] | None = None,
+    branch: ImageBranch,
 ) -> Float[Tensor, "batch heads pixels head_dim"]:
     """Add one image branch to what the text, and other images, gave."""
-    if image_key.shape[0] != query.shape[0]:
+    key, value, scale, region = branch
+    if key.shape[0] != query.shape[0]:
         raise ShapeError(
             "image and text batch sizes differ",
             where="decoupled cross-attention",
             expected=f"{query.shape[0]} image prompts",
-            found=image_key.shape[0],
+            found=key.shape[0],
             fix="Give one reference, or one per item.",
         )
     if not isinstance(scale, Tensor) and scale == 0:
-        return mixed
+        return mixed  # to the bit; 0 · NaN would not be
     if isinstance(scale, Tensor):
         scale = scale.to(query.device, query.dtype).view(-1, 1, 1, 1)
-    image = F.scaled_dot_product_attention(query, image_key, image_value)
+    image = F.scaled_dot_product_attention(query, key, value)
     if region is not None:
         image = image * region.to(query.device, query.dtype)[:, None, :, None]
     return mixed + scale * image
@@ -154,15 +152,20 @@ class DecoupledAttention:
     def _branches(self, attn: Any, pixels: int) -> Iterator[ImageBranch]:
         """What each adapter's groups of image tokens bring; nothing where the scale is 0."""
         for index, slot in enumerate(self.slots):
-            weights, scale = slot.weights.get(self.number), slot.scales.get(self.number, 1.0)
+            weights: Any = slot.weights.get(self.number)
+            scale = slot.scales.get(self.number, 1.0)
             off = not isinstance(scale, Tensor) and scale == 0
             if weights is None or weights.to_k_ip is None or off:
                 continue
             for position, group in enumerate(slot.groups):
                 kept = self._images.setdefault((index, position), _Once())
                 tokens = group.for_layer(self.number in slot.opposed)
-                key, value = kept.get(
-                    tokens, lambda w=weights, t=tokens: _image_key_value(attn, w, t)
+                key, value = kept.get(  # bound now: a loop's lambdas share its variables
+                    tokens,
+                    lambda w=weights, t=tokens: (
+                        _heads(attn, w.to_k_ip(t)),
+                        _heads(attn, w.to_v_ip(t)),
+                    ),
                 )
                 region = None if group.mask is None else group.mask.at(pixels, slot.latents)
                 yield ImageBranch(key, value, scale, region)
@@ -201,12 +204,6 @@ class _Once:
         return output
 
 
-def _image_key_value(attn: Any, weights: LayerWeights, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    if weights.to_k_ip is None or weights.to_v_ip is None:
-        raise ModelError("a layer has no keys for images", where="adapter")
-    return _heads(attn, weights.to_k_ip(tokens)), _heads(attn, weights.to_v_ip(tokens))
-
-
 def _project(layer: Any, states: Tensor, adapters: list[LayerWeights | None], name: str) -> Tensor:
     """The UNet's own projection, plus the low-rank change of each adapter that has one."""
     projected = layer(states)
@@ -225,5 +222,6 @@ def _heads(attn: Any, states: Tensor) -> Tensor:
 def _mask(attn: Any, mask: Tensor | None, text: Tensor) -> Tensor | None:
     if mask is None:
         return None
+    # diffusers folds the heads into the batch; attention here keeps them apart
     prepared = attn.prepare_attention_mask(mask, text.shape[1], text.shape[0])
     return prepared.view(text.shape[0], attn.heads, -1, prepared.shape[-1])

@@ -52,12 +52,10 @@ class LowRank(nn.Module):
 
 
 class LayerWeights(nn.Module):
-    """What an adapter adds to one attention layer.
+    """What an adapter adds to one attention layer: an image branch, and changes of the layer.
 
-    Args:
-        widths: Width of image tokens and of queries; None in self-attention, which has no image
-            branch.
-        lora: Low-rank changes of the layer's own projections (FaceID).
+    Self-attention has no image branch (`widths` of tokens and queries are None); only FaceID
+    changes a layer's own projections (`lora`).
     """
 
     to_k_ip: nn.Linear | None
@@ -97,12 +95,10 @@ class ImagePromptAdapter(nn.Module):
         super().__init__()
         changes = lora or {}
         self.image_proj = projection
-        self.ip_adapter = nn.ModuleDict(
-            {
-                str(number): LayerWeights(widths.get(number), changes.get(number))
-                for number in sorted(widths.keys() | changes.keys())
-            }
-        )
+        self.ip_adapter = nn.ModuleDict()
+        for number in sorted(widths.keys() | changes.keys()):
+            layer = LayerWeights(widths.get(number), changes.get(number))
+            self.ip_adapter[str(number)] = layer
         self.fusion = fusion
         self.spec: dict[str, Any] = {}
         # of the adapter that this one was fine-tuned from; empty if they are not known. A plain
@@ -111,11 +107,8 @@ class ImagePromptAdapter(nn.Module):
 
     def layers(self) -> dict[int, LayerWeights]:
         """Each layer's weights by its number in `unet.attn_processors`."""
-        return {
-            int(number): layer
-            for number, layer in self.ip_adapter.items()
-            if isinstance(layer, LayerWeights)
-        }
+        layers: Any = self.ip_adapter.items()
+        return {int(number): layer for number, layer in layers}
 
     def widths(self) -> dict[int, tuple[int, int]]:
         """Token and query width of each layer with an image branch."""
@@ -160,9 +153,8 @@ class ImagePromptAdapter(nn.Module):
 
 def attention_layers(unet: Any) -> dict[int, str]:
     """Number in `unet.attn_processors` to module name, for every attention layer."""
-    return {
-        number: name.removesuffix(".processor") for number, name in enumerate(unet.attn_processors)
-    }
+    names = (name.removesuffix(".processor") for name in unet.attn_processors)
+    return dict(enumerate(names))
 
 
 def cross_attention_layers(unet: Any) -> dict[int, str]:

@@ -224,9 +224,7 @@ class FaceIDPlusProjection(nn.Module):
         self.perceiver_resampler = Perceiver(clip_dim, token_width, token_width, depth)
 
     def forward(
-        self,
-        face: Float[Tensor, "batch face_dim"],
-        hidden: Float[Tensor, "batch patches clip_dim"],
+        self, face: Float[Tensor, "batch face_dim"], hidden: Float[Tensor, "batch patches clip_dim"]
     ) -> Float[Tensor, "batch tokens width"]:
         """Project the face and refine its tokens by the image."""
         tokens = self.norm(self.proj(face).unflatten(-1, (self.num_tokens, -1)))

@@ -180,10 +180,7 @@ class Attachment:
 
 
 def attach(
-    pipe: Any,
-    *adapters: ImagePromptAdapter,
-    image_encoder: Any = None,
-    image_processor: Any = None,
+    pipe: Any, *adapters: ImagePromptAdapter, image_encoder: Any = None, image_processor: Any = None
 ) -> Attachment:
     """Put adapters on a stock pipeline.
 

@@ -25,6 +25,7 @@ from ipdiverse.adapter.files.pickles import (
     MAX_TENSORS,
     check_pickle,
     claims_too_much,
+    first_of,
     too_many,
     unbroken,
 )
@@ -233,12 +234,11 @@ def _flat(content: object, file: Path, size: int) -> dict[str, Tensor]:
         if not isinstance(leaf, Tensor)
     ]
     if strange:
-        more = f" and {len(strange) - 5} more" if len(strange) > 5 else ""
         raise CheckpointError(
             "holds more than tensors",
             where=file,
             expected="dicts of tensors",
-            found=", ".join(strange[:5]) + more,
+            found=first_of(strange),
         )
     _check_views(flat, file, size)
     return flat

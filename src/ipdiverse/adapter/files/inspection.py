@@ -13,13 +13,13 @@ from torch import Tensor
 from ipdiverse.adapter.files.checkpoint import spec_of
 from ipdiverse.adapter.files.containers import Contents, open_checkpoint
 from ipdiverse.adapter.files.layouts import BASE_WEIGHTS, normalise, recognise, with_base_weights
+from ipdiverse.adapter.files.pickles import first_of
 from ipdiverse.adapter.files.structure import describe, dtype_name, misfits, skeleton
 from ipdiverse.adapter.model import ImagePromptAdapter
 from ipdiverse.errors import CheckpointError
 from ipdiverse.loading import what_is
 
 _FLUX_LAYER = re.compile(r"double_blocks\.([0-9]+)\..+_k_proj\.weight")
-_NAMED = 5
 _UNKNOWN = ("kind", "family", "num_tokens", "token_width", "clip_dim", "face_dim", "fusion", "lora")
 
 Report = dict[str, Any]
@@ -80,7 +80,10 @@ def as_text(report: Report) -> str:
     if report["frozen_tensors"]:
         frozen = f"{report['frozen_tensors']} frozen tensors in the same file, never read"
         rows["base model"] = frozen
-    rows |= {kind: _list(report[kind]) for kind in ("missing", "unexpected", "mismatched")}
+    rows |= {
+        kind: first_of(report[kind]) or "nothing"
+        for kind in ("missing", "unexpected", "mismatched")
+    }
     rows["loads"] = "yes" if report["loads"] else "no"
     lines = [report["file"], *(f"  {name:<13} {text}" for name, text in rows.items())]
     return "\n".join([*lines, *(f"  note          {note}" for note in report["notes"])])
@@ -147,8 +150,3 @@ def _reads(report: Report) -> str:
         name = "the pooled image embedding" if pooled else "the image encoder's hidden states"
         parts.append(f"{name} of width {report['clip_dim']}")
     return " and ".join(parts) or "unknown"
-
-
-def _list(problems: list[str]) -> str:
-    more = f" and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
-    return ", ".join(problems[:_NAMED]) + more or "nothing"

@@ -81,6 +81,12 @@ def too_many(file: Path) -> CheckpointError:
     )
 
 
+def first_of(names: list[str], most: int = 5) -> str:
+    """The first names of a list that may be long, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 @contextmanager
 def unbroken(file: Path, container: str) -> Iterator[None]:
     """Whatever a library raises on a broken file, as the first line of what it said."""

@@ -55,27 +55,10 @@ class Stated:
 
     def __post_init__(self) -> None:
         if self.license is not None and not _LICENSE.fullmatch(self.license):
-            raise ArgumentError(
-                "is not a license of the hub",
-                where="license",
-                expected="a short name such as apache-2.0",
-                found=self.license,
-            )
-        if self.base_model is not None and not HUB_ID.fullmatch(self.base_model):
-            raise ArgumentError(
-                "is not a model of the hub",
-                where="base_model",
-                expected="owner/name",
-                found=self.base_model,
-            )
-
-
-def card_files(
-    adapter: ImagePromptAdapter, repo_id: str, stated: Stated
-) -> dict[str, bytes | None]:
-    """The card, and the dial's curve, None where it was not measured, by their files' names."""
-    card = model_card(adapter, repo_id, stated)
-    return {CURVE: curve_png(adapter.spec), "README.md": card.encode("utf-8", "replace")}
+            what, expected = "is not a license of the hub", "a short name such as apache-2.0"
+            raise ArgumentError(what, where="license", expected=expected, found=self.license)
+        if self.base_model is not None:
+            _check_id("is not a model of the hub", "base_model", self.base_model)
 
 
 def model_card(adapter: ImagePromptAdapter, repo_id: str, stated: Stated | None = None) -> str:
@@ -191,7 +174,7 @@ def _fenced(content: Any) -> str:
 
 
 def curve_png(spec: Mapping[str, Any]) -> bytes | None:
-    """The dial's curve: what each of its points keeps, over the variety that it gives."""
+    """What each of the dial's points keeps, over its variety; None where it was not measured."""
     dial = dial_of(spec, "adapter")
     if dial is None or not dial.achieved:
         return None
@@ -225,7 +208,7 @@ def save_files(folder: Path, files: Mapping[str, bytes | None]) -> list[str]:
     """Write files into a folder, made if need be."""
     ensure_writable_folder(folder)
     for name, content in files.items():
-        if content is None:
+        if content is None:  # a curve that was measured for other weights must not stay
             (folder / name).unlink(missing_ok=True)
         else:
             write_bytes_atomic(folder / name, content)
@@ -270,10 +253,12 @@ def push_files(
 
 def check_repository(repo_id: str) -> None:
     """Refuse what cannot be a repository."""
-    if HUB_ID.fullmatch(repo_id) is None:
-        raise ArgumentError(
-            "is not a repository of the hub", where="repo_id", expected="owner/name", found=repo_id
-        )
+    _check_id("is not a repository of the hub", "repo_id", repo_id)
+
+
+def _check_id(what: str, where: str, given: str) -> None:
+    if HUB_ID.fullmatch(given) is None:
+        raise ArgumentError(what, where=where, expected="owner/name", found=given)
 
 
 def _refused(repo_id: str, error: Exception) -> ModelError:

@@ -110,23 +110,20 @@ def describe(adapter: ImagePromptAdapter) -> dict[str, Any]:
 def base_family(adapter: ImagePromptAdapter) -> str:
     """Which base models it most likely fits: `SD 1.x`, `SD 2.x`, `SDXL` or `custom`."""
     numbers = list(adapter.widths())
-    as_published = numbers == list(range(1, 2 * len(numbers), 2))
-    return (
-        _FAMILIES.get((adapter.token_width, len(numbers)), "custom") if as_published else "custom"
-    )
+    if numbers != list(range(1, 2 * len(numbers), 2)):  # there, every second one is self-attention
+        return "custom"
+    return _FAMILIES.get((adapter.token_width, len(numbers)), "custom")
 
 
 def stock_notes(adapter: ImagePromptAdapter) -> list[str]:
     """What stock diffusers 0.42 takes for granted, instead of reading it, and gets wrong here."""
     projection = adapter.image_proj
-    if adapter.kind == "base" and projection.num_tokens != 4:
-        return [
-            f"stock diffusers takes 4 image tokens for granted; this has {projection.num_tokens}"
-        ]
-    depth = len(projection.layers) if projection.kind == "plus" else 4  # type: ignore[union-attr]
-    if depth != 4:
-        return [f"stock diffusers takes 4 resampler layers for granted; this has {depth}"]
-    return []
+    part, count = "", 4
+    if isinstance(projection, LinearProjection):
+        part, count = "image tokens", projection.num_tokens
+    elif isinstance(projection, ResamplerProjection):
+        part, count = "resampler layers", len(projection.layers)
+    return [] if count == 4 else [f"stock diffusers takes 4 {part} for granted; this has {count}"]
 
 
 def _projection(tensors: Tensors, where: object, shortcut: bool) -> Projection:
