@@ -233,10 +233,14 @@ def _disagreements(adapter: ImagePromptAdapter) -> list[str]:
     ]
     if isinstance(fusion, GatedFusion) and projection.num_tokens not in {None, len(fusion.gate)}:
         wrong.append(f"fusion.gate has {len(fusion.gate)} tokens, expected {projection.num_tokens}")
-    layer = fusion.to_q if isinstance(fusion, GatedFusion) else getattr(fusion, "query", None)
-    if layer is not None and (found := layer.in_features) != width:
+    if fusion is not None and (found := _fusion_width(fusion)) != width:
         wrong.append(f"fusion reads tokens of width {found}, expected the projection's {width}")
     return wrong
+
+
+def _fusion_width(fusion: Fusion) -> int:
+    layer = fusion.to_q if isinstance(fusion, GatedFusion) else fusion.query
+    return layer.in_features
 
 
 def dtype_name(tensor: Tensor) -> str:
