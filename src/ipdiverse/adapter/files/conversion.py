@@ -56,8 +56,7 @@ def convert(
     if not spec and to == "ipdiverse":
         spec = {"converted_from": found.layout}
     data = _as_bytes(kept, adapter, to, spec, goal)
-    compared = {k: v for k, v in kept.items() if to != "tencent" or k != "fusion.blend"}
-    write_bytes_atomic(goal, data, check=lambda written: _verify(written, compared, goal, adapter))
+    write_bytes_atomic(goal, data, check=lambda written: _verify(written, kept, goal, adapter))
     return [*found.notes, *notes]
 
 
@@ -97,9 +96,8 @@ def _kept(
         notes.append(f"the {fusion.kind} fusion is left out: {to} has none")
     if adapter.base_weights and to != "ipdiverse":
         notes.append(f"the base weights are left out: {to} has no place for them")
-    blend = kept.get("fusion.blend")
-    ancestors = blend is None or bool(blend == torch.tensor(ANCESTOR_BLEND, dtype=blend.dtype))
-    if to == "tencent" and blend is not None and not ancestors:
+    blend = kept.pop("fusion.blend", None) if to == "tencent" else None
+    if blend is not None and blend != torch.tensor(ANCESTOR_BLEND, dtype=blend.dtype):
         notes.append(
             f"the fusion's blend, {float(blend):.4g}, is left out: the layout has no place for it, "
             f"and readers take {ANCESTOR_BLEND}"
@@ -116,11 +114,7 @@ def _as_bytes(
 ) -> bytes:
     if to == "ipdiverse":
         return as_safetensors(tensors, {**spec, **describe(adapter)})
-    named = {
-        name.removeprefix("fusion."): tensor
-        for name, tensor in tensors.items()
-        if name != "fusion.blend"
-    }
+    named = {name.removeprefix("fusion."): tensor for name, tensor in tensors.items()}
     if target.suffix.lower() == ".safetensors":
         return save(named, {"format": "pt"})
     nested: dict[str, dict[str, Tensor]] = {}
