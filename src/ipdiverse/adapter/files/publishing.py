@@ -13,8 +13,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import StrictUndefined, Template
-
 from ipdiverse.adapter.files.structure import base_family, describe, stock_notes
 from ipdiverse.base.adapters import PUBLISHED
 from ipdiverse.base.pipelines import HUB_ID
@@ -63,6 +61,8 @@ class Stated:
 
 def model_card(adapter: ImagePromptAdapter, repo_id: str, stated: Stated | None = None) -> str:
     """What a page about this adapter should say (`card.md`), with the hub's metadata."""
+    from jinja2 import StrictUndefined, Template
+
     stated = stated or Stated()
     base, own = stated.base_model or _known_base(adapter), _own_base(adapter)
     folder = _ENCODERS.get((adapter.reads[-1], adapter.clip_dim or 0))
