@@ -17,7 +17,8 @@ from scipy.optimize import isotonic_regression
 
 from ipdiverse.adapter.files.checkpoint import load_adapter
 from ipdiverse.base.adapters import adapter_file
-from ipdiverse.dial import OFF, Achieved, Dial, Levers, current_names
+from ipdiverse.config import renamed
+from ipdiverse.dial import OFF, RENAMED_LEVERS, Achieved, Dial, Levers, current_names
 from ipdiverse.errors import ArgumentError
 from ipdiverse.evaluation.bootstrap import estimate
 from ipdiverse.evaluation.running import Runner
@@ -63,7 +64,7 @@ def calibrate(
     """
     # by their names of today
     asked = levers
-    levers = tuple(current_names(dict.fromkeys(levers), "--levers", typed=True))
+    levers = tuple(current_names(renamed(dict.fromkeys(levers), RENAMED_LEVERS, "--levers")))
     movable = [name for name, lever in LEVERS.items() if lever.ladder]
     # nothing left of those that were asked for is not the same as all
     if unknown := sorted(set(levers) - set(movable)) or ([] if levers else asked):

@@ -75,7 +75,7 @@ def chosen(
     negative: Image.Image | None,
 ) -> list[Job]:
     """The best group of each prompt's candidates."""
-    guesses = preview(task.base, jobs, request, attachment, EARLY, task, negative)
+    guesses = preview(task, jobs, request, attachment, negative, EARLY)
     kept: list[Job] = []
     for start in range(0, len(jobs), request.candidates or 1):
         part = jobs[start : start + (request.candidates or 1)]
