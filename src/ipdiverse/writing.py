@@ -148,6 +148,16 @@ def unsealed(text: str) -> dict[str, Any]:
     return content
 
 
+def without_folders(content: Any) -> Any:
+    """JSON content with the name alone of each absolute path: results are shared, homes are not."""
+    if isinstance(content, Mapping):
+        return {key: without_folders(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [without_folders(value) for value in content]
+    is_place = isinstance(content, str) and Path(content).is_absolute()
+    return Path(content).name if is_place else content
+
+
 def _seal(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(dict(content), sort_keys=True).encode()).hexdigest()[:32]
 

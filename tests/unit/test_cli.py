@@ -10,8 +10,10 @@ import warnings
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 import ipdiverse
 from ipdiverse import cli
@@ -261,17 +263,20 @@ def test_consoles_that_are_not_unicode_are_written_to(encoding: str, words: str)
         "generate --batch typo.jsonl",
         "inspect typo.png",
         "inspect typo.safetensors",
+        "inspect {lora}",
         "convert typo.safetensors b.safetensors --to ipdiverse",
     ],
 )
 def test_what_is_mistyped_is_said_before_torch_is_imported(words: str, tmp_path: Path) -> None:
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    lora = tmp_path / "typo.safetensors"
+    save_file({"lora_unet_down.lora_down.weight": np.zeros(1)}, lora)
     code = (
         "import sys; from ipdiverse.cli import main\n"
         "code = main(sys.argv[1:])\n"
         "sys.exit('torch' if 'torch' in sys.modules else 0 if code == 2 else 'passed')"
     )
-    argv = words.format(here=tmp_path / "a.png").split()
+    argv = words.format(here=tmp_path / "a.png", lora=lora).split()
     done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, check=False)
     assert b"typo" in done.stderr
     assert (done.returncode, done.stderr.count(b"\n")) == (0, 1), done.stderr

@@ -10,6 +10,7 @@ import tyro
 
 from ipdiverse.commands.console import note, say, say_json
 from ipdiverse.errors import CheckpointError
+from ipdiverse.loading import what_is
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -66,6 +67,7 @@ class Inspect(Source):
             self._picture()
             return
         file = self.find()
+        _refuse_others(file)
         from ipdiverse.adapter.files.inspection import as_text, inspect_checkpoint
 
         report = inspect_checkpoint(file)
@@ -78,6 +80,19 @@ class Inspect(Source):
 
         record = read_provenance(self.source)
         say_json(record) if self.json else say(f"{self.source}\n{as_text(record)}")
+
+
+def _refuse_others(file: Path) -> None:
+    """Refuse what the names in its header show to be no adapter: torch takes seconds to import."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="np") as opened:
+            kind = what_is(opened.keys())
+    except (SafetensorError, OSError):  # of another container, or broken: read with torch
+        return
+    if kind and kind[0] != "an IP-Adapter":
+        raise CheckpointError(f"is {kind[0]}, not an adapter", where=file, fix=kind[1])
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,7 @@ class Drawing:
         numbers = [number for number in range(len(self.jobs)) if number not in skip]
         jobs = [self.jobs[number] for number in numbers]
         asked = (self.task, jobs, self.request, self.attachment, self.negative)
-        yield from zip(numbers, sampled(*asked, progress, on_step), strict=True)
+        return zip(numbers, sampled(*asked, progress, on_step), strict=True)
 
     def finished(self, images: list[Image.Image]) -> Generation:
         """All of its images with what was asked."""
