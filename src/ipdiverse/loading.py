@@ -10,6 +10,7 @@ from ipdiverse.errors import IpdiverseError, ModelError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+    from contextlib import AbstractContextManager
 
 _ADAPTER = ("image_proj", "ip_adapter", "to_k_ip", "adapter_modules")
 WHOLE_BASE = "a whole Stable Diffusion model"
@@ -62,6 +63,9 @@ _KINDS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 """What model files are, what to do with each, and parts of names that tell; first match holds."""
 
 _one_builds = threading.RLock()
+_one_counts = threading.Lock()
+_silent_blocks: list[None] = []
+_as_before = ExitStack()
 
 
 def what_is(names: Iterable[str]) -> tuple[str, str] | None:
@@ -73,8 +77,7 @@ def what_is(names: Iterable[str]) -> tuple[str, str] | None:
     return next(found, None)
 
 
-@contextmanager
-def building() -> Iterator[None]:
+def building() -> AbstractContextManager[bool]:
     """Let one thread at a time build modules or load weights into them, for a `with` block.
 
     diffusers loads inside accelerate's `init_empty_weights`, which replaces
@@ -83,8 +86,7 @@ def building() -> Iterator[None]:
     one restores the other's replacement, and from then on every module of the process is built
     without memory for its weights (device `meta`).
     """
-    with _one_builds:
-        yield
+    return _one_builds
 
 
 @contextmanager
@@ -112,47 +114,33 @@ def quiet() -> Iterator[None]:
 
     If blocks overlap, in one thread or several, the last to end restores them.
     """
-    _silence.begin()
+    with _one_counts:
+        if not _silent_blocks:
+            _silence(_as_before)
+        _silent_blocks.append(None)
     try:
         yield
     finally:
-        _silence.end()
+        with _one_counts:
+            _silent_blocks.pop()
+            if not _silent_blocks:
+                _as_before.close()
 
 
-class _Silence:
-    """How many blocks want silence, and how to end it."""
+def _silence(as_before: ExitStack) -> None:
+    """Silence the libraries, and note how to restore each."""
+    from diffusers.utils import logging as diffusers_logging
+    from huggingface_hub import utils as hub
+    from transformers.utils import logging as transformers_logging
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._wanted = 0
-        self._before = ExitStack()
-
-    def begin(self) -> None:
-        from diffusers.utils import logging as diffusers_logging
-        from huggingface_hub import utils as hub
-        from transformers.utils import logging as transformers_logging
-
-        with self._lock:
-            self._wanted += 1
-            if self._wanted > 1:
-                return
-            # transformers switches the hub's bars along with its own. So the hub's are pushed
-            # first, and restored last: an exit stack unwinds backwards.
-            off = hub.are_progress_bars_disabled()
-            self._before.callback(hub.disable_progress_bars if off else hub.enable_progress_bars)
-            libraries: tuple[Any, ...] = (diffusers_logging, transformers_logging)
-            for library in libraries:
-                self._before.callback(library.set_verbosity, library.get_verbosity())
-                if library.is_progress_bar_enabled():
-                    self._before.callback(library.enable_progress_bar)
-                library.set_verbosity_error()
-                library.disable_progress_bar()
-
-    def end(self) -> None:
-        with self._lock:
-            self._wanted -= 1
-            if self._wanted == 0:
-                self._before.close()
-
-
-_silence = _Silence()
+    # transformers switches the hub's bars along with its own. So the hub's are pushed
+    # first, and restored last: an exit stack unwinds backwards.
+    off = hub.are_progress_bars_disabled()
+    as_before.callback(hub.disable_progress_bars if off else hub.enable_progress_bars)
+    libraries: tuple[Any, ...] = (diffusers_logging, transformers_logging)
+    for library in libraries:
+        as_before.callback(library.set_verbosity, library.get_verbosity())
+        if library.is_progress_bar_enabled():
+            as_before.callback(library.enable_progress_bar)
+        library.set_verbosity_error()
+        library.disable_progress_bar()

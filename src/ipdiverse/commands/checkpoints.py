@@ -64,7 +64,10 @@ class Inspect(Source):
     def run(self) -> None:
         """Read names and shapes, or a picture's record, and print."""
         if Path(self.source).suffix.lower() in _PICTURES:
-            self._picture()
+            from ipdiverse import provenance
+
+            record = provenance.read_provenance(self.source)
+            say_json(record) if self.json else say(f"{self.source}\n{provenance.as_text(record)}")
             return
         file = self.find()
         _refuse_others(file)
@@ -74,12 +77,6 @@ class Inspect(Source):
         say_json(report) if self.json else say(as_text(report))
         if not report["loads"]:
             raise CheckpointError("does not load", where=report["file"], fix="See above.")
-
-    def _picture(self) -> None:
-        from ipdiverse.provenance import as_text, read_provenance
-
-        record = read_provenance(self.source)
-        say_json(record) if self.json else say(f"{self.source}\n{as_text(record)}")
 
 
 def _refuse_others(file: Path) -> None:
@@ -117,11 +114,7 @@ class Convert(Source):
         from ipdiverse.adapter.files.conversion import convert
 
         notes = convert(
-            file,
-            self.out,
-            self.to,
-            force=self.force,
-            face_id_plus_v2=self.face_id_plus_v2,
+            file, self.out, self.to, force=self.force, face_id_plus_v2=self.face_id_plus_v2
         )
         for one in notes:
             note(one)
@@ -161,10 +154,8 @@ class Push(Source):
         check_repository(self.repo_id)
         Stated(self.license, self.base_model)  # refuses bad names before a large file is opened
         file = self.find()
-        adapter, dtype = (
-            load_adapter(file, face_id_plus_v2=self.face_id_plus_v2),
-            stored_dtype(file),
-        )
+        adapter = load_adapter(file, face_id_plus_v2=self.face_id_plus_v2)
+        dtype = stored_dtype(file)  # what is published is as exact as the file, and no larger
         stated: dict[str, Any] = {"license": self.license, "base_model": self.base_model}
         if self.dry_run:
             names = adapter.save_pretrained(self.out, dtype, repo_id=self.repo_id, **stated)

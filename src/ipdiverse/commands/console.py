@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ipdiverse.base.downloads import missing, not_cached, offline
 from ipdiverse.base.presets import PRESETS, as_size, preset_files, total
 from ipdiverse.errors import MAX_SENTENCE, ArgumentError, quoted
+from ipdiverse.writing import ensure_writable_folder, write_text_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -58,16 +59,12 @@ def renamed_flags(words: Sequence[str], names: Mapping[str, str]) -> list[str]:
 def check_target(out: str | None) -> None:
     """Refuse a file that cannot be written before hours are spent on its content."""
     if out is not None:
-        from ipdiverse.writing import ensure_writable_folder
-
         ensure_writable_folder(Path(out).parent)
 
 
 def write_json(out: str | None, content: Any) -> None:
     """Write a value as JSON, whole or not at all; to None, nowhere."""
     if out is not None:
-        from ipdiverse.writing import write_text_atomic
-
         write_text_atomic(Path(out), json.dumps(content, indent=2) + "\n")
 
 

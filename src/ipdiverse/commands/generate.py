@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from dataclasses import dataclass, replace
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from ipdiverse.commands.console import note, say, say_json
+from ipdiverse.base.presets import PRESETS
+from ipdiverse.commands.console import agree, note, say, say_json
 from ipdiverse.errors import ArgumentError
 from ipdiverse.sampling.request import Request
 from ipdiverse.ui import Options
@@ -68,20 +70,15 @@ class Generate:
             sys.stdout.write(f"wrote {len(record['image_sha256'])} images and {sheet}\n")
 
     def _agree(self, requests: Sequence[Request]) -> None:
-        from ipdiverse.base.presets import PRESETS
-
         named = [name for r in requests for name in (r.base, r.adapter) if name in PRESETS]
         if not named:  # nothing is on the hub
             return
-        from ipdiverse.commands.console import agree
         from ipdiverse.sampling.task import needed_files
 
         files = [file for request in requests for file in needed_files(request)]
         agree(", ".join(dict.fromkeys(named)), list(dict.fromkeys(files)), self.yes)
 
     def _batch(self) -> None:
-        import json
-
         from ipdiverse.image_io import load_image, load_mask
         from ipdiverse.sampling.batch import read_jobs, run_batch
         from ipdiverse.sampling.task import needed_files

@@ -27,11 +27,7 @@ Fit = Literal["crop", "pad", "stretch"]
 
 USED_WITH = {"strength": "init_image", "control_scale": "controlnet"}
 """Fields that change nothing without another; in a batch a flag for all jobs may set them."""
-_NEEDS = {
-    "mask_image": "init_image",
-    "control_image": "controlnet",
-    "controlnet": "control_image",
-}
+_NEEDS = {"mask_image": "init_image", "control_image": "controlnet", "controlnet": "control_image"}
 RENAMED = {"start": "start_at", "end": "end_at", **RENAMED_LEVERS}
 """Fields and levers of version 0.1 by their names of today."""
 _SEVERAL = ("image", "prompt", "mask", "weights")

@@ -161,13 +161,7 @@ def joint_text(pipe: Any, texts: list[str], width: int) -> Tensor | None:
 
 
 def _pooled(encoder: Any, tokenizer: Any, texts: list[str]) -> Tensor:
-    tokens = tokenizer(
-        texts,
-        padding="max_length",
-        max_length=tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
-    )
+    tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
     output = encoder(tokens.input_ids.to(encoder.device))
     projected = getattr(output, "text_embeds", None)
     return (output.pooler_output if projected is None else projected).float()
