@@ -158,7 +158,7 @@ def _all_written() -> Iterator[None]:
 @contextmanager
 def _short_warnings() -> Iterator[None]:
     """Warnings are one line each, without the place in the code."""
-    before = warnings.formatwarning
+    before = warnings.formatwarning  # the process may go on: tests and notebooks call `main`
     warnings.formatwarning = lambda message, *_, **__: f"note: {quoted(message, MAX_SENTENCE)}\n"
     try:
         yield

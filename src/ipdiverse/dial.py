@@ -61,7 +61,7 @@ class Levers(Mapping[str, Any]):
     def __or__(self, other: Mapping[str, Any]) -> Levers:
         return Levers(**{**self._on, **other})
 
-    def __hash__(self) -> int:
+    def __hash__(self) -> int:  # calibration caches what levers achieve
         return hash(tuple(self._on.items()))
 
     def __repr__(self) -> str:

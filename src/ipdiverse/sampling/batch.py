@@ -69,7 +69,7 @@ def run_batch(
         for number, where, job in waiting:
             with _named(where):
                 drawn += _draw(number, job, bases.open(job), out, known.get(number, set()), tell)
-        _known(out, list(jobs.values()))  # in order, where a lost image was drawn again
+        _known(out, list(jobs.values()))  # puts lines in order, if a lost image was drawn again
         return drawn
 
 
@@ -112,13 +112,14 @@ def _draw(
     with drawing(job, base, pictures=pictures) as work:
         for position, image in work.images(skip=there):
             name, sha256 = image_name(position), content_hash(image)
-            about = {"job": number, "image": position, "prompt": work.jobs[position].prompt}
-            about |= {"sha256": sha256}
+            prompt = work.jobs[position].prompt
+            about = {"job": number, "image": position, "prompt": prompt, "sha256": sha256}
             command = work.request.command(str(folder))
             record = {"tool": "ipdiverse", **about, "command": command, "run": run}
             save_png(image, folder / name, record)
             line = {**about, "file": f"{folder.name}/{name}", "request": _stated(job)}
             line |= {"inputs": read, "notes": work.notes}
+            # after the image, which it says is there
             append_text(out / RESULTS, json.dumps(line) + "\n")
             tell(line)
             drawn += 1

@@ -57,7 +57,7 @@ def steer(
     context = _context(attachment, seeds, prompts)
     _check(levers, attachment, len(seeds))
     hook, unet = attachment.hook, attachment.pipe.unet
-    _take_off(attachment)
+    _take_off(attachment)  # diffusers refuses a second hook of one name
     steering = Steering(attachment, levers, context)
     with inside_offloading(unet):
         HookRegistry.check_if_exists_or_initialize(unet).register_hook(steering, LEVERS_HOOK)
@@ -206,7 +206,7 @@ class Steering(ModelHook):
         try:
             output = forward(**arguments)[0]
         finally:
-            hook.layout = None
+            hook.layout = None  # also after an error: the next call tells its branches itself
         return dict(zip(wanted, output.chunk(len(wanted)), strict=True))
 
     @staticmethod
@@ -217,6 +217,7 @@ class Steering(ModelHook):
     def _text_rows(self, given: dict[str, Any], wanted: tuple[str, ...], rows: list[int]) -> Tensor:
         """The text of some branches, the same tensor as long as the pipeline's is the same."""
         text = given["encoder_hidden_states"]
+        # the hook and the layers keep what they made of a text for as long as it is the same tensor
         if self._text is not text:
             self._text, self._subsets = text, {}
         if wanted not in self._subsets:

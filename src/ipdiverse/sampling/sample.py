@@ -165,7 +165,7 @@ def _denoise(
             try:
                 advance(wanted)
             except Exception as error:
-                stopped.append(error)
+                stopped.append(error)  # told apart from what the pipeline itself raises
                 raise
         if step == last:
             pipe._interrupt = True  # the pipeline's own way to skip the steps that are left
@@ -174,6 +174,7 @@ def _denoise(
     with any_latents(pipe), _one_line(task.base, stopped):
         output = pipe(
             prompt=[job.prompt for job in jobs],
+            # of one type with `prompt`, or diffusers raises
             negative_prompt=[request.negative_prompt] * len(jobs),
             generator=[generator(job.seed, job.index) for job in jobs],
             num_inference_steps=steps_of(task.base, request),

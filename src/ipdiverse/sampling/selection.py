@@ -62,7 +62,7 @@ def select(
             rest = chosen[:position] + chosen[position + 1 :]
             gain = worth[other] - worth[chosen[position]]
             gain = gain + pairs[other, rest].sum() - pairs[chosen[position], rest].sum()
-            if float(gain) > 1e-9:
+            if float(gain) > 1e-9:  # a rounding must not swap two equals for ever
                 chosen[position], improved = other, True
     return sorted(chosen)
 

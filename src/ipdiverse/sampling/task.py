@@ -155,7 +155,7 @@ def _pipeline(kind: str, base: Base, extra: dict[str, Any]) -> Any:
 
     with quiet(), one_line(f"has no pipeline for {kind.lower()}", base.name):
         pipe = getattr(diffusers, f"AutoPipelineFor{kind}").from_pipe(base.pipe, **extra)
-    pipe.set_progress_bar_config(disable=True)
+    pipe.set_progress_bar_config(disable=True)  # from_pipe does not take it over
     if base.plan is not None:  # what diffusers keeps of it belongs to the pipeline, not its parts
         arrange(pipe, base.plan)
     return pipe
