@@ -171,10 +171,10 @@ class _Place:
     """How far a command line was understood."""
 
     words: str
-    commands: tuple[str, ...]
     flags: tuple[str, ...]
     arguments: Sequence[str]
 
+    @property
     def help(self) -> str:
         """Which help text lists more."""
         return f"`{self.words} --help` lists all."
@@ -206,13 +206,12 @@ def _error(kind: str, event: Any, place: _Place) -> ArgumentError | None:
     if kind == "MissingArgs":
         names = [one.arg.display_name() for one in event.missing_arguments]
         what = "is missing" if len(names) == 1 else "are missing"
-        return ArgumentError(what, where=", ".join(names), fix=place.help())
-    if kind == "MissingSubcommand" and any(not one.startswith("-") for one in place.arguments):
-        return _unrecognized(place.arguments, place)
+        return ArgumentError(what, where=", ".join(names), fix=place.help)
     if kind == "MissingSubcommand":
-        return ArgumentError(
-            f"{place.words} needs a command", expected=" | ".join(place.commands), fix=place.help()
-        )
+        if any(not one.startswith("-") for one in place.arguments):
+            return _unrecognized(place.arguments, place)
+        what, expected = "ipdiverse needs a command", " | ".join(COMMANDS)
+        return ArgumentError(what, expected=expected, fix=place.help)
     argument = getattr(event, "argument", None)
     return None if argument is None else _bad_value(kind, event, argument, place)
 
@@ -230,27 +229,28 @@ def _bad_value(kind: str, event: Any, argument: Any, place: _Place) -> ArgumentE
         if argument.is_positional() and unknown:  # which tyro takes for this one's value
             return _unrecognized(unknown, place)
     return ArgumentError(
-        what, where=argument.display_name(), expected=expected, found=found, fix=place.help()
+        what, where=argument.display_name(), expected=expected, found=found, fix=place.help
     )
 
 
 def _unrecognized(tokens: Sequence[str], place: _Place) -> ArgumentError:
     flags = [token for token in tokens if token.startswith("-")]
-    if place.commands and (words := [one for one in place.arguments if not one.startswith("-")]):
+    at_top = place.words == "ipdiverse"
+    if at_top and (words := [one for one in place.arguments if not one.startswith("-")]):
         tokens, flags = words, []  # a command that is mistyped takes no flags
     word = (flags or tokens)[0].partition("=")[0]
     if word in MOVED and place.words == "ipdiverse evaluate":
         return ArgumentError("has moved", where=word, fix="Use `python -m workshop study --help`.")
     if flags:
         what, known = f"is not an option of {place.words}", place.flags
-    elif place.commands:
-        what, known = f"is not a command of {place.words}", place.commands
+    elif at_top:
+        what, known = "is not a command of ipdiverse", tuple(COMMANDS)
     else:
         return _left_over(word, place)
     by_letters = {name.lstrip("-"): name for name in known}
     close = get_close_matches(word.lstrip("-"), by_letters, 1)
     meant = f"Did you mean {by_letters[close[0]]}? " if close else ""
-    return ArgumentError(what, where=word, fix=meant + place.help())
+    return ArgumentError(what, where=word, fix=meant + place.help)
 
 
 def _left_over(word: str, place: _Place) -> ArgumentError:
@@ -260,7 +260,7 @@ def _left_over(word: str, place: _Place) -> ArgumentError:
     repeat = (
         f"Repeat {flag} for each value, and put quotes around one with spaces. " if flag else ""
     )
-    return ArgumentError("belongs to no option", where=word, fix=repeat + place.help())
+    return ArgumentError("belongs to no option", where=word, fix=repeat + place.help)
 
 
 def _given(flags: Sequence[str], arguments: Sequence[str]) -> str | None:
@@ -276,9 +276,9 @@ def _given(flags: Sequence[str], arguments: Sequence[str]) -> str | None:
 def _place(arguments: Sequence[str]) -> _Place:
     name = arguments[0] if arguments else ""
     if name not in COMMANDS:
-        return _Place("ipdiverse", tuple(COMMANDS), ("--help",), arguments)
+        return _Place("ipdiverse", ("--help",), arguments)
     flags = (*_flags_of(COMMANDS[name]), "--help")
-    return _Place(f"ipdiverse {name}", (), flags, arguments)
+    return _Place(f"ipdiverse {name}", flags, arguments)
 
 
 def _flags_of(kind: Any) -> list[str]:

@@ -109,7 +109,7 @@ class Lever:
         if not self.is_range:
             check_range(self.name, strength, self.low, self.high)
             return
-        ends = strength if isinstance(strength, (tuple, list)) else ()
+        ends: Any = strength if isinstance(strength, (tuple, list)) else ()
         numbers = len(ends) == 2 and all(isinstance(end, (int, float)) for end in ends)
         if not numbers or not 0 <= ends[0] < ends[1]:
             what, expected = "is not a range of noise levels", "0 ≤ low < high"

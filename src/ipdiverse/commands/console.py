@@ -88,7 +88,7 @@ def agree_to_study(study: Study, yes: bool) -> None:
     from ipdiverse.evaluation.pairs import pairs_of
     from ipdiverse.evaluation.running import needed_files
 
-    if study.references is not None:
+    if study.references is not None:  # a mistyped folder is named before anything is downloaded
         pairs_of(study)
     named = [name for name in (study.base, *study.sources) if name in PRESETS]
     agree(", ".join(dict.fromkeys(named)), needed_files(study), yes)
@@ -102,6 +102,7 @@ def agree(name: str, files: Sequence[HubFile], yes: bool) -> None:
     if offline():
         raise not_cached(lacking, name)
     size = as_size(total(lacking))
+    # the question goes to stderr: stdout may be JSON that another program reads
     if not yes and not (sys.stdin.isatty() and sys.stderr.isatty()):
         repositories = ", ".join(dict.fromkeys(file.repository.id for file in lacking))
         raise ArgumentError(

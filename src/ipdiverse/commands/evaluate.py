@@ -144,6 +144,7 @@ class Calibrate:
         from ipdiverse.evaluation.calibrate import calibrate, calibration_study
         from ipdiverse.evaluation.study import Arm, Study
 
+        # flags that are settings of the study, each under its own name
         names = Study.__dataclass_fields__.keys() & Calibrate.__dataclass_fields__.keys()
         numbers = {name: getattr(self, name) for name in names}
         study = calibration_study(self.adapter, **numbers)
@@ -154,7 +155,7 @@ class Calibrate:
         target = Path(self.out) if self.out else _own(source)
         if target.suffix != ".safetensors":
             raise ArgumentError("must end in .safetensors", where="out", found=target)
-        check_target(str(target))
+        check_target(str(target))  # before hours of drawing
         if before is not None:
             store_base_weights(source, adapter_file(self.base, before), target)
             study = calibration_study(str(target), **numbers)
@@ -168,6 +169,7 @@ def _own(source: Path) -> Path:
     from ipdiverse.base.adapters import CRITTERS_ADAPTERS
 
     shipped = source.resolve().parent == CRITTERS_ADAPTERS.resolve()
+    # only adapters that ipdiverse trained hold a recipe
     if shipped or "recipe" not in read_spec(source):
         raise ArgumentError(
             "was published by others", where=source, fix="Name a new file: --out FILE.safetensors."

@@ -35,6 +35,7 @@ IGNORED_FLAGS = {
 }
 """Flags of the original, each with a value, that change nothing here, and why."""
 
+# two ways to say one thing: a flag of the second overrides the first in a file
 _IN_PLACE_OF = {"epochs": "steps", "process-batch": "batch"}
 
 
@@ -199,6 +200,7 @@ def as_flags(arguments: list[str]) -> list[str]:
     flags = renamed_flags(parts, RENAMED | ORIGINAL_FLAGS)
     flags = [flag.replace("_", "-") if flag.startswith("--") else flag for flag in flags]
     for index, flag in enumerate(flags[:-1]):
+        # 0.1 took names of types; accelerate, whose words these are now, calls none "no"
         if flag == "--mixed-precision" and flags[index + 1] == "fp32":
             flags[index + 1] = "no"
     _leave_out_ignored(flags)
@@ -228,6 +230,7 @@ def _leave_out_ignored(parts: list[str]) -> None:
             warnings.warn(f"{flag} has no effect: {why}", stacklevel=3)
         while flag in parts:
             at = parts.index(flag)
+            # the original's have a value; switches of 0.1 have none
             del parts[at : at + (2 if flag in IGNORED_FLAGS else 1)]
 
 

@@ -96,6 +96,7 @@ def draw_into(
             with _interrupted_between(run, tell):
                 before_opening(request)
                 with drawing(request, pictures=pictures, indices=run.indices) as work:
+                    # the command repeats the folder that was asked for, not the free one it got
                     run.begin(work.record(str(out)))
                     for number, image in work.images(skip=set(run.images)):
                         run.add(number, image)
@@ -172,14 +173,17 @@ def drawing(
     asked = request
     if pictures is None:
         pictures = checked_pictures(request, opened=loaded is not None)
+    # what is wrong with faces or masks is said before gigabytes are downloaded
     reference = _reference(request, pictures)
     before_opening(request)
+    # defaults go into the record, which then repeats the images when a later version has others
     request = replace(request, adapter=request.adapter or default_adapter(request.base))
     base = loaded or open_base(request)
     weights = adapter_file(request.base, request.adapter)
     request = settled(request, base)
     task = task_for(base, request, pictures)
     negative = pictures.images[request.negative_image] if request.negative_image else None
+    # on the task's pipeline: image-to-image, inpainting and ControlNets have their own
     with quiet(), attached(task.base, weights, request.image_encoder) as attachment:
         reference = _with_faces(reference, request, attachment.adapters[0].reads)
         set_scale(attachment, base, request)
@@ -310,6 +314,7 @@ class Generation:
         Raises:
             OutputError: The folder cannot be written.
         """
+        # of what was asked, so that the same call finds its images before a base is opened
         run_id, total = fingerprint(self.asked or self.request), len(self.images)
         used = self.request.picture_files
         with open_run(Path(out), run_id, total, overwrite=overwrite, used=used) as run:

@@ -100,6 +100,7 @@ def judged(
     if read is not None:
         text = F.normalize(read[[distinct.index(prompt) for prompt in prompts]], dim=1)
         agreement = (seen * text.to(seen)).sum(1)
+        # candidates that show the prompt equally well have no deviation
         worth = (agreement - agreement.mean()) / agreement.std().clamp_min(1e-6)
     return worth.cpu(), _standard_pairs(1 - seen @ seen.T).cpu()
 
