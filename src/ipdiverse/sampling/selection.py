@@ -143,11 +143,7 @@ def _standard_pairs(apart: Tensor) -> Tensor:
 
 @torch.no_grad()
 def joint_text(pipe: Any, texts: list[str], width: int) -> Tensor | None:
-    """Text embeddings in the space of an image encoder, (texts, width).
-
-    Returns:
-        None where no text encoder is in that space.
-    """
+    """Texts in the space of an image encoder, (texts, width); None if no text encoder is in it."""
     for suffix in ("", "_2"):
         encoder = getattr(pipe, f"text_encoder{suffix}", None)
         if encoder is None:
