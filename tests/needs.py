@@ -22,7 +22,7 @@ from huggingface_hub import constants
 from ipdiverse.adapter.files.checkpoint import save_adapter
 from ipdiverse.base import bases
 from ipdiverse.base.memory import Device
-from ipdiverse.commands.ui import PASSWORD
+from ipdiverse.commands.generate import PASSWORD
 from tests import hub, models
 from tests.fences import ROOT, SERVES
 from tests.folder_hub import FolderHub

@@ -6,11 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ipdiverse.adapter.attach.attach import attach, detach
-    from ipdiverse.adapter.files.checkpoint import (
-        ImagePromptAdapter,
-        load_adapter,
-        save_adapter,
-    )
+    from ipdiverse.adapter.files.checkpoint import ImagePromptAdapter, load_adapter, save_adapter
     from ipdiverse.adapter.reference import Reference
     from ipdiverse.base.bases import load_base
     from ipdiverse.dial import Levers
@@ -21,23 +17,16 @@ if TYPE_CHECKING:
     from ipdiverse.sampling.request import Request
 
 _HOMES = {
-    "Generation": "sampling.draw",
-    "ImagePromptAdapter": "adapter.files.checkpoint",
-    "IpdiverseError": "errors",
-    "Lever": "levers",
-    "Levers": "dial",
-    "Reference": "adapter.reference",
-    "Request": "sampling.request",
-    "StepContext": "levers",
-    "attach": "adapter.attach.attach",
-    "detach": "adapter.attach.attach",
-    "generate": "sampling.draw",
-    "load_adapter": "adapter.files.checkpoint",
-    "load_base": "base.bases",
-    "register_lever": "levers",
-    "release": "sampling.denoiser",
-    "save_adapter": "adapter.files.checkpoint",
-    "steer": "sampling.denoiser",
+    "adapter.attach.attach": ("attach", "detach"),
+    "adapter.files.checkpoint": ("ImagePromptAdapter", "load_adapter", "save_adapter"),
+    "adapter.reference": ("Reference",),
+    "base.bases": ("load_base",),
+    "dial": ("Levers",),
+    "errors": ("IpdiverseError",),
+    "levers": ("Lever", "StepContext", "register_lever"),
+    "sampling.denoiser": ("release", "steer"),
+    "sampling.draw": ("Generation", "generate"),
+    "sampling.request": ("Request",),
 }
 
 __all__ = [
@@ -63,8 +52,9 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import public names when they are first used, so that `import ipdiverse` is instant."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'ipdiverse' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"ipdiverse.{_HOMES[name]}"), name)
+    home = next((home for home, names in _HOMES.items() if name in names), None)
+    if home is None:
+        raise AttributeError(f"module 'ipdiverse' has no attribute {name!r}")
+    return getattr(import_module(f"ipdiverse.{home}"), name)

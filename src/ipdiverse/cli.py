@@ -21,37 +21,26 @@ import tyro
 
 from ipdiverse.commands.bases import Bases
 from ipdiverse.commands.checkpoints import Convert, Inspect, Push
-from ipdiverse.commands.console import say
-from ipdiverse.commands.critters import Critters
+from ipdiverse.commands.console import renamed_flags, say
 from ipdiverse.commands.evaluate import MOVED, Calibrate, Evaluate
-from ipdiverse.commands.generate import Demo, Generate
-from ipdiverse.commands.train import Embed, Prepare, Train, as_flags
-from ipdiverse.commands.ui import Ui
-from ipdiverse.dial import DROPPED_LEVERS, OFF, RENAMED_LEVERS, Levers
+from ipdiverse.commands.generate import Demo, Generate, Ui
+from ipdiverse.commands.train import Critters, Embed, Prepare, Train, as_flags
+from ipdiverse.dial import DROPPED_LEVERS, OFF, Levers
 from ipdiverse.errors import MAX_SENTENCE, ArgumentError, Interrupted, IpdiverseError, quoted
 from ipdiverse.levers import LEVERS
 from ipdiverse.sampling.request import RENAMED
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
     from contextlib import AbstractContextManager
 
-Command = (
-    Annotated[Generate, tyro.conf.subcommand("generate")]
-    | Annotated[Bases, tyro.conf.subcommand("bases")]
-    | Annotated[Demo, tyro.conf.subcommand("demo")]
-    | Annotated[Prepare, tyro.conf.subcommand("prepare")]
-    | Annotated[Embed, tyro.conf.subcommand("embed")]
-    | Annotated[Train, tyro.conf.subcommand("train")]
-    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
-    | Annotated[Calibrate, tyro.conf.subcommand("calibrate")]
-    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
-    | Annotated[Convert, tyro.conf.subcommand("convert")]
-    | Annotated[Push, tyro.conf.subcommand("push")]
-    | Annotated[Critters, tyro.conf.subcommand("critters")]
-    | Annotated[Ui, tyro.conf.subcommand("ui")]
-)
-
+COMMANDS: dict[str, type[Any]] = {
+    kind.__name__.lower(): kind
+    for kind in (
+        *(Generate, Bases, Demo, Prepare, Embed, Train, Evaluate, Calibrate),
+        *(Inspect, Convert, Push, Critters, Ui),
+    )
+}
 _SHORT = {"-n": "--n", "--tiling": "--tiling=True", "--no-tiling": "--tiling=False"}
 """Short forms; tiling has a third state, left to the device."""
 _REGISTRY = tyro.constructors.ConstructorRegistry()
@@ -88,13 +77,14 @@ def _run(arguments: list[str]) -> None:
     if arguments[:1] == ["train"]:
         arguments = ["train", *as_flags(arguments[1:])]
     if arguments[:1] == ["generate"]:
-        arguments = ["generate", *_with_seed(_current_flags(arguments[1:]))]
+        current = _without_dropped(renamed_flags(arguments[1:], RENAMED))
+        arguments = ["generate", *_with_seed(current)]
     if arguments[:1] == ["calibrate"]:
-        arguments = ["calibrate", *_current_flags(arguments[1:], {"plain": "base_weights"})]
+        arguments = ["calibrate", *renamed_flags(arguments[1:], {"plain": "base_weights"})]
     arguments = [_SHORT.get(word, word) for word in arguments]
-    with in_one_line(Command, arguments):
-        command = tyro.cli(
-            Command,  # type: ignore[arg-type]
+    with in_one_line(arguments):
+        command = tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
             prog="ipdiverse",
             args=arguments,
             description="Image prompts with variety, without losing what you asked for. "
@@ -122,20 +112,14 @@ def _lever_flags(
     return tyro.constructors.StructConstructorSpec(Levers, tuple(flags))
 
 
-def _current_flags(
-    words: Sequence[str], renamed: Mapping[str, str] = RENAMED | RENAMED_LEVERS
-) -> list[str]:
-    """Flags of version 0.1 by their names of today, with a note for each that changed."""
+def _without_dropped(words: Sequence[str]) -> list[str]:
+    """Flags without those of version 0.1 that no longer act; a note names each."""
     kept: list[str] = []
     left = iter(words)
     for word in left:
-        flag, equals, value = word.partition("=")
-        name = flag.removeprefix("--").replace("-", "_") if flag.startswith("--") else ""
-        if name in renamed:
-            new = f"--{renamed[name].replace('_', '-')}"
-            warnings.warn(f"{flag} is now called {new}", stacklevel=1)
-            kept.append(f"{new}{equals}{value}")
-        elif name in DROPPED_LEVERS and name not in LEVERS:
+        flag, equals, _ = word.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        if flag.startswith("--") and name in DROPPED_LEVERS and name not in LEVERS:
             warnings.warn(f"{flag} no longer acts", stacklevel=1)
             if not equals:
                 next(left, None)
@@ -174,7 +158,7 @@ def _all_written() -> Iterator[None]:
 @contextmanager
 def _short_warnings() -> Iterator[None]:
     """Warnings are one line each, without the place in the code."""
-    before = warnings.formatwarning
+    before = warnings.formatwarning  # the process may go on: tests and notebooks call `main`
     warnings.formatwarning = lambda message, *_, **__: f"note: {quoted(message, MAX_SENTENCE)}\n"
     try:
         yield
@@ -187,16 +171,16 @@ class _Place:
     """How far a command line was understood."""
 
     words: str
-    commands: tuple[str, ...]
     flags: tuple[str, ...]
     arguments: Sequence[str]
 
+    @property
     def help(self) -> str:
         """Which help text lists more."""
         return f"`{self.words} --help` lists all."
 
 
-def in_one_line(commands: Any, arguments: Sequence[str]) -> AbstractContextManager[None]:
+def in_one_line(arguments: Sequence[str]) -> AbstractContextManager[None]:
     """Raise what tyro refuses as `ArgumentError`, for the length of a `with` block."""
     try:
         from tyro import _errors  # no public way; a tyro without it says the same in boxes
@@ -205,7 +189,7 @@ def in_one_line(commands: Any, arguments: Sequence[str]) -> AbstractContextManag
 
     def refuse(event: Any) -> None:
         with suppress(AttributeError):  # its fields may be others one day: boxes again
-            error = _error(type(event).__name__, event, _place(commands, arguments))
+            error = _error(type(event).__name__, event, _place(arguments))
             if error is not None:
                 raise error
 
@@ -222,13 +206,12 @@ def _error(kind: str, event: Any, place: _Place) -> ArgumentError | None:
     if kind == "MissingArgs":
         names = [one.arg.display_name() for one in event.missing_arguments]
         what = "is missing" if len(names) == 1 else "are missing"
-        return ArgumentError(what, where=", ".join(names), fix=place.help())
-    if kind == "MissingSubcommand" and any(not one.startswith("-") for one in place.arguments):
-        return _unrecognized(place.arguments, place)
+        return ArgumentError(what, where=", ".join(names), fix=place.help)
     if kind == "MissingSubcommand":
-        return ArgumentError(
-            f"{place.words} needs a command", expected=" | ".join(place.commands), fix=place.help()
-        )
+        if any(not one.startswith("-") for one in place.arguments):
+            return _unrecognized(place.arguments, place)
+        what, expected = "ipdiverse needs a command", " | ".join(COMMANDS)
+        return ArgumentError(what, expected=expected, fix=place.help)
     argument = getattr(event, "argument", None)
     return None if argument is None else _bad_value(kind, event, argument, place)
 
@@ -246,27 +229,28 @@ def _bad_value(kind: str, event: Any, argument: Any, place: _Place) -> ArgumentE
         if argument.is_positional() and unknown:  # which tyro takes for this one's value
             return _unrecognized(unknown, place)
     return ArgumentError(
-        what, where=argument.display_name(), expected=expected, found=found, fix=place.help()
+        what, where=argument.display_name(), expected=expected, found=found, fix=place.help
     )
 
 
 def _unrecognized(tokens: Sequence[str], place: _Place) -> ArgumentError:
     flags = [token for token in tokens if token.startswith("-")]
-    if place.commands and (words := [one for one in place.arguments if not one.startswith("-")]):
+    at_top = place.words == "ipdiverse"
+    if at_top and (words := [one for one in place.arguments if not one.startswith("-")]):
         tokens, flags = words, []  # a command that is mistyped takes no flags
     word = (flags or tokens)[0].partition("=")[0]
     if word in MOVED and place.words == "ipdiverse evaluate":
         return ArgumentError("has moved", where=word, fix="Use `python -m workshop study --help`.")
     if flags:
         what, known = f"is not an option of {place.words}", place.flags
-    elif place.commands:
-        what, known = f"is not a command of {place.words}", place.commands
+    elif at_top:
+        what, known = "is not a command of ipdiverse", tuple(COMMANDS)
     else:
         return _left_over(word, place)
     by_letters = {name.lstrip("-"): name for name in known}
     close = get_close_matches(word.lstrip("-"), by_letters, 1)
     meant = f"Did you mean {by_letters[close[0]]}? " if close else ""
-    return ArgumentError(what, where=word, fix=meant + place.help())
+    return ArgumentError(what, where=word, fix=meant + place.help)
 
 
 def _left_over(word: str, place: _Place) -> ArgumentError:
@@ -276,7 +260,7 @@ def _left_over(word: str, place: _Place) -> ArgumentError:
     repeat = (
         f"Repeat {flag} for each value, and put quotes around one with spaces. " if flag else ""
     )
-    return ArgumentError("belongs to no option", where=word, fix=repeat + place.help())
+    return ArgumentError("belongs to no option", where=word, fix=repeat + place.help)
 
 
 def _given(flags: Sequence[str], arguments: Sequence[str]) -> str | None:
@@ -289,23 +273,12 @@ def _given(flags: Sequence[str], arguments: Sequence[str]) -> str | None:
     return found
 
 
-def _place(commands: Any, arguments: Sequence[str]) -> _Place:
-    words, below, flags = ["ipdiverse"], _commands(commands), ("--help",)
-    for word in arguments:
-        if word not in below:
-            break
-        hints = get_type_hints(below[word], include_extras=True)
-        words.append(word)
-        flags = (*_flags_of(below[word]), "--help")
-        below = {name: kind for hint in hints.values() for name, kind in _commands(hint).items()}
-    return _Place(" ".join(words), tuple(below), flags, arguments)
-
-
-def _commands(union: Any) -> dict[str, Any]:
-    """Commands of a union by their names; none of any other type."""
-    marked = [get_args(one) for one in get_args(union) if get_origin(one) is Annotated]
-    named = [(getattr(mark, "name", None), kind) for kind, *marks in marked for mark in marks]
-    return {name: kind for name, kind in named if name is not None}
+def _place(arguments: Sequence[str]) -> _Place:
+    name = arguments[0] if arguments else ""
+    if name not in COMMANDS:
+        return _Place("ipdiverse", ("--help",), arguments)
+    flags = (*_flags_of(COMMANDS[name]), "--help")
+    return _Place(f"ipdiverse {name}", flags, arguments)
 
 
 def _flags_of(kind: Any) -> list[str]:
@@ -315,13 +288,9 @@ def _flags_of(kind: Any) -> list[str]:
     found: list[str] = []
     for name, hint in get_type_hints(kind, include_extras=True).items():
         inner = get_args(hint)[0] if get_origin(hint) is Annotated else hint
-        held = inner is Levers or is_dataclass(inner)
-        found += _flags_of(inner) if held else _flags(name, hint)
+        flag = name.replace("_", "-")
+        if inner is Levers or is_dataclass(inner):
+            found += _flags_of(inner)
+        elif tyro.conf.Positional not in get_args(hint):
+            found += [f"--{flag}", f"--no-{flag}"] if hint is bool else [f"--{flag}"]
     return found
-
-
-def _flags(name: str, hint: Any) -> list[str]:
-    if _commands(hint) or tyro.conf.Positional in get_args(hint):
-        return []
-    flag = name.replace("_", "-")
-    return [f"--{flag}", f"--no-{flag}"] if hint is bool else [f"--{flag}"]

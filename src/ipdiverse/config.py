@@ -112,6 +112,7 @@ def read(kind: type[T], content: Mapping[str, Any], where: object = None) -> T:
         found.append("missing " + ", ".join(missing))
     if found:
         raise ArgumentError("; ".join(found), where=where)
+    # TOML and JSON have lists where the fields are tuples
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
     try:
         return kind(**values)

@@ -172,9 +172,11 @@ def _wrap(text: str, size: int, width: int, limit: int) -> list[str]:
             if _font(size).getlength(joined) <= width:
                 lines[-1] = joined
                 continue
-            if not lines[-1]:
-                lines.pop()
-            lines += _pieces(word, size, width)
+            lines += [""] if lines[-1] else []
+            for character in word:  # a word longer than a line is cut where it is full
+                if lines[-1] and _font(size).getlength(lines[-1] + character) > width:
+                    lines.append("")
+                lines[-1] += character
     while lines and not lines[-1]:
         lines.pop()
     if len(lines) <= limit:
@@ -183,16 +185,6 @@ def _wrap(text: str, size: int, width: int, limit: int) -> list[str]:
     while last and _font(size).getlength(f"{last}…") > width:
         last = last[:-1]
     return [*lines[: limit - 1], f"{last.rstrip()}…"]
-
-
-def _pieces(word: str, size: int, width: int) -> list[str]:
-    """The word, cut wherever the next character would not fit."""
-    pieces = [""]
-    for character in word:
-        if pieces[-1] and _font(size).getlength(pieces[-1] + character) > width:
-            pieces.append("")
-        pieces[-1] += character
-    return pieces
 
 
 def _drawable(text: str) -> str:

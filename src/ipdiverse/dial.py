@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from ipdiverse.errors import ArgumentError, CheckpointError, check_range
@@ -33,16 +34,15 @@ class Levers(Mapping[str, Any]):
     _on: dict[str, Any]
 
     def __init__(self, **strengths: Any) -> None:
-        if unknown := sorted(strengths.keys() - LEVERS.keys()):
-            raise ArgumentError(
-                "unknown lever", expected=", ".join(LEVERS), found=", ".join(unknown)
-            )
+        if unknown := ", ".join(sorted(strengths.keys() - LEVERS.keys())):
+            raise ArgumentError("unknown lever", expected=", ".join(LEVERS), found=unknown)
         for name, strength in strengths.items():
             LEVERS[name].check(strength)
-        given = {name: strengths[name] for name in LEVERS if name in strengths}
         # JSON and TOML have lists for pairs
-        given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-        self._on = {name: value for name, value in given.items() if value != LEVERS[name].off}
+        given = {k: tuple(v) if isinstance(v, list) else v for k, v in strengths.items()}
+        # in the order of the registry, in which they act
+        order = [name for name in LEVERS if name in given]
+        self._on = {name: given[name] for name in order if given[name] != LEVERS[name].off}
 
     def __getattr__(self, name: str) -> Any:
         if name not in LEVERS:
@@ -61,7 +61,7 @@ class Levers(Mapping[str, Any]):
     def __or__(self, other: Mapping[str, Any]) -> Levers:
         return Levers(**{**self._on, **other})
 
-    def __hash__(self) -> int:
+    def __hash__(self) -> int:  # calibration caches what levers achieve
         return hash(tuple(self._on.items()))
 
     def __repr__(self) -> str:
@@ -92,17 +92,8 @@ DROPPED_LEVERS = {
 """Levers of version 0.1 that are no longer there, and where each was off."""
 
 
-def current_names(
-    strengths: Mapping[str, Any], where: object = "levers", *, typed: bool = False
-) -> dict[str, Any]:
-    """What version 0.1 says about levers, in today's names.
-
-    A lever that no longer exists is left out, with a warning if it was on. Keys that are not
-    levers stay as they are.
-    """
-    if typed:
-        for old in RENAMED_LEVERS.keys() & strengths.keys():
-            warnings.warn(f"{where}: {old} is now called {RENAMED_LEVERS[old]}", stacklevel=3)
+def current_names(strengths: Mapping[str, Any], where: object = "levers") -> dict[str, Any]:
+    """Strengths under today's names; a lever that is gone is left out, with a warning if on."""
     kept = {RENAMED_LEVERS.get(name, name): value for name, value in strengths.items()}
     gone = {name: kept.pop(name) for name in DROPPED_LEVERS if name in kept and name not in LEVERS}
     if on := [name for name, value in gone.items() if value != DROPPED_LEVERS[name]]:
@@ -151,7 +142,7 @@ class Dial:
     def at(self, diversity: float) -> Levers:
         """Levers at a setting."""
         check_range("diversity", diversity, 0, 1)
-        for (low, before), (high, after) in zip(self.points, self.points[1:], strict=False):
+        for (low, before), (high, after) in pairwise(self.points):
             if diversity <= high:
                 return between(before, after, (diversity - low) / (high - low))
         raise AssertionError("a path ends at 1")

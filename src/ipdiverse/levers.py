@@ -64,10 +64,6 @@ class StepContext:
         return torch.stack(drawn).to(like)
 
 
-def _every_adapter(_: Any) -> bool:
-    return True
-
-
 @dataclass(frozen=True)
 class Lever:
     """One way to change sampling.
@@ -104,53 +100,36 @@ class Lever:
     is_range: bool = False
     ladder: tuple[Any, ...] = ()
     phase: Callable[[StepContext], Hashable] | None = None
-    fits: Callable[[Any], bool] = _every_adapter
+    fits: Callable[[Any], bool] = lambda _: True
 
     def check(self, strength: Any) -> None:
-        """Refuse a strength that is out of range.
-
-        Raises:
-            ArgumentError: It is.
-        """
+        """Refuse a strength that is out of range (`ArgumentError`)."""
         if self.off is None and strength is None:
             return
         if not self.is_range:
-            check_range(self.name, strength, self.low, self.high)  # type: ignore[arg-type]
-        elif not _is_range(strength):
-            raise ArgumentError(
-                "is not a range of noise levels",
-                where=self.name,
-                expected="0 ≤ low < high",
-                found=strength,
-            )
+            check_range(self.name, strength, self.low, self.high)
+            return
+        ends: Any = strength if isinstance(strength, (tuple, list)) else ()
+        numbers = len(ends) == 2 and all(isinstance(end, (int, float)) for end in ends)
+        if not numbers or not 0 <= ends[0] < ends[1]:
+            what, expected = "is not a range of noise levels", "0 ≤ low < high"
+            raise ArgumentError(what, where=self.name, expected=expected, found=strength)
 
     def between(self, one: Any, other: Any, share: float) -> Any:
         """A strength some share of the way from one to another, for the dial."""
         if one == other:
             return one
         if self.is_range:
-            return _range_between(one, other, share)
+            (low, high), (next_low, next_high) = (ends or (0.0, _LOUDEST) for ends in (one, other))
+            # upper ends by their logarithms, because schedules spread noise levels that way
+            return (low + (next_low - low) * share, high * (next_high / high) ** share)
         if one is None or other is None:
             return other  # "off" is not a number, so the lever comes on at once
         return one + (other - one) * share
 
 
-def _is_range(strength: object) -> bool:
-    if not isinstance(strength, (tuple, list)) or len(strength) != 2:
-        return False
-    numbers = all(isinstance(value, (int, float)) for value in strength)
-    return numbers and 0 <= strength[0] < strength[1]
-
-
 _LOUDEST = 1e3
 """A noise level above which hardly any step lies: where an interval that is off begins to close."""
-
-
-def _range_between(one: Any, other: Any, share: float) -> tuple[float, float]:
-    # upper ends by their logarithms, because schedules spread noise levels that way
-    (low, high), (next_low, next_high) = (ends or (0.0, _LOUDEST) for ends in (one, other))
-    return (low + (next_low - low) * share, high * (next_high / high) ** share)
-
 
 _registered: dict[str, Lever] = {}
 LEVERS: Mapping[str, Lever] = MappingProxyType(_registered)
@@ -178,6 +157,7 @@ def register_lever(lever: Lever) -> Lever:
     Raises:
         ArgumentError: The name is not an identifier, or another lever has it.
     """
+    # it becomes a keyword, a flag and an attribute of `Levers`, whose own start with "_"
     if not lever.name.isidentifier() or lever.name.startswith("_"):
         raise ArgumentError("is not a name", where="lever", found=repr(lever.name))
     if _registered.get(lever.name, lever) != lever:

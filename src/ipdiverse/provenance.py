@@ -68,7 +68,13 @@ def read_provenance(path: AnyPath) -> dict[str, Any]:
             found="none",
             fix="Only PNG files that ipdiverse wrote have one; editing or uploading may remove it.",
         )
-    return _parse(text, path)
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _broken("damaged", "JSON", error, path) from error
+    if not isinstance(record, dict):
+        raise _broken("damaged", "a JSON object", type(record).__name__, path)
+    return record
 
 
 def as_text(record: Mapping[str, Any]) -> str:
@@ -162,16 +168,6 @@ def _text_of(body: bytes, path: AnyPath) -> bytes:
     if inflater.unconsumed_tail:
         raise _broken("too large", f"at most {MAX_RECORD_BYTES} bytes", "more", path)
     return text
-
-
-def _parse(text: bytes, path: AnyPath) -> dict[str, Any]:
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise _broken("damaged", "JSON", error, path) from error
-    if not isinstance(record, dict):
-        raise _broken("damaged", "a JSON object", type(record).__name__, path)
-    return record
 
 
 def _broken(how: str, expected: str, found: object, path: AnyPath) -> ImageError:

@@ -19,9 +19,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _PROBE_BYTES = 64 * 1024  # an empty file would be written even to a full disk
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the last: a limit on the size of files
-_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
-_IN_THE_WAY = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
+_IN_THE_WAY = "a file or folder of that name is in the way", "Choose another name."
+_FORBIDDEN = "this place may not be written to", "Choose another folder."
+_NO_SPACE = "there is no space left", "Free some space or choose another disk."
+_REASONS = {
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST, errno.EISDIR), _IN_THE_WAY),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _FORBIDDEN),
+    # the last: a limit on the size of files
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _NO_SPACE),
+    errno.ENOENT: ("the folder does not exist", "Create it first."),
+}
 _NO_FOLDER_SYNC = (errno.EACCES, errno.EINVAL, errno.ENOTSUP)
 _PROBE = "0" * 12
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")
@@ -148,6 +155,16 @@ def unsealed(text: str) -> dict[str, Any]:
     return content
 
 
+def without_folders(content: Any) -> Any:
+    """JSON content with the name alone of each absolute path: results are shared, homes are not."""
+    if isinstance(content, Mapping):
+        return {key: without_folders(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [without_folders(value) for value in content]
+    is_place = isinstance(content, str) and Path(content).is_absolute()
+    return Path(content).name if is_place else content
+
+
 def _seal(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(dict(content), sort_keys=True).encode()).hexdigest()[:32]
 
@@ -203,15 +220,6 @@ def _write_synced(path: Path, data: bytes) -> None:
 
 
 def _output_error(path: Path, error: Exception) -> OutputError:
-    number = getattr(error, "errno", None)
-    if number in _NO_SPACE:
-        what, fix = "there is no space left", "Free some space or choose another disk."
-    elif number in _FORBIDDEN:
-        what, fix = "this place may not be written to", "Choose another folder."
-    elif number in _IN_THE_WAY:
-        what, fix = "a file or folder of that name is in the way", "Choose another name."
-    elif number == errno.ENOENT:
-        what, fix = "the folder does not exist", "Create it first."
-    else:
-        what, fix = "this cannot be written", "Choose another path."
+    number = getattr(error, "errno", 0)
+    what, fix = _REASONS.get(number, ("this cannot be written", "Choose another path."))
     return OutputError(what, where=path, found=getattr(error, "strerror", None) or error, fix=fix)

@@ -17,7 +17,8 @@ from ipdiverse.critters.oracle import read
 from ipdiverse.critters.render import render
 from ipdiverse.evaluation.pairs import held_out_scenes, shipped_oracle
 from ipdiverse.sampling.request import Request
-from ipdiverse.sampling.sample import Job, attached, sample
+from ipdiverse.sampling.sample import Job, attached, sampled
+from ipdiverse.sampling.task import Task
 from ipdiverse.seeding import generator
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def test_stock_diffusers_makes_the_same_image(kind: str, references: list[Image.
         attachment.set_scale(0.7)
         request = Request(image="", n=1, steps=4, guidance_scale=3.0)
         jobs = [Job("a critter in the snow", 0, 0, references[0])]
-        ours = np.asarray(sample(base, jobs, request, attachment)[0])
+        ours = np.asarray(next(sampled(Task(base), jobs, request, attachment)))
 
     stock = StableDiffusionPipeline.from_pretrained(CRITTERS_BASE, safety_checker=None)
     stock.set_progress_bar_config(disable=True)

@@ -14,7 +14,7 @@ import pytest
 
 from ipdiverse.base.adapters import ADAPTERS
 from ipdiverse.base.bases import load_base
-from ipdiverse.commands.critters import Critters
+from ipdiverse.commands.train import Critters
 from ipdiverse.data.prepare import PrepareOptions
 from ipdiverse.dial import Achieved, Levers
 from ipdiverse.evaluation import calibrate

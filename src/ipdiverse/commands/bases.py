@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ipdiverse.base.downloads import missing
+from ipdiverse.base.presets import PRESETS, Preset, as_size, total
 from ipdiverse.commands.console import say, say_json
-
-if TYPE_CHECKING:
-    from ipdiverse.base.presets import Preset
 
 
 @dataclass(frozen=True)
@@ -23,8 +22,6 @@ class Bases:
 
     def run(self) -> None:
         """Look into the local cache and print; connects to nothing."""
-        from ipdiverse.base.presets import PRESETS
-
         presets = [_described(preset) for preset in PRESETS.values()]
         if self.json:
             say_json({"embedded": ["critters"], "presets": presets})
@@ -36,9 +33,6 @@ class Bases:
 
 
 def _described(preset: Preset) -> dict[str, Any]:
-    from ipdiverse.base.downloads import missing
-    from ipdiverse.base.presets import total
-
     files = preset.all_files()
     lacking = missing(files)
     parts = {"base": preset.base, "adapter": preset.adapter, "image_encoder": preset.encoder}
@@ -50,12 +44,7 @@ def _described(preset: Preset) -> dict[str, Any]:
         "cached": not lacking,
         "files_missing": [f"{file.repository.id}/{file.name}" for file in lacking],
         "repositories": {
-            part: {
-                "id": repository.id,
-                "revision": repository.revision,
-                "license": repository.license,
-                "link": repository.link,
-            }
+            part: {n: getattr(repository, n) for n in ("id", "revision", "license", "link")}
             for part, repository in parts.items()
             if repository is not None
         },
@@ -71,8 +60,6 @@ def _described(preset: Preset) -> dict[str, Any]:
 
 
 def _as_text(preset: dict[str, Any]) -> str:
-    from ipdiverse.base.presets import as_size
-
     left = as_size(preset["bytes_missing"])
     state = "in the local cache" if preset["cached"] else f"{left} to download"
     repositories = {r["id"]: r for r in preset["repositories"].values()}.values()

@@ -10,6 +10,7 @@ import tyro
 
 from ipdiverse.commands.console import note, say, say_json
 from ipdiverse.errors import CheckpointError
+from ipdiverse.loading import what_is
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -63,9 +64,13 @@ class Inspect(Source):
     def run(self) -> None:
         """Read names and shapes, or a picture's record, and print."""
         if Path(self.source).suffix.lower() in _PICTURES:
-            self._picture()
+            from ipdiverse import provenance
+
+            record = provenance.read_provenance(self.source)
+            say_json(record) if self.json else say(f"{self.source}\n{provenance.as_text(record)}")
             return
         file = self.find()
+        _refuse_others(file)
         from ipdiverse.adapter.files.inspection import as_text, inspect_checkpoint
 
         report = inspect_checkpoint(file)
@@ -73,11 +78,18 @@ class Inspect(Source):
         if not report["loads"]:
             raise CheckpointError("does not load", where=report["file"], fix="See above.")
 
-    def _picture(self) -> None:
-        from ipdiverse.provenance import as_text, read_provenance
 
-        record = read_provenance(self.source)
-        say_json(record) if self.json else say(f"{self.source}\n{as_text(record)}")
+def _refuse_others(file: Path) -> None:
+    """Refuse what the names in its header show to be no adapter: torch takes seconds to import."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="np") as opened:
+            kind = what_is(opened.keys())
+    except (SafetensorError, OSError):  # of another container, or broken: read with torch
+        return
+    if kind and kind[0] != "an IP-Adapter":
+        raise CheckpointError(f"is {kind[0]}, not an adapter", where=file, fix=kind[1])
 
 
 @dataclass(frozen=True)
@@ -102,11 +114,7 @@ class Convert(Source):
         from ipdiverse.adapter.files.conversion import convert
 
         notes = convert(
-            file,
-            self.out,
-            self.to,
-            force=self.force,
-            face_id_plus_v2=self.face_id_plus_v2,
+            file, self.out, self.to, force=self.force, face_id_plus_v2=self.face_id_plus_v2
         )
         for one in notes:
             note(one)
@@ -145,10 +153,8 @@ class Push(Source):
         check_repository(self.repo_id)
         Stated(self.license, self.base_model)  # refuses bad names before a large file is opened
         file = self.find()
-        adapter, dtype = (
-            load_adapter(file, face_id_plus_v2=self.face_id_plus_v2),
-            stored_dtype(file),
-        )
+        adapter = load_adapter(file, face_id_plus_v2=self.face_id_plus_v2)
+        dtype = stored_dtype(file)  # what is published is as exact as the file, and no larger
         stated: dict[str, Any] = {"license": self.license, "base_model": self.base_model}
         if self.dry_run:
             names = adapter.save_pretrained(self.out, dtype, repo_id=self.repo_id, **stated)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from ipdiverse.base.downloads import missing, not_cached, offline
 from ipdiverse.base.presets import PRESETS, as_size, preset_files, total
 from ipdiverse.errors import MAX_SENTENCE, ArgumentError, quoted
+from ipdiverse.writing import ensure_writable_folder, write_text_atomic
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from ipdiverse.base.presets import HubFile
     from ipdiverse.evaluation.study import Study
@@ -36,19 +38,33 @@ def say_json(content: Any) -> None:
     say(json.dumps(content, indent=2))
 
 
+def renamed_flags(words: Sequence[str], names: Mapping[str, str]) -> list[str]:
+    """Flags by their names of today, with one note of those that changed."""
+    kept: list[str] = []
+    told: list[str] = []
+    for word in words:
+        flag, equals, value = word.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        if flag.startswith("--") and name in names:
+            new = f"--{names[name].replace('_', '-')}"
+            told += [f"{flag} → {new}"]
+            kept.append(f"{new}{equals}{value}")
+        else:
+            kept.append(word)
+    if told:
+        warnings.warn(f"renamed {', '.join(told)}", stacklevel=3)
+    return kept
+
+
 def check_target(out: str | None) -> None:
     """Refuse a file that cannot be written before hours are spent on its content."""
     if out is not None:
-        from ipdiverse.writing import ensure_writable_folder
-
         ensure_writable_folder(Path(out).parent)
 
 
 def write_json(out: str | None, content: Any) -> None:
     """Write a value as JSON, whole or not at all; to None, nowhere."""
     if out is not None:
-        from ipdiverse.writing import write_text_atomic
-
         write_text_atomic(Path(out), json.dumps(content, indent=2) + "\n")
 
 
@@ -72,7 +88,7 @@ def agree_to_study(study: Study, yes: bool) -> None:
     from ipdiverse.evaluation.pairs import pairs_of
     from ipdiverse.evaluation.running import needed_files
 
-    if study.references is not None:
+    if study.references is not None:  # a mistyped folder is named before anything is downloaded
         pairs_of(study)
     named = [name for name in (study.base, *study.sources) if name in PRESETS]
     agree(", ".join(dict.fromkeys(named)), needed_files(study), yes)
@@ -86,6 +102,7 @@ def agree(name: str, files: Sequence[HubFile], yes: bool) -> None:
     if offline():
         raise not_cached(lacking, name)
     size = as_size(total(lacking))
+    # the question goes to stderr: stdout may be JSON that another program reads
     if not yes and not (sys.stdin.isatty() and sys.stderr.isatty()):
         repositories = ", ".join(dict.fromkeys(file.repository.id for file in lacking))
         raise ArgumentError(

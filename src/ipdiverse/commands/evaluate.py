@@ -59,14 +59,12 @@ class Evaluate:
         from ipdiverse.evaluation.report import write_report
         from ipdiverse.evaluation.running import Runner
         from ipdiverse.evaluation.study import quick_study, read_study
-        from ipdiverse.writing import only_one
 
         study = read_study(Path(self.config)) if self.config else quick_study()
         agree_to_study(study, self.yes)
         out = Path(self.out or "out/evaluation")
-        with only_one(out):
-            done = Runner(study, out).run()
-            page = write_report(study, done, out)
+        done = Runner(study, out).run()
+        page = write_report(study, done, out)
         if self.json:
             rows = [one.row() for one in done.measured]
             say_json({"arms": rows, "hypervolumes": done.hypervolumes})
@@ -141,12 +139,12 @@ class Calibrate:
 
     def run(self) -> None:
         """Climb, say every point, write."""
-        from ipdiverse.adapter.files.conversion import copy_with_spec, store_base_weights
+        from ipdiverse.adapter.files.conversion import store_base_weights
         from ipdiverse.base.adapters import adapter_file
         from ipdiverse.evaluation.calibrate import calibrate, calibration_study
         from ipdiverse.evaluation.study import Arm, Study
-        from ipdiverse.writing import only_one
 
+        # flags that are settings of the study, each under its own name
         names = Study.__dataclass_fields__.keys() & Calibrate.__dataclass_fields__.keys()
         numbers = {name: getattr(self, name) for name in names}
         study = calibration_study(self.adapter, **numbers)
@@ -157,14 +155,11 @@ class Calibrate:
         target = Path(self.out) if self.out else _own(source)
         if target.suffix != ".safetensors":
             raise ArgumentError("must end in .safetensors", where="out", found=target)
-        check_target(str(target))
+        check_target(str(target))  # before hours of drawing
         if before is not None:
             store_base_weights(source, adapter_file(self.base, before), target)
-            source = target
             study = calibration_study(str(target), **numbers)
-        with only_one(self.work, target):
-            dial, path = calibrate(study, Path(self.work), self.levers, _tell)
-            copy_with_spec(source, target, {"dial": dial.as_spec()})
+        dial, path = calibrate(study, Path(self.work), self.levers, _tell, target)
         say_json({"path": path, "dial": dial.as_spec()}) if self.json else say(f"wrote {target}")
 
 
@@ -174,6 +169,7 @@ def _own(source: Path) -> Path:
     from ipdiverse.base.adapters import CRITTERS_ADAPTERS
 
     shipped = source.resolve().parent == CRITTERS_ADAPTERS.resolve()
+    # only adapters that ipdiverse trained hold a recipe
     if shipped or "recipe" not in read_spec(source):
         raise ArgumentError(
             "was published by others", where=source, fix="Name a new file: --out FILE.safetensors."

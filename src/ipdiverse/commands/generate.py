@@ -1,19 +1,27 @@
-"""`generate` and `demo`."""
+"""`generate`, `demo` and `ui`."""
 
 from __future__ import annotations
 
+import json
+import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tyro
 
-from ipdiverse.commands.console import note, say, say_json
+from ipdiverse.base.presets import PRESETS
+from ipdiverse.commands.console import agree, note, say, say_json
+from ipdiverse.errors import ArgumentError
 from ipdiverse.sampling.request import Request
+from ipdiverse.ui import Options
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+PASSWORD = "IPDIVERSE_UI_PASSWORD"  # noqa: S105 - the variable's name
 
 
 @dataclass(frozen=True)
@@ -62,20 +70,15 @@ class Generate:
             sys.stdout.write(f"wrote {len(record['image_sha256'])} images and {sheet}\n")
 
     def _agree(self, requests: Sequence[Request]) -> None:
-        from ipdiverse.base.presets import PRESETS
-
         named = [name for r in requests for name in (r.base, r.adapter) if name in PRESETS]
         if not named:  # nothing is on the hub
             return
-        from ipdiverse.commands.console import agree
         from ipdiverse.sampling.task import needed_files
 
         files = [file for request in requests for file in needed_files(request)]
         agree(", ".join(dict.fromkeys(named)), list(dict.fromkeys(files)), self.yes)
 
     def _batch(self) -> None:
-        import json
-
         from ipdiverse.image_io import load_image, load_mask
         from ipdiverse.sampling.batch import read_jobs, run_batch
         from ipdiverse.sampling.task import needed_files
@@ -109,3 +112,33 @@ class Demo:
         from ipdiverse.evaluation.demo import make_demo
 
         say(f"open {make_demo(Path(self.out))}")
+
+
+@dataclass(frozen=True)
+class Ui:
+    """Open the web page; only this machine can reach it, unless you set --host.
+
+    Args:
+        page: How it is served.
+    """
+
+    page: Options = Options()  # noqa: RUF009 - it is frozen
+
+    def run(self) -> None:
+        """Serve until Ctrl-C."""
+        if find_spec("gradio") is None:
+            raise ArgumentError(
+                "needs gradio, which is not installed",
+                where="ui",
+                fix="Run `pip install -e '.[ui]'` in your copy of ipdiverse.",
+            )
+        from ipdiverse.ui.safety import is_loopback
+        from ipdiverse.ui.server import serve
+
+        options = self.page
+        password = options.password or os.environ.get(PASSWORD, "")
+        if not password and not is_loopback(options.host) and sys.stdin.isatty():
+            from getpass import getpass
+
+            password = getpass(f"password for {options.user}: ")
+        serve(replace(options, password=password), lambda url: say(f"open {url} (Ctrl-C ends it)"))

@@ -1,4 +1,4 @@
-"""`prepare`, `embed` and `train`."""
+"""`prepare`, `embed` and `train`, and `critters make`, which makes a data set for them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from ipdiverse.commands.console import agree_to_encoders, note, say, say_json
+from ipdiverse.commands.console import agree_to_encoders, note, renamed_flags, say, say_json
 from ipdiverse.config import problems, read_toml, renamed
 from ipdiverse.data.prepare import PrepareOptions
 from ipdiverse.errors import ArgumentError
@@ -35,6 +35,7 @@ IGNORED_FLAGS = {
 }
 """Flags of the original, each with a value, that change nothing here, and why."""
 
+# two ways to say one thing: a flag of the second overrides the first in a file
 _IN_PLACE_OF = {"epochs": "steps", "process-batch": "batch"}
 
 
@@ -146,6 +147,36 @@ class Train:
         say(f"wrote {train(config)}")
 
 
+@dataclass(frozen=True)
+class Critters:
+    """Write images of critters and a manifest, in the same format as your own data sets.
+
+    Args:
+        action: `make`.
+        out: Folder for images and metadata.jsonl.
+        n: Number of scenes.
+        pairs: Give each scene a second image of the same creature as its reference.
+        size: Height and width in pixels.
+        seed: Seed of scenes, renders and captions.
+        split: Draw identities of this split only.
+    """
+
+    action: Annotated[Literal["make"], tyro.conf.Positional]
+    out: str
+    n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 1000
+    pairs: bool = False
+    size: int = 64
+    seed: int = 0
+    split: Literal["train", "validation", "test"] = "train"
+
+    def run(self) -> None:
+        """Write them and print where."""
+        from ipdiverse.critters.make import make_dataset
+
+        written = make_dataset(Path(self.out), self.n, self.pairs, self.size, self.seed, self.split)
+        say(f"wrote {written} images and {Path(self.out) / 'metadata.jsonl'}")
+
+
 def read_run(file: Path) -> dict[str, Any]:
     """A run's settings from a TOML file, under today's names."""
     content = read_toml(file)
@@ -166,13 +197,10 @@ def as_flags(arguments: list[str]) -> list[str]:
     Flags override the file.
     """
     parts = [part for argument in arguments for part in _split_flag(argument)]
-    flags = [_todays_flag(part) for part in parts]
-    pairs = zip(parts, flags, strict=True)
-    changed = {o: n for o, n in pairs if o.startswith("--") and o.replace("_", "-") != n}
-    if changed:
-        told = ", ".join(f"{old} → {new}" for old, new in changed.items())
-        warnings.warn(f"renamed {told}", stacklevel=2)
+    flags = renamed_flags(parts, RENAMED | ORIGINAL_FLAGS)
+    flags = [flag.replace("_", "-") if flag.startswith("--") else flag for flag in flags]
     for index, flag in enumerate(flags[:-1]):
+        # 0.1 took names of types; accelerate, whose words these are now, calls none "no"
         if flag == "--mixed-precision" and flags[index + 1] == "fp32":
             flags[index + 1] = "no"
     _leave_out_ignored(flags)
@@ -194,13 +222,6 @@ def _split_flag(argument: str) -> list[str]:
     return [name, value] if argument.startswith("--") and equals else [argument]
 
 
-def _todays_flag(part: str) -> str:
-    if not part.startswith("--"):
-        return part
-    name = part.removeprefix("--").replace("-", "_")
-    return "--" + (RENAMED | ORIGINAL_FLAGS).get(name, name).replace("_", "-")
-
-
 def _leave_out_ignored(parts: list[str]) -> None:
     dropped = {f"--{name.replace('_', '-')}": why for name, why in DROPPED.items()}
     dropped |= {flag.replace("--", "--no-"): why for flag, why in dropped.items()}
@@ -209,6 +230,7 @@ def _leave_out_ignored(parts: list[str]) -> None:
             warnings.warn(f"{flag} has no effect: {why}", stacklevel=3)
         while flag in parts:
             at = parts.index(flag)
+            # the original's have a value; switches of 0.1 have none
             del parts[at : at + (2 if flag in IGNORED_FLAGS else 1)]
 
 

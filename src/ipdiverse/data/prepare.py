@@ -134,10 +134,12 @@ def _place(path: str | None, out: Path) -> str | None:
     """A path as seen from the folder: however it was spelled, also when both have moved."""
     if path is None or not os.path.exists(path):  # noqa: PTH110
         return path
-    try:
-        return Path(os.path.relpath(os.path.realpath(path), os.path.realpath(out))).as_posix()
-    except ValueError:  # another drive
-        return os.path.realpath(path)
+    place, home = Path(os.path.realpath(path)), os.path.realpath(out)
+    shared = Path(os.path.commonpath((place, home))) if place.drive == Path(home).drive else None
+    if shared in (None, Path(place.anchor)):
+        # data sets are shared: no whole path of somebody's machine may stand in them
+        return f"{place.name} ({hashlib.sha256(os.fsencode(place)).hexdigest()[:12]})"
+    return Path(os.path.relpath(place, home)).as_posix()
 
 
 def _claim(
@@ -169,7 +171,8 @@ def _claim(
         free = {"max_bad", "kind"} if (out / MANIFEST).exists() else asdict(options).keys()
         different = {k for k, v in settings.items() if compared.get(k) != v} - free
         place = str(before["source"])  # version 0.1 noted it as it was given
-        is_same = os.path.realpath(place) == os.path.realpath(source)
+        spelled = {os.path.realpath(place), os.path.realpath(out / place)}
+        is_same = os.path.realpath(source) in spelled
         if is_same or _is_moved(place, out, opened, journal):
             different -= {"source"}
         if different:

@@ -16,13 +16,16 @@ from typing import TYPE_CHECKING, Any
 from scipy.optimize import isotonic_regression
 
 from ipdiverse.adapter.files.checkpoint import load_adapter
+from ipdiverse.adapter.files.conversion import copy_with_spec
 from ipdiverse.base.adapters import adapter_file
-from ipdiverse.dial import OFF, Achieved, Dial, Levers, current_names
+from ipdiverse.config import renamed
+from ipdiverse.dial import OFF, RENAMED_LEVERS, Achieved, Dial, Levers, current_names
 from ipdiverse.errors import ArgumentError
 from ipdiverse.evaluation.bootstrap import estimate
 from ipdiverse.evaluation.running import Runner
 from ipdiverse.evaluation.study import Arm, Study
 from ipdiverse.levers import LEVERS
+from ipdiverse.writing import only_one
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -54,16 +57,41 @@ def calibrate(
     out: Path,
     levers: Sequence[str] = (),
     say: Callable[[str], None] = lambda _: None,
+    target: Path | None = None,
 ) -> tuple[Dial, list[dict[str, Any]]]:
     """Find the path of an adapter: its dial, and every point with what it achieved.
 
     Args:
-        out: Folder for images; a calibration that was interrupted there resumes.
+        out: Folder for images; a calibration that was interrupted there resumes, and a second one
+            at the same time is refused.
         levers: Those that the dial may move; empty is all that the adapter has.
+        target: A copy of the adapter that gets the dial, or its own file; None writes none.
     """
+    [adapter] = study.sources
+    start, ladders = _movable(study, adapter, levers)
+    with only_one(out, *([] if target is None else [target])):
+        runner = Runner(study, out, progress=False)
+        path = climb(start, ladders, partial(_measured, runner, adapter), say)
+        if len(path) < 2:
+            raise ArgumentError(
+                "no lever gains variety while it keeps what was asked for",
+                where=adapter,
+                found=f"variety {path[0][1].variety:.3f}",
+            )
+        on = f"{runner.study.pairs} pairs of {study.images} images, {study.steps} steps"
+        dial = placed(path, f"calibrated on {on}")
+        if target is not None:
+            copy_with_spec(adapter_file(study.base, adapter), target, {"dial": dial.as_spec()})
+    return dial, [{**levers, **asdict(scores)} for levers, scores in path]
+
+
+def _movable(
+    study: Study, adapter: str, levers: Sequence[str]
+) -> tuple[Levers, dict[str, tuple[Any, ...]]]:
+    """Where the dial starts, and the ladders of the levers that it may move."""
     # by their names of today
     asked = levers
-    levers = tuple(current_names(dict.fromkeys(levers), "--levers", typed=True))
+    levers = tuple(current_names(renamed(dict.fromkeys(levers), RENAMED_LEVERS, "--levers")))
     movable = [name for name, lever in LEVERS.items() if lever.ladder]
     # nothing left of those that were asked for is not the same as all
     if unknown := sorted(set(levers) - set(movable)) or ([] if levers else asked):
@@ -73,7 +101,6 @@ def calibrate(
             expected=", ".join(movable),
             found=", ".join(unknown),
         )
-    [adapter] = study.sources
     start, ladders = _ladders(adapter, study.base)
     if lacking := sorted(set(levers) - ladders.keys()):
         raise ArgumentError(
@@ -82,18 +109,7 @@ def calibrate(
             expected=", ".join(ladders),
             found=", ".join(lacking),
         )
-    ladders = {name: rungs for name, rungs in ladders.items() if not levers or name in levers}
-    runner = Runner(study, out, progress=False)
-    path = climb(start, ladders, partial(_measured, runner, adapter), say)
-    if len(path) < 2:
-        raise ArgumentError(
-            "no lever gains variety while it keeps what was asked for",
-            where=adapter,
-            found=f"variety {path[0][1].variety:.3f}",
-        )
-    on = f"{runner.study.pairs} pairs of {study.images} images, {study.steps} steps"
-    dial = placed(path, f"calibrated on {on}")
-    return dial, [{**levers, **asdict(scores)} for levers, scores in path]
+    return start, {name: r for name, r in ladders.items() if not levers or name in levers}
 
 
 def climb(

@@ -17,7 +17,8 @@ from ipdiverse.critters.scene import Scene
 from ipdiverse.evaluation.report import inline, render_page
 from ipdiverse.provenance import save_png
 from ipdiverse.sampling.request import Request
-from ipdiverse.sampling.sample import Job, attached, dial_for, sample
+from ipdiverse.sampling.sample import Job, attached, dial_for, sampled
+from ipdiverse.sampling.task import Task
 from ipdiverse.writing import ensure_writable_folder, write_text_atomic
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def _drawn(
     base: Base, reference: Image.Image, request: Request, attachment: Attachment
 ) -> list[str]:
     jobs = [Job(PROMPT, 0, index, reference) for index in range(PER_ROW)]
-    return [inline(image) for image in sample(base, jobs, request, attachment)]
+    return [inline(image) for image in sampled(Task(base), jobs, request, attachment)]
 
 
 def _turned(base: Base, reference: Image.Image) -> tuple[dict[float, list[str]], Dial]:

@@ -25,7 +25,8 @@ from ipdiverse.evaluation.study import Arm
 from ipdiverse.image_io import content_hash
 from ipdiverse.levers import LEVERS
 from ipdiverse.sampling.draw import versions
-from ipdiverse.sampling.sample import Job, attached, levers_of, sample, set_scale
+from ipdiverse.sampling.sample import Job, attached, levers_of, sampled, set_scale
+from ipdiverse.sampling.task import Task
 from ipdiverse.writing import ensure_writable_folder, write_bytes_atomic
 
 if TYPE_CHECKING:
@@ -153,7 +154,7 @@ def sample_array(
     """
     size = MEASURING_BATCH if base.name == CRITTERS else base.batch
     wide = replace(base, batch=min(size, len(jobs)))
-    images = sample(wide, jobs, request, attachment, progress)
+    images = sampled(Task(wide), jobs, request, attachment, progress=progress)
     return np.stack([np.asarray(image) for image in images])
 
 

@@ -36,7 +36,12 @@ from ipdiverse.evaluation.sets import PairSums, concatenated, pair_sums
 from ipdiverse.sampling import task
 from ipdiverse.sampling.draw import versions
 from ipdiverse.sampling.request import Request
-from ipdiverse.writing import ensure_writable_folder, write_text_atomic
+from ipdiverse.writing import (
+    ensure_writable_folder,
+    only_one,
+    without_folders,
+    write_text_atomic,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -126,7 +131,14 @@ class Runner:
         self._bar = None
 
     def run(self, left_out: Sequence[str] = ()) -> Done:
-        """Measure every arm and write the numbers; the report names arms that were `left_out`."""
+        """Measure every arm and write the numbers; the report names arms that were `left_out`.
+
+        It holds its folder meanwhile: a second study in it is refused.
+        """
+        with only_one(self.out):
+            return self._run(left_out)
+
+    def _run(self, left_out: Sequence[str]) -> Done:
         self.check_sources()
         measured, rows = list[Measured](), list[dict[str, Any]]()
         with self:
@@ -134,7 +146,7 @@ class Runner:
                 measured.append(self.measure(arm))
                 rows.append(measured[-1].row())
                 # written whole again: after a kill it holds every arm before, and no half a line
-                lines = "".join(json.dumps(row) + "\n" for row in rows)
+                lines = "".join(json.dumps(without_folders(row)) + "\n" for row in rows)
                 write_text_atomic(self.out / "results.jsonl", lines)
         anchored = self.anchors()
         areas = hypervolumes(self.study, measured)
@@ -148,7 +160,8 @@ class Runner:
             "hypervolumes": areas,
             "arms": [*rows, *(one.row() for one in anchored)],
         }
-        write_text_atomic(self.out / "results.json", json.dumps(results, indent=1) + "\n")
+        text = json.dumps(without_folders(results), indent=1)
+        write_text_atomic(self.out / "results.json", text + "\n")
         return Done([*measured, *anchored], self.references, areas, list(left_out))
 
     def measure(self, arm: Arm) -> Measured:

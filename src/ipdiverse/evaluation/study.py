@@ -26,19 +26,16 @@ from typing import TYPE_CHECKING, Any, Literal
 from ipdiverse.base.adapters import DEFAULT_ADAPTER, default_adapter
 from ipdiverse.base.bases import CRITTERS, defaults_of
 from ipdiverse.config import read, read_toml, renamed
-from ipdiverse.dial import DROPPED_LEVERS, RENAMED_LEVERS
+from ipdiverse.dial import DROPPED_LEVERS
 from ipdiverse.errors import ArgumentError, IpdiverseError, check_range
 from ipdiverse.levers import LEVERS
-from ipdiverse.sampling import request
-from ipdiverse.sampling.request import MAX_IMAGES, MAX_STEPS, Request
+from ipdiverse.sampling.request import MAX_IMAGES, MAX_STEPS, RENAMED, Request
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 SETTINGS = ("adapter", "scale", "preset", "start_at", "end_at", "guidance_scale", "diversity")
 """What an arm may set besides levers: fields of `Request`."""
-RENAMED = RENAMED_LEVERS | request.RENAMED
-"""Settings of version 0.1 by their names of today."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ OUT/0003/0001.png          image 1 of the job in line 3 (counted from 0)
 
 from __future__ import annotations
 
-import codecs
 import json
 import os
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ipdiverse import config
 from ipdiverse.errors import ArgumentError, DataError, IpdiverseError
 from ipdiverse.image_io import content_hash
 from ipdiverse.levers import LEVERS
@@ -35,12 +35,10 @@ RESULTS = "results.jsonl"
 def read_jobs(file: Path, defaults: Request) -> dict[str, Request]:
     """Read requests, one JSON object a line; all are checked before the first is drawn."""
     try:
-        data = file.read_bytes()
-        # Windows editors mark UTF-16, and UTF-8 too, at the start of the file
-        utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        lines = data.decode("utf-16" if utf16 else "utf-8-sig").split("\n")  # JSON has other ends
-    except (OSError, UnicodeError) as error:
-        fix = "Save it as UTF-8." if isinstance(error, UnicodeError) else "Check the path."
+        # not `splitlines`: JSON may hold the other ends of lines that Unicode has
+        lines = config.decoded(file.read_bytes()).split("\n")
+    except (OSError, ValueError) as error:
+        fix = "Check the path." if isinstance(error, OSError) else "Save it as UTF-8."
         raise DataError(
             "cannot be read", where=file, expected="JSON lines", found=error, fix=fix
         ) from error
@@ -71,7 +69,7 @@ def run_batch(
         for number, where, job in waiting:
             with _named(where):
                 drawn += _draw(number, job, bases.open(job), out, known.get(number, set()), tell)
-        _known(out, list(jobs.values()))  # in order, where a lost image was drawn again
+        _known(out, list(jobs.values()))  # puts lines in order, if a lost image was drawn again
         return drawn
 
 
@@ -114,13 +112,14 @@ def _draw(
     with drawing(job, base, pictures=pictures) as work:
         for position, image in work.images(skip=there):
             name, sha256 = image_name(position), content_hash(image)
-            about = {"job": number, "image": position, "prompt": work.jobs[position].prompt}
-            about |= {"sha256": sha256}
+            prompt = work.jobs[position].prompt
+            about = {"job": number, "image": position, "prompt": prompt, "sha256": sha256}
             command = work.request.command(str(folder))
             record = {"tool": "ipdiverse", **about, "command": command, "run": run}
             save_png(image, folder / name, record)
             line = {**about, "file": f"{folder.name}/{name}", "request": _stated(job)}
             line |= {"inputs": read, "notes": work.notes}
+            # after the image, which it says is there
             append_text(out / RESULTS, json.dumps(line) + "\n")
             tell(line)
             drawn += 1

@@ -12,8 +12,10 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from jaxtyping import Float
 from torch import Tensor
 
@@ -55,7 +57,7 @@ def steer(
     context = _context(attachment, seeds, prompts)
     _check(levers, attachment, len(seeds))
     hook, unet = attachment.hook, attachment.pipe.unet
-    _take_off(attachment)
+    _take_off(attachment)  # diffusers refuses a second hook of one name
     steering = Steering(attachment, levers, context)
     with inside_offloading(unet):
         HookRegistry.check_if_exists_or_initialize(unet).register_hook(steering, LEVERS_HOOK)
@@ -140,7 +142,8 @@ class Steering(ModelHook):
         guided = combine(weights, predicted)
         rescale = float(getattr(self.attachment.pipe, "guidance_rescale", 0.0) or 0.0)
         if rescale and len(weights) > 1 and BOTH in predicted:
-            guided = rescaled(guided, predicted[BOTH], rescale)
+            # here, as a pipeline that rescales finds equal halves and changes nothing
+            guided = rescale_noise_cfg(guided, predicted[BOTH], rescale)
         if self.previews:
             kind = self.attachment.pipe.scheduler.config.prediction_type
             sample = given["sample"][-items:, : guided.shape[1]]  # inpainting adds channels
@@ -203,7 +206,7 @@ class Steering(ModelHook):
         try:
             output = forward(**arguments)[0]
         finally:
-            hook.layout = None
+            hook.layout = None  # also after an error: the next call tells its branches itself
         return dict(zip(wanted, output.chunk(len(wanted)), strict=True))
 
     @staticmethod
@@ -214,6 +217,7 @@ class Steering(ModelHook):
     def _text_rows(self, given: dict[str, Any], wanted: tuple[str, ...], rows: list[int]) -> Tensor:
         """The text of some branches, the same tensor as long as the pipeline's is the same."""
         text = given["encoder_hidden_states"]
+        # the hook and the layers keep what they made of a text for as long as it is the same tensor
         if self._text is not text:
             self._text, self._subsets = text, {}
         if wanted not in self._subsets:
@@ -230,10 +234,7 @@ class Steering(ModelHook):
                 expected="a scheduler with alphas_cumprod",
             )
         t = float(torch.as_tensor(timestep).flatten()[0])
-        low = min(max(int(t), 0), len(alphas) - 1)
-        high = min(low + 1, len(alphas) - 1)
-        below, above = alphas[low].cpu(), alphas[high].cpu()  # not every device has float64
-        return float(torch.lerp(below.double(), above.double(), t - low))
+        return float(np.interp(t, np.arange(len(alphas)), alphas.float().cpu().numpy()))
 
     def _check_layout(self, layout: tuple[str, ...]) -> None:
         if layout not in ((NOTHING, BOTH), (BOTH,)):
@@ -335,16 +336,6 @@ def combine(weights: dict[str, float], predictions: dict[str, Tensor]) -> Tensor
         nothing, both = predictions[NOTHING], predictions[BOTH]
         return nothing + weights[BOTH] * (both - nothing)
     return torch.stack([w * predictions[b] for b, w in weights.items()]).sum(0)
-
-
-def rescaled(guided: Tensor, conditional: Tensor, share: float) -> Tensor:
-    """A share of guidance rescaled to the conditional prediction's deviation (arXiv:2305.08891).
-
-    Pipelines that do it themselves then find equal halves and change nothing.
-    """
-    axes = tuple(range(1, guided.ndim))
-    ratio = conditional.std(axes, keepdim=True) / guided.std(axes, keepdim=True)
-    return share * guided * ratio + (1 - share) * guided
 
 
 def sigma_of(alpha: float) -> float:

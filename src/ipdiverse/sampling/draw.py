@@ -96,6 +96,7 @@ def draw_into(
             with _interrupted_between(run, tell):
                 before_opening(request)
                 with drawing(request, pictures=pictures, indices=run.indices) as work:
+                    # the command repeats the folder that was asked for, not the free one it got
                     run.begin(work.record(str(out)))
                     for number, image in work.images(skip=set(run.images)):
                         run.add(number, image)
@@ -139,25 +140,14 @@ class Drawing:
     ) -> Iterator[tuple[int, Image.Image]]:
         """Number and image of each job as it is finished; what `on_step` raises stops it."""
         numbers = [number for number in range(len(self.jobs)) if number not in skip]
-        images = sampled(
-            self.task.base,
-            [self.jobs[number] for number in numbers],
-            self.request,
-            self.attachment,
-            progress,
-            self.task,
-            self.negative,
-            on_step,
-        )
-        for number, (_, image) in zip(numbers, images, strict=True):
-            yield number, image
+        jobs = [self.jobs[number] for number in numbers]
+        asked = (self.task, jobs, self.request, self.attachment, self.negative)
+        return zip(numbers, sampled(*asked, progress, on_step), strict=True)
 
     def finished(self, images: list[Image.Image]) -> Generation:
         """All of its images with what was asked."""
         indices = [job.index for job in self.jobs]
-        return Generation(
-            self.request, self.references, images, self.notes, indices, asked=self.asked
-        )
+        return Generation(self.request, self.references, images, self.notes, indices, self.asked)
 
     def record(self, out: str) -> dict[str, Any]:
         """What is known before the first image."""
@@ -175,34 +165,34 @@ def drawing(
 ) -> Iterator[Drawing]:
     """Open what a request needs; the adapter comes off at the end of the `with` block.
 
-    `before_opening` is called before a base is downloaded or opened; what it raises ends it all.
-    Without `pictures` (from `checked_pictures`) the request is checked here; without `indices`
-    candidates are chosen.
+    Args:
+        before_opening: Called before a base is downloaded or opened, to refuse that by an error.
+        pictures: From `checked_pictures`; without them the request is checked here.
+        indices: Of candidates that an interrupted run chose; without them they are chosen here.
     """
     asked = request
     if pictures is None:
         pictures = checked_pictures(request, opened=loaded is not None)
+    # what is wrong with faces or masks is said before gigabytes are downloaded
     reference = _reference(request, pictures)
     before_opening(request)
+    # defaults go into the record, which then repeats the images when a later version has others
     request = replace(request, adapter=request.adapter or default_adapter(request.base))
     base = loaded or open_base(request)
     weights = adapter_file(request.base, request.adapter)
     request = settled(request, base)
     task = task_for(base, request, pictures)
     negative = pictures.images[request.negative_image] if request.negative_image else None
+    # on the task's pipeline: image-to-image, inpainting and ControlNets have their own
     with quiet(), attached(task.base, weights, request.image_encoder) as attachment:
         reference = _with_faces(reference, request, attachment.adapters[0].reads)
         set_scale(attachment, base, request)
-        jobs = [
-            Job(text, request.seed, index, reference)
-            for text in request.prompt
-            for index in range(request.candidates or request.n)
-        ]
-        if indices is not None:
-            texts = [text for text in request.prompt for _ in range(request.n)]
-            numbered = zip(texts, indices, strict=True)
-            jobs = [Job(text, request.seed, index, reference) for text, index in numbered]
-        elif request.candidates not in (None, request.n):
+        begun = request.n if indices else request.candidates or request.n
+        texts = [text for text in request.prompt for _ in range(begun)]
+        numbers = indices or [*range(begun)] * len(request.prompt)
+        numbered = zip(texts, numbers, strict=True)
+        jobs = [Job(text, request.seed, index, reference) for text, index in numbered]
+        if begun > request.n:
             from ipdiverse.sampling.selection import chosen
 
             jobs = chosen(jobs, request, task, attachment, negative)
@@ -231,11 +221,9 @@ def _reference(request: Request, pictures: Pictures) -> Reference:
 
 def _with_faces(reference: Reference, request: Request, reads: tuple[str, ...]) -> Reference:
     """The reference with what an opened adapter reads of faces."""
-    if "face" not in reads:
-        if request.faces:
-            raise request.faces_unread()
-        return reference
-    if reference.faces is not None:
+    if "face" not in reads and request.faces:
+        raise request.faces_unread()
+    if "face" not in reads or reference.faces is not None:
         return reference
     return replace(reference, faces=_faces_in(reference.images))
 
@@ -326,22 +314,19 @@ class Generation:
         Raises:
             OutputError: The folder cannot be written.
         """
+        # of what was asked, so that the same call finds its images before a base is opened
         run_id, total = fingerprint(self.asked or self.request), len(self.images)
         used = self.request.picture_files
         with open_run(Path(out), run_id, total, overwrite=overwrite, used=used) as run:
             if run.folder != Path(out):
                 warnings.warn(f"{out} holds something else: saved in {run.folder}", stacklevel=2)
             if not run.complete:
-                self.write(run, str(out) if named is None else named)
+                run.begin(self.record(str(out) if named is None else named))
+                for number, image in enumerate(self.images):
+                    if number not in run.images:
+                        run.add(number, image)
+                run.finish(self.sheet(), self.notes)
             return run.record | {"out": str(run.folder)}
-
-    def write(self, run: Run, named: str) -> None:
-        """Write what a folder lacks of these images, contact sheet and JSON."""
-        run.begin(self.record(named))
-        for number, image in enumerate(self.images):
-            if number not in run.images:
-                run.add(number, image)
-        run.finish(self.sheet(), self.notes)
 
     def sheet(self) -> Image.Image:
         """The references and all images, with captions."""
@@ -366,6 +351,7 @@ class Generation:
 
 def side_by_side(images: Sequence[Image.Image]) -> Image.Image:
     """Several pictures as one, all as high as the first; one stays as it is."""
+    import numpy as np
     from PIL import Image
 
     if len(images) == 1:
@@ -374,9 +360,4 @@ def side_by_side(images: Sequence[Image.Image]) -> Image.Image:
         return Image.new("RGB", (64, 64), (224, 224, 224))
     height = images[0].height
     scaled = [im.resize((max(1, im.width * height // im.height), height)) for im in images]
-    whole = Image.new("RGB", (sum(im.width for im in scaled), height))
-    left = 0
-    for image in scaled:
-        whole.paste(image, (left, 0))
-        left += image.width
-    return whole
+    return Image.fromarray(np.hstack([np.asarray(image) for image in scaled]))

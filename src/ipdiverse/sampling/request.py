@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -15,7 +14,8 @@ from ipdiverse.base.bases import CRITTERS, check_part
 from ipdiverse.base.memory import USUAL, Dtype, MemoryOptions, Offload
 from ipdiverse.base.pipelines import check_known
 from ipdiverse.base.presets import PRESETS
-from ipdiverse.dial import OFF, Levers, current_names
+from ipdiverse.config import renamed
+from ipdiverse.dial import OFF, RENAMED_LEVERS, Levers, current_names
 from ipdiverse.errors import ArgumentError, check_range, check_whole
 from ipdiverse.levers import LEVERS
 
@@ -26,9 +26,10 @@ MAX_WEIGHT = 1000
 Fit = Literal["crop", "pad", "stretch"]
 
 USED_WITH = {"strength": "init_image", "control_scale": "controlnet"}
-"""Fields that change nothing without another."""
-RENAMED = {"start": "start_at", "end": "end_at"}
-"""Fields of version 0.1 by their names of today."""
+"""Fields that change nothing without another; in a batch a flag for all jobs may set them."""
+_NEEDS = {"mask_image": "init_image", "control_image": "controlnet", "controlnet": "control_image"}
+RENAMED = {"start": "start_at", "end": "end_at", **RENAMED_LEVERS}
+"""Fields and levers of version 0.1 by their names of today."""
 _SEVERAL = ("image", "prompt", "mask", "weights")
 
 
@@ -131,7 +132,7 @@ class Request:
     def of(cls, values: Mapping[str, Any], where: str = "request") -> Request:
         """From flat values, as job files, studies, records and keyword arguments have them.
 
-        Names of version 0.1 are understood, each with a warning that gives the new one.
+        Names of version 0.1 are understood, with a warning that gives the new ones.
 
         Args:
             values: Fields of a request and levers, by name.
@@ -170,12 +171,10 @@ class Request:
             object.__setattr__(self, name, tuple(value) if several else (value,))
         if not self.prompt:
             object.__setattr__(self, "prompt", ("",))
-        for name in ("n", "seed"):
-            check_whole(name, getattr(self, name))
         self._check_texts()
         self._check_ranges()
-        self._check_together()
-        self.memory()
+        self._check_needs(_NEEDS)
+        self.memory()  # refuses words that it does not know
 
     @property
     def picture_files(self) -> tuple[str, ...]:
@@ -189,11 +188,7 @@ class Request:
         return tuple(dict.fromkeys(file for file in (*self.mask, self.mask_image) if file))
 
     def memory(self) -> MemoryOptions:
-        """How the base is placed.
-
-        Raises:
-            ArgumentError: An unknown word.
-        """
+        """How the base is placed (`ArgumentError` for an unknown word)."""
         wishes = (self.dtype, self.offload, self.tiling)
         return USUAL if wishes == ("auto", "auto", None) else MemoryOptions(*wishes)
 
@@ -208,8 +203,7 @@ class Request:
         """
         if not self.image and not self.faces:
             raise ArgumentError("is missing", where="image", fix="Give a reference: --image FILE.")
-        for name, needed in USED_WITH.items():
-            self._check_needs(name, needed)
+        self._check_needs(USED_WITH)
         if not opened:
             check_known(self.base)
         check_adapter(self.base, self.adapter)
@@ -238,72 +232,68 @@ class Request:
     def faces_unread(self) -> ArgumentError:
         """The error for face embeddings that would have no effect."""
         faces = ", ".join(name for name, preset in PRESETS.items() if preset.faces)
-        return ArgumentError(
-            "are not read by this adapter",
-            where="faces",
-            found=self.adapter or self.base,
-            fix=f"Leave out --faces, or name an adapter that reads them with --adapter ({faces}).",
-        )
+        fix = f"Leave out --faces, or name an adapter that reads them with --adapter ({faces})."
+        found = self.adapter or self.base
+        return ArgumentError("are not read by this adapter", where="faces", found=found, fix=fix)
 
     def _check_texts(self) -> None:
-        for one in fields(self):
-            value = getattr(self, one.name)
-            if one.name in ("image", "prompt", "mask"):
-                for part in value:
-                    _check_text(one.name, part)
-            elif one.type == "str":
-                _check_text(one.name, value)
-
+        lists = [
+            (name, text) for name in ("image", "prompt", "mask") for text in getattr(self, name)
+        ]
+        texts = [(one.name, getattr(self, one.name)) for one in fields(self) if one.type == "str"]
+        for name, text in lists + texts:
+            if not isinstance(text, str):
+                raise ArgumentError("is not text", where=name, expected="a str", found=repr(text))
+            try:
+                text.encode()  # half a surrogate pair, as of a broken file name
+            except UnicodeEncodeError as error:
+                raise ArgumentError(
+                    "is not valid Unicode", where=name, found=ascii(text)
+                ) from error
         for file in self.picture_files:
             if re.match(r"[a-z][a-z0-9+.-]+://|data:", file, re.IGNORECASE):
                 fix = "Download it first, and give the file."
                 raise ArgumentError("is an address", where=file, expected="a file", fix=fix)
 
     def _check_ranges(self) -> None:
-        check_range("n", self.n, 1, MAX_IMAGES)
-        check_range("n × prompts", self.n * len(self.prompt), 1, MAX_IMAGES)
+        whole = {
+            "n": (1, MAX_IMAGES),
+            "seed": (0, 2**63 - 1),
+            "candidates": (self.n, MAX_IMAGES),
+            "steps": (1, MAX_STEPS),
+            "width": (8, MAX_SIDE),
+            "height": (8, MAX_SIDE),
+        }
         ranges = {
             "scale": (0, 10),
             "start_at": (0, 1),
             "end_at": (self.start_at, 1),
             "strength": (0, 1),
             "control_scale": (0, 10),
-            "seed": (0, 2**63 - 1),
             "guidance_scale": (0, 100),
             "diversity": (0, 1),
         }
-        whole = {
-            "candidates": (self.n, MAX_IMAGES),
-            "steps": (1, MAX_STEPS),
-            "width": (8, MAX_SIDE),
-            "height": (8, MAX_SIDE),
-        }
-        for name, limits in (ranges | whole).items():
+        for name, limits in (whole | ranges).items():
             if (value := getattr(self, name)) is not None:
                 if name in whole:
                     check_whole(name, value)
                 check_range(name, value, *limits)
+        check_range("n × prompts", self.n * len(self.prompt), 1, MAX_IMAGES)
         for weight in self.weights:
             check_range("weights", weight, -MAX_WEIGHT, MAX_WEIGHT)
         for name in ("width", "height"):
             if (getattr(self, name) or 0) % 8:  # the VAE halves them three times
                 raise ArgumentError("is not a multiple of 8", where=name, found=getattr(self, name))
 
-    def _check_together(self) -> None:
         if self.fit not in get_args(Fit):
             expected = " | ".join(get_args(Fit))
             raise ArgumentError("is unknown", where="fit", expected=expected, found=self.fit)
-        for name, needed in (
-            ("mask_image", "init_image"),
-            ("control_image", "controlnet"),
-            ("controlnet", "control_image"),
-        ):
-            self._check_needs(name, needed)
 
-    def _check_needs(self, name: str, needed: str) -> None:
-        default = getattr(type(self), name)
-        if getattr(self, name) != default and not getattr(self, needed):
-            raise ArgumentError(f"needs {needed}", where=name, fix=f"Give --{_flag(needed)}.")
+    def _check_needs(self, needs: Mapping[str, str]) -> None:
+        for name, needed in needs.items():
+            default = getattr(type(self), name)
+            if getattr(self, name) != default and not getattr(self, needed):
+                raise ArgumentError(f"needs {needed}", where=name, fix=f"Give --{_flag(needed)}.")
 
     def command(self, out: str) -> str:
         """The shell command that repeats this request exactly."""
@@ -325,23 +315,9 @@ ALWAYS = ("prompt", "n", "seed", "base", "adapter", "scale", "steps", "guidance_
 
 
 def current(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Flat values of version 0.1 in today's names, each change with a warning."""
-    found = current_names(values, where, typed=True)
-    for old, new in RENAMED.items():
-        if old in found:
-            warnings.warn(f"{where}: {old} is now called {new}", stacklevel=3)
-            found[new] = found.pop(old)
-    return found
+    """Flat values of version 0.1 in today's names, with a warning where they change."""
+    return current_names(renamed(values, RENAMED, where), where)
 
 
 def _flag(name: str) -> str:
     return name.replace("_", "-")
-
-
-def _check_text(name: str, value: object) -> None:
-    if not isinstance(value, str):
-        raise ArgumentError("is not text", where=name, expected="a str", found=repr(value))
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ArgumentError("is not valid Unicode", where=name, found=ascii(value)) from error

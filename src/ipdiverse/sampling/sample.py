@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,80 +44,63 @@ def dial_for(adapter: ImagePromptAdapter) -> Dial:
 
 
 def levers_of(request: Request, adapter: ImagePromptAdapter | None) -> Levers:
-    """A request's levers: its dial's, overridden by those that it sets itself."""
+    """A request's levers: those of its dial, unless it sets them itself."""
     if request.diversity is None or adapter is None:
         return request.levers
     return dial_for(adapter).at(request.diversity) | request.levers
 
 
 def set_scale(attachment: Attachment, base: Base, request: Request) -> None:
-    """Weigh the image prompt as a request asks; what it leaves open the base says."""
+    """Weigh the image prompt as a request asks, or else as the base does by default."""
     scale = base.scale if request.scale is None else request.scale
     attachment.set_scale(
         request.preset or scale, weight=scale, start_at=request.start_at, end_at=request.end_at
     )
 
 
-def sample(
-    base: Base,
-    jobs: Sequence[Job],
-    request: Request,
-    attachment: Attachment | None = None,
-    progress: bool | None = None,
-    task: Task | None = None,
-    negative: Image.Image | None = None,
-) -> list[Image.Image]:
-    """Denoise jobs batch by batch; each image depends on its own job alone."""
-    drawn = sampled(base, jobs, request, attachment, progress, task, negative)
-    return [image for _, image in drawn]
-
-
 def sampled(
-    base: Base,
+    task: Task,
     jobs: Sequence[Job],
     request: Request,
     attachment: Attachment | None = None,
-    progress: bool | None = None,
-    task: Task | None = None,
     negative: Image.Image | None = None,
+    progress: bool | None = None,
     on_step: Callable[[int], None] | None = None,
-) -> Iterator[tuple[Job, Image.Image]]:
-    """As `sample`, but each job with its image as soon as its batch is finished."""
+) -> Iterator[Image.Image]:
+    """The image of each job, as its batch is finished; it depends on its own job alone."""
     from tqdm import tqdm
 
-    show = sys.stderr.isatty() if progress is None else progress
+    hidden = None if progress is None else not progress  # None is tqdm's "unless on a terminal"
     levers = OFF if attachment is None else levers_of(request, attachment.adapters[0])
-    task = task or Task(base)
-    with tqdm(total=len(jobs) * steps_of(base, request), disable=not show, unit="step") as bar:
+    total = len(jobs) * steps_of(task.base, request)
+    with tqdm(total=total, disable=hidden, unit="step") as bar:
 
         def advance(images: int) -> None:
             bar.update(images)
             if on_step is not None:
                 on_step(images)
 
-        for chunk, padded in _chunks(jobs, base.batch):
+        for chunk, padded in _chunks(jobs, task.base.batch):
             _prompt(attachment, padded, levers, negative)
-            images = _denoise(task, padded, request, advance, len(chunk))
-            yield from zip(chunk, images[: len(chunk)], strict=True)
+            yield from _denoise(task, padded, request, advance, len(chunk))[: len(chunk)]
 
 
 def preview(
-    base: Base,
+    task: Task,
     jobs: Sequence[Job],
     request: Request,
     attachment: Attachment,
+    negative: Image.Image | None,
     share: float,
-    task: Task | None = None,
-    negative: Image.Image | None = None,
 ) -> Tensor:
     """Clean-latent guesses after the first steps, (jobs, channels, height, width)."""
     import torch
 
-    levers = levers_of(request, attachment.adapters[0])
-    task, guesses = task or Task(base), []
-    steps = steps_of(base, request) * (request.strength if request.init_image else 1)
+    levers, guesses = levers_of(request, attachment.adapters[0]), []
+    # image-to-image skips the steps that its strength leaves out
+    steps = steps_of(task.base, request) * (request.strength if request.init_image else 1)
     last = max(1, round(share * steps)) - 1
-    for chunk, padded in _chunks(jobs, base.batch):
+    for chunk, padded in _chunks(jobs, task.base.batch):
         steering = _prompt(attachment, padded, levers, negative, previews=True)
         _denoise(task, padded, request, None, len(chunk), last)
         if steering is None or steering.guess is None:
@@ -183,7 +165,7 @@ def _denoise(
             try:
                 advance(wanted)
             except Exception as error:
-                stopped.append(error)
+                stopped.append(error)  # told apart from what the pipeline itself raises
                 raise
         if step == last:
             pipe._interrupt = True  # the pipeline's own way to skip the steps that are left
@@ -192,6 +174,7 @@ def _denoise(
     with any_latents(pipe), _one_line(task.base, stopped):
         output = pipe(
             prompt=[job.prompt for job in jobs],
+            # of one type with `prompt`, or diffusers raises
             negative_prompt=[request.negative_prompt] * len(jobs),
             generator=[generator(job.seed, job.index) for job in jobs],
             num_inference_steps=steps_of(task.base, request),
@@ -212,7 +195,7 @@ def _denoise(
 
 @contextmanager
 def _one_line(base: Base, stopped: list[Exception]) -> Iterator[None]:
-    """What the pipeline raises as one line; what the caller's own `advance` raised as it is."""
+    """What the pipeline raises as one line, and what the caller's own `advance` raised as it is."""
     import torch
 
     try:
@@ -241,10 +224,8 @@ def attached(
 
     adapter = load_adapter(weights)
     if isinstance(image_encoder, str):
-        opened = load_image_encoder(image_encoder, base) if image_encoder else (None, None)
-    else:
-        opened = image_encoder
-    encoder, processor = opened
+        image_encoder = load_image_encoder(image_encoder, base) if image_encoder else (None, None)
+    encoder, processor = image_encoder
     attachment = attach(base.pipe, adapter, image_encoder=encoder, image_processor=processor)
     try:
         yield attachment

@@ -50,6 +50,7 @@ def fingerprint(request: Request) -> str:
         value = decides[name]
         several = value if isinstance(value, tuple) else (value,)
         decides[name] = [_content(one) for one in several]
+    # another torch or diffusers may draw other pixels, so that its images do not complete a set
     text = json.dumps([decides, versions()], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -150,6 +151,7 @@ class Run:
         file = self.folder / name
         if os.path.lexists(file):  # put there while this run was drawing
             raise in_the_way(file)
+        # these grow with each image; without them an image is the same after an interruption
         own = {k: v for k, v in self.record.items() if k not in ("image_sha256", "files")}
         save_png(image, file, {**own, **more, "sha256": content_hash(image)})
         return file
@@ -158,6 +160,7 @@ class Run:
         there = sorted(self.images)
         files = [*(image_name(number) for number in there), *more, RECORD]
         hashes = [self._hashes[number] for number in there]
+        # what a kill leaves is a whole record of the images that are there
         self.record |= {"image_sha256": hashes, "files": files}
         write_text_atomic(self.folder / RECORD, json.dumps(self.record, indent=2) + "\n")
 
@@ -209,6 +212,7 @@ def _found(folder: Path, run: str, total: int) -> Run | None:
     sheet = images.pop(-1, None)
     kept = {number: image for number, image in images.items() if image is not None}
     complete = sheet is not None and len(kept) == total and SHEET in record.get("files", ())
+    # killed between the sheet and the record that names it
     stale = [folder / SHEET] if sheet is not None and not complete else []
     return Run(folder, run, total, kept, record, stale, complete)
 

@@ -62,7 +62,7 @@ def select(
             rest = chosen[:position] + chosen[position + 1 :]
             gain = worth[other] - worth[chosen[position]]
             gain = gain + pairs[other, rest].sum() - pairs[chosen[position], rest].sum()
-            if float(gain) > 1e-9:
+            if float(gain) > 1e-9:  # a rounding must not swap two equals for ever
                 chosen[position], improved = other, True
     return sorted(chosen)
 
@@ -75,7 +75,7 @@ def chosen(
     negative: Image.Image | None,
 ) -> list[Job]:
     """The best group of each prompt's candidates."""
-    guesses = preview(task.base, jobs, request, attachment, EARLY, task, negative)
+    guesses = preview(task, jobs, request, attachment, negative, EARLY)
     kept: list[Job] = []
     for start in range(0, len(jobs), request.candidates or 1):
         part = jobs[start : start + (request.candidates or 1)]
@@ -100,6 +100,7 @@ def judged(
     if read is not None:
         text = F.normalize(read[[distinct.index(prompt) for prompt in prompts]], dim=1)
         agreement = (seen * text.to(seen)).sum(1)
+        # candidates that show the prompt equally well have no deviation
         worth = (agreement - agreement.mean()) / agreement.std().clamp_min(1e-6)
     return worth.cpu(), _standard_pairs(1 - seen @ seen.T).cpu()
 
@@ -142,11 +143,7 @@ def _standard_pairs(apart: Tensor) -> Tensor:
 
 @torch.no_grad()
 def joint_text(pipe: Any, texts: list[str], width: int) -> Tensor | None:
-    """Text embeddings in the space of an image encoder, (texts, width).
-
-    Returns:
-        None where no text encoder is in that space.
-    """
+    """Texts in the space of an image encoder, (texts, width); None if no text encoder is in it."""
     for suffix in ("", "_2"):
         encoder = getattr(pipe, f"text_encoder{suffix}", None)
         if encoder is None:
@@ -161,13 +158,7 @@ def joint_text(pipe: Any, texts: list[str], width: int) -> Tensor | None:
 
 
 def _pooled(encoder: Any, tokenizer: Any, texts: list[str]) -> Tensor:
-    tokens = tokenizer(
-        texts,
-        padding="max_length",
-        max_length=tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
-    )
+    tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
     output = encoder(tokens.input_ids.to(encoder.device))
     projected = getattr(output, "text_embeds", None)
     return (output.pooler_output if projected is None else projected).float()

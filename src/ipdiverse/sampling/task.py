@@ -15,7 +15,7 @@ from ipdiverse.base.memory import arrange
 from ipdiverse.base.presets import PRESETS, preset_files
 from ipdiverse.errors import ArgumentError, ModelError, quoted
 from ipdiverse.image_io import load_image, load_mask
-from ipdiverse.loading import quiet
+from ipdiverse.loading import one_line, quiet
 
 if TYPE_CHECKING:
     from ipdiverse.base.presets import HubFile
@@ -153,15 +153,9 @@ def _check_channels(base: Base, request: Request) -> None:
 def _pipeline(kind: str, base: Base, extra: dict[str, Any]) -> Any:
     import diffusers
 
-    auto = getattr(diffusers, f"AutoPipelineFor{kind}")
-    with quiet():
-        try:
-            pipe = auto.from_pipe(base.pipe, **extra)
-        except (ValueError, TypeError) as error:
-            raise ModelError(
-                f"has no pipeline for {kind.lower()}", where=base.name, found=str(error)[:200]
-            ) from error
-    pipe.set_progress_bar_config(disable=True)
+    with quiet(), one_line(f"has no pipeline for {kind.lower()}", base.name):
+        pipe = getattr(diffusers, f"AutoPipelineFor{kind}").from_pipe(base.pipe, **extra)
+    pipe.set_progress_bar_config(disable=True)  # from_pipe does not take it over
     if base.plan is not None:  # what diffusers keeps of it belongs to the pipeline, not its parts
         arrange(pipe, base.plan)
     return pipe

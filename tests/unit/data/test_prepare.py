@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -293,6 +294,20 @@ def test_the_same_place_spelled_otherwise_is_the_same(
     folder(tmp_path / "other", "0.png", "a.png")
     with pytest.raises(DataError, match="prepared from something else; expected source"):
         prepare("other", Path("d"), options())
+
+
+def test_no_whole_path_of_this_machine_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = folder(tmp_path / "s", "a.png"), tmp_path / "out"
+    # as where a source and its target share no folder but the root
+    monkeypatch.setattr("os.path.commonpath", lambda _: tmp_path.anchor)
+    report = prepare(str(source), out, options())
+    assert re.fullmatch(r"s \([0-9a-f]{12}\)", report["source"])
+    assert tmp_path.name not in (out / "prepare.json").read_text()
+    assert prepare(f"{source}/", out, options()) == report
+    with pytest.raises(DataError, match="prepared from something else; expected source"):
+        prepare(str(folder(tmp_path / "other", "0.png")), out, options())
 
 
 def test_a_list_that_is_added_and_an_encoding_that_is_named_are_taken_up(tmp_path: Path) -> None:

@@ -9,17 +9,21 @@ import numpy as np
 import pytest
 import torch
 
+from ipdiverse.base.adapters import adapter_file
 from ipdiverse.base.bases import load_base
 from ipdiverse.base.memory import Plan
 from ipdiverse.base.pipelines import fingerprint
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import sample_scene
+from ipdiverse.errors import OutputError
 from ipdiverse.evaluation import images as study_images
 from ipdiverse.evaluation import running
+from ipdiverse.evaluation.calibrate import calibrate, calibration_study
 from ipdiverse.evaluation.images import StudyImages
 from ipdiverse.evaluation.measured import SHOWN_IMAGES, SHOWN_PAIRS
 from ipdiverse.evaluation.running import Runner
 from ipdiverse.evaluation.study import Arm, Study
+from ipdiverse.writing import only_one
 from tests.devices import Elsewhere
 
 if TYPE_CHECKING:
@@ -86,6 +90,29 @@ def test_precision_and_tiles_decide_images_and_critters_have_neither(tmp_path: P
     ]
     assert len({tuple(each) for each in decides}) == len(plans)
     assert Runner(study, tmp_path).base.plan is None
+
+
+def test_a_study_and_a_calibration_hold_their_folders(tmp_path: Path) -> None:
+    study = calibration_study("plus", pairs=2, images=2)
+    with only_one(tmp_path):
+        with pytest.raises(OutputError, match="another process is at work"):
+            Runner(study, tmp_path).run()
+        with pytest.raises(OutputError, match="another process is at work"):
+            calibrate(study, tmp_path)
+
+
+def test_results_name_files_without_the_folders_of_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study_images, "sample_array", painted)
+    adapter = tmp_path / "mine.safetensors"
+    adapter.write_bytes(adapter_file("critters", "plus").read_bytes())
+    arm = Arm("a", "a", {"adapter": str(adapter)})
+    Runner(Study((arm,), pairs=2, images=2, steps=1), tmp_path / "out", progress=False).run()
+    for name in ("results.json", "results.jsonl"):
+        text = (tmp_path / "out" / name).read_text()
+        assert '"mine.safetensors"' in text
+        assert str(tmp_path) not in text
 
 
 def test_weights_have_the_same_fingerprint_wherever_they_are() -> None:

@@ -127,8 +127,7 @@ def test_jobs_of_version_0_1_are_read_with_notes(tmp_path: Path) -> None:
     where = f"{file}, line 1: "
     assert sorted(str(one.message).removeprefix(where) for one in told) == [
         "drop no longer acts",
-        "start is now called start_at",
-        "training is now called interpolation",
+        "renamed training → interpolation, start → start_at",
     ]
 
 
@@ -138,7 +137,7 @@ def test_results_of_version_0_1_count_as_landed(
     file = tmp_path / RESULTS
     file.write_text(file.read_text().replace('"n": 2', '"n": 2, "training": 0.5, "end": 0.9'))
     job = Request.of({"image": "a.png", "n": 2, "interpolation": 0.5, "end_at": 0.9})
-    with pytest.warns(UserWarning, match="now called"):
+    with pytest.warns(UserWarning, match="renamed"):
         assert run_batch({"line 1": job}, tmp_path) == 0
 
 

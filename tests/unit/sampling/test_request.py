@@ -56,9 +56,8 @@ def test_names_of_version_0_1_are_understood_with_a_note() -> None:
         request = Request.of({"training": 0.5, "end": 0.9, "particle": 0.1}, "record")
     assert request == Request(end_at=0.9, levers=Levers(interpolation=0.5))
     assert sorted(str(one.message) for one in told) == [
-        "record: end is now called end_at",
         "record: particle no longer acts",
-        "record: training is now called interpolation",
+        "record: renamed training → interpolation, end → end_at",
     ]
     with pytest.raises(TypeError, match="no_such"):
         Request.of({"no_such": 1})

@@ -241,7 +241,7 @@ def test_bad_options_are_one_line(
 def test_without_gradio_the_command_says_what_to_install(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ipdiverse.commands.ui.find_spec", lambda name: None)
+    monkeypatch.setattr("ipdiverse.commands.generate.find_spec", lambda name: None)
     assert main(["ui"]) == 2
     error = capsys.readouterr().err
     assert error == (
