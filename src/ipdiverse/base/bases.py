@@ -133,19 +133,15 @@ def load_base(
     return Base(name, pipe, usual.guidance_scale, batch, usual.steps, usual.scale, plan)
 
 
-_FEWEST_WORDS = 100
+_KINDS = "Stable Diffusion 1.x, 2.x or XL"
 _NEEDED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
 def _check_parts(name: str, pipe: Any) -> None:
     """Refuse a pipeline that opened and cannot draw, or draws nonsense."""
     if lacking := [part for part in _NEEDED if getattr(pipe, part, None) is None]:
-        raise ModelError(
-            f"has no {'UNet' if lacking[0] == 'unet' else lacking[0]}",
-            where=name,
-            expected="Stable Diffusion 1.x, 2.x or XL",
-            found=type(pipe).__name__,
-        )
+        what = f"has no {'UNet' if lacking[0] == 'unet' else lacking[0]}"
+        raise ModelError(what, where=name, expected=_KINDS, found=type(pipe).__name__)
     for suffix in ("", "_2"):
         encoder = getattr(pipe, f"text_encoder{suffix}", None)
         tokenizer = getattr(pipe, f"tokenizer{suffix}", None)
@@ -153,7 +149,7 @@ def _check_parts(name: str, pipe: Any) -> None:
             continue
         words, known = len(tokenizer), encoder.config.vocab_size
         # without its vocabulary a tokenizer opens all the same, with its few special tokens alone
-        if not min(known / 2, _FEWEST_WORDS) <= words <= known:
+        if not min(known / 2, 100) <= words <= known:
             raise ModelError(
                 f"its tokenizer{suffix} does not fit its text encoder",
                 where=name,
@@ -176,12 +172,8 @@ def _as_text_to_image(name: str, pipe: Any) -> Any:
         with quiet():
             made: Any = AutoPipelineForText2Image.from_pipe(pipe)
     except (ValueError, TypeError) as error:
-        raise ModelError(
-            "is a pipeline of another task",
-            where=name,
-            expected="Stable Diffusion 1.x, 2.x or XL",
-            found=type(pipe).__name__,
-        ) from error
+        what, kind = "is a pipeline of another task", type(pipe).__name__
+        raise ModelError(what, where=name, expected=_KINDS, found=kind) from error
     if hasattr(pipe, "unet_later"):
         made.unet_later = pipe.unet_later
     return made

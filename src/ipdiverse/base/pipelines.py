@@ -60,7 +60,7 @@ def open_pipeline(name: str, opening: Opening) -> Any:
         options = {"local_files_only": opening.local_files_only}
         revision = {"revision": opening.revision} if opening.revision else {}
         pipe = _opened(name, name, opening, **options, **revision)
-    return _with_encoder(pipe, opening, opening.encoder)
+    return _with_encoder(pipe, opening, opening.encoder or "")
 
 
 def check_known(name: str) -> None:
@@ -92,10 +92,10 @@ def _open_preset(preset: Preset, opening: Opening) -> Any:
     return _with_encoder(pipe, opening, encoder)
 
 
-def _with_encoder(pipe: Any, opening: Opening, encoder_of: str | None) -> Any:
+def _with_encoder(pipe: Any, opening: Opening, encoder_of: str) -> Any:
     """The pipeline, with a preset's image encoder in place of its own."""
     files = PRESETS[encoder_of].encoder_files() if encoder_of in PRESETS else []
-    if not files or encoder_of is None:
+    if not files:
         return pipe
     found = fetch(files, encoder_of, local_files_only=opening.local_files_only)
     with loading():
@@ -104,13 +104,11 @@ def _with_encoder(pipe: Any, opening: Opening, encoder_of: str | None) -> Any:
 
         kind: Any = transformers.CLIPVisionModelWithProjection
         try:
-            encoder = kind.from_pretrained(
-                found[0].parent, dtype=getattr(torch, opening.dtype), local_files_only=True
-            )
+            dtype = getattr(torch, opening.dtype)
+            encoder = kind.from_pretrained(found[0].parent, dtype=dtype, local_files_only=True)
         except Exception as error:  # whatever the library raises on a broken file
-            raise ModelError(
-                "its image encoder cannot be opened", where=encoder_of, found=first_line(error)
-            ) from error
+            what = "its image encoder cannot be opened"
+            raise ModelError(what, where=encoder_of, found=first_line(error)) from error
         parts = {"image_encoder": encoder.eval()}
         if getattr(pipe, "feature_extractor", None) is None:
             parts["feature_extractor"] = clip_processor(encoder)
@@ -124,9 +122,8 @@ def clip_processor(encoder: Any) -> Any:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     side = encoder.config.image_size
-    return CLIPImageProcessorPil(
-        size={"shortest_edge": side}, crop_size={"height": side, "width": side}
-    )
+    crop = {"height": side, "width": side}
+    return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=crop)
 
 
 def _opened(name: str, source: str, opening: Opening, **options: Any) -> Any:
@@ -141,12 +138,11 @@ def _opened(name: str, source: str, opening: Opening, **options: Any) -> Any:
         without = {"safety_checker": None, "requires_safety_checker": False}
         parts: dict[str, Any] = {} if opening.safety_checker else without
         try:
-            if opening.unet:
-                return kind.from_pretrained(source, **options, **parts)
-            pipe = kind.from_pretrained(
-                source, unet=_empty_unet(source, options), **options, **parts
-            )
-            pipe.unet_later = partial(Unet.from_pretrained, source, subfolder="unet", **options)
+            if not opening.unet:
+                parts["unet"] = _empty_unet(source, options)
+            pipe = kind.from_pretrained(source, **options, **parts)
+            if not opening.unet:
+                pipe.unet_later = partial(Unet.from_pretrained, source, subfolder="unet", **options)
             return pipe
         except Exception as error:  # whatever the libraries raise on a broken or absent source
             raise cannot_be_opened("cannot be opened", name, error) from error
@@ -210,12 +206,9 @@ def _single_file(file: Path, opening: Opening) -> Any:
                 **config,
             )
         except Exception as error:
-            raise ModelError(
-                "cannot be opened",
-                where=file,
-                found=first_line(error),
-                fix=f"Its configs come from the hub; offline, put them into {beside.name}/.",
-            ) from error
+            found = first_line(error)
+            fix = f"Its configs come from the hub; offline, put them into {beside.name}/."
+            raise ModelError("cannot be opened", where=file, found=found, fix=fix) from error
 
 
 def fingerprint(module: torch.nn.Module) -> str:

@@ -32,11 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How images are shown to encoders.
-
-    `resolution` is a multiple of 8; `variants` are random crops, mirrored too with `flip`, where 1
-    is the centre crop alone; `changed` references (`augment`) come besides the image itself.
-    """
+    """How images are shown to encoders: options of `CacheConfig`, checked."""
 
     resolution: int = 512
     variants: int = 1
@@ -57,10 +53,7 @@ class Preprocessing:
         return cls(config.resolution or resolution, *own)
 
     def target(self, image: Image.Image, sha256: str, variant: int) -> Tensor:
-        """One variant of a target, float32 (3, resolution, resolution) in -1..1.
-
-        Variant 0 is the centre; the others are drawn from the seed, the image and the number.
-        """
+        """One variant of a target, float32 (3, resolution, resolution) in -1..1; 0 is the centre."""
         # as torchvision's Resize and RandomCrop of the original trainer, but seeded for each image
         scale = self.resolution / min(image.size)
         width, height = (max(self.resolution, round(side * scale)) for side in image.size)
@@ -135,10 +128,7 @@ class FrozenEncoders:
 
     @torch.no_grad()
     def text(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """`states` (batch, tokens, width), `mask`, and for SDXL `pooled` (batch, width).
-
-        The mask (batch, tokens) is False at padding; fusion reads it.
-        """
+        """`states` (batch, tokens, width), `mask` (batch, tokens), and SDXL's `pooled`."""
         encoded = self.pipe.encode_prompt(
             prompt=list(captions),
             device=self.texts[0].device,
@@ -147,6 +137,7 @@ class FrozenEncoders:
         )
         pooled = {} if len(encoded) < 4 else {"pooled": encoded[2]}
         mask = text_mask(self.pipe, {"prompt": list(captions)})
+        # False at padding, which fusion must not read
         words = {} if mask is None else {"mask": mask.to(encoded[0].device)}
         return {"states": encoded[0], **words, **pooled}
 
