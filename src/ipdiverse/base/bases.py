@@ -19,13 +19,7 @@ from ipdiverse.base.memory import (
     sizes_of,
     this_device,
 )
-from ipdiverse.base.pipelines import (
-    CRITTERS,
-    CRITTERS_BASE,
-    Opening,
-    clip_processor,
-    open_pipeline,
-)
+from ipdiverse.base.pipelines import CRITTERS, CRITTERS_BASE, Opening, clip_processor, open_pipeline
 from ipdiverse.base.presets import PRESETS
 from ipdiverse.errors import ArgumentError, ModelError
 from ipdiverse.loading import loading, one_line, quiet

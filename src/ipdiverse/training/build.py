@@ -113,13 +113,10 @@ def build_samples(
 def contents_of(
     config: TrainConfig, records: list[Record], encoders: FrozenEncoders
 ) -> dict[str, str]:
-    """Hashes of what a run's data set and local files hold: moved, they are the same.
-
-    A local UNet is read once for it, some seconds for SD 1.5; the hub's names stand for themselves.
-    """
+    """Hashes of what a run's data set and local files hold: moved, they are the same."""
     held = [(r.sha256, r.text, r.subject, r.reference) for r in records]
     found = {"data": hashlib.sha256(json.dumps(held).encode()).hexdigest()[:16]}
-    if Path(config.base).exists():
+    if Path(config.base).exists():  # the hub's names stand for themselves
         found["base"] = f"{fingerprint(encoders.pipe.unet)} {encoders.fingerprint()}"
     if config.image_encoder and Path(config.image_encoder).exists():
         found["image_encoder"] = encoders.fingerprint()
@@ -136,29 +133,20 @@ def build_optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> torc
     try:
         import bitsandbytes  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ArgumentError(
-            "is not installed",
-            where="optimizer adamw8bit",
-            fix="pip install bitsandbytes, or take adamw.",
-        ) from error
+        where, fix = "optimizer adamw8bit", "pip install bitsandbytes, or take adamw."
+        raise ArgumentError("is not installed", where=where, fix=fix) from error
     return bitsandbytes.optim.AdamW8bit(parameters, **options)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """The learning rate of a step, counted from 0: warm-up, then the schedule.
-
-    A function of the step alone rather than diffusers' `get_scheduler`: a resumed run has no state
-    of it to restore, and `steps` may grow when it is.
-    """
+    """The learning rate of a step, counted from 0: warm-up, then the schedule."""
+    # of the step alone, unlike diffusers' `get_scheduler`: a resumed run has no state of it to
+    # restore, and `steps` may have grown
     warmup = config.lr_warmup_steps
     warm = min(1.0, (step + 1) / warmup) if warmup else 1.0
     past = max(0.0, (step - warmup) / max(1, config.steps - warmup))
-    shape = {
-        "constant": 1.0,
-        "linear": 1.0 - past,
-        "cosine": 0.5 * (1 + math.cos(math.pi * past)),
-    }[config.lr_scheduler]
-    return config.learning_rate * warm * shape
+    left = {"constant": 1.0, "linear": 1.0 - past, "cosine": 0.5 * (1 + math.cos(math.pi * past))}
+    return config.learning_rate * warm * left[config.lr_scheduler]
 
 
 def open_accelerator(mixed_precision: str) -> Accelerator:
@@ -166,7 +154,7 @@ def open_accelerator(mixed_precision: str) -> Accelerator:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    # the state is shared by the whole process, and refuses another precision
+    # accelerate's state is the whole process's, and refuses another precision
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
         AcceleratorState._reset_state()
     return Accelerator(mixed_precision=mixed_precision)
@@ -176,12 +164,8 @@ def _trained(config: TrainConfig, records: list[Record]) -> list[int]:
     """All images, as often as each repeats, but those held out, which the seed decides."""
     held_out, count = config.num_validation_images, len(records)
     if held_out >= count:
-        raise ArgumentError(
-            "leaves nothing to train on",
-            where="num_validation_images",
-            expected=f"fewer than {count}",
-            found=held_out,
-        )
+        what, few = "leaves nothing to train on", f"fewer than {count}"
+        raise ArgumentError(what, where="num_validation_images", expected=few, found=held_out)
     rng = np.random.default_rng(derived_seed(config.seed, "held out"))
     validation = set(rng.permutation(count)[:held_out].tolist())
     kept = [index for index in range(count) if index not in validation]

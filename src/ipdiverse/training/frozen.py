@@ -53,7 +53,7 @@ class Preprocessing:
         return cls(config.resolution or resolution, *own)
 
     def target(self, image: Image.Image, sha256: str, variant: int) -> Tensor:
-        """One variant of a target, float32 (3, resolution, resolution) in -1..1; 0 is the centre."""
+        """One variant of a target (0: the centre), float32 (3, resolution, resolution) in -1..1."""
         # as torchvision's Resize and RandomCrop of the original trainer, but seeded for each image
         scale = self.resolution / min(image.size)
         width, height = (max(self.resolution, round(side * scale)) for side in image.size)
