@@ -16,9 +16,8 @@ from ipdiverse.adapter.attach.attach import attach
 from ipdiverse.adapter.files.checkpoint import save_adapter
 from ipdiverse.errors import ArgumentError, Interrupted, ModelError
 from ipdiverse.training import build, checkpoints
-from ipdiverse.training.activation_memory import fast_backward, hold_as_computed, hold_less
 from ipdiverse.training.frozen import FrozenEncoders, open_encoders
-from ipdiverse.training.loss import PromptedUnet
+from ipdiverse.training.loss import PromptedUnet, fast_backward, hold_as_computed, hold_less
 from ipdiverse.training.validation import Validation
 from ipdiverse.writing import ensure_writable_folder, only_one
 
