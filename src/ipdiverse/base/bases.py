@@ -106,11 +106,8 @@ def load_base(
     """
     embedded = name == CRITTERS
     if embedded and memory not in (None, USUAL):
-        raise ArgumentError(
-            "always runs in float32 on the CPU",
-            where=name,
-            fix="Leave dtype, offload and tiling out.",
-        )
+        what, fix = "always runs in float32 on the CPU", "Leave dtype, offload and tiling out."
+        raise ArgumentError(what, where=name, fix=fix)
     device = None if embedded or memory is None else this_device()
     dtype = "float32" if device is None or memory is None else plan_dtype(device, memory.dtype)
     opening = Opening(local_files_only, revision, safety_checker, encoder, dtype, unet)
@@ -144,13 +141,9 @@ def _check_parts(name: str, pipe: Any) -> None:
         words, known = len(tokenizer), encoder.config.vocab_size
         # without its vocabulary a tokenizer opens all the same, with its few special tokens alone
         if not min(known / 2, 100) <= words <= known:
-            raise ModelError(
-                f"its tokenizer{suffix} does not fit its text encoder",
-                where=name,
-                expected=f"{known} tokens",
-                found=words,
-                fix=f"Copy every file of tokenizer{suffix} again: vocab.json and merges.txt.",
-            )
+            what, wanted = f"its tokenizer{suffix} does not fit its text encoder", f"{known} tokens"
+            fix = f"Copy every file of tokenizer{suffix} again: vocab.json and merges.txt."
+            raise ModelError(what, where=name, expected=wanted, found=words, fix=fix)
         # without its config it believes that a text may have any length
         longest = encoder.config.max_position_embeddings
         tokenizer.model_max_length = min(tokenizer.model_max_length, longest)

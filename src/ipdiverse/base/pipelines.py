@@ -22,11 +22,7 @@ CRITTERS_BASE = Path(__file__).parents[1] / "critters" / "weights" / "base"
 
 @dataclass(frozen=True)
 class Opening:
-    """How a pipeline is opened.
-
-    `encoder` is the preset whose image encoder comes along: None is its own, empty none. Without
-    `unet` its weights are left for `load_unet`, where there is a folder or a repository.
-    """
+    """How a pipeline is opened: options of `load_base`, and the type of its weights."""
 
     local_files_only: bool
     revision: str
@@ -39,11 +35,8 @@ class Opening:
 def open_pipeline(name: str, opening: Opening) -> Any:
     """Open the pipeline that a name stands for."""
     if name == CRITTERS and not (CRITTERS_BASE / "model_index.json").is_file():
-        raise ModelError(
-            "the embedded model is not in this installation",
-            where=name,
-            fix="Run `make base` in a checkout, or install a released package.",
-        )
+        fix = "Run `make base` in a checkout, or install a released package."
+        raise ModelError("the embedded model is not in this installation", where=name, fix=fix)
     if name in PRESETS:
         return _open_preset(PRESETS[name], opening)
     source = CRITTERS_BASE if name == CRITTERS else Path(name)
@@ -174,12 +167,9 @@ def load_unet(pipe: Any) -> None:
 def _single_file(file: Path, opening: Opening) -> Any:
     """A checkpoint in the original layout, as model sites publish them."""
     if file.suffix != ".safetensors":
-        raise ModelError(
-            "is not a safetensors file",
-            where=file,
-            found=file.suffix or "no extension",
-            fix="Other single files are pickles, which can run code; look for a safetensors one.",
-        )
+        found = file.suffix or "no extension"
+        fix = "Other single files are pickles, which can run code; look for a safetensors one."
+        raise ModelError("is not a safetensors file", where=file, found=found, fix=fix)
     with loading():
         import diffusers
         import torch

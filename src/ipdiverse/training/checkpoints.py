@@ -128,12 +128,9 @@ def load_checkpoint(folder: Path) -> tuple[State, dict[str, Any]]:
         state = State(about["step"], **groups, counters=about["counters"])
         return state, {"settings": about["settings"], "contents": about.get("contents", {})}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
-        raise CheckpointError(
-            "is broken",
-            where=folder,
-            found=f"{type(error).__name__}: {error}",
-            fix="Remove it; the run is then resumed from the one before.",
-        ) from error
+        found = f"{type(error).__name__}: {error}"
+        fix = "Remove it; the run is then resumed from the one before."
+        raise CheckpointError("is broken", where=folder, found=found, fix=fix) from error
 
 
 def without_places(config: TrainConfig) -> dict[str, Any]:

@@ -85,9 +85,8 @@ class FrozenEncoders:
         encoder = image_encoder or getattr(pipe, "image_encoder", None)
         processor = image_processor or getattr(pipe, "feature_extractor", None)
         if encoder is None or processor is None:
-            raise ModelError(
-                "has no image encoder", where="base", fix="Name one with --image-encoder."
-            )
+            fix = "Name one with --image-encoder."
+            raise ModelError("has no image encoder", where="base", fix=fix)
         self.images = ImageEncoding(encoder, processor)
         texts = (getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2"))
         self.texts = [text for text in texts if text is not None]

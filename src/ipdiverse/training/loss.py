@@ -47,12 +47,8 @@ class PromptedUnet(nn.Module):
         schedule: Any = DDPMScheduler.from_config(pipe.scheduler.config)
         kind = schedule.config.prediction_type
         if kind not in ("epsilon", "v_prediction"):
-            raise ModelError(
-                "cannot be trained on",
-                where="base",
-                expected="prediction type epsilon or v_prediction",
-                found=kind,
-            )
+            usual = "prediction type epsilon or v_prediction"
+            raise ModelError("cannot be trained on", where="base", expected=usual, found=kind)
         # in a tuple, so that the UNet is not a submodule: it would be wrapped and saved
         self._frozen = (pipe.unet, schedule, pipe.vae_scale_factor)
         self._min_snr = min_snr

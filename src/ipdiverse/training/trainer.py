@@ -159,11 +159,9 @@ class Trainer:
             self.ema.optimization_step = self.step
             self.ema.step(self.parameters)
         if self.bad >= self.config.bad_batches:
-            raise ModelError(
-                f"{self.bad} batches in a row are not finite",
-                where=f"step {self.step}",
-                fix="Lower the learning rate, or train in bf16 or fp32.",
-            )
+            what = f"{self.bad} batches in a row are not finite"
+            fix = "Lower the learning rate, or train in bf16 or fp32."
+            raise ModelError(what, where=f"step {self.step}", fix=fix)
         return {"loss": loss, "learning_rate": rate, "norm": norm, "skipped": self.skipped}
 
     def _validate(self) -> dict[str, float]:
@@ -248,13 +246,9 @@ class Trainer:
         if not (found := checkpoints.finished(self.out)):
             return
         state, saved = checkpoints.load_checkpoint(found[-1])
-        if different := checkpoints.differences(saved, self._about):
-            raise ArgumentError(
-                "holds another run",
-                where=self.out,
-                found="; ".join(different),
-                fix="Choose a new folder for out, or train with the same settings.",
-            )
+        if different := "; ".join(checkpoints.differences(saved, self._about)):
+            fix = "Choose a new folder for out, or train with the same settings."
+            raise ArgumentError("holds another run", where=self.out, found=different, fix=fix)
         averages = [] if self.ema is None else self.ema.shadow_params
         with torch.no_grad():
             for name, parameter in zip(self.names, self.parameters, strict=True):
