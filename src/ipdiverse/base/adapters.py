@@ -83,9 +83,8 @@ def default_adapter(base: str) -> str:
         return base
     if base == CRITTERS:
         return DEFAULT_ADAPTER
-    raise ArgumentError(
-        "is missing", where="adapter", found=f"base {base}", fix="Name one that fits: --adapter."
-    )
+    fix = "Name one that fits: --adapter."
+    raise ArgumentError("is missing", where="adapter", found=f"base {base}", fix=fix)
 
 
 def check_adapter(base: str, adapter: str) -> None:
@@ -149,7 +148,7 @@ def find_checkpoint(
         cache_dir: Where downloads are kept; None is the hub library's own place.
     """
     path = Path(source)
-    if shard := _SHARD.fullmatch(path.name):
+    if shard := _SHARD.fullmatch(path.name):  # one part of the weights: the index has all
         index = path.with_name(f"{shard[1]}{shard[2]}{INDEX}")
         return index if index.is_file() else path
     if path.is_dir():

@@ -117,6 +117,7 @@ def load_base(
         pipe = _as_text_to_image(name, pipe)
         pipe.set_progress_bar_config(disable=True)
         if device is not None and memory is not None:
+            # the adapter is opened later, and has to fit too
             adapter = PRESETS[name].weights[1] if name in PRESETS else 0
             plan = plan_memory(device, sizes_of(pipe, adapter), memory)
             arrange(pipe, plan)
@@ -191,6 +192,7 @@ def load_part(kind: str, source: str, base: Base, *, local_files_only: bool = Fa
 
 def check_part(source: str) -> None:
     """Refuse a source that `load_part` cannot open, without opening it."""
+    # `match` and not `fullmatch`: a folder of the repository may follow
     if not Path(source).is_dir() and not HUB_ID.match(source):
         raise ModelError(
             "no such folder", where=source, expected="a folder, or a hub id", fix="Check the path."
@@ -208,6 +210,7 @@ def load_image_encoder(
     except ModelError as error:
         if "preprocessor_config.json" not in str(error.__cause__):
             raise
+        # h94/IP-Adapter, and folders copied from it, hold the encoder alone
         return encoder, clip_processor(encoder)
 
 

@@ -151,7 +151,7 @@ def this_device() -> Device:
     import torch
 
     if torch.cuda.is_available():
-        free, _ = torch.cuda.mem_get_info()
+        free, _ = torch.cuda.mem_get_info()  # other programs have the rest
         return Device("cuda", free, torch.cuda.is_bf16_supported())
     if torch.backends.mps.is_available():
         return Device("mps", torch.mps.recommended_max_memory())

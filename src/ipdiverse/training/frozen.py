@@ -134,6 +134,7 @@ class FrozenEncoders:
             num_images_per_prompt=1,
             do_classifier_free_guidance=False,
         )
+        # Stable Diffusion returns two tensors; SDXL four, with pooled text as the third
         pooled = {} if len(encoded) < 4 else {"pooled": encoded[2]}
         mask = text_mask(self.pipe, {"prompt": list(captions)})
         # False at padding, which fusion must not read

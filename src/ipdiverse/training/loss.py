@@ -102,10 +102,11 @@ def hold_less(unet: nn.Module) -> None:
     from diffusers.models.attention import BasicTransformerBlock
 
     modules: list[Any] = list(unet.modules())
-    for module in modules:
-        usual = isinstance(module, nn.Conv2d) and module.padding_mode == "zeros"
-        if usual and isinstance(module.padding, tuple):  # `_convolved` knows no others
-            module.forward = partial(_convolved, module)
+    convolutions = [m for m in modules if isinstance(m, nn.Conv2d) and m.padding_mode == "zeros"]
+    # padding may also be a word, "same", which the gradient's function does not know
+    usual: list[Any] = [m for m in convolutions if isinstance(m.padding, tuple)]
+    for module in usual:
+        module.forward = partial(_convolved, module)
     blocks: list[Any] = [m for m in modules if isinstance(m, BasicTransformerBlock)]
     widest = max((block.dim for block in blocks), default=0)
     for block in blocks:
