@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,11 +44,9 @@ def initial_adapter(config: TrainConfig) -> ImagePromptAdapter | None:
         return None
     adapter = load_adapter(adapter_file(config.base, config.init_from))
     if config.adapter not in ("auto", adapter.kind):
+        wanted, found = config.adapter, adapter.kind
         raise ArgumentError(
-            "is of another kind",
-            where=config.init_from,
-            expected=config.adapter,
-            found=adapter.kind,
+            "is of another kind", where=config.init_from, expected=wanted, found=found
         )
     if config.fusion == "gated" and adapter.fusion is None and not adapter.image_proj.num_tokens:
         raise ArgumentError(
@@ -58,27 +57,18 @@ def initial_adapter(config: TrainConfig) -> ImagePromptAdapter | None:
     return adapter
 
 
-def embedding_read(config: TrainConfig, initial: ImagePromptAdapter | None) -> str:
-    """What the run's adapter reads from the image encoder, `pooled` or `hidden`."""
-    if initial is not None:
-        return initial.reads[0]
-    return "pooled" if config.adapter == "base" else "hidden"
-
-
 @building()
 def build_adapter(
     config: TrainConfig, encoders: FrozenEncoders, initial: ImagePromptAdapter | None
 ) -> ImagePromptAdapter:
     """The initial adapter, or a new one that fits the base, with the fusion asked for."""
-    unet, encoder = encoders.pipe.unet, encoders.images.encoder
-    adapter = initial
+    unet, encoder, adapter = encoders.pipe.unet, encoders.images.encoder, initial
     if adapter is None:
         kind = "base" if config.adapter == "base" else "plus"
-        tokens = config.tokens or (4 if kind == "base" else 16)
-        width = config.width or unet.config.cross_attention_dim
-        sizes = {"num_tokens": tokens}
+        sizes = {"num_tokens": config.tokens or (4 if kind == "base" else 16)}
         if kind == "plus":
-            sizes |= {"width": width, "depth": config.depth}
+            sizes["width"] = config.width or unet.config.cross_attention_dim
+            sizes["depth"] = config.depth
         adapter = new_adapter(kind, unet, encoder, None, **sizes)
     if config.fusion == "none" or adapter.fusion is not None:
         return adapter
@@ -87,28 +77,32 @@ def build_adapter(
         adapter.fusion = BlendFusion(width)
     else:
         tokens: Any = adapter.image_proj.num_tokens
-        adapter.fusion = GatedFusion(width, tokens, heads=_heads(width))
+        adapter.fusion = GatedFusion(width, tokens, heads=math.gcd(width, 8))
     return adapter
 
 
 def build_samples(
     config: TrainConfig,
     encoders: FrozenEncoders,
-    reads: str,
+    initial: ImagePromptAdapter | None,
     first: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Samples:
     """The run's samples: from the cache, which is completed first, or encoded at every step."""
+    new_reads = "pooled" if config.adapter == "base" else "hidden"
+    reads = new_reads if initial is None else initial.reads[0]
     shown = Preprocessing.of(config, encoders.resolution)
     folder = Path(config.data)
     if config.cache:
         images: Any = reads if config.cache_images == "auto" else config.cache_images
         stored = Stored(images, config.cache_dtype)
-        with first():
+        with first():  # one process computes what is missing, the others then find it
             embed(folder, encoders, shown, stored)
         data = Embedded(folder, encoders.fingerprint(), shown, stored)
     else:
         data = Online(folder, encoders, shown)
     trained = _trained(config, data.records)
+    if config.epochs is not None:
+        config = replace(config, steps=config.epochs * -(-len(trained) // config.batch))
     references = _references(config.reference, [data.records[index] for index in trained])
     vae = encoders.pipe.vae.config
     scaling = (vae.scaling_factor, getattr(vae, "shift_factor", None) or 0.0)
@@ -119,13 +113,10 @@ def build_samples(
 def contents_of(
     config: TrainConfig, records: list[Record], encoders: FrozenEncoders
 ) -> dict[str, str]:
-    """Hashes of what a run's data set and local files hold: moved, they are the same.
-
-    A local UNet is read once for it, some seconds for SD 1.5; the hub's names stand for themselves.
-    """
+    """Hashes of what a run's data set and local files hold: moved, they are the same."""
     held = [(r.sha256, r.text, r.subject, r.reference) for r in records]
     found = {"data": hashlib.sha256(json.dumps(held).encode()).hexdigest()[:16]}
-    if Path(config.base).exists():
+    if Path(config.base).exists():  # the hub's names stand for themselves
         found["base"] = f"{fingerprint(encoders.pipe.unet)} {encoders.fingerprint()}"
     if config.image_encoder and Path(config.image_encoder).exists():
         found["image_encoder"] = encoders.fingerprint()
@@ -142,29 +133,20 @@ def build_optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> torc
     try:
         import bitsandbytes  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ArgumentError(
-            "is not installed",
-            where="optimizer adamw8bit",
-            fix="pip install bitsandbytes, or take adamw.",
-        ) from error
+        where, fix = "optimizer adamw8bit", "pip install bitsandbytes, or take adamw."
+        raise ArgumentError("is not installed", where=where, fix=fix) from error
     return bitsandbytes.optim.AdamW8bit(parameters, **options)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """The learning rate of a step, counted from 0: warm-up, then the schedule.
-
-    A function of the step alone rather than diffusers' `get_scheduler`: a resumed run has no state
-    of it to restore, and `steps` may grow when it is.
-    """
+    """The learning rate of a step, counted from 0: warm-up, then the schedule."""
+    # of the step alone, unlike diffusers' `get_scheduler`: a resumed run has no state of it to
+    # restore, and `steps` may have grown
     warmup = config.lr_warmup_steps
     warm = min(1.0, (step + 1) / warmup) if warmup else 1.0
     past = max(0.0, (step - warmup) / max(1, config.steps - warmup))
-    shape = {
-        "constant": 1.0,
-        "linear": 1.0 - past,
-        "cosine": 0.5 * (1 + math.cos(math.pi * past)),
-    }[config.lr_scheduler]
-    return config.learning_rate * warm * shape
+    left = {"constant": 1.0, "linear": 1.0 - past, "cosine": 0.5 * (1 + math.cos(math.pi * past))}
+    return config.learning_rate * warm * left[config.lr_scheduler]
 
 
 def open_accelerator(mixed_precision: str) -> Accelerator:
@@ -172,7 +154,7 @@ def open_accelerator(mixed_precision: str) -> Accelerator:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    # the state is shared by the whole process, and refuses another precision
+    # accelerate's state is the whole process's, and refuses another precision
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
         AcceleratorState._reset_state()
     return Accelerator(mixed_precision=mixed_precision)
@@ -182,12 +164,8 @@ def _trained(config: TrainConfig, records: list[Record]) -> list[int]:
     """All images, as often as each repeats, but those held out, which the seed decides."""
     held_out, count = config.num_validation_images, len(records)
     if held_out >= count:
-        raise ArgumentError(
-            "leaves nothing to train on",
-            where="num_validation_images",
-            expected=f"fewer than {count}",
-            found=held_out,
-        )
+        what, few = "leaves nothing to train on", f"fewer than {count}"
+        raise ArgumentError(what, where="num_validation_images", expected=few, found=held_out)
     rng = np.random.default_rng(derived_seed(config.seed, "held out"))
     validation = set(rng.permutation(count)[:held_out].tolist())
     kept = [index for index in range(count) if index not in validation]
@@ -199,8 +177,3 @@ def _references(kind: str, records: list[Record]) -> References:
         return References(records, parse_references(kind))
     augmented = References(records, {"augmented": 1})
     return References(records, {"paired": 1}) if augmented.paired_share else augmented
-
-
-def _heads(width: int) -> int:
-    """Eight where they divide the width, else the largest power of two below that does."""
-    return next(heads for heads in (8, 4, 2, 1) if width % heads == 0)

@@ -42,15 +42,13 @@ def test_the_prior_is_not_uniform_everywhere_and_sums_to_one() -> None:
         assert marginal(name).sum() == pytest.approx(1)
 
 
-def test_probabilities_of_all_scenes_sum_to_one() -> None:
-    first = {name: values[0] for name, values in ATTRIBUTES.items()}
-    varied = ("headgear", "place", "position", "item")
-    uniform = np.prod([1 / len(v) for n, v in ATTRIBUTES.items() if n not in varied])
-    total = sum(
-        world.probability(Scene(**(first | dict(zip(varied, values, strict=True)))))
-        for values in itertools.product(*(ATTRIBUTES[name] for name in varied))
-    )
-    assert total == pytest.approx(uniform)
+def test_place_and_item_are_drawn_together_as_their_joint_prior_says() -> None:
+    scenes = draw(6000)
+    for (row, place), item in itertools.product(enumerate(ATTRIBUTES["place"]), ATTRIBUTES["item"]):
+        column = ATTRIBUTES["item"].index(item)
+        expected = marginal("place")[row] * conditional("item", {"place": place})[column]
+        found = np.mean([(s.place, s.item) == (place, item) for s in scenes])
+        assert found == pytest.approx(expected, abs=0.015), (place, item)
 
 
 def test_place_and_item_inform_each_other_by_bayes_rule() -> None:
@@ -70,11 +68,20 @@ def test_splits_hold_out_identities_and_never_share_one() -> None:
     subjects: dict[str, set[str]] = {split: set() for split in world.SPLITS}
     for scene in draw(3000):
         subjects[world.split_of(scene)].add(scene.subject)
-    train, validation, test = (subjects[s] for s in world.SPLITS)
-    assert not train & validation
-    assert not train & test
-    assert not validation & test
-    assert 0.06 < len(test) / sum(map(len, subjects.values())) < 0.14
+    for one, other in itertools.combinations(subjects.values(), 2):
+        assert not one & other
+    share = {split: len(s) / sum(map(len, subjects.values())) for split, s in subjects.items()}
+    assert 0.06 < share["test"] < 0.14
+    assert 0.06 < share["pairs"] < 0.17
+
+
+def test_training_never_shows_two_values_of_split_pairs_together() -> None:
+    drawn = {s.subject: (set(s.subject.split("-")), world.split_of(s)) for s in draw(6000)}
+    holds = [
+        (split, any(values >= set(p) for p in world.NEW_PAIRS)) for values, split in drawn.values()
+    ]
+    assert {new for split, new in holds if split == "train"} == {False}
+    assert {new for split, new in holds if split == "pairs"} == {True}
 
 
 def test_every_value_of_every_attribute_appears_in_each_split() -> None:

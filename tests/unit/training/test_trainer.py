@@ -410,7 +410,7 @@ def test_a_folder_that_cannot_be_synced_costs_no_checkpoint(
         sync(descriptor)
 
     monkeypatch.setattr(os, "fsync", files_only)
-    state = checkpoints.State(1, {}, {}, {"a/exp_avg": torch.ones(2)}, {"bad": 0})
+    state = checkpoints.State(1, {"optimizer": {"a/exp_avg": torch.ones(2)}}, {"bad": 0})
     folder = checkpoints.save_checkpoint(tmp_path, state, {}, Path.touch, 1)
     assert checkpoints.finished(tmp_path) == [folder]
 
@@ -425,7 +425,7 @@ def scaling(precision: str) -> Any:
 def test_a_gradient_scaler_goes_on_where_it_was(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ipdiverse.training.trainer.open_accelerator", scaling)
+    monkeypatch.setattr("ipdiverse.training.build.open_accelerator", scaling)
     whole = replace(config, out=config.out + "-whole", steps=5)
     train(whole)
     train(replace(config, steps=3))
