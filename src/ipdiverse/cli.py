@@ -21,9 +21,9 @@ import tyro
 
 from ipdiverse.commands.bases import Bases
 from ipdiverse.commands.checkpoints import Convert, Inspect, Push
-from ipdiverse.commands.console import renamed_flags, say
+from ipdiverse.commands.console import say
 from ipdiverse.commands.evaluate import MOVED, Calibrate, Evaluate
-from ipdiverse.commands.generate import Demo, Generate, Ui
+from ipdiverse.commands.generate import Demo, Generate, Ui, renamed_flags
 from ipdiverse.commands.train import Critters, Embed, Prepare, Train, as_flags
 from ipdiverse.dial import DROPPED_LEVERS, OFF, Levers
 from ipdiverse.errors import MAX_SENTENCE, ArgumentError, Interrupted, IpdiverseError, quoted

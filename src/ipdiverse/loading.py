@@ -6,11 +6,12 @@ import threading
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ipdiverse.errors import IpdiverseError, ModelError
+from ipdiverse.errors import CheckpointError, IpdiverseError, ModelError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from contextlib import AbstractContextManager
+    from pathlib import Path
 
 _ADAPTER = ("image_proj", "ip_adapter", "to_k_ip", "adapter_modules")
 WHOLE_BASE = "a whole Stable Diffusion model"
@@ -142,3 +143,20 @@ def _silence(as_before: ExitStack) -> None:
             as_before.callback(library.enable_progress_bar)
         library.set_verbosity_error()
         library.disable_progress_bar()
+
+
+@contextmanager
+def unbroken(file: Path, container: str) -> Iterator[None]:
+    """Whatever a library raises on a broken file, as the first line of what it said."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        raise CheckpointError(
+            f"is a broken {container} file",
+            where=file,
+            found=lines[0][:200] if lines else type(error).__name__,
+            fix="It may be cut off. Download it again.",
+        ) from error

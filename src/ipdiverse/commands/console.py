@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import warnings
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from ipdiverse.errors import MAX_SENTENCE, ArgumentError, quoted
 from ipdiverse.writing import ensure_writable_folder, write_text_atomic
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from ipdiverse.base.presets import HubFile
     from ipdiverse.evaluation.study import Study
@@ -36,24 +35,6 @@ def note(text: object) -> None:
 def say_json(content: Any) -> None:
     """Print a value as JSON."""
     say(json.dumps(content, indent=2))
-
-
-def renamed_flags(words: Sequence[str], names: Mapping[str, str]) -> list[str]:
-    """Flags by their names of today, with one note of those that changed."""
-    kept: list[str] = []
-    told: list[str] = []
-    for word in words:
-        flag, equals, value = word.partition("=")
-        name = flag.removeprefix("--").replace("-", "_")
-        if flag.startswith("--") and name in names:
-            new = f"--{names[name].replace('_', '-')}"
-            told += [f"{flag} → {new}"]
-            kept.append(f"{new}{equals}{value}")
-        else:
-            kept.append(word)
-    if told:
-        warnings.warn(f"renamed {', '.join(told)}", stacklevel=3)
-    return kept
 
 
 def check_target(out: str | None) -> None:

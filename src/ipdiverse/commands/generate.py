@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +20,7 @@ from ipdiverse.sampling.request import Request
 from ipdiverse.ui import Options
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 PASSWORD = "IPDIVERSE_UI_PASSWORD"  # noqa: S105 - the variable's name
 
@@ -142,3 +143,21 @@ class Ui:
 
             password = getpass(f"password for {options.user}: ")
         serve(replace(options, password=password), lambda url: say(f"open {url} (Ctrl-C ends it)"))
+
+
+def renamed_flags(words: Sequence[str], names: Mapping[str, str]) -> list[str]:
+    """Flags by their names of today, with one note of those that changed."""
+    kept: list[str] = []
+    told: list[str] = []
+    for word in words:
+        flag, equals, value = word.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        if flag.startswith("--") and name in names:
+            new = f"--{names[name].replace('_', '-')}"
+            told += [f"{flag} → {new}"]
+            kept.append(f"{new}{equals}{value}")
+        else:
+            kept.append(word)
+    if told:
+        warnings.warn(f"renamed {', '.join(told)}", stacklevel=3)
+    return kept

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from ipdiverse.commands.console import agree_to_encoders, note, renamed_flags, say, say_json
+from ipdiverse.commands.console import agree_to_encoders, note, say, say_json
+from ipdiverse.commands.generate import renamed_flags
 from ipdiverse.config import problems, read_toml, renamed
 from ipdiverse.data.prepare import PrepareOptions
 from ipdiverse.errors import ArgumentError

@@ -27,11 +27,10 @@ from ipdiverse.adapter.files.pickles import (
     claims_too_much,
     first_of,
     too_many,
-    unbroken,
 )
 from ipdiverse.base.adapters import INDEX
 from ipdiverse.errors import CheckpointError
-from ipdiverse.loading import what_is
+from ipdiverse.loading import unbroken, what_is
 
 MAX_HEADER_BYTES = 16_000_000
 """Of safetensors files and indexes; a whole SDXL model takes 0.4 MB."""

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import pickletools
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from ipdiverse.errors import CheckpointError
+from ipdiverse.loading import unbroken
 
 MAX_PICKLE_BYTES = 4 * 1024 * 1024
 """A whole SDXL UNet takes 0.3 MB."""
@@ -85,23 +85,6 @@ def first_of(names: list[str], most: int = 5) -> str:
     """The first names of a list that may be long, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
-
-
-@contextmanager
-def unbroken(file: Path, container: str) -> Iterator[None]:
-    """Whatever a library raises on a broken file, as the first line of what it said."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except Exception as error:
-        lines = str(error).strip().splitlines()
-        raise CheckpointError(
-            f"is a broken {container} file",
-            where=file,
-            found=lines[0][:200] if lines else type(error).__name__,
-            fix="It may be cut off. Download it again.",
-        ) from error
 
 
 def claims_too_much(file: Path, expected: str, found: object) -> CheckpointError:
