@@ -21,7 +21,15 @@ from ipdiverse.image_io.files import MAX_PIXELS
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-FORMATS = ["JPEG", "PNG", "WEBP", "BMP", *(["AVIF"] if features.check("avif") else [])]
+FORMATS = [
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "BMP",
+    "GIF",
+    "TIFF",
+    *(["AVIF"] if features.check("avif") else []),
+]
 MODES = ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"]
 MAX_CALLS = 3_000_000
 """Of Python and C functions: what is read byte by byte takes tens of millions."""
