@@ -11,8 +11,6 @@ import tyro
 from ipdiverse.commands.console import note, say, say_json
 from ipdiverse.errors import CheckpointError
 
-_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-
 
 @dataclass(frozen=True)
 class Source:
@@ -62,7 +60,9 @@ class Inspect(Source):
 
     def run(self) -> None:
         """Read names and shapes, or a picture's record, and print."""
-        if Path(self.source).suffix.lower() in _PICTURES:
+        from ipdiverse.image_io.files import SUFFIXES
+
+        if Path(self.source).suffix.lower() in SUFFIXES:
             self._picture()
             return
         file = self.find()

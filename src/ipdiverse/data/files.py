@@ -20,6 +20,8 @@ from ipdiverse.errors import DataError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from PIL import Image
+
 KIB, MIB = 1024, 1024 * 1024
 LIST_BYTES = 4096 * MIB
 """Of a list with one row a line, which is streamed."""
@@ -128,6 +130,20 @@ def read_below(root: Path, name: str, most: int) -> bytes:
         data = file.read(most + 1)  # the file may grow after its size was taken
     check_budget(len(data), most, name)
     return data
+
+
+def picture_bytes(root: Path, name: str) -> bytes:
+    """The bytes of a picture below a root, still encoded."""
+    from ipdiverse.image_io import MAX_FILE_BYTES  # not above: `--help` does without Pillow
+
+    return read_below(root, name, MAX_FILE_BYTES)
+
+
+def picture_below(root: Path, name: str) -> Image.Image:
+    """A picture below a root, decoded."""
+    from ipdiverse.image_io import load_image_bytes
+
+    return load_image_bytes(picture_bytes(root, name), str(root / name))
 
 
 def text_lines(file: IO[bytes], where: object, encoding: str) -> Iterator[tuple[int, str]]:

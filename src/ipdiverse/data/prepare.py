@@ -23,12 +23,26 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from PIL import Image, ImageFilter
+
+from ipdiverse.data.doctor import examine
 from ipdiverse.data.files import CAPTION_BYTES, SETTINGS, inside
-from ipdiverse.data.manifest import MANIFEST, REPORT, Record, SourceOptions, manifest_text
+from ipdiverse.data.manifest import (
+    MANIFEST,
+    REPORT,
+    PrepareOptions,
+    Record,
+    Square,
+    manifest_records,
+    manifest_text,
+    read_report,
+)
 from ipdiverse.data.sources import open_source
-from ipdiverse.errors import DataError, ImageError, check_range
+from ipdiverse.errors import DataError, ImageError
+from ipdiverse.image_io import content_hash, load_image_bytes
+from ipdiverse.image_io.files import format_of
 from ipdiverse.writing import (
     append_text,
     ensure_writable_folder,
@@ -44,35 +58,13 @@ from ipdiverse.writing import (
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from PIL import Image
-
     from ipdiverse.data.manifest import Item, Source
 
-Square = Literal["keep", "pad", "crop"]
 JOURNAL, QUARANTINE = "prepare.journal.jsonl", "quarantine.jsonl"
 _CHUNK = 64
 _FEWEST = 20
 """Items before the share of bad ones is judged, when the source does not know its size."""
 _EXAMPLES = 5
-
-
-@dataclass(frozen=True)
-class PrepareOptions(SourceOptions):
-    """How a source is read and what is kept of it.
-
-    Args:
-        square: `keep` the shape; `pad` shows all of the image on a blurred copy of itself; `crop`
-            takes the centre and may cut the subject.
-        max_bad: Share of bad images above which the command stops; one is always allowed, unless
-            this is 0.
-    """
-
-    square: Square = "keep"
-    max_bad: float = 0.05
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("max_bad", self.max_bad, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -97,8 +89,6 @@ def prepare(source: str, out: Path, options: PrepareOptions) -> dict[str, Any]:
 
 
 def _prepare(source: str, out: Path, options: PrepareOptions) -> dict[str, Any]:
-    from ipdiverse.data.doctor import examine
-
     opened = open_source(source, options)
     journal = _Journal(out / JOURNAL)
     _claim(source, out, options, opened, journal)
@@ -111,7 +101,7 @@ def _prepare(source: str, out: Path, options: PrepareOptions) -> dict[str, Any]:
         raise DataError("holds no usable image", where=source, found=reasons or "nothing at all")
     _check_share(bad, len(records) + len(bad), len(records) + len(bad), options.max_bad, out)
     notes = list(opened.notes)
-    if not _write_manifest(out, manifest_text(records)):
+    if not _write_manifest(out, manifest_text(records), options.keep_edits):
         notes.append(f"{MANIFEST} was edited after prepare wrote it, and is kept.")
     unused = {
         what: {"count": len(names), "examples": names[:_EXAMPLES]}
@@ -149,6 +139,7 @@ def _claim(
         raise DataError("lies in the source", where=out, found=source, fix="Choose a new folder.")
     places = {"source": _place(source, out), "root": _place(options.root, out)}
     settings = {**asdict(options), **places}
+    del settings["keep_edits"]  # of this one call, not of the folder
     if not file.is_file():
         images = out / "images"
         others = [n for n in (MANIFEST, QUARANTINE, REPORT, JOURNAL) if (out / n).exists()]
@@ -358,8 +349,6 @@ def _look(
     item: Item, out: Path, square: Square, before: dict[str, Any] | None, stamp: str | None
 ) -> dict[str, Any]:
     """Decode and store one item, unless the journal knows its content."""
-    from ipdiverse.image_io import content_hash
-
     data, other = _load(item)
     known = {"source": item.name, "stamp": stamp, "square": square}
     known["content"] = _content(data, other)
@@ -376,19 +365,24 @@ def _look(
     return {**known, **stored, **size}
 
 
-def _write_manifest(out: Path, text: str) -> bool:
+def _write_manifest(out: Path, text: str, keep_edits: bool) -> bool:
     """Write the manifest, but never over one that somebody edited; whether it is ours."""
     file, settings = out / MANIFEST, _settings(out / SETTINGS)
     made = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
     ours = settings.get("manifests", [])
     if file.is_file() and (found := file_hash(file)) not in (made, *ours):
-        if made in ours[:1]:
+        known = found == (read_report(out) or {}).get("manifest")  # edits that were kept before
+        if made in ours[:1] and (known or keep_edits):
+            manifest_records(out)
             return False
+        # nothing tells an edit from damage, so the user has to
+        keep = "say --keep-edits, or " if made in ours[:1] else ""
         raise DataError(
-            "was edited after prepare wrote it, or is of an older version",
+            "was edited after prepare wrote it, is damaged, or is of an older version",
             where=file,
             found=f"another manifest ({found[:8]}) than the source gives now",
-            fix="Move it away and run the same command again, or choose a new folder.",
+            fix=f"If you edited it, {keep}move it away; if not, delete it. Then run the same "
+            "command again.",
         )
     if ours[:1] != [made]:  # noted first: after a kill between the two writes both are ours
         settings["manifests"] = [made, *ours[:1]]
@@ -404,9 +398,6 @@ def _store(data: bytes, name: str, out: Path, square: Square) -> tuple[str, Imag
     A file that needs no change keeps its bytes. Its name is their hash, not that of its pixels, as
     several files may show the same picture.
     """
-    from ipdiverse.image_io import load_image_bytes
-    from ipdiverse.image_io.files import format_of
-
     image = load_image_bytes(data, name)
     shaped = to_square(image, square)
     suffix = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}.get(format_of(data) or "")
@@ -430,8 +421,6 @@ def _as_png(image: Image.Image) -> bytes:
 
 def to_square(image: Image.Image, how: Square) -> Image.Image:
     """Make an image square."""
-    from PIL import Image, ImageFilter
-
     width, height = image.size
     if how == "keep" or width == height:
         return image

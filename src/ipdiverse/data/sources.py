@@ -23,18 +23,12 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from ipdiverse.config import decoded
-from ipdiverse.data.files import CAPTION_BYTES, Listing, list_files, open_below, read_below
+from ipdiverse.data.files import CAPTION_BYTES, Listing, list_files, read_below
 from ipdiverse.data.lists import IMAGE_COLUMNS, TEXT_COLUMNS, list_source, matching, read_rows
-from ipdiverse.data.manifest import (
-    IMAGE_SUFFIXES,
-    MAX_REPEATS,
-    Item,
-    Source,
-    SourceOptions,
-    file_item,
-)
-from ipdiverse.data.packed import HUB_FILES, hub_source, tar_files, webdataset
+from ipdiverse.data.manifest import MAX_REPEATS, Item, Source, SourceOptions, file_item
+from ipdiverse.data.packed import HUB_FILES, hub_files, hub_source, tar_files, webdataset
 from ipdiverse.errors import DataError, check_range
+from ipdiverse.image_io.files import OTHER_SUFFIXES, SUFFIXES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,7 +38,6 @@ _LISTS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 _LIST_NAMES = ("metadata", "captions")
 """Lists of these names must be readable; others are used if they name images that are there."""
 _TEXTS = (".txt", ".caption", ".text", ".json")
-_OTHER_IMAGES = (".heic", ".heif", ".avif", ".bmp", ".tif", ".tiff", ".gif", ".jxl", ".jp2", ".psd")
 _ARCHIVES = (".tar", ".zip", ".gz", ".tgz", ".xz", ".zst", ".7z", ".rar", ".parquet", ".arrow")
 _SPLITS = ("train", "test", "val", "valid", "validation", "dev", "eval")
 _NO_SUBJECTS = (*_SPLITS, "images", "image", "imgs", "img", "pictures", "photos", "data")
@@ -60,8 +53,7 @@ def open_source(source: str, options: SourceOptions) -> Source:
     if kind == "critters":
         return _critters(options)
     if kind == "hub":
-        columns = (options.image_column, options.text_column)
-        return hub_source(source, *columns, options.split, options.revision)
+        return _hub(source, options)
     if not path.is_dir() and kind in ("metadata", "json"):
         return list_source(path, options)
     if not path.is_dir() and kind == "webdataset":
@@ -96,9 +88,9 @@ def _kind_of_file(path: Path) -> str:
     suffix = path.suffix.lower()
     kinds = dict.fromkeys(_LISTS, "metadata") | {".json": "json", ".tar": "webdataset"}
     if suffix not in kinds:
-        raise DataError(
-            "is not a data set", where=path, expected=f"{', '.join(_LISTS)} or .tar", found=suffix
-        )
+        expected, unpack = f"{', '.join(_LISTS)} or .tar", "Unpack it, and prepare the folder."
+        fix = unpack if suffix in _ARCHIVES else None
+        raise DataError("is not a data set", where=path, expected=expected, found=suffix, fix=fix)
     return kinds[suffix]
 
 
@@ -110,7 +102,7 @@ class Folder:
         self.used: set[str] = set()
         self._files = set(listing.files)
         self._folded = {name.casefold(): name for name in reversed(listing.files)}
-        self.pictures = [name for name in listing.files if self._is_picture(name)]
+        self.pictures = [name for name in listing.files if name.lower().endswith(SUFFIXES)]
 
     def kind(self) -> str:
         """The kind of source that the folder is."""
@@ -208,25 +200,13 @@ class Folder:
         suffix = PurePosixPath(name).suffix.lower()
         if name in self.pictures:
             return "images that no list names, or of another split"
-        if suffix in _OTHER_IMAGES:
-            return f"images in a format that is not read ({suffix})"
+        if suffix in OTHER_SUFFIXES:
+            plugin = " without pillow-heif" * suffix.startswith(".hei")
+            return f"images in a format that is not read{plugin} ({suffix})"
         groups = {"lists": _LISTS, "caption files": _TEXTS, "archives": _ARCHIVES}
         return next(
             (group for group, suffixes in groups.items() if suffix in suffixes), "other files"
         )
-
-    def _is_picture(self, name: str) -> bool:
-        """By suffix; of the formats that may or may not be read, the content decides."""
-        suffix = PurePosixPath(name).suffix.lower()
-        if suffix not in _OTHER_IMAGES:
-            return suffix in IMAGE_SUFFIXES
-        from ipdiverse.image_io.files import MAX_FILE_BYTES, format_of
-
-        try:
-            with open_below(self.root, name, MAX_FILE_BYTES) as file:
-                return format_of(file.read(64)) is not None
-        except DataError:
-            return False
 
     def _names_pictures(self, name: str) -> bool:
         try:
@@ -312,6 +292,17 @@ def _told(unused: dict[str, list[str]]) -> str:
 def subject_class(subject: str) -> str:
     """A subject's name as words: `bear_plushie` is "bear plushie", `dog2` is "dog"."""
     return re.sub(r"[\s_-]+", " ", re.sub(r"\d+$", "", subject)).strip() or subject
+
+
+def _hub(source: str, options: SourceOptions) -> Source:
+    used: set[str] = set()
+
+    def unused() -> dict[str, list[str]]:
+        folder = Folder(hub_files(source, options.revision), options)
+        folder.used |= used
+        return folder.unused()
+
+    return hub_source(source, options, used, unused)
 
 
 def _critters(options: SourceOptions) -> Source:
