@@ -18,14 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from ipdiverse.config import Range, read
-from ipdiverse.data.files import (
-    LIST_BYTES,
-    inside,
-    open_below,
-    picture_bytes,
-    stamp_of,
-    text_lines,
-)
+from ipdiverse.data.files import LIST_BYTES, inside, open_below, picture_bytes, stamp_of, text_lines
 from ipdiverse.errors import ArgumentError, DataError, check_range
 from ipdiverse.writing import file_hash, unsealed
 
@@ -70,7 +63,7 @@ class Source:
     """Where images come from.
 
     Args:
-        kind: One of `sources.KINDS`.
+        kind: As in `SourceOptions`, but never `auto`.
         count: How many items; None when it is known only after reading them.
         items: Yields them, each time from the first, in the same order.
         notes: What the user should know; complete when the items have been read.

@@ -7,6 +7,7 @@ files; `webdataset` is tar files whose members of one stem are one sample.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -60,10 +61,7 @@ def hub_files(source: str, revision: str | None) -> Listing:
 
 
 def hub_source(
-    source: str,
-    options: SourceOptions,
-    used: set[str],
-    unused: Callable[[], dict[str, list[str]]],
+    source: str, options: SourceOptions, used: set[str], unused: Callable[[], dict[str, list[str]]]
 ) -> Source:
     """Open a data set; images stay undecoded until they are read.
 
@@ -97,11 +95,20 @@ def hub_source(
         if isinstance(columns.get(name or ""), datasets.Image):
             table = table.cast_column(name, datasets.Image(decode=False))
 
-    def items() -> Iterator[Item]:
-        for number, row in enumerate(table):
-            yield _row_item(number, row, (image, text or None, reference), _roots(source))
+    roots = _roots(source)
 
-    return Source("hub", len(table), items, unused=unused)
+    def item(number: int, row: dict[str, Any]) -> Item:
+        name, words, subject = f"row-{number:07d}", row.get(text or ""), row.get("subject")
+        prompt = row[reference] if reference else None
+        return Item(
+            name,
+            lambda: _bytes(row[image], name, roots),
+            words if isinstance(words, str) else None,
+            subject if isinstance(subject, str) else None,
+            (lambda: _bytes(prompt, name, roots)) if prompt else None,
+        )
+
+    return Source("hub", len(table), lambda: map(item, itertools.count(), table), unused=unused)
 
 
 def _load(source: str, options: SourceOptions, used: set[str]) -> Any:
@@ -168,33 +175,26 @@ def _relative(file: str, root: Path) -> str | None:
 def _image_column(columns: dict[str, Any], source: str) -> str:
     import datasets
 
-    found = [
-        n for n, kind in columns.items() if isinstance(kind, datasets.Image) and n != "reference"
-    ]
-    if not found:
-        raise DataError(
-            "has no column of images",
-            where=source,
-            found=", ".join(
-                f"{name}: {getattr(kind, 'dtype', kind)}" for name, kind in columns.items()
-            ),
-            fix="Name it with --image-column.",
-        )
-    return found[0]
+    for name, kind in columns.items():
+        if isinstance(kind, datasets.Image) and name != "reference":
+            return name
+    found = ", ".join(f"{name}: {getattr(kind, 'dtype', kind)}" for name, kind in columns.items())
+    fix = "Name it with --image-column."
+    raise DataError("has no column of images", where=source, found=found, fix=fix)
 
 
 def _text_column(columns: dict[str, Any], source: str) -> str | None:
     texts = [name for name, kind in columns.items() if getattr(kind, "dtype", None) == "string"]
     others = [name for name in texts if name != "subject"]
-    found = matching(texts, TEXT_COLUMNS) or others
-    if len(found) > 1 and found == others and not matching(texts, TEXT_COLUMNS):
+    usual = matching(texts, TEXT_COLUMNS)
+    if len(others) > 1 and not usual:
         raise DataError(
             "has several columns of text",
             where=source,
-            found=", ".join(found),
+            found=", ".join(others),
             fix="Name the captions' with --text-column, which may be '' for no captions.",
         )
-    return found[0] if found else None
+    return next(iter(usual or others), None)
 
 
 def _roots(source: str) -> tuple[Path, ...]:
@@ -211,24 +211,6 @@ def _roots(source: str) -> tuple[Path, ...]:
         Path(HF_HUB_CACHE).resolve()
     )
     return (home, home.parents[1] if is_snapshot else home)
-
-
-def _row_item(
-    number: int,
-    row: dict[str, Any],
-    columns: tuple[str, str | None, str | None],
-    roots: tuple[Path, ...],
-) -> Item:
-    image, text, reference = columns
-    name = f"row-{number:07d}"
-    words, subject = (row.get(text) if text else None), row.get("subject")
-    return Item(
-        name,
-        lambda: _bytes(row[image], name, roots),
-        words if isinstance(words, str) else None,
-        subject if isinstance(subject, str) else None,
-        (lambda: _bytes(row[reference], name, roots)) if reference and row[reference] else None,
-    )
 
 
 def _bytes(cell: Any, name: str, roots: tuple[Path, ...]) -> bytes:

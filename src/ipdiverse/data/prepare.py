@@ -85,39 +85,40 @@ def prepare(source: str, out: Path, options: PrepareOptions) -> dict[str, Any]:
         The report (`doctor.examine`), with `notes` and what was `unused`.
     """
     with only_one(out):
-        return _prepare(source, out, options)
+        opened = open_source(source, options)
+        journal = _Journal(out / JOURNAL)
+        _claim(source, out, options, opened, journal)
+        ensure_writable_folder(out / "images")
+        records, bad = _run(opened, out, options, journal)
+        write_text_atomic(out / QUARANTINE, "".join(json.dumps(asdict(b)) + "\n" for b in bad))
+        if not records:
+            found = _told(bad) or "nothing at all"
+            raise DataError("holds no usable image", where=source, found=found)
+        _check_share(bad, len(records) + len(bad), len(records) + len(bad), options.max_bad, out)
+        notes = list(opened.notes)
+        if not _write_manifest(out, manifest_text(records), options.keep_edits):
+            notes.append(f"{MANIFEST} was edited after prepare wrote it, and is kept.")
+        unused = {
+            what: {"count": len(names), "examples": names[:_EXAMPLES]}
+            for what, names in opened.unused().items()
+        }
+        report = {
+            "source": _place(source, out),
+            "kind": opened.kind,
+            **examine(records, [asdict(b) for b in bad]),
+            "notes": notes,
+            "unused": unused,
+            "manifest": file_hash(out / MANIFEST),
+        }
+        write_text_atomic(out / REPORT, sealed(report, indent=2))
+        # last: a kill before this leaves files too many, never a record without its file
+        journal.finish(out, {name for r in records for name in (r.file_name, r.reference)})
+        return report
 
 
-def _prepare(source: str, out: Path, options: PrepareOptions) -> dict[str, Any]:
-    opened = open_source(source, options)
-    journal = _Journal(out / JOURNAL)
-    _claim(source, out, options, opened, journal)
-    ensure_writable_folder(out / "images")
-    records, bad = _run(opened, out, options, journal)
-    listed = "".join(json.dumps(asdict(b)) + "\n" for b in bad)
-    write_text_atomic(out / QUARANTINE, listed)
-    if not records:
-        reasons = "; ".join(f"{b.source}: {b.reason}" for b in bad[:3])
-        raise DataError("holds no usable image", where=source, found=reasons or "nothing at all")
-    _check_share(bad, len(records) + len(bad), len(records) + len(bad), options.max_bad, out)
-    notes = list(opened.notes)
-    if not _write_manifest(out, manifest_text(records), options.keep_edits):
-        notes.append(f"{MANIFEST} was edited after prepare wrote it, and is kept.")
-    unused = {
-        what: {"count": len(names), "examples": names[:_EXAMPLES]}
-        for what, names in opened.unused().items()
-    }
-    report = {
-        "source": _place(source, out),
-        "kind": opened.kind,
-        **examine(records, [asdict(b) for b in bad]),
-        "notes": notes,
-        "unused": unused,
-        "manifest": file_hash(out / MANIFEST),
-    }
-    write_text_atomic(out / REPORT, sealed(report, indent=2))
-    journal.finish(out, {name for r in records for name in (r.file_name, r.reference)})
-    return report
+def _told(bad: list[Bad]) -> str:
+    """The first reasons, for an error."""
+    return "; ".join(f"{b.source}: {b.reason}" for b in bad[:3])
 
 
 def _place(path: str | None, out: Path) -> str | None:
@@ -195,7 +196,7 @@ def _is_moved(before: str, out: Path, opened: Source, journal: _Journal) -> bool
     for item in itertools.islice(opened.items(), _FEWEST):
         entry = journal.get(item.name)
         with contextlib.suppress(DataError):
-            if entry and not item.problem and entry["content"] == _content(*_load(item)):
+            if entry and not item.problem and entry["content"] == _content(_load(item)):
                 return True
     return False
 
@@ -287,13 +288,12 @@ def _check_share(bad: list[Bad], seen: int, total: int, allowed: float, out: Pat
     most = max(1, int(allowed * total)) if allowed else 0
     if len(bad) <= most:
         return
-    first = "; ".join(f"{b.source}: {b.reason}" for b in bad[:3])
     needed = min(1.0, math.ceil(100 * len(bad) / seen) / 100)
     raise DataError(
         "too many images are bad",
         where=out,
         expected=f"at most {most} of {total} (--max-bad {allowed:g})",
-        found=f"{len(bad)} of {seen} ({first})",
+        found=f"{len(bad)} of {seen} ({_told(bad)})",
         fix="Correct the source and run the same command again, or go on without them: "
         f"--max-bad {needed:g}.",
     )
@@ -336,33 +336,32 @@ def _is_stored(entry: dict[str, Any], out: Path) -> bool:
     return all(os.path.isfile(out / name) for name in names if name)  # noqa: PTH113
 
 
-def _load(item: Item) -> tuple[bytes, bytes | None]:
-    return item.load(), None if item.load_reference is None else item.load_reference()
+def _load(item: Item) -> list[bytes]:
+    """An item's image, and its reference if it has one."""
+    return [load() for load in (item.load, item.load_reference) if load is not None]
 
 
-def _content(data: bytes, other: bytes | None) -> str:
-    parts = [hashlib.sha256(part).hexdigest() for part in (data, other) if part is not None]
-    return "-".join(parts)
+def _content(files: list[bytes]) -> str:
+    return "-".join(hashlib.sha256(data).hexdigest() for data in files)
 
 
 def _look(
     item: Item, out: Path, square: Square, before: dict[str, Any] | None, stamp: str | None
 ) -> dict[str, Any]:
     """Decode and store one item, unless the journal knows its content."""
-    data, other = _load(item)
-    known = {"source": item.name, "stamp": stamp, "square": square}
-    known["content"] = _content(data, other)
-    if before and before["content"] == known["content"] and _is_stored(before, out):
+    data, *others = files = _load(item)
+    content = _content(files)
+    known = {"source": item.name, "stamp": stamp, "square": square, "content": content}
+    if before and before["content"] == content and _is_stored(before, out):
         return before | known
     try:
         name, image = _store(data, item.name, out, square)
-        where = f"reference of {item.name}"
-        reference = None if other is None else _store(other, where, out, square)[0]
+        stored = [_store(other, f"reference of {item.name}", out, square)[0] for other in others]
     except ImageError as error:
         return {**known, "reason": str(error).removeprefix(f"{item.name}: ")}
+    made = {"file_name": name, "reference": next(iter(stored), None)}
     size = {"width": image.width, "height": image.height}
-    stored = {"file_name": name, "reference": reference, "sha256": content_hash(image)}
-    return {**known, **stored, **size}
+    return {**known, **made, "sha256": content_hash(image), **size}
 
 
 def _write_manifest(out: Path, text: str, keep_edits: bool) -> bool:
@@ -402,7 +401,9 @@ def _store(data: bytes, name: str, out: Path, square: Square) -> tuple[str, Imag
     shaped = to_square(image, square)
     suffix = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}.get(format_of(data) or "")
     if shaped is not image or suffix is None:
-        data, suffix = _as_png(shaped), ".png"
+        buffer, suffix = BytesIO(), ".png"
+        shaped.save(buffer, "PNG", compress_level=1)  # the default takes three times as long
+        data = buffer.getvalue()
     digest = hashlib.sha256(data).hexdigest()
     relative = f"images/{digest[:2]}/{digest}{suffix}"
     target = out / relative
@@ -411,12 +412,6 @@ def _store(data: bytes, name: str, out: Path, square: Square) -> tuple[str, Imag
             target.parent.mkdir(exist_ok=True)
         write_bytes_atomic(target, data)
     return relative, shaped
-
-
-def _as_png(image: Image.Image) -> bytes:
-    buffer = BytesIO()
-    image.save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
 
 
 def to_square(image: Image.Image, how: Square) -> Image.Image:

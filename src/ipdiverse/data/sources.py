@@ -33,7 +33,6 @@ from ipdiverse.image_io.files import OTHER_SUFFIXES, SUFFIXES
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-KINDS = ("metadata", "json", "captions", "subjects", "webdataset", "hub", "critters")
 _LISTS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 _LIST_NAMES = ("metadata", "captions")
 """Lists of these names must be readable; others are used if they name images that are there."""
@@ -71,7 +70,13 @@ def kind_of(source: str, split: str = "train") -> str:
         return "critters"
     # unlike those of Path, these are False for a name that no system can have
     if os.path.isfile(path):  # noqa: PTH113
-        return _kind_of_file(path)
+        suffix = path.suffix.lower()
+        kinds = dict.fromkeys(_LISTS, "metadata") | {".json": "json", ".tar": "webdataset"}
+        if suffix in kinds:
+            return kinds[suffix]
+        expected, unpack = f"{', '.join(_LISTS)} or .tar", "Unpack it, and prepare the folder."
+        fix = unpack if suffix in _ARCHIVES else None
+        raise DataError("is not a data set", where=path, expected=expected, found=suffix, fix=fix)
     if os.path.isdir(path):  # noqa: PTH112
         return Folder(list_files(path), SourceOptions(split=split)).kind()
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
@@ -82,16 +87,6 @@ def kind_of(source: str, split: str = "train") -> str:
         expected="a folder, a file, a hub id or `critters`",
         fix="Check the path for a typing error; a hub id is OWNER/NAME.",
     )
-
-
-def _kind_of_file(path: Path) -> str:
-    suffix = path.suffix.lower()
-    kinds = dict.fromkeys(_LISTS, "metadata") | {".json": "json", ".tar": "webdataset"}
-    if suffix not in kinds:
-        expected, unpack = f"{', '.join(_LISTS)} or .tar", "Unpack it, and prepare the folder."
-        fix = unpack if suffix in _ARCHIVES else None
-        raise DataError("is not a data set", where=path, expected=expected, found=suffix, fix=fix)
-    return kinds[suffix]
 
 
 class Folder:
@@ -120,7 +115,7 @@ class Folder:
             "holds no data set of a known kind",
             where=self.root,
             expected="images, folders of images, metadata.jsonl, parquet or tar files",
-            found=_told(self.unused()) or "no files",
+            found="; ".join(f"{len(n)} {what}" for what, n in self.unused().items()) or "no files",
             fix="Name the kind with --kind.",
         )
 
@@ -283,10 +278,6 @@ def _made(text: str, name: str) -> str:
         f"Captions are made from names of folders where there is none, as {text!r} for {name!r}; "
         "write your own in .txt files with the images' names."
     )
-
-
-def _told(unused: dict[str, list[str]]) -> str:
-    return "; ".join(f"{len(names)} {what}" for what, names in unused.items())
 
 
 def subject_class(subject: str) -> str:

@@ -97,7 +97,7 @@ _EXIF_NUMBERS = {1: "B", 3: "H", 4: "I"}
 _WEBP_SIZE_END = 30
 _GIF_HEAD, _GIF_FRAME = 13, 10
 _GIF_CONTROL = 0xF9
-_SHORT, _LONG = 3, 4
+_TIFF_NUMBERS = {3: "H", 4: "I"}
 _WIDTH, _HEIGHT, _COMPRESSION, _ROWS, _TILE_WIDTH, _TILE_HEIGHT = 256, 257, 259, 278, 322, 323
 _TIFF_ONE = frozenset(
     {_WIDTH, _HEIGHT, _COMPRESSION, _ROWS, _TILE_WIDTH, _TILE_HEIGHT}
@@ -131,22 +131,16 @@ def opened(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
             )
         with Path(path).open("rb") as file:
             yield file
-    except FileNotFoundError as error:
-        raise ImageError(
-            "the image file does not exist", where=path, fix="Check the path for a typing error."
-        ) from error
-    except PermissionError as error:
-        raise ImageError(
-            "the image file may not be read",
-            where=path,
-            expected="read permission",
-            found=error.strerror,
-            fix="Change its permissions or copy it elsewhere.",
-        ) from error
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         found = getattr(error, "strerror", None) or error
+        what, expected, fix = "cannot be read", None, "Check the path."
+        if isinstance(error, FileNotFoundError):
+            what, fix = "does not exist", "Check the path for a typing error."
+        elif isinstance(error, PermissionError):
+            what, expected = "may not be read", "read permission"
+            fix = "Change its permissions or copy it elsewhere."
         raise ImageError(
-            "the image file cannot be read", where=path, found=found, fix="Check the path."
+            f"the image file {what}", where=path, expected=expected, found=found, fix=fix
         ) from error
 
 
@@ -359,70 +353,72 @@ def first_of_tiff(data: bytes, where: object) -> tuple[bytes, int]:
     every picture to count them. Source: TIFF 6.0, section 2.
     """
     order = ">" if data.startswith(b"MM") else "<"
-    (at,), starts, tags = struct.unpack_from(f"{order}I", data, 4), [], {}
+    starts: list[int] = []
+    kept, numbers = {}, {}
     with suppress(struct.error):  # it breaks off: what is missing is told below or by Pillow
+        at = struct.unpack_from(f"{order}I", data, 4)[0]
         while at:
             starts.append(at)
             check_count(len(starts), MAX_PAGES, "pictures in a TIFF", where)
             count = struct.unpack_from(f"{order}H", data, at)[0]
             if len(starts) == 1:
-                tags = _tiff_tags(data[at + 2 : at + 2 + 12 * count], order, where)
+                kept, numbers = _tiff_tags(data[at + 2 : at + 2 + 12 * count], order, where)
             at = struct.unpack_from(f"{order}I", data, at + 2 + 12 * count)[0]
-    _check_tiff(data, tags, order, where)
-    entries = [
-        struct.pack(f"{order}HHI", tag, kind, count) + value
-        for tag, (kind, count, value) in sorted(tags.items())
-    ]
-    directory = struct.pack(f"{order}H", len(entries)) + b"".join(entries) + bytes(4)
+    _check_tiff(data, numbers, where)
+    directory = struct.pack(f"{order}H", len(kept)) + b"".join(kept[tag] for tag in sorted(kept))
     data += bytes(len(data) % 2)  # a directory begins at an even place
-    return data[:4] + struct.pack(f"{order}I", len(data)) + data[8:] + directory, len(starts)
+    bare = data[:4] + struct.pack(f"{order}I", len(data)) + data[8:] + directory + bytes(4)
+    return bare, len(starts)
 
 
-def _tiff_tags(entries: bytes, order: str, where: object) -> dict[int, tuple[int, int, bytes]]:
-    """Type, count and value, or where that is, of each tag that decoding needs."""
-    tags: dict[int, tuple[int, int, bytes]] = {}
+def _tiff_tags(
+    entries: bytes, order: str, where: object
+) -> tuple[dict[int, bytes], dict[int, int]]:
+    """Entries that decoding needs; the number that each holds, or how many."""
+    kept: dict[int, bytes] = {}
+    numbers: dict[int, int] = {}
     for at in range(0, len(entries) - 11, 12):
         tag, kind, count = struct.unpack_from(f"{order}HHI", entries, at)
-        value = entries[at + 8 : at + 12]
+        code = _TIFF_NUMBERS.get(kind)
+        number = struct.unpack_from(order + code, entries, at + 8)[0] if code else None
         # bit 0 says that it is a smaller copy: the first picture of raw files is a preview
-        if tag == _RAW or (tag == _SUBFILE and struct.unpack(f"{order}I", value)[0] & 1):
+        if tag == _RAW or (tag == _SUBFILE and (number or 0) & 1):
             raise not_accepted(where, "a camera's raw file, or a TIFF that begins with a preview")
-        is_number = kind in (_SHORT, _LONG)
-        if tag in _TIFF_MANY:
+        if tag in kept:  # the first counts, for libtiff; for Pillow it would be the last
+            continue
+        if number is not None and tag in _TIFF_ONE and count == 1:
+            numbers[tag] = number
+        elif number is not None and tag in _TIFF_MANY:
             check_count(count, MAX_PARTS, "values of a tag", where)
-        of_one, of_many = tag in _TIFF_ONE and count == 1, tag in _TIFF_MANY
-        if (is_number and (of_one or of_many)) or (not is_number and tag in _TIFF_BYTES):
-            tags.setdefault(tag, (kind, count, value))  # readers differ on which of two counts
-    return tags
+            numbers[tag] = count
+        elif number is not None or tag not in _TIFF_BYTES:
+            continue
+        kept[tag] = entries[at : at + 12]
+    return kept, numbers
 
 
-def _check_tiff(
-    data: bytes, tags: dict[int, tuple[int, int, bytes]], order: str, where: object
-) -> None:
+def _check_tiff(data: bytes, numbers: Mapping[int, int], where: object) -> None:
     """Check what a TIFF claims before a decoder takes memory for it."""
-
-    def number(tag: int, default: int) -> int:
-        kind, _, value = tags.get(tag, (_LONG, 1, struct.pack(f"{order}I", default)))
-        return struct.unpack_from(order + _EXIF_NUMBERS[kind], value)[0]
-
-    compression, size = number(_COMPRESSION, 1), (number(_WIDTH, 0), number(_HEIGHT, 0))
+    compression, width, height = (
+        numbers.get(tag, default) for tag, default in ((_COMPRESSION, 1), (_WIDTH, 0), (_HEIGHT, 0))
+    )
     if compression not in _TIFF_COMPRESSIONS:
         raise not_accepted(where, f"a TIFF of compression {compression}")
-    if not all(size):
+    if not width * height:
         raise ValueError("no size of the image")
-    check_size(size, where)
-    tile = number(_TILE_WIDTH, size[0]), number(_TILE_HEIGHT, min(number(_ROWS, size[1]), size[1]))
-    if not all(tile):
+    check_size((width, height), where)
+    rows = min(numbers.get(_ROWS, height), height)
+    across, down = numbers.get(_TILE_WIDTH, width), numbers.get(_TILE_HEIGHT, rows)
+    if not across * down:
         raise ValueError("a strip or tile without a size")
-    check_count(tile[0] * tile[1], MAX_DECODED_PIXELS, "pixels in a tile", where)
-    tiles = -(-size[0] // tile[0]) * -(-size[1] // tile[1])
+    check_count(across * down, MAX_DECODED_PIXELS, "pixels in a tile", where)
+    tiles = -(-width // across) * -(-height // down)
     check_count(tiles, MAX_PARTS, "tiles", where)
-    for _, count, _ in (tags[tag] for tag in _TIFF_OFFSETS if tag in tags):
-        # one for each channel at most, of which Pillow reads six; it would decode any others too
-        check_count(count, 6 * tiles, "tiles in a TIFF of this size", where)
+    for tag in _TIFF_OFFSETS:
+        # one for each of six channels at most; Pillow would decode any others too
+        check_count(numbers.get(tag, 0), 6 * tiles, "tiles in a TIFF of this size", where)
     if compression == _TIFF_JPEG:
-        scans = data.count(bytes([0xFF, _JPEG_SCAN]))
-        most = MAX_SCANNED_PIXELS // (tile[0] * tile[1])
+        scans, most = data.count(bytes([0xFF, _JPEG_SCAN])), MAX_SCANNED_PIXELS // (across * down)
         check_count(scans, most, "scans in a TIFF of this size", where)
 
 
