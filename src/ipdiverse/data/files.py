@@ -192,11 +192,12 @@ def _steps(root: Path, path: Path) -> tuple[str, ...]:
 
 def _descriptor(root: Path, path: Path) -> int:
     flags = os.O_RDONLY | getattr(os, "O_BINARY", 0)
-    if os.open not in os.supports_dir_fd:
+    if os.open not in os.supports_dir_fd:  # Windows has no handles of folders to open from
         return os.open(os.path.realpath(path), flags)
     handle = os.open(os.path.realpath(root), flags | os.O_DIRECTORY)
     steps = _steps(root, path)
     for index, step in enumerate(steps):
+        # without O_NONBLOCK, opening a pipe would wait for somebody to write to it
         kind = os.O_DIRECTORY if index + 1 < len(steps) else os.O_NONBLOCK
         try:
             inner = os.open(step, flags | os.O_NOFOLLOW | kind, dir_fd=handle)

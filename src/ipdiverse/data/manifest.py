@@ -197,7 +197,7 @@ def read_manifest(folder: Path) -> list[Record]:
             expected=f"a file {MANIFEST}",
             fix="Run `ipdiverse prepare SOURCE --out` with this folder first.",
         )
-    if not is_whole(folder):
+    if not is_whole(folder):  # a flipped bit may leave valid JSON
         raise DataError(
             "is not as prepare wrote it",
             where=file,
@@ -213,7 +213,7 @@ def manifest_records(folder: Path) -> list[Record]:
     with open_below(folder, MANIFEST, LIST_BYTES) as opened:
         lines = list(json_rows(text_lines(opened, file, "utf-8")))
     _check_prepared(file, [row for _, row in lines])
-    for place, row in lines:
+    for place, row in lines:  # all of them, so that one run tells every broken line
         try:
             records.append(_record(row, folder))
         except (ArgumentError, DataError) as error:
@@ -246,6 +246,7 @@ def is_whole(folder: Path) -> bool:
 def manifest_text(records: Iterable[Record]) -> str:
     """The manifest's content."""
     rows = [asdict(record) for record in records]
+    # so that manifests from before there were repeats stay the same
     kept = [{k: v for k, v in row.items() if (k, v) != ("repeats", 1)} for row in rows]
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
 

@@ -53,6 +53,7 @@ class References:
         """The reference of one target; without a partner, `paired` falls back to `augmented`."""
         kinds = list(self.weights)
         odds = np.array(list(self.weights.values()))
+        # by index, as a choice among names would give NumPy's own kind of text
         kind = kinds[int(rng.choice(len(kinds), p=odds / odds.sum()))]
         record = self.records[index]
         if kind == "self":
@@ -134,6 +135,7 @@ def augment(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     image = ImageOps.mirror(image) if rng.random() < 0.5 else image
     changes = (_background, _colour, _cut_out)
     chosen = rng.random(len(changes)) < 0.5
+    # an unchanged reference would teach copying
     chosen[rng.integers(len(changes))] = True
     for change, wanted in zip(changes, chosen, strict=True):
         if wanted:
@@ -172,6 +174,7 @@ def _background(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     width, height = image.size
     ys, xs = np.mgrid[0:height, 0:width]
     distance = ((xs / width - 0.5) / 0.4) ** 2 + ((ys / height - 0.5) / 0.45) ** 2
+    # 1 inside the ellipse, 0 outside, with a soft edge that is not a contour to copy
     inner = np.clip((1.15 - distance) / 0.3, 0, 1)
     kind = rng.integers(3)
     if kind == 0:

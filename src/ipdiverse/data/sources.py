@@ -96,6 +96,7 @@ class Folder:
         self.root, self.listing, self.options = listing.root, listing, options
         self.used: set[str] = set()
         self._files = set(listing.files)
+        # of names that differ in case alone the first counts
         self._folded = {name.casefold(): name for name in reversed(listing.files)}
         self.pictures = [name for name in listing.files if name.lower().endswith(SUFFIXES)]
 
@@ -135,6 +136,7 @@ class Folder:
         named = [n for n in lists if PurePosixPath(n).stem.casefold() in _LIST_NAMES]
         if named:
             return named[0]
+        # each is opened to look; of more than one that fits none is taken, so ten are enough
         fitting = [name for name in lists[:10] if self._names_pictures(name)]
         return fitting[0] if len(fitting) == 1 else None
 
@@ -175,6 +177,7 @@ class Folder:
                     yield Item(name, bytes, problem=f"caption {error}")
                     continue
                 if not text and subject:
+                    # the name of a subject may mean nothing to CLIP; that of its class does
                     text = f"a photo of a {classes.get(home) or subject_class(subject)}"
                     if not any(note.startswith("Captions are made") for note in notes):
                         notes[_made(text, name)] = None
@@ -230,11 +233,11 @@ class Folder:
 
     @cached_property
     def _only_wrappers(self) -> bool:
-        """Whether no folder right in this one tells a subject; beside a cat, "train" does."""
+        """Whether no folder right in this one tells a subject; next to `cat`, `train` does too."""
         return {name.split("/")[0].casefold() for name in self.pictures} <= set(_NO_SUBJECTS)
 
     def _caption(self, picture: str) -> str:
-        """The first caption beside an image that is not empty."""
+        """The first caption file of an image that is not empty."""
         stem = picture.rpartition(".")[0]
         for wanted in (name + suffix for suffix in _TEXTS for name in (picture, stem)):
             name = wanted if wanted in self._files else self._folded.get(wanted.casefold())
