@@ -253,8 +253,7 @@ def webdataset(
             )
 
     def items() -> Iterator[Item]:
-        for name in names:
-            yield from _samples(root, name)
+        return itertools.chain.from_iterable(_samples(root, name) for name in names)
 
     return Source("webdataset", None, items, unused=unused)
 
@@ -281,7 +280,7 @@ class _Headers:
 def _samples(root: Path, name: str) -> Iterator[Item]:
     """The samples of one tar file; where it breaks off, the last item says so."""
     parts: list[tarfile.TarInfo] = []
-    stem, count = "", 0
+    stem, count, reason = "", 0, ""
     try:
         with open_below(root, name, _TAR_BYTES) as file:
             for member in _members(file):
@@ -297,13 +296,11 @@ def _samples(root: Path, name: str) -> Iterator[Item]:
                 if len(parts) <= PARTS:
                     parts.append(member)
     except Exception as error:  # tarfile raises nearly anything on hostile headers
-        if parts:
-            yield _sample(root, name, stem, parts)
         reason = f"the tar file is broken after {stem!r}: {error or type(error).__name__}"
-        yield Item(f"{name}/", bytes, problem=reason)
-        return
     if parts:
         yield _sample(root, name, stem, parts)
+    if reason:
+        yield Item(f"{name}/", bytes, problem=reason)
 
 
 def _members(file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
