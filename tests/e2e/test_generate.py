@@ -148,16 +148,16 @@ def broken_images(folder: Path) -> dict[str, Path]:
         "text": folder / "text.png",
         "truncated": folder / "cut.jpg",
         "folder": folder,
-        "gif": folder / "moving.gif",
+        "heic": folder / "phone.heic",
     }
     files["empty"].write_bytes(b"")
     files["text"].write_text("no image")
     files["truncated"].write_bytes(data[: len(data) // 2])
-    picture.save(files["gif"])
+    files["heic"].write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
     return files
 
 
-@pytest.mark.parametrize("kind", ["missing", "empty", "text", "truncated", "folder", "gif"])
+@pytest.mark.parametrize("kind", ["missing", "empty", "text", "truncated", "folder", "heic"])
 def test_images_that_cannot_be_read_get_one_line_and_exit_2(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -44,8 +44,13 @@ def test_a_flipped_bit_in_a_manifest_is_found_before_it_is_used(
         file.write_bytes(flipped(whole, place))
         with pytest.raises(DataError, match=r"metadata\.jsonl: is not as prepare wrote it.*again"):
             read_manifest(out)
-    report = prepare(str(source), out, PrepareOptions())
-    assert "was edited after prepare wrote it, and is kept" in report["notes"][-1]
+        with pytest.raises(
+            DataError, match=r"metadata\.jsonl: was edited .* is damaged.*delete it"
+        ):
+            prepare(str(source), out, PrepareOptions())
+    file.write_bytes(whole[:-9])
+    with pytest.raises(DataError, match="1 of 3 lines are broken"):
+        prepare(str(source), out, PrepareOptions(keep_edits=True))
     file.unlink()  # to have the source's own again
     prepare(str(source), out, PrepareOptions())
     assert file.read_bytes() == whole

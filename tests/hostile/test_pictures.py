@@ -21,7 +21,15 @@ from ipdiverse.image_io.files import MAX_PIXELS
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-FORMATS = ["JPEG", "PNG", "WEBP", "BMP", *(["AVIF"] if features.check("avif") else [])]
+FORMATS = [
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "BMP",
+    "GIF",
+    "TIFF",
+    *(["AVIF"] if features.check("avif") else []),
+]
 MODES = ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"]
 MAX_CALLS = 3_000_000
 """Of Python and C functions: what is read byte by byte takes tens of millions."""
@@ -75,6 +83,24 @@ def long_text(kind: str, count: int) -> bytes:
     return encoded("PNG", pnginfo=info)
 
 
+def in_gif(what: bytes) -> bytes:
+    data = encoded("GIF", "P")
+    at = data.index(b",\0\0\0\0")
+    return data[:at] + what + data[at:]
+
+
+def in_tiff(entries: int, claim: int, following: bytes = bytes(4)) -> bytes:
+    """A TIFF whose directory is followed by one of tags that nobody needs."""
+    data = encoded("TIFF", compression="tiff_lzw")
+    at = int.from_bytes(data[4:8], "little")
+    count = int.from_bytes(data[at : at + 2], "little")
+    own = data[at + 2 : at + 2 + 12 * count]
+    more = b"".join(struct.pack("<HHII", 51_000 + n, 7, claim, 8) for n in range(entries))
+    place = struct.pack("<I", len(data))
+    directory = struct.pack("<H", count + entries) + own + more
+    return data[:4] + place + data[8:] + directory + (following or place)
+
+
 BOMBS: dict[str, Callable[[int], bytes]] = {
     "fill bytes before the header": lambda n: in_jpeg(b"\xff" * n * 1_000_000),
     "fill bytes before the end": lambda n: (
@@ -101,6 +127,10 @@ BOMBS: dict[str, Callable[[int], bytes]] = {
     "long texts": lambda n: long_text("workflow", n),
     "long texts with the orientation": lambda n: long_text("XML:com.adobe.xmp", n),
     "a chunk beyond the end": lambda n: in_png(struct.pack(">I", n * 10**7) + b"tEXt"),
+    "comments of a GIF": lambda n: in_gif(b"!\xfe" + b"\1x" * n * 20_000 + b"\0"),
+    "frames of a GIF": lambda n: in_gif(encoded("GIF", "P")[13 + 768 : -1] * n * 20),
+    "tags of a TIFF that claim much": lambda n: in_tiff(n * 90, 8000),
+    "pages of a TIFF that go round": lambda n: in_tiff(n, 1, b""),
     "a palette of nothing": lambda n: in_png(chunk(b"PLTE", b"x" * n)),
 }
 CLAIMS = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import struct
+import sys
 import threading
 import warnings
 import zlib
@@ -32,7 +33,15 @@ from ipdiverse.image_io import (
 )
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
-FORMATS = ["JPEG", "PNG", "WEBP", "BMP", *(["AVIF"] if features.check("avif") else [])]
+FORMATS = [
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "BMP",
+    "GIF",
+    "TIFF",
+    *(["AVIF"] if features.check("avif") else []),
+]
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -113,7 +122,7 @@ def test_accepted_formats_are_told_by_content(tmp_path: Path, image_format: str,
 )
 def test_every_kind_of_webp_says_its_size(options: dict):
     data = encoded(plain(RED, (37, 21)), "WEBP", **options)
-    assert files.claimed_size(data, "WEBP") == (37, 21)
+    assert files.webp_size(data) == (37, 21)
     assert load_image_bytes(data).size == (37, 21)
 
 
@@ -134,11 +143,8 @@ def test_path_may_be_text_or_path_and_bytes_give_the_same(tmp_path: Path):
 @pytest.mark.parametrize(
     ("data", "found"),
     [
-        (encoded(plain(), "GIF"), "a GIF"),
-        (frames("GIF"), "a GIF"),
         (b"BM" + bytes(12) + b"\x28" + bytes(15) + b"\x01" + bytes(40), "a compressed BMP"),
-        (encoded(plain(), "TIFF"), "a TIFF"),
-        (b"\0\0\0\x18ftypheic" + bytes(40), "a HEIC"),
+        (b"II*\0\x10\0\0\0CR\2\0" + bytes(40), "a camera's raw file"),
         (b"8BPS" + bytes(40), "a Photoshop document"),
         (b"%PDF-1.7", "a PDF"),
         (b"PK\x03\x04" + bytes(40), "a ZIP archive"),
@@ -361,6 +367,144 @@ def test_video_behind_a_photo_is_not_taken_for_scans():
     assert load_image_bytes(data).size == (64, 48)
 
 
+# --- GIF, TIFF and HEIC ----------------------------------------------------------------------
+
+
+def tiff(order: str = "<", data: bytes = b"", **tags: tuple[int, int, int]) -> bytes:
+    """A grey TIFF of 16x16 pixels; each tag is its type, count, and value or place."""
+    of = {"width": 256, "height": 257, "bits": 258, "kind": 259, "photo": 262, "strips": 273}
+    of |= {"turn": 274, "rows": 278, "sizes": 279, "tile_w": 322, "tile_h": 323, "subfile": 254}
+    base = {"width": (4, 1, 16), "height": (4, 1, 16), "bits": (4, 1, 8), "photo": (4, 1, 1)}
+    every = {**base, "strips": (4, 1, 8), "rows": (4, 1, 16), "sizes": (4, 1, 256), **tags}
+    body = (data or bytes(range(256))).ljust(256, b"\0")
+    entries = [struct.pack(f"{order}HHII", of.get(n) or int(n[1:]), *t) for n, t in every.items()]
+    head = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}HI", 42, 8 + len(body))
+    count = struct.pack(f"{order}H", len(entries))
+    return head + body + count + b"".join(sorted(entries)) + bytes(4)
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_a_tiff_of_either_byte_order(order: str):
+    image = load_image_bytes(tiff(order))
+    assert np.asarray(image)[..., 0].ravel().tolist() == list(range(256))
+    turned = load_image_bytes(tiff(order, turn=(4, 1, 6)))
+    assert np.array_equal(np.asarray(turned), np.rot90(np.asarray(image), -1))
+
+
+@pytest.mark.parametrize(
+    ("mode", "compression"),
+    [
+        *[(mode, kind) for mode in ("RGB", "RGBA", "L") for kind in ("raw", "tiff_lzw")],
+        *[("CMYK", "tiff_adobe_deflate"), ("P", "packbits"), ("1", "group4"), ("RGB", "jpeg")],
+    ],
+)
+def test_tiffs_of_every_usual_kind(mode: str, compression: str):
+    stored = two_halves("RGB", RED, BLUE, (64, 48)).convert(mode)
+    quality = {"quality": 95} if compression == "jpeg" else {}
+    read = load_image_bytes(encoded(stored, "TIFF", compression=compression, **quality))
+    assert np.abs(np.asarray(read).astype(int) - np.asarray(to_rgb(stored))).max() < 4
+
+
+def test_16_bit_grey_whose_white_is_zero_is_no_negative():
+    levels = np.arange(0, 65536, 64, dtype=np.uint16).reshape(32, 32)
+    usual, other = (
+        load_image_bytes(encoded(Image.fromarray(values), "TIFF", tiffinfo={262: photo}))
+        for values, photo in ((levels, 1), (65535 - levels, 0))
+    )
+    assert usual.tobytes() == other.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("tags", "words"),
+    [
+        ({"width": (4, 1, 60_000)}, ["too large", "60000x16 px"]),
+        ({"width": (4, 1, 8000), "height": (4, 1, 8001)}, ["too large", "64 megapixels"]),
+        ({"strips": (4, 7, 8)}, ["at most 6 tiles in a TIFF of this size", "found 7"]),
+        ({"strips": (4, 1 << 30, 8)}, ["at most 100000 values of a tag"]),
+        ({"tile_w": (4, 1, 1 << 16), "tile_h": (4, 1, 1 << 16)}, ["64000000 pixels in a tile"]),
+        ({"tile_w": (4, 1, 0)}, ["a strip or tile without a size"]),
+        ({"kind": (4, 1, 50000)}, ["found a TIFF of compression 50000", "Convert it"]),
+        ({"subfile": (4, 1, 1)}, ["found a camera's raw file"]),
+        ({"x50706": (1, 4, 1)}, ["found a camera's raw file"]),
+        ({"width": (2, 1, 16)}, ["truncated or corrupt", "no size of the image"]),
+    ],
+)
+def test_a_tiff_is_checked_before_it_is_decoded(
+    tags: dict, words: list, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(image_io.TiffImageFile, "load", None)
+    assert_refused(tiff(**tags), *words)
+
+
+def test_what_tags_of_a_tiff_claim_is_not_copied():
+    data = tiff(**{f"x{40_000 + n}": (7, 250, 8) for n in range(9000)})
+    bare, pictures = files.first_of_tiff(data, "a.tif")
+    assert (len(bare) - len(data), pictures) == (2 + 7 * 12 + 4, 1)
+    assert load_image_bytes(data).tobytes() == load_image_bytes(tiff()).tobytes()
+
+
+def test_pages_that_go_round_are_not_counted_for_ever():
+    data = bytearray(tiff())
+    data[-4:] = struct.pack("<I", 8 + 256)
+    assert_refused(bytes(data), "takes too long", "at most 10000 pictures in a TIFF")
+
+
+def test_scans_of_a_jpeg_in_a_tiff_are_bounded(monkeypatch: pytest.MonkeyPatch):
+    data = encoded(noise(), "TIFF", compression="jpeg")
+    assert load_image_bytes(data).size == (64, 48)
+    monkeypatch.setattr(files, "MAX_SCANNED_PIXELS", 64 * 48 - 1)
+    assert_refused(data, "takes too long", "scans in a TIFF")
+
+
+def test_colours_of_a_tiff_that_have_no_rgb_are_refused():
+    data = encoded(Image.new("F", (32, 24)), "TIFF")
+    assert_refused(data, "found a TIFF of fractions or of Lab colours", "Convert it")
+    assert_refused(encoded(Image.new("LAB", (32, 24)), "TIFF"), "Lab colours")
+
+
+def test_frames_of_a_gif_are_counted_without_reading_comments():
+    data = frames("GIF", duration=20, comment=b"x" * 1000)
+    bare, count = files.first_of_gif(data, "a.gif")
+    assert count == 3
+    assert b"xxx" not in bare
+    assert Image.open(io.BytesIO(bare)).convert("RGB").getpixel((3, 3)) == RED
+    blocks = b"!\xfe" + b"\x01x" * 1_000_001 + b"\0"
+    at = data.index(b"!\xf9")
+    assert_refused(data[:at] + blocks + data[at:], "takes too long", "1000000 blocks")
+
+
+def test_a_transparent_gif_is_put_on_white():
+    image = two_halves("P", 0, 1)
+    image.putpalette([*BLUE, *RED])
+    decoded = load_image_bytes(encoded(image, "GIF", transparency=0))
+    assert (decoded.getpixel((3, 3)), decoded.getpixel((20, 3))) == (WHITE, RED)
+
+
+def test_a_frame_larger_than_its_screen_has_the_same_budget():
+    data = bytearray(encoded(plain(), "GIF"))
+    frame = data.index(b",\0\0\0\0")
+    data[frame + 5 : frame + 9] = struct.pack("<2H", 12_000, 9_000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_refused(bytes(data), "too large", "12000x9000 px")
+
+
+def test_a_heic_names_the_plugin_or_is_read_by_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(files, "_HAS_HEIF", False)
+    data = b"\0\0\0\x18ftypheic" + bytes(40)
+    assert_refused(data, "found a HEIC", "Convert it to PNG, or pip install pillow-heif")
+    monkeypatch.setattr(files, "_HAS_HEIF", True)
+
+    def opened(_: object) -> Image.Image:
+        return plain(BLUE, (9000, 9000) if large else (32, 24))
+
+    monkeypatch.setitem(sys.modules, "pillow_heif", SimpleNamespace(HeifImageFile=opened))
+    large = False
+    assert load_image_bytes(data).getpixel((3, 3)) == BLUE
+    large = True
+    assert_refused(data, "too large", "9000x9000 px")
+
+
 # --- damage ----------------------------------------------------------------------------------
 
 
@@ -372,10 +516,11 @@ def test_truncated_file_is_refused(image_format: str, share: float):
     assert_refused(data[: int(len(data) * share)], *words)
 
 
-@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "BMP"])
+@pytest.mark.parametrize("image_format", FORMATS)
 def test_file_cut_in_its_header_is_refused(image_format: str):
     data = encoded(noise(), image_format)[:20]
-    assert_refused(data, "truncated or corrupt", "header with the image's size", "found none")
+    words = ["header with the image's size", "found none"] * (image_format in ("JPEG", "WEBP"))
+    assert_refused(data, f"the {image_format} image is truncated or corrupt", *words)
 
 
 def test_webp_of_an_unknown_first_chunk_is_refused():
@@ -430,7 +575,7 @@ def test_of_repeated_exif_the_first_counts_and_none_reaches_pillow():
     assert load_image_bytes(data[:2] + more + data[2:]).size == (32, 64)
 
 
-@pytest.mark.parametrize("image_format", [one for one in FORMATS if one != "BMP"])
+@pytest.mark.parametrize("image_format", [one for one in FORMATS if one not in ("BMP", "GIF")])
 def test_exif_that_claims_more_than_it_is_is_not_copied(
     image_format: str, monkeypatch: pytest.MonkeyPatch
 ):
@@ -438,7 +583,7 @@ def test_exif_that_claims_more_than_it_is_is_not_copied(
     exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 4001) + tags
     exif += struct.pack("<HHII", 0x0112, 3, 1, 6)
     size = (64, 32)
-    if image_format == "AVIF":  # whose orientation is not in the EXIF
+    if image_format in ("AVIF", "TIFF"):  # whose orientation is not in the EXIF
         exif, size = exif[:-12] + bytes(12), (32, 64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Pillow, about what it writes
@@ -450,8 +595,8 @@ def test_exif_that_claims_more_than_it_is_is_not_copied(
 def test_png_of_very_many_chunks_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Image, "open", None)
     data = encoded(plain(), "PNG")
-    bomb = data[:33] + chunk(b"abCd", b"") * files.MAX_CHUNKS + data[33:]
-    assert_refused(bomb, "takes too long", f"at most {files.MAX_CHUNKS} chunks")
+    bomb = data[:33] + chunk(b"abCd", b"") * files.MAX_PARTS + data[33:]
+    assert_refused(bomb, "takes too long", f"at most {files.MAX_PARTS} chunks")
 
 
 @settings(max_examples=150, deadline=None)
@@ -526,7 +671,7 @@ def test_orientation_that_a_png_keeps_in_text_is_applied(keyword: str, text: str
 # --- orientation -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("image_format", [one for one in FORMATS if one != "BMP"])
+@pytest.mark.parametrize("image_format", [one for one in FORMATS if one not in ("BMP", "GIF")])
 @pytest.mark.parametrize(
     ("orientation", "size", "corner"),
     [
@@ -808,7 +953,7 @@ def test_a_mask_that_acts_nowhere_is_refused(tmp_path: Path):
 # --- several pictures in one file ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("image_format", [f for f in FORMATS if f not in ("JPEG", "BMP")])
+@pytest.mark.parametrize("image_format", [f for f in FORMATS if f not in ("JPEG", "BMP", "TIFF")])
 def test_first_frame_of_an_animation_is_used_with_a_warning(tmp_path: Path, image_format: str):
     path = tmp_path / "moving.png"
     path.write_bytes(frames(image_format, duration=50))
@@ -818,6 +963,12 @@ def test_first_frame_of_an_animation_is_used_with_a_warning(tmp_path: Path, imag
     message = str(caught[0].message)
     assert message == f"{path}: the image is animated (3 frames); only the first frame is used"
     assert Path(caught[0].filename) == Path(__file__)
+
+
+def test_first_page_of_a_tiff_is_used_with_a_warning():
+    with pytest.warns(ImageWarning, match=r"a\.tif: the file holds 3 pictures; only the first is"):
+        image = load_image_bytes(frames("TIFF"), "a.tif")
+    assert image.getpixel((3, 3)) == RED
 
 
 def test_a_warning_made_an_error_stays_what_it_is():

@@ -12,8 +12,6 @@ from ipdiverse.commands.console import note, say, say_json
 from ipdiverse.errors import CheckpointError
 from ipdiverse.loading import what_is
 
-_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-
 
 @dataclass(frozen=True)
 class Source:
@@ -63,7 +61,9 @@ class Inspect(Source):
 
     def run(self) -> None:
         """Read names and shapes, or a picture's record, and print."""
-        if Path(self.source).suffix.lower() in _PICTURES:
+        from ipdiverse.image_io.files import SUFFIXES
+
+        if Path(self.source).suffix.lower() in SUFFIXES:
             from ipdiverse import provenance
 
             record = provenance.read_provenance(self.source)

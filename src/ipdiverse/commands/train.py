@@ -12,7 +12,7 @@ import tyro
 from ipdiverse.commands.console import agree_to_encoders, note, say, say_json
 from ipdiverse.commands.generate import renamed_flags
 from ipdiverse.config import problems, read_toml, renamed
-from ipdiverse.data.prepare import PrepareOptions
+from ipdiverse.data.manifest import PrepareOptions
 from ipdiverse.errors import ArgumentError
 from ipdiverse.training.config import DROPPED, RENAMED, CacheConfig, TrainConfig, todays
 

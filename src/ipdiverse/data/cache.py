@@ -102,11 +102,7 @@ def compute(
     missing: Sequence[int],
     progress: Callable[[int], Any] = lambda _: None,
 ) -> None:
-    """Compute shards.
-
-    Args:
-        missing: Their numbers (`Rows.missing`).
-    """
+    """Compute the shards of these numbers (`Rows.missing`)."""
     for shard in missing:
         span = rows.span(shard)
         tensors = {name: tensor.contiguous() for name, tensor in make(span).items()}
@@ -138,16 +134,13 @@ class RowReader:
         if not 0 <= index < len(self.rows):
             raise IndexError(index)
         shard, row = divmod(index, self.rows.size)
-        file = self._file(shard)
-        return {name: file.get_slice(name)[row] for name in file.keys()}  # noqa: SIM118
-
-    def _file(self, shard: int) -> Any:
         if shard not in self._open:
-            while len(self._open) >= _OPEN_FILES:
+            if len(self._open) >= _OPEN_FILES:
                 self._open.popitem(last=False)
             self._open[shard] = safe_open(self.rows.file(shard), "pt")
-        self._open.move_to_end(shard)
-        return self._open[shard]
+        self._open.move_to_end(shard)  # the least recently read is the first to be closed
+        file = self._open[shard]
+        return {name: file.get_slice(name)[row] for name in file.keys()}  # noqa: SIM118
 
     def __getstate__(self) -> dict[str, Any]:
         # open files cannot be pickled: each worker process opens its own

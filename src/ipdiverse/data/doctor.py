@@ -68,13 +68,14 @@ def _sizes(records: Sequence[Record]) -> dict[str, Any]:
         "median": float(np.median(short)),
         "max": int(short.max()),
         "small": int((short < _SMALL_SIDE).sum()),
+        # by over a tenth, upright or across: training crops these
         "not_square": int((np.abs(np.log(aspect)) > np.log(1.1)).sum()),
     }
 
 
 def _duplicates(records: Sequence[Record]) -> dict[str, Any]:
     """Images whose pixels are equal to an earlier one's."""
-    groups: dict[str, list[str]] = {}
+    groups: dict[str, list[str]] = {}  # by a hash of pixels: one picture in two formats is a copy
     for record in records:
         groups.setdefault(record.sha256, []).append(record.source)
     several = [names for names in groups.values() if len(names) > 1]
@@ -110,6 +111,7 @@ def _advice(report: dict[str, Any]) -> list[str]:
     images, captions, subjects = report["images"], report["captions"], report["subjects"]
     missing, long, single = captions["missing"], captions["long"], subjects["single"]
     copies, small = report["duplicates"]["images"], report["sizes"]["small"]
+    # where nothing can be paired, single subjects are no second problem
     paired = bool(subjects["count"] > single or report["references"])
     alike = images > 1 and captions["distinct"] == 1 and not missing
     advice = {

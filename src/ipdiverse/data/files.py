@@ -20,6 +20,8 @@ from ipdiverse.errors import DataError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from PIL import Image
+
 KIB, MIB = 1024, 1024 * 1024
 LIST_BYTES = 4096 * MIB
 """Of a list with one row a line, which is streamed."""
@@ -130,6 +132,20 @@ def read_below(root: Path, name: str, most: int) -> bytes:
     return data
 
 
+def picture_bytes(root: Path, name: str) -> bytes:
+    """The bytes of a picture below a root, still encoded."""
+    from ipdiverse.image_io import MAX_FILE_BYTES  # not above: `--help` does without Pillow
+
+    return read_below(root, name, MAX_FILE_BYTES)
+
+
+def picture_below(root: Path, name: str) -> Image.Image:
+    """A picture below a root, decoded."""
+    from ipdiverse.image_io import load_image_bytes
+
+    return load_image_bytes(picture_bytes(root, name), str(root / name))
+
+
 def text_lines(file: IO[bytes], where: object, encoding: str) -> Iterator[tuple[int, str]]:
     """Number and text of each line, decoded by the file's mark, or else in one encoding."""
     head = file.read(4)
@@ -176,11 +192,12 @@ def _steps(root: Path, path: Path) -> tuple[str, ...]:
 
 def _descriptor(root: Path, path: Path) -> int:
     flags = os.O_RDONLY | getattr(os, "O_BINARY", 0)
-    if os.open not in os.supports_dir_fd:
+    if os.open not in os.supports_dir_fd:  # Windows has no handles of folders to open from
         return os.open(os.path.realpath(path), flags)
     handle = os.open(os.path.realpath(root), flags | os.O_DIRECTORY)
     steps = _steps(root, path)
     for index, step in enumerate(steps):
+        # without O_NONBLOCK, opening a pipe would wait for somebody to write to it
         kind = os.O_DIRECTORY if index + 1 < len(steps) else os.O_NONBLOCK
         try:
             inner = os.open(step, flags | os.O_NOFOLLOW | kind, dir_fd=handle)

@@ -22,20 +22,10 @@ if TYPE_CHECKING:
 
 IMAGE_COLUMNS = ("file_name", "image_file", "image", "file", "path", "image_path", "filename")
 TEXT_COLUMNS = ("text", "caption", "captions", "prompt", "description", "sentence")
-_NO_TEXT = [
-    "subject",
-    "reference",
-    "source",
-    "url",
-    "link",
-    "license",
-    "split",
-    "id",
-    "key",
-    "hash",
-    "md5",
-    "sha256",
-]
+_NO_TEXT = (
+    *("subject", "reference", "source", "url", "link", "license"),
+    *("split", "id", "key", "hash", "md5", "sha256"),
+)
 """Columns that no one means by a caption."""
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 

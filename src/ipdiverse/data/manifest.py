@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from ipdiverse.config import Range, read
-from ipdiverse.data.files import LIST_BYTES, inside, open_below, read_below, stamp_of, text_lines
+from ipdiverse.data.files import LIST_BYTES, inside, open_below, picture_bytes, stamp_of, text_lines
 from ipdiverse.errors import ArgumentError, DataError, check_range
 from ipdiverse.writing import file_hash, unsealed
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
 MANIFEST, REPORT = "metadata.jsonl", "report.json"
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp")
 MAX_REPEATS = 1000
+Square = Literal["keep", "pad", "crop"]
 Row = dict[str, Any] | str
 """A row of a list, or why it cannot be used."""
 
@@ -63,7 +63,7 @@ class Source:
     """Where images come from.
 
     Args:
-        kind: One of `sources.KINDS`.
+        kind: As in `SourceOptions`, but never `auto`.
         count: How many items; None when it is known only after reading them.
         items: Yields them, each time from the first, in the same order.
         notes: What the user should know; complete when the items have been read.
@@ -124,6 +124,28 @@ class SourceOptions:
 
 
 @dataclass(frozen=True)
+class PrepareOptions(SourceOptions):
+    """How a source is read and what is kept of it.
+
+    Args:
+        square: `keep` the shape; `pad` shows all of the image on a blurred copy of itself; `crop`
+            takes the centre and may cut the subject.
+        max_bad: Share of bad images above which the command stops; one is always allowed, unless
+            this is 0.
+        keep_edits: Keep a manifest that you edited; otherwise one that prepare did not write is
+            taken for damaged, and refused.
+    """
+
+    square: Square = "keep"
+    max_bad: float = 0.05
+    keep_edits: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("max_bad", self.max_bad, 0, 1)
+
+
+@dataclass(frozen=True)
 class Record:
     """One training image.
 
@@ -156,14 +178,10 @@ _BY_PREPARE_ALONE = ("sha256", "width", "height", "source")
 
 def file_item(root: Path, name: str, reference: str | None = None, **about: Any) -> Item:
     """An item whose image, and reference, are files below a root."""
-    from ipdiverse.image_io.files import MAX_FILE_BYTES
-
     files = [name] if reference is None else [name, reference]
     return Item(
-        load=lambda: read_below(root, name, MAX_FILE_BYTES),
-        load_reference=None
-        if reference is None
-        else (lambda: read_below(root, reference, MAX_FILE_BYTES)),
+        load=lambda: picture_bytes(root, name),
+        load_reference=None if reference is None else lambda: picture_bytes(root, reference),
         stamp=lambda: " ".join(stamp_of(root, file) for file in files),
         **{"name": name, **about},
     )
@@ -179,17 +197,23 @@ def read_manifest(folder: Path) -> list[Record]:
             expected=f"a file {MANIFEST}",
             fix="Run `ipdiverse prepare SOURCE --out` with this folder first.",
         )
-    if not is_whole(folder):
+    if not is_whole(folder):  # a flipped bit may leave valid JSON
         raise DataError(
             "is not as prepare wrote it",
             where=file,
-            fix="Run the same `ipdiverse prepare` again; it keeps changes that you made.",
+            fix="Delete it and run the same `ipdiverse prepare` again, or keep what you edited by "
+            "running that with --keep-edits.",
         )
-    records, problems = [], []
+    return manifest_records(folder)
+
+
+def manifest_records(folder: Path) -> list[Record]:
+    """The records of a manifest, whoever wrote it."""
+    file, records, problems = folder / MANIFEST, [], []
     with open_below(folder, MANIFEST, LIST_BYTES) as opened:
         lines = list(json_rows(text_lines(opened, file, "utf-8")))
     _check_prepared(file, [row for _, row in lines])
-    for place, row in lines:
+    for place, row in lines:  # all of them, so that one run tells every broken line
         try:
             records.append(_record(row, folder))
         except (ArgumentError, DataError) as error:
@@ -222,6 +246,7 @@ def is_whole(folder: Path) -> bool:
 def manifest_text(records: Iterable[Record]) -> str:
     """The manifest's content."""
     rows = [asdict(record) for record in records]
+    # so that manifests from before there were repeats stay the same
     kept = [{k: v for k, v in row.items() if (k, v) != ("repeats", 1)} for row in rows]
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
 

@@ -7,6 +7,7 @@ files; `webdataset` is tar files whose members of one stem are one sample.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -20,31 +21,47 @@ from ipdiverse.data.files import (
     ENTRIES,
     HEADER_BYTES,
     PARTS,
+    Listing,
     check_budget,
     inside,
+    list_files,
     open_below,
     read_below,
     stamp_of,
 )
 from ipdiverse.data.lists import TEXT_COLUMNS, matching
-from ipdiverse.data.manifest import IMAGE_SUFFIXES, Item, Source
+from ipdiverse.data.manifest import Item, Source
 from ipdiverse.errors import DataError
+from ipdiverse.image_io.files import MAX_FILE_BYTES, SUFFIXES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
+    from ipdiverse.data.manifest import SourceOptions
+
 HUB_FILES = ("*.parquet", "*.arrow", "state.json")
 """Files by which a local repository, or a folder that `save_to_disk` wrote, is recognised."""
+_SAVED = ("state.json", "dataset_info.json", "../dataset_dict.json")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"(\xb5": "zstd", b"PK": "zip"}
+_TAR_BYTES = 1 << 50
 _TEXT_SUFFIXES = (".txt", ".caption", ".text")
 
 
+def hub_files(source: str, revision: str | None) -> Listing:
+    """The files of a data set, here or on the hub; none where the hub cannot be asked."""
+    from huggingface_hub import HfApi
+
+    if os.path.isdir(source):  # noqa: PTH112
+        return list_files(Path(source))
+    try:
+        names = HfApi().list_repo_files(source, repo_type="dataset", revision=revision)
+    except Exception:  # whatever it raises: without a connection a cached data set still opens
+        names = []
+    return Listing(Path(source), tuple(n for n in names if not n.startswith(".")), {})
+
+
 def hub_source(
-    source: str,
-    image_column: str | None = None,
-    text_column: str | None = None,
-    split: str = "train",
-    revision: str | None = None,
+    source: str, options: SourceOptions, used: set[str], unused: Callable[[], dict[str, list[str]]]
 ) -> Source:
     """Open a data set; images stay undecoded until they are read.
 
@@ -59,10 +76,11 @@ def hub_source(
             fix="pip install 'ipdiverse[hub-data]'.",
         ) from error
 
-    table = _load(source, split, revision)
+    table = _load(source, options, used)
     columns: dict[str, Any] = dict(table.features)
-    image = image_column or _image_column(columns, source)
-    for wanted, what in ((image, "image"), (text_column, "text")):
+    image = options.image_column or _image_column(columns, source)
+    text = options.text_column
+    for wanted, what in ((image, "image"), (text, "text")):
         if wanted and wanted not in columns:
             raise DataError(
                 f"has no column {wanted!r}",
@@ -70,36 +88,48 @@ def hub_source(
                 found=", ".join(columns),
                 fix=f"Name the right one with --{what}-column.",
             )
-    text = _text_column(columns, source) if text_column is None else text_column
-    # undecoded: `datasets` would decode without the limits of `image_io`
-    if isinstance(columns[image], datasets.Image):
-        table = table.cast_column(image, datasets.Image(decode=False))
+    text = _text_column(columns, source) if text is None else text
     reference = "reference" if isinstance(columns.get("reference"), datasets.Image) else None
-    if reference:
-        table = table.cast_column(reference, datasets.Image(decode=False))
+    for name in (image, reference):
+        # undecoded: `datasets` would decode without the limits of `image_io`
+        if isinstance(columns.get(name or ""), datasets.Image):
+            table = table.cast_column(name, datasets.Image(decode=False))
 
-    def items() -> Iterator[Item]:
-        for number, row in enumerate(table):
-            yield _row_item(number, row, (image, text or None, reference), _roots(source))
+    roots = _roots(source)
 
-    return Source("hub", len(table), items)
+    def item(number: int, row: dict[str, Any]) -> Item:
+        name, words, subject = f"row-{number:07d}", row.get(text or ""), row.get("subject")
+        prompt = row[reference] if reference else None
+        return Item(
+            name,
+            lambda: _bytes(row[image], name, roots),
+            words if isinstance(words, str) else None,
+            subject if isinstance(subject, str) else None,
+            (lambda: _bytes(prompt, name, roots)) if prompt else None,
+        )
+
+    return Source("hub", len(table), lambda: map(item, itertools.count(), table), unused=unused)
 
 
-def _load(source: str, split: str, revision: str | None) -> Any:
+def _load(source: str, options: SourceOptions, used: set[str]) -> Any:
+    """Open the data set's table, and note which files it is made of."""
     import datasets
 
+    split, revision = options.split, options.revision
     saved = [p for p in (Path(source), Path(source, split)) if (p / "state.json").is_file()]
     try:
         with _silent("datasets"):
             if saved:
                 state = json.loads(read_below(saved[0], "state.json", CAPTION_BYTES))
-                for file in state["_data_files"]:
-                    inside(saved[0], file["filename"])
+                names = [file["filename"] for file in state["_data_files"]]
+                files = [*(saved[0] / n for n in _SAVED), *(inside(saved[0], n) for n in names)]
+                used.update(os.path.relpath(f, source).replace(os.sep, "/") for f in files)
                 return datasets.load_from_disk(saved[0])
             builder = datasets.load_dataset_builder(source, revision=revision)
             # what a README lists may be anywhere: it is looked at before anything is read
-            for file in (f for part in (builder.config.data_files or {}).values() for f in part):
-                _check_place(str(file), source)
+            listed = builder.config.data_files or {}
+            names = {part: [_own(str(f), source) for f in files] for part, files in listed.items()}
+            used.update(*([names[split]] if split in names else names.values()))
             return datasets.load_dataset(source, split=split, revision=revision)
     except DataError:
         raise
@@ -125,12 +155,15 @@ def _silent(library: str) -> Iterator[None]:
         logger.setLevel(before)
 
 
-def _check_place(file: str, source: str) -> None:
-    """Refuse a data file that is not the data set's own."""
+def _own(file: str, source: str) -> str:
+    """The name of a data file in its data set; refuses a file that is not the data set's own."""
     hub = f"hf://datasets/{source}"
-    is_own = file.startswith((f"{hub}@", f"{hub}/")) and ".." not in file.split("/")
-    if not is_own and not any(_relative(file, root) for root in _roots(source)[:2]):
-        raise DataError("the path leaves its root", where=source, found=file)
+    if file.startswith((f"{hub}@", f"{hub}/")) and ".." not in file.split("/"):
+        return file.removeprefix(hub).partition("/")[2]
+    for root in _roots(source)[:2]:
+        if name := _relative(file, root):
+            return name
+    raise DataError("the path leaves its root", where=source, found=file)
 
 
 def _relative(file: str, root: Path) -> str | None:
@@ -142,33 +175,26 @@ def _relative(file: str, root: Path) -> str | None:
 def _image_column(columns: dict[str, Any], source: str) -> str:
     import datasets
 
-    found = [
-        n for n, kind in columns.items() if isinstance(kind, datasets.Image) and n != "reference"
-    ]
-    if not found:
-        raise DataError(
-            "has no column of images",
-            where=source,
-            found=", ".join(
-                f"{name}: {getattr(kind, 'dtype', kind)}" for name, kind in columns.items()
-            ),
-            fix="Name it with --image-column.",
-        )
-    return found[0]
+    for name, kind in columns.items():
+        if isinstance(kind, datasets.Image) and name != "reference":
+            return name
+    found = ", ".join(f"{name}: {getattr(kind, 'dtype', kind)}" for name, kind in columns.items())
+    fix = "Name it with --image-column."
+    raise DataError("has no column of images", where=source, found=found, fix=fix)
 
 
 def _text_column(columns: dict[str, Any], source: str) -> str | None:
     texts = [name for name, kind in columns.items() if getattr(kind, "dtype", None) == "string"]
     others = [name for name in texts if name != "subject"]
-    found = matching(texts, TEXT_COLUMNS) or others
-    if len(found) > 1 and found == others and not matching(texts, TEXT_COLUMNS):
+    usual = matching(texts, TEXT_COLUMNS)
+    if len(others) > 1 and not usual:
         raise DataError(
             "has several columns of text",
             where=source,
-            found=", ".join(found),
+            found=", ".join(others),
             fix="Name the captions' with --text-column, which may be '' for no captions.",
         )
-    return found[0] if found else None
+    return next(iter(usual or others), None)
 
 
 def _roots(source: str) -> tuple[Path, ...]:
@@ -187,28 +213,8 @@ def _roots(source: str) -> tuple[Path, ...]:
     return (home, home.parents[1] if is_snapshot else home)
 
 
-def _row_item(
-    number: int,
-    row: dict[str, Any],
-    columns: tuple[str, str | None, str | None],
-    roots: tuple[Path, ...],
-) -> Item:
-    image, text, reference = columns
-    name = f"row-{number:07d}"
-    words, subject = (row.get(text) if text else None), row.get("subject")
-    return Item(
-        name,
-        lambda: _bytes(row[image], name, roots),
-        words if isinstance(words, str) else None,
-        subject if isinstance(subject, str) else None,
-        (lambda: _bytes(row[reference], name, roots)) if reference and row[reference] else None,
-    )
-
-
 def _bytes(cell: Any, name: str, roots: tuple[Path, ...]) -> bytes:
     """The encoded image of a cell: its bytes, or the file that it names, below one of the roots."""
-    from ipdiverse.image_io.files import MAX_FILE_BYTES
-
     if isinstance(cell, bytes):
         return cell
     if isinstance(cell, dict) and cell.get("bytes"):
@@ -236,12 +242,27 @@ def webdataset(
     """
     if not names:
         raise DataError("holds no tar file", where=root, expected=".tar")
+    for name in names:
+        if packing := _COMPRESSED.get(_head(root, name)):  # members cannot be read where they lie
+            raise DataError(
+                "is compressed",
+                where=root / name,
+                expected="a plain tar file",
+                found=packing,
+                fix="Unpack it into a folder, and prepare that.",
+            )
 
     def items() -> Iterator[Item]:
-        for name in names:
-            yield from _samples(root, name)
+        return itertools.chain.from_iterable(_samples(root, name) for name in names)
 
     return Source("webdataset", None, items, unused=unused)
+
+
+def _head(root: Path, name: str) -> bytes:
+    """The first two bytes; none of a file that cannot be opened, which its item tells."""
+    with contextlib.suppress(DataError), open_below(root, name, _TAR_BYTES) as file:
+        return file.read(2)
+    return b""
 
 
 class _Headers:
@@ -259,12 +280,9 @@ class _Headers:
 def _samples(root: Path, name: str) -> Iterator[Item]:
     """The samples of one tar file; where it breaks off, the last item says so."""
     parts: list[tarfile.TarInfo] = []
-    stem, count = "", 0
+    stem, count, reason = "", 0, ""
     try:
-        with open_below(root, name, 1 << 50) as file:
-            if packing := _COMPRESSED.get(file.read(2)):
-                raise DataError(f"is compressed ({packing}), expected a plain tar file")
-            file.seek(0)
+        with open_below(root, name, _TAR_BYTES) as file:
             for member in _members(file):
                 count += 1
                 check_budget(count, ENTRIES, name, "members")
@@ -278,13 +296,11 @@ def _samples(root: Path, name: str) -> Iterator[Item]:
                 if len(parts) <= PARTS:
                     parts.append(member)
     except Exception as error:  # tarfile raises nearly anything on hostile headers
-        if parts:
-            yield _sample(root, name, stem, parts)
         reason = f"the tar file is broken after {stem!r}: {error or type(error).__name__}"
-        yield Item(f"{name}/", bytes, problem=reason)
-        return
     if parts:
         yield _sample(root, name, stem, parts)
+    if reason:
+        yield Item(f"{name}/", bytes, problem=reason)
 
 
 def _members(file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
@@ -307,8 +323,6 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _sample(root: Path, file: str, stem: str, parts: Sequence[tarfile.TarInfo]) -> Item:
-    from ipdiverse.image_io.files import MAX_FILE_BYTES
-
     name = f"{file}/{stem}"
     by_suffix = {_split(part.name)[1]: part for part in parts}
 
@@ -318,7 +332,7 @@ def _sample(root: Path, file: str, stem: str, parts: Sequence[tarfile.TarInfo]) 
     def load(suffix: str, most: int = MAX_FILE_BYTES) -> bytes:
         part = by_suffix[suffix]
         check_budget(part.size, most, part.name)
-        with open_below(root, file, 1 << 50) as opened:
+        with open_below(root, file, _TAR_BYTES) as opened:
             opened.seek(part.offset_data)
             return opened.read(part.size)
 
@@ -328,7 +342,7 @@ def _sample(root: Path, file: str, stem: str, parts: Sequence[tarfile.TarInfo]) 
         return problem("has two parts of one name")
     if any(part.issparse() for part in parts):
         return problem("is stored as a sparse file")
-    image = next((s for s in IMAGE_SUFFIXES if s in by_suffix), None)
+    image = next((s for s in SUFFIXES if s in by_suffix), None)
     if image is None:
         return problem(f"no image among {', '.join(sorted(by_suffix))}")
     try:
@@ -339,9 +353,7 @@ def _sample(root: Path, file: str, stem: str, parts: Sequence[tarfile.TarInfo]) 
         return problem(f"its text cannot be read: {error}")
     usual = [about[k] for k in matching(about, TEXT_COLUMNS) if isinstance(about[k], str)]
     subject = about.get("subject")
-    reference = next(
-        (f".reference{s}" for s in IMAGE_SUFFIXES if f".reference{s}" in by_suffix), None
-    )
+    reference = next((f".reference{s}" for s in SUFFIXES if f".reference{s}" in by_suffix), None)
     return Item(
         name,
         lambda: load(image),

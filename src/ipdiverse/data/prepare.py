@@ -23,12 +23,26 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from PIL import Image, ImageFilter
+
+from ipdiverse.data.doctor import examine
 from ipdiverse.data.files import CAPTION_BYTES, SETTINGS, inside
-from ipdiverse.data.manifest import MANIFEST, REPORT, Record, SourceOptions, manifest_text
+from ipdiverse.data.manifest import (
+    MANIFEST,
+    REPORT,
+    PrepareOptions,
+    Record,
+    Square,
+    manifest_records,
+    manifest_text,
+    read_report,
+)
 from ipdiverse.data.sources import open_source
-from ipdiverse.errors import DataError, ImageError, check_range
+from ipdiverse.errors import DataError, ImageError
+from ipdiverse.image_io import content_hash, load_image_bytes
+from ipdiverse.image_io.files import format_of
 from ipdiverse.writing import (
     append_text,
     ensure_writable_folder,
@@ -44,35 +58,13 @@ from ipdiverse.writing import (
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from PIL import Image
-
     from ipdiverse.data.manifest import Item, Source
 
-Square = Literal["keep", "pad", "crop"]
 JOURNAL, QUARANTINE = "prepare.journal.jsonl", "quarantine.jsonl"
 _CHUNK = 64
 _FEWEST = 20
 """Items before the share of bad ones is judged, when the source does not know its size."""
 _EXAMPLES = 5
-
-
-@dataclass(frozen=True)
-class PrepareOptions(SourceOptions):
-    """How a source is read and what is kept of it.
-
-    Args:
-        square: `keep` the shape; `pad` shows all of the image on a blurred copy of itself; `crop`
-            takes the centre and may cut the subject.
-        max_bad: Share of bad images above which the command stops; one is always allowed, unless
-            this is 0.
-    """
-
-    square: Square = "keep"
-    max_bad: float = 0.05
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("max_bad", self.max_bad, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -93,41 +85,40 @@ def prepare(source: str, out: Path, options: PrepareOptions) -> dict[str, Any]:
         The report (`doctor.examine`), with `notes` and what was `unused`.
     """
     with only_one(out):
-        return _prepare(source, out, options)
+        opened = open_source(source, options)
+        journal = _Journal(out / JOURNAL)
+        _claim(source, out, options, opened, journal)
+        ensure_writable_folder(out / "images")
+        records, bad = _run(opened, out, options, journal)
+        write_text_atomic(out / QUARANTINE, "".join(json.dumps(asdict(b)) + "\n" for b in bad))
+        if not records:
+            found = _told(bad) or "nothing at all"
+            raise DataError("holds no usable image", where=source, found=found)
+        _check_share(bad, len(records) + len(bad), len(records) + len(bad), options.max_bad, out)
+        notes = list(opened.notes)
+        if not _write_manifest(out, manifest_text(records), options.keep_edits):
+            notes.append(f"{MANIFEST} was edited after prepare wrote it, and is kept.")
+        unused = {
+            what: {"count": len(names), "examples": names[:_EXAMPLES]}
+            for what, names in opened.unused().items()
+        }
+        report = {
+            "source": _place(source, out),
+            "kind": opened.kind,
+            **examine(records, [asdict(b) for b in bad]),
+            "notes": notes,
+            "unused": unused,
+            "manifest": file_hash(out / MANIFEST),
+        }
+        write_text_atomic(out / REPORT, sealed(report, indent=2))
+        # last: a kill before this leaves files too many, never a record without its file
+        journal.finish(out, {name for r in records for name in (r.file_name, r.reference)})
+        return report
 
 
-def _prepare(source: str, out: Path, options: PrepareOptions) -> dict[str, Any]:
-    from ipdiverse.data.doctor import examine
-
-    opened = open_source(source, options)
-    journal = _Journal(out / JOURNAL)
-    _claim(source, out, options, opened, journal)
-    ensure_writable_folder(out / "images")
-    records, bad = _run(opened, out, options, journal)
-    listed = "".join(json.dumps(asdict(b)) + "\n" for b in bad)
-    write_text_atomic(out / QUARANTINE, listed)
-    if not records:
-        reasons = "; ".join(f"{b.source}: {b.reason}" for b in bad[:3])
-        raise DataError("holds no usable image", where=source, found=reasons or "nothing at all")
-    _check_share(bad, len(records) + len(bad), len(records) + len(bad), options.max_bad, out)
-    notes = list(opened.notes)
-    if not _write_manifest(out, manifest_text(records)):
-        notes.append(f"{MANIFEST} was edited after prepare wrote it, and is kept.")
-    unused = {
-        what: {"count": len(names), "examples": names[:_EXAMPLES]}
-        for what, names in opened.unused().items()
-    }
-    report = {
-        "source": _place(source, out),
-        "kind": opened.kind,
-        **examine(records, [asdict(b) for b in bad]),
-        "notes": notes,
-        "unused": unused,
-        "manifest": file_hash(out / MANIFEST),
-    }
-    write_text_atomic(out / REPORT, sealed(report, indent=2))
-    journal.finish(out, {name for r in records for name in (r.file_name, r.reference)})
-    return report
+def _told(bad: list[Bad]) -> str:
+    """The first reasons, for an error."""
+    return "; ".join(f"{b.source}: {b.reason}" for b in bad[:3])
 
 
 def _place(path: str | None, out: Path) -> str | None:
@@ -151,6 +142,7 @@ def _claim(
         raise DataError("lies in the source", where=out, found=source, fix="Choose a new folder.")
     places = {"source": _place(source, out), "root": _place(options.root, out)}
     settings = {**asdict(options), **places}
+    del settings["keep_edits"]  # of this one call, not of the folder
     if not file.is_file():
         images = out / "images"
         others = [n for n in (MANIFEST, QUARANTINE, REPORT, JOURNAL) if (out / n).exists()]
@@ -207,7 +199,7 @@ def _is_moved(before: str, out: Path, opened: Source, journal: _Journal) -> bool
     for item in itertools.islice(opened.items(), _FEWEST):
         entry = journal.get(item.name)
         with contextlib.suppress(DataError):
-            if entry and not item.problem and entry["content"] == _content(*_load(item)):
+            if entry and not item.problem and entry["content"] == _content(_load(item)):
                 return True
     return False
 
@@ -299,13 +291,12 @@ def _check_share(bad: list[Bad], seen: int, total: int, allowed: float, out: Pat
     most = max(1, int(allowed * total)) if allowed else 0
     if len(bad) <= most:
         return
-    first = "; ".join(f"{b.source}: {b.reason}" for b in bad[:3])
     needed = min(1.0, math.ceil(100 * len(bad) / seen) / 100)
     raise DataError(
         "too many images are bad",
         where=out,
         expected=f"at most {most} of {total} (--max-bad {allowed:g})",
-        found=f"{len(bad)} of {seen} ({first})",
+        found=f"{len(bad)} of {seen} ({_told(bad)})",
         fix="Correct the source and run the same command again, or go on without them: "
         f"--max-bad {needed:g}.",
     )
@@ -348,50 +339,52 @@ def _is_stored(entry: dict[str, Any], out: Path) -> bool:
     return all(os.path.isfile(out / name) for name in names if name)  # noqa: PTH113
 
 
-def _load(item: Item) -> tuple[bytes, bytes | None]:
-    return item.load(), None if item.load_reference is None else item.load_reference()
+def _load(item: Item) -> list[bytes]:
+    """An item's image, and its reference if it has one."""
+    return [load() for load in (item.load, item.load_reference) if load is not None]
 
 
-def _content(data: bytes, other: bytes | None) -> str:
-    parts = [hashlib.sha256(part).hexdigest() for part in (data, other) if part is not None]
-    return "-".join(parts)
+def _content(files: list[bytes]) -> str:
+    return "-".join(hashlib.sha256(data).hexdigest() for data in files)
 
 
 def _look(
     item: Item, out: Path, square: Square, before: dict[str, Any] | None, stamp: str | None
 ) -> dict[str, Any]:
     """Decode and store one item, unless the journal knows its content."""
-    from ipdiverse.image_io import content_hash
-
-    data, other = _load(item)
-    known = {"source": item.name, "stamp": stamp, "square": square}
-    known["content"] = _content(data, other)
-    if before and before["content"] == known["content"] and _is_stored(before, out):
+    data, *others = files = _load(item)
+    content = _content(files)
+    known = {"source": item.name, "stamp": stamp, "square": square, "content": content}
+    if before and before["content"] == content and _is_stored(before, out):
         return before | known
     try:
         name, image = _store(data, item.name, out, square)
-        where = f"reference of {item.name}"
-        reference = None if other is None else _store(other, where, out, square)[0]
+        stored = [_store(other, f"reference of {item.name}", out, square)[0] for other in others]
     except ImageError as error:
         return {**known, "reason": str(error).removeprefix(f"{item.name}: ")}
+    made = {"file_name": name, "reference": next(iter(stored), None)}
     size = {"width": image.width, "height": image.height}
-    stored = {"file_name": name, "reference": reference, "sha256": content_hash(image)}
-    return {**known, **stored, **size}
+    return {**known, **made, "sha256": content_hash(image), **size}
 
 
-def _write_manifest(out: Path, text: str) -> bool:
+def _write_manifest(out: Path, text: str, keep_edits: bool) -> bool:
     """Write the manifest, but never over one that somebody edited; whether it is ours."""
     file, settings = out / MANIFEST, _settings(out / SETTINGS)
     made = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
     ours = settings.get("manifests", [])
     if file.is_file() and (found := file_hash(file)) not in (made, *ours):
-        if made in ours[:1]:
+        known = found == (read_report(out) or {}).get("manifest")  # edits that were kept before
+        if made in ours[:1] and (known or keep_edits):
+            manifest_records(out)
             return False
+        # nothing tells an edit from damage, so the user has to
+        keep = "say --keep-edits, or " if made in ours[:1] else ""
         raise DataError(
-            "was edited after prepare wrote it, or is of an older version",
+            "was edited after prepare wrote it, is damaged, or is of an older version",
             where=file,
             found=f"another manifest ({found[:8]}) than the source gives now",
-            fix="Move it away and run the same command again, or choose a new folder.",
+            fix=f"If you edited it, {keep}move it away; if not, delete it. Then run the same "
+            "command again.",
         )
     if ours[:1] != [made]:  # noted first: after a kill between the two writes both are ours
         settings["manifests"] = [made, *ours[:1]]
@@ -407,14 +400,13 @@ def _store(data: bytes, name: str, out: Path, square: Square) -> tuple[str, Imag
     A file that needs no change keeps its bytes. Its name is their hash, not that of its pixels, as
     several files may show the same picture.
     """
-    from ipdiverse.image_io import load_image_bytes
-    from ipdiverse.image_io.files import format_of
-
     image = load_image_bytes(data, name)
     shaped = to_square(image, square)
     suffix = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}.get(format_of(data) or "")
     if shaped is not image or suffix is None:
-        data, suffix = _as_png(shaped), ".png"
+        buffer, suffix = BytesIO(), ".png"
+        shaped.save(buffer, "PNG", compress_level=1)  # the default takes three times as long
+        data = buffer.getvalue()
     digest = hashlib.sha256(data).hexdigest()
     relative = f"images/{digest[:2]}/{digest}{suffix}"
     target = out / relative
@@ -425,16 +417,8 @@ def _store(data: bytes, name: str, out: Path, square: Square) -> tuple[str, Imag
     return relative, shaped
 
 
-def _as_png(image: Image.Image) -> bytes:
-    buffer = BytesIO()
-    image.save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
-
-
 def to_square(image: Image.Image, how: Square) -> Image.Image:
     """Make an image square."""
-    from PIL import Image, ImageFilter
-
     width, height = image.size
     if how == "keep" or width == height:
         return image

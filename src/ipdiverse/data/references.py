@@ -8,6 +8,7 @@ or the image itself, changed (`augmented`), if it is the only one.
 from __future__ import annotations
 
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -17,7 +18,7 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from ipdiverse.errors import ArgumentError, DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from ipdiverse.data.manifest import Record
 
@@ -52,6 +53,7 @@ class References:
         """The reference of one target; without a partner, `paired` falls back to `augmented`."""
         kinds = list(self.weights)
         odds = np.array(list(self.weights.values()))
+        # by index, as a choice among names would give NumPy's own kind of text
         kind = kinds[int(rng.choice(len(kinds), p=odds / odds.sum()))]
         record = self.records[index]
         if kind == "self":
@@ -77,20 +79,18 @@ def parse_references(text: str) -> dict[str, float]:
     """`paired`, or `mixed:paired=0.7,augmented=0.3`, as weights."""
     if text in KINDS:
         return {text: 1.0}
-    name, colon, parts = text.partition(":")
+    name, _, parts = text.partition(":")
     pairs = [part.partition("=") for part in parts.split(",")]
-    try:
+    with suppress(ValueError):
         weights = {kind.strip(): float(weight) for kind, _, weight in pairs}
-    except ValueError:
-        weights = {}
-    if name != "mixed" or not colon or not weights:
-        raise ArgumentError(
-            "is not a kind of reference",
-            where="reference",
-            expected="self, augmented, paired or mixed:paired=0.7,augmented=0.3",
-            found=repr(text),
-        )
-    return {str(kind): weight for kind, weight in _checked(weights).items()}
+        if name == "mixed":
+            return {str(kind): weight for kind, weight in _checked(weights).items()}
+    raise ArgumentError(
+        "is not a kind of reference",
+        where="reference",
+        expected="self, augmented, paired or mixed:paired=0.7,augmented=0.3",
+        found=repr(text),
+    )
 
 
 def _checked(weights: Mapping[str, float]) -> dict[Kind, float]:
@@ -103,11 +103,8 @@ def _checked(weights: Mapping[str, float]) -> dict[Kind, float]:
         )
     bad = [kind for kind, weight in weights.items() if not 0 <= weight < np.inf]
     if bad or not any(weights.values()):
-        raise ArgumentError(
-            "needs weights of 0 or more, one of them positive",
-            where="reference",
-            found=dict(weights),
-        )
+        what = "needs weights of 0 or more, one of them positive"
+        raise ArgumentError(what, where="reference", found=dict(weights))
     return {kind: float(weights[kind]) for kind in KINDS if weights.get(kind)}
 
 
@@ -120,16 +117,12 @@ def _partners(records: Sequence[Record]) -> list[list[str]]:
     for record in records:
         if record.subject is not None:
             by_subject[record.subject].setdefault(record.sha256, record.file_name)
-    return [
-        [record.reference]
-        if record.reference is not None
-        else [
-            file
-            for sha256, file in by_subject.get(record.subject or "", {}).items()
-            if sha256 != record.sha256
-        ]
-        for record in records
-    ]
+    partners = []
+    for record in records:
+        others = by_subject.get(record.subject or "", {}).items()
+        alike = [file for sha256, file in others if sha256 != record.sha256]
+        partners.append(alike if record.reference is None else [record.reference])
+    return partners
 
 
 def augment(image: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -138,13 +131,11 @@ def augment(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     It is cropped, and mirrored in half of the cases; colour, cut-out and background change in half
     of the cases each, and at least one of them always does.
     """
-    image = _flip(_crop(image, rng), rng)
-    changes: list[Callable[[Image.Image, np.random.Generator], Image.Image]] = [
-        _background,
-        _colour,
-        _cut_out,
-    ]
+    image = _crop(image, rng)
+    image = ImageOps.mirror(image) if rng.random() < 0.5 else image
+    changes = (_background, _colour, _cut_out)
     chosen = rng.random(len(changes)) < 0.5
+    # an unchanged reference would teach copying
     chosen[rng.integers(len(changes))] = True
     for change, wanted in zip(changes, chosen, strict=True):
         if wanted:
@@ -159,10 +150,6 @@ def _crop(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     w, h = max(1, round(share * width)), max(1, round(share * height))
     x, y = (round((full - part) * rng.beta(2, 2)) for full, part in ((width, w), (height, h)))
     return image.resize(image.size, Image.Resampling.BICUBIC, box=(x, y, x + w, y + h))
-
-
-def _flip(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    return ImageOps.mirror(image) if rng.random() < 0.5 else image
 
 
 def _colour(image: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -187,6 +174,7 @@ def _background(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     width, height = image.size
     ys, xs = np.mgrid[0:height, 0:width]
     distance = ((xs / width - 0.5) / 0.4) ** 2 + ((ys / height - 0.5) / 0.45) ** 2
+    # 1 inside the ellipse, 0 outside, with a soft edge that is not a contour to copy
     inner = np.clip((1.15 - distance) / 0.3, 0, 1)
     kind = rng.integers(3)
     if kind == 0:

@@ -23,28 +23,20 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from ipdiverse.config import decoded
-from ipdiverse.data.files import CAPTION_BYTES, Listing, list_files, open_below, read_below
+from ipdiverse.data.files import CAPTION_BYTES, Listing, list_files, read_below
 from ipdiverse.data.lists import IMAGE_COLUMNS, TEXT_COLUMNS, list_source, matching, read_rows
-from ipdiverse.data.manifest import (
-    IMAGE_SUFFIXES,
-    MAX_REPEATS,
-    Item,
-    Source,
-    SourceOptions,
-    file_item,
-)
-from ipdiverse.data.packed import HUB_FILES, hub_source, tar_files, webdataset
+from ipdiverse.data.manifest import MAX_REPEATS, Item, Source, SourceOptions, file_item
+from ipdiverse.data.packed import HUB_FILES, hub_files, hub_source, tar_files, webdataset
 from ipdiverse.errors import DataError, check_range
+from ipdiverse.image_io.files import OTHER_SUFFIXES, SUFFIXES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-KINDS = ("metadata", "json", "captions", "subjects", "webdataset", "hub", "critters")
 _LISTS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 _LIST_NAMES = ("metadata", "captions")
 """Lists of these names must be readable; others are used if they name images that are there."""
 _TEXTS = (".txt", ".caption", ".text", ".json")
-_OTHER_IMAGES = (".heic", ".heif", ".avif", ".bmp", ".tif", ".tiff", ".gif", ".jxl", ".jp2", ".psd")
 _ARCHIVES = (".tar", ".zip", ".gz", ".tgz", ".xz", ".zst", ".7z", ".rar", ".parquet", ".arrow")
 _SPLITS = ("train", "test", "val", "valid", "validation", "dev", "eval")
 _NO_SUBJECTS = (*_SPLITS, "images", "image", "imgs", "img", "pictures", "photos", "data")
@@ -60,8 +52,7 @@ def open_source(source: str, options: SourceOptions) -> Source:
     if kind == "critters":
         return _critters(options)
     if kind == "hub":
-        columns = (options.image_column, options.text_column)
-        return hub_source(source, *columns, options.split, options.revision)
+        return _hub(source, options)
     if not path.is_dir() and kind in ("metadata", "json"):
         return list_source(path, options)
     if not path.is_dir() and kind == "webdataset":
@@ -79,7 +70,13 @@ def kind_of(source: str, split: str = "train") -> str:
         return "critters"
     # unlike those of Path, these are False for a name that no system can have
     if os.path.isfile(path):  # noqa: PTH113
-        return _kind_of_file(path)
+        suffix = path.suffix.lower()
+        kinds = dict.fromkeys(_LISTS, "metadata") | {".json": "json", ".tar": "webdataset"}
+        if suffix in kinds:
+            return kinds[suffix]
+        expected, unpack = f"{', '.join(_LISTS)} or .tar", "Unpack it, and prepare the folder."
+        fix = unpack if suffix in _ARCHIVES else None
+        raise DataError("is not a data set", where=path, expected=expected, found=suffix, fix=fix)
     if os.path.isdir(path):  # noqa: PTH112
         return Folder(list_files(path), SourceOptions(split=split)).kind()
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
@@ -92,16 +89,6 @@ def kind_of(source: str, split: str = "train") -> str:
     )
 
 
-def _kind_of_file(path: Path) -> str:
-    suffix = path.suffix.lower()
-    kinds = dict.fromkeys(_LISTS, "metadata") | {".json": "json", ".tar": "webdataset"}
-    if suffix not in kinds:
-        raise DataError(
-            "is not a data set", where=path, expected=f"{', '.join(_LISTS)} or .tar", found=suffix
-        )
-    return kinds[suffix]
-
-
 class Folder:
     """What a folder of images holds, and which of it was used."""
 
@@ -109,8 +96,9 @@ class Folder:
         self.root, self.listing, self.options = listing.root, listing, options
         self.used: set[str] = set()
         self._files = set(listing.files)
+        # of names that differ in case alone the first counts
         self._folded = {name.casefold(): name for name in reversed(listing.files)}
-        self.pictures = [name for name in listing.files if self._is_picture(name)]
+        self.pictures = [name for name in listing.files if name.lower().endswith(SUFFIXES)]
 
     def kind(self) -> str:
         """The kind of source that the folder is."""
@@ -128,7 +116,7 @@ class Folder:
             "holds no data set of a known kind",
             where=self.root,
             expected="images, folders of images, metadata.jsonl, parquet or tar files",
-            found=_told(self.unused()) or "no files",
+            found="; ".join(f"{len(n)} {what}" for what, n in self.unused().items()) or "no files",
             fix="Name the kind with --kind.",
         )
 
@@ -148,6 +136,7 @@ class Folder:
         named = [n for n in lists if PurePosixPath(n).stem.casefold() in _LIST_NAMES]
         if named:
             return named[0]
+        # each is opened to look; of more than one that fits none is taken, so ten are enough
         fitting = [name for name in lists[:10] if self._names_pictures(name)]
         return fitting[0] if len(fitting) == 1 else None
 
@@ -188,6 +177,7 @@ class Folder:
                     yield Item(name, bytes, problem=f"caption {error}")
                     continue
                 if not text and subject:
+                    # the name of a subject may mean nothing to CLIP; that of its class does
                     text = f"a photo of a {classes.get(home) or subject_class(subject)}"
                     if not any(note.startswith("Captions are made") for note in notes):
                         notes[_made(text, name)] = None
@@ -208,25 +198,13 @@ class Folder:
         suffix = PurePosixPath(name).suffix.lower()
         if name in self.pictures:
             return "images that no list names, or of another split"
-        if suffix in _OTHER_IMAGES:
-            return f"images in a format that is not read ({suffix})"
+        if suffix in OTHER_SUFFIXES:
+            plugin = " without pillow-heif" * suffix.startswith(".hei")
+            return f"images in a format that is not read{plugin} ({suffix})"
         groups = {"lists": _LISTS, "caption files": _TEXTS, "archives": _ARCHIVES}
         return next(
             (group for group, suffixes in groups.items() if suffix in suffixes), "other files"
         )
-
-    def _is_picture(self, name: str) -> bool:
-        """By suffix; of the formats that may or may not be read, the content decides."""
-        suffix = PurePosixPath(name).suffix.lower()
-        if suffix not in _OTHER_IMAGES:
-            return suffix in IMAGE_SUFFIXES
-        from ipdiverse.image_io.files import MAX_FILE_BYTES, format_of
-
-        try:
-            with open_below(self.root, name, MAX_FILE_BYTES) as file:
-                return format_of(file.read(64)) is not None
-        except DataError:
-            return False
 
     def _names_pictures(self, name: str) -> bool:
         try:
@@ -255,11 +233,11 @@ class Folder:
 
     @cached_property
     def _only_wrappers(self) -> bool:
-        """Whether no folder right in this one tells a subject; beside a cat, "train" does."""
+        """Whether no folder right in this one tells a subject; next to `cat`, `train` does too."""
         return {name.split("/")[0].casefold() for name in self.pictures} <= set(_NO_SUBJECTS)
 
     def _caption(self, picture: str) -> str:
-        """The first caption beside an image that is not empty."""
+        """The first caption file of an image that is not empty."""
         stem = picture.rpartition(".")[0]
         for wanted in (name + suffix for suffix in _TEXTS for name in (picture, stem)):
             name = wanted if wanted in self._files else self._folded.get(wanted.casefold())
@@ -305,13 +283,20 @@ def _made(text: str, name: str) -> str:
     )
 
 
-def _told(unused: dict[str, list[str]]) -> str:
-    return "; ".join(f"{len(names)} {what}" for what, names in unused.items())
-
-
 def subject_class(subject: str) -> str:
     """A subject's name as words: `bear_plushie` is "bear plushie", `dog2` is "dog"."""
     return re.sub(r"[\s_-]+", " ", re.sub(r"\d+$", "", subject)).strip() or subject
+
+
+def _hub(source: str, options: SourceOptions) -> Source:
+    used: set[str] = set()
+
+    def unused() -> dict[str, list[str]]:
+        folder = Folder(hub_files(source, options.revision), options)
+        folder.used |= used
+        return folder.unused()
+
+    return hub_source(source, options, used, unused)
 
 
 def _critters(options: SourceOptions) -> Source:

@@ -19,6 +19,7 @@ from ipdiverse.critters.scene import ATTRIBUTES, IDENTITY, Scene, conditional, e
 from ipdiverse.errors import ArgumentError, DataError, ModelError
 from ipdiverse.evaluation.sets import Sets
 from ipdiverse.image_io import load_image
+from ipdiverse.image_io.files import OTHER_SUFFIXES, SUFFIXES
 from ipdiverse.seeding import derived_seed
 
 if TYPE_CHECKING:
@@ -27,11 +28,6 @@ if TYPE_CHECKING:
     from ipdiverse.critters.oracle import Oracle, Reading
     from ipdiverse.evaluation.study import Study
 
-SUFFIXES = (
-    *(".png", ".jpg", ".jpeg", ".jfif", ".webp"),
-    *(".avif", ".bmp", ".gif", ".heic", ".tif", ".tiff"),
-)
-"""Of images; those that cannot be decoded are refused by name rather than left out in silence."""
 MAX_PROMPTS_BYTES = 16 * 2**20
 
 
@@ -148,7 +144,9 @@ def open_references(pairs: Sequence[FolderPair]) -> list[Image.Image]:
 
 def pictures(folder: Path) -> list[Path]:
     """Image files of a folder, by name."""
-    found = [file for file in listed(folder) if file.suffix.lower() in SUFFIXES]
+    # those that are not read too: they are refused by name rather than left out in silence
+    kinds = SUFFIXES + OTHER_SUFFIXES
+    found = [file for file in listed(folder) if file.suffix.lower() in kinds]
     if not found:
         raise DataError("holds no images", where=folder, expected=", ".join(SUFFIXES))
     return found

@@ -2,7 +2,8 @@
 
 | in the wild | policy |
 |---|---|
-| format | JPEG, PNG, WebP, BMP, and AVIF where Pillow has it, told by content; others are refused |
+| format | JPEG, PNG, WebP, BMP, GIF, TIFF, told by content; others are refused |
+| AVIF, HEIC | read where Pillow has AVIF, and where the package pillow-heif is installed |
 | any extension (`.JPG`, `.jfif`, a wrong one) | accepted when the content is one of these formats |
 | size of the file | at most 64 MiB, checked before reading |
 | size of the image | sides 16 to 16384 px, at most 64 megapixels, checked before decoding |
@@ -17,7 +18,9 @@
 | 16-bit colour | the upper byte, as Pillow reads it |
 | palette, grey, 1-bit | converted to RGB |
 | transparency of any kind | composited over white; in a mask, refused |
-| animated PNG, WebP or AVIF | the first frame, with an `ImageWarning` |
+| animated PNG, WebP, GIF or AVIF; TIFF of several pages | the first, with an `ImageWarning` |
+| raw file of a camera, TIFF that begins with a preview | refused |
+| TIFF of fractions, of Lab colours, or rarely compressed | refused |
 | several pictures in one JPEG (MPO) | the first; the others are depth maps, previews and the like |
 | text in a PNG, however long | skipped, except where it says the orientation |
 | BMP of run lengths | refused: Pillow takes a minute for a large one |
@@ -33,34 +36,44 @@ truncated files through.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import io
 import os
 import warnings
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageCms
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
 from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 
 from ipdiverse.errors import ImageError, quoted
 from ipdiverse.image_io.files import (
     GET_AGAIN,
-    MAX_CHUNKS,
     MAX_DECODED_PIXELS,
     MAX_DRAFT_PIXELS,
     MAX_FILE_BYTES,
     MAX_JPEG_SCANS,
+    MAX_PARTS,
     MAX_PIXELS,
     MAX_SCANNED_PIXELS,
     check_count,
     check_file_bytes,
     check_size,
-    claimed_size,
     describe,
+    first_of_gif,
+    first_of_tiff,
     format_of,
+    not_accepted,
     opened,
     orientation,
     png_chunks,
     read_jpeg,
+    webp_size,
 )
 
 _WIDE_GREY = ("I", "I;16", "I;16B", "I;16L", "I;16N")
@@ -79,6 +92,13 @@ _TURNS = (
     Image.Transpose.ROTATE_90,
 )
 """What undoes each orientation, from 2 on."""
+_READERS = {
+    "PNG": PngImageFile,
+    "WEBP": WebPImageFile,
+    "BMP": BmpImageFile,
+    "GIF": GifImageFile,
+    "TIFF": TiffImageFile,
+}
 
 
 class ImageWarning(UserWarning):
@@ -189,13 +209,7 @@ def _decode(data: bytes, name: str) -> Image.Image:
     check_file_bytes(len(data), name)
     image_format = format_of(data)
     if image_format is None:
-        raise ImageError(
-            "this is not an image of an accepted format",
-            where=name,
-            expected="JPEG, PNG, WebP, BMP or AVIF content",
-            found=describe(data),
-            fix="Convert it to PNG.",
-        )
+        raise not_accepted(name, describe(data))
     try:
         image = _open(data, name, image_format)
         image.load()
@@ -203,6 +217,11 @@ def _decode(data: bytes, name: str) -> Image.Image:
         if image_format == "PNG" and data[_PNG_BIT_DEPTH] == _WIDE_BITS and isinstance(key, tuple):
             # Pillow narrows the pixels of 16-bit RGB to 8 bits, but not the transparent colour
             image.info["transparency"] = tuple(value >> 8 for value in key)
+        if isinstance(image, TiffImageFile) and image.mode == "I;16" and not image.tag_v2.get(262):
+            # white is 0 there: Pillow inverts such images of 8 bits, but not of 16
+            image = Image.fromarray(65535 - np.asarray(image))
+        if image.mode in ("F", "LAB"):
+            raise not_accepted(name, "a TIFF of fractions or of Lab colours")
         return upright(_within_budget(image))
     except (ImageError, ImageWarning):
         raise
@@ -221,15 +240,28 @@ def _open(data: bytes, name: str, image_format: str) -> Image.Image:
         return _open_jpeg(data, name)
     if image_format == "AVIF":
         image, frames = _open_avif(data, name)
-        _warn_if_animated(frames, name)
+        _warn_if_several(frames, name)
         return image
-    check_size(_sized(claimed_size(data, image_format), image_format, name), name)
+    frames = None
     if image_format == "PNG":
         data = _without_text(data, name)
-    image = Image.open(io.BytesIO(data), formats=[image_format])
+    elif image_format == "WEBP":  # Pillow takes memory for the whole canvas when it opens one
+        check_size(_sized(webp_size(data), "WEBP", name), name)
+    elif image_format == "GIF":
+        data, frames = first_of_gif(data, name)
+    elif image_format == "TIFF":
+        data, frames = first_of_tiff(data, name)
+    # not by `Image.open`, whose own limit of pixels warns before it refuses
+    image = _reader(image_format)(io.BytesIO(data))
     check_size(image.size, name)
-    _warn_if_animated(getattr(image, "n_frames", 1), name)
+    _warn_if_several(frames or getattr(image, "n_frames", 1), name, image_format)
     return image
+
+
+def _reader(image_format: str) -> Any:
+    if image_format == "HEIF":
+        return importlib.import_module("pillow_heif").HeifImageFile
+    return _READERS[image_format]
 
 
 def _open_jpeg(data: bytes, name: str) -> Image.Image:
@@ -238,7 +270,6 @@ def _open_jpeg(data: bytes, name: str) -> Image.Image:
     check_size(size, name, MAX_DECODED_PIXELS if jpeg.scans > 1 else MAX_DRAFT_PIXELS)
     most = min(MAX_JPEG_SCANS, MAX_SCANNED_PIXELS // (size[0] * size[1]))
     check_count(jpeg.scans, most, "scans in a JPEG of this size", name)
-    # not by `Image.open`, which refuses 200 megapixels before they can be scaled down
     image = JpegImageFile(io.BytesIO(jpeg.bare))
     factor = next(f for f in (1, 2, 4, 8) if size[0] * size[1] <= MAX_PIXELS * f * f)
     image.draft(None, (size[0] // factor, size[1] // factor))
@@ -272,7 +303,7 @@ def _without_text(data: bytes, name: str) -> bytes:
     kept, end = [], 0
     view = memoryview(data)
     for count, (kind, body, length) in enumerate(png_chunks(io.BytesIO(data)), 2):
-        check_count(count, MAX_CHUNKS, "chunks", name)
+        check_count(count, MAX_PARTS, "chunks", name)
         is_unused = kind in _PNG_TEXT and not data.startswith(_PNG_ORIENTATION, body)
         if is_unused or kind == b"iCCP":
             kept.append(view[end : body - 8])
@@ -280,11 +311,12 @@ def _without_text(data: bytes, name: str) -> bytes:
     return b"".join([*kept, view[end:]]) if kept else data
 
 
-def _warn_if_animated(frames: int, name: str) -> None:
+def _warn_if_several(frames: int, name: str, image_format: str = "") -> None:
     if frames > 1:
-        only = "only the first frame is used"
-        text = f"{quoted(name)}: the image is animated ({frames} frames); {only}"
-        warnings.warn(text, ImageWarning, stacklevel=5)
+        text = f"the image is animated ({frames} frames); only the first frame is used"
+        if image_format in ("TIFF", "HEIF"):
+            text = f"the file holds {frames} pictures; only the first is used"
+        warnings.warn(f"{quoted(name)}: {text}", ImageWarning, stacklevel=5)
 
 
 def _within_budget(image: Image.Image) -> Image.Image:

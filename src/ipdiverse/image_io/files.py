@@ -7,6 +7,7 @@ limit it warns instead of refusing.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import stat
 import struct
@@ -39,17 +40,40 @@ MAX_SCANNED_PIXELS = 1_000_000_000
 """Scans times pixels: each scan is a pass over the whole image, 2 ms for a megapixel."""
 MAX_SEGMENTS = 10_000
 """Of a JPEG; cameras write up to some hundreds."""
-MAX_CHUNKS = 100_000
-"""Of a PNG; the smallest that tools write hold 8 kB of pixels each."""
+MAX_PARTS = 100_000
+"""Chunks of a PNG, whose smallest hold 8 kB of pixels each; strips and values of a TIFF's tag."""
+MAX_BLOCKS = 1_000_000
+"""Of a GIF; a block holds up to 255 bytes, so 64 MiB are a quarter of that."""
+MAX_PAGES = 10_000
+"""Pictures in one TIFF."""
 
 GET_AGAIN = "Download or export it again."
+_HAS_HEIF = importlib.util.find_spec("pillow_heif") is not None
+_HEIF = (".heic", ".heif")
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif"),
+    *(_HEIF if _HAS_HEIF else ()),
+)
+"""Of pictures that are read, in folders, archives and uploads; the content decides in the end."""
+OTHER_SUFFIXES = (*(() if _HAS_HEIF else _HEIF), ".jxl", ".jp2", ".psd", ".dng", ".cr2", ".nef")
+"""Of pictures that are not: they are counted and named rather than left out in silence."""
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_FORMATS = (
+    (b"\x89PNG\r\n\x1a\n", "PNG"),
+    (rb"\xff\xd8\xff", "JPEG"),
+    (rb"RIFF.{4}WEBP", "WEBP"),
+    (rb"GIF8[79]a", "GIF"),
+    (rb"II\*\0(?!.{4}CR)|MM\0\*", "TIFF"),
+    (rb".{4}ftypavi[fs]", "AVIF"),
+    (rb".{4}ftyp(hei|hev|mif1|msf1)", "HEIF"),
+    # not of run lengths: Pillow expands them in Python, which takes a minute for a large file
+    (rb"BM.{4}\0{4}(?!.{4}[^\x0c].{15}[\1\2])", "BMP"),
+)
 _OTHERS = (
-    (rb"GIF8[79]a", "a GIF"),
-    (rb"II\*\0|MM\0\*", "a TIFF"),
     (rb".{4}ftyp(hei|hev|mif1|msf1)", "a HEIC"),
     (rb".{4}ftypavi", "an AVIF, which this build of Pillow cannot read"),
+    (rb"II\*\0.{4}CR", "a camera's raw file"),
     (rb"BM.{4}\0\0\0\0", "a compressed BMP"),
     (rb"8BPS", "a Photoshop document"),
     (rb"%PDF", "a PDF"),
@@ -70,9 +94,26 @@ _JPEG_NAMES = {"exif": b"Exif\0\0", "xmp": b"http://ns.adobe.com/xap/1.0/\0"}
 _ORIENTATION = 0x0112
 _EXIF_NUMBERS = {1: "B", 3: "H", 4: "I"}
 """Types of EXIF values that can be whole numbers."""
-_PNG_SIZE_END = 24
-_BMP_SIZE_END = 26
 _WEBP_SIZE_END = 30
+_GIF_HEAD, _GIF_FRAME = 13, 10
+_GIF_CONTROL = 0xF9
+_TIFF_NUMBERS = {3: "H", 4: "I"}
+_WIDTH, _HEIGHT, _COMPRESSION, _ROWS, _TILE_WIDTH, _TILE_HEIGHT = 256, 257, 259, 278, 322, 323
+_TIFF_ONE = frozenset(
+    {_WIDTH, _HEIGHT, _COMPRESSION, _ROWS, _TILE_WIDTH, _TILE_HEIGHT}
+    | {262, 266, _ORIENTATION, 277, 284, 292, 293, 317}
+)
+"""Tags of one whole number that tell how to decode a TIFF."""
+_TIFF_OFFSETS = (273, 324)
+_TIFF_MANY = frozenset({258, *_TIFF_OFFSETS, 279, 320, 325, 338, 339, 530})
+"""The same, of several."""
+_TIFF_BYTES = frozenset({347, 34675})
+"""Tables of its JPEGs, and its ICC profile."""
+_TIFF_JPEG = 7
+_TIFF_COMPRESSIONS = (1, 2, 3, 4, 5, _TIFF_JPEG, 8, 32773, 32946)
+"""None, fax, LZW, JPEG, Deflate and run lengths; the others are rare, and no budget bounds them."""
+_RAW = 50706
+_SUBFILE = 254
 
 
 @contextmanager
@@ -90,22 +131,16 @@ def opened(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
             )
         with Path(path).open("rb") as file:
             yield file
-    except FileNotFoundError as error:
-        raise ImageError(
-            "the image file does not exist", where=path, fix="Check the path for a typing error."
-        ) from error
-    except PermissionError as error:
-        raise ImageError(
-            "the image file may not be read",
-            where=path,
-            expected="read permission",
-            found=error.strerror,
-            fix="Change its permissions or copy it elsewhere.",
-        ) from error
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         found = getattr(error, "strerror", None) or error
+        what, expected, fix = "cannot be read", None, "Check the path."
+        if isinstance(error, FileNotFoundError):
+            what, fix = "does not exist", "Check the path for a typing error."
+        elif isinstance(error, PermissionError):
+            what, expected = "may not be read", "read permission"
+            fix = "Change its permissions or copy it elsewhere."
         raise ImageError(
-            "the image file cannot be read", where=path, found=found, fix="Check the path."
+            f"the image file {what}", where=path, expected=expected, found=found, fix=fix
         ) from error
 
 
@@ -164,33 +199,32 @@ def check_count(count: int, most: int, what: str, where: object) -> None:
 
 
 def format_of(data: bytes) -> str | None:
-    """By the first 34 bytes: "JPEG", "PNG", "WEBP", "BMP", "AVIF" or None."""
-    if data.startswith(PNG_SIGNATURE):
-        return "PNG"
-    if data.startswith(b"\xff\xd8\xff"):
-        return "JPEG"
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "WEBP"
-    if data[4:12] in (b"ftypavif", b"ftypavis") and features.check("avif"):
-        return "AVIF"
-    # Pillow expands run lengths in Python, which takes a minute for a large file
-    is_packed = data[14:15] != b"\x0c" and data[30:31] in (b"\1", b"\2")
-    return "BMP" if data[:2] == b"BM" and data[6:10] == bytes(4) and not is_packed else None
+    """A format that is read, by the first bytes, as Pillow names it; None if it is another."""
+    found = next((n for pattern, n in _FORMATS if re.match(pattern, data[:34], re.DOTALL)), None)
+    is_read = {"AVIF": features.check("avif"), "HEIF": _HAS_HEIF}
+    return found if is_read.get(found or "", True) else None
+
+
+def not_accepted(where: object, found: str) -> ImageError:
+    """The refusal of content that is not read."""
+    plugin = ", or pip install pillow-heif, which reads it" if found == "a HEIC" else ""
+    return ImageError(
+        "this is not an image of an accepted format",
+        where=where,
+        expected="JPEG, PNG, WebP, BMP, GIF, TIFF or AVIF content",
+        found=found,
+        fix=f"Convert it to PNG{plugin}.",
+    )
 
 
 def describe(data: bytes) -> str:
-    """Name content that is not accepted, such as "a GIF" or "plain text", for an error."""
+    """Name content that is not accepted, such as "a PDF" or "plain text", for an error."""
     head = data[:512]
     for pattern, name in _OTHERS:
         if re.match(pattern, head, re.DOTALL):
             return name
     is_text = not re.search(rb"[\x00-\x08\x0e-\x1f\x7f]", head)
     return "plain text" if is_text else "data of an unknown kind"
-
-
-def claimed_size(data: bytes, image_format: str) -> tuple[int, int] | None:
-    """Width and height in pixels by the header of a PNG, WebP or BMP; None where it is broken."""
-    return {"PNG": _png_size, "WEBP": _webp_size, "BMP": _bmp_size}[image_format](data)
 
 
 def orientation(about: Mapping[Any, Any]) -> int:
@@ -262,7 +296,7 @@ def read_jpeg(data: bytes, where: object) -> Jpeg:
 def png_chunks(file: IO[bytes]) -> Iterator[tuple[bytes, int, int]]:
     """Each chunk's kind, position of its body, where the file then is, and length."""
     position = len(PNG_SIGNATURE)
-    for _ in range(MAX_CHUNKS):
+    for _ in range(MAX_PARTS):
         file.seek(position)
         length, kind = int.from_bytes(file.read(4), "big"), file.read(4)
         if kind in {b"IEND", b""}:
@@ -271,23 +305,128 @@ def png_chunks(file: IO[bytes]) -> Iterator[tuple[bytes, int, int]]:
         position += 12 + length  # length, kind and checksum take four bytes each
 
 
-def _png_size(data: bytes) -> tuple[int, int] | None:
-    if len(data) < _PNG_SIZE_END or data[12:16] != b"IHDR":
-        return None
-    return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+def first_of_gif(data: bytes, where: object) -> tuple[bytes, int]:
+    """A GIF of its first frame alone, and how many frames it had.
+
+    Pillow reads all blocks to count frames, and copies a comment again for each block of it.
+    Source: GIF 89a, sections 17 to 27.
+    """
+    kept, frames, blocks, control = b"", 0, 0, b""
+    with suppress(IndexError):  # it breaks off: Pillow says so, if it is in the first frame
+        at = _GIF_HEAD + _gif_table(data[10])
+        head = data[:at]
+        while data[at : at + 1] in (b"!", b","):
+            start, is_frame = at, data[at] == ord(",")
+            if is_frame:
+                frames += 1
+                left, top, width, height = struct.unpack_from("<4H", data, at + 1)
+                screen = struct.unpack_from("<2H", data, 6)
+                if frames == 1:  # a frame may be larger than its screen, which Pillow then enlarges
+                    size = max(screen[0], left + width), max(screen[1], top + height)
+                    check_size(size, where)
+                kept = kept or head + control + data[start:]
+                at += _GIF_FRAME + _gif_table(data[at + 9]) + 1
+            else:
+                at += 2
+            while data[at]:
+                at += data[at] + 1
+                blocks += 1
+                if blocks > MAX_BLOCKS:
+                    check_count(blocks, MAX_BLOCKS, "blocks in a GIF", where)
+            at += 1
+            if is_frame and frames == 1:
+                kept = head + control + data[start:at] + b";"
+            elif not is_frame and data[start + 1] == _GIF_CONTROL:
+                control = data[start:at]
+    return kept or data[:_GIF_HEAD], frames
 
 
-def _bmp_size(data: bytes) -> tuple[int, int] | None:
-    """A height below 0 says that the first row is the top one."""
-    kind = "<HH" if data[14:15] == b"\x0c" else "<ii"  # the header of OS/2 is 12 bytes long
-    if len(data) < _BMP_SIZE_END:
-        return None
-    width, height = struct.unpack_from(kind, data, 18)
-    return width, abs(height)
+def _gif_table(flags: int) -> int:
+    """Bytes of a table of colours."""
+    return 3 << (flags & 7) + 1 if flags & 0x80 else 0
 
 
-def _webp_size(data: bytes) -> tuple[int, int] | None:
-    """Source: RFC 9649, sections 2.7 (VP8X) and 3.4 (VP8L); RFC 6386, section 9.1 (VP8)."""
+def first_of_tiff(data: bytes, where: object) -> tuple[bytes, int]:
+    """A TIFF of the tags that decode its first picture alone, and how many pictures it had.
+
+    Pillow copies what every tag claims, at worst 65,535 times the whole file, and does so for
+    every picture to count them. Source: TIFF 6.0, section 2.
+    """
+    order = ">" if data.startswith(b"MM") else "<"
+    starts: list[int] = []
+    kept, numbers = {}, {}
+    with suppress(struct.error):  # it breaks off: what is missing is told below or by Pillow
+        at = struct.unpack_from(f"{order}I", data, 4)[0]
+        while at:
+            starts.append(at)
+            check_count(len(starts), MAX_PAGES, "pictures in a TIFF", where)
+            count = struct.unpack_from(f"{order}H", data, at)[0]
+            if len(starts) == 1:
+                kept, numbers = _tiff_tags(data[at + 2 : at + 2 + 12 * count], order, where)
+            at = struct.unpack_from(f"{order}I", data, at + 2 + 12 * count)[0]
+    _check_tiff(data, numbers, where)
+    directory = struct.pack(f"{order}H", len(kept)) + b"".join(kept[tag] for tag in sorted(kept))
+    data += bytes(len(data) % 2)  # a directory begins at an even place
+    bare = data[:4] + struct.pack(f"{order}I", len(data)) + data[8:] + directory + bytes(4)
+    return bare, len(starts)
+
+
+def _tiff_tags(
+    entries: bytes, order: str, where: object
+) -> tuple[dict[int, bytes], dict[int, int]]:
+    """Entries that decoding needs; the number that each holds, or how many."""
+    kept: dict[int, bytes] = {}
+    numbers: dict[int, int] = {}
+    for at in range(0, len(entries) - 11, 12):
+        tag, kind, count = struct.unpack_from(f"{order}HHI", entries, at)
+        code = _TIFF_NUMBERS.get(kind)
+        number = struct.unpack_from(order + code, entries, at + 8)[0] if code else None
+        # bit 0 says that it is a smaller copy: the first picture of raw files is a preview
+        if tag == _RAW or (tag == _SUBFILE and (number or 0) & 1):
+            raise not_accepted(where, "a camera's raw file, or a TIFF that begins with a preview")
+        if tag in kept:  # the first counts, for libtiff; for Pillow it would be the last
+            continue
+        if number is not None and tag in _TIFF_ONE and count == 1:
+            numbers[tag] = number
+        elif number is not None and tag in _TIFF_MANY:
+            check_count(count, MAX_PARTS, "values of a tag", where)
+            numbers[tag] = count
+        elif number is not None or tag not in _TIFF_BYTES:
+            continue
+        kept[tag] = entries[at : at + 12]
+    return kept, numbers
+
+
+def _check_tiff(data: bytes, numbers: Mapping[int, int], where: object) -> None:
+    """Check what a TIFF claims before a decoder takes memory for it."""
+    compression, width, height = (
+        numbers.get(tag, default) for tag, default in ((_COMPRESSION, 1), (_WIDTH, 0), (_HEIGHT, 0))
+    )
+    if compression not in _TIFF_COMPRESSIONS:
+        raise not_accepted(where, f"a TIFF of compression {compression}")
+    if not width * height:
+        raise ValueError("no size of the image")
+    check_size((width, height), where)
+    rows = min(numbers.get(_ROWS, height), height)
+    across, down = numbers.get(_TILE_WIDTH, width), numbers.get(_TILE_HEIGHT, rows)
+    if not across * down:
+        raise ValueError("a strip or tile without a size")
+    check_count(across * down, MAX_DECODED_PIXELS, "pixels in a tile", where)
+    tiles = -(-width // across) * -(-height // down)
+    check_count(tiles, MAX_PARTS, "tiles", where)
+    for tag in _TIFF_OFFSETS:
+        # one for each of six channels at most; Pillow would decode any others too
+        check_count(numbers.get(tag, 0), 6 * tiles, "tiles in a TIFF of this size", where)
+    if compression == _TIFF_JPEG:
+        scans, most = data.count(bytes([0xFF, _JPEG_SCAN])), MAX_SCANNED_PIXELS // (across * down)
+        check_count(scans, most, "scans in a TIFF of this size", where)
+
+
+def webp_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height by the header; None where it is broken.
+
+    Source: RFC 9649, sections 2.7 (VP8X) and 3.4 (VP8L); RFC 6386, section 9.1 (VP8).
+    """
     kind = data[12:16]
     if len(data) < _WEBP_SIZE_END:
         return None

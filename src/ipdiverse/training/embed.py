@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ipdiverse.data.cache import RowReader, Rows, compute
-from ipdiverse.data.manifest import Record, inside, read_manifest
-from ipdiverse.image_io import load_image
+from ipdiverse.data.files import picture_below
+from ipdiverse.data.manifest import Record, read_manifest
 from ipdiverse.writing import only_one, write_bytes_atomic
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Online:
 
     def image(self, file_name: str) -> Image.Image:
         """A stored picture."""
-        return load_image(inside(self.folder, file_name))
+        return picture_below(self.folder, file_name)
 
     def target_pixels(self, index: int, variant: int) -> Tensor:
         """A target as the VAE sees it, (3, height, width)."""

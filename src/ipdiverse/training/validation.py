@@ -12,9 +12,8 @@ import torch
 from PIL import Image
 
 from ipdiverse.contact_sheet import contact_sheet
-from ipdiverse.data.manifest import Record, inside
+from ipdiverse.data.files import picture_below
 from ipdiverse.data.references import References
-from ipdiverse.image_io import load_image
 from ipdiverse.seeding import generator
 from ipdiverse.writing import ensure_writable_folder, write_bytes_atomic
 
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ipdiverse.adapter.attach.attach import Attachment
+    from ipdiverse.data.manifest import Record
     from ipdiverse.training.config import TrainConfig
     from ipdiverse.training.frozen import FrozenEncoders
 
@@ -58,7 +58,7 @@ class Validation:
         record, folder = records[index], Path(self.config.data)
         choice = partners.choose(index, np.random.default_rng(self.config.seed))
         names = (record.file_name, choice.file_name)
-        return Case(record.text, *(load_image(inside(folder, name)) for name in names))
+        return Case(record.text, *(picture_below(folder, name) for name in names))
 
     def run(self, step: int, out: Path) -> dict[str, float]:
         """Draw every case, write the sheet `OUT/validation/STEP.png`, and measure.

@@ -19,6 +19,7 @@ from PIL import Image
 from ipdiverse.critters.make import example, png
 from ipdiverse.errors import ArgumentError, ImageError
 from ipdiverse.image_io import MAX_FILE_BYTES, load_image_bytes
+from ipdiverse.image_io.files import SUFFIXES
 from ipdiverse.ui.safety import MAX_REFERENCES
 from ipdiverse.ui.status import LIVE, PRIVATE, line, problem
 from ipdiverse.writing import write_bytes_atomic
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from ipdiverse.ui.visitors import Session, Sessions
 
 EXAMPLES = 6
-SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".avif")
 _SHOWN_SIDE = 512
 _LONGEST_NAME = 80
 # a small file may decode to 40 megapixels: a crowd that uploads at once must not fill the memory

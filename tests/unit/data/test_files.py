@@ -7,9 +7,17 @@ import os
 from typing import TYPE_CHECKING
 
 import pytest
+from PIL import Image
 
 from ipdiverse.data import files as module
-from ipdiverse.data.files import inside, list_files, open_below, read_below, text_lines
+from ipdiverse.data.files import (
+    inside,
+    list_files,
+    open_below,
+    picture_below,
+    read_below,
+    text_lines,
+)
 from ipdiverse.errors import DataError
 
 if TYPE_CHECKING:
@@ -32,6 +40,12 @@ def test_links_are_followed_inside_the_root_alone(tmp_path: Path) -> None:
     ):
         with pytest.raises(DataError, match=message):
             read_below(root, name, 10)
+    Image.new("RGB", (20, 16)).save(tmp_path / "secret.png")
+    (root / "link.png").symlink_to(tmp_path / "secret.png")
+    with pytest.raises(DataError, match=r"link\.png: the path leaves its root through a link"):
+        picture_below(root, "link.png")
+    (root / "deep" / "own.png").write_bytes((tmp_path / "secret.png").read_bytes())
+    assert picture_below(root, "deep/own.png").size == (20, 16)
 
 
 @pytest.mark.parametrize("swapped", ["file", "folder"])

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from ipdiverse.cli import main
 from ipdiverse.data import prepare as module
@@ -76,12 +76,23 @@ def test_good_images_are_stored_and_bad_ones_listed_with_reasons(
 
 def test_a_format_that_few_tools_read_is_stored_as_png(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
-    for index in range(2):  # told by their content
-        picture(index).save(tmp_path / "in" / f"{index}.jpg", "BMP")
+    for index, kind in enumerate(("BMP", "TIFF", "GIF")):  # told by their content
+        picture(index).save(tmp_path / "in" / f"{index}.jpg", kind)
     prepare(str(tmp_path / "in"), tmp_path / "out", options())
     names = [record.file_name for record in read_manifest(tmp_path / "out")]
     assert {Path(name).suffix for name in names} == {".png"}
     assert load_image(tmp_path / "out" / names[0]).size == (40, 30)
+
+
+@pytest.mark.parametrize("name", ["a.bmp", "a.TIF", "a.gif", "a.jfif", "a.avif"])
+def test_pictures_of_every_format_that_is_read_are_found(name: str, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    kind = {".TIF": "TIFF", ".jfif": "JPEG"}.get(Path(name).suffix, name[2:].upper())
+    if kind == "AVIF" and not features.check("avif"):
+        pytest.skip("this build of Pillow does not read AVIF")
+    picture(1).save(tmp_path / "in" / name, kind)
+    report = prepare(str(tmp_path / "in"), tmp_path / "out", options())
+    assert (report["images"], report["bad"]["count"], report["unused"]) == (1, 0, {})
 
 
 def test_datasets_opens_a_prepared_folder(subjects: Path, tmp_path: Path) -> None:
@@ -269,8 +280,12 @@ def test_a_manifest_that_was_edited_is_never_overwritten(tmp_path: Path) -> None
     prepare(str(source), out, options())
     manifest = out / "metadata.jsonl"
     manifest.write_text(manifest.read_text().replace('"text": ""', '"text": "mine"'))
-    assert "was edited" in prepare(str(source), out, options())["notes"][0]
+    with pytest.raises(DataError, match=r"is damaged.*If you edited it, say --keep-edits, or move"):
+        prepare(str(source), out, options())
+    kept = prepare(str(source), out, options(keep_edits=True))
+    assert "was edited" in kept["notes"][0]
     assert texts(out) == {"a.png": "mine"}
+    assert prepare(str(source), out, options()) == kept, "said once"
     (source / "a.txt").write_text("theirs")
     with pytest.raises(DataError, match="was edited after prepare wrote it"):
         prepare(str(source), out, options())

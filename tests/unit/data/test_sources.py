@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import tarfile
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -167,8 +168,46 @@ def test_a_repository_of_datasets_is_read_as_the_hub_would_give_it(tmp_path: Pat
         assert [(i.text, i.subject) for i in found] == [("one", "s"), ("two", "s"), ("three", "t")]
         pixels = np.asarray(load_image_bytes(found[1].load()))
         np.testing.assert_array_equal(pixels, np.asarray(Image.open(io.BytesIO(png(1)))))
+    table.to_parquet(tmp_path / "repository" / "data" / "test-00000-of-00001.parquet")
+    put(tmp_path / "repository" / "extra.png", png())
+    put(tmp_path / "saved" / "extra.txt", "")
+    unused = [
+        open_source(str(tmp_path / n), SourceOptions()).unused() for n in ("repository", "saved")
+    ]
+    assert unused == [
+        {
+            "archives": ["data/test-00000-of-00001.parquet"],
+            "images that no list names, or of another split": ["extra.png"],
+        },
+        {"caption files": ["extra.txt"]},
+    ]
     with pytest.raises(DataError, match=r"has no column 'picture'; found image, words, subject"):
         items(tmp_path / "saved", image_column="picture")
+
+
+def test_files_of_a_hub_data_set_that_are_not_used_are_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import datasets
+    import huggingface_hub
+
+    names = [".gitattributes", "README.md", "data/test.parquet", "data/train.parquet", "x/a.png"]
+    monkeypatch.setattr(
+        huggingface_hub, "HfApi", lambda: SimpleNamespace(list_repo_files=lambda *_, **__: names)
+    )
+    files = {part: [f"hf://datasets/o/n@main/data/{part}.parquet"] for part in ("train", "test")}
+    builder = SimpleNamespace(config=SimpleNamespace(data_files=files))
+    table = datasets.Dataset.from_dict({"image": [Image.new("RGB", (20, 20))]})
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: builder)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: table)
+    source = open_source("o/n", SourceOptions())
+    assert source.unused() == {
+        "other files": ["README.md"],
+        "archives": ["data/test.parquet"],
+        "images that no list names, or of another split": ["x/a.png"],
+    }
+    monkeypatch.setattr(huggingface_hub, "HfApi", None)
+    assert source.unused() == {}, "without a connection"
 
 
 def test_without_datasets_only_its_own_sources_are_refused(
@@ -283,7 +322,7 @@ def test_captions_reach_nothing_outside_the_folder(tmp_path: Path) -> None:
 
 
 def test_what_is_not_used_is_named(tmp_path: Path) -> None:
-    for name in ("a.png", "b.png", "x.heic", "y.BMP", "deep/c.png"):
+    for name in ("a.png", "b.png", "x.heic", "y.PSD", "deep/c.png"):
         put(tmp_path / name, png() if name.endswith("png") else b"BM")
     put(tmp_path / "metadata.csv", "file_name,text\n./a.png,one\ndeep\\c.png,two\n")
     for name in ("a.txt", "other.jsonl", "part.zip", "README.md"):
@@ -296,8 +335,8 @@ def test_what_is_not_used_is_named(tmp_path: Path) -> None:
         "images that no list names, or of another split": ["b.png"],
         "lists": ["other.jsonl"],
         "archives": ["part.zip"],
-        "images in a format that is not read (.heic)": ["x.heic"],
-        "images in a format that is not read (.bmp)": ["y.BMP"],
+        "images in a format that is not read without pillow-heif (.heic)": ["x.heic"],
+        "images in a format that is not read (.psd)": ["y.PSD"],
     }
     put(tmp_path / "only" / "x.heic", b"x")
     with pytest.raises(DataError, match=r"known kind; .*found 1 images in a format .*heic"):
@@ -386,7 +425,17 @@ def test_hostile_tar_files_cost_no_more_than_their_budget(tmp_path: Path) -> Non
     import gzip
 
     put(file, gzip.compress(whole))
-    assert "compressed" in problems()[0]
+    with pytest.raises(
+        DataError, match=r"x\.tar: is compressed; expected a plain .* gzip\. Unpack"
+    ):
+        problems()
+    put(tmp_path / "shards" / "x.tar", gzip.compress(whole))
+    with pytest.raises(DataError, match="is compressed"):
+        items(tmp_path / "shards", "webdataset")
+    with pytest.raises(
+        DataError, match=r"is not a data set; .* found \.gz\. Unpack it, and prepare"
+    ):
+        kind_of(str(put(tmp_path / "x.tar.gz", gzip.compress(whole))))
 
 
 def test_a_readme_that_names_files_elsewhere_reaches_none(

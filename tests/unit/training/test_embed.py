@@ -155,6 +155,17 @@ def test_the_command_embeds_and_says_what_variants_mean(
     assert "holds no prepared data" in capsys.readouterr().err
 
 
+def test_a_picture_that_became_a_link_out_of_the_folder_is_not_read(
+    data: Path, encoders: FrozenEncoders, tmp_path: Path
+) -> None:
+    online = Online(data, encoders, SHOWN)
+    models.picture(0).save(tmp_path / "secret.png")
+    (data / online.records[0].file_name).unlink()
+    (data / online.records[0].file_name).symlink_to(tmp_path / "secret.png")
+    with pytest.raises(DataError, match="the path leaves its root through a link"):
+        online.target_pixels(0, 0)
+
+
 def test_a_base_without_image_encoder_says_how_to_name_one() -> None:
     pipe = random_pipeline()
     pipe.image_encoder = None
