@@ -98,7 +98,7 @@ class Fields:
 
     def _is_upload(self, path: Path) -> bool:
         try:
-            return path.is_absolute() and path.resolve().is_relative_to(self._cache)
+            return path.resolve().is_relative_to(self._cache) and path.is_file()
         except OSError:  # a name that is too long, a loop of links
             return False
 
@@ -245,7 +245,7 @@ def remembered(
     # the secret hides nothing: the page knows it; it only has to stay the same
     kept = gr.BrowserState(storage_key=f"ipdiverse-{tab}", secret="ipdiverse")  # noqa: S106
     changes = [field.change for field in fields]
-    gr.on(changes, None, fields, kept, js="(...values) => values", show_progress="hidden")
+    gr.on(changes, None, fields, kept, js="(...values) => [values]", show_progress="hidden")
 
     def restore(values: list[Any] | None, request: gr.Request) -> list[Any]:
         session = sessions.asking(request)

@@ -80,9 +80,6 @@ def find_reports(folders: Sequence[Path]) -> dict[str, Path]:
     """Reports that `ipdiverse evaluate` wrote, by the label that a visitor reads.
 
     Links that lead out of a folder are left alone.
-
-    Args:
-        folders: Searched with all their subfolders; one that does not exist is skipped.
     """
     found: dict[str, Path] = {}
     for folder in folders:

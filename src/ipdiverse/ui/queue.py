@@ -82,12 +82,7 @@ class Turns:
 
     @contextmanager
     def turn(self, check: Callable[[], None], job: Job | None = None) -> Iterator[None]:
-        """Wait until nobody else draws, and keep others waiting for the length of the block.
-
-        Args:
-            check: Called while waiting; an error that it raises ends the wait.
-            job: In the line; None goes before it.
-        """
+        """Wait until nobody else draws, and keep others waiting for the length of the block."""
         while not (self._is_next(job) and self._lock.acquire(timeout=_WAIT)):
             check()
             if not self._is_next(job):

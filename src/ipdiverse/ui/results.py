@@ -131,12 +131,7 @@ def draw_on(
     requests_of: Callable[..., Mapping[str, Request]],
     shown: Callable[[Job | None], dict[Any, Any]],
 ) -> None:
-    """Say what happens when a visitor draws and cancels.
-
-    Args:
-        requests_of: Takes references and the inputs' values; requests by their images' folder.
-        shown: What a job has drawn, by output; of None, nothing.
-    """
+    """Say what happens when a visitor draws and cancels."""
 
     def start(request: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
         sessions.turns.arrived()

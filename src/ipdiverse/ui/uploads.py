@@ -78,9 +78,6 @@ def accept(
 ) -> tuple[list[Upload], list[str]]:
     """Decode what somebody sent, one picture at a time, and keep it.
 
-    Args:
-        folder: For copies; what is neither kept now nor in use goes.
-
     Returns:
         What was kept, and a line for each file that was refused.
     """

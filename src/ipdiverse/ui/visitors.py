@@ -10,13 +10,16 @@ import hashlib
 import shutil
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ipdiverse.ui.queue import Job, Turns
+from ipdiverse.ui.safety import MAX_UPLOAD, Refused
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Sequence
 
 MAX_VISITORS = 1000
 MAX_SESSIONS = 8
@@ -25,6 +28,14 @@ MAX_BYTES = 2 * 2**30
 """References and results of all visitors together, on disk."""
 FORGOTTEN_AFTER = 3600.0
 """Seconds for which somebody without an open page finds their references again."""
+MAX_UPLOADS = 2 * 2**30
+"""Bytes of uploads of all visitors; `MAX_UPLOAD` is the bound of one."""
+KEPT = 600.0
+"""Seconds for which an upload is kept: what is used of it is copied at once."""
+_LEAST = 2**18
+"""What a small file counts for, so that their number is bounded too."""
+_BROKEN = 30.0
+"""Seconds without growth after which a piece of an upload is left over: see `server.SILENCE`."""
 _SHARE = 600.0
 """Seconds after which half of what somebody has drawn no longer counts."""
 
@@ -109,11 +120,7 @@ class Sessions:
         self._visitors: dict[str, Visitor] = {}
 
     def of(self, key: str | None, visitor: str | None = None) -> Session:
-        """A page's session; a new one for a new page.
-
-        Args:
-            visitor: From the cookie; None for a program without one.
-        """
+        """A page's session; a new one for a new page."""
         name = _folder_name(key)
         with self._lock:
             owner = self._visitor(visitor or f"session {name}", visitor is not None)
@@ -190,6 +197,84 @@ class Sessions:
         for session in list(owner.sessions):
             self._close(owner, session)
         shutil.rmtree(owner.folder, ignore_errors=True)
+
+
+class Uploads:
+    """What was uploaded, by whom; the oldest of whoever has most goes when there is too much.
+
+    Args:
+        folder: Where gradio puts it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._held: dict[Any, tuple[str | None, int, float]] = {}
+
+    def begin(self, owner: str | None, size: int) -> object:
+        """Make room for an upload.
+
+        Returns:
+            What to give to `end`.
+
+        Raises:
+            Refused: Too much is on its way.
+        """
+        self.sweep()
+        size = max(size, _LEAST)
+        while self._sum(owner) + size > MAX_UPLOAD and self._drop(owner):
+            pass
+        while self._sum() + size > MAX_UPLOADS and self._drop(self._largest()):
+            pass
+        if self._sum(owner) + size > MAX_UPLOAD or self._sum() + size > MAX_UPLOADS:
+            raise Refused(429, "too many uploads are on their way; try again in a minute")
+        ticket = object()
+        self._held[ticket] = (owner, size, time.monotonic())
+        return ticket
+
+    def end(self, ticket: object, files: Sequence[Path]) -> None:
+        """An upload is complete; without files it was broken off, and gradio leaves its pieces."""
+        owner, size, _ = self._held[ticket]
+        now = time.monotonic()
+        if not files:
+            self._held[ticket] = (owner, size, now)
+            return
+        del self._held[ticket]
+        for file in files:
+            self._held.pop(file, None)
+            self._held[file] = (owner, max(file.stat().st_size, _LEAST), now)
+
+    def sweep(self) -> None:
+        """Delete what is old, and the pieces of uploads that were broken off."""
+        old = time.monotonic() - KEPT
+        for key, (_, _, at) in list(self._held.items()):
+            if at >= old:
+                break
+            self._forget(key)
+        broken = time.time() - _BROKEN
+        for piece in self._folder.glob("tmp*"):
+            if piece.is_file() and piece.stat().st_mtime < broken:
+                piece.unlink(missing_ok=True)
+
+    def _sum(self, *owners: str | None) -> int:
+        return sum(size for who, size, _ in self._held.values() if not owners or who in owners)
+
+    def _largest(self) -> str | None:
+        sums: Counter[str | None] = Counter()
+        for key, (owner, size, _) in self._held.items():
+            sums[owner] += size if isinstance(key, Path) else 0
+        return max(sums, key=lambda owner: sums[owner], default=None)
+
+    def _drop(self, owner: str | None) -> bool:
+        own = (key for key, (who, *_) in self._held.items() if who == owner)
+        oldest = next((key for key in own if isinstance(key, Path)), None)
+        if oldest is not None:
+            self._forget(oldest)
+        return oldest is not None
+
+    def _forget(self, key: Any) -> None:
+        del self._held[key]
+        if isinstance(key, Path):
+            key.unlink(missing_ok=True)
 
 
 def visitor_of(request: Any) -> str | None:
