@@ -104,12 +104,7 @@ def private_folder() -> Iterator[Path]:
 
 
 class Refused(IpdiverseError):  # noqa: N818 - what happened, not what went wrong
-    """Raised for a request that is not passed on.
-
-    Args:
-        status: Of HTTP.
-        words: A line for whoever asked.
-    """
+    """Raised for a request that is not passed on."""
 
     def __init__(self, status: int, words: str) -> None:
         super().__init__(words)
