@@ -236,6 +236,30 @@ def test_upload_draw_copy_and_draw_again(
     assert "--diversity=0 " in copied(page, "command")
 
 
+def test_a_reload_keeps_prompt_settings_and_reference(
+    visit: Callable[..., Page], references: list[Image.Image], tmp_path: Path
+) -> None:
+    photo = tmp_path / "phone.jfif"
+    references[0].save(photo, "JPEG")
+    page = visit()
+    give(page, photo)
+    says(page, "#vary-references-told", "Reference: phone.jfif.")
+    configure(page, "a critter in the rain", steps=3, count=2)
+    page.reload()
+    page.wait_for_selector("#vary-go")
+    says(page, "#vary-references-told", "Reference: phone.jfif.")
+    assert page.locator("#vary-references img").count() == 1
+    assert page.input_value("#vary-prompt textarea") == "a critter in the rain"
+    assert page.input_value("#vary-count input[type=number]") == "2"
+    page.click("#vary-go")
+    says(page, "#vary-status", "Done: 2 images.")
+    assert "--steps=3" in copied(page, "command")
+    stranger = visit()
+    stranger.wait_for_selector("#vary-references-told p", state="attached")  # what was kept came
+    assert stranger.input_value("#vary-prompt textarea") == ""
+    assert "phone" not in stranger.inner_text("#vary-references-told")
+
+
 @pytest.mark.slow
 def test_images_appear_as_they_finish_and_cancelling_keeps_them(
     visit: Callable[..., Page], tmp_path: Path, served: Served, monkeypatch: pytest.MonkeyPatch
@@ -543,6 +567,35 @@ def test_requests_that_no_browser_sends_are_one_line(
     assert "Traceback" not in captured.err + captured.out
 
 
+def test_idle_connections_shut_nobody_out(client: Client, served: Served) -> None:
+    port = int(served.url.rstrip("/").rpartition(":")[2])
+    idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(450)]
+    for one in idle[::2]:
+        one.sendall(b"GET / HTTP/1.1\r\nHost:")
+    assert client.http.get("/config").status_code == 200
+    served_now = [one for one in idle if not closed(one)]
+    assert len(served_now) <= 400
+    for one in idle:
+        one.close()
+
+
+def closed(one: socket.socket) -> bool:
+    one.setblocking(False)
+    try:
+        return one.recv(1) == b""
+    except BlockingIOError:
+        return False
+    except ConnectionError:
+        return True
+
+
+def test_one_file_named_many_times_is_read_once(client: Client, photo: Path) -> None:
+    given = uploaded(client, "cat.png", photo.read_bytes())
+    answer = client.now("vary-upload", "upload", [[given] * 9])
+    assert answer.status_code == 400
+    assert "is named twice" in answer.json()["detail"]
+
+
 def test_uploads_have_a_size(client: Client) -> None:
     from ipdiverse.image_io import MAX_FILE_BYTES
 
@@ -645,6 +698,33 @@ def test_a_full_queue_is_said_on_the_page(visit: Callable[..., Page], served: Se
             stream.close()  # type: ignore[attr-defined]
         until(lambda: job.wait(0), "who left waits no more")
     assert job.done == 0
+
+
+def test_nothing_is_drawn_for_a_program_that_does_not_listen(
+    served: Served, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ipdiverse.ui.queue._UNHEARD", 3.0)
+    client.take_example()
+    client.join().raise_for_status()
+    jobs = session_of(served, client).jobs
+    until(lambda: "vary" in jobs and jobs["vary"].wait(0), "its place is free")
+    assert jobs["vary"].done == 0
+
+
+def test_an_error_that_nobody_foresaw_is_one_line_on_the_page(
+    visit: Callable[..., Page], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def draw(*_: object) -> None:
+        raise KeyError("a secret of the machine")
+
+    monkeypatch.setattr(Job, "_draw", draw)
+    page = visit()
+    take_example(page)
+    page.click("#vary-go")
+    says(page, "#vary-status", "drawing failed; found KeyError")
+    shown = page.inner_text("body")
+    assert "secret" not in shown
+    assert "Traceback" not in shown
 
 
 def test_a_program_that_hangs_up_frees_the_slot(served: Served, client: Client) -> None:

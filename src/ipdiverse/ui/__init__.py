@@ -1,6 +1,7 @@
 """The web page: how it is served, and what it offers. Only this package imports gradio.
 
-server.py opens and closes it, safety.py says who may ask for what. page.py puts the tabs of tabs.py
+server.py opens, bounds and closes it, safety.py says who may ask for what, visitors.py how
+much of the machine each may hold. page.py puts the tabs of tabs.py
 together, which are made of uploads.py and inputs.py (what a visitor gives) and results.py (what
 comes back). queue.py draws, one visitor at a time; status.py and closeness.py say what came out,
 results.py also how to repeat it.

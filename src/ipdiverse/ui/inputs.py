@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as short
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gradio as gr
 
@@ -36,12 +35,7 @@ _SESSION = re.compile(r"[\w-]{1,64}", re.ASCII)
 
 
 class Fields:
-    """What a browser may send to each event of the page; anything else is one line.
-
-    Args:
-        page: With all its events.
-        cache: The folder that holds uploads.
-    """
+    """What a browser may send to each event of the page; anything else is one line."""
 
     def __init__(self, page: gr.Blocks, cache: Path) -> None:
         # only gradio itself says that a page was closed
@@ -98,7 +92,7 @@ class Fields:
 
     def _is_upload(self, path: Path) -> bool:
         try:
-            return path.is_absolute() and path.resolve().is_relative_to(self._cache)
+            return path.resolve().is_relative_to(self._cache) and path.is_file()
         except OSError:  # a name that is too long, a loop of links
             return False
 
@@ -164,9 +158,17 @@ def text_inputs(tab: str) -> tuple[gr.Textbox, gr.Textbox]:
     return prompt, negative
 
 
-@dataclass(frozen=True)
-class Advanced:
-    """Settings that most visitors leave alone, as components."""
+def slider(
+    elem_id: str, label: str, range_: tuple[float, float, float, float], info: str | None = None
+) -> gr.Slider:
+    """A slider: its least, greatest, first value and step. No button sets it back."""
+    low, high, usual, step = range_
+    shown: dict[str, Any] = {"label": label, "info": info, "elem_id": elem_id, "buttons": []}
+    return gr.Slider(low, high, usual, step=step, **shown)
+
+
+class Advanced(NamedTuple):
+    """Settings that most visitors leave alone, as components, in the order of `request_from`."""
 
     seed: gr.Number
     steps: gr.Slider
@@ -174,10 +176,6 @@ class Advanced:
     base: gr.Dropdown
     adapter: gr.Dropdown
     combine: gr.Dropdown
-
-    def all(self) -> list[Any]:
-        """In the order of `request_from`."""
-        return [self.seed, self.steps, self.guidance, self.base, self.adapter, self.combine]
 
 
 def advanced(installed: Installed, tab: str) -> Advanced:
@@ -187,25 +185,10 @@ def advanced(installed: Installed, tab: str) -> Advanced:
     seed = gr.Number(
         0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, elem_id=f"{tab}-seed"
     )
-    steps = gr.Slider(
-        1,
-        MAX_STEPS,
-        usual.steps,
-        step=1,
-        label="Denoising steps",
-        buttons=[],
-        elem_id=f"{tab}-steps",
-    )
-    guidance = gr.Slider(
-        0,
-        MAX_GUIDANCE,
-        usual.guidance_scale,
-        step=0.5,
-        label="Guidance",
-        info="How strongly the images follow the prompt.",
-        buttons=[],
-        elem_id=f"{tab}-guidance",
-    )
+    steps = slider(f"{tab}-steps", "Denoising steps", (1, MAX_STEPS, usual.steps, 1))
+    follows = "How strongly the images follow the prompt."
+    range_ = (0, MAX_GUIDANCE, usual.guidance_scale, 0.5)
+    guidance = slider(f"{tab}-guidance", "Guidance", range_, follows)
     base = gr.Dropdown(list(installed.bases), value=first, label="Base", elem_id=f"{tab}-base")
     choices = list(installed.adapters_of(installed.bases[first]))
     adapter = gr.Dropdown(choices, value=choices[0], label="Adapter", elem_id=f"{tab}-adapter")
@@ -245,7 +228,7 @@ def remembered(
     # the secret hides nothing: the page knows it; it only has to stay the same
     kept = gr.BrowserState(storage_key=f"ipdiverse-{tab}", secret="ipdiverse")  # noqa: S106
     changes = [field.change for field in fields]
-    gr.on(changes, None, fields, kept, js="(...values) => values", show_progress="hidden")
+    gr.on(changes, None, fields, kept, js="(...values) => [values]", show_progress="hidden")
 
     def restore(values: list[Any] | None, request: gr.Request) -> list[Any]:
         session = sessions.asking(request)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
+from ipdiverse.errors import quoted
 from ipdiverse.evaluation import report
 from ipdiverse.ui.status import PRIVATE, answered, problem
 from ipdiverse.ui.tabs import grid_tab, vary_tab
@@ -80,9 +81,6 @@ def find_reports(folders: Sequence[Path]) -> dict[str, Path]:
     """Reports that `ipdiverse evaluate` wrote, by the label that a visitor reads.
 
     Links that lead out of a folder are left alone.
-
-    Args:
-        folders: Searched with all their subfolders; one that does not exist is skipped.
     """
     found: dict[str, Path] = {}
     for folder in folders:
@@ -90,7 +88,8 @@ def find_reports(folders: Sequence[Path]) -> dict[str, Path]:
         for file in sorted(root.rglob(_NAME)) if root.is_dir() else ():
             real = file.resolve()
             if len(found) < MAX_REPORTS and real.is_relative_to(root) and _is_report(real):
-                found[(folder / file.relative_to(root)).parent.as_posix()] = real
+                # folders may be named by others: no escape sequence, and no endless name
+                found[quoted((folder / file.relative_to(root)).parent.as_posix())] = real
     return found
 
 

@@ -7,6 +7,7 @@ somebody else's work, and one who wants much more than the next in line is inter
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import time
@@ -14,7 +15,7 @@ import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ipdiverse.dial import dial_of
 from ipdiverse.errors import ArgumentError, IpdiverseError
@@ -42,25 +43,17 @@ _PASSED = 25
 """By how many steps times images each turn of others brings the next turn nearer."""
 _INTERRUPTIONS = 3
 """How often a batch of images is begun again for the sake of others."""
+_UNHEARD = 15.0
+"""Seconds after which a job is stopped whose visitor listens no more, or has never done so."""
+_DEAF = 2.0
+"""Seconds in which a page opens its stream of messages, or others may have its place."""
 _PASSED_ON = 10.0
 """Seconds in which gradio passes a request on, or its visitor has gone."""
 _WAIT, _LOOK = 0.1, 0.2
 """Seconds between two tries for a turn, and between two looks at a job."""
 
 
-class Asker(Protocol):
-    """Whoever asks for images, and how much of the machine they have had (`visitors.Visitor`)."""
-
-    since: float
-
-    @property
-    def used(self) -> float:
-        """Denoising steps times images, lately."""
-        ...
-
-    def charge(self, steps: float) -> None:
-        """Count what was drawn."""
-        ...
+Asker = Any  # a `visitors.Visitor`, whose module imports this one
 
 
 class Turns:
@@ -68,9 +61,6 @@ class Turns:
 
     Gradio's own queue cannot hold the turn: it frees the place of a cancelled event at once, while
     the job's thread is still inside a denoising step; and it knows no visitors.
-
-    Args:
-        waiting: How many jobs may wait while another one draws.
     """
 
     def __init__(self, waiting: int = 8) -> None:
@@ -82,12 +72,7 @@ class Turns:
 
     @contextmanager
     def turn(self, check: Callable[[], None], job: Job | None = None) -> Iterator[None]:
-        """Wait until nobody else draws, and keep others waiting for the length of the block.
-
-        Args:
-            check: Called while waiting; an error that it raises ends the wait.
-            job: In the line; None goes before it.
-        """
+        """Wait until nobody else draws, and keep others waiting for the length of the block."""
         while not (self._is_next(job) and self._lock.acquire(timeout=_WAIT)):
             check()
             if not self._is_next(job):
@@ -106,6 +91,7 @@ class Turns:
         with self._line_lock:
             if refusal := self.refusal(job.visitor, job):
                 raise ArgumentError(refusal[1])
+            job.since = time.monotonic() if job.visitor is None else job.visitor.since
             if len(self._active()) > self._waiting:
                 self._worst().refuse()
             self._line.append(job)
@@ -138,13 +124,18 @@ class Turns:
         if visitor is not None and sum(one.visitor is visitor for one in active) >= PLACES:
             visitor.charge(USUAL)
             return 429, f"{PLACES} of your drawings are waiting; cancel one, or wait for it"
+        now, used, since = time.monotonic(), 0.0, math.inf
+        if visitor is not None:
+            used, since = visitor.used, min(visitor.since, now)
+            visitor.since = since  # kept until something is drawn: who comes back was here first
         if len(active) + expected <= self._waiting:
             return None
-        used = 0.0 if visitor is None else visitor.used
         need = used + USUAL / 2 if job is None else job.need
-        # one newcomer at a time may take the place of whoever has had most
-        if active and expected == 0 and 2 * need <= self._worst().need:
-            return None
+        # the place of whoever listens to nothing, has had much more, or came after a refusal
+        for worst in sorted(active, key=_last)[::-1][expected : expected + 1]:
+            later = need <= worst.need and since < worst.since
+            if later or 2 * need <= worst.need or (not worst.heard() and worst.since < now - _DEAF):
+                return None
         return 503, "Queue is full: others are drawing. Try again in a minute."
 
     def gives_way(self, job: Job, within: bool) -> bool:
@@ -171,16 +162,23 @@ class Turns:
         return [job for job in list(self._line) if not job.stopping]
 
     def _others(self, job: Job | None) -> list[Job]:
-        return [other for other in self._active() if other is not job]
+        return [other for other in self._active() if other is not job and other.heard()]
 
     def _worst(self) -> Job:
-        return max(self._active(), key=lambda job: (job.need, job.since))
+        return max(self._active(), key=_last)
 
     def _is_next(self, job: Job | None) -> bool:
         if job is None or job.stopping:
             return True
+        if not job.heard():
+            return False
         mine = (job.rank, job.since)
         return all(mine <= (other.rank, other.since) for other in self._others(job))
+
+
+def _last(job: Job) -> tuple[bool, float, float]:
+    """The highest loses its place first."""
+    return not job.heard(), job.need, job.since
 
 
 class Stopped(Exception):  # noqa: N818 - an event, not an error
@@ -193,19 +191,10 @@ class GaveWay(Exception):  # noqa: N818 - an event, not an error
 
 @dataclass(frozen=True)
 class Sheet:
-    """The images of one request.
-
-    Args:
-        request: Defaults filled in, references by the names a visitor gave them. After a stop, `n`
-            is the number of finished images.
-        files: The images.
-        notes: What the visitor should know.
-        calibrated: The adapter carries its own dial.
-        closeness: To the reference and the prompt; None where no encoder sees images.
-        usual_guidance: The base's default.
-    """
+    """The images of one request."""
 
     request: Request
+    """Filled in, references by the visitor's names; after a stop, `n` is what was finished."""
     files: list[Path]
     notes: list[str]
     calibrated: bool
@@ -217,11 +206,9 @@ class Job:
     """Requests drawn one after the other, on a thread, in as many turns as it takes.
 
     Args:
-        turns: Waited for before drawing.
         requests: By the folder inside `folder` that each one's images go to; references as files.
         names: What a visitor calls the references.
-        folder: For the images.
-        visitor: Whose it is.
+        heard: Whether somebody listens to how it goes; nothing is drawn for nobody.
     """
 
     def __init__(
@@ -231,9 +218,13 @@ class Job:
         names: tuple[str, ...],
         folder: Path,
         visitor: Asker | None = None,
+        heard: Callable[[], bool] = lambda: True,
     ) -> None:
         self.requests, self.names, self.folder = requests, names, folder
+        self.heard = heard
         self.visitor, self.passed, self.interrupted = visitor, 0, 0
+        self.since = 0.0
+        """When the visitor first asked: of equals, who asked first is first."""
         self.total = sum(request.n * (request.steps or 0) for request in requests.values())
         self.done = 0
         self.sheets: dict[str, Sheet] = {}
@@ -276,11 +267,6 @@ class Job:
         return self.need - _PASSED * self.passed
 
     @property
-    def since(self) -> float:
-        """When the visitor first came: of equals, the one who has been here longer is first."""
-        return 0.0 if self.visitor is None else self.visitor.since
-
-    @property
     def stopping(self) -> bool:
         """Whether it was told to stop."""
         return self._stop.is_set()
@@ -292,8 +278,11 @@ class Job:
 
     def watch(self) -> Generator[None]:
         """Yield every now and then until the job has ended; closing the generator stops the job."""
+        last = time.monotonic()
         try:
-            while not self._ended.wait(_LOOK):
+            while not self._ended.wait(_LOOK) and time.monotonic() - last < _UNHEARD:
+                if self.heard():
+                    last = time.monotonic()
                 yield
         finally:
             self.stop()

@@ -10,9 +10,8 @@ import uuid
 import zipfile
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gradio as gr
 
@@ -33,27 +32,14 @@ _PATIENCE = 60.0
 """Seconds that cancelling waits for the running denoising step."""
 
 
-@dataclass(frozen=True)
-class Results:
-    """Components that both tabs fill.
-
-    Args:
-        progress: A bar.
-        told: The line that screen readers hear.
-        command: The command that repeats the result.
-        python: The same in Python.
-        download: The set as a zip.
-    """
+class Results(NamedTuple):
+    """Components that both tabs fill."""
 
     progress: gr.HTML
     told: gr.HTML
     command: gr.Code
     python: gr.Code
     download: gr.DownloadButton
-
-    def all(self) -> list[Any]:
-        """Every one of them."""
-        return [self.progress, self.told, self.command, self.python, self.download]
 
     def emptied(self) -> dict[Any, Any]:
         """Nothing of the last job is left."""
@@ -131,12 +117,7 @@ def draw_on(
     requests_of: Callable[..., Mapping[str, Request]],
     shown: Callable[[Job | None], dict[Any, Any]],
 ) -> None:
-    """Say what happens when a visitor draws and cancels.
-
-    Args:
-        requests_of: Takes references and the inputs' values; requests by their images' folder.
-        shown: What a job has drawn, by output; of None, nothing.
-    """
+    """Say what happens when a visitor draws and cancels."""
 
     def start(request: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
         sessions.turns.arrived()
@@ -160,7 +141,7 @@ def draw_on(
         # gradio closes the generator of a cancelled event: its last word has to be said here
         return {**shown(job), **_ended(job, results)} if job.wait(_PATIENCE) else {}
 
-    every = [*outputs, *results.all()]
+    every = [*outputs, *results]
     # no limit of gradio's: its queue is first come, first served; `Turns` decides who draws
     options = PRIVATE | {"concurrency_id": "drawing", "concurrency_limit": None}
     options |= {"show_progress": "minimal", "show_progress_on": results.progress}
@@ -181,7 +162,7 @@ def _new_job(
     # a new folder each time: the browser keeps images by their address
     folder = session.folder / tab / uuid.uuid4().hex
     names = tuple(one.name for one in uploads)
-    job = Job(sessions.turns, requests, names, folder, session.visitor)
+    job = Job(sessions.turns, requests, names, folder, session.visitor, session.listens)
     job.start()
     session.jobs[tab] = job
     if before is not None:
@@ -227,20 +208,12 @@ def _ended(job: Job, results: Results) -> dict[Any, Any]:
 
 
 def as_commands(requests: Mapping[str, Request]) -> str:
-    """A line of shell for each request.
-
-    Args:
-        requests: By the folder that each one's images go to; references by their bare names.
-    """
+    """A line of shell for each request, which are named by the folder of their images."""
     return "\n".join(request.command(folder) for folder, request in requests.items())
 
 
 def as_python(requests: Mapping[str, Request]) -> str:
-    """A program that draws the same images.
-
-    Args:
-        requests: As `as_commands` takes them; of several, all ask for the same but numbers.
-    """
+    """A program that draws the same images; several requests ask for the same but numbers."""
     (folder, first), *others = requests.items()
     given = f"    {_one_or_list(first.image)},\n    {_one_or_list(first.prompt)},\n"
     if not others:

@@ -18,12 +18,13 @@ import re
 import secrets
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from ipdiverse.errors import ArgumentError, IpdiverseError
 from ipdiverse.image_io import MAX_FILE_BYTES
@@ -36,6 +37,8 @@ MAX_UPLOAD = MAX_REFERENCES * MAX_FILE_BYTES
 """Bytes of one upload: the largest number of references, each as large as may be."""
 MAX_BODY = 2**17
 """Bytes of any other request."""
+MAX_OPEN, MAX_OPEN_OF_PROGRAMS = 24, 200
+"""Requests of a browser, and of all programs without a cookie, that are answered at a time."""
 LOGINS_A_MINUTE = 10
 MIN_PASSWORD = 8
 
@@ -57,7 +60,7 @@ _HEADERS = {
     b"referrer-policy": b"no-referrer",
 }
 _SAFE_METHODS = ("GET", "HEAD")
-_UPLOAD = "/gradio_api/upload"
+_UPLOAD, _STREAM = "/gradio_api/upload", "/gradio_api/queue/data"
 _HOST = re.compile(r"([\w.-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?", re.ASCII)
 _COOKIE = b"ipdiverse-visitor"
 _BUSY, _PATIENCE = (429, 503), 1.0
@@ -101,12 +104,7 @@ def private_folder() -> Iterator[Path]:
 
 
 class Refused(IpdiverseError):  # noqa: N818 - what happened, not what went wrong
-    """Raised for a request that is not passed on.
-
-    Args:
-        status: Of HTTP.
-        words: A line for whoever asked.
-    """
+    """Raised for a request that is not passed on."""
 
     def __init__(self, status: int, words: str) -> None:
         super().__init__(words)
@@ -124,10 +122,21 @@ class OwnPageOnly:
         app: The layer below.
         loopback: The page is for this machine: only its names are accepted as Host.
         check: For bodies in JSON.
+        uploads: Keeps account of them.
+        streams: Counts open streams of messages, by the page's session.
     """
 
-    def __init__(self, app: Any, loopback: bool, check: Check = lambda _, asked, __: asked) -> None:
+    def __init__(
+        self,
+        app: Any,
+        loopback: bool,
+        check: Check = lambda _, asked, __: asked,
+        uploads: Any = None,
+        streams: Counter[str] | None = None,
+    ) -> None:
         self._app, self._loopback, self._check = app, loopback, check
+        self._uploads, self._streams = uploads, Counter() if streams is None else streams
+        self._open: Counter[str | None] = Counter()
         self._secret = secrets.token_bytes(32)
         self._logins: list[float] = []
 
@@ -148,14 +157,18 @@ class OwnPageOnly:
             # no proxy is trusted but those that uvicorn is told of, and it has read these already
             kept = [pair for pair in scope["headers"] if not pair[0].startswith(b"x-forwarded-")]
             asked = {**scope, "headers": kept, "visitor": visitor}
-            receive = await self._checked(asked, receive)
-            await self._app(asked, receive, answer.send)
+            with _counted(self._open, visitor, MAX_OPEN if visitor else MAX_OPEN_OF_PROGRAMS):
+                receive = await self._checked(asked, receive)
+                with self._accounted(asked, answer):
+                    await self._app(asked, receive, answer.send)
         except Refused as refused:
             if refused.status in _BUSY:  # who asks again at once shall not keep the machine busy
                 await asyncio.sleep(_PATIENCE)
             await answer.refuse(refused.status, str(refused), scope["path"])
         except Exception as error:  # gradio's and its parts': a request that none of them expects
-            if type(error.__cause__).__name__ != "HTTPException":  # an unknown session's stream
+            # not worth a line: who left while uploading, and who asks for an unknown session
+            kinds = {type(error).__name__, type(error.__cause__).__name__}
+            if not kinds & {"ClientDisconnect", "HTTPException"}:
                 log_failure(f"request {scope['method']} {scope['path']}", error)
             words = f"the request cannot be answered; found {type(error).__name__}"
             await answer.refuse(400, words, scope["path"])
@@ -193,6 +206,26 @@ class OwnPageOnly:
             return 429, "too many attempts; wait a minute"
         self._logins.append(now)
         return None
+
+    @contextmanager
+    def _accounted(self, scope: Any, answer: _Answer) -> Iterator[None]:
+        path = scope["path"].rstrip("/")
+        if path == _STREAM:
+            asked = parse_qs(scope["query_string"].decode("latin-1"))
+            with _counted(self._streams, asked.get("session_hash", [""])[0], MAX_OPEN):
+                yield
+            return
+        if path != _UPLOAD or scope["method"] in _SAFE_METHODS:
+            yield
+            return
+        size = int(dict(scope["headers"])[b"content-length"])
+        ticket = self._uploads.begin(scope["visitor"], size)
+        answer.body = b""
+        try:
+            yield
+        finally:
+            files = json.loads(answer.body) if answer.status == 200 and answer.body else []
+            self._uploads.end(ticket, [Path(file) for file in files])
 
     def _visitor(self, scope: Any) -> tuple[str | None, bytes | None]:
         """Who asks, by a cookie that only this page can make; and the one that a new visitor gets.
@@ -243,11 +276,15 @@ class _Answer:
     def __init__(self, send: Any) -> None:
         self._send = send
         self.cookie: bytes | None = None
-        self._begun = False
+        self.body: bytes | None = None
+        """What was sent, where somebody wants to know."""
+        self.status = 0
 
     async def send(self, message: Any) -> None:
+        if self.body is not None:
+            self.body += message.get("body", b"")
         if message["type"] == "http.response.start":
-            self._begun = True
+            self.status = message["status"]
             kept = [pair for pair in message["headers"] if pair[0].lower() not in _HEADERS]
             own = [(b"set-cookie", self.cookie)] if self.cookie else []
             message = {**message, "headers": [*kept, *_HEADERS.items(), *own]}
@@ -258,12 +295,24 @@ class _Answer:
         if path.startswith("/gradio_api/") and not path.startswith(_UPLOAD):
             # the page's script looks for either name
             kind, body = b"application/json", json.dumps({"detail": words, "error": words})
-        if not self._begun:
+        if not self.status:
             headers = [(b"content-type", kind + b"; charset=utf-8")]
             await self.send({"type": "http.response.start", "status": status, "headers": headers})
         else:
             body = ""
         await self.send({"type": "http.response.body", "body": body.encode()})
+
+
+@contextmanager
+def _counted(open_now: Counter[Any], whose: str | None, most: int) -> Iterator[None]:
+    if open_now[whose] >= most:
+        raise Refused(429, "too many requests at once")
+    open_now[whose] += 1
+    try:
+        yield
+    finally:
+        open_now[whose] -= 1
+        open_now += Counter()  # forgets those without one
 
 
 def log_failure(where: str, error: BaseException) -> None:

@@ -1,48 +1,55 @@
-"""Opening and closing the page: bound to this machine, in a private folder that is deleted."""
+"""Opening and closing the page: bound to this machine, in a private folder that is deleted.
+
+Also how much of the machine clients may hold: connections, and uploads on disk.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
+import sys
 import threading
+import time
+from collections import Counter
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ipdiverse.errors import ArgumentError, IpdiverseError, check_range
 from ipdiverse.image_io import MAX_FILE_BYTES
 from ipdiverse.sampling.request import Request
 from ipdiverse.ui import find_installed
 from ipdiverse.ui.queue import Turns
-from ipdiverse.ui.safety import (
-    Check,
-    OwnPageOnly,
-    Refused,
-    check_binding,
-    is_loopback,
-    private_folder,
-)
-from ipdiverse.ui.visitors import Sessions
+from ipdiverse.ui.safety import OwnPageOnly, Refused, check_binding, is_loopback, private_folder
+from ipdiverse.ui.visitors import MAX_VISITORS, Sessions, Uploads
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from ipdiverse.ui import Options
 
 _FORGOTTEN = ("GRADIO_ALLOWED_PATHS", "GRADIO_SHARE", "GRADIO_MCP_SERVER", "GRADIO_DEBUG")
 """Settings of gradio that could open to others what is closed here."""
 
+MAX_CONNECTIONS = 400
+"""In sum: many systems let a process have 1,024 files open, and gradio needs some."""
+SILENCE = 15.0
+"""Seconds without a byte after which a request that is not complete is given up."""
+_SWITCH = 0.0005
+"""Seconds; Python's own 5 ms let a crowd of requests slow a drawing tenfold."""
+_ENDING = 10.0
+"""Seconds that a running denoising step gets when the page is closed."""
+_number = count()
+
 
 @dataclass(frozen=True)
 class Page:
-    """An open page.
-
-    Args:
-        url: Where it is.
-        sessions: Its visitors'.
-        folder: Holds all its files.
-    """
+    """An open page."""
 
     url: str
     sessions: Sessions
@@ -76,7 +83,13 @@ def opened_page(options: Options) -> Iterator[Page]:
                     raise Refused(*refusal)
             return passed
 
-        url = _launch(page, options, look(), check)
+        uploads = Uploads(folder / "gradio")
+        limits = {"check": check, "uploads": uploads, "streams": sessions.streams}
+        # a thread that computes waits so long for Python's lock after each of its many small steps
+        stack.callback(sys.setswitchinterval, sys.getswitchinterval())
+        sys.setswitchinterval(_SWITCH)
+        url = _launch(page, options, look(), limits)
+        page.server.config.http_protocol_class = Connection  # read for each connection
         warming = threading.Thread(target=_warm, args=(sessions.turns,), daemon=True)
         warming.start()
         stack.callback(warming.join)  # nothing is being opened when the page has gone
@@ -119,10 +132,10 @@ def _environment(cache: Path) -> Iterator[None]:
                 os.environ[name] = before[name]
 
 
-def _launch(page: Any, options: Options, look: dict[str, Any], check: Check) -> str:
+def _launch(page: Any, options: Options, look: dict[str, Any], limits: dict[str, Any]) -> str:
     from starlette.middleware import Middleware
 
-    layer = Middleware(OwnPageOnly, loopback=is_loopback(options.host), check=check)
+    layer = Middleware(OwnPageOnly, loopback=is_loopback(options.host), **limits)
     try:
         _, url, _ = page.launch(
             server_name=options.host,
@@ -139,6 +152,7 @@ def _launch(page: Any, options: Options, look: dict[str, Any], check: Check) -> 
             ssr_mode=False,
             pwa=False,
             mcp_server=False,
+            state_session_capacity=MAX_VISITORS,
             enable_monitoring=False,
             run_history=False,
             strict_cors=True,
@@ -165,17 +179,69 @@ def _close(page: Any, sessions: Sessions) -> None:
     sessions.close()
     page.close(verbose=False)
     # jobs end at their next step; until then they write into the folder that is about to go
-    with suppress(TimeoutError), sessions.turns.turn(_patience(100)):
+    deadline = time.monotonic() + _ENDING
+
+    def patience() -> None:
+        if time.monotonic() > deadline:
+            raise TimeoutError
+
+    with suppress(TimeoutError), sessions.turns.turn(patience):
         pass
 
 
-def _patience(looks: int) -> Callable[[], None]:
-    """Raises when it was called so many times."""
-    left = [looks]
+class Connection(H11Protocol):
+    """One that is closed when it is silent, or when it is the least useful of too many."""
 
-    def check() -> None:
-        left[0] -= 1
-        if left[0] < 0:
-            raise TimeoutError
+    _silence: asyncio.TimerHandle | None = None
 
-    return check
+    def connection_made(self, transport: Any) -> None:
+        """Close another one if there are too many."""
+        super().connection_made(transport)
+        self.number = next(_number)
+        self._listen()
+        # one that was aborted stays in the set until the loop's next round, and many come in one
+        others = [one for one in self.connections - {self} if not one.transport.is_closing()]
+        if len(others) >= MAX_CONNECTIONS:
+            least_useful(others).drop()
+
+    def data_received(self, data: bytes) -> None:
+        """Wait for more, unless the request is complete."""
+        super().data_received(data)
+        self._listen()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Wait no more."""
+        if self._silence is not None:
+            self._silence.cancel()
+        super().connection_lost(exc)
+
+    @property
+    def stage(self) -> int:
+        """0 before a request, 1 while its body comes, 2 until it is answered."""
+        if self.cycle is None or self.cycle.response_complete:
+            return 0
+        return 1 if self.cycle.more_body else 2
+
+    def drop(self) -> None:
+        """Close it without waiting for anything."""
+        if not self.transport.is_closing():
+            self.transport.abort()
+
+    def _listen(self) -> None:
+        if self._silence is not None:
+            self._silence.cancel()
+        self._silence = self.loop.call_later(SILENCE, self._silent)
+
+    def _silent(self) -> None:
+        if self.stage < 2 and not self.flow.read_paused:
+            self.drop()
+        else:  # it waits for us
+            self._listen()
+
+
+def least_useful(connections: Sequence[Any]) -> Any:
+    """Who asks for least goes first, then the oldest of the address with the most connections."""
+    crowd = Counter(one.client and one.client[0] for one in connections)
+    return min(
+        connections, key=lambda one: (one.stage, -crowd[one.client and one.client[0]], one.number)
+    )

@@ -38,13 +38,7 @@ _decoding, _in_line = threading.Semaphore(2), threading.Semaphore(12)
 
 @dataclass(frozen=True)
 class Upload:
-    """A reference that was decoded once and kept.
-
-    Args:
-        name: What it is called in recipes.
-        file: The copy to draw from.
-        shown: A small one for the page.
-    """
+    """A reference that was decoded once and kept."""
 
     name: str
     file: str
@@ -76,14 +70,7 @@ def example_files() -> tuple[tuple[str, bytes], ...]:
 def accept(
     files: Sequence[tuple[str, Path | bytes]], folder: Path
 ) -> tuple[list[Upload], list[str]]:
-    """Decode what somebody sent, one picture at a time, and keep it.
-
-    Args:
-        folder: For copies; what is neither kept now nor in use goes.
-
-    Returns:
-        What was kept, and a line for each file that was refused.
-    """
+    """Decode and keep what somebody sent, one at a time; and a line for each file refused."""
     kept: list[Upload] = []
     refused = [f"Only the first {MAX_REFERENCES} are used."] if len(files) > MAX_REFERENCES else []
     folder.mkdir(parents=True, exist_ok=True)
@@ -156,12 +143,7 @@ def shown_of(kept: Sequence[Upload]) -> tuple[list[tuple[str, str]], str]:
 
 
 def picker(sessions: Sessions, tab: str) -> tuple[gr.Gallery, gr.HTML]:
-    """Lay out uploads and examples.
-
-    Returns:
-        A gallery of the references, for the caller to render next to the images that are drawn
-        from them; and the line that names them.
-    """
+    """Uploads and examples; the references' gallery, yet to be rendered, and their line."""
     upload = gr.File(
         label="Reference images (several act as one): JPEG, PNG, WebP, BMP, AVIF",
         file_count="multiple",

@@ -7,16 +7,20 @@ session is one open page: a reload begins a new one, and finds the visitor's ref
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ipdiverse.ui.queue import Job, Turns
+from ipdiverse.ui.safety import MAX_UPLOAD, Refused
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Callable, Sequence
 
 MAX_VISITORS = 1000
 MAX_SESSIONS = 8
@@ -25,6 +29,14 @@ MAX_BYTES = 2 * 2**30
 """References and results of all visitors together, on disk."""
 FORGOTTEN_AFTER = 3600.0
 """Seconds for which somebody without an open page finds their references again."""
+MAX_UPLOADS = 2 * 2**30
+"""Bytes of uploads of all visitors; `MAX_UPLOAD` is the bound of one."""
+KEPT = 600.0
+"""Seconds for which an upload is kept: what is used of it is copied at once."""
+_LEAST = 2**18
+"""What a small file counts for, so that their number is bounded too."""
+_BROKEN = 30.0
+"""Seconds without growth after which a piece of an upload is left over: see `server.SILENCE`."""
 _SHARE = 600.0
 """Seconds after which half of what somebody has drawn no longer counts."""
 
@@ -34,11 +46,12 @@ class Visitor:
     """Somebody, and how much of the machine they have had.
 
     Args:
-        folder: For references and results.
         known: By a cookie.
         chosen: The last references of each tab: a list of `Upload`.
         sessions: Open pages, the one used last at the end.
         requests: So far.
+        since: As `queue.Asker` has it.
+        programs: What is drawn for any program without a cookie is counted here.
         bytes: On disk.
     """
 
@@ -49,7 +62,8 @@ class Visitor:
     requests: int = 0
     bytes: int = 0
     reading: threading.Lock = field(default_factory=threading.Lock)
-    since: float = field(default_factory=time.monotonic)
+    since: float = math.inf
+    programs: Visitor | None = None
     seen: float = field(default_factory=time.monotonic)
     _used: float = 0.0
     _at: float = field(default_factory=time.monotonic)
@@ -57,13 +71,19 @@ class Visitor:
     @property
     def used(self) -> float:
         """Denoising steps times images, lately."""
+        if self.programs is not None:
+            return self.programs.used
         now = time.monotonic()
         self._used, self._at = self._used * 0.5 ** ((now - self._at) / _SHARE), now
         return self._used
 
     def charge(self, steps: float) -> None:
         """Count what was drawn, or asked for too often."""
-        self._used = self.used + steps
+        self.since = math.inf
+        if self.programs is not None:
+            self.programs.charge(steps)
+        else:
+            self._used = self.used + steps
 
     def weigh(self) -> None:
         """Look at how much is on disk."""
@@ -79,46 +99,37 @@ class Visitor:
 
 @dataclass(eq=False)
 class Session:
-    """One open page.
-
-    Args:
-        folder: For results.
-        visitor: Whose it is.
-        jobs: The last one of each tab.
-        chosen: The references of each tab.
-    """
+    """One open page."""
 
     folder: Path
     visitor: Visitor
+    listens: Callable[[], bool]
     jobs: dict[str, Job] = field(default_factory=dict)
     chosen: dict[str, Any] = field(default_factory=dict)
 
 
 class Sessions:
-    """All visitors, and the turns that they take.
-
-    Args:
-        folder: Private; each visitor's is inside it.
-        waiting: How many drawings may wait for their turn.
-    """
+    """All visitors, and the turns that they take."""
 
     def __init__(self, folder: Path, waiting: int = 8) -> None:
         self.turns = Turns(waiting)
+        self.streams: Counter[str] = Counter()
+        """Open streams of messages, by session: who has none would not see what is drawn."""
         self._folder = folder
         self._lock = threading.RLock()
         self._visitors: dict[str, Visitor] = {}
+        # without a cookie, a program could be a newcomer with each request
+        self._programs = Visitor(folder, known=False)
 
     def of(self, key: str | None, visitor: str | None = None) -> Session:
-        """A page's session; a new one for a new page.
-
-        Args:
-            visitor: From the cookie; None for a program without one.
-        """
+        """A page's session; a new one for a new page."""
         name = _folder_name(key)
         with self._lock:
             owner = self._visitor(visitor or f"session {name}", visitor is not None)
             if name not in owner.sessions:
-                owner.sessions[name] = Session(owner.folder / name, owner)
+                owner.sessions[name] = Session(
+                    owner.folder / name, owner, lambda: self.streams[str(key)] > 0
+                )
             owner.sessions[name] = session = owner.sessions.pop(name)
             session.folder.mkdir(parents=True, exist_ok=True)
             while len(owner.sessions) > MAX_SESSIONS:
@@ -158,7 +169,9 @@ class Sessions:
     def _visitor(self, key: str, known: bool) -> Visitor:
         name = _folder_name(key)
         if name not in self._visitors:
-            self._visitors[name] = Visitor(self._folder / name, known)
+            self._visitors[name] = Visitor(
+                self._folder / name, known, programs=None if known else self._programs
+            )
         found = self._visitors[name]
         found.requests, found.seen = found.requests + 1, time.monotonic()
         return found
@@ -190,6 +203,73 @@ class Sessions:
         for session in list(owner.sessions):
             self._close(owner, session)
         shutil.rmtree(owner.folder, ignore_errors=True)
+
+
+class Uploads:
+    """What was uploaded, by whom; the oldest of whoever has most goes when there is too much."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._held: dict[Any, tuple[str | None, int, float]] = {}
+
+    def begin(self, owner: str | None, size: int) -> object:
+        """Make room for an upload; what comes back is for `end`."""
+        self.sweep()
+        size = max(size, _LEAST)
+        while self._sum(owner) + size > MAX_UPLOAD and self._drop(owner):
+            pass
+        while self._sum() + size > MAX_UPLOADS and self._drop(self._largest()):
+            pass
+        if self._sum(owner) + size > MAX_UPLOAD or self._sum() + size > MAX_UPLOADS:
+            raise Refused(429, "too many uploads are on their way; try again in a minute")
+        ticket = object()
+        self._held[ticket] = (owner, size, time.monotonic())
+        return ticket
+
+    def end(self, ticket: object, files: Sequence[Path]) -> None:
+        """An upload is complete; without files it was broken off, and gradio leaves its pieces."""
+        owner, size, _ = self._held[ticket]
+        now = time.monotonic()
+        if not files:
+            self._held[ticket] = (owner, size, now)
+            return
+        del self._held[ticket]
+        for file in files:
+            self._held.pop(file, None)
+            self._held[file] = (owner, max(file.stat().st_size, _LEAST), now)
+
+    def sweep(self) -> None:
+        """Delete what is old, and the pieces of uploads that were broken off."""
+        old = time.monotonic() - KEPT
+        for key, (_, _, at) in list(self._held.items()):
+            if at >= old:
+                break
+            self._forget(key)
+        broken = time.time() - _BROKEN
+        for piece in self._folder.glob("tmp*"):
+            if piece.is_file() and piece.stat().st_mtime < broken:
+                piece.unlink(missing_ok=True)
+
+    def _sum(self, *owners: str | None) -> int:
+        return sum(size for who, size, _ in self._held.values() if not owners or who in owners)
+
+    def _largest(self) -> str | None:
+        sums: Counter[str | None] = Counter()
+        for key, (owner, size, _) in self._held.items():
+            sums[owner] += size if isinstance(key, Path) else 0
+        return max(sums, key=lambda owner: sums[owner], default=None)
+
+    def _drop(self, owner: str | None) -> bool:
+        own = (key for key, (who, *_) in self._held.items() if who == owner)
+        oldest = next((key for key in own if isinstance(key, Path)), None)
+        if oldest is not None:
+            self._forget(oldest)
+        return oldest is not None
+
+    def _forget(self, key: Any) -> None:
+        del self._held[key]
+        if isinstance(key, Path):
+            key.unlink(missing_ok=True)
 
 
 def visitor_of(request: Any) -> str | None:

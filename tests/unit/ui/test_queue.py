@@ -159,6 +159,26 @@ def test_who_waits_for_many_turns_is_next(sessions: Sessions) -> None:
     assert turns < 40
 
 
+def test_nothing_is_drawn_for_who_does_not_listen(
+    sessions: Sessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone, here = visitors(sessions, "gone", "here")
+    unheard = waiting(sessions.turns, gone, n=1)
+    unheard.heard = lambda: False
+    heard = waiting(sessions.turns, here, n=16, steps=100)
+    assert next_of(sessions.turns) is heard, "though it asks for more"
+    assert heard.before == 0
+    heard._turn_from, heard._finished = 0, 0
+    heard._step(4)
+    heard._step(4)
+    assert heard.done == 8, "and it is not interrupted"
+    sessions.turns.leave(heard)
+    assert not sessions.turns._is_next(unheard)
+    monkeypatch.setattr("ipdiverse.ui.queue._UNHEARD", 0.5)
+    assert len(list(unheard.watch())) <= 3
+    assert unheard.stopping, "its place is free"
+
+
 def test_places_are_few_and_go_to_those_who_ask_for_little(sessions: Sessions) -> None:
     sessions.turns._waiting = 3
     greedy, modest, late = visitors(sessions, "greedy", "modest", "late")
@@ -181,6 +201,30 @@ def test_places_are_few_and_go_to_those_who_ask_for_little(sessions: Sessions) -
         503,
         "Queue is full: others are drawing. Try again in a minute.",
     )
+
+
+def test_who_was_refused_goes_before_those_who_came_later(sessions: Sessions) -> None:
+    sessions.turns._waiting = 1
+    a, b, patient, late = visitors(sessions, "a", "b", "patient", "late")
+    first, second = (waiting(sessions.turns, one, n=4) for one in (a, b))
+    assert sessions.turns.admit(patient) is not None, "those before were there first"
+    sessions.turns.leave(first)
+    third = waiting(sessions.turns, late, n=4)
+    assert sessions.turns.admit(patient) is None
+    waiting(sessions.turns, patient, n=4)
+    assert (second.stopping, third.stopping) == (False, True)
+    sessions.turns.leave(third)
+    assert drawn_in_turns(sessions.turns, 2) == [b, patient]
+
+
+def test_programs_without_a_cookie_are_no_newcomers(sessions: Sessions) -> None:
+    before, now = sessions.of("a session").visitor, sessions.of("another session").visitor
+    (browser,) = visitors(sessions, "browser")
+    before.charge(1000)
+    assert now.used > 900
+    waiting(sessions.turns, now, n=1)
+    mine = waiting(sessions.turns, browser, n=4)
+    assert next_of(sessions.turns) is mine
 
 
 def test_places_are_kept_for_who_was_admitted(sessions: Sessions) -> None:
