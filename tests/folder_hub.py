@@ -62,7 +62,7 @@ class FolderHub:
         shutil.copytree(folder_path, self.root / repo_id, dirs_exist_ok=True)
 
     def download(self, repo_id: str, filename: str, **options: Any) -> str:
-        file = self.root / repo_id / (options["subfolder"] or "") / filename
+        file = self.root / repo_id / (options.get("subfolder") or "") / filename
         if not file.is_file():
             raise EntryNotFoundError(f"404: {filename} is not in {repo_id}")
         return str(file)

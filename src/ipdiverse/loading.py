@@ -10,7 +10,6 @@ from ipdiverse.errors import CheckpointError, IpdiverseError, ModelError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-    from contextlib import AbstractContextManager
     from pathlib import Path
 
 _ADAPTER = ("image_proj", "ip_adapter", "to_k_ip", "adapter_modules")
@@ -76,8 +75,9 @@ def what_is(names: Iterable[str]) -> tuple[str, str] | None:
     return next(found, None)
 
 
-def building() -> AbstractContextManager[bool]:
-    """Let one thread at a time build modules or load weights into them, for a `with` block.
+@contextmanager
+def building() -> Iterator[None]:
+    """Let one thread at a time build modules or load weights into them.
 
     diffusers loads inside accelerate's `init_empty_weights`, which replaces
     `torch.nn.Module.register_parameter` for the whole process and afterwards restores what it found
@@ -85,7 +85,8 @@ def building() -> AbstractContextManager[bool]:
     one restores the other's replacement, and from then on every module of the process is built
     without memory for its weights (device `meta`).
     """
-    return _one_builds
+    with _one_builds:
+        yield
 
 
 @contextmanager
