@@ -28,7 +28,7 @@ class TrainBase(BaseRecipe):
     """
 
     folder: str = "runs/base"
-    stages: tuple[Literal["vae", "text", "clip", "unet", "oracle"], ...] = STAGES
+    stages: tuple[Literal["vae", "text", "clip", "unet", "oracle", "inspector"], ...] = STAGES
     start: Literal["nothing", "shipped"] = "nothing"
     ship: bool = True
 
