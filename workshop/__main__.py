@@ -34,14 +34,18 @@ class TrainBase(BaseRecipe):
 
     def run(self) -> None:
         """Train the stages, and ship them if all are finished."""
-        from workshop.base.shipping import ship_base, start_from_shipped
+        from workshop.base.shipping import ship_base, ship_readers, start_from_shipped
         from workshop.base.stages import train_stage
 
         folder = Path(self.folder)
         if self.start == "shipped":
-            start_from_shipped(folder)
+            start_from_shipped(folder, self.stages)
         for stage in self.stages:
             train_stage(stage, folder, self)
+        readers = {"oracle", "inspector"}
+        if self.ship and readers >= set(self.stages):
+            say(f"wrote {ship_readers(folder, self._command())}")
+            return
         missing = [stage for stage in STAGES if not (folder / stage / "model").exists()]
         if self.ship and not missing:
             say(f"wrote {ship_base(folder, self._command())}")

@@ -177,7 +177,7 @@ class InspectorObjective:
         details = {
             "missed": float((valid[half:] > 0).float().mean()),
             "false": float((valid[:half] < 0).float().mean()),
-            "placement": float(error),
+            "placement": float(error.detach()),
         }
         return loss, details
 

@@ -66,7 +66,7 @@ class BaseRecipe:
     clip_steps: int = 600
     unet_steps: int = 3000
     oracle_steps: int = 2000
-    inspector_steps: int = 3000
+    inspector_steps: int = 1500
     faults: int = 800
     compile: bool = True
 
@@ -86,7 +86,9 @@ def schedule(recipe: BaseRecipe, stage: str) -> Schedule:
         "clip": Schedule(recipe.clip_steps, 1e-3, weight_decay=0.05, save_every=100),
         "unet": Schedule(recipe.unet_steps, 1.5e-3, warmup=300, save_every=250, muon=True),
         "oracle": Schedule(recipe.oracle_steps, 1.5e-3, weight_decay=0.02, save_every=250),
-        "inspector": Schedule(recipe.inspector_steps, 1.5e-3, weight_decay=0.02, save_every=200),
+        "inspector": Schedule(
+            recipe.inspector_steps, 1.5e-3, weight_decay=0.02, ema=0.995, save_every=100
+        ),
     }[stage]
 
 
@@ -244,15 +246,16 @@ def _inspector_objective(folder: Path, recipe: BaseRecipe, images: Corpus) -> In
 
 
 def _save_oracle(objective: OracleObjective, target: Path) -> None:
-    _save_tensors(objective.module, target / "oracle.safetensors")
+    save_tensors(objective.module, target / "oracle.safetensors")
 
 
 def _save_inspector(objective: InspectorObjective, target: Path) -> None:
     objective.set_threshold()
-    _save_tensors(objective.module, target / "inspector.safetensors")
+    save_tensors(objective.module, target / "inspector.safetensors")
 
 
-def _save_tensors(module: torch.nn.Module, file: Path) -> None:
+def save_tensors(module: torch.nn.Module, file: Path) -> None:
+    """Write a module's weights where `file` says, and its folder."""
     from safetensors.torch import save_file
 
     file.parent.mkdir(parents=True, exist_ok=True)

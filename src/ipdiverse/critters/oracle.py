@@ -52,7 +52,7 @@ class _Block(nn.Module):
 
 
 class AttributeReader(nn.Module):
-    """Pixels in -1..1, (batch, 3, 64, 64), to logits per attribute, in the order of `ATTRIBUTES`."""
+    """Pixels in -1..1, (batch, 3, 64, 64), to logits per attribute in the order of `ATTRIBUTES`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,6 +62,7 @@ class AttributeReader(nn.Module):
         self.heads = nn.ModuleList([nn.Linear(384, len(v)) for v in ATTRIBUTES.values()])
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
+        """Logits, (batch, values) each."""
         hidden = torch.relu(self.hidden(self.blocks(pixels).flatten(1)))
         return [head(hidden) for head in self.heads]
 
@@ -81,13 +82,18 @@ class _Residual(nn.Module):
         return torch.relu(x + self.norm2(self.conv2(inner)))
 
 
+def _halved(channels_in: int, channels_out: int, size: int) -> list[nn.Module]:
+    down = nn.Conv2d(channels_in, channels_out, size, stride=2, padding=size // 2)
+    return [down, nn.GroupNorm(8, channels_out), nn.ReLU()]
+
+
 class Inspection(NamedTuple):
     """What `Inspector` sees."""
 
     valid: Tensor
     """Logit that an image is a valid scene, (batch,)."""
     kinds: Tensor
-    """Logits of the kinds of fault that it was trained on, (batch, kinds): read in training only."""
+    """Logits of the kinds of fault it was trained on, (batch, kinds); read in training only."""
     placement: Tensor
     """In the order of `PLACEMENT`, (batch, 5)."""
 
@@ -101,22 +107,23 @@ class Inspector(nn.Module):
 
     def __init__(self, kinds: int) -> None:
         super().__init__()
-        stages, channels_in = [], 3
-        for channels, size in zip(_INSPECTOR_WIDTHS, (5, 3, 3), strict=True):
-            stages += [
-                nn.Conv2d(channels_in, channels, size, stride=2, padding=size // 2),
-                nn.GroupNorm(8, channels),
-                nn.ReLU(),
-                _Residual(channels),
-            ]
-            channels_in = channels
-        self.blocks = nn.Sequential(*stages, nn.Conv2d(channels_in, 32, 1), nn.Flatten())
+        stem, middle, last = _INSPECTOR_WIDTHS
+        self.blocks = nn.Sequential(
+            *_halved(3, stem, 5),
+            *_halved(stem, middle, 3),
+            _Residual(middle),
+            *_halved(middle, last, 3),
+            _Residual(last),
+            nn.Conv2d(last, 32, 1),
+            nn.Flatten(),
+        )
         self.hidden = nn.Linear(32 * 8 * 8, 128)
         self.valid = nn.Linear(128, 1)
         self.kinds = nn.Linear(128, kinds)
         self.placement = nn.Linear(128, len(PLACEMENT))
 
     def forward(self, pixels: Tensor) -> Inspection:
+        """What it sees in each image."""
         hidden = torch.relu(self.hidden(self.blocks(pixels)))
         valid = self.valid(hidden).squeeze(-1)
         return Inspection(valid, self.kinds(hidden), self.placement(hidden))
