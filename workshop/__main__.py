@@ -198,7 +198,8 @@ class Study:
 
         study, out = read_study(Path(self.config)), Path(self.out)
         agree_to_study(study, yes=False)
-        runner = RecordedRunner(study, out, Path(self.readings) if self.readings else None)
+        known = Path(self.readings) if self.readings else None
+        runner = RecordedRunner(study, out, known, partial=self.partial)
         left_out = runner.leave_out_undrawn() if self.partial else []
         page = write_report(study, runner.run(left_out), out)
         if self.publish:

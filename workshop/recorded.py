@@ -144,13 +144,19 @@ class RecordedRunner(Runner):
         out: The same.
         known: Folder of published readings.
         progress: As `Runner` takes it.
+        partial: Nothing is drawn (`leave_out_undrawn`).
     """
 
     def __init__(
-        self, study: Study, out: Path, known: Path | None = None, progress: bool | None = None
+        self,
+        study: Study,
+        out: Path,
+        known: Path | None = None,
+        progress: bool | None = None,
+        partial: bool = False,
     ) -> None:
         super().__init__(study, out, progress)
-        self.known = known
+        self.known, self.partial = known, partial
         self._oracle_hash = file_hash(CRITTERS_ORACLE) if self.oracle is not None else None
 
     def check_sources(self) -> None:
@@ -197,10 +203,10 @@ class RecordedRunner(Runner):
         return left_out
 
     def recorded(self, arm: Arm, number: int) -> Recorded | None:
-        """Published readings, if they are of this study, these settings and these weights.
+        """Published readings, if they are of this study, these settings, weights and oracle.
 
-        Another oracle's attributes are as good. What it calls invalid is not comparable: reports
-        then show a dash.
+        Where nothing is drawn another oracle's attributes are as good. What it called invalid is
+        not comparable, and reports show a dash.
         """
         if self.known is None or self.oracle is None or self.encoders:
             return None  # encoders need the images themselves
@@ -210,7 +216,7 @@ class RecordedRunner(Runner):
         wanted = json.loads(json.dumps(self._about(arm, number)))
         # without the adapter's file neither its weights nor its dial can be compared
         wanted |= {k: found.about.get(k) for k in ("adapter", "levers") if wanted[k] is None}
-        if found.about.get("oracle") != wanted["oracle"]:
+        if self.partial and found.about.get("oracle") != wanted["oracle"]:
             found = replace(found, seen=Reading(found.seen.attributes))
             wanted["oracle"] = found.about.get("oracle")
         return found if found.about == wanted else None

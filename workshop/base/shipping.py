@@ -115,7 +115,7 @@ def continue_from(
         raise ModelError("holds another training already", where=folder, fix="Choose a new folder.")
     laid_out = folder.with_name(folder.name + ".partial")  # whole or not at all
     shutil.rmtree(laid_out, ignore_errors=True)
-    for part, module in load_oracle(oracle)._asdict().items():
+    for part, module in load_oracle(oracle).named_children():
         if (stage := _ORACLE_STAGES[part]) not in anew:
             save_tensors(module, laid_out / stage / "model" / f"{stage}.safetensors")
     for source, target in copies.items():

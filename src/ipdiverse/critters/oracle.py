@@ -129,11 +129,16 @@ class Inspector(nn.Module):
         return Inspection(valid, self.kinds(hidden), self.placement(hidden))
 
 
-class Oracle(NamedTuple):
-    """Both readers, ready to read."""
+class Oracle(nn.Module):
+    """Both readers.
 
-    attributes: AttributeReader
-    inspector: Inspector
+    Args:
+        kinds: Of fault, that the inspector was trained on.
+    """
+
+    def __init__(self, kinds: int) -> None:
+        super().__init__()
+        self.attributes, self.inspector = AttributeReader(), Inspector(kinds)
 
 
 class Reading(NamedTuple):
@@ -194,14 +199,9 @@ def load_oracle(file: Path) -> Oracle:
     stored = load_file(file)
     tensors = {name: _whole(name, stored) for name in stored if not name.endswith(SCALE)}
     with building():
-        oracle = Oracle(AttributeReader(), Inspector(len(tensors["inspector.kinds.bias"])))
-    for part, module in oracle._asdict().items():
-        own = {
-            n.removeprefix(f"{part}."): t for n, t in tensors.items() if n.startswith(f"{part}.")
-        }
-        module.load_state_dict(own)
-        module.eval()
-    return oracle
+        oracle = Oracle(len(tensors["inspector.kinds.bias"]))
+    oracle.load_state_dict(tensors)
+    return oracle.eval()
 
 
 def _whole(name: str, stored: dict[str, Tensor]) -> Tensor:

@@ -113,7 +113,6 @@ class TestScoreSets:
         assert scores.invalid_rate == 0.25
         assert (scores.entropy, scores.retention) == (clean.entropy, clean.retention)
 
-
     def test_identity_is_told_by_attribute_and_by_its_worst(self):
         sets = world(groups=30) | {"identity": np.array([True, True, False, False])}
         found = m.pair_sums(m.Sets(**sets, names=("a", "b", "c", "d")))
@@ -186,7 +185,9 @@ class TestPairSums:
         scores, found = m.score_sets(self.SETS), m.pair_sums(self.SETS)
         for name, part in found.items():
             by = scores.retention_by.get(name.removeprefix("retention "))
-            assert getattr(scores, name, by) == part.estimate == part.total.sum() / part.weight.sum()
+            assert (
+                getattr(scores, name, by) == part.estimate == part.total.sum() / part.weight.sum()
+            )
 
     def test_parts_of_pairs_that_follow_each_other_are_joined(self):
         one = m.pair_sums(self.SETS)
