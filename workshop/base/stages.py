@@ -66,7 +66,7 @@ class BaseRecipe:
     clip_steps: int = 600
     unet_steps: int = 3000
     oracle_steps: int = 2000
-    inspector_steps: int = 1500
+    inspector_steps: int = 4000
     faults: int = 800
     compile: bool = True
 
