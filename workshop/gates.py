@@ -11,7 +11,7 @@ from PIL import Image
 
 from ipdiverse.base.bases import CRITTERS, Base, load_base
 from ipdiverse.critters.caption import caption, mentioned
-from ipdiverse.critters.oracle import Oracle, read
+from ipdiverse.critters.oracle import Oracle, Reading, read
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import ATTRIBUTES, Scene, conditional
 from ipdiverse.evaluation.images import sample_array
@@ -144,7 +144,7 @@ def _reconstruction(base: Base, oracle: Oracle, renders: np.ndarray, truth: np.n
         right = (reading.attributes == truth).mean(0)
         figures[f"oracle_mean{suffix}"] = float(right.mean())
         figures[f"oracle_worst{suffix}"] = float(right.min())
-        figures[f"false_alarms{suffix}"] = float(np.mean(reading.invalid))
+        figures[f"false_alarms{suffix}"] = _share_invalid(reading)
         details[f"oracle{suffix}"] = _per_attribute(right)
     return figures, details
 
@@ -165,7 +165,7 @@ def fault_part(vae: Any, oracle: Oracle, each: int) -> _Part:
             ways |= {"render": plain, "shrunk": shrunk.round().astype(np.uint8)}
             ways |= {"JPEG": np.stack([_as_jpeg(image) for image in drawn])}
             ways |= {"round trip": round_trip(vae, plain)}
-        shares = {way: float(np.mean(read(oracle, images).invalid)) for way, images in ways.items()}
+        shares = {way: _share_invalid(read(oracle, images)) for way, images in ways.items()}
         found[kind] = dict(sorted(shares.items()))
     means = {kind: float(np.mean([*ways.values()])) for kind, ways in found.items()}
     figures = {
@@ -174,6 +174,11 @@ def fault_part(vae: Any, oracle: Oracle, each: int) -> _Part:
         "fault_found_mean": float(np.mean([means[kind] for kind in (*TRAINED, MIXED)])),
     }
     return figures, {"faults": found}
+
+
+def _share_invalid(reading: Reading) -> float:
+    assert reading.invalid is not None, "it was just read"  # noqa: S101 - for types
+    return float(reading.invalid.mean())
 
 
 def _as_jpeg(image: np.ndarray) -> np.ndarray:
@@ -205,7 +210,7 @@ def _text_to_image(base: Base, oracle: Oracle, scenes: list[Scene], guidance: fl
         suffix = "" if label == "default_guidance" else f"_{label}"
         figures[f"prompt_accuracy_mean{suffix}"] = _mean(right)
         figures[f"prompt_accuracy_worst{suffix}"] = float(np.nanmin(right))
-        figures[f"invalid_rate{suffix}"] = float(np.mean(reading.invalid))
+        figures[f"invalid_rate{suffix}"] = _share_invalid(reading)
         figures[f"entropy_{label}"] = _mean(entropy)
         figures[f"entropy_worst_{label}"] = float(np.nanmin(entropy))
         details[f"prompt_accuracy{suffix}"] = _per_attribute(right)

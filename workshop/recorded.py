@@ -56,7 +56,7 @@ class Recorded:
         if self.seen.placement is not None:
             arrays["placement"] = self.seen.placement.astype(np.uint8)
         about = np.frombuffer(json.dumps(self.about, sort_keys=True).encode(), np.uint8)
-        np.savez_compressed(buffer, **arrays, about=about)
+        np.savez_compressed(buffer, allow_pickle=False, **arrays, about=about)
         write_bytes_atomic(file, buffer.getvalue())
 
 
