@@ -150,9 +150,10 @@ class InspectorObjective:
         self.module, self.pool, self.held_out, self.batch = inspector, pool, held_out, batch
         valid = pool.kinds == 0
         self._rows = [
-            torch.from_numpy(np.flatnonzero(of & through))
+            # a pool as small as a test's has round trips alone
+            torch.from_numpy(np.flatnonzero(of & way if (of & way).any() else of))
             for of in (valid, ~valid)
-            for through in (pool.decoded, ~pool.decoded)
+            for way in (pool.decoded, ~pool.decoded)
         ]
 
     def loss(self, rng: torch.Generator) -> tuple[Tensor, dict[str, float]]:
