@@ -28,20 +28,24 @@ class TrainBase(BaseRecipe):
     """
 
     folder: str = "runs/base"
-    stages: tuple[Literal["vae", "text", "clip", "unet", "oracle"], ...] = STAGES
+    stages: tuple[Literal["vae", "text", "clip", "unet", "oracle", "inspector"], ...] = STAGES
     start: Literal["nothing", "shipped"] = "nothing"
     ship: bool = True
 
     def run(self) -> None:
         """Train the stages, and ship them if all are finished."""
-        from workshop.base.shipping import ship_base, start_from_shipped
+        from workshop.base.shipping import ship_base, ship_readers, start_from_shipped
         from workshop.base.stages import train_stage
 
         folder = Path(self.folder)
         if self.start == "shipped":
-            start_from_shipped(folder)
+            start_from_shipped(folder, self.stages)
         for stage in self.stages:
             train_stage(stage, folder, self)
+        readers = {"oracle", "inspector"}
+        if self.ship and readers >= set(self.stages):
+            say(f"wrote {ship_readers(folder, self._command())}")
+            return
         missing = [stage for stage in STAGES if not (folder / stage / "model").exists()]
         if self.ship and not missing:
             say(f"wrote {ship_base(folder, self._command())}")
@@ -194,7 +198,8 @@ class Study:
 
         study, out = read_study(Path(self.config)), Path(self.out)
         agree_to_study(study, yes=False)
-        runner = RecordedRunner(study, out, Path(self.readings) if self.readings else None)
+        known = Path(self.readings) if self.readings else None
+        runner = RecordedRunner(study, out, known, partial=self.partial)
         left_out = runner.leave_out_undrawn() if self.partial else []
         page = write_report(study, runner.run(left_out), out)
         if self.publish:

@@ -3,9 +3,10 @@
 `plain` is the published IP-Adapter of this world: references that are the target, no fusion. As
 users do with the published one, every other arm fine-tunes it, for the same number of steps: with
 every reference (the target itself, a changed copy of it, another image of its subject) and every
-text-image fusion, by the trainer that users have. `self-none` is plain IP-Adapter trained for as
-long as the others, the copier that they must beat. `diverse`, the default, is `paired-gated`
-trained further; `plus` is its base weights, and its dial leads from these to its own.
+text-image fusion, by the trainer that users have. `diverse`, the default, is `paired-gated` trained
+further. `self-none` is plain IP-Adapter trained for as many steps as that, the copier that it must
+beat; `self-none-short` is the one for the other arms' steps. `plus` is the base weights of
+`diverse`, and its dial leads from these to its own.
 """
 
 from __future__ import annotations
@@ -70,6 +71,9 @@ def _arms() -> dict[str, Arm]:
     for fusion in ("none", "gated"):  # what only a fusion could tell: which part the text replaces
         arms[f"edited-{fusion}"] = Arm("paired", fusion, edits=0.5)
     arms["diverse"] = Arm("paired", "gated", init_from="paired-gated", steps=1500)
+    arms["self-none-short"] = arms["self-none"]
+    trained = arms["paired-gated"].steps + arms["diverse"].steps
+    arms["self-none"] = replace(arms["self-none"], steps=trained)
     return arms
 
 

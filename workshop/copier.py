@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 COLUMNS = (
     "retention",
+    "retention_worst",
+    "asked_for",
     "prompt_accuracy",
     "agree_accuracy",
     "contradict_accuracy",
@@ -91,11 +93,12 @@ def measure_copier(
     return {**about, "rows": rows, "anchors": anchors}
 
 
-def _scores(measured: Measured) -> dict[str, float | None]:
+def _scores(measured: Measured) -> dict[str, Any]:
     """Four digits; None, which JSON knows, where nothing could be measured."""
     assert measured.sets is not None, "critters are known"  # noqa: S101 - for types
     scores = asdict(score_sets(measured.sets))
-    return {
+    by = {name: round(value, 4) for name, value in scores.pop("retention_by").items()}
+    return {"retention_by": by} | {
         name: None if np.isnan(value) else round(float(value), 4) for name, value in scores.items()
     }
 
@@ -106,7 +109,7 @@ def copier_table(report: dict[str, Any]) -> str:
     rule = "|---" * (len(COLUMNS) + 1) + "|"
     named = [(f"{row['scale']:g}", row) for row in report["rows"]]
     rows = [
-        f"| {name} | " + " | ".join(_cell(row[column]) for column in COLUMNS) + " |"
+        f"| {name} | " + " | ".join(_cell(row.get(column)) for column in COLUMNS) + " |"
         for name, row in [*named, *report["anchors"].items()]
     ]
     return "\n".join([head, rule, *rows])

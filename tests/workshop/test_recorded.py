@@ -56,12 +56,18 @@ def test_they_come_back_as_they_were(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     attributes = rng.integers(0, 7, (5, 3, 9))
     invalid = rng.random((5, 3)) < 0.3
-    Recorded(Reading(attributes, invalid), {"steps": 4}).save(tmp_path / "a.npz")
+    placement = rng.integers(0, 4, (5, 3, 5))
+    Recorded(Reading(attributes, invalid, placement), {"steps": 4}).save(tmp_path / "a.npz")
     found = load_recorded(tmp_path / "a.npz")
     assert found is not None
     np.testing.assert_array_equal(found.seen.attributes, attributes)
     np.testing.assert_array_equal(found.seen.invalid, invalid)
+    np.testing.assert_array_equal(found.seen.placement, placement)
     assert found.about == {"steps": 4}
+    Recorded(Reading(attributes), {}).save(tmp_path / "d.npz")
+    unknown = load_recorded(tmp_path / "d.npz")
+    assert unknown is not None
+    assert unknown.seen[1:] == (None, None), "a validity that nobody read is not zero"
     assert load_recorded(tmp_path / "b.npz") is None
     (tmp_path / "c.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:200])
     with pytest.raises(DataError, match="are not readings"):
@@ -123,6 +129,10 @@ def test_published_readings_are_taken_where_settings_and_weights_are_theirs(
     monkeypatch.setattr(recorded, "CRITTERS_ORACLE", PLUS)
     assert run("read", study(tmp_path, adapter), *taken) == 0
     assert drawn == [4, 4, 4], "another oracle reads for itself"
+    assert run("dash", study(tmp_path, adapter), *taken, "--partial") == 0
+    assert drawn == [4, 4, 4], "or its attributes are reported"
+    assert "retention" in scores(tmp_path / "dash")
+    assert not {"invalid_rate", "asked_for", "placement_leak"} & scores(tmp_path / "dash").keys()
     monkeypatch.undo()
     monkeypatch.setattr(images, "sample_array", counting)
     diverse = load_adapter(CRITTERS_ADAPTERS / "ip-adapter-diverse_critters.safetensors")
@@ -173,7 +183,8 @@ def test_readings_of_version_0_1_are_found_under_the_names_of_today(
 
 @pytest.mark.parametrize("name", ["steps", "ends"])
 def test_this_repositorys_readings_are_still_taken(name: str, tmp_path: Path) -> None:
-    """Hashes of the shipped base, adapters and oracle, and names of levers, are still theirs."""
+    """Hashes of the shipped base and adapters, and names of levers, are still theirs."""
     published = read_study(ROOT / "studies" / f"{name}.toml")
-    runner = RecordedRunner(published, tmp_path, ROOT / "docs" / "study" / name / "readings")
+    folder = ROOT / "docs" / "study" / name / "readings"
+    runner = RecordedRunner(published, tmp_path, folder, partial=True)
     assert all(runner.recorded(arm, 0) for arm in published.arms)

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from ipdiverse.critters.oracle import Oracle
+from ipdiverse.critters.oracle import AttributeReader, Inspector, placement_of
+from ipdiverse.critters.render import Jitter, render
+from ipdiverse.critters.scene import sample_scene
 from ipdiverse.errors import ModelError
 from workshop.base import architecture, stages
 from workshop.base.clip import (
@@ -18,9 +20,11 @@ from workshop.base.clip import (
     TextObjective,
     VisionModules,
 )
-from workshop.base.corpus import Corpus, corpus, draw
+from workshop.base.corpus import Corpus, corpus, draw, to_pixels
+from workshop.base.faults import KINDS as FAULTS
+from workshop.base.inspector import KINDS, Inspected, InspectorObjective, scene_with
 from workshop.base.loop import Schedule, StageRun
-from workshop.base.oracle import OracleObjective, broken
+from workshop.base.oracle import OracleObjective
 from workshop.base.stages import STAGES, BaseRecipe
 from workshop.base.tokenizer import build_tokenizer
 from workshop.base.unet import (
@@ -174,20 +178,51 @@ def test_alignment_is_zero_for_the_features_themselves() -> None:
     assert float(alignment(hidden, indices[::-1].copy())) > 0.5
 
 
-def test_the_oracle_learns_attributes_and_validity(scenes: Corpus) -> None:
-    objective = OracleObjective(Oracle(), scenes, architecture.vae().eval(), batch=8, round_trips=8)
+def test_the_oracle_learns_attributes(scenes: Corpus) -> None:
+    vae = architecture.vae().eval()
+    objective = OracleObjective(AttributeReader(), scenes, vae, batch=8, round_trips=8)
     _, details = objective.loss(torch.Generator().manual_seed(0))
-    assert details.keys() == {"accuracy", "worst", "validity"}
+    assert details.keys() == {"accuracy", "worst"}
     # a convolution's bias before group norm over its own channels may cancel; heads may not
-    assert not [n for n in still(moved(objective)) if n.startswith(("heads", "valid", "hidden"))]
+    assert not [n for n in still(moved(objective)) if n.startswith(("heads", "hidden"))]
 
 
-def test_every_way_of_breaking_changes_the_image_and_repeats(scenes: Corpus) -> None:
-    pixels = scenes.pixels(np.arange(24))
-    wrong = broken(pixels, torch.Generator().manual_seed(0))
-    assert wrong.shape == pixels.shape
-    assert ((wrong - pixels).abs().amax((1, 2, 3)) > 0.2).all()
-    assert torch.equal(wrong, broken(pixels, torch.Generator().manual_seed(0)))
+def test_the_inspector_learns_every_head_and_sets_its_threshold() -> None:
+    rng, kinds = np.random.default_rng(0), np.arange(4 * len(KINDS)) // 4
+    seen = Inspected(
+        rng.integers(0, 256, (len(kinds), 64, 64, 3), dtype=np.uint8),
+        kinds,
+        rng.random((len(kinds), 5), dtype=np.float32),
+        np.arange(len(kinds)) % 2 == 0,
+    )
+    objective = InspectorObjective(Inspector(len(KINDS)), seen, seen, batch=8)
+    assert not [
+        n
+        for n in still(moved(objective))
+        if n.startswith(("valid", "kinds", "placement", "hidden"))
+    ]
+    objective.set_threshold()
+    logits = objective.module(to_pixels(seen.images[kinds == 0])).valid
+    assert (logits < 0).sum() <= 1
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_fault_can_be_seen_repeats_and_leaves_the_rest_alone(kind: str) -> None:
+    scene, seed, image = scene_with(kind, "train", 0)
+    np.testing.assert_array_equal(image, scene_with(kind, "train", 0)[2])
+    changed = np.abs(image.astype(int) - render(scene, seed)).max(-1) > 40
+    assert changed.sum() >= 24
+    everywhere = {"ghost", "blur", "melted", "scrambled", "two places"}
+    assert kind in everywhere or changed.mean() < 0.5
+
+
+def test_placement_is_what_the_renderer_drew() -> None:
+    scene = sample_scene(np.random.default_rng(0))
+    found = np.array([placement_of(scene, seed) for seed in range(400)])
+    assert ((found >= 0) & (found <= 1)).all()
+    assert np.abs(found[:, :4].mean(0) - 0.5).max() < 0.06
+    low, high = int(found[:, 1].argmin()), int(found[:, 1].argmax())
+    assert Jitter.from_seed(low).y < Jitter.from_seed(high).y, "0 is at the top, as in the picture"
 
 
 def test_psnr_of_a_known_error() -> None:
@@ -208,6 +243,8 @@ def test_stages_finish_in_order_and_are_not_repeated(tmp_path: Path) -> None:
         clip_steps=1,
         unet_steps=1,
         oracle_steps=1,
+        inspector_steps=1,
+        faults=4,
         compile=False,
     )
     for stage in STAGES:

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from ipdiverse.base.bases import CRITTERS_BASE, CRITTERS_ORACLE, CRITTERS_PROVENANCE
+from ipdiverse.critters.oracle import SCALE, load_oracle
 from ipdiverse.errors import ModelError
 from ipdiverse.writing import write_bytes_atomic, write_text_atomic
 from workshop.base import architecture
-from workshop.base.stages import STAGES, revision, stage_model
+from workshop.base.stages import STAGES, revision, save_tensors, stage_model
 
 _LARGEST_FILE = "12MB"  # larger weights are split: no shipped file is over 16 MB
 
@@ -79,7 +80,11 @@ def _forget_path(config: Path) -> None:
 
 
 def continue_from(
-    base: Path, oracle: Path, folder: Path, history: dict[str, list[dict[str, Any]]]
+    base: Path,
+    oracle: Path,
+    folder: Path,
+    history: dict[str, list[dict[str, Any]]],
+    anew: tuple[str, ...] = (),
 ) -> None:
     """Lay out a shipped base as a working folder, so that its UNet can be trained further.
 
@@ -90,6 +95,7 @@ def continue_from(
         oracle: A file that `ship_oracle` wrote.
         folder: Working folder of `train-base`, new or made by this function before.
         history: How each stage was trained so far (`stage_history`).
+        anew: Readers of the oracle, by stage, that are to be trained again.
 
     Raises:
         ModelError: Nothing was shipped, or the folder holds another training.
@@ -109,22 +115,54 @@ def continue_from(
         raise ModelError("holds another training already", where=folder, fix="Choose a new folder.")
     laid_out = folder.with_name(folder.name + ".partial")  # whole or not at all
     shutil.rmtree(laid_out, ignore_errors=True)
-    (laid_out / "oracle" / "model").mkdir(parents=True)
-    shutil.copyfile(oracle, laid_out / "oracle" / "model" / "oracle.safetensors")
+    for part, module in load_oracle(oracle).named_children():
+        if (stage := _ORACLE_STAGES[part]) not in anew:
+            save_tensors(module, laid_out / stage / "model" / f"{stage}.safetensors")
     for source, target in copies.items():
         shutil.copytree(source, laid_out / target)
     for stage, runs in history.items():
+        if stage in anew:
+            continue
         lines = "".join(json.dumps(run) + "\n" for run in runs)
         (laid_out / stage / "recipe.jsonl").write_text(lines)
     laid_out.rename(folder)
 
 
+_LARGE = 4096
+"""Matrices of so many numbers ship in 8 bits: the readers' verdicts stay the same."""
+
+
 def ship_oracle(folder: Path, file: Path) -> None:
-    """Write the trained oracle in fp16."""
+    """Write both trained readers as one file, large matrices in 8 bits and the rest in fp16."""
     from safetensors.torch import load_file, save
 
-    tensors = load_file(stage_model(folder, "oracle") / "oracle.safetensors")
-    write_bytes_atomic(file, save({name: tensor.half() for name, tensor in tensors.items()}))
+    tensors: dict[str, torch.Tensor] = {}
+    for part, stage in _ORACLE_STAGES.items():
+        for name, tensor in load_file(stage_model(folder, stage) / f"{stage}.safetensors").items():
+            if tensor.dim() > 1 and tensor.numel() >= _LARGE:
+                # a scale that fp16 holds exactly, so that reading multiplies by what was divided by
+                scale = (tensor.flatten(1).abs().amax(1) / 127).clamp(min=1e-6).half()
+                rows = scale.float().view(-1, *[1] * (tensor.dim() - 1))
+                tensors[f"{part}.{name}"] = (tensor / rows).round().clamp(-127, 127).to(torch.int8)
+                tensors[f"{part}.{name}{SCALE}"] = scale
+            else:
+                tensors[f"{part}.{name}"] = tensor.half()
+    write_bytes_atomic(file, save(tensors))
+
+
+_ORACLE_STAGES = {"attributes": "oracle", "inspector": "inspector"}
+"""Which stage trains which part of `Oracle`."""
+
+
+def ship_readers(folder: Path, command: str) -> Path:
+    """Write the oracle alone, and in the provenance how its stages were trained."""
+    ship_oracle(folder, CRITTERS_ORACLE)
+    made = json.loads(CRITTERS_PROVENANCE.read_text())
+    history = stage_history(folder)
+    made["stages"] |= {stage: history[stage] for stage in _ORACLE_STAGES.values()}
+    made["oracle"] = {"command": command, "git_revision": revision()}
+    write_text_atomic(CRITTERS_PROVENANCE, json.dumps(made, indent=2) + "\n")
+    return CRITTERS_ORACLE
 
 
 def provenance(command: str) -> dict[str, Any]:
@@ -177,7 +215,7 @@ def record_gates(report: dict[str, Any]) -> None:
     write_text_atomic(CRITTERS_PROVENANCE, json.dumps(made, indent=2) + "\n")
 
 
-def start_from_shipped(folder: Path) -> None:
-    """Lay out the shipped base as a working folder (`continue_from`)."""
+def start_from_shipped(folder: Path, stages: tuple[str, ...]) -> None:
+    """Lay out the shipped base as a working folder (`continue_from`) that lacks these stages."""
     made = json.loads(CRITTERS_PROVENANCE.read_text()) if CRITTERS_PROVENANCE.is_file() else {}
-    continue_from(CRITTERS_BASE, CRITTERS_ORACLE, folder, made.get("stages", {}))
+    continue_from(CRITTERS_BASE, CRITTERS_ORACLE, folder, made.get("stages", {}), stages)

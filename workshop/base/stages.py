@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ipdiverse.critters.oracle import Oracle
+from ipdiverse.critters.oracle import AttributeReader, Inspector
 from ipdiverse.errors import ModelError, check_range
 from workshop.base import architecture
 from workshop.base.clip import (
@@ -20,6 +21,7 @@ from workshop.base.clip import (
     VisionModules,
 )
 from workshop.base.corpus import Corpus, corpus
+from workshop.base.inspector import KINDS, InspectorObjective, pool
 from workshop.base.loop import Schedule, StageRun
 from workshop.base.oracle import OracleObjective
 from workshop.base.tokenizer import build_tokenizer
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 
-STAGES = ("vae", "text", "clip", "unet", "oracle")
+STAGES = ("vae", "text", "clip", "unet", "oracle", "inspector")
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,9 @@ class BaseRecipe:
         text_steps: Steps of stage text, batch 128.
         clip_steps: Steps of stage clip, batch 192.
         unet_steps: Steps of stage unet, batch 128.
-        oracle_steps: Steps of stage oracle, batch 64 and as many broken images.
+        oracle_steps: Steps of stage oracle, batch 64.
+        inspector_steps: Steps of stage inspector, batch 128.
+        faults: Images of each kind of fault for stage inspector.
         compile: Compile the UNet with torch.compile, which needs a C++ compiler.
     """
 
@@ -62,12 +66,14 @@ class BaseRecipe:
     clip_steps: int = 600
     unet_steps: int = 3000
     oracle_steps: int = 2000
+    inspector_steps: int = 4000
+    faults: int = 800
     compile: bool = True
 
     def __post_init__(self) -> None:
         for field in fields(BaseRecipe):
             value = getattr(self, field.name)
-            if field.name.endswith("_steps") or field.name == "images":
+            if field.name.endswith("_steps") or field.name in ("images", "faults"):
                 check_range(field.name, value, 1, 100_000_000)
         check_range("seed", self.seed, 0, 2**63 - 1)
 
@@ -80,6 +86,9 @@ def schedule(recipe: BaseRecipe, stage: str) -> Schedule:
         "clip": Schedule(recipe.clip_steps, 1e-3, weight_decay=0.05, save_every=100),
         "unet": Schedule(recipe.unet_steps, 1.5e-3, warmup=300, save_every=250, muon=True),
         "oracle": Schedule(recipe.oracle_steps, 1.5e-3, weight_decay=0.02, save_every=250),
+        "inspector": Schedule(
+            recipe.inspector_steps, 1.5e-3, weight_decay=0.02, ema=0.995, save_every=100
+        ),
     }[stage]
 
 
@@ -222,16 +231,35 @@ def _oracle_objective(folder: Path, recipe: BaseRecipe, images: Corpus) -> Oracl
     from diffusers import AutoencoderKL
 
     vae = AutoencoderKL.from_pretrained(stage_model(folder, "vae"))
-    oracle: Any = Oracle()
-    return OracleObjective(oracle.to(memory_format=torch.channels_last), images, vae)
+    reader: Any = AttributeReader()
+    return OracleObjective(reader.to(memory_format=torch.channels_last), images, vae)
+
+
+def _inspector_objective(folder: Path, recipe: BaseRecipe, images: Corpus) -> InspectorObjective:
+    drawn = partial(pool, folder / "corpus", stage_model(folder, "vae"))
+    inspector: Any = Inspector(len(KINDS))
+    return InspectorObjective(
+        inspector.to(memory_format=torch.channels_last),
+        drawn("train", recipe.faults),
+        drawn("validation", max(4, recipe.faults // 8)),
+    )
 
 
 def _save_oracle(objective: OracleObjective, target: Path) -> None:
+    save_tensors(objective.module, target / "oracle.safetensors")
+
+
+def _save_inspector(objective: InspectorObjective, target: Path) -> None:
+    objective.set_threshold()
+    save_tensors(objective.module, target / "inspector.safetensors")
+
+
+def save_tensors(module: torch.nn.Module, file: Path) -> None:
+    """Write a module's weights where `file` says, and its folder."""
     from safetensors.torch import save_file
 
-    target.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.contiguous() for name, tensor in objective.module.state_dict().items()}
-    save_file(state, target / "oracle.safetensors")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in module.state_dict().items()}, file)
 
 
 _OBJECTIVES = {
@@ -240,6 +268,7 @@ _OBJECTIVES = {
     "clip": _clip_objective,
     "unet": _unet_objective,
     "oracle": _oracle_objective,
+    "inspector": _inspector_objective,
 }
 _SAVERS = {
     "vae": _save_vae,
@@ -247,4 +276,5 @@ _SAVERS = {
     "clip": _save_clip,
     "unet": _save_unet,
     "oracle": _save_oracle,
+    "inspector": _save_inspector,
 }

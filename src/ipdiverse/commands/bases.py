@@ -49,7 +49,7 @@ def _described(preset: Preset) -> dict[str, Any]:
             if repository is not None
         },
         "adapter": preset.weights[0],
-        "image_encoder": "models/image_encoder" if preset.encoder else None,
+        "image_encoder": preset.encoder_files()[0].name.rpartition("/")[0] if preset.encoder else None,
         "scheduler": preset.scheduler,
         "resolution": preset.resolution,
         "steps": preset.steps,

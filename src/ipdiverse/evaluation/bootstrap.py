@@ -1,24 +1,28 @@
-"""Intervals of scores: a hierarchical, paired bootstrap over training seeds and pairs.
+"""Intervals of scores: a paired bootstrap over pairs, and Student's t over training seeds.
 
 Arms that were measured on the same pairs are resampled together, so that what the pairs have in
-common cancels in the arms' differences.
+common cancels in the arms' differences. Two or three seeds are too few to be drawn anew: a
+bootstrap of three says too little of their spread, which t with as few degrees of freedom does not.
 """
 
 from __future__ import annotations
 
 import math
+import zlib
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from scipy.stats import t as student
 
 from ipdiverse.errors import ArgumentError
 from ipdiverse.evaluation.metrics import Floats, hypervolume_2d, mean_or_nan
 from ipdiverse.evaluation.sets import PairSums, distance, leaked, pools
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
+    from ipdiverse.evaluation.metrics import Ints
     from ipdiverse.evaluation.sets import Sets
 
 RESAMPLES = 2000
@@ -33,8 +37,8 @@ class Difference(NamedTuple):
         estimate: One less the other.
         low: Of the interval of this one comparison.
         high: The same.
-        p: Two-sided, of a difference as large by chance: the estimate over the spread of its draws,
-            by the normal distribution, as draws are too few to count its tails.
+        p: Two-sided, of a difference as large by chance: the estimate over its spread, by Student's
+            t with as many degrees of freedom as the seeds leave; draws are too few to count tails.
     """
 
     estimate: float
@@ -51,18 +55,23 @@ class Interval(NamedTuple):
     high: float
 
 
-def leak_interval(sets: Sets, resamples: int = _SLOW_RESAMPLES) -> Interval:
+def leak_interval(
+    sets: Sets,
+    resamples: int = _SLOW_RESAMPLES,
+    of: Callable[[Sets, Ints, int], float] = leaked,
+) -> Interval:
     """Leak over all open attributes, nats, with an interval over pairs.
 
     Args:
         sets: What was asked and read.
         resamples: Draws of pairs. Pairs that are drawn twice count as one group each time, which
             biases a resampled leak upwards; the interval is shifted back by that bias.
+        of: `leaked` or `placement_leaked`.
     """
     rng, pairs = np.random.default_rng(0), len(sets.outputs)
     draws = [rng.integers(pairs, size=pairs) for _ in range(resamples)]
-    drawn = [leaked(sets, rows, _LEAK_PERMUTATIONS) for rows in draws]
-    return _shifted(leaked(sets, np.arange(pairs)), drawn)
+    drawn = [of(sets, rows, _LEAK_PERMUTATIONS) for rows in draws]
+    return _shifted(of(sets, np.arange(pairs), 200), drawn)
 
 
 def js_interval(sets: Sets, resamples: int = _SLOW_RESAMPLES) -> Interval:
@@ -81,7 +90,7 @@ def js_interval(sets: Sets, resamples: int = _SLOW_RESAMPLES) -> Interval:
 
 
 def interval(runs: Sequence[PairSums], resamples: int = RESAMPLES) -> Interval:
-    """A score with its percentile interval of 95 %: training seeds are drawn, then pairs.
+    """A score with its interval of 95 %, over pairs and, where there are several, training seeds.
 
     Args:
         runs: The score of each training seed, on the same pairs.
@@ -100,12 +109,19 @@ def difference(
     runs: Sequence[PairSums], others: Sequence[PairSums], resamples: int = RESAMPLES
 ) -> Difference:
     """One arm's score less another's, drawn together (arguments as `interval`)."""
-    drawn = resampled(runs, resamples) - resampled(others, resamples)
-    apart = _interval(estimate(runs) - estimate(others), drawn)
-    spread = float(np.nanstd(drawn)) if not np.isnan(drawn).all() else float("nan")
-    if spread == 0:  # as of an arm with itself
-        return Difference(*apart, float(apart.estimate == 0))
-    return Difference(*apart, math.erfc(abs(apart.estimate) / spread / math.sqrt(2)))
+    apart = estimate(runs) - estimate(others)
+    found = _interval(apart, resampled(runs, resamples) - resampled(others, resamples))
+    if np.isnan(found.low):
+        return Difference(*found, float("nan"))
+    if runs is others or found.low == found.high:  # as of an arm with itself
+        return Difference(*found, float(apart == 0))
+    spread = float(np.nanstd(_over_pairs(runs, resamples) - _over_pairs(others, resamples)))
+    seeds = [_seed_variance(one) for one in (runs, others)]
+    variance = spread**2 + sum(part for part, _ in seeds)
+    # Welch-Satterthwaite; pairs are many, so that their variance counts as known
+    uncertain = sum(part**2 / freedom for part, freedom in seeds if part)
+    freedom = variance**2 / uncertain if uncertain else math.inf
+    return Difference(*found, float(2 * student.sf(abs(apart) / math.sqrt(variance), freedom)))
 
 
 def holm(p_values: Sequence[float], level: float = 0.05) -> list[bool]:
@@ -130,23 +146,36 @@ def holm(p_values: Sequence[float], level: float = 0.05) -> list[bool]:
 def resampled(runs: Sequence[PairSums], resamples: int = RESAMPLES) -> Floats:
     """A score in every draw, (resamples,); every arm gets the same draws of pairs.
 
+    To the score of drawn pairs comes what another few seeds might have added: their standard error
+    times a draw from Student's t.
+
     Raises:
         ArgumentError: Runs were measured on different numbers of pairs.
     """
+    drawn, (variance, freedom) = _over_pairs(runs, resamples), _seed_variance(runs)
+    if not variance:
+        return drawn
+    # by content: an arm differs from itself by nothing, and independently from every other
+    rng = np.random.default_rng(zlib.crc32(np.stack([run.total for run in runs]).tobytes()))
+    return drawn + math.sqrt(variance) * rng.standard_t(freedom, resamples)
+
+
+def _over_pairs(runs: Sequence[PairSums], resamples: int) -> Floats:
+    """A score of all seeds together in every draw of pairs; NaN where it is not defined."""
     pairs = len(runs[0].total)
     if any(len(run.total) != pairs for run in runs):
         raise ArgumentError("differ in their pairs", where="runs")
     weights = _pair_weights(pairs, resamples)  # of every arm: what pairs share cancels
-    totals = np.stack([run.total for run in runs]) @ weights.T
-    counts = np.stack([run.weight for run in runs]) @ weights.T
-    if len(runs) > 1:
-        seeds = np.random.default_rng(1).multinomial(
-            len(runs), [1 / len(runs)] * len(runs), size=resamples
-        )
-        totals, counts = (totals * seeds.T).sum(0), (counts * seeds.T).sum(0)
-    else:
-        totals, counts = totals[0], counts[0]
-    return np.divide(totals, counts, out=np.full(resamples, np.nan), where=counts > 0)
+    total, weight = (np.sum([run[i] for run in runs], axis=0) @ weights.T for i in range(2))
+    return np.divide(total, weight, out=np.full(resamples, np.nan), where=weight > 0)
+
+
+def _seed_variance(runs: Sequence[PairSums]) -> tuple[float, int]:
+    """Variance of the mean over training seeds, and its degrees of freedom; 0 of a single seed."""
+    found = [run.estimate for run in runs]
+    if len(found) < 2 or np.isnan(found).any():
+        return 0.0, 0
+    return float(np.var(found, ddof=1)) / len(found), len(found) - 1
 
 
 def hypervolume(

@@ -45,7 +45,9 @@ REFERENCE = Scene(
 PROMPT = "a critter in the snow"
 
 _CURVES = {
-    "retention": ("identity kept", "#1b7f4d"),
+    "retention": ("identity kept, mean over attributes", "#1b7f4d"),
+    "retention_worst": ("identity kept, its worst attribute", "#7a6a00"),
+    "asked_for": ("valid, with the whole prompt and identity", "#c0392b"),
     "contradict_accuracy": ("prompt obeyed where it contradicts the reference", "#2962c9"),
     "entropy": ("variety of what nobody fixed (1 = the world's own)", "#8e44ad"),
     "copy_rate": ("copies of the whole scene, minus chance", "#d35400"),
@@ -146,7 +148,7 @@ def _reports() -> list[dict[str, Any]]:
             report = json.loads(file.read_text())
             rows = [(f"scale {row['scale']:g}", row) for row in report["rows"]]
             rows += report["anchors"].items()
-            shown = [(name, [scores[column] for column in _CURVES]) for name, scores in rows]
+            shown = [(name, [scores.get(column) for column in _CURVES]) for name, scores in rows]
             told = {"title": title, "plot": inline(plot(report)), "command": copier_command(report)}
             found.append(report | told | {"rows": shown})
     return found
@@ -167,6 +169,8 @@ def plot(report: dict[str, Any]) -> Image.Image:
     axes = _axes()
     scales = [row["scale"] for row in report["rows"]]
     for name, (label, colour) in _CURVES.items():
+        if name not in report["rows"][0]:  # a report that was measured before the score was
+            continue
         axes.plot(scales, [row[name] for row in report["rows"]], "o-", label=label, color=colour)
     axes.set_xlabel("scale of the image prompt")
     axes.set_ylim(-0.05, 1.1)

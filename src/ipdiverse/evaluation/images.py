@@ -26,6 +26,7 @@ from ipdiverse.image_io import content_hash
 from ipdiverse.levers import LEVERS
 from ipdiverse.sampling.draw import versions
 from ipdiverse.sampling.sample import Job, attached, levers_of, sampled, set_scale
+from ipdiverse.sampling.selection import chosen
 from ipdiverse.sampling.task import Task
 from ipdiverse.writing import ensure_writable_folder, write_bytes_atomic
 
@@ -103,13 +104,13 @@ class StudyImages:
             for number, start in enumerate(every[::CHUNK])
         }
 
-    def _jobs(self, numbers: range) -> list[Job]:
+    def _jobs(self, numbers: range, each: int) -> list[Job]:
         """Every image of some pairs; noise depends on pair and number alone, not on the arm."""
         seed = self.study.seed * 1_000_003  # so that pairs of two studies share no seed
         return [
             Job(self.pairs[number].prompt, seed + number, index, self.references[number])
             for number in numbers
-            for index in range(self.study.images)
+            for index in range(each)
         ]
 
     def _draw(
@@ -121,8 +122,12 @@ class StudyImages:
         with attached(self.base, weights, self._reader or "") as attachment:
             set_scale(attachment, self.base, request)
             for file, numbers in missing.items():
+                jobs = self._jobs(numbers, request.candidates or self.study.images)
                 with fast:
-                    made = sample_array(self.base, self._jobs(numbers), request, attachment, False)
+                    if request.candidates is not None:
+                        group = replace(request, n=self.study.images)
+                        jobs = chosen(jobs, group, Task(self.base), attachment, None)
+                    made = sample_array(self.base, jobs, request, attachment, False)
                 # compressed: critters are flat colours, and a study keeps thousands of images
                 buffer = BytesIO()
                 np.savez_compressed(buffer, images=made)

@@ -17,6 +17,7 @@ from ipdiverse.evaluation.bootstrap import (
     leak_interval,
     resampled,
 )
+from ipdiverse.evaluation.sets import RETENTION_OF, placement_leaked
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -30,7 +31,9 @@ SHOWN_PAIRS, SHOWN_IMAGES = 3, 8
 """How many pairs of an arm a report shows, and how many images of each."""
 LABELS = {
     "entropy": "variety of what nobody fixed (1 = the world's own)",
-    "retention": "identity kept",
+    "retention": "identity kept, mean over attributes",
+    "retention_worst": "identity kept, its worst attribute",
+    "asked_for": "asked for: valid, with the whole prompt and the whole identity",
     "prompt_accuracy": "prompt obeyed",
     "edit_accuracy": "prompt obeyed where it changes the reference's identity",
     "contradict_accuracy": "prompt obeyed where it contradicts the reference",
@@ -38,9 +41,13 @@ LABELS = {
     "copy_rate": "copies of the whole scene, minus chance",
     "invalid_rate": "images that are not valid scenes",
     "leak": "what outputs tell about the reference's scene (nats)",
+    "placement_leak": "what outputs tell about where things are in the reference (nats)",
     "js": "distance from the world's own scenes (Jensen-Shannon)",
 }
 """Scores in words; an encoder's scores have the encoder's name in theirs and need none."""
+WORST = "retention_worst"
+NOT_SUMS = ("leak", "placement_leak", "js")
+"""Scores that `Measured` computes from all pairs at once."""
 
 
 @dataclass(frozen=True)
@@ -71,16 +78,40 @@ class Measured:
         """Distance from the world's own scenes with its interval, on critters."""
         return None if self.sets is None else js_interval(self.sets)
 
+    @cached_property
+    def placement_leak(self) -> tuple[float, float, float] | None:
+        """In nats with its interval, where placement was read."""
+        if self.sets is None or self.sets.placement is None:
+            return None
+        return leak_interval(self.sets, of=placement_leaked)
+
+    @cached_property
+    def worst(self) -> str | None:
+        """The score of the identity attribute that is kept least, if attributes are known."""
+        names = [name for name in self.runs[0] if name.startswith(RETENTION_OF)]
+        return min(names, key=lambda name: estimate(self.sums(name)), default=None)
+
+    @property
+    def names(self) -> list[str]:
+        """Scores for tables: with the worst attribute of identity, and not with each."""
+        shown = [name for name in self.runs[0] if not name.startswith(RETENTION_OF)]
+        if self.worst is not None:
+            shown.insert(shown.index("retention") + 1, WORST)
+        return shown
+
     def sums(self, name: str) -> list[PairSums]:
         """One score of every training seed."""
+        name = self.worst or name if name == WORST else name
         return [run[name] for run in self.runs]
 
     def row(self) -> dict[str, Any]:
         """For JSON: each score with its interval."""
-        scores = {name: _rounded(interval(self.sums(name))) for name in self.runs[0]}
-        for name, found in (("leak", self.leak), ("js", self.js)):
-            if found is not None:
+        scores: dict[str, Any] = {n: _rounded(interval(self.sums(n))) for n in self.runs[0]}
+        for name in NOT_SUMS:
+            if (found := getattr(self, name)) is not None:
                 scores[name] = _rounded(found)
+        if self.worst is not None:
+            scores[WORST] = scores[self.worst]
         about = {"name": self.arm.name, "family": self.arm.family, "at": self.arm.at}
         return {**about, "settings": self.arm.settings, "seeds": len(self.runs), "scores": scores}
 
@@ -132,9 +163,10 @@ class DialCheck:
 
 def axes_of(measured: Sequence[Measured]) -> list[tuple[str, str]]:
     """Which scores are set against each other: (variety, fidelity), the main pair first."""
-    names = list(measured[0].runs[0])
+    names = [name for name in measured[0].names if all(name in one.names for one in measured)]
     if "entropy" in names:
-        return [("entropy", "retention"), ("entropy", "prompt_accuracy")]
+        against = ("retention", WORST, "prompt_accuracy", "asked_for")
+        return [("entropy", name) for name in against if name in names]
     pairs = []  # each encoder's own variety and fidelity, as encoders disagree on scale
     for name in names:
         kind, _, encoder = name.partition(" ")

@@ -141,7 +141,9 @@ def leak(
     """How much an open attribute of the outputs tells about the reference's, beyond chance, nats.
 
     The null permutes references between groups, never between images, as the images of a group
-    share one. It is about (values - 1)² / 2·groups, so with few groups a copier scores below H.
+    share one. It is about (values - 1)² / 2·groups, so with few groups a copier scores below H: on
+    critters it reads .51, .70, .84, .94 and .97 of H at 20, 40, 80, 200 and 400 pairs. Compare
+    leaks of equally many pairs, and take them for nats from about 200.
 
     Args:
         outputs: The outputs' values, (images,).

@@ -13,11 +13,11 @@ from PIL import Image
 from ipdiverse.base.bases import CRITTERS_ORACLE
 from ipdiverse.config import decoded
 from ipdiverse.critters.caption import caption
-from ipdiverse.critters.oracle import load_oracle
+from ipdiverse.critters.oracle import PLACEMENT, load_oracle, placement_bins, placement_of
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import ATTRIBUTES, IDENTITY, Scene, conditional, edited, sample_scene
 from ipdiverse.errors import ArgumentError, DataError, ModelError
-from ipdiverse.evaluation.sets import Sets
+from ipdiverse.evaluation.sets import Placement, Sets
 from ipdiverse.image_io import load_image
 from ipdiverse.image_io.files import OTHER_SUFFIXES, SUFFIXES
 from ipdiverse.seeding import derived_seed
@@ -112,8 +112,10 @@ def shipped_oracle() -> Oracle:
 
 def critters_sets(seen: Reading, pairs: Sequence[Pair]) -> Sets:
     """What pairs asked for and what the oracle read, (pairs, images) of each, to be scored."""
+    where = np.array([placement_of(pair.reference, pair.seed) for pair in pairs])
     return Sets(
-        *seen,
+        seen.attributes,
+        seen.invalid,
         references=np.array([pair.reference.indices() for pair in pairs]),
         stated=np.array([[name in pair.stated for name in ATTRIBUTES] for pair in pairs]),
         # where nothing is stated any value will do, as no score reads it
@@ -126,6 +128,10 @@ def critters_sets(seen: Reading, pairs: Sequence[Pair]) -> Sets:
         identity=np.array([name in IDENTITY for name in ATTRIBUTES]),
         n_values=tuple(len(values) for values in ATTRIBUTES.values()),
         priors=[[conditional(name, pair.stated) for name in ATTRIBUTES] for pair in pairs],
+        names=tuple(ATTRIBUTES),
+        placement=None
+        if seen.placement is None
+        else Placement(seen.placement, placement_bins(where), tuple(PLACEMENT.values())),
     )
 
 

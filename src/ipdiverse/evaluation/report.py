@@ -11,7 +11,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from ipdiverse.evaluation.bootstrap import difference, estimate, holm, interval
-from ipdiverse.evaluation.measured import LABELS, axes_of, by_family, check_dials
+from ipdiverse.evaluation.measured import (
+    LABELS,
+    NOT_SUMS,
+    WORST,
+    axes_of,
+    by_family,
+    check_dials,
+)
+from ipdiverse.evaluation.sets import RETENTION_OF
 from ipdiverse.writing import write_bytes_atomic, write_text_atomic
 
 if TYPE_CHECKING:
@@ -219,23 +227,30 @@ def _strip(reference: Image.Image, images: np.ndarray) -> Image.Image:
 
 def _table(study: Study, measured: Sequence[Measured]) -> tuple[list[str], list[dict[str, Any]]]:
     """Heads of columns, and rows of cells: an interval, its difference, and whether that holds."""
-    names = list(measured[0].runs[0])
+    # readings of another time may lack a score: its cell shows a dash
+    names = list(dict.fromkeys(name for one in measured for name in one.names))
     baseline = next((m for m in measured if m.arm.name == study.baseline_arm.name), measured[0])
     rows: list[list[dict[str, Any]]] = [[] for _ in measured]
     for name in names:
-        against = baseline.sums(name)
-        less = [None if m is baseline else difference(m.sums(name), against) for m in measured]
-        held = iter(holm([one.p for one in less if one is not None]))
-        for row, one, apart in zip(rows, measured, less, strict=True):
-            holds = apart is not None and next(held)
-            row.append({"found": _known(interval(one.sums(name))), "less": apart, "holds": holds})
-    if any(one.sets is not None for one in measured):
-        names += ["leak", "js"]
+        compared = [m for m in measured if m is not baseline and name in m.names]
+        compared = compared if name in baseline.names else []
+        less = {m.arm.name: difference(m.sums(name), baseline.sums(name)) for m in compared}
+        held = dict(zip(less, holm([one.p for one in less.values()]), strict=True))
         for row, one in zip(rows, measured, strict=True):
-            row += [{"found": _known(found), "less": None} for found in (one.leak, one.js)]
+            found = _known(interval(one.sums(name))) if name in one.names else None
+            apart = less.get(one.arm.name)
+            row.append({"found": found, "less": apart, "holds": held.get(one.arm.name, False)})
+            if name == WORST and one.worst is not None:
+                row[-1]["note"] = one.worst.removeprefix(RETENTION_OF)
+    for name in NOT_SUMS if any(one.sets is not None for one in measured) else ():
+        names.append(name)
+        for row, one in zip(rows, measured, strict=True):
+            row.append({"found": _known(getattr(one, name)), "less": None})
     heads = [LABELS.get(name, name) for name in names]
     named = zip(measured, rows, strict=True)
-    return heads, [{"name": one.arm.name, "cells": row} for one, row in named]
+    return heads, [
+        {"name": one.arm.name, "seeds": len(one.runs), "cells": row} for one, row in named
+    ]
 
 
 def _known(found: tuple[float, float, float] | None) -> tuple[float, float, float] | None:

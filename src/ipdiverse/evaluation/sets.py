@@ -1,14 +1,14 @@
 """Scores of sets of images whose attributes are known, as sums over (prompt, reference) pairs.
 
 A score is Σ total / Σ weight over pairs, so that `bootstrap` can draw pairs anew. Two are not such
-sums and are computed again for every draw: the distance from the world (`distance`) and the leak
-(`leaked`).
+sums and are computed again for every draw: the distance from the world (`distance`) and the leaks
+(`leaked`, `placement_leaked`).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -35,6 +35,9 @@ from ipdiverse.evaluation.metrics import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+RETENTION_OF = "retention "
+"""Begins the name of an identity attribute's own retention."""
+
 
 @dataclass(frozen=True)
 class Sets:
@@ -45,7 +48,7 @@ class Sets:
 
     Args:
         outputs: Values that the oracle reads, (groups, images, attributes).
-        invalid: Images that are no valid scene, (groups, images).
+        invalid: Images that are no valid scene, (groups, images); None if nobody looked.
         references: The reference's values, (groups, attributes).
         stated: The mask S, (groups, attributes).
         wanted: The prompt's values, read only in S, (groups, attributes).
@@ -53,6 +56,8 @@ class Sets:
         n_values: Number of values of each attribute.
         priors: For each group and attribute the world's probabilities given what the prompt
             states; read only in U.
+        names: Of the attributes; their numbers if it is empty.
+        placement: Where things are; None if nobody looked.
 
     Raises:
         ShapeError: The shapes do not fit.
@@ -60,19 +65,22 @@ class Sets:
     """
 
     outputs: Ints
-    invalid: Bools
+    invalid: Bools | None
     references: Ints
     stated: Bools
     wanted: Ints
     identity: Bools
     n_values: tuple[int, ...]
     priors: Sequence[Sequence[ArrayLike]]
+    names: tuple[str, ...] = ()
+    placement: Placement | None = None
 
     def __post_init__(self) -> None:
         for name in ("outputs", "references", "wanted"):
             object.__setattr__(self, name, np.asarray(getattr(self, name)))
         for name in ("invalid", "stated", "identity"):
-            object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=bool))
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=bool))
         _check_shapes(self)
         _check_values(self)
 
@@ -84,6 +92,16 @@ class Sets:
     def prior(self, group: int, attribute: int) -> Floats:
         """The world's probabilities of an attribute of U, (values,)."""
         return np.asarray(self.priors[group][attribute], dtype=np.float64)
+
+
+class Placement(NamedTuple):
+    """Where things are, which no prompt states, as bins of continuous values."""
+
+    outputs: Ints
+    """What the oracle reads, (groups, images, variables)."""
+    references: Ints
+    """(groups, variables)."""
+    n_values: tuple[int, ...]
 
 
 class PairSums(NamedTuple):
@@ -123,6 +141,10 @@ class SetScores:
         copy_rate: Share of images that repeat all of U, minus chance.
         invalid_rate: Share of images that are no valid scene. They count in every other score.
         n: Number of images, over all groups.
+        asked_for: Share of images that are valid and show all of S and all of R at once.
+        retention_worst: `retention` of the identity attribute that is kept least.
+        retention_by: `retention` of each identity attribute.
+        placement_leak: As `leak`, of `Placement`.
         pooled_entropy: As `entropy`, pooled as `js` is: high for a copier of varied references.
         edit_accuracy: As `prompt_accuracy`, of stated identity alone.
     """
@@ -135,8 +157,12 @@ class SetScores:
     js: float
     leak: float
     copy_rate: float
-    invalid_rate: float
     n: int
+    invalid_rate: float = math.nan
+    asked_for: float = math.nan
+    retention_worst: float = math.nan
+    retention_by: dict[str, float] = field(default_factory=dict)
+    placement_leak: float = math.nan
     pooled_entropy: float = math.nan
     edit_accuracy: float = math.nan
 
@@ -156,12 +182,17 @@ def score_sets(sets: Sets) -> SetScores:
     """
     found = pools(sets)
     wide = [pool for pool in found if plug_in_entropy(pool.prior) > 0]
+    scores = {name: part.estimate for name, part in pair_sums(sets).items()}
+    by = {n.removeprefix(RETENTION_OF): scores.pop(n) for n in [*scores] if _of_attribute(n)}
     spread = [normalised_entropy(np.sum(pool.counts, 0), pool.prior) for pool in wide]
     return SetScores(
-        **{name: part.estimate for name, part in pair_sums(sets).items()},
+        **scores,
         js=distance(found, np.ones(len(sets.outputs))),
         leak=leaked(sets, np.arange(len(sets.outputs))),
-        n=sets.invalid.size,
+        n=sets.outputs[..., 0].size,
+        retention_worst=float(np.fmin.reduce([*by.values()], initial=math.nan)),
+        retention_by=by,
+        placement_leak=placement_leaked(sets, np.arange(len(sets.outputs))),
         pooled_entropy=mean_or_nan(spread, [len(pool.groups) for pool in wide]),
     )
 
@@ -175,24 +206,50 @@ def concatenated(parts: Sequence[dict[str, PairSums]]) -> dict[str, PairSums]:
 
 
 def pair_sums(sets: Sets) -> dict[str, PairSums]:
-    """Every score of `SetScores` that is a sum over pairs; of edits only if there are any."""
+    """Every score of `SetScores` that is a sum over pairs.
+
+    Those that need edits or validity are there only if sets have them, and `retention` of each
+    identity attribute is named `RETENTION_OF` it.
+    """
     agree, contradict = agreement_masks(sets.wanted, sets.references, sets.stated)
     shows, keeps = (sets.outputs == value[:, None] for value in (sets.wanted, sets.references))
     free, edited = sets.free, sets.stated & sets.identity
     # an image is a copy if it repeats every open attribute at once
     copied = (keeps | ~free[:, None]).all(-1).mean(1) - _chance(sets)
     some = free.any(1).astype(float)
-    images = np.full(len(sets.invalid), sets.invalid.shape[1], float)
+    asked = sets.identity & ~sets.stated
+    by = {
+        f"{RETENTION_OF}{sets.names[i] if sets.names else i}": _hits(keeps[..., i : i + 1], part)
+        for i in np.flatnonzero(sets.identity)
+        if (part := asked[:, i : i + 1]).any()
+    }
     return {
         **({"edit_accuracy": _hits(shows, edited)} if edited.any() else {}),
         "prompt_accuracy": _hits(shows, sets.stated),
         "agree_accuracy": _hits(shows, agree),
         "contradict_accuracy": _hits(shows, contradict),
-        "retention": _hits(keeps, sets.identity & ~sets.stated),
+        "retention": _hits(keeps, asked),
+        **by,
         "entropy": _spread(sets),
         "copy_rate": PairSums(copied * some, some),
-        "invalid_rate": PairSums(sets.invalid.sum(1).astype(float), images),
+        **({} if sets.invalid is None else _of_validity(sets.invalid, shows, keeps, sets)),
     }
+
+
+def _of_validity(invalid: Bools, shows: Bools, keeps: Bools, sets: Sets) -> dict[str, PairSums]:
+    """Scores that only sets have whose validity was read."""
+    left = sets.identity & ~sets.stated
+    whole = ((shows | ~sets.stated[:, None]) & (keeps | ~left[:, None])).all(-1) & ~invalid
+    images = np.full(len(invalid), invalid.shape[1], float)
+    return {
+        "asked_for": PairSums(whole.sum(1).astype(float), images),
+        "invalid_rate": PairSums(invalid.sum(1).astype(float), images),
+    }
+
+
+def _of_attribute(name: str) -> bool:
+    """Whether a score is the retention of one identity attribute."""
+    return name.startswith(RETENTION_OF)
 
 
 def pools(sets: Sets) -> list[Pool]:
@@ -231,12 +288,25 @@ def leaked(sets: Sets, drawn: Ints, permutations: int = 200) -> float:
         drawn: Numbers of the groups that count; a group drawn twice counts as two.
         permutations: As `metrics.leak` takes them.
     """
-    free, images, found = sets.free[drawn], sets.outputs.shape[1], list[float]()
-    for attribute in np.flatnonzero(free.sum(0) > 1).tolist():  # fewer cannot be permuted
-        rows = drawn[free[:, attribute]]
-        given = sets.references[rows, attribute].repeat(images)
+    attributes = Placement(sets.outputs, sets.references, sets.n_values)
+    return _mean_leak(attributes, sets.free, drawn, permutations)
+
+
+def placement_leaked(sets: Sets, drawn: Ints, permutations: int = 200) -> float:
+    """As `leaked`, of continuous variables in bins, which are always open; NaN if nobody looked."""
+    if sets.placement is None:
+        return math.nan
+    free = np.ones(sets.placement.references.shape, bool)
+    return _mean_leak(sets.placement, free, drawn, permutations)
+
+
+def _mean_leak(seen: Placement, open_: Bools, drawn: Ints, permutations: int) -> float:
+    free, images, found = open_[drawn], seen.outputs.shape[1], list[float]()
+    for variable in np.flatnonzero(free.sum(0) > 1).tolist():  # fewer cannot be permuted
+        rows = drawn[free[:, variable]]
+        given = seen.references[rows, variable].repeat(images)
         groups = np.arange(len(rows)).repeat(images)
-        made, values = sets.outputs[rows, :, attribute].ravel(), sets.n_values[attribute]
+        made, values = seen.outputs[rows, :, variable].ravel(), seen.n_values[variable]
         found.append(leak(made, given, values, permutations, groups=groups))
     return mean_or_nan(found)
 
@@ -261,7 +331,7 @@ def _check_shapes(sets: Sets) -> None:
     groups, images, attributes = sets.outputs.shape
     for name, found, expected in (
         ("stated", sets.stated.shape, (groups, attributes)),
-        ("invalid", sets.invalid.shape, (groups, images)),
+        *([] if sets.invalid is None else [("invalid", sets.invalid.shape, (groups, images))]),
         ("references", sets.references.shape, (groups, attributes)),
         ("wanted", sets.wanted.shape, (groups, attributes)),
         ("identity", sets.identity.shape, (attributes,)),

@@ -8,7 +8,7 @@ steps = 25                      # default: the base's own, as for scale and guid
 name = "plain"                  # its name in the report
 family = "λ sweep"              # arms of a family are joined by a line
 adapter = "plus"                # and options of `ipdiverse generate`: scale, preset, start_at,
-scale = 1.0                     # end_at, guidance_scale, diversity, every lever
+scale = 1.0                     # end_at, guidance_scale, diversity, candidates, every lever
 
 [[sweep]]                       # an arm for every combination
 family = "λ × guidance"
@@ -34,7 +34,10 @@ from ipdiverse.sampling.request import MAX_IMAGES, MAX_STEPS, RENAMED, Request
 if TYPE_CHECKING:
     from pathlib import Path
 
-SETTINGS = ("adapter", "scale", "preset", "start_at", "end_at", "guidance_scale", "diversity")
+SETTINGS = (
+    *("adapter", "scale", "preset", "start_at", "end_at", "guidance_scale", "diversity"),
+    "candidates",
+)
 """What an arm may set besides levers: fields of `Request`."""
 
 
@@ -128,6 +131,9 @@ class Study:
             raise ArgumentError("are missing", where="arms")
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ArgumentError("need different names", where="arms", found=", ".join(twice))
+        for arm in self.arms:
+            drawn = arm.settings.get("candidates", self.images)
+            check_range(f"{arm.name}: candidates", drawn, self.images, MAX_IMAGES)
         if self.baseline is not None and self.baseline not in names:
             raise ArgumentError("is not the name of an arm", where="baseline", found=self.baseline)
 

@@ -121,6 +121,16 @@ def test_training_seeds_widen_the_interval() -> None:
     assert np.ptp(interval(unlike)) > 2 * np.ptp(interval(alike))
 
 
+def test_few_training_seeds_do_not_make_intervals_too_narrow() -> None:
+    rng, held, pairs = np.random.default_rng(0), 0, 40
+    for _ in range(200):
+        shared = rng.normal(0, 0.1, pairs)  # what a pair adds is the same for every seed
+        runs = [PairSums(shared + rng.normal(0, 0.05), np.ones(pairs)) for _ in range(3)]
+        found = interval(runs, resamples=400)
+        held += found.low <= 0 <= found.high
+    assert 0.92 <= held / 200 <= 0.995
+
+
 def test_what_no_pair_has_is_not_a_number_and_runs_must_fit() -> None:
     nothing = PairSums(np.zeros(3), np.zeros(3))
     assert all(math.isnan(v) for v in interval([nothing]))
@@ -139,4 +149,4 @@ def test_hypervolume_of_known_points_and_in_every_draw() -> None:
     seeds = [[PairSums(ones * x, ones) for x in (0.0, 2.0)], [PairSums(ones, ones)] * 2]
     area, draws = hypervolume([(seeds[0], seeds[1])], (0.0, 0.0), resamples=200)
     assert area == pytest.approx(1.0)
-    assert set(np.round(draws, 6)) == {0.0, 1.0, 2.0}, "training seeds are drawn too"
+    assert draws.std() > 1, "another two training seeds might lie anywhere"

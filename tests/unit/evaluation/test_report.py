@@ -69,6 +69,22 @@ def test_names_are_escaped_and_numbers_say_what_holds(tmp_path: Path) -> None:
     assert text.count("Δ +") == 2, "none of the baseline with itself"
 
 
+def test_identity_shows_its_worst_attribute_and_old_readings_a_dash(tmp_path: Path) -> None:
+    def sums(mean: float) -> PairSums:
+        return PairSums(np.full(PAIRS, mean), np.ones(PAIRS))
+
+    new, old = (measured(Arm(name, name), 0.2, 0.8, 0.9) for name in ("new", "old"))
+    new.runs[0] |= {f"retention {k}": sums(v) for k, v in (("shape", 0.5), ("eyes", 0.9))}
+    new.runs[0] |= {"asked_for": sums(0.4)}
+    text = page([new, old], tmp_path)
+    cells = re.findall(r"<td>(.*?)</td>", text[text.index("<td>new</td>") :])
+    assert cells[3].startswith("0.500 <small>(shape)</small>")
+    assert "<td>one seed</td>" in text
+    row = re.findall(r"<td>(.*?)</td>", text[text.rindex("<td>old</td>") :])
+    assert row.count("-") == 2, "the worst attribute, and what was asked for"
+    assert new.row()["scores"]["retention_worst"] == new.row()["scores"]["retention shape"]
+
+
 def test_the_page_shows_every_dial(tmp_path: Path) -> None:
     points = [(0.0, 0.2, 0.8, 0.9), (0.5, 0.4, 0.79, 0.92), (1.0, 0.6, 0.72, 0.91)]
     arms = [measured(Arm(f"d {x}", "a & b", {"diversity": x}), *scores) for x, *scores in points]

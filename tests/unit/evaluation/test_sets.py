@@ -113,6 +113,40 @@ class TestScoreSets:
         assert scores.invalid_rate == 0.25
         assert (scores.entropy, scores.retention) == (clean.entropy, clean.retention)
 
+    def test_identity_is_told_by_attribute_and_by_its_worst(self):
+        sets = world(groups=30) | {"identity": np.array([True, True, False, False])}
+        found = m.pair_sums(m.Sets(**sets, names=("a", "b", "c", "d")))
+        by = {name: part.estimate for name, part in found.items() if name.startswith("retention ")}
+        scores = m.score_sets(m.Sets(**sets, names=("a", "b", "c", "d")))
+        assert {f"retention {name}": v for name, v in scores.retention_by.items()} == by
+        assert by["retention a"] == 1, "the sampler keeps the first attribute"
+        assert scores.retention_worst == by["retention b"] < scores.retention < 1
+
+    def test_what_was_asked_for_needs_prompt_identity_and_validity_at_once(self):
+        sets = world(groups=10)
+        whole = sets | {"outputs": sets["references"][:, None].repeat(8, 1)}
+        whole |= {"wanted": sets["references"], "invalid": np.zeros((10, 8), bool)}
+        assert score(whole).asked_for == 1
+        broken = whole | {"invalid": np.arange(80).reshape(10, 8) % 4 == 0}
+        assert score(broken).asked_for == 0.75
+        assert math.isnan(score(whole | {"invalid": None}).asked_for)
+        other = whole["outputs"].copy()
+        kept = int(np.flatnonzero(np.asarray(sets["identity"]))[0])
+        other[:, ::2, kept] = (other[:, ::2, kept] + 1) % sets["n_values"][kept]
+        assert score(whole | {"outputs": other}).asked_for == 0.5
+
+    def test_a_copier_of_placement_leaks_and_a_free_sampler_does_not(self):
+        rng, sets = np.random.default_rng(0), world(groups=200)
+        references = rng.integers(4, size=(200, 2))
+        free = rng.integers(4, size=(200, 8, 2))
+        leaks = [
+            score(sets | {"placement": m.Placement(outputs, references, (4, 4))}).placement_leak
+            for outputs in (references[:, None].repeat(8, 1), free)
+        ]
+        assert leaks[0] > 0.9 * math.log(4)
+        assert abs(leaks[1]) < 0.01
+        assert math.isnan(score(sets).placement_leak)
+
 
 class TestPairSums:
     """Three groups of two images, two scene attributes and one of identity, counted by hand."""
@@ -140,6 +174,8 @@ class TestPairSums:
             "agree_accuracy": ([0, 0, 2], [0, 0, 2]),
             "contradict_accuracy": ([0, 1, 1], [0, 2, 4]),
             "retention": ([2, 0, 0], [2, 2, 0]),
+            "retention 2": ([2, 0, 0], [2, 2, 0]),
+            "asked_for": ([2, 0, 0], [2, 2, 2]),
             "entropy": (pytest.approx([first, second, 0]), [2, 1, 0]),
             "copy_rate": (pytest.approx([1 / 2 - 0.2 * 0.5, 1 / 2 - 0.3, 0]), [1, 1, 0]),
             "invalid_rate": ([0, 1, 0], [2, 2, 2]),
@@ -148,7 +184,10 @@ class TestPairSums:
     def test_every_score_of_a_set_is_its_parts_over_their_weight(self):
         scores, found = m.score_sets(self.SETS), m.pair_sums(self.SETS)
         for name, part in found.items():
-            assert getattr(scores, name) == part.estimate == part.total.sum() / part.weight.sum()
+            by = scores.retention_by.get(name.removeprefix("retention "))
+            assert (
+                getattr(scores, name, by) == part.estimate == part.total.sum() / part.weight.sum()
+            )
 
     def test_parts_of_pairs_that_follow_each_other_are_joined(self):
         one = m.pair_sums(self.SETS)
