@@ -125,7 +125,7 @@ class VariationSpace:
             )
 
     def reduce(self, tokens: Tensor) -> Tensor:
-        """z of image tokens (…, tokens, width): (…, directions)."""
+        """Image tokens (…, tokens, width) as z, (…, directions)."""
         flat = tokens.flatten(-2).to(self.mean)
         return (flat - self.mean) @ self.directions / self.deviations
 

@@ -4,6 +4,7 @@ DIR/embedded/targets-00000.safetensors     posterior of each target's latents, p
 DIR/embedded/texts-00000.safetensors       text states of each caption
 DIR/embedded/references-00000.safetensors  image embeddings of each picture, and changed
 DIR/embedded/constants-00000.safetensors   no text, no image
+DIR/embedded/pictures-00000.safetensors    image embeddings alone, all that `fit` needs
 DIR/embedded/embedded.json                 counts and settings, to read; nothing depends on it
 """
 
@@ -119,6 +120,8 @@ class _Layout:
         changes = json.dumps([*images, shown.changed, shown.seed])
         self.references = Rows(home, "references", self.files, changes)
         self.constants = Rows(home, "constants", ["no text, no image"], json.dumps(images))
+        # under another name, so that neither cache replaces the other
+        self.pictures = Rows(home, "pictures", self.files, json.dumps(images))
 
     @property
     def serves(self) -> bool:
@@ -172,12 +175,37 @@ class Embedded:
 TrainingData = Online | Embedded
 
 
+class EmbeddedPictures:
+    """Image embeddings of every picture of a data set, as `embed` stored them for either use."""
+
+    def __init__(
+        self, folder: Path, encoders: FrozenEncoders, preprocessing: Preprocessing, stored: Stored
+    ) -> None:
+        records, known = read_manifest(folder), encoders.fingerprint()
+        layout = _layout(folder, records, known, preprocessing, stored)
+        if not all(layout.references.is_done(n) for n in range(layout.references.shards)):
+            embed(folder, encoders, replace(preprocessing, changed=0), stored, only_images=True)
+            layout.references = layout.pictures
+        self.records, self._read = records, RowReader(layout.references)
+        self._rows = {name: index for index, name in enumerate(layout.files)}
+
+    def __getitem__(self, file_name: str) -> dict[str, Tensor]:
+        """A picture's embeddings: `pooled` (clip_dim,), `hidden` (patches, clip_dim)."""
+        return _floats({n: rows[0] for n, rows in self._read[self._rows[file_name]].items()})
+
+
 def embed(
-    folder: Path, encoders: FrozenEncoders, preprocessing: Preprocessing, stored: Stored
+    folder: Path,
+    encoders: FrozenEncoders,
+    preprocessing: Preprocessing,
+    stored: Stored,
+    *,
+    only_images: bool = False,
 ) -> dict[str, Any]:
     """Compute the missing shards of a data set's cache; a finished one is never computed again.
 
-    Random crops, flips and changes are stored variants: training draws among these.
+    Random crops, flips and changes are stored variants: training draws among these. With
+    `only_images`, the VAE and the text encoders stay idle.
 
     Returns:
         Counts, settings and bytes, as written to `embedded.json`, and how many were `computed` now.
@@ -194,6 +222,9 @@ def embed(
         (layout.targets, lambda span: _targets(online, span, stored)),
         (layout.references, lambda span: _references(online, layout.files, span, stored)),
     ]
+    if only_images:
+        plain = Online(folder, encoders, replace(preprocessing, changed=0))
+        work = [(layout.pictures, lambda span: _references(plain, layout.files, span, stored))]
     shards = [rows.file(number) for rows, _ in work for number in range(rows.shards)]
 
     def report() -> bytes:

@@ -95,6 +95,42 @@ class ImageEncoding:
         return self
 
 
+def text_tower(pipe: Any, width: int) -> tuple[Any, Any] | None:
+    """The tokenizer and text encoder whose embeddings lie in an image encoder's space, if known.
+
+    Of published bases SDXL has one, where its second text encoder and the image encoder are halves
+    of one CLIP. Equal widths do not prove that: `fit` measures it.
+    """
+    for suffix in ("", "_2"):
+        encoder = getattr(pipe, f"text_encoder{suffix}", None)
+        config = getattr(encoder, "config", None)
+        shared = getattr(config, "pooled_in_image_space", False) or hasattr(
+            encoder, "text_projection"
+        )
+        if shared and getattr(config, "projection_dim", None) == width:
+            return getattr(pipe, f"tokenizer{suffix}"), encoder
+    return None
+
+
+@torch.no_grad()
+def text_embeds(pipe: Any, tower: tuple[Any, Any] | None, texts: Sequence[str]) -> Tensor:
+    """One embedding of each text, (texts, width); without a tower, of the base's own encoder."""
+    tokenizer, encoder = tower or (pipe.tokenizer, pipe.text_encoder)
+    device, found = getattr(pipe, "_execution_device", None) or encoder.device, []
+    for text in texts:  # one by one, so that a text's embedding never depends on the others
+        read = tokenizer(
+            text,
+            padding="max_length",
+            truncation=True,
+            max_length=tokenizer.model_max_length,
+            return_tensors="pt",
+        )
+        output = encoder(read.input_ids.to(device))
+        embeds = getattr(output, "text_embeds", None)
+        found.append((output.pooler_output if embeds is None else embeds).float().cpu())
+    return torch.cat(found)
+
+
 class EmbedChange(Protocol):
     """What a lever makes of an item's image embeddings before they are projected."""
 
