@@ -126,11 +126,7 @@ class _Layout:
     @property
     def serves(self) -> bool:
         """Whether every shard that depends on `stored.images` is done."""
-        return all(
-            rows.is_done(shard)
-            for rows in (self.constants, self.references)
-            for shard in range(rows.shards)
-        )
+        return self.constants.done and self.references.done
 
 
 def _layout(
@@ -182,11 +178,15 @@ class EmbeddedPictures:
         self, folder: Path, encoders: FrozenEncoders, preprocessing: Preprocessing, stored: Stored
     ) -> None:
         records, known = read_manifest(folder), encoders.fingerprint()
-        layout = _layout(folder, records, known, preprocessing, stored)
-        if not all(layout.references.is_done(n) for n in range(layout.references.shards)):
-            embed(folder, encoders, replace(preprocessing, changed=0), stored, only_images=True)
-            layout.references = layout.pictures
-        self.records, self._read = records, RowReader(layout.references)
+        made = [
+            _Layout(folder, records, known, preprocessing, one)
+            for one in (replace(stored, images="both"), stored)
+        ]
+        found = [rows for one in made for rows in (one.references, one.pictures) if rows.done]
+        if not found:
+            embed(folder, encoders, preprocessing, stored, only_images=True)
+        layout, rows = made[1], found[0] if found else made[1].pictures
+        self.records, self._read = records, RowReader(rows)
         self._rows = {name: index for index, name in enumerate(layout.files)}
 
     def __getitem__(self, file_name: str) -> dict[str, Tensor]:
@@ -215,6 +215,11 @@ def embed(
     online, home = Online(folder, encoders, preprocessing), folder / FOLDER
     fingerprint = encoders.fingerprint()
     layout = _layout(folder, online.records, fingerprint, preprocessing, stored)
+    layout = (
+        _Layout(folder, online.records, fingerprint, preprocessing, stored)
+        if only_images
+        else layout
+    )
     stored = layout.stored
     work = [
         (layout.constants, lambda _: _constants(online, stored)),

@@ -299,9 +299,10 @@ def _scene_directions(scatter: _Scatter, shrink: bool) -> tuple[Tensor, dict[str
     smooth = within.unfold(0, min(5, len(within)), 1).mean(1)
     identity = int((smooth < IS_SCENE).long().cumprod(0).sum())
     _, vectors = torch.linalg.eigh(scatter.within(filled, shrink))
-    between = (1 - within).clamp_min(0)
+    # what a direction tells of the subject, in nats: total variance 1, `within` of it noise
+    told = -within.clamp(1e-6, 1).log() / 2
     held_out = {
-        "identity_kept": float(between[:identity].sum() / between.sum().clamp_min(1e-9)),
+        "identity_kept": float(told[:identity].sum() / told.sum().clamp_min(1e-9)),
         "scene_replaced": float(within[identity:].sum() / within.sum().clamp_min(1e-9)),
     }
     rounded = {name: round(share, 4) for name, share in held_out.items()}
