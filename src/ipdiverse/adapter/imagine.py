@@ -31,8 +31,9 @@ if TYPE_CHECKING:
     from ipdiverse.adapter.model import ImagePromptAdapter
 
 _SPEC, _HASH = "ipdiverse.space", "ipdiverse.sha256"
-MOST_NEAR, FEWEST_NEAR = 40, 8
-"""A scene is drawn among this many pictures of a bank, the hundredth part of it in between."""
+_AS_NEAR = 0.8
+"""Pictures fit a prompt from this part of the way on, from the mean similarity to the best."""
+_FEWEST, _BEST = 8, 5
 _MAX_CAPTIONS = 64 * 2**20
 _LARGEST = 2**24  # of a stored shape; the real ones are a few thousand
 
@@ -68,12 +69,15 @@ class SceneBank:
         if query is None or not self.keys.shape[1]:
             return torch.arange(len(self)), 1.0
         similar = self.keys @ query
-        count = min(len(self), max(FEWEST_NEAR, min(MOST_NEAR, len(self) // 100)))
-        best, found = similar.topk(count)
+        sorted_, found = similar.sort(descending=True, stable=True)
+        # not a fixed number: hundreds of pictures show what a short prompt says, few a long one's
+        mean, best = similar.mean(), sorted_[:_BEST].mean()
+        count = int((sorted_ >= mean + _AS_NEAR * (best - mean)).sum())
+        found = found[: max(min(_FEWEST, len(self)), min(count, len(self) // 10))]
         if self.near is None:
             return found, 1.0
         low, middle = self.near
-        return found, min(1.0, max(0.0, 1 - (low - float(best[0])) / max(middle - low, 1e-6)))
+        return found, min(1.0, max(0.0, 1 - (low - float(best)) / max(middle - low, 1e-6)))
 
 
 @dataclass(frozen=True, eq=False)

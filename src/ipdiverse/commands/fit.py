@@ -81,8 +81,9 @@ def as_text(spec: dict) -> str:
         f"{spec['pairs']} pairs\n"
         f"{directions['identity']} directions are the subject's and {directions['scene']} the "
         f"scene's; they explain {100 * spec['explained']:.1f} % of the image tokens\n"
-        f"on held-out pairs, {100 * held_out['identity_kept']:.0f} % of what tells subjects apart is "
-        f"kept and {100 * held_out['scene_replaced']:.0f} % of what differs within one replaced\n"
+        f"on held-out pairs, {100 * held_out['identity_kept']:.0f} % of what tells subjects apart "
+        f"is kept, and {100 * held_out['scene_replaced']:.0f} % of what differs within one "
+        "replaced\n"
         f"{spec['bank']} scenes, found by "
         + ("what they show" if spec["keys"] == "image" else "their captions")
     )

@@ -214,12 +214,8 @@ def embed(
 
     online, home = Online(folder, encoders, preprocessing), folder / FOLDER
     fingerprint = encoders.fingerprint()
-    layout = _layout(folder, online.records, fingerprint, preprocessing, stored)
-    layout = (
-        _Layout(folder, online.records, fingerprint, preprocessing, stored)
-        if only_images
-        else layout
-    )
+    made = _Layout if only_images else _layout
+    layout = made(folder, online.records, fingerprint, preprocessing, stored)
     stored = layout.stored
     work = [
         (layout.constants, lambda _: _constants(online, stored)),

@@ -39,7 +39,7 @@ _FOLDS = 5
 _SAMPLE, _EXACT = 4096, 4096
 """Pictures that directions are found in where tokens are wider than the second number."""
 _KEY_WIDTH = 48
-_PROMPTS = 500
+_PROMPTS = 250
 _FOUND = 0.75
 """A caption's own picture must be nearer than this share of the others for a shared space."""
 
@@ -210,12 +210,11 @@ def _exact(tokens: _Tokens) -> tuple[Tensor, Tensor, Tensor, float]:
     squares: Tensor | float = 0.0
     origin, count = None, 0
     for _, _, rows in tokens.subjects():
-        origin = (
-            rows.mean(0).double() if origin is None else origin
-        )  # near the mean: sums stay exact
-        rows = rows.double() - origin
-        total, squares = total + rows.sum(0), squares + rows.T @ rows
-        count += len(rows)
+        # near the mean, so that sums of squares stay exact
+        origin = rows.mean(0).double() if origin is None else origin
+        apart = rows.double() - origin
+        total, squares = total + apart.sum(0), squares + apart.T @ apart
+        count += len(apart)
     mean = torch.as_tensor(total) / count
     variances, vectors = torch.linalg.eigh(torch.as_tensor(squares) / count - mean.outer(mean))
     variances = variances.flip(0).clamp_min(0)
@@ -337,7 +336,10 @@ def _bank(
         similar = queries @ keys.T
         own = similar[range(len(some)), some]
         if float((similar < own[:, None]).float().mean()) > _FOUND:
-            bank = SceneBank(scenes, keys, captions, _near(similar, some))
+            short = [half for i in some for half in _halves(captions[i])]
+            asked = text_embeds(encoders.pipe, tower, short)
+            queries = normalize((asked - means[0]) @ directions, dim=-1)
+            bank = SceneBank(scenes, keys, captions, _near(queries @ keys.T, some))
             return bank, ("image", means, directions)
     width = encoders.pipe.text_encoder.config.hidden_size
     if len(told) < len(captions):  # a key for a part of them would leave the others out for good
@@ -349,7 +351,10 @@ def _bank(
         return SceneBank(scenes, keys, captions), ("caption", means, directions)
     embeds = text_embeds(encoders.pipe, None, captions)
     keys, means, directions = _keys(embeds, embeds)
-    bank = SceneBank(scenes, keys, captions, _near(keys[some] @ keys.T, some))
+    short = [half for i in some for half in _halves(captions[i])]
+    asked = text_embeds(encoders.pipe, None, short)
+    queries = normalize((asked - means[0]) @ directions, dim=-1)
+    bank = SceneBank(scenes, keys, captions, _near(queries @ keys.T, some))
     return bank, ("caption", means, directions)
 
 
@@ -362,10 +367,16 @@ def _keys(pictures: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return normalize(centred @ directions, dim=-1), means, directions
 
 
+def _halves(caption: str) -> list[str]:
+    """Held-out prompts: users write less than a caption says."""
+    words = caption.split()
+    return [" ".join(words[: len(words) // 2 or 1]), " ".join(words[len(words) // 2 :])]
+
+
 def _near(similar: Tensor, own: Sequence[int]) -> tuple[float, float]:
-    """Similarities of held-out prompts to the nearest other picture: a low one and the middle."""
-    others = similar.clone()
-    others[range(len(own)), list(own)] = -1
-    best = others.max(1).values
+    """Similarities of held-out prompts to the nearest other pictures: a low one and the middle."""
+    others = similar.unflatten(0, (len(own), -1)).clone()
+    others[range(len(own)), :, list(own)] = -1
+    best = others.topk(min(5, others.shape[-1] - 1)).values.mean(-1).flatten()
     low, middle = best.quantile(torch.tensor([0.02, 0.5])).tolist()
     return low, middle
