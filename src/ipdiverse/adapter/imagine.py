@@ -195,6 +195,28 @@ def _opened(file: Path, _: int) -> VariationSpace:
     return load_space(file)
 
 
+def as_text(spec: Mapping[str, Any]) -> str:
+    """What a space is, in lines."""
+    try:
+        held_out, directions = spec["held_out"], spec["directions"]
+        return (
+            f"of {spec['adapter']} (base {spec['base']}), projection {spec['projection'][:12]}…\n"
+            f"fitted on {spec['pictures']} pictures, {spec['subjects']} subjects with several, "
+            f"{spec['pairs']} pairs\n"
+            f"{directions['identity']} directions are the subject's and {directions['scene']} the "
+            f"scene's; they explain {100 * spec['explained']:.1f} % of the image tokens\n"
+            f"on held-out pairs, {100 * held_out['identity_kept']:.0f} % of what tells subjects "
+            f"apart is kept, and {100 * held_out['scene_replaced']:.0f} % of what differs within "
+            "one replaced\n"
+            f"{spec['bank']} scenes, found by "
+            + ("what they show" if spec["keys"] == "image" else "their captions")
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            "does not say how it was fitted", where="space", found=error
+        ) from error
+
+
 def save_space(space: VariationSpace, file: Path) -> None:
     """Write a space atomically (`*.safetensors`)."""
     write_bytes_atomic(file, space_bytes(space))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import chain
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +37,8 @@ EXPLAINED, MOST_DIRECTIONS = 0.985, 256
 IS_SCENE = 2 / 3
 """A direction is the scene's from this share of its variance within subjects on, if held out."""
 _FOLDS = 5
-_SAMPLE, _EXACT = 4096, 4096
-"""Pictures that directions are found in where tokens are wider than the second number."""
+_SAMPLE, _EXACT, _TOGETHER = 4096, 4096, 256
+"""Directions are found in a sample where tokens are wider than the second number."""
 _KEY_WIDTH = 48
 _PROMPTS = 250
 _FOUND = 0.75
@@ -99,10 +100,11 @@ def fit_space(
     scatter = _Scatter(deviations)
     names = _banked(pictures, options)
     kept: dict[str, Tensor] = {}
-    for subject, files, rows in tokens.subjects():
+    wanted = set(names)
+    for subject, files, rows in chain.from_iterable(tokens.subjects()):
         z = (rows - mean) @ directions / deviations
         scatter.add(z, derived_seed(subject) % _FOLDS)
-        kept |= {name: one for name, one in zip(files, z, strict=True) if name in names}
+        kept |= {name: one for name, one in zip(files, z, strict=True) if name in wanted}
     scene, held_out = _scene_directions(scatter, options.shrink)
     scenes = torch.stack([kept[name] for name in names])
     bank, keys = _bank(scenes, names, pictures, encoders, tower)
@@ -168,15 +170,20 @@ class _Tokens:
         self.pictures, self.adapter, self.groups = pictures, adapter, groups
         self.count = len({name for files in groups.values() for name in files})
 
-    def subjects(self) -> Iterator[tuple[str, list[str], Tensor]]:
-        """Subject, files and their tokens, (files, tokens · width)."""
+    def subjects(self) -> Iterator[list[tuple[str, list[str], Tensor]]]:
+        """Some at a time: subject, its files, and their tokens, (files, tokens · width)."""
         from tqdm import tqdm
 
-        files = sum(map(len, self.groups.values()))
+        files, some = sum(map(len, self.groups.values())), list[tuple[str, list[str]]]()
         with tqdm(total=files, unit="picture", disable=None) as progress:
-            for subject, group in self.groups.items():
-                yield subject, group, self.of(group)
-                progress.update(len(group))
+            for subject in (*self.groups.items(), None):
+                names = [name for _, group in some for name in group]
+                if names and (subject is None or len(names) >= _TOGETHER):
+                    parts = self.of(names).split([len(group) for _, group in some])
+                    yield [(*one, part) for one, part in zip(some, parts, strict=True)]
+                    progress.update(len(names))
+                    some = []
+                some += [] if subject is None else [subject]
 
     @torch.no_grad()
     def of(self, files: Sequence[str]) -> Tensor:
@@ -206,19 +213,22 @@ def _principal(
 
 
 def _exact(tokens: _Tokens) -> tuple[Tensor, Tensor, Tensor, float]:
-    total: Tensor | float = 0.0
-    squares: Tensor | float = 0.0
+    width = (tokens.adapter.image_proj.num_tokens or 0) * tokens.adapter.token_width
+    total, squares = torch.zeros(width).double(), torch.zeros(width, width).double()
     origin, count = None, 0
-    for _, _, rows in tokens.subjects():
+    for some in tokens.subjects():
+        rows = torch.cat([part for _, _, part in some]).double()
         # near the mean, so that sums of squares stay exact
-        origin = rows.mean(0).double() if origin is None else origin
-        apart = rows.double() - origin
-        total, squares = total + apart.sum(0), squares + apart.T @ apart
-        count += len(apart)
-    mean = torch.as_tensor(total) / count
-    variances, vectors = torch.linalg.eigh(torch.as_tensor(squares) / count - mean.outer(mean))
+        origin = rows.mean(0) if origin is None else origin
+        rows -= origin
+        total += rows.sum(0)
+        squares.addmm_(rows.T, rows)
+        count += len(rows)
+    mean = total / count
+    variances, vectors = torch.linalg.eigh(squares / count - mean.outer(mean))
     variances = variances.flip(0).clamp_min(0)
-    return mean + origin, variances, vectors.flip(1), float(variances.sum())  # type: ignore[operator]
+    mean += 0 if origin is None else origin
+    return mean, variances, vectors.flip(1), float(variances.sum())
 
 
 def _sampled(tokens: _Tokens) -> tuple[Tensor, Tensor, Tensor, float]:
