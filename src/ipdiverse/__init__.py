@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ipdiverse.adapter.attach.attach import attach, detach
     from ipdiverse.adapter.files.checkpoint import ImagePromptAdapter, load_adapter, save_adapter
+    from ipdiverse.adapter.imagine import VariationSpace, load_space, save_space
     from ipdiverse.adapter.reference import Reference
     from ipdiverse.base.bases import load_base
     from ipdiverse.dial import Levers
@@ -15,10 +16,12 @@ if TYPE_CHECKING:
     from ipdiverse.sampling.denoiser import release, steer
     from ipdiverse.sampling.draw import Generation, generate
     from ipdiverse.sampling.request import Request
+    from ipdiverse.training.fit import fit_space
 
 _HOMES = {
     "adapter.attach.attach": ("attach", "detach"),
     "adapter.files.checkpoint": ("ImagePromptAdapter", "load_adapter", "save_adapter"),
+    "adapter.imagine": ("VariationSpace", "load_space", "save_space"),
     "adapter.reference": ("Reference",),
     "base.bases": ("load_base",),
     "dial": ("Levers",),
@@ -27,6 +30,7 @@ _HOMES = {
     "sampling.denoiser": ("release", "steer"),
     "sampling.draw": ("Generation", "generate"),
     "sampling.request": ("Request",),
+    "training.fit": ("fit_space",),
 }
 
 __all__ = [
@@ -38,14 +42,18 @@ __all__ = [
     "Reference",
     "Request",
     "StepContext",
+    "VariationSpace",
     "attach",
     "detach",
+    "fit_space",
     "generate",
     "load_adapter",
     "load_base",
+    "load_space",
     "register_lever",
     "release",
     "save_adapter",
+    "save_space",
     "steer",
 ]
 

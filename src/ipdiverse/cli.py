@@ -23,6 +23,7 @@ from ipdiverse.commands.bases import Bases
 from ipdiverse.commands.checkpoints import Convert, Inspect, Push
 from ipdiverse.commands.console import say
 from ipdiverse.commands.evaluate import MOVED, Calibrate, Evaluate
+from ipdiverse.commands.fit import Fit
 from ipdiverse.commands.generate import Demo, Generate, Ui, renamed_flags
 from ipdiverse.commands.train import Critters, Embed, Prepare, Train, as_flags
 from ipdiverse.dial import DROPPED_LEVERS, OFF, Levers
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 COMMANDS: dict[str, type[Any]] = {
     kind.__name__.lower(): kind
     for kind in (
-        *(Generate, Bases, Demo, Prepare, Embed, Train, Evaluate, Calibrate),
+        *(Generate, Bases, Demo, Prepare, Embed, Fit, Train, Evaluate, Calibrate),
         *(Inspect, Convert, Push, Critters, Ui),
     )
 }

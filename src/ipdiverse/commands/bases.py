@@ -35,6 +35,7 @@ class Bases:
 def _described(preset: Preset) -> dict[str, Any]:
     files = preset.all_files()
     lacking = missing(files)
+    encoder = preset.encoder_files()
     parts = {"base": preset.base, "adapter": preset.adapter, "image_encoder": preset.encoder}
     return {
         "name": preset.name,
@@ -49,7 +50,7 @@ def _described(preset: Preset) -> dict[str, Any]:
             if repository is not None
         },
         "adapter": preset.weights[0],
-        "image_encoder": preset.encoder_files()[0].name.rpartition("/")[0] if preset.encoder else None,
+        "image_encoder": encoder[0].name.rpartition("/")[0] if encoder else None,
         "scheduler": preset.scheduler,
         "resolution": preset.resolution,
         "steps": preset.steps,
