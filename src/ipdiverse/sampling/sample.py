@@ -142,9 +142,10 @@ def _prompt(
     release(attachment)
     references: list[Any] = [job.reference for job in jobs]
     attachment.set_reference(references, negative=negative)
+    seeds = [derived_seed(job.seed, job.index, "levers") for job in jobs]
+    attachment.set_seeds(seeds)
     if levers == OFF and not previews:
         return None
-    seeds = [derived_seed(job.seed, job.index, "levers") for job in jobs]
     steering = steer(attachment, levers, seeds, [job.prompt for job in jobs])
     steering.previews = previews
     return steering

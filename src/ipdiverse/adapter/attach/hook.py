@@ -53,6 +53,8 @@ class ReferenceTokens:
     positive: Tensor
     negative: Tensor
     mask: RegionMask | None = None
+    drawn: tuple[Any, Tensor] | None = None
+    """What a fusion drew, and of what: drawing costs more than what levers change at every step."""
 
 
 @dataclass(eq=False)
@@ -68,6 +70,7 @@ class ActiveAdapter:
         change: What levers make of an item's fused tokens, (items, references, tokens, width).
         change_scale: What levers make of the scale.
         fusion_factor: What a lever multiplies the fusion's strength by.
+        seeds: One for each item of the next calls, for a fusion that draws; None numbers them.
         interpolation: Share of the adapter's own weights; the rest are its base weights.
         acting: The adapter, or what `interpolate` and `place` make of it; it never changes itself.
     """
@@ -80,6 +83,7 @@ class ActiveAdapter:
     change: Callable[[Tensor], Tensor] | None = None
     change_scale: Callable[[Scale], Scale] | None = None
     fusion_factor: float = 1.0
+    seeds: tuple[int, ...] | None = None
     interpolation: float = 1.0
     acting: ImagePromptAdapter = field(init=False)
     _mixed: ImagePromptAdapter = field(init=False)
@@ -249,7 +253,8 @@ class ImagePromptHook(ModelHook):
         negative = part.negative.to(text).expand_as(part.positive).repeat_interleave(repeats, 0)
         tokens = torch.cat([positive if branch == BOTH else negative for branch in layout])
         if prompt.acting.fusion is not None and prompt.strength:
-            tokens = self._fused(prompt, tokens, text, layout)
+            fused = self._drawn if prompt.acting.draws else self._fused
+            tokens = fused(prompt, part, tokens, text, layout)
         if prompt.change is not None and BOTH in layout:
             parts = zip(layout, tokens.chunk(branches), strict=True)
             tokens = torch.cat([prompt.change(t) if b == BOTH else t for b, t in parts])
@@ -259,16 +264,47 @@ class ImagePromptHook(ModelHook):
         tokens = tokens.flatten(1, 2)
         return TokenGroup(tokens, mask, _opposed(tokens, layout))
 
-    def _fused(self, prompt: ActiveAdapter, tokens: Tensor, text: Tensor, layout: Layout) -> Tensor:
+    def _drawn(
+        self,
+        prompt: ActiveAdapter,
+        part: ReferenceTokens,
+        tokens: Tensor,
+        text: Tensor,
+        layout: Layout,
+    ) -> Tensor:
+        """As `_fused`, but "no image" stays what it is, and nothing is drawn twice."""
+        branches = list(tokens.chunk(len(layout)))
+        if BOTH not in layout:
+            return tokens
+        at = layout.index(BOTH)
+        rows = text.chunk(len(layout))[at]
+        of = (prompt.acting, prompt.strength, prompt.seeds)
+        # by the text's values: levers hand on the same text in several tensors
+        if part.drawn is None or part.drawn[0][0] != of or not torch.equal(part.drawn[0][1], rows):
+            part.drawn = (of, rows), self._fused(prompt, part, branches[at], rows, (BOTH,))
+        return torch.cat(
+            [part.drawn[1] if b == BOTH else t for b, t in zip(layout, branches, strict=True)]
+        )
+
+    def _fused(
+        self,
+        prompt: ActiveAdapter,
+        _: ReferenceTokens,
+        tokens: Tensor,
+        text: Tensor,
+        layout: Layout,
+    ) -> Tensor:
         """Fuse each reference of each item with that item's text."""
         references = tokens.shape[1]
         told = self._told[1] if self._told else Told(layout)
         words = told.words_of(layout, len(text) // len(layout), text.shape[1])
+        seeds = prompt.seeds if prompt.seeds is not None else range(len(text))
         fused = prompt.acting.fuse(
             tokens.flatten(0, 1),
             text.repeat_interleave(references, 0),
             None if words is None else words.to(text.device).repeat_interleave(references, 0),
             prompt.strength,
+            [seed for seed in seeds for _ in range(references)],  # one scene for all of an item's
         )
         return fused.unflatten(0, (-1, references))
 
