@@ -241,7 +241,9 @@ COMMANDS: dict[str, Callable[[], int]] = {
     "evaluate": lambda: study("sd15-plus"),
     "an arm": lambda: study("sd15", arm='adapter = "sd15-plus"'),
     "calibrate": lambda: calibration("sd15", "--adapter", "sd15-plus", "--steps", "1"),
-    "--base-weights": lambda: calibration("sd15", "--adapter", "sd15", "--base-weights", "sd15-plus"),
+    "--base-weights": lambda: calibration(
+        "sd15", "--adapter", "sd15", "--base-weights", "sd15-plus"
+    ),
     "train": lambda: main(
         ["train", "--base", "sd15", "--init-from", "sd15-plus", "--data", "d", "--out", "run"]
     ),

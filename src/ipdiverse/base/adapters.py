@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ipdiverse.base.downloads import HUB_ID, fetch, reason, split_hub_id
+from ipdiverse.base.downloads import HUB_ID, fetch, first_line, reason, split_hub_id
 from ipdiverse.base.pipelines import CRITTERS, CRITTERS_BASE, check_known
 from ipdiverse.base.presets import PRESETS
 from ipdiverse.errors import ArgumentError, CheckpointError, ModelError
@@ -40,14 +40,8 @@ SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 INDEX = ".index.json"
 """How the name of the file ends that says which shard holds which tensor."""
 _SHARD = re.compile(r"(.+)-[0-9]{5}-of-[0-9]{5}(\.safetensors|\.bin)")
-_NO_WEIGHTS = (
-    "training_state",
-    "optimizer",
-    "scheduler",
-    "scaler",
-    "random_states",
-    "training_args",
-)
+# what trainers, accelerate's and transformers' among them, write beside an adapter
+_STATES = ("training_state", "training_args", "optimizer", "scheduler", "scaler", "random_states")
 _TRUE = {"1", "true", "yes", "on"}
 
 
@@ -165,43 +159,33 @@ def find_checkpoint(
     if path.exists() or not is_id or path.suffix.lower() in SUFFIXES:
         return path
     offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in _TRUE
-    options: dict[str, Any] = {
-        "subfolder": subfolder or None,
-        "revision": revision,
-        "local_files_only": local_files_only or offline,
-    }
-    options |= {"token": token} if token is not None else {}
-    options |= {"cache_dir": cache_dir} if cache_dir is not None else {}
-    return _download(str(source), weight_name, options)
+    options = {"subfolder": subfolder or None, "revision": revision, "token": token}
+    options |= {"cache_dir": cache_dir, "local_files_only": local_files_only or offline}
+    given = {name: value for name, value in options.items() if value is not None}
+    return _download(str(source), weight_name, given)
 
 
 def _only_file(folder: Path) -> Path:
     """The folder's weights; safetensors before anything that is pickled."""
-    names = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
-    if any(name == "zero_to_fp32.py" or name.endswith("_optim_states.pt") for name in names):
+    held = sorted(folder.iterdir()) if folder.is_dir() else []
+    if any(f.name == "zero_to_fp32.py" or f.name.endswith("_optim_states.pt") for f in held):
         raise CheckpointError(
             "is a DeepSpeed checkpoint",
             where=folder,
             fix="Run the zero_to_fp32.py that DeepSpeed put there, and give its result.",
         )
-    indexes = sorted(folder / name for name in names if name.endswith(INDEX))
-    if len(indexes) == 1:
-        return indexes[0]
-    files = [
-        file
-        for file in (sorted(folder.iterdir()) if folder.is_dir() else [])
-        if file.suffix.lower() in SUFFIXES and not file.name.startswith(_NO_WEIGHTS)
-    ]
+    indexes = [file for file in held if file.name.endswith(INDEX)]
+    weights = [file for file in held if file.suffix.lower() in SUFFIXES]
+    files = [file for file in weights if not file.name.startswith(_STATES)]
     files = [file for file in files if file.suffix.lower() == ".safetensors"] or files
-    if len(files) == 1:
-        return files[0]
-    names = ", ".join(file.name for file in files[:10])
-    more = f" and {len(files) - 10} more" if len(files) > 10 else ""
+    for only in (indexes, files):
+        if len(only) == 1:
+            return only[0]
     raise CheckpointError(
         "it is not clear which file is the adapter" if files else "does not hold a checkpoint",
         where=folder,
         expected="one .safetensors or .bin file",
-        found=names + more or "none",
+        found=", ".join(file.name for file in files) or "none",
         fix="Give the file's path, or weight_name in Python." if files else "Check the path.",
     )
 
@@ -210,7 +194,7 @@ def _download(repository: str, weight_name: str | None, options: dict[str, Any])
     from huggingface_hub import hf_hub_download
 
     name, offline = weight_name or PUBLISHED, options["local_files_only"]
-    wanted = "/".join(part for part in (repository, options["subfolder"], name) if part)
+    wanted = "/".join(part for part in (repository, options.get("subfolder"), name) if part)
     try:
         file = hf_hub_download(repository, name, **options)
     except Exception as error:  # whatever the hub's library or the network raises
@@ -227,17 +211,14 @@ def _download(repository: str, weight_name: str | None, options: dict[str, Any])
             raise CheckpointError(
                 f"cannot be downloaded from the hub: {known.what}", where=wanted, fix=known.fix
             ) from error
-        lines = str(error).strip().splitlines()
-        raise CheckpointError(
-            "is not a file here, nor in the local cache"
-            if offline
-            else "is not a file here, and cannot be downloaded from the hub",
-            where=wanted,
-            found=lines[0][:200] if lines else type(error).__name__,
-            fix="Allow downloads once, or give a local file."
-            if offline
-            else "Check the name, the network and your access.",
-        ) from error
+        if offline:
+            what = "is not a file here, nor in the local cache"
+            fix = "Allow downloads once, or give a local file."
+        else:
+            what = "is not a file here, and cannot be downloaded from the hub"
+            fix = "Check the name, the network and your access."
+        found = first_line(error)
+        raise CheckpointError(what, where=wanted, found=found, fix=fix) from error
     return Path(file)
 
 

@@ -55,18 +55,11 @@ def offline() -> bool:
 
 
 def fetch(files: Sequence[HubFile], name: str, *, local_files_only: bool = False) -> list[Path]:
-    """Have files in the local cache, downloading the missing ones.
-
-    Args:
-        files: Of any repositories; those of one repository come from one commit.
-
-    Returns:
-        Where each is.
-    """
+    """Where files are in the local cache, once the missing ones are downloaded."""
     lacking = missing(files)
     if lacking and (local_files_only or offline()):
         raise not_cached(lacking, name)
-    # a branch may move between two files, and a base must not be made of two commits: the first
+    # A branch may move between two files, and a base must not be made of two commits: the first
     # file decides. `snapshot_download` would resolve it too, but it skips a file that the revision
     # lacks, and its errors do not say which file they are about.
     commits: dict[str, str] = {}
@@ -121,43 +114,32 @@ def _of_the_hub(error: BaseException, repository: str) -> Reason | None:
     lost = (ConnectionError, TimeoutError, httpx.TransportError)
     accept = f"Accept them on {page}, then run `hf auth login`."
     login = "Check the name; for a private one run `hf auth login`."
+    revision, file = "Check --revision; `main` is the newest.", f"See {page}, and check --revision."
     # an error comes before those that it inherits from
-    table: tuple[tuple[Any, Reason], ...] = (
-        (
-            errors.GatedRepoError,
-            Reason("it is gated: its owner wants its terms accepted first", accept),
-        ),
-        (
-            errors.RepositoryNotFoundError,
-            Reason("there is no such repository, or it is private", login),
-        ),
-        (
-            errors.RevisionNotFoundError,
-            Reason("it has no such revision", "Check --revision; `main` is the newest."),
-        ),
-        (
-            errors.RemoteEntryNotFoundError,
-            Reason("it lacks a file at this revision", f"See {page}, and check --revision."),
-        ),
-        (errors.OfflineModeIsEnabled, _OFF),
-        (lost, Reason("the hub cannot be reached", network)),
-        (errors.HfHubHTTPError, Reason("the hub refused", network)),
+    table: tuple[tuple[Any, str, str], ...] = (
+        (errors.GatedRepoError, "it is gated: its owner wants its terms accepted first", accept),
+        (errors.RepositoryNotFoundError, "there is no such repository, or it is private", login),
+        (errors.RevisionNotFoundError, "it has no such revision", revision),
+        (errors.RemoteEntryNotFoundError, "it lacks a file at this revision", file),
+        (errors.OfflineModeIsEnabled, *_OFF),
+        (lost, "the hub cannot be reached", network),
+        (errors.HfHubHTTPError, "the hub refused", network),
     )
-    for kinds, known in table:
+    for kinds, what, fix in table:
         if isinstance(error, kinds):
-            return known
+            return Reason(what, fix)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return Reason("there is no space left for it", "Free some, or set HF_HOME to another disk.")
     return None
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    current: BaseException | None = error
-    while current is not None and id(current) not in seen:
-        seen.add(id(current))
-        yield current
-        current = current.__cause__ or current.__context__
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what it was raised from; a library may have closed them to a circle."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        seen.append(error)
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _download(file: HubFile, revision: str, name: str) -> Path:
@@ -167,8 +149,7 @@ def _download(file: HubFile, revision: str, name: str) -> Path:
         return Path(hf_hub_download(file.repository.id, file.name, revision=revision))
     except Exception as error:  # whatever the hub's library or the network raises
         where = f"{name} ({file.repository.id}/{file.name} at {revision[:12]})"
-        known = reason(error, file.repository.id)
-        if known is not None:
+        if known := reason(error, file.repository.id):
             raise ModelError(known.what, where=where, fix=known.fix) from error
         raise ModelError("cannot be downloaded", where=where, found=first_line(error)) from error
 

@@ -1,13 +1,8 @@
 """Presets: one word for a published base with its adapter and image encoder.
 
-Revisions are commits, so that a preset means the same tomorrow; to move one to a newer commit,
-change its line here, or use `--revision` for one run. Sizes are those of the published files,
-rounded, and are written down here because the hub's library cannot tell them offline: its dry runs
-(`snapshot_download(..., dry_run=True)`) ask the hub for every repository's list of files, also
-when all files are in the local cache.
-
-Sources: the model cards of the repositories, and the original authors' examples for steps, scale
-and scheduler (github.com/tencent-ailab/IP-Adapter).
+Revisions are commits, so that a preset means the same tomorrow. Files and rounded sizes are written
+down because the hub's library cannot tell them offline. Sources: the repositories' model cards, and
+the original authors' examples for steps, scale and scheduler (github.com/tencent-ailab/IP-Adapter).
 """
 
 from __future__ import annotations
@@ -66,7 +61,6 @@ class Preset:
         guidance_scale: Good default.
         scale: Good default of the image prompt's weight.
         steps: Good default.
-        encoder_folder: The image encoder's folder.
         faces: The adapter reads face embeddings.
     """
 
@@ -83,7 +77,6 @@ class Preset:
     guidance_scale: float
     scale: float
     steps: int = 30
-    encoder_folder: str = "models/image_encoder"
     faces: bool = False
 
     def base_files(self, revision: str = "", *, checker: bool = True) -> list[HubFile]:
@@ -99,8 +92,9 @@ class Preset:
         """The image encoder's; its preprocessing is CLIP's own and has no file."""
         if self.encoder is None:
             return []
-        wanted = (("config.json", 0), ("model.safetensors", 2528 * _MB))
-        return [HubFile(self.encoder, f"{self.encoder_folder}/{n}", size) for n, size in wanted]
+        folder = "models/image_encoder"  # ViT-H/14, which all presets' adapters read
+        weights = HubFile(self.encoder, f"{folder}/model.safetensors", 2528 * _MB)
+        return [HubFile(self.encoder, f"{folder}/config.json"), weights]
 
     def all_files(self) -> list[HubFile]:
         """Everything."""
@@ -108,16 +102,28 @@ class Preset:
 
     def repositories(self) -> list[Repository]:
         """Each one once."""
-        every = [self.base, self.adapter, *([self.encoder] if self.encoder else [])]
-        return list(dict.fromkeys(every))
+        return list(dict.fromkeys(file.repository for file in self.all_files()))
 
 
 _IP_ADAPTER = Repository("h94/IP-Adapter", "018e402774aeeddd60609b4ecdb7e298259dc729", "apache-2.0")
 
 
-def _tokenizer(folder: str) -> tuple[tuple[str, int], ...]:
-    names = ("merges.txt", "special_tokens_map.json", "tokenizer_config.json", "vocab.json")
-    return tuple((f"{folder}/{name}", _MB if name == "vocab.json" else 0) for name in names)
+def _model(folder: str, megabytes: int) -> tuple[tuple[str, int], ...]:
+    name = "diffusion_pytorch_model" if folder in ("unet", "vae") else "model"
+    weights = (f"{folder}/{name}.fp16.safetensors", megabytes * _MB)
+    return ((f"{folder}/config.json", 0), weights)
+
+
+def _pipeline(**megabytes: int) -> tuple[tuple[str, int], ...]:
+    """A pipeline's files, from the size of each model's weights; a few kB count as nothing."""
+    files = [("model_index.json", 0), ("scheduler/scheduler_config.json", 0)]
+    for folder, size in megabytes.items():
+        files += _model(folder, size)
+        if folder.startswith("text_encoder"):
+            home = folder.replace("text_encoder", "tokenizer")
+            names = ("merges.txt", "special_tokens_map.json", "tokenizer_config.json")
+            files += [*((f"{home}/{name}", 0) for name in names), (f"{home}/vocab.json", _MB)]
+    return tuple(files)
 
 
 _SD15 = Preset(
@@ -129,21 +135,10 @@ _SD15 = Preset(
         "creativeml-openrail-m",
     ),
     files=(
-        ("model_index.json", 0),
+        *_pipeline(text_encoder=246, unet=1719, vae=167),
         ("feature_extractor/preprocessor_config.json", 0),
-        ("scheduler/scheduler_config.json", 0),
-        ("text_encoder/config.json", 0),
-        ("text_encoder/model.fp16.safetensors", 246 * _MB),
-        *_tokenizer("tokenizer"),
-        ("unet/config.json", 0),
-        ("unet/diffusion_pytorch_model.fp16.safetensors", 1719 * _MB),
-        ("vae/config.json", 0),
-        ("vae/diffusion_pytorch_model.fp16.safetensors", 167 * _MB),
     ),
-    checker=(
-        ("safety_checker/config.json", 0),
-        ("safety_checker/model.fp16.safetensors", 608 * _MB),
-    ),
+    checker=_model("safety_checker", 608),
     adapter=_IP_ADAPTER,
     weights=("models/ip-adapter_sd15.safetensors", 45 * _MB),
     encoder=_IP_ADAPTER,
@@ -160,20 +155,7 @@ _SDXL = Preset(
         "462165984030d82259a11f4367a4eed129e94a7b",
         "openrail++",
     ),
-    files=(
-        ("model_index.json", 0),
-        ("scheduler/scheduler_config.json", 0),
-        ("text_encoder/config.json", 0),
-        ("text_encoder/model.fp16.safetensors", 246 * _MB),
-        ("text_encoder_2/config.json", 0),
-        ("text_encoder_2/model.fp16.safetensors", 1389 * _MB),
-        *_tokenizer("tokenizer"),
-        *_tokenizer("tokenizer_2"),
-        ("unet/config.json", 0),
-        ("unet/diffusion_pytorch_model.fp16.safetensors", 5135 * _MB),
-        ("vae/config.json", 0),
-        ("vae/diffusion_pytorch_model.fp16.safetensors", 167 * _MB),
-    ),
+    files=_pipeline(text_encoder=246, text_encoder_2=1389, unet=5135, vae=167),
     checker=(),
     adapter=_IP_ADAPTER,
     # `vit-h`: the SDXL adapter without it reads another, larger encoder (OpenCLIP ViT-bigG/14)
@@ -211,7 +193,6 @@ _ALL = (
         # published as a pickle alone; adapter.files reads it without running what is in it
         weights=("ip-adapter-faceid_sd15.bin", 97 * _MB),
         encoder=None,
-        encoder_folder="",
         scale=1.0,
         faces=True,
     ),

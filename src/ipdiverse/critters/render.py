@@ -16,11 +16,12 @@ from ipdiverse.critters import shapes
 from ipdiverse.critters.shapes import Box, Capsule, Ellipse, Polygon, Shape
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from ipdiverse.critters.scene import Scene
 
 Colour = tuple[float, float, float]
+Layer = tuple[Shape, Colour]
 
 _HUES = {
     "red": (0.0, 0.85, 0.85),
@@ -84,28 +85,46 @@ class Jitter:
 def render(scene: Scene, seed: int, size: int = 64) -> np.ndarray:
     """Draw the scene, uint8 (size, size, 3), RGB; the seed decides its `Jitter`."""
     jitter = Jitter.from_seed(seed)
-    canvas = _background(scene.place, jitter, size)
-    for shape, colour in _layers(scene, jitter):
-        shapes.paint(canvas, shape, colour)
+    return painted(scene.place, jitter, parts(scene, jitter), size)
+
+
+def painted(
+    place: str, jitter: Jitter, layers: Mapping[str, Iterable[Layer]], size: int = 64
+) -> np.ndarray:
+    """Draw parts over a place's sky and ground, uint8 (size, size, 3)."""
+    canvas = _background(place, jitter, size)
+    for part in layers.values():
+        for shape, colour in part:
+            shapes.paint(canvas, shape, colour)
     return (canvas * 255 + 0.5).astype(np.uint8)
 
 
-def _layers(scene: Scene, jitter: Jitter) -> Iterable[tuple[Shape, Colour]]:
-    """Every shape from back to front."""
+def parts(scene: Scene, jitter: Jitter) -> dict[str, list[Layer]]:
+    """Every part's shapes by its name, from back to front."""
     x = _X_OF_POSITION[scene.position] + jitter.x
     y, r = jitter.y, jitter.radius
-    # at an edge the item is held towards the middle, or it would be cut off
-    side = {"left": 1, "right": -1}.get(scene.position, jitter.item_side)
-    body_colour = _tint(scene.colour, jitter.hue, jitter.value)
-    yield from _DECORATIONS[scene.place](jitter.horizon, jitter.decoration)
-    yield from _item(scene.item, _tint(scene.item_colour, jitter.item_hue, 0), x, y, r, side)
-    yield (
-        Capsule(x + side * 0.6 * r, y + 0.2 * r, x + side * 1.3 * r, y + 0.15 * r, 0.15 * r),
-        (_shade(body_colour, 0.75)),
-    )
-    yield from _body(scene, body_colour, x, y, r)
-    yield from _eyes(scene.eyes, jitter.gaze, x, y, r)
-    yield from _headgear(scene.headgear, x, y - _TOP[scene.shape] * r, r)
+    side = side_of(scene, jitter)
+    body = _tint(scene.colour, jitter.hue, jitter.value)
+    dark = _shade(body, 0.45)
+    outline = _outline(scene.shape, x, y, r)
+    arm = Capsule(x + side * 0.6 * r, y + 0.2 * r, x + side * 1.3 * r, y + 0.15 * r, 0.15 * r)
+    item_colour = _tint(scene.item_colour, jitter.item_hue, 0)
+    return {
+        "decoration": list(_DECORATIONS[scene.place](jitter.horizon, jitter.decoration)),
+        "item": list(_item(scene.item, item_colour, x, y, r, side)),
+        "arm": [(arm, _shade(body, 0.75))],
+        "feet": [(Ellipse(x + d * r, y + 0.95 * r, 0.28 * r, 0.16 * r), dark) for d in (-0.4, 0.4)],
+        # a dark rim, so that a green critter is seen in a meadow
+        "body": [(shapes.grown(outline, 0.012), dark), (outline, body)],
+        "marks": [(mark, _shade(body, 0.55)) for mark in _marks(scene.pattern, outline, x, y, r)],
+        "eyes": list(_eyes(scene.eyes, jitter.gaze, x, y, r)),
+        "headgear": list(_headgear(scene.headgear, x, y - _TOP[scene.shape] * r, r)),
+    }
+
+
+def side_of(scene: Scene, jitter: Jitter) -> int:
+    """On which side the item is held: 1 right, -1 left; at an edge towards the middle."""
+    return {"left": 1, "right": -1}.get(scene.position, jitter.item_side)
 
 
 def _tint(name: str, hue: float, value: float) -> Colour:
@@ -203,21 +222,11 @@ def _outline(shape: str, x: float, y: float, r: float) -> Shape:
     return Polygon(shapes.star(x, y + 0.05 * r, 1.28 * r, 0.74 * r))
 
 
-def _body(
-    scene: Scene, colour: Colour, x: float, y: float, r: float
-) -> Iterable[tuple[Shape, Colour]]:
-    dark = _shade(colour, 0.45)
-    for dx in (-0.4, 0.4):
-        yield Ellipse(x + dx * r, y + 0.95 * r, 0.28 * r, 0.16 * r), dark
-    outline = _outline(scene.shape, x, y, r)
-    # a dark rim, so that a green critter is seen in a meadow
-    yield shapes.grown(outline, 0.012), dark
-    yield outline, colour
-    mark = _shade(colour, 0.55)
-    if scene.pattern == "striped":
+def _marks(pattern: str, outline: Shape, x: float, y: float, r: float) -> Iterable[Shape]:
+    if pattern == "striped":
         for dy in (-0.85, -0.25, 0.35, 0.95):
-            yield shapes.clipped(Box(x, y + dy * r, 2 * r, 0.13 * r), outline), mark
-    elif scene.pattern == "spotted":
+            yield shapes.clipped(Box(x, y + dy * r, 2 * r, 0.13 * r), outline)
+    elif pattern == "spotted":
         for dx, dy in (
             (-0.55, -0.45),
             (0.55, -0.5),
@@ -226,7 +235,7 @@ def _body(
             (0.0, 0.78),
             (0.0, -0.8),
         ):
-            yield shapes.clipped(Ellipse(x + dx * r, y + dy * r, 0.19 * r, 0.19 * r), outline), mark
+            yield shapes.clipped(Ellipse(x + dx * r, y + dy * r, 0.19 * r, 0.19 * r), outline)
 
 
 _EYES = {"one": (0.0,), "two": (-0.34, 0.34), "three": (-0.52, 0.0, 0.52)}

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 _PARTS = 4
 """Parts of the tokens; a feed-forward that is computed again needs memory for one at a time."""
 _FEW_TOKENS = 256
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def hold_less(unet: nn.Module) -> None:
@@ -38,7 +37,8 @@ def hold_less(unet: nn.Module) -> None:
 
     modules: list[Any] = list(unet.modules())
     for module in modules:
-        if _is_usual(module):
+        usual = isinstance(module, nn.Conv2d) and module.padding_mode == "zeros"
+        if usual and isinstance(module.padding, tuple):  # `_convolved` knows no others
             module.forward = partial(_convolved, module)
     blocks: list[Any] = [m for m in modules if isinstance(m, BasicTransformerBlock)]
     widest = max((block.dim for block in blocks), default=0)
@@ -49,11 +49,12 @@ def hold_less(unet: nn.Module) -> None:
 
 def hold_as_computed(unet: nn.Module, mixed_precision: str) -> None:
     """Keep frozen matrices in the type that autocast computes them in; norms stay in float32."""
-    if mixed_precision not in _DTYPES:
+    if mixed_precision == "no":
         return
+    dtype = torch.bfloat16 if mixed_precision == "bf16" else torch.float16
     for module in unet.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
-            module.to(_DTYPES[mixed_precision])
+            module.to(dtype)
         else:
             # Weights that were just loaded are pages of their file, which stay in memory as long
             # as one of them is used: so norms are copied.
@@ -71,13 +72,6 @@ def fast_backward(latents: Tensor, mixed_precision: str) -> AbstractContextManag
     few = latents.shape[-2] * latents.shape[-1] <= _FEW_TOKENS
     plain = latents.device.type == "cpu" and mixed_precision != "no" and few
     return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
-
-
-def _is_usual(module: Any) -> bool:
-    """Whether this is a convolution that pads with zeros, by numbers."""
-    if not isinstance(module, nn.Conv2d):
-        return False
-    return module.padding_mode == "zeros" and isinstance(module.padding, tuple)
 
 
 def _again(feed_forward: Callable[[Tensor], Tensor], states: Tensor) -> Tensor:

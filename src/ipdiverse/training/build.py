@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,11 +44,9 @@ def initial_adapter(config: TrainConfig) -> ImagePromptAdapter | None:
         return None
     adapter = load_adapter(adapter_file(config.base, config.init_from))
     if config.adapter not in ("auto", adapter.kind):
+        wanted, found = config.adapter, adapter.kind
         raise ArgumentError(
-            "is of another kind",
-            where=config.init_from,
-            expected=config.adapter,
-            found=adapter.kind,
+            "is of another kind", where=config.init_from, expected=wanted, found=found
         )
     if config.fusion == "gated" and adapter.fusion is None and not adapter.image_proj.num_tokens:
         raise ArgumentError(
@@ -58,27 +57,18 @@ def initial_adapter(config: TrainConfig) -> ImagePromptAdapter | None:
     return adapter
 
 
-def embedding_read(config: TrainConfig, initial: ImagePromptAdapter | None) -> str:
-    """What the run's adapter reads from the image encoder, `pooled` or `hidden`."""
-    if initial is not None:
-        return initial.reads[0]
-    return "pooled" if config.adapter == "base" else "hidden"
-
-
 @building()
 def build_adapter(
     config: TrainConfig, encoders: FrozenEncoders, initial: ImagePromptAdapter | None
 ) -> ImagePromptAdapter:
     """The initial adapter, or a new one that fits the base, with the fusion asked for."""
-    unet, encoder = encoders.pipe.unet, encoders.images.encoder
-    adapter = initial
+    unet, encoder, adapter = encoders.pipe.unet, encoders.images.encoder, initial
     if adapter is None:
         kind = "base" if config.adapter == "base" else "plus"
-        tokens = config.tokens or (4 if kind == "base" else 16)
-        width = config.width or unet.config.cross_attention_dim
-        sizes = {"num_tokens": tokens}
+        sizes = {"num_tokens": config.tokens or (4 if kind == "base" else 16)}
         if kind == "plus":
-            sizes |= {"width": width, "depth": config.depth}
+            sizes["width"] = config.width or unet.config.cross_attention_dim
+            sizes["depth"] = config.depth
         adapter = new_adapter(kind, unet, encoder, None, **sizes)
     if config.fusion == "none" or adapter.fusion is not None:
         return adapter
@@ -87,28 +77,32 @@ def build_adapter(
         adapter.fusion = BlendFusion(width)
     else:
         tokens: Any = adapter.image_proj.num_tokens
-        adapter.fusion = GatedFusion(width, tokens, heads=_heads(width))
+        adapter.fusion = GatedFusion(width, tokens, heads=math.gcd(width, 8))
     return adapter
 
 
 def build_samples(
     config: TrainConfig,
     encoders: FrozenEncoders,
-    reads: str,
+    initial: ImagePromptAdapter | None,
     first: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Samples:
     """The run's samples: from the cache, which is completed first, or encoded at every step."""
+    new_reads = "pooled" if config.adapter == "base" else "hidden"
+    reads = new_reads if initial is None else initial.reads[0]
     shown = Preprocessing.of(config, encoders.resolution)
     folder = Path(config.data)
     if config.cache:
         images: Any = reads if config.cache_images == "auto" else config.cache_images
         stored = Stored(images, config.cache_dtype)
-        with first():
+        with first():  # one process computes what is missing, the others then find it
             embed(folder, encoders, shown, stored)
         data = Embedded(folder, encoders.fingerprint(), shown, stored)
     else:
         data = Online(folder, encoders, shown)
     trained = _trained(config, data.records)
+    if config.epochs is not None:
+        config = replace(config, steps=config.epochs * -(-len(trained) // config.batch))
     references = _references(config.reference, [data.records[index] for index in trained])
     vae = encoders.pipe.vae.config
     scaling = (vae.scaling_factor, getattr(vae, "shift_factor", None) or 0.0)
@@ -199,8 +193,3 @@ def _references(kind: str, records: list[Record]) -> References:
         return References(records, parse_references(kind))
     augmented = References(records, {"augmented": 1})
     return References(records, {"paired": 1}) if augmented.paired_share else augmented
-
-
-def _heads(width: int) -> int:
-    """Eight where they divide the width, else the largest power of two below that does."""
-    return next(heads for heads in (8, 4, 2, 1) if width % heads == 0)

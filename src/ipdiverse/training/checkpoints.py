@@ -1,17 +1,12 @@
-"""What a run leaves in its folder: checkpoints, and a log of its figures.
+"""What a run leaves in its folder: `log.jsonl`, a line for each step, and checkpoints.
 
-    log.jsonl                                       a line for each step
     checkpoint-00000500/adapter.safetensors         what users load
     checkpoint-00000500/training_state.safetensors  the optimizer's moments; with averaging, also
                                                     the weights, as the adapter has the averages
-    checkpoint-00000500/training_state.json         step, the run's settings, counters, hashes of
-                                                    the other two and of itself
+    checkpoint-00000500/training_state.json         step, settings, counters, hashes of all three
 
-A checkpoint is a loadable adapter and, in other files, all that resuming needs. It is written under
-a temporary name and renamed when it is whole; only then are older ones removed. Nothing is
-unpickled: a checkpoint from a stranger can be resumed. A resumed run cuts its log and its curves at
-the checkpoint's step. No file holds a time or the place of a folder, so a run that was killed and
-resumed, or moved, ends with the same bytes.
+Nothing is unpickled: a checkpoint from a stranger can be resumed. No file holds a time or the place
+of a folder, so a run that was killed and resumed, or moved, ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -157,17 +152,16 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     old, new = todays(before["settings"]), now["settings"]
     different = []
     for name in new.keys() - set(MAY_CHANGE):
-        hashes = [run["contents"].get(name) for run in (before, now)]
         was, value = old.get(name), new[name]
-        if None not in hashes:
-            if hashes[0] != hashes[1]:
-                same = "has changed" if was == value else f"was {was!r}, is {value!r}"
-                different.append(f"{name} {same}")
-            continue
-        if name in _PLACES and isinstance(was, str) and was != value:
-            was = Path(was).name  # version 0.1 kept its path
-        if was != value:
-            different.append(f"{name} was {was!r}, is {value!r}")
+        hashes = [run["contents"].get(name) for run in (before, now)]
+        same = hashes[0] == hashes[1]
+        if None in hashes:
+            if name in _PLACES and isinstance(was, str) and was != value:
+                was = Path(was).name  # version 0.1 kept its path
+            same = was == value
+        if not same:
+            how = "has changed" if was == value else f"was {was!r}, is {value!r}"
+            different.append(f"{name} {how}")
     return sorted(different) + [f"{name} was on" for name in DROPPED if old.get(name)]
 
 
@@ -215,22 +209,26 @@ def tracking(
         yield lambda _: None
         return
     log = out / LOG
-    if log.is_file():
+    if log.is_file():  # a run that was killed logged steps that it now repeats
         found = log.read_text("utf-8", "replace")
         lines = [line for line in found.split("\n") if _step_of(line) <= step]
         if (whole := "".join(f"{line}\n" for line in lines)) != found:
             write_text_atomic(log, whole)
-    with (
-        tqdm(total=config.steps, initial=step, unit="step", disable=None) as bar,
-        _tracker(config, out, step) as tracker,
-    ):
+    tracker = _tracker(config, out, step)
+    with tqdm(total=config.steps, initial=step, unit="step", disable=None) as bar:
 
         def track(figures: dict[str, Any]) -> None:
             bar.update(1)
             append_text(log, json.dumps(figures) + "\n")
-            tracker(figures)
+            if tracker is not None:
+                values = {name: value for name, value in figures.items() if name != "step"}
+                tracker.log(values, step=figures["step"])
 
-        yield track
+        try:
+            yield track
+        finally:
+            if tracker is not None:
+                tracker.finish()
 
 
 def _step_of(line: str) -> int:
@@ -240,14 +238,10 @@ def _step_of(line: str) -> int:
         return 1 << 62  # a line cut off in mid-write: later than any step, so it is dropped
 
 
-@contextlib.contextmanager
-def _tracker(
-    config: TrainConfig, out: Path, step: int
-) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Accelerate's TensorBoard or W&B tracker as a function of figures, or a silent one."""
+def _tracker(config: TrainConfig, out: Path, step: int) -> Any:
+    """Accelerate's TensorBoard or W&B tracker, started; None if none is wanted."""
     if config.report_to == "none":
-        yield lambda _: None
-        return
+        return None
     from accelerate.tracking import TensorBoardTracker, WandBTracker
 
     if config.report_to == "tensorboard":
@@ -256,19 +250,11 @@ def _tracker(
     else:
         # an id made from the folder, so that a resumed run extends the same curves
         name = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]
-        tracker = WandBTracker(
-            "ipdiverse", id=name, resume="allow", config=asdict(config), dir=str(out)
-        )
+        options: dict[str, Any] = {"config": asdict(config), "dir": str(out)}
+        tracker = WandBTracker("ipdiverse", id=name, resume="allow", **options)
     try:
         tracker.start()
     except ImportError as error:
-        name = config.report_to
-        raise ArgumentError(
-            "is not installed", where=f"report_to {name}", fix=f"pip install {name}."
-        ) from error
-    try:
-        yield lambda figures: tracker.log(
-            {k: v for k, v in figures.items() if k != "step"}, step=figures["step"]
-        )
-    finally:
-        tracker.finish()
+        where, fix = f"report_to {config.report_to}", f"pip install {config.report_to}."
+        raise ArgumentError("is not installed", where=where, fix=fix) from error
+    return tracker

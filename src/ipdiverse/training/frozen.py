@@ -104,7 +104,7 @@ class FrozenEncoders:
     def to(self, device: torch.device) -> FrozenEncoders:
         """Move everything, the UNet too, to a device."""
         for module in (*self._modules(), self.pipe.unet):
-            if module.device.type != "meta":
+            if module.device.type != "meta":  # without weights: not loaded yet, or freed for good
                 module.to(device)
         return self
 
@@ -163,17 +163,15 @@ class FrozenEncoders:
     def fingerprint(self) -> str:
         """16 hexadecimal digits of every weight and of the preprocessing, computed once."""
         if self._fingerprint is None:
-            self._fingerprint = self._hash()
+            digest = hashlib.sha256(str(self.images.processor).encode())
+            for module in self._modules():
+                for name, tensor in sorted(module.state_dict().items()):
+                    digest.update(name.encode())
+                    # as bytes, since numpy has no bfloat16
+                    exact = tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8)
+                    digest.update(exact.numpy().tobytes())
+            self._fingerprint = digest.hexdigest()[:16]
         return self._fingerprint
-
-    def _hash(self) -> str:
-        digest = hashlib.sha256(str(self.images.processor).encode())
-        for module in self._modules():
-            for name, tensor in sorted(module.state_dict().items()):
-                digest.update(name.encode())
-                exact = tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8)
-                digest.update(exact.numpy().tobytes())
-        return digest.hexdigest()[:16]
 
 
 def open_encoders(
@@ -184,16 +182,9 @@ def open_encoders(
     unet: bool = True,
 ) -> FrozenEncoders:
     """The encoders of a base; without `unet`, its weights are left for `load_unet`."""
-    opened = load_base(
-        base,
-        local_files_only=local_files_only,
-        safety_checker=False,
-        encoder=None if image_encoder is None else "",
-        unet=unet,
-    )
+    options: dict[str, Any] = {"local_files_only": local_files_only}
+    own = None if image_encoder is None else ""  # a preset's encoder is not fetched in vain
+    opened = load_base(base, safety_checker=False, encoder=own, unet=unet, **options)
     if image_encoder is None:
         return FrozenEncoders(opened.pipe)
-    encoder, processor = load_image_encoder(
-        image_encoder, opened, local_files_only=local_files_only
-    )
-    return FrozenEncoders(opened.pipe, encoder, processor)
+    return FrozenEncoders(opened.pipe, *load_image_encoder(image_encoder, opened, **options))

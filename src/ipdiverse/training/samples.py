@@ -53,12 +53,13 @@ class Samples(Dataset[dict[str, Any]]):
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         """Sample `number`, from 0 at the first step."""
-        config, size = self.config, len(self.trained)
+        config = self.config
         rng = np.random.default_rng(derived_seed(config.seed, "sample", number))
         noise = torch.Generator().manual_seed(derived_seed(config.seed, "noise", number))
-        epoch, position = divmod(number, size)
-        place = int(_order(config.seed, epoch, size)[position])
+        epoch, position = divmod(number, len(self.trained))
+        place = int(_order(config.seed, epoch, len(self.trained))[position])
         index = self.trained[place]
+        # the change is drawn even where none is wanted: the draws after it must not depend on that
         variant, change_number = (int(rng.integers(n)) for n in (config.variants, 1 << 30))
         choice = self.references.choose(place, rng)
         change = 1 + change_number % config.changed if choice.augment else 0
@@ -82,17 +83,14 @@ class Samples(Dataset[dict[str, Any]]):
         if self.config.timesteps == "uniform":
             return torch.randint(self.timesteps, (), generator=rng)
         uniform = torch.rand((), generator=rng, dtype=torch.float32)
-        drawn = self.timesteps * (1 - uniform**3)
-        return drawn.long().clamp(max=self.timesteps - 1)
+        # u may be 0, and there is no timestep T
+        return (self.timesteps * (1 - uniform**3)).long().clamp(max=self.timesteps - 1)
 
     def _drops(self, u: float) -> tuple[bool, bool]:
         """Whether text and image are dropped, from one uniform number."""
         text, image, both = self.config.drop_text, self.config.drop_image, self.config.drop_both
-        neither = u >= text + image + both
-        return (
-            not neither and (u < text or u >= text + image),
-            not neither and u >= text,
-        )
+        dropped = u < text + image + both
+        return dropped and not text <= u < text + image, dropped and u >= text
 
 
 def _normal(shape: torch.Size, rng: torch.Generator) -> Tensor:
@@ -100,7 +98,7 @@ def _normal(shape: torch.Size, rng: torch.Generator) -> Tensor:
     return torch.randn(shape, generator=rng, dtype=torch.float32)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=4)  # one order serves all samples of an epoch
 def _order(seed: int, epoch: int, size: int) -> np.ndarray:
     """The order of an epoch: every image once."""
     return np.random.default_rng(derived_seed(seed, "epoch", epoch)).permutation(size)

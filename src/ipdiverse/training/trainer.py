@@ -15,30 +15,8 @@ from torch import Tensor
 from ipdiverse.adapter.attach.attach import attach
 from ipdiverse.adapter.files.checkpoint import save_adapter
 from ipdiverse.errors import ArgumentError, Interrupted, ModelError
+from ipdiverse.training import build, checkpoints
 from ipdiverse.training.activation_memory import fast_backward, hold_as_computed, hold_less
-from ipdiverse.training.build import (
-    build_adapter,
-    build_optimizer,
-    build_samples,
-    contents_of,
-    embedding_read,
-    initial_adapter,
-    learning_rate,
-    open_accelerator,
-)
-from ipdiverse.training.checkpoints import (
-    ADAPTER,
-    State,
-    differences,
-    finished,
-    load_checkpoint,
-    optimizer_tensors,
-    restore_optimizer,
-    save_checkpoint,
-    tidy,
-    tracking,
-    without_places,
-)
 from ipdiverse.training.frozen import FrozenEncoders, open_encoders
 from ipdiverse.training.loss import PromptedUnet
 from ipdiverse.training.validation import Validation
@@ -55,7 +33,7 @@ _PARTS = {"projection": "image_proj", "layers": "ip_adapter", "fusion": "fusion"
 def train(config: TrainConfig) -> Path:
     """Train an adapter, or resume the run that stopped in `config.out`; the finished file."""
     # processes of one run share its folder, which their main one holds
-    main = open_accelerator(config.mixed_precision).is_main_process
+    main = build.open_accelerator(config.mixed_precision).is_main_process
     with only_one(config.out) if main else contextlib.nullcontext():
         return Trainer(config).run()
 
@@ -68,27 +46,27 @@ class Trainer:
         from diffusers.training_utils import EMAModel
 
         self.out = ensure_writable_folder(Path(config.out))
-        self.accelerator = open_accelerator(config.mixed_precision)
+        self.accelerator = build.open_accelerator(config.mixed_precision)
+        processes = self.accelerator.num_processes
         if config.process_batch is not None:
-            batch = config.process_batch * self.accelerator.num_processes
-            config = replace(config, batch=batch)
-        self.config = config
+            config = replace(config, batch=config.process_batch * processes)
         device = self.accelerator.device
         encoders = encoders or open_encoders(
             config.base, config.image_encoder, unet=not config.cache
         )
         self.encoders, self.pipe = encoders.to(device), encoders.pipe
-        initial = initial_adapter(config)
+        initial = build.initial_adapter(config)
         first = self.accelerator.main_process_first
-        self.samples = build_samples(config, encoders, embedding_read(config, initial), first)
+        self.samples = build.build_samples(config, encoders, initial, first)
+        self.config = config = self.samples.config  # `epochs` are `steps` there
         if config.cache:  # before the UNet is loaded: never both in memory
             encoders.set_aside(for_good=not config.num_validation_images)
         encoders.load_unet(device)
         # before the types that autocast computes in take the place of the UNet's own
-        contents = contents_of(config, self.samples.data.records, encoders)
+        contents = build.contents_of(config, self.samples.data.records, encoders)
         set_seed(config.seed)  # initial weights; nothing random after that asks the global state
-        self.adapter = build_adapter(config, encoders, initial)
-        # attach acts with a copy of an adapter that is elsewhere, and this one is to learn
+        self.adapter = build.build_adapter(config, encoders, initial)
+        # attach copies an adapter of another device or type, and the copy would not learn
         self.adapter.to(self.pipe.unet.device, self.pipe.unet.dtype)
         attachment = attach(
             self.pipe,
@@ -98,36 +76,32 @@ class Trainer:
         )
         # after the adapter took the UNet's type: it learns in float32
         hold_as_computed(self.pipe.unet, config.mixed_precision)
-        if config.epochs is not None:
-            steps = config.epochs * -(-len(self.samples.trained) // config.batch)
-            self.config = self.samples.config = config = replace(config, steps=steps)
         if config.gradient_checkpointing:
             self.pipe.unet.enable_gradient_checkpointing()
         else:
             hold_less(self.pipe.unet)
-        records, trained = self.samples.data.records, set(self.samples.trained)
-        held_out = [index for index in range(len(records)) if index not in trained]
+        records = self.samples.data.records
+        held_out = sorted(set(range(len(records))) - set(self.samples.trained))
         self.validation = Validation(config, records, held_out, encoders, attachment)
         learning = self._learning()
-        self.names = [name for name, _ in learning]
-        self.parameters = [parameter for _, parameter in learning]
+        self.names, self.parameters = list(learning), list(learning.values())
         self.ema = EMAModel(self.parameters, config.ema, foreach=True) if config.ema else None
         model = PromptedUnet(self.pipe, self.adapter, config.min_snr)
-        optimizer = build_optimizer(config, self.parameters)
+        optimizer = build.build_optimizer(config, self.parameters)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.step, self.bad, self.skipped = 0, 0, 0
-        share = -(-config.batch // self.accelerator.num_processes)
+        share = -(-config.batch // processes)
         self.micro = min(config.micro_batch or share, share)
         self._stop: int | None = None
-        self._about = {"settings": without_places(config), "contents": contents}
+        self._about = {"settings": checkpoints.without_places(config), "contents": contents}
         self._resume()
 
     def run(self) -> Path:
         """Train to the last step and write the finished adapter."""
         main = self.accelerator.is_main_process
         if main:
-            tidy(self.out, self.config.checkpoints_total_limit)
-        reporting = tracking(self.config, self.out, self.step, main)
+            checkpoints.tidy(self.out, self.config.checkpoints_total_limit)
+        reporting = checkpoints.tracking(self.config, self.out, self.step, main)
         with self._catching_signals(), reporting as track:
             for batch in self.batches():
                 figures = self.one_step(batch)
@@ -138,43 +112,40 @@ class Trainer:
                     self.save()
                 if self._stop is not None:
                     raise Interrupted(self._stop)
-        target = self.out / ADAPTER
+        target = self.out / checkpoints.ADAPTER
         if main:
             self._save_adapter(target)
         return target
 
-    def _learning(self) -> list[tuple[str, torch.nn.Parameter]]:
+    def _learning(self) -> dict[str, torch.nn.Parameter]:
         """The adapter's parameters that are not frozen, by name."""
         self.adapter.requires_grad_(True).train()
         for part in self.config.frozen:
             if (module := getattr(self.adapter, _PARTS[part])) is not None:
                 module.requires_grad_(False)
-        learning = [(n, p) for n, p in self.adapter.named_parameters() if p.requires_grad]
+        learning = {n: p for n, p in self.adapter.named_parameters() if p.requires_grad}
         if not learning:
             frozen = ", ".join(self.config.frozen)
             raise ArgumentError("leaves nothing to learn", where="frozen", found=frozen)
         return learning
 
-    def batches(self) -> Iterator[list[dict[str, Any]]]:
-        """This process's samples of each step, from where the run is."""
+    def batches(self) -> Iterator[dict[str, Tensor]]:
+        """This process's samples of each step, from the run's present step on."""
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         size, steps = self.config.batch, range(self.step, self.config.steps)
         numbers = [[s * size + i for i in range(rank, size, processes)] for s in steps]
+        workers = self.config.workers
         yield from torch.utils.data.DataLoader(
-            self.samples,
-            batch_sampler=numbers,
-            num_workers=self.config.workers,
-            collate_fn=list,
+            self.samples, batch_sampler=numbers, num_workers=workers
         )
 
-    def one_step(self, batch: list[dict[str, Any]]) -> dict[str, float]:
+    def one_step(self, batch: dict[str, Tensor]) -> dict[str, float]:
         """One update; a batch that is not finite changes nothing and is counted."""
-        rate = learning_rate(self.config, self.step)
+        rate = build.learning_rate(self.config, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        loss = self._backward(batch)
-        clipped: Any = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
-        norm = float(clipped)
+        loss, most = self._backward(batch), self.config.max_grad_norm
+        norm = float(self.accelerator.clip_grad_norm_(self.parameters, most))  # type: ignore[arg-type]
         finite = math.isfinite(loss) and math.isfinite(norm)
         scaled = self.accelerator.scaler is not None
         if finite or scaled:  # a gradient scaler skips the step itself, and lowers its scale
@@ -208,7 +179,7 @@ class Trainer:
             self.encoders.set_aside(for_good=False)
         return figures
 
-    def _backward(self, batch: list[dict[str, Any]]) -> float:
+    def _backward(self, batch: dict[str, Tensor]) -> float:
         """Gradients of the whole batch's mean loss; smaller micro-batches when memory runs out."""
         while True:
             try:
@@ -221,38 +192,37 @@ class Trainer:
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
 
-    def _accumulate(self, batch: list[dict[str, Any]]) -> float:
-        parts = [batch[i : i + self.micro] for i in range(0, len(batch), self.micro)]
-        processes, total = self.accelerator.num_processes, torch.zeros(())
-        for index, part in enumerate(parts):
-            stacked = _stacked(part, self.accelerator.device)
-            last = index == len(parts) - 1
+    def _accumulate(self, batch: dict[str, Tensor]) -> float:
+        """Gradients of the mean loss, micro-batch by micro-batch, and that loss."""
+        device, size = self.accelerator.device, len(batch["latents"])
+        total = torch.zeros((), device=device)
+        for start in range(0, size, self.micro):
+            part = {n: t[start : start + self.micro].to(device) for n, t in batch.items()}
+            last = start + self.micro >= size  # processes exchange gradients once a step
             together = contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
-            with together, fast_backward(stacked["latents"], self.config.mixed_precision):
-                losses_of = self.model(stacked)
+            with together, fast_backward(part["latents"], self.config.mixed_precision):
+                losses = self.model(part)
                 # processes' gradients are averaged; a mean over the whole batch is wanted
-                mean = losses_of.sum() * processes / self.config.batch
+                mean = losses.sum() * self.accelerator.num_processes / self.config.batch
                 self.accelerator.backward(mean)
-            total = total + losses_of.detach().float().sum().cpu()
-        gathered = self.accelerator.reduce(total.to(self.accelerator.device), "sum")
-        return float(gathered) / self.config.batch  # type: ignore[arg-type]
+            total += losses.detach().float().sum()
+        return float(self.accelerator.reduce(total, "sum")) / self.config.batch  # type: ignore[arg-type]
 
     def save(self) -> None:
         """Write a checkpoint."""
         if self.accelerator.is_main_process:
-            inner = getattr(self.optimizer, "optimizer", self.optimizer)
             scaler = self.accelerator.scaler
             averages = [] if self.ema is None else self.ema.shadow_params
-            state = State(
+            state = checkpoints.State(
                 self.step,
                 dict(zip(self.names, self.parameters, strict=True)),
                 dict(zip(self.names, averages, strict=bool(averages))),
-                optimizer_tensors(inner, self.names),
+                checkpoints.optimizer_tensors(self.optimizer, self.names),
                 {"skipped": self.skipped, "bad": self.bad, "micro": self.micro}
                 | ({} if scaler is None else {"scaler": scaler.state_dict()}),
             )
             limit = self.config.checkpoints_total_limit
-            save_checkpoint(self.out, state, self._about, self._save_adapter, limit)
+            checkpoints.save_checkpoint(self.out, state, self._about, self._save_adapter, limit)
         self.accelerator.wait_for_everyone()
 
     def _save_adapter(self, file: Path) -> None:
@@ -276,10 +246,10 @@ class Trainer:
             self.ema.restore(self.parameters)
 
     def _resume(self) -> None:
-        if not (checkpoints := finished(self.out)):
+        if not (found := checkpoints.finished(self.out)):
             return
-        state, saved = load_checkpoint(checkpoints[-1])
-        if different := differences(saved, self._about):
+        state, saved = checkpoints.load_checkpoint(found[-1])
+        if different := checkpoints.differences(saved, self._about):
             raise ArgumentError(
                 "holds another run",
                 where=self.out,
@@ -292,14 +262,12 @@ class Trainer:
                 parameter.copy_(state.weights[name])
             for name, average in zip(self.names, averages, strict=bool(averages)):
                 average.copy_(state.average[name])
-        inner = getattr(self.optimizer, "optimizer", self.optimizer)
-        restore_optimizer(inner, self.names, state.optimizer)
-        self.step, self.bad = state.step, state.counters["bad"]
-        self.skipped = state.counters["skipped"]
-        self.micro = min(self.micro, state.counters["micro"])
-        scaler = self.accelerator.scaler
-        if scaler is not None and "scaler" in state.counters:  # early checkpoints lack it
-            scaler.load_state_dict(state.counters["scaler"])
+        checkpoints.restore_optimizer(self.optimizer, self.names, state.optimizer)
+        self.step, counters, scaler = state.step, state.counters, self.accelerator.scaler
+        self.bad, self.skipped = counters["bad"], counters["skipped"]
+        self.micro = min(self.micro, counters["micro"])  # what memory ran out for would do so again
+        if scaler is not None and "scaler" in counters:  # early checkpoints lack it
+            scaler.load_state_dict(counters["scaler"])
 
     @contextlib.contextmanager
     def _catching_signals(self) -> Iterator[None]:
@@ -308,16 +276,11 @@ class Trainer:
         def ask(number: int, _: Any) -> None:
             self._stop = number
 
-        try:
+        before = {}
+        with contextlib.suppress(ValueError):  # Python sets handlers in the main thread alone
             before = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
-        except ValueError:  # not the main thread, and Python sets handlers only there
-            before = {}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def _stacked(samples: list[dict[str, Any]], device: torch.device) -> dict[str, Tensor]:
-    return {name: torch.stack([s[name] for s in samples]).to(device) for name in samples[0]}

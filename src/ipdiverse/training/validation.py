@@ -56,10 +56,8 @@ class Validation:
     def _case(self, records: Sequence[Record], partners: References, index: int) -> Case:
         record, folder = records[index], Path(self.config.data)
         choice = partners.choose(index, np.random.default_rng(self.config.seed))
-        target, reference = (
-            load_image(inside(folder, name)) for name in (record.file_name, choice.file_name)
-        )
-        return Case(record.text, target, reference)
+        names = (record.file_name, choice.file_name)
+        return Case(record.text, *(load_image(inside(folder, name)) for name in names))
 
     def run(self, step: int, out: Path) -> dict[str, float]:
         """Draw every case, write the sheet `OUT/validation/STEP.png`, and measure.
@@ -72,15 +70,15 @@ class Validation:
         """
         sheets, layout, clip = [], [], []
         for case in self.cases:
-            images = self._draw(case, case.text)
-            sheets.append(contact_sheet(case.reference, images, [""] * len(images), case.text))
-            for prompt in self.config.validation_prompts:
-                others = self._draw(case, prompt)
-                sheets.append(contact_sheet(case.reference, others, [""] * len(others), prompt))
-            layout.append(_excess(images, case, layout_similarity))
-            clip.append(_excess(images, case, self._clip_similarity))
+            prompts = (case.text, *self.config.validation_prompts)
+            drawn = [self._draw(case, prompt) for prompt in prompts]
+            for images, prompt in zip(drawn, prompts, strict=True):
+                sheets.append(contact_sheet(case.reference, images, [""] * len(images), prompt))
+            layout.append(_excess(drawn[0], case, layout_similarity))
+            clip.append(_excess(drawn[0], case, self._clip_similarity))
         buffer = BytesIO()
-        _stack(sheets).save(buffer, "PNG")
+        # one under the other: with the same number of images, all sheets have the same width
+        Image.fromarray(np.vstack([np.asarray(sheet) for sheet in sheets])).save(buffer, "PNG")
         folder = ensure_writable_folder(out / FOLDER)
         write_bytes_atomic(folder / f"{step:08d}.png", buffer.getvalue())
         return {"copy_layout": float(np.mean(layout)), "copy_clip": float(np.mean(clip))}
@@ -110,22 +108,11 @@ def layout_similarity(one: Image.Image, other: Image.Image) -> float:
         np.asarray(image.resize((_GRID, _GRID), Image.Resampling.BOX), np.float64).ravel()
         for image in (one, other)
     ]
-    centred = [values - values.mean() for values in shrunk]
-    norm = np.linalg.norm(centred[0]) * np.linalg.norm(centred[1])
-    return float(centred[0] @ centred[1] / norm) if norm else 0.0
+    with np.errstate(divide="ignore", invalid="ignore"):  # an even image correlates with nothing
+        return float(np.nan_to_num(np.corrcoef(*shrunk)[0, 1]))
 
 
 def _excess(images: list[Image.Image], case: Case, similarity: Any) -> float:
     """Mean similarity of outputs to the reference, less that of the true image."""
     found = np.mean([similarity(image, case.reference) for image in images])
     return float(found - similarity(case.target, case.reference))
-
-
-def _stack(sheets: list[Image.Image]) -> Image.Image:
-    width, height = max(s.width for s in sheets), sum(s.height for s in sheets)
-    whole = Image.new("RGB", (width, height), "white")
-    top = 0
-    for sheet in sheets:
-        whole.paste(sheet, (0, top))
-        top += sheet.height
-    return whole

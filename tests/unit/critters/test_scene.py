@@ -70,11 +70,20 @@ def test_splits_hold_out_identities_and_never_share_one() -> None:
     subjects: dict[str, set[str]] = {split: set() for split in world.SPLITS}
     for scene in draw(3000):
         subjects[world.split_of(scene)].add(scene.subject)
-    train, validation, test = (subjects[s] for s in world.SPLITS)
-    assert not train & validation
-    assert not train & test
-    assert not validation & test
-    assert 0.06 < len(test) / sum(map(len, subjects.values())) < 0.14
+    for one, other in itertools.combinations(subjects.values(), 2):
+        assert not one & other
+    share = {split: len(s) / sum(map(len, subjects.values())) for split, s in subjects.items()}
+    assert 0.06 < share["test"] < 0.14
+    assert 0.06 < share["pairs"] < 0.17
+
+
+def test_training_never_shows_two_values_of_split_pairs_together() -> None:
+    drawn = {s.subject: (set(s.subject.split("-")), world.split_of(s)) for s in draw(6000)}
+    holds = [
+        (split, any(values >= set(p) for p in world.NEW_PAIRS)) for values, split in drawn.values()
+    ]
+    assert {new for split, new in holds if split == "train"} == {False}
+    assert {new for split, new in holds if split == "pairs"} == {True}
 
 
 def test_every_value_of_every_attribute_appears_in_each_split() -> None:

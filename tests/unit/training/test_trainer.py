@@ -425,7 +425,7 @@ def scaling(precision: str) -> Any:
 def test_a_gradient_scaler_goes_on_where_it_was(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ipdiverse.training.trainer.open_accelerator", scaling)
+    monkeypatch.setattr("ipdiverse.training.build.open_accelerator", scaling)
     whole = replace(config, out=config.out + "-whole", steps=5)
     train(whole)
     train(replace(config, steps=3))
