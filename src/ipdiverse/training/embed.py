@@ -39,11 +39,13 @@ _BATCH = 8
 class Stored:
     """Which embeddings are stored: `pooled` for base adapters, `hidden` for plus; and their type.
 
-    float16 halves the disk and changes the loss in its fourth digit.
+    Without `targets` there are no latents, which need the VAE. float16 halves the disk and changes
+    the loss in its fourth digit.
     """
 
     images: Literal["pooled", "hidden", "both"] = "both"
     dtype: Literal["float32", "float16"] = "float32"
+    targets: bool = True
 
     @property
     def image_names(self) -> tuple[str, ...]:
@@ -147,7 +149,8 @@ class Embedded:
         self.records = read_manifest(folder)
         layout = _layout(folder, self.records, encoders, preprocessing, stored)
         self._rows = {name: index for index, name in enumerate(layout.files)}
-        self._targets, self._texts = RowReader(layout.targets), RowReader(layout.texts)
+        self._targets = RowReader(layout.targets) if stored.targets else None
+        self._texts = RowReader(layout.texts)
         self._references = RowReader(layout.references)
         constants = RowReader(layout.constants)[0].items()
         self.no_text, self.no_image = (
@@ -157,6 +160,8 @@ class Embedded:
 
     def target(self, index: int, variant: int) -> dict[str, Tensor]:
         """As of `Online`."""
+        if self._targets is None:
+            raise LookupError("stored without targets")
         return _floats({name: rows[variant] for name, rows in self._targets[index].items()})
 
     def text(self, index: int) -> dict[str, Tensor]:
@@ -194,6 +199,8 @@ def embed(
         (layout.targets, lambda span: _targets(online, span, stored)),
         (layout.references, lambda span: _references(online, layout.files, span, stored)),
     ]
+    if not stored.targets:
+        del work[2]
     shards = [rows.file(number) for rows, _ in work for number in range(rows.shards)]
 
     def report() -> bytes:

@@ -47,7 +47,7 @@ class Validation:
         records: Sequence[Record],
         held_out: Sequence[int],
         encoders: FrozenEncoders,
-        attachment: Attachment,
+        attachment: Attachment | None,
     ) -> None:
         self.config, self.encoders, self.attachment = config, encoders, attachment
         partners = References(records, {"paired": 1, "self": 1e-9})

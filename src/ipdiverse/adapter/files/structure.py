@@ -280,16 +280,21 @@ def _disagreements(adapter: ImagePromptAdapter) -> list[str]:
         for number, (found, _) in adapter.widths().items()
         if found != width
     ]
-    if isinstance(fusion, GatedFusion) and projection.num_tokens not in {None, len(fusion.gate)}:
-        wrong.append(f"fusion.gate has {len(fusion.gate)} tokens, expected {projection.num_tokens}")
-    if isinstance(fusion, GenerativeFusion) and projection.num_tokens not in {
-        None,
-        len(fusion.place),
-    }:
-        wrong.append(f"fusion.place has {len(fusion.place)} tokens, expected {projection.num_tokens}")
+    held = _fusion_tokens(fusion)
+    if held is not None and projection.num_tokens not in {None, len(held[1])}:
+        wrong.append(
+            f"fusion.{held[0]} has {len(held[1])} tokens, expected {projection.num_tokens}"
+        )
     if fusion is not None and (found := _fusion_width(fusion)) != width:
         wrong.append(f"fusion reads tokens of width {found}, expected the projection's {width}")
     return wrong
+
+
+def _fusion_tokens(fusion: Fusion | None) -> tuple[str, Tensor] | None:
+    """What of a fusion has a row for each image token, if anything has."""
+    if isinstance(fusion, GatedFusion):
+        return "gate", fusion.gate
+    return ("place", fusion.place) if isinstance(fusion, GenerativeFusion) else None
 
 
 def _fusion_width(fusion: Fusion) -> int:
