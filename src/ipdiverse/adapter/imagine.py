@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import zlib
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ipdiverse.adapter.files.containers import open_checkpoint
+from ipdiverse.base.adapters import CRITTERS_SPACES
 from ipdiverse.errors import CheckpointError, ModelError
 from ipdiverse.seeding import derived_seed
 from ipdiverse.writing import safetensors_bytes, tensors_hash, write_bytes_atomic
@@ -125,7 +126,7 @@ class VariationSpace:
             )
 
     def reduce(self, tokens: Tensor) -> Tensor:
-        """z of image tokens (…, tokens, width): (…, directions)."""
+        """Image tokens (…, tokens, width) as z, (…, directions)."""
         flat = tokens.flatten(-2).to(self.mean)
         return (flat - self.mean) @ self.directions / self.deviations
 
@@ -172,6 +173,22 @@ def projection_hash(adapter: ImagePromptAdapter) -> str:
     """SHA-256 of an adapter's projection, the same whether it was stored in 16 or 32 bits."""
     state = adapter.image_proj.state_dict()
     return tensors_hash({name: tensor.half() for name, tensor in state.items()})
+
+
+def space_at_hand(adapter: ImagePromptAdapter) -> VariationSpace | None:
+    """The space in the package that was fitted on an adapter's projection, if there is one."""
+    sizes = [adapter.image_proj.num_tokens, adapter.token_width]
+    for file in sorted(CRITTERS_SPACES.glob("*.safetensors")):
+        space = _opened(file, file.stat().st_mtime_ns)
+        # their hash takes long for large projections, which are never of this kind
+        if space.spec["tokens"] == sizes and space.spec["projection"] == projection_hash(adapter):
+            return space
+    return None
+
+
+@lru_cache(maxsize=8)
+def _opened(file: Path, _: int) -> VariationSpace:
+    return load_space(file)
 
 
 def save_space(space: VariationSpace, file: Path) -> None:

@@ -67,6 +67,7 @@ class ActiveAdapter:
         scale: How strongly it acts.
         references: Empty until a reference is set.
         fusion_strength: Weight of what text-image fusion adds.
+        imagine: What levers make of an item's tokens before fusion, of the same shape.
         change: What levers make of an item's fused tokens, (items, references, tokens, width).
         change_scale: What levers make of the scale.
         fusion_factor: What a lever multiplies the fusion's strength by.
@@ -80,6 +81,7 @@ class ActiveAdapter:
     scale: Scale
     references: list[ReferenceTokens] = field(default_factory=list)
     fusion_strength: float = 1.0
+    imagine: Callable[[Tensor], Tensor] | None = None
     change: Callable[[Tensor], Tensor] | None = None
     change_scale: Callable[[Scale], Scale] | None = None
     fusion_factor: float = 1.0
@@ -250,6 +252,8 @@ class ImagePromptHook(ModelHook):
         items = len(text) // branches
         repeats = items // len(part.positive)
         positive = part.positive.to(text).repeat_interleave(repeats, 0)
+        if prompt.imagine is not None:  # "no image" stays no image
+            positive = prompt.imagine(positive)
         negative = part.negative.to(text).expand_as(part.positive).repeat_interleave(repeats, 0)
         tokens = torch.cat([positive if branch == BOTH else negative for branch in layout])
         if prompt.acting.fusion is not None and prompt.strength:
