@@ -41,27 +41,15 @@ class Variation(nn.Module):
         # QQᵀ: what may change; the rest is identity
         self.register_buffer("scene", torch.eye(directions))
 
-    def fit(self, one: Tensor, other: Tensor, identity: float = 0.7) -> None:
-        """Take the directions of tokens (pairs, tokens, width) of two pictures of each subject.
-
-        A direction is the subject's where pairs share all but a part of what varies (`identity`).
-        """
-        pairs, every = one.flatten(1), torch.cat([one, other]).flatten(1)
-        mean = every.mean(0)
-        # seeded by the caller; exact to float32 after four rounds for the few that are taken
-        _, _, directions = torch.svd_lowrank(every - mean, q=self.directions.shape[1], niter=4)
-        z = (every - mean) @ directions
-        deviations = z.std(0).clamp_min(1e-6)
-        apart = (z[: len(pairs)] - z[len(pairs) :]) / deviations / math.sqrt(2)
-        shares, basis = torch.linalg.eigh(apart.T @ apart / len(pairs))
-        scene = basis[:, shares > identity]
-        for name, found in (
-            ("mean", mean),
-            ("directions", directions),
-            ("deviations", deviations),
-            ("scene", scene @ scene.T),
+    def set(self, mean: Tensor, directions: Tensor, deviations: Tensor, scene: Tensor) -> None:
+        """Take what a `VariationSpace` holds under these names."""
+        for held, given in (
+            (self.mean, mean),
+            (self.directions, directions),
+            (self.deviations, deviations),
+            (self.scene, scene @ scene.T),
         ):
-            getattr(self, name).copy_(found)
+            held.copy_(given)
 
     @property
     def root(self) -> Tensor:

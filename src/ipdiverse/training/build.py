@@ -25,6 +25,7 @@ from ipdiverse.loading import building
 from ipdiverse.seeding import derived_seed
 from ipdiverse.training.checkpoints import ADAPTER, finished
 from ipdiverse.training.embed import Embedded, Online, Stored, embed
+from ipdiverse.training.fit import fit_directions
 from ipdiverse.training.frozen import Preprocessing
 from ipdiverse.training.samples import Samples
 
@@ -33,14 +34,11 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from accelerate import Accelerator
-    from torch import Tensor, nn
+    from torch import nn
 
     from ipdiverse.data.manifest import Record
     from ipdiverse.training.config import TrainConfig
     from ipdiverse.training.frozen import FrozenEncoders
-
-_DIRECTIONS, _FITTED = 192, 4096
-"""Of a new variation space: how many, and from how many pairs at most."""
 
 
 def initial_adapter(config: TrainConfig) -> ImagePromptAdapter | None:
@@ -246,26 +244,10 @@ def _generative(
     no_text = samples.data.no_text
     mask = no_text.get("mask")
     words = no_text["states"] if mask is None else no_text["states"][mask]
-    one, other = _token_pairs(adapter, samples)
-    size = min(_DIRECTIONS, 2 * len(one) - 1, one[0].numel())
-    fusion = GenerativeFusion(adapter.token_width, tokens, size, len(words))
+    data, trained = samples.data, samples.trained
+    records = [data.records[index] for index in trained]
+    mean, directions, deviations, scene = fit_directions(data, records, adapter, Path(config.data))
+    fusion = GenerativeFusion(adapter.token_width, tokens, len(deviations), len(words))
     fusion.no_text.copy_(words)
-    fusion.variation.fit(one, other)
+    fusion.variation.set(mean, directions, deviations, scene)
     return fusion
-
-
-@torch.no_grad()
-def _token_pairs(adapter: ImagePromptAdapter, samples: Samples) -> tuple[Tensor, Tensor]:
-    """Image tokens of references and of their targets, (pairs, tokens, width); some of very many.
-
-    The rest changes little: 8,000 pairs of SDXL's 16 tokens already fill 2 GB.
-    """
-    sides: tuple[list[Tensor], list[Tensor]] = ([], [])
-    rng = np.random.default_rng(derived_seed(samples.config.seed, "variation"))
-    for place in rng.permutation(len(samples.trained))[:_FITTED].tolist():
-        target = samples.data.records[samples.trained[place]].file_name
-        names = (samples.references.choose(place, rng).file_name, target)
-        for side, name in zip(sides, names, strict=True):
-            embeds = samples.data.reference(name, 0)[samples.reads]
-            side.append(adapter.tokens(embeds[None])[0])
-    return torch.stack(sides[0]), torch.stack(sides[1])

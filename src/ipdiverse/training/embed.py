@@ -89,6 +89,10 @@ class Online:
         """Image embeddings of a picture: `pooled` (clip_dim,), `hidden` (patches, clip_dim)."""
         return _only(self.encoders.image([self.reference_picture(file_name, change)]))
 
+    def __getitem__(self, file_name: str) -> dict[str, Tensor]:
+        """A picture's image embeddings, unchanged."""
+        return self.reference(file_name, 0)
+
     @cached_property
     def no_text(self) -> dict[str, Tensor]:
         """The text of a dropped caption."""
@@ -171,6 +175,10 @@ class Embedded:
         """As of `Online`."""
         rows = self._references[self._rows[file_name]]
         return _floats({name: each[change] for name, each in rows.items()})
+
+    def __getitem__(self, file_name: str) -> dict[str, Tensor]:
+        """As of `Online`."""
+        return self.reference(file_name, 0)
 
 
 TrainingData = Online | Embedded

@@ -208,7 +208,9 @@ class Trainer:
             part = {n: t[start : start + self.micro].to(device) for n, t in batch.items()}
             last = start + self.micro >= size  # processes exchange gradients once a step
             together = contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
-            with together, fast_backward(part["noise"], self.config.mixed_precision):
+            # a flow's tokens are few, as many as its noise has rows
+            seen = part.get("latents", part["noise"][..., 0])
+            with together, fast_backward(seen, self.config.mixed_precision):
                 losses = self.model(part)
                 # processes' gradients are averaged; a mean over the whole batch is wanted
                 mean = losses.sum() * self.accelerator.num_processes / self.config.batch

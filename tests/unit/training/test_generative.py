@@ -23,7 +23,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, pairs of critters, and an adapter that was trained before."""
     root = tmp_path_factory.mktemp("generative")
     models.pipeline("sd1", fresh=True).save_pretrained(root / "sd1")
-    prepare("critters", root / "data", PrepareOptions(n=8))
+    prepare("critters", root / "data", PrepareOptions(n=24))
     sizes = {"tokens": 3, "width": 64, "depth": 1, "fusion": "none", "steps": 1, "batch": 2}
     train(_config(root, root / "plain", **sizes))
     return root
