@@ -2,7 +2,7 @@
 
     python benchmarks/attention.py [--rounds 7]
 
-`training.activation_memory.fast_backward` chooses by these ratios. Above 1 the fused one is faster.
+`training.loss.fast_backward` chooses by these ratios. Above 1 the fused one is faster.
 """
 
 from __future__ import annotations

@@ -47,9 +47,9 @@ from ipdiverse.base.bases import load_base
 from ipdiverse.critters.make import make_dataset
 from ipdiverse.data.manifest import read_manifest
 from ipdiverse.data.prepare import PrepareOptions, prepare
-from ipdiverse.training.activation_memory import hold_less
 from ipdiverse.training.config import TrainConfig
 from ipdiverse.training.frozen import FrozenEncoders
+from ipdiverse.training.loss import hold_less
 from ipdiverse.training.trainer import Trainer
 from workshop.base.tokenizer import build_tokenizer
 

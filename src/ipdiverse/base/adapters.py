@@ -105,9 +105,8 @@ def default_adapter(base: str) -> str:
         return base
     if base == CRITTERS:
         return DEFAULT_ADAPTER
-    raise ArgumentError(
-        "is missing", where="adapter", found=f"base {base}", fix="Name one that fits: --adapter."
-    )
+    fix = "Name one that fits: --adapter."
+    raise ArgumentError("is missing", where="adapter", found=f"base {base}", fix=fix)
 
 
 def check_adapter(base: str, adapter: str) -> None:
@@ -171,7 +170,7 @@ def find_checkpoint(
         cache_dir: Where downloads are kept; None is the hub library's own place.
     """
     path = Path(source)
-    if shard := _SHARD.fullmatch(path.name):
+    if shard := _SHARD.fullmatch(path.name):  # one part of the weights: the index has all
         index = path.with_name(f"{shard[1]}{shard[2]}{INDEX}")
         return index if index.is_file() else path
     if path.is_dir():
@@ -191,11 +190,8 @@ def _only_file(folder: Path) -> Path:
     """The folder's weights; safetensors before anything that is pickled."""
     held = sorted(folder.iterdir()) if folder.is_dir() else []
     if any(f.name == "zero_to_fp32.py" or f.name.endswith("_optim_states.pt") for f in held):
-        raise CheckpointError(
-            "is a DeepSpeed checkpoint",
-            where=folder,
-            fix="Run the zero_to_fp32.py that DeepSpeed put there, and give its result.",
-        )
+        fix = "Run the zero_to_fp32.py that DeepSpeed put there, and give its result."
+        raise CheckpointError("is a DeepSpeed checkpoint", where=folder, fix=fix)
     indexes = [file for file in held if file.name.endswith(INDEX)]
     weights = [file for file in held if file.suffix.lower() in SUFFIXES]
     files = [file for file in weights if not file.name.startswith(_STATES)]
@@ -203,13 +199,12 @@ def _only_file(folder: Path) -> Path:
     for only in (indexes, files):
         if len(only) == 1:
             return only[0]
-    raise CheckpointError(
-        "it is not clear which file is the adapter" if files else "does not hold a checkpoint",
-        where=folder,
-        expected="one .safetensors or .bin file",
-        found=", ".join(file.name for file in files) or "none",
-        fix="Give the file's path, or weight_name in Python." if files else "Check the path.",
-    )
+    what, fix = "does not hold a checkpoint", "Check the path."
+    if files:
+        what = "it is not clear which file is the adapter"
+        fix = "Give the file's path, or weight_name in Python."
+    one, found = "one .safetensors or .bin file", ", ".join(file.name for file in files) or "none"
+    raise CheckpointError(what, where=folder, expected=one, found=found, fix=fix)
 
 
 def _download(repository: str, weight_name: str | None, options: dict[str, Any]) -> Path:
@@ -230,9 +225,8 @@ def _download(repository: str, weight_name: str | None, options: dict[str, Any])
             ) from error
         known = None if offline else reason(error, repository)
         if known is not None:
-            raise CheckpointError(
-                f"cannot be downloaded from the hub: {known.what}", where=wanted, fix=known.fix
-            ) from error
+            what = f"cannot be downloaded from the hub: {known.what}"
+            raise CheckpointError(what, where=wanted, fix=known.fix) from error
         if offline:
             what = "is not a file here, nor in the local cache"
             fix = "Allow downloads once, or give a local file."

@@ -19,13 +19,7 @@ from ipdiverse.base.memory import (
     sizes_of,
     this_device,
 )
-from ipdiverse.base.pipelines import (
-    CRITTERS,
-    CRITTERS_BASE,
-    Opening,
-    clip_processor,
-    open_pipeline,
-)
+from ipdiverse.base.pipelines import CRITTERS, CRITTERS_BASE, Opening, clip_processor, open_pipeline
 from ipdiverse.base.presets import PRESETS
 from ipdiverse.errors import ArgumentError, ModelError
 from ipdiverse.loading import loading, one_line, quiet
@@ -112,11 +106,8 @@ def load_base(
     """
     embedded = name == CRITTERS
     if embedded and memory not in (None, USUAL):
-        raise ArgumentError(
-            "always runs in float32 on the CPU",
-            where=name,
-            fix="Leave dtype, offload and tiling out.",
-        )
+        what, fix = "always runs in float32 on the CPU", "Leave dtype, offload and tiling out."
+        raise ArgumentError(what, where=name, fix=fix)
     device = None if embedded or memory is None else this_device()
     dtype = "float32" if device is None or memory is None else plan_dtype(device, memory.dtype)
     opening = Opening(local_files_only, revision, safety_checker, encoder, dtype, unet)
@@ -126,6 +117,7 @@ def load_base(
         pipe = _as_text_to_image(name, pipe)
         pipe.set_progress_bar_config(disable=True)
         if device is not None and memory is not None:
+            # the adapter is opened later, and has to fit too
             adapter = PRESETS[name].weights[1] if name in PRESETS else 0
             plan = plan_memory(device, sizes_of(pipe, adapter), memory)
             arrange(pipe, plan)
@@ -133,19 +125,15 @@ def load_base(
     return Base(name, pipe, usual.guidance_scale, batch, usual.steps, usual.scale, plan)
 
 
-_FEWEST_WORDS = 100
+_KINDS = "Stable Diffusion 1.x, 2.x or XL"
 _NEEDED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
 def _check_parts(name: str, pipe: Any) -> None:
     """Refuse a pipeline that opened and cannot draw, or draws nonsense."""
     if lacking := [part for part in _NEEDED if getattr(pipe, part, None) is None]:
-        raise ModelError(
-            f"has no {'UNet' if lacking[0] == 'unet' else lacking[0]}",
-            where=name,
-            expected="Stable Diffusion 1.x, 2.x or XL",
-            found=type(pipe).__name__,
-        )
+        what = f"has no {'UNet' if lacking[0] == 'unet' else lacking[0]}"
+        raise ModelError(what, where=name, expected=_KINDS, found=type(pipe).__name__)
     for suffix in ("", "_2"):
         encoder = getattr(pipe, f"text_encoder{suffix}", None)
         tokenizer = getattr(pipe, f"tokenizer{suffix}", None)
@@ -153,14 +141,10 @@ def _check_parts(name: str, pipe: Any) -> None:
             continue
         words, known = len(tokenizer), encoder.config.vocab_size
         # without its vocabulary a tokenizer opens all the same, with its few special tokens alone
-        if not min(known / 2, _FEWEST_WORDS) <= words <= known:
-            raise ModelError(
-                f"its tokenizer{suffix} does not fit its text encoder",
-                where=name,
-                expected=f"{known} tokens",
-                found=words,
-                fix=f"Copy every file of tokenizer{suffix} again: vocab.json and merges.txt.",
-            )
+        if not min(known / 2, 100) <= words <= known:
+            what, wanted = f"its tokenizer{suffix} does not fit its text encoder", f"{known} tokens"
+            fix = f"Copy every file of tokenizer{suffix} again: vocab.json and merges.txt."
+            raise ModelError(what, where=name, expected=wanted, found=words, fix=fix)
         # without its config it believes that a text may have any length
         longest = encoder.config.max_position_embeddings
         tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
@@ -176,12 +160,8 @@ def _as_text_to_image(name: str, pipe: Any) -> Any:
         with quiet():
             made: Any = AutoPipelineForText2Image.from_pipe(pipe)
     except (ValueError, TypeError) as error:
-        raise ModelError(
-            "is a pipeline of another task",
-            where=name,
-            expected="Stable Diffusion 1.x, 2.x or XL",
-            found=type(pipe).__name__,
-        ) from error
+        what, kind = "is a pipeline of another task", type(pipe).__name__
+        raise ModelError(what, where=name, expected=_KINDS, found=kind) from error
     if hasattr(pipe, "unet_later"):
         made.unet_later = pipe.unet_later
     return made
@@ -212,6 +192,7 @@ def load_part(kind: str, source: str, base: Base, *, local_files_only: bool = Fa
 
 def check_part(source: str) -> None:
     """Refuse a source that `load_part` cannot open, without opening it."""
+    # `match` and not `fullmatch`: a folder of the repository may follow
     if not Path(source).is_dir() and not HUB_ID.match(source):
         raise ModelError(
             "no such folder", where=source, expected="a folder, or a hub id", fix="Check the path."
@@ -229,6 +210,7 @@ def load_image_encoder(
     except ModelError as error:
         if "preprocessor_config.json" not in str(error.__cause__):
             raise
+        # h94/IP-Adapter, and folders copied from it, hold the encoder alone
         return encoder, clip_processor(encoder)
 
 

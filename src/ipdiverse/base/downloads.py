@@ -39,6 +39,7 @@ def cached(file: HubFile) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(file.repository.id, file.name, revision=file.at)
+    # for a file that the repository is known to lack, the library returns a sentinel
     return Path(found) if isinstance(found, str) else None
 
 
@@ -121,7 +122,7 @@ def _of_the_hub(error: BaseException, repository: str) -> Reason | None:
         (errors.RepositoryNotFoundError, "there is no such repository, or it is private", login),
         (errors.RevisionNotFoundError, "it has no such revision", revision),
         (errors.RemoteEntryNotFoundError, "it lacks a file at this revision", file),
-        (errors.OfflineModeIsEnabled, *_OFF),
+        (errors.OfflineModeIsEnabled, _OFF.what, _OFF.fix),
         (lost, "the hub cannot be reached", network),
         (errors.HfHubHTTPError, "the hub refused", network),
     )

@@ -7,6 +7,7 @@ image prompt, and PyTorch's fused attention never holds the matrix that slicing 
 
 from __future__ import annotations
 
+import os
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -16,8 +17,6 @@ from ipdiverse.errors import ArgumentError
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from contextlib import AbstractContextManager
-
-    import torch
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 Offload = Literal["auto", "none", "model", "sequential"]
@@ -41,9 +40,6 @@ class MemoryOptions:
         offload: `none` keeps every model on the device; `model` moves each there while it runs;
             `sequential` moves layer by layer, which needs least and is slowest.
         tiling: Decode large images in tiles, one image after the other.
-
-    Raises:
-        ArgumentError: Another word.
     """
 
     dtype: Dtype = "auto"
@@ -54,9 +50,8 @@ class MemoryOptions:
         for name, kind in (("dtype", Dtype), ("offload", Offload)):
             known, found = get_args(kind), getattr(self, name)
             if found not in known:
-                raise ArgumentError(
-                    "is unknown", where=name, expected=" | ".join(known), found=found
-                )
+                words = " | ".join(known)
+                raise ArgumentError("is unknown", where=name, expected=words, found=found)
 
 
 USUAL = MemoryOptions()
@@ -76,13 +71,8 @@ class Device:
 class Sizes:
     """Sizes of a base in bytes, in the precision it is loaded in.
 
-    Args:
-        unet: The UNet with its adapter.
-        vae: The VAE.
-        largest_other: The largest of the other models.
-        total: All models together.
-        pixels: Of one image.
-        decoded: Bytes a number in the VAE's decoder: 4 where it must run in float32.
+    `unet` is with its adapter, `largest_other` the largest model but UNet and VAE, `pixels` those
+    of one image, `decoded` the bytes of a number in the VAE's decoder: 4 where float16 overflows.
     """
 
     unet: int
@@ -112,45 +102,34 @@ class Plan:
 
 
 def plan_dtype(device: Device, wanted: str = "auto") -> str:
-    """Half precision wherever the device computes in it: float16 on CUDA and MPS.
-
-    On a CPU that is bfloat16, where it is native.
-    """
+    """Half precision where the device computes in it: float16, or on a CPU bfloat16."""
     if wanted == "float16" and device.kind == "cpu":
-        raise ArgumentError(
-            "is not computed in on a CPU",
-            where="dtype",
-            found=wanted,
-            fix="Leave it out, or choose float32 or bfloat16.",
-        )
+        fix = "Leave it out, or choose float32 or bfloat16."
+        raise ArgumentError("is not computed in on a CPU", where="dtype", found=wanted, fix=fix)
     if wanted != "auto":
         return wanted
-    if device.kind == "cpu":
-        return "bfloat16" if device.bfloat16 else "float32"
-    return "float16"
+    if device.kind != "cpu":
+        return "float16"
+    return "bfloat16" if device.bfloat16 else "float32"
 
 
 def plan_memory(device: Device, sizes: Sizes, options: MemoryOptions) -> Plan:
-    """The fastest arrangement that fits.
-
-    Tried in this order: everything on the device; that, with the VAE in tiles; one model at a time;
-    that, in tiles; one layer at a time. CPU and MPS have no memory apart from the main one, so
-    there is nothing to offload to: only tiling is left to choose.
-    """
+    """The fastest arrangement that fits: all on the device, model by model, or layer by layer."""
     accelerated = device.kind == "cuda"
     if options.offload not in ("auto", "none") and not accelerated:
         raise ArgumentError(
             "needs a CUDA device", where="offload", found=device.kind, fix="Leave it out."
         )
+    # CPU and MPS compute in the main memory, so there is nothing to offload to
     kinds = ["none", "model", "sequential"] if accelerated else ["none"]
-    ways = [
+    ways = [  # from the fastest to the slowest; tiles cost less than moving models does
         (offload, tiling)
         for offload in (kinds if options.offload == "auto" else [options.offload])
         for tiling in ((False, True) if options.tiling is None else (options.tiling,))
     ]
     budget = (1 - _KEPT_FREE) * device.memory
-    fitting = [way for way in ways if bytes_needed(sizes, *way) <= budget]
-    offload, tiling = (fitting or ways[-1:])[0]
+    fitting = (way for way in ways if bytes_needed(sizes, *way) <= budget)
+    offload, tiling = next(fitting, ways[-1])
     dtype = plan_dtype(device, options.dtype)
     return Plan(device.kind, dtype, offload, tiling, device.memory)
 
@@ -172,7 +151,7 @@ def this_device() -> Device:
     import torch
 
     if torch.cuda.is_available():
-        free, _ = torch.cuda.mem_get_info()
+        free, _ = torch.cuda.mem_get_info()  # other programs have the rest
         return Device("cuda", free, torch.cuda.is_bf16_supported())
     if torch.backends.mps.is_available():
         return Device("mps", torch.mps.recommended_max_memory())
@@ -196,8 +175,6 @@ def autocast() -> AbstractContextManager[Any]:
 
 def _main_memory() -> int:
     """Bytes of main memory; 8 GiB where the system does not say."""
-    import os
-
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):  # Windows has no sysconf
@@ -214,7 +191,8 @@ def sizes_of(pipe: Any, adapter: int = 0) -> Sizes:
         if isinstance(part, torch.nn.Module)
     }
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    forced = bool(getattr(pipe.vae.config, "force_upcast", False)) and "XL" in type(pipe).__name__
+    # diffusers' default is True, also for SD 1.x, but only SDXL's pipelines look at it
+    forced = getattr(pipe.vae.config, "force_upcast", False) and "XL" in type(pipe).__name__
     rest = [size for name, size in parts.items() if name not in ("unet", "vae")]
     return Sizes(
         unet=parts["unet"] + adapter,
@@ -228,28 +206,26 @@ def sizes_of(pipe: Any, adapter: int = 0) -> Sizes:
 
 def arrange(pipe: Any, plan: Plan) -> None:
     """Put a pipeline where its plan says, with diffusers' own means."""
-    import torch
-
-    device = torch.device(plan.device)
     if plan.offload == "none":
-        pipe.to(device)
+        pipe.to(plan.device)
     elif plan.offload == "model":
-        pipe.enable_model_cpu_offload(device=device)
+        pipe.enable_model_cpu_offload(device=plan.device)
     else:
-        _offload_layers(pipe, device)
+        _offload_layers(pipe, plan.device)
     if plan.tiling:
         _tile(pipe.vae)
 
 
-def _offload_layers(pipe: Any, device: torch.device) -> None:
+def _offload_layers(pipe: Any, kind: str) -> None:
     """Each layer to the device while it runs."""
     import torch
     from diffusers.hooks import apply_group_offloading
 
     # group offloading and not `enable_sequential_cpu_offload`, which leaves weights on the device
     # `meta`, where no adapter can read them
-    kept = getattr(pipe, "_exclude_from_cpu_offload", ())
+    kept, device = getattr(pipe, "_exclude_from_cpu_offload", ()), torch.device(kind)
     for name, part in pipe.components.items():
+        # several pipelines may share parts, and hooks of the same name are refused
         if not isinstance(part, torch.nn.Module) or getattr(part, _ARRANGED, False):
             continue
         if name in kept:
@@ -264,21 +240,18 @@ _ARRANGED = "_ipdiverse_layers_offloaded"
 
 @contextmanager
 def full_range(vae: Any) -> Iterator[None]:
-    """The VAE in float32 for a `with` block, where its config says that float16 overflows (SDXL).
-
-    Its pipelines do the same; this is for our own calls of the VAE.
-    """
+    """The VAE in float32 for a `with` block, where float16 overflows (SDXL's says so itself)."""
     import torch
 
-    dtype = vae.dtype
-    upcast = dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
-    if upcast:
-        vae.to(torch.float32)
+    # diffusers' pipelines do the same; this is for our own calls of the VAE
+    if vae.dtype != torch.float16 or not getattr(vae.config, "force_upcast", False):
+        yield
+        return
+    vae.to(torch.float32)
     try:
         yield
     finally:
-        if upcast:
-            vae.to(dtype)
+        vae.to(torch.float16)
 
 
 def _tile(vae: Any) -> None:

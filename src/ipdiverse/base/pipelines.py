@@ -22,11 +22,7 @@ CRITTERS_BASE = Path(__file__).parents[1] / "critters" / "weights" / "base"
 
 @dataclass(frozen=True)
 class Opening:
-    """How a pipeline is opened.
-
-    `encoder` is the preset whose image encoder comes along: None is its own, empty none. Without
-    `unet` its weights are left for `load_unet`, where there is a folder or a repository.
-    """
+    """How a pipeline is opened: options of `load_base`, and the type of its weights."""
 
     local_files_only: bool
     revision: str
@@ -39,11 +35,8 @@ class Opening:
 def open_pipeline(name: str, opening: Opening) -> Any:
     """Open the pipeline that a name stands for."""
     if name == CRITTERS and not (CRITTERS_BASE / "model_index.json").is_file():
-        raise ModelError(
-            "the embedded model is not in this installation",
-            where=name,
-            fix="Run `make base` in a checkout, or install a released package.",
-        )
+        fix = "Run `make base` in a checkout, or install a released package."
+        raise ModelError("the embedded model is not in this installation", where=name, fix=fix)
     if name in PRESETS:
         return _open_preset(PRESETS[name], opening)
     source = CRITTERS_BASE if name == CRITTERS else Path(name)
@@ -60,7 +53,7 @@ def open_pipeline(name: str, opening: Opening) -> Any:
         options = {"local_files_only": opening.local_files_only}
         revision = {"revision": opening.revision} if opening.revision else {}
         pipe = _opened(name, name, opening, **options, **revision)
-    return _with_encoder(pipe, opening, opening.encoder)
+    return _with_encoder(pipe, opening, opening.encoder or "")
 
 
 def check_known(name: str) -> None:
@@ -92,10 +85,10 @@ def _open_preset(preset: Preset, opening: Opening) -> Any:
     return _with_encoder(pipe, opening, encoder)
 
 
-def _with_encoder(pipe: Any, opening: Opening, encoder_of: str | None) -> Any:
+def _with_encoder(pipe: Any, opening: Opening, encoder_of: str) -> Any:
     """The pipeline, with a preset's image encoder in place of its own."""
     files = PRESETS[encoder_of].encoder_files() if encoder_of in PRESETS else []
-    if not files or encoder_of is None:
+    if not files:
         return pipe
     found = fetch(files, encoder_of, local_files_only=opening.local_files_only)
     with loading():
@@ -104,13 +97,11 @@ def _with_encoder(pipe: Any, opening: Opening, encoder_of: str | None) -> Any:
 
         kind: Any = transformers.CLIPVisionModelWithProjection
         try:
-            encoder = kind.from_pretrained(
-                found[0].parent, dtype=getattr(torch, opening.dtype), local_files_only=True
-            )
+            dtype = getattr(torch, opening.dtype)
+            encoder = kind.from_pretrained(found[0].parent, dtype=dtype, local_files_only=True)
         except Exception as error:  # whatever the library raises on a broken file
-            raise ModelError(
-                "its image encoder cannot be opened", where=encoder_of, found=first_line(error)
-            ) from error
+            what = "its image encoder cannot be opened"
+            raise ModelError(what, where=encoder_of, found=first_line(error)) from error
         parts = {"image_encoder": encoder.eval()}
         if getattr(pipe, "feature_extractor", None) is None:
             parts["feature_extractor"] = clip_processor(encoder)
@@ -124,9 +115,8 @@ def clip_processor(encoder: Any) -> Any:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     side = encoder.config.image_size
-    return CLIPImageProcessorPil(
-        size={"shortest_edge": side}, crop_size={"height": side, "width": side}
-    )
+    crop = {"height": side, "width": side}
+    return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=crop)
 
 
 def _opened(name: str, source: str, opening: Opening, **options: Any) -> Any:
@@ -141,12 +131,11 @@ def _opened(name: str, source: str, opening: Opening, **options: Any) -> Any:
         without = {"safety_checker": None, "requires_safety_checker": False}
         parts: dict[str, Any] = {} if opening.safety_checker else without
         try:
-            if opening.unet:
-                return kind.from_pretrained(source, **options, **parts)
-            pipe = kind.from_pretrained(
-                source, unet=_empty_unet(source, options), **options, **parts
-            )
-            pipe.unet_later = partial(Unet.from_pretrained, source, subfolder="unet", **options)
+            if not opening.unet:
+                parts["unet"] = _empty_unet(source, options)
+            pipe = kind.from_pretrained(source, **options, **parts)
+            if not opening.unet:
+                pipe.unet_later = partial(Unet.from_pretrained, source, subfolder="unet", **options)
             return pipe
         except Exception as error:  # whatever the libraries raise on a broken or absent source
             raise cannot_be_opened("cannot be opened", name, error) from error
@@ -178,12 +167,9 @@ def load_unet(pipe: Any) -> None:
 def _single_file(file: Path, opening: Opening) -> Any:
     """A checkpoint in the original layout, as model sites publish them."""
     if file.suffix != ".safetensors":
-        raise ModelError(
-            "is not a safetensors file",
-            where=file,
-            found=file.suffix or "no extension",
-            fix="Other single files are pickles, which can run code; look for a safetensors one.",
-        )
+        found = file.suffix or "no extension"
+        fix = "Other single files are pickles, which can run code; look for a safetensors one."
+        raise ModelError("is not a safetensors file", where=file, found=found, fix=fix)
     with loading():
         import diffusers
         import torch
@@ -210,12 +196,9 @@ def _single_file(file: Path, opening: Opening) -> Any:
                 **config,
             )
         except Exception as error:
-            raise ModelError(
-                "cannot be opened",
-                where=file,
-                found=first_line(error),
-                fix=f"Its configs come from the hub; offline, put them into {beside.name}/.",
-            ) from error
+            found = first_line(error)
+            fix = f"Its configs come from the hub; offline, put them into {beside.name}/."
+            raise ModelError("cannot be opened", where=file, found=found, fix=fix) from error
 
 
 def fingerprint(module: torch.nn.Module) -> str:
@@ -223,5 +206,6 @@ def fingerprint(module: torch.nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
+        # in float32, as numpy has no bfloat16
         digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()[:12]

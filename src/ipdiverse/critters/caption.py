@@ -62,26 +62,17 @@ _LEADING_WORDS = ("one-eyed", "two-eyed", "three-eyed", "bareheaded")
 
 
 def mentioned(scene: Scene, seed: int, chance: float | None = None) -> dict[str, str]:
-    """The attributes that a caption of this seed states: each is kept or left out at random.
-
-    `chance` is the probability of each; None draws it uniformly from 0.25..1 first.
-    """
+    """The attributes that a caption states, each with `chance`; None draws that from 0.25..1."""
     rng = np.random.default_rng(seed)
     # people's prompts are short or long, so captions must be too
     probability = 0.25 + 0.75 * rng.random() if chance is None else chance
     kept = rng.random(len(ATTRIBUTES)) < probability
-    return {
-        name: value
-        for (name, value), keep in zip(scene.as_dict().items(), kept, strict=True)
-        if keep
-    }
+    stated = zip(scene.as_dict().items(), kept, strict=True)
+    return {name: value for (name, value), keep in stated if keep}
 
 
 def caption(stated: Mapping[str, str], seed: int) -> str:
-    """State any subset of attributes in natural English: a lower-case phrase without a full stop.
-
-    The seed decides wording and order.
-    """
+    """Attributes in natural English, without a full stop; the seed decides wording and order."""
     # not the stream that `mentioned` draws from: the wording must not depend on the choice there
     rng = np.random.default_rng([seed, 1])
     words = {name: _say(name, value, rng) for name, value in stated.items()}

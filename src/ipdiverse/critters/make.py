@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from multiprocessing import Pool
 from pathlib import Path
@@ -24,64 +25,41 @@ from ipdiverse.errors import ArgumentError, OutputError, check_range
 from ipdiverse.seeding import derived_seed
 from ipdiverse.writing import ensure_writable_folder, only_one, write_text_atomic, writing
 
-_CHUNK = 250  # scenes of one task: enough that starting it costs little
+_CHUNK = 250  # scenes that a process is given at once: enough that handing them over costs little
 
 
 def make_dataset(
     out: Path, n: int, pairs: bool = False, size: int = 64, seed: int = 0, split: str = "train"
 ) -> int:
-    """Render, caption and write scenes.
+    """Render, caption and write scenes of `size` pixels; the number of images written.
 
     Args:
         out: Target folder; a data set made in the same way is completed, other files stay.
-        size: Height and width in pixels, 16 to 2048.
-
-    Returns:
-        The number of images written.
     """
     check_range("n", n, 1, 10_000_000)
     check_range("size", size, 16, 2048)
     if split not in SPLITS:
         raise ArgumentError("is unknown", where="split", expected=", ".join(SPLITS), found=split)
-    with only_one(out):
-        return _make(out, n, pairs, size, seed, split)
-
-
-def _make(out: Path, n: int, pairs: bool, size: int, seed: int, split: str) -> int:
     manifest = out / "metadata.jsonl"
-    before = _text(manifest)
-    if before and not before.startswith(_line(_row(example(0, seed, split), 0, pairs))):
-        raise _another(manifest)
-    ensure_writable_folder(out / "images")
-    jobs = [
-        (out, range(start, min(start + _CHUNK, n)), pairs, size, seed, split)
-        for start in range(0, n, _CHUNK)
-    ]
-    with Pool(min(len(jobs), os.cpu_count() or 1)) as pool:
-        rows = [row for chunk in pool.imap(_write_chunk, jobs) for row in chunk]
-    text = "".join(map(_line, rows))
-    if not (text.startswith(before) or before.startswith(text)):
-        raise _another(manifest)
-    write_text_atomic(manifest, text)
-    return n * (2 if pairs else 1)
-
-
-def _write_chunk(job: tuple[Path, range, bool, int, int, str]) -> list[dict[str, Any]]:
-    out, indices, pairs, size, seed, split = job
-    return [_write_one(out, index, pairs, size, seed, split) for index in indices]
+    with only_one(out):
+        before = _text(manifest)
+        # the first line is enough to tell another data set, before anything is rendered
+        if before and not before.startswith(_line(_row(example(0, seed, split), 0, pairs))):
+            raise _another(manifest)
+        ensure_writable_folder(out / "images")
+        write = partial(_write_one, out, pairs=pairs, size=size, seed=seed, split=split)
+        with Pool(min(-(-n // _CHUNK), os.cpu_count() or 1)) as pool:
+            rows = list(pool.imap(write, range(n), _CHUNK))
+        text = "".join(map(_line, rows))
+        if not (text.startswith(before) or before.startswith(text)):
+            raise _another(manifest)
+        write_text_atomic(manifest, text)
+        return n * (2 if pairs else 1)
 
 
 @dataclass(frozen=True)
 class Example:
-    """One image of a data set of critters, and another of the same creature.
-
-    Args:
-        scene: The image's scene.
-        seed: The seed that renders it.
-        other: The scene of its reference.
-        other_seed: The seed that renders that.
-        text: A caption of the image.
-    """
+    """An image with its caption, and its reference `other`: scenes, and seeds to render them."""
 
     scene: Scene
     seed: int
@@ -91,11 +69,7 @@ class Example:
 
 
 def example(index: int, seed: int, split: str, edits: float = 0.0) -> Example:
-    """Example number `index` of a data set; it does not depend on the others.
-
-    Args:
-        index: From 0.
-    """
+    """Example number `index` of a data set, from 0; it does not depend on the others."""
     key = (seed, split, index)
     rng = np.random.default_rng(derived_seed(*key))
     scene = sample_scene(rng, split=split)
@@ -107,13 +81,8 @@ def example(index: int, seed: int, split: str, edits: float = 0.0) -> Example:
     if choice.random() < edits:
         name, other = edited(other, choice, split)
         stated |= {name: getattr(scene, name)}
-    return Example(
-        scene,
-        derived_seed(*key, "render"),
-        other,
-        derived_seed(*key, "pair"),
-        caption(stated, words),
-    )
+    seeds = derived_seed(*key, "render"), derived_seed(*key, "pair")
+    return Example(scene, seeds[0], other, seeds[1], caption(stated, words))
 
 
 def png(scene: Scene, seed: int, size: int = 64) -> bytes:

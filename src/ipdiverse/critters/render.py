@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import colorsys
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -136,57 +135,49 @@ def _shade(colour: Colour, factor: float) -> Colour:
     return (colour[0] * factor, colour[1] * factor, colour[2] * factor)
 
 
-@cache
-def _rows(size: int) -> np.ndarray:
-    return ((np.arange(size, dtype=np.float32) + 0.5) / size)[:, None, None]
-
-
 def _background(place: str, jitter: Jitter, size: int) -> np.ndarray:
     """Sky and ground as two vertical gradients, float32 (size, size, 3) in 0..1."""
     sky_top, sky_low, ground_top, ground_low = np.array(_PLACES[place], np.float32)
-    y, horizon = _rows(size), jitter.horizon
+    y, horizon = shapes.centres(size)[:, None, None], jitter.horizon
     sky = sky_top + (sky_low - sky_top) * (y / horizon)
     ground = ground_top + (ground_low - ground_top) * ((y - horizon) / (1 - horizon))
     below = np.clip((y - horizon) * size + 0.5, 0, 1)
     return np.repeat(sky + (ground - sky) * below, size, axis=1)
 
 
-def _meadow(h: float, d: tuple[float, ...]) -> Iterable[tuple[Shape, Colour]]:
+def _meadow(h: float, d: tuple[float, ...]) -> Iterable[Layer]:
     yield Ellipse(d[0], h + 0.06, 0.3, 0.12), (0.40, 0.70, 0.30)
     yield Ellipse(0.15 + 0.7 * d[1], 0.14, 0.13, 0.05), (0.95, 0.97, 1.0)
     yield Ellipse(0.19 + 0.7 * d[1], 0.11, 0.07, 0.05), (0.95, 0.97, 1.0)
 
 
-def _desert(h: float, d: tuple[float, ...]) -> Iterable[tuple[Shape, Colour]]:
+def _desert(h: float, d: tuple[float, ...]) -> Iterable[Layer]:
     yield Ellipse(0.15 + 0.7 * d[0], 0.15, 0.085, 0.085), (1.0, 0.95, 0.75)
     x = 0.06 if d[1] < 0.5 else 0.94
     yield Capsule(x, h - 0.16, x, h + 0.05, 0.03), (0.30, 0.50, 0.28)
     yield Ellipse(d[2], h + 0.02, 0.35, 0.07), (0.84, 0.63, 0.36)
 
 
-def _snow(h: float, d: tuple[float, ...]) -> Iterable[tuple[Shape, Colour]]:
+def _snow(h: float, d: tuple[float, ...]) -> Iterable[Layer]:
     for u in d[:2]:
         x = 0.06 + 0.88 * u
         yield Polygon(((x, h - 0.24), (x + 0.09, h + 0.03), (x - 0.09, h + 0.03))), (0.2, 0.38, 0.3)
     yield Ellipse(d[2], h + 0.06, 0.4, 0.07), (0.97, 0.98, 1.0)
 
 
-def _beach(h: float, d: tuple[float, ...]) -> Iterable[tuple[Shape, Colour]]:
+def _beach(h: float, d: tuple[float, ...]) -> Iterable[Layer]:
     yield Box(0.5, h - 0.05, 0.6, 0.07), (0.16, 0.45, 0.74)
     yield Box(0.5, h + 0.02, 0.6, 0.012), (0.93, 0.97, 0.99)
     yield Ellipse(0.15 + 0.7 * d[0], 0.14, 0.075, 0.075), (1.0, 0.95, 0.6)
 
 
-def _city(h: float, d: tuple[float, ...]) -> Iterable[tuple[Shape, Colour]]:
+def _city(h: float, d: tuple[float, ...]) -> Iterable[Layer]:
     for i, u in enumerate(d[:5]):
-        top = h - 0.18 - 0.26 * u
-        yield (
-            Box(0.1 + 0.2 * i, (top + h) / 2, 0.09, (h - top) / 2),
-            ((0.36, 0.38, 0.47) if i % 2 else (0.46, 0.46, 0.55)),
-        )
+        top, colour = h - 0.18 - 0.26 * u, (0.36, 0.38, 0.47) if i % 2 else (0.46, 0.46, 0.55)
+        yield Box(0.1 + 0.2 * i, (top + h) / 2, 0.09, (h - top) / 2), colour
 
 
-def _moon(h: float, d: tuple[float, ...]) -> Iterable[tuple[Shape, Colour]]:
+def _moon(h: float, d: tuple[float, ...]) -> Iterable[Layer]:
     for i in range(4):
         yield Ellipse(d[i], 0.06 + 0.3 * d[i + 4], 0.016, 0.016), _WHITE
     for i in range(2):
@@ -214,12 +205,14 @@ def _outline(shape: str, x: float, y: float, r: float) -> Shape:
     if shape == "square":
         return Box(x, y, 0.88 * r, 0.88 * r)
     if shape == "triangular":
-        return Polygon(
-            ((x, y - 1.25 * r), (x + 1.15 * r, y + 0.9 * r), (x - 1.15 * r, y + 0.9 * r))
-        )
+        left, right, base = x - 1.15 * r, x + 1.15 * r, y + 0.9 * r
+        return Polygon(((x, y - 1.25 * r), (right, base), (left, base)))
     if shape == "tall":
         return Capsule(x, y - 0.6 * r, x, y + 0.4 * r, 0.62 * r)
     return Polygon(shapes.star(x, y + 0.05 * r, 1.28 * r, 0.74 * r))
+
+
+_SPOTS = ((-0.55, -0.45), (0.55, -0.5), (-0.5, 0.5), (0.5, 0.45), (0.0, 0.78), (0.0, -0.8))
 
 
 def _marks(pattern: str, outline: Shape, x: float, y: float, r: float) -> Iterable[Shape]:
@@ -227,26 +220,18 @@ def _marks(pattern: str, outline: Shape, x: float, y: float, r: float) -> Iterab
         for dy in (-0.85, -0.25, 0.35, 0.95):
             yield shapes.clipped(Box(x, y + dy * r, 2 * r, 0.13 * r), outline)
     elif pattern == "spotted":
-        for dx, dy in (
-            (-0.55, -0.45),
-            (0.55, -0.5),
-            (-0.5, 0.5),
-            (0.5, 0.45),
-            (0.0, 0.78),
-            (0.0, -0.8),
-        ):
+        for dx, dy in _SPOTS:
             yield shapes.clipped(Ellipse(x + dx * r, y + dy * r, 0.19 * r, 0.19 * r), outline)
 
 
-_EYES = {"one": (0.0,), "two": (-0.34, 0.34), "three": (-0.52, 0.0, 0.52)}
-_EYE_RADIUS = {"one": 0.4, "two": 0.3, "three": 0.25}
+# radius, and where each stands
+_EYES = {"one": (0.4, (0.0,)), "two": (0.3, (-0.34, 0.34)), "three": (0.25, (-0.52, 0.0, 0.52))}
 
 
-def _eyes(
-    count: str, gaze: tuple[float, float], x: float, y: float, r: float
-) -> Iterable[tuple[Shape, Colour]]:
-    radius = _EYE_RADIUS[count] * r
-    for dx in _EYES[count]:
+def _eyes(kind: str, gaze: tuple[float, float], x: float, y: float, r: float) -> Iterable[Layer]:
+    share, places = _EYES[kind]
+    radius = share * r
+    for dx in places:
         ex, ey = x + dx * r, y - 0.05 * r
         yield Ellipse(ex, ey, radius * 1.15, radius * 1.15), _INK
         yield Ellipse(ex, ey, radius, radius), _WHITE
@@ -254,21 +239,14 @@ def _eyes(
         yield Ellipse(ex + gaze[0] * pupil, ey + gaze[1] * pupil, pupil, pupil), _INK
 
 
-def _headgear(kind: str, x: float, top: float, r: float) -> Iterable[tuple[Shape, Colour]]:
+def _headgear(kind: str, x: float, top: float, r: float) -> Iterable[Layer]:
     if kind == "hat":
         yield Box(x, top - 0.36 * r, 0.46 * r, 0.42 * r), (0.16, 0.15, 0.2)
         yield Box(x, top - 0.12 * r, 0.46 * r, 0.1 * r), (0.75, 0.73, 0.75)
         yield Box(x, top + 0.04 * r, 0.8 * r, 0.09 * r), (0.16, 0.15, 0.2)
     elif kind == "crown":
-        points = (
-            (-0.6, 0.12),
-            (-0.68, -0.66),
-            (-0.3, -0.25),
-            (0, -0.8),
-            (0.3, -0.25),
-            (0.68, -0.66),
-            (0.6, 0.12),
-        )
+        half = ((0.6, 0.12), (0.68, -0.66), (0.3, -0.25))
+        points = (*((-px, py) for px, py in half), (0, -0.8), *half[::-1])
         crown = Polygon(tuple((x + px * r, top + py * r) for px, py in points))
         yield shapes.grown(crown, 0.008), (0.45, 0.32, 0.05)
         yield crown, (0.98, 0.8, 0.2)
@@ -279,16 +257,15 @@ def _headgear(kind: str, x: float, top: float, r: float) -> Iterable[tuple[Shape
         yield Ellipse(x, top - 0.25 * r, 0.2 * r, 0.2 * r), (0.93, 0.55, 0.15)
 
 
-def _item(
-    kind: str, colour: Colour, x: float, y: float, r: float, side: int
-) -> Iterable[tuple[Shape, Colour]]:
+def _item(kind: str, colour: Colour, x: float, y: float, r: float, side: int) -> Iterable[Layer]:
     hx, hy = x + side * 1.42 * r, y + 0.15 * r
     dark = _shade(colour, 0.45)
     if kind == "gift":
-        yield Box(hx + side * 0.2 * r, hy, 0.56 * r, 0.5 * r), dark
-        yield Box(hx + side * 0.2 * r, hy, 0.5 * r, 0.44 * r), colour
-        yield Box(hx + side * 0.2 * r, hy, 0.11 * r, 0.44 * r), _WHITE
-        yield Box(hx + side * 0.2 * r, hy, 0.5 * r, 0.1 * r), _WHITE
+        hx += side * 0.2 * r
+        yield Box(hx, hy, 0.56 * r, 0.5 * r), dark
+        yield Box(hx, hy, 0.5 * r, 0.44 * r), colour
+        yield Box(hx, hy, 0.11 * r, 0.44 * r), _WHITE
+        yield Box(hx, hy, 0.5 * r, 0.1 * r), _WHITE
         return
     yield Capsule(hx, hy + 0.1 * r, hx, hy - 0.9 * r, 0.06 * r), (0.3, 0.22, 0.18)
     if kind == "balloon":

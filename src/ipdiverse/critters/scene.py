@@ -123,10 +123,7 @@ def marginal(name: str) -> np.ndarray:
 
 
 def conditional(name: str, given: Mapping[str, str]) -> np.ndarray:
-    """Prior of one attribute when others are known, (number of values,), by Bayes' rule.
-
-    Only place and item inform each other.
-    """
+    """Prior of one attribute when others are known, (number of values,), by Bayes' rule."""
     if name in given:
         return np.array([float(value == given[name]) for value in ATTRIBUTES[name]])
     if name == "item" and "place" in given:
@@ -135,28 +132,13 @@ def conditional(name: str, given: Mapping[str, str]) -> np.ndarray:
         column = ATTRIBUTES["item"].index(given["item"])
         joint = marginal("place") * [_ITEM_GIVEN_PLACE[p][column] for p in ATTRIBUTES["place"]]
         return joint / joint.sum()
-    return marginal(name)
-
-
-def probability(scene: Scene) -> float:
-    """Prior probability of a whole scene: the product over attributes, item given place."""
-    known = scene.as_dict()
-    place = {"place": scene.place}
-    factors = (
-        conditional(name, place if name == "item" else {})[ATTRIBUTES[name].index(known[name])]
-        for name in ATTRIBUTES
-    )
-    return float(np.prod(list(factors)))
+    return marginal(name)  # of a scene's attributes, only place and item inform each other
 
 
 def sample_scene(
     rng: np.random.Generator, given: Mapping[str, str] | None = None, split: str | None = None
 ) -> Scene:
-    """Draw a scene from the prior.
-
-    Args:
-        split: Only identities of this split, drawn by rejection; None takes any.
-    """
+    """Draw a scene from the prior; of a split's identities alone, by rejection."""
     if split is not None and split not in SPLITS:
         raise ValueError(f"split is {split!r}; expected one of {', '.join(SPLITS)}")
     fixed = dict(given or {})
@@ -174,10 +156,7 @@ def sample_scene(
 
 @cache
 def _cumulative(name: str, place: str | None, item: str | None) -> np.ndarray:
-    """Cumulative prior of one attribute; place and item are the only two that depend on each other.
-
-    Cached, because `rng.choice` with probabilities would check and sum them for every draw.
-    """
+    """Cumulative prior of one attribute; `rng.choice` would check and sum it for every draw."""
     known = {k: v for k, v in (("place", place), ("item", item)) if v is not None}
     total = conditional(name, known).cumsum()
     return total / total[-1]
@@ -201,19 +180,14 @@ def split_of(scene: Scene) -> str:
 
 
 def edited(scene: Scene, rng: np.random.Generator, split: str | None = None) -> tuple[str, Scene]:
-    """Change one attribute of identity: the attribute's name, and the scene with another value.
-
-    A split takes only identities of its own, drawn by rejection.
-    """
+    """Change one attribute of identity, within a split: its name, and the changed scene."""
     for _ in range(1000):
         name = str(rng.choice(IDENTITY))
         others = [value for value in ATTRIBUTES[name] if value != getattr(scene, name)]
         changed = replace(scene, **{name: str(rng.choice(others))})
         if split is None or split_of(changed) == split:
             return name, changed
-    raise ValueError(
-        f"no identity of split {split!r} differs from {scene.subject} in one attribute"
-    )
+    raise ValueError(f"no identity of split {split!r} is one attribute from {scene.subject}")
 
 
 def pair_of(scene: Scene, rng: np.random.Generator) -> Scene:

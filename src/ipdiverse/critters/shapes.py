@@ -72,12 +72,8 @@ class Capsule:
     r: float
 
     def bounds(self) -> Bounds:
-        return (
-            min(self.x0, self.x1) - self.r,
-            min(self.y0, self.y1) - self.r,
-            max(self.x0, self.x1) + self.r,
-            max(self.y0, self.y1) + self.r,
-        )
+        (left, right), (top, bottom) = sorted((self.x0, self.x1)), sorted((self.y0, self.y1))
+        return left - self.r, top - self.r, right + self.r, bottom + self.r
 
     def distance(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         dx, dy = self.x1 - self.x0, self.y1 - self.y0
@@ -163,7 +159,8 @@ def star(x: float, y: float, outer: float, inner: float) -> tuple[tuple[float, f
 
 
 @cache
-def _centres(size: int) -> np.ndarray:
+def centres(size: int) -> np.ndarray:
+    """Where pixels are, as fractions of the image, (size,)."""
     return (np.arange(size, dtype=np.float32) + 0.5) / size
 
 
@@ -178,8 +175,8 @@ def paint(canvas: np.ndarray, shape: Shape, colour: tuple[float, float, float]) 
     y0, y1 = max(0, int(top * size - 1)), min(size, int(bottom * size + 2))
     if x0 >= x1 or y0 >= y1:
         return
-    centres = _centres(size)
-    distance = shape.distance(centres[None, x0:x1], centres[y0:y1, None])
+    at = centres(size)
+    distance = shape.distance(at[None, x0:x1], at[y0:y1, None])
     coverage = 0.5 - distance * size
     np.minimum(np.maximum(coverage, 0, out=coverage), 1, out=coverage)
     region = canvas[y0:y1, x0:x1]  # a view, so the canvas changes too

@@ -111,7 +111,9 @@ def build_samples(
     folder = Path(config.data)
     if config.cache:
         images: Any = reads if config.cache_images == "auto" else config.cache_images
-        stored = Stored(images, config.cache_dtype, targets=config.fusion != "generative")
+        stored = Stored(images, config.cache_dtype)
+        if config.fusion == "generative":  # tokens are learned, and no latents read
+            stored = replace(stored, rows=("constants", "texts", "references"))
         with first():  # one process computes what is missing, the others then find it
             embed(folder, encoders, shown, stored)
         data = Embedded(folder, encoders.fingerprint(), shown, stored)
@@ -134,10 +136,7 @@ def build_samples(
 def contents_of(
     config: TrainConfig, records: list[Record], encoders: FrozenEncoders
 ) -> dict[str, str]:
-    """Hashes of what a run's data set and local files hold: moved, they are the same.
-
-    A local UNet is read once for it, some seconds for SD 1.5; the hub's names stand for themselves.
-    """
+    """Hashes of what a run's data set and local files hold: moved, they are the same."""
     held = [(r.sha256, r.text, r.subject, r.reference) for r in records]
     found = {"data": hashlib.sha256(json.dumps(held).encode()).hexdigest()[:16]}
     if Path(config.base).exists():
@@ -159,29 +158,20 @@ def build_optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> torc
     try:
         import bitsandbytes  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ArgumentError(
-            "is not installed",
-            where="optimizer adamw8bit",
-            fix="pip install bitsandbytes, or take adamw.",
-        ) from error
+        where, fix = "optimizer adamw8bit", "pip install bitsandbytes, or take adamw."
+        raise ArgumentError("is not installed", where=where, fix=fix) from error
     return bitsandbytes.optim.AdamW8bit(parameters, **options)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """The learning rate of a step, counted from 0: warm-up, then the schedule.
-
-    A function of the step alone rather than diffusers' `get_scheduler`: a resumed run has no state
-    of it to restore, and `steps` may grow when it is.
-    """
+    """The learning rate of a step, counted from 0: warm-up, then the schedule."""
+    # of the step alone, unlike diffusers' `get_scheduler`: a resumed run has no state of it to
+    # restore, and `steps` may have grown
     warmup = config.lr_warmup_steps
     warm = min(1.0, (step + 1) / warmup) if warmup else 1.0
     past = max(0.0, (step - warmup) / max(1, config.steps - warmup))
-    shape = {
-        "constant": 1.0,
-        "linear": 1.0 - past,
-        "cosine": 0.5 * (1 + math.cos(math.pi * past)),
-    }[config.lr_scheduler]
-    return config.learning_rate * warm * shape
+    left = {"constant": 1.0, "linear": 1.0 - past, "cosine": 0.5 * (1 + math.cos(math.pi * past))}
+    return config.learning_rate * warm * left[config.lr_scheduler]
 
 
 def open_accelerator(mixed_precision: str) -> Accelerator:
@@ -189,7 +179,7 @@ def open_accelerator(mixed_precision: str) -> Accelerator:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    # the state is shared by the whole process, and refuses another precision
+    # accelerate's state is the whole process's, and refuses another precision
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
         AcceleratorState._reset_state()
     return Accelerator(mixed_precision=mixed_precision)

@@ -53,15 +53,10 @@ _NAME = re.compile(r"checkpoint-(\d{8})")
 
 @dataclass
 class State:
-    """What a run is resumed from, by names of parameters, in the optimizer `PARAMETER.NAME`.
-
-    `average` is empty without one; loaded `weights` may hold frozen ones too.
-    """
+    """What a run is resumed from; tensors by group and name, the optimizer's `PARAMETER/NAME`."""
 
     step: int
-    weights: dict[str, Tensor]
-    average: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
+    tensors: dict[str, dict[str, Tensor]]
     counters: dict[str, Any]
 
 
@@ -82,12 +77,15 @@ def save_checkpoint(
     """Write a checkpoint, then remove all but the newest."""
     target = out / f"checkpoint-{state.step:08d}"
     partial = out / f".{target.name}.partial"
+    flat = {f"{group}/{name}": t for group, of in state.tensors.items() for name, t in of.items()}
     with writing(target):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         try:
             save_adapter(partial / ADAPTER)
-            write_bytes_atomic(partial / _STATE, save(_flat(state)))
+            # copies, since safetensors refuses tensors that share memory
+            copies = {name: t.detach().cpu().contiguous().clone() for name, t in flat.items()}
+            write_bytes_atomic(partial / _STATE, save(copies))
             hashes = {name: file_hash(partial / name) for name in (ADAPTER, _STATE)}
             about = {"step": state.step, "counters": state.counters, **run, "files": hashes}
             write_text_atomic(partial / _ABOUT, sealed(about, indent=2))
@@ -118,22 +116,18 @@ def load_checkpoint(folder: Path) -> tuple[State, dict[str, Any]]:
         for name, stored in about.get("files", {}).items():
             if file_hash(folder / name) != stored:
                 raise ValueError(f"{name} differs from the hash that it was written with")
-        tensors = load_file(folder / _STATE)
-        groups: dict[str, dict[str, Tensor]] = {"weights": {}, "average": {}, "optimizer": {}}
-        for key, tensor in tensors.items():
+        groups: dict[str, dict[str, Tensor]] = {"optimizer": {}}
+        for key, tensor in load_file(folder / _STATE).items():
             group, _, name = key.partition("/")
-            groups[group][name] = tensor
-        if not groups["average"]:
+            groups.setdefault(group, {})[name] = tensor
+        if "average" not in groups:
             groups["weights"] = load_file(folder / ADAPTER)
-        state = State(about["step"], **groups, counters=about["counters"])
+        state = State(about["step"], groups, about["counters"])
         return state, {"settings": about["settings"], "contents": about.get("contents", {})}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
-        raise CheckpointError(
-            "is broken",
-            where=folder,
-            found=f"{type(error).__name__}: {error}",
-            fix="Remove it; the run is then resumed from the one before.",
-        ) from error
+        found = f"{type(error).__name__}: {error}"
+        fix = "Remove it; the run is then resumed from the one before."
+        raise CheckpointError("is broken", where=folder, found=found, fix=fix) from error
 
 
 def without_places(config: TrainConfig) -> dict[str, Any]:
@@ -185,17 +179,6 @@ def restore_optimizer(
         name, _, part = key.rpartition("/")
         state.setdefault(numbers[name], {})[part] = tensor
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-
-
-def _flat(state: State) -> dict[str, Tensor]:
-    groups = {"optimizer": state.optimizer}
-    if state.average:
-        groups |= {"weights": state.weights, "average": state.average}
-    return {
-        f"{group}/{name}": tensor.detach().cpu().contiguous().clone()
-        for group, tensors in groups.items()
-        for name, tensor in tensors.items()
-    }
 
 
 @contextlib.contextmanager

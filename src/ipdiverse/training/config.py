@@ -179,9 +179,8 @@ class TrainConfig(CacheConfig):
             raise ArgumentError("is empty", where="init_from", fix="Leave it out for new weights.")
         if self.workers and not self.cache:
             # workers are processes of their own, and encoders on a GPU cannot be shared with them
-            raise ArgumentError(
-                "needs the cache", where="workers", fix="Run `ipdiverse embed`, or take workers 0."
-            )
+            fix = "Run `ipdiverse embed`, or take workers 0."
+            raise ArgumentError("needs the cache", where="workers", fix=fix)
 
 
 def todays(settings: Mapping[str, Any]) -> dict[str, Any]:

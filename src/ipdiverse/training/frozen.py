@@ -32,11 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How images are shown to encoders.
-
-    `resolution` is a multiple of 8; `variants` are random crops, mirrored too with `flip`, where 1
-    is the centre crop alone; `changed` references (`augment`) come besides the image itself.
-    """
+    """How images are shown to encoders: options of `CacheConfig`, checked."""
 
     resolution: int = 512
     variants: int = 1
@@ -57,10 +53,7 @@ class Preprocessing:
         return cls(config.resolution or resolution, *own)
 
     def target(self, image: Image.Image, sha256: str, variant: int) -> Tensor:
-        """One variant of a target, float32 (3, resolution, resolution) in -1..1.
-
-        Variant 0 is the centre; the others are drawn from the seed, the image and the number.
-        """
+        """One variant of a target (0: the centre), float32 (3, resolution, resolution) in -1..1."""
         # as torchvision's Resize and RandomCrop of the original trainer, but seeded for each image
         scale = self.resolution / min(image.size)
         width, height = (max(self.resolution, round(side * scale)) for side in image.size)
@@ -92,9 +85,8 @@ class FrozenEncoders:
         encoder = image_encoder or getattr(pipe, "image_encoder", None)
         processor = image_processor or getattr(pipe, "feature_extractor", None)
         if encoder is None or processor is None:
-            raise ModelError(
-                "has no image encoder", where="base", fix="Name one with --image-encoder."
-            )
+            fix = "Name one with --image-encoder."
+            raise ModelError("has no image encoder", where="base", fix=fix)
         self.images = ImageEncoding(encoder, processor)
         texts = (getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2"))
         self.texts = [text for text in texts if text is not None]
@@ -135,18 +127,17 @@ class FrozenEncoders:
 
     @torch.no_grad()
     def text(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """`states` (batch, tokens, width), `mask`, and for SDXL `pooled` (batch, width).
-
-        The mask (batch, tokens) is False at padding; fusion reads it.
-        """
+        """`states` (batch, tokens, width), `mask` (batch, tokens), and SDXL's `pooled`."""
         encoded = self.pipe.encode_prompt(
             prompt=list(captions),
             device=self.texts[0].device,
             num_images_per_prompt=1,
             do_classifier_free_guidance=False,
         )
+        # Stable Diffusion returns two tensors; SDXL four, with pooled text as the third
         pooled = {} if len(encoded) < 4 else {"pooled": encoded[2]}
         mask = text_mask(self.pipe, {"prompt": list(captions)})
+        # False at padding, which fusion must not read
         words = {} if mask is None else {"mask": mask.to(encoded[0].device)}
         return {"states": encoded[0], **words, **pooled}
 

@@ -16,9 +16,14 @@ from ipdiverse.adapter.attach.attach import attach
 from ipdiverse.adapter.files.checkpoint import save_adapter
 from ipdiverse.errors import ArgumentError, Interrupted, ModelError
 from ipdiverse.training import build, checkpoints
-from ipdiverse.training.activation_memory import fast_backward, hold_as_computed, hold_less
 from ipdiverse.training.frozen import FrozenEncoders, open_encoders
-from ipdiverse.training.loss import PromptedUnet, TokenFlow
+from ipdiverse.training.loss import (
+    PromptedUnet,
+    TokenFlow,
+    fast_backward,
+    hold_as_computed,
+    hold_less,
+)
 from ipdiverse.training.validation import Validation
 from ipdiverse.writing import ensure_writable_folder, only_one
 
@@ -142,6 +147,7 @@ class Trainer:
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         size, steps = self.config.batch, range(self.step, self.config.steps)
         numbers = [[s * size + i for i in range(rank, size, processes)] for s in steps]
+        # the loader gets every step's numbers, so there is no sampler's state to save
         workers = self.config.workers
         yield from torch.utils.data.DataLoader(
             self.samples, batch_sampler=numbers, num_workers=workers
@@ -168,11 +174,9 @@ class Trainer:
             self.ema.optimization_step = self.step
             self.ema.step(self.parameters)
         if self.bad >= self.config.bad_batches:
-            raise ModelError(
-                f"{self.bad} batches in a row are not finite",
-                where=f"step {self.step}",
-                fix="Lower the learning rate, or train in bf16 or fp32.",
-            )
+            what = f"{self.bad} batches in a row are not finite"
+            fix = "Lower the learning rate, or train in bf16 or fp32."
+            raise ModelError(what, where=f"step {self.step}", fix=fix)
         return {"loss": loss, "learning_rate": rate, "norm": norm, "skipped": self.skipped}
 
     def _validate(self) -> dict[str, float]:
@@ -221,16 +225,15 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint."""
         if self.accelerator.is_main_process:
-            scaler = self.accelerator.scaler
-            averages = [] if self.ema is None else self.ema.shadow_params
-            state = checkpoints.State(
-                self.step,
-                dict(zip(self.names, self.parameters, strict=True)),
-                dict(zip(self.names, averages, strict=bool(averages))),
-                checkpoints.optimizer_tensors(self.optimizer, self.names),
-                {"skipped": self.skipped, "bad": self.bad, "micro": self.micro}
-                | ({} if scaler is None else {"scaler": scaler.state_dict()}),
-            )
+            tensors = {"optimizer": checkpoints.optimizer_tensors(self.optimizer, self.names)}
+            if self.ema is not None:  # else the adapter's file has the weights
+                tensors["weights"] = dict(zip(self.names, self.parameters, strict=True))
+                tensors["average"] = dict(zip(self.names, self.ema.shadow_params, strict=True))
+            counters: dict[str, Any] = {"skipped": self.skipped, "bad": self.bad}
+            counters["micro"] = self.micro
+            if self.accelerator.scaler is not None:
+                counters["scaler"] = self.accelerator.scaler.state_dict()
+            state = checkpoints.State(self.step, tensors, counters)
             limit = self.config.checkpoints_total_limit
             checkpoints.save_checkpoint(self.out, state, self._about, self._save_adapter, limit)
         self.accelerator.wait_for_everyone()
@@ -259,20 +262,17 @@ class Trainer:
         if not (found := checkpoints.finished(self.out)):
             return
         state, saved = checkpoints.load_checkpoint(found[-1])
-        if different := checkpoints.differences(saved, self._about):
-            raise ArgumentError(
-                "holds another run",
-                where=self.out,
-                found="; ".join(different),
-                fix="Choose a new folder for out, or train with the same settings.",
-            )
-        averages = [] if self.ema is None else self.ema.shadow_params
+        if different := "; ".join(checkpoints.differences(saved, self._about)):
+            fix = "Choose a new folder for out, or train with the same settings."
+            raise ArgumentError("holds another run", where=self.out, found=different, fix=fix)
+        own: dict[str, list[Any]] = {"weights": self.parameters}
+        if self.ema is not None:
+            own["average"] = self.ema.shadow_params
         with torch.no_grad():
-            for name, parameter in zip(self.names, self.parameters, strict=True):
-                parameter.copy_(state.weights[name])
-            for name, average in zip(self.names, averages, strict=bool(averages)):
-                average.copy_(state.average[name])
-        checkpoints.restore_optimizer(self.optimizer, self.names, state.optimizer)
+            for group, tensors in own.items():
+                for name, tensor in zip(self.names, tensors, strict=True):
+                    tensor.copy_(state.tensors[group][name])
+        checkpoints.restore_optimizer(self.optimizer, self.names, state.tensors["optimizer"])
         self.step, counters, scaler = state.step, state.counters, self.accelerator.scaler
         self.bad, self.skipped = counters["bad"], counters["skipped"]
         self.micro = min(self.micro, counters["micro"])  # what memory ran out for would do so again

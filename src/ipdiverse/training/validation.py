@@ -50,6 +50,7 @@ class Validation:
         attachment: Attachment | None,
     ) -> None:
         self.config, self.encoders, self.attachment = config, encoders, attachment
+        # a trace of `self`, as `paired` alone refuses data in which nothing has a partner
         partners = References(records, {"paired": 1, "self": 1e-9})
         self.cases = [self._case(records, partners, index) for index in held_out]
 
@@ -109,7 +110,8 @@ def layout_similarity(one: Image.Image, other: Image.Image) -> float:
         for image in (one, other)
     ]
     with np.errstate(divide="ignore", invalid="ignore"):  # an even image correlates with nothing
-        return float(np.nan_to_num(np.corrcoef(*shrunk)[0, 1]))
+        found: Any = np.corrcoef(shrunk)
+    return float(np.nan_to_num(found[0, 1]))
 
 
 def _excess(images: list[Image.Image], case: Case, similarity: Any) -> float:

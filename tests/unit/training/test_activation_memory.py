@@ -10,7 +10,7 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from torch import nn
 
-from ipdiverse.training.activation_memory import hold_less
+from ipdiverse.training.loss import hold_less
 from tests import models
 
 

@@ -410,7 +410,7 @@ def test_a_folder_that_cannot_be_synced_costs_no_checkpoint(
         sync(descriptor)
 
     monkeypatch.setattr(os, "fsync", files_only)
-    state = checkpoints.State(1, {}, {}, {"a/exp_avg": torch.ones(2)}, {"bad": 0})
+    state = checkpoints.State(1, {"optimizer": {"a/exp_avg": torch.ones(2)}}, {"bad": 0})
     folder = checkpoints.save_checkpoint(tmp_path, state, {}, Path.touch, 1)
     assert checkpoints.finished(tmp_path) == [folder]
 
