@@ -94,7 +94,7 @@ class ImagePrompt:
             options: Of the layer's call.
             layer: The layer.
         """
-        from ipdiverse.adapter.attention import add_image
+        from ipdiverse.adapter.attention import ImageBranch, add_image
 
         scale = self.scale.at(layer, self.progress(options) if self.scale.by_step else 0.0)
         if scale == 0:
@@ -104,7 +104,7 @@ class ImagePrompt:
         tokens = self.tokens(options[_TEXT].to(query), options)
         key, value = weights.to_k_ip(tokens), weights.to_v_ip(tokens)  # pyright: ignore[reportOptionalCall]
         mixed, query, key, value = (_heads(states, heads) for states in (mixed, query, key, value))
-        return add_image(mixed, query, key, value, scale).transpose(1, 2).flatten(2)
+        return add_image(mixed, query, ImageBranch(key, value, scale)).transpose(1, 2).flatten(2)
 
     def tokens(self, text: Tensor, options: Options) -> Tensor:
         """Fused image tokens of every row, after the levers: (rows, tokens, width).

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from ipdiverse.errors import ModelError, ShapeError
+from ipdiverse.errors import ShapeError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -23,19 +23,12 @@ NOTHING, TEXT, BOTH = "nothing", "text", "both"
 
 
 class ImageBranch(NamedTuple):
-    """What one group of image tokens brings to a layer.
-
-    Args:
-        key: (batch, heads, tokens, head_dim).
-        value: The same.
-        scale: Weight of the branch, dimensionless, one for all or one for each item.
-        region: Weight of each pixel, (batch or 1, pixels); None is 1 everywhere.
-    """
+    """What one group of image tokens brings to a layer."""
 
     key: Float[Tensor, "batch heads image head_dim"]
     value: Float[Tensor, "batch heads image head_dim"]
-    scale: float | Float[Tensor, "*batch"]
-    region: Float[Tensor, "#batch pixels"] | None = None
+    scale: float | Float[Tensor, "*batch"]  # weight of the branch, dimensionless
+    region: Float[Tensor, "#batch pixels"] | None = None  # of each pixel; None is 1 everywhere
 
 
 def decoupled_cross_attention(
@@ -56,32 +49,30 @@ def decoupled_cross_attention(
     """
     mixed = F.scaled_dot_product_attention(query, text_key, text_value, attn_mask=text_mask)
     for image in images:
-        mixed = add_image(mixed, query, *image)
+        mixed = add_image(mixed, query, image)
     return mixed
 
 
 def add_image(
     mixed: Float[Tensor, "batch heads pixels head_dim"],
     query: Float[Tensor, "batch heads pixels head_dim"],
-    image_key: Float[Tensor, "batch heads image head_dim"],
-    image_value: Float[Tensor, "batch heads image head_dim"],
-    scale: float | Float[Tensor, "*batch"],
-    region: Float[Tensor, "#batch pixels"] | None = None,
+    branch: ImageBranch,
 ) -> Float[Tensor, "batch heads pixels head_dim"]:
     """Add one image branch to what the text, and other images, gave."""
-    if image_key.shape[0] != query.shape[0]:
+    key, value, scale, region = branch
+    if key.shape[0] != query.shape[0]:
         raise ShapeError(
             "image and text batch sizes differ",
             where="decoupled cross-attention",
             expected=f"{query.shape[0]} image prompts",
-            found=image_key.shape[0],
+            found=key.shape[0],
             fix="Give one reference, or one per item.",
         )
     if not isinstance(scale, Tensor) and scale == 0:
-        return mixed
+        return mixed  # to the bit; 0 · NaN would not be
     if isinstance(scale, Tensor):
         scale = scale.to(query.device, query.dtype).view(-1, 1, 1, 1)
-    image = F.scaled_dot_product_attention(query, image_key, image_value)
+    image = F.scaled_dot_product_attention(query, key, value)
     if region is not None:
         image = image * region.to(query.device, query.dtype)[:, None, :, None]
     return mixed + scale * image
@@ -89,17 +80,12 @@ def add_image(
 
 @dataclass(eq=False)
 class TokenGroup:
-    """Image tokens that share one attention: the references of an item, or one with a mask.
+    """Image tokens that share one attention: the references of an item, or one with a mask."""
 
-    Args:
-        tokens: (batch, tokens, width), fused, both guidance branches.
-        mask: Where it acts; None is everywhere.
-        opposed: The same for layers that lead away from the image: its tokens in the unconditional
-            branch, zeros (whose keys and values are zero) in the other. None is `tokens`.
-    """
-
-    tokens: Tensor
-    mask: RegionMask | None = None
+    tokens: Tensor  # (batch, tokens, width), fused, both guidance branches
+    mask: RegionMask | None = None  # where it acts; None is everywhere
+    # for layers that lead away from the image: its tokens in the unconditional branch, zeros (whose
+    # keys and values are zero) in the other; None is `tokens`
     opposed: Tensor | None = None
 
     def for_layer(self, opposed: bool) -> Tensor:
@@ -113,20 +99,13 @@ class Slot:
 
     The original puts image tokens behind the text's and cuts them off by a fixed count. Apart, they
     need no count, and the text may have any length.
-
-    Args:
-        weights: Keys' and values' weights by layer number.
-        groups: This call's image tokens; empty before the first.
-        scales: This step's scale by layer number; a missing layer takes 1.
-        opposed: Layers that lead away from the image (`Scale.opposed`).
-        latents: Height and width of this call's latents.
     """
 
-    weights: dict[int, LayerWeights]
-    groups: list[TokenGroup] = field(default_factory=list)
-    scales: dict[int, float | Tensor] = field(default_factory=dict)
-    opposed: frozenset[int] = frozenset()
-    latents: tuple[int, int] = (1, 1)
+    weights: dict[int, LayerWeights]  # by layer number
+    groups: list[TokenGroup] = field(default_factory=list)  # this call's image tokens
+    scales: dict[int, float | Tensor] = field(default_factory=dict)  # a missing layer takes 1
+    opposed: frozenset[int] = frozenset()  # layers that lead away from the image
+    latents: tuple[int, int] = (1, 1)  # height and width, of this call
 
 
 class DecoupledAttention:
@@ -135,10 +114,6 @@ class DecoupledAttention:
     What does not change during a call is computed once: keys and values of the text, and of each
     group of image tokens. They are recognised by identity, as pipelines pass the same tensor at
     every step; nothing is kept while gradients are recorded or `torch.compile` traces.
-
-    Args:
-        number: The layer's number in `unet.attn_processors`.
-        slots: The adapters, shared by all layers.
     """
 
     def __init__(self, number: int, slots: list[Slot]) -> None:
@@ -177,15 +152,20 @@ class DecoupledAttention:
     def _branches(self, attn: Any, pixels: int) -> Iterator[ImageBranch]:
         """What each adapter's groups of image tokens bring; nothing where the scale is 0."""
         for index, slot in enumerate(self.slots):
-            weights, scale = slot.weights.get(self.number), slot.scales.get(self.number, 1.0)
+            weights: Any = slot.weights.get(self.number)
+            scale = slot.scales.get(self.number, 1.0)
             off = not isinstance(scale, Tensor) and scale == 0
             if weights is None or weights.to_k_ip is None or off:
                 continue
             for position, group in enumerate(slot.groups):
                 kept = self._images.setdefault((index, position), _Once())
                 tokens = group.for_layer(self.number in slot.opposed)
-                key, value = kept.get(
-                    tokens, lambda w=weights, t=tokens: _image_key_value(attn, w, t)
+                key, value = kept.get(  # bound now: a loop's lambdas share its variables
+                    tokens,
+                    lambda w=weights, t=tokens: (
+                        _heads(attn, w.to_k_ip(t)),
+                        _heads(attn, w.to_v_ip(t)),
+                    ),
                 )
                 region = None if group.mask is None else group.mask.at(pixels, slot.latents)
                 yield ImageBranch(key, value, scale, region)
@@ -224,12 +204,6 @@ class _Once:
         return output
 
 
-def _image_key_value(attn: Any, weights: LayerWeights, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    if weights.to_k_ip is None or weights.to_v_ip is None:
-        raise ModelError("a layer has no keys for images", where="adapter")
-    return _heads(attn, weights.to_k_ip(tokens)), _heads(attn, weights.to_v_ip(tokens))
-
-
 def _project(layer: Any, states: Tensor, adapters: list[LayerWeights | None], name: str) -> Tensor:
     """The UNet's own projection, plus the low-rank change of each adapter that has one."""
     projected = layer(states)
@@ -248,5 +222,6 @@ def _heads(attn: Any, states: Tensor) -> Tensor:
 def _mask(attn: Any, mask: Tensor | None, text: Tensor) -> Tensor | None:
     if mask is None:
         return None
+    # diffusers folds the heads into the batch; attention here keeps them apart
     prepared = attn.prepare_attention_mask(mask, text.shape[1], text.shape[0])
     return prepared.view(text.shape[0], attn.heads, -1, prepared.shape[-1])

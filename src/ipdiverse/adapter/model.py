@@ -39,13 +39,7 @@ LoraShapes = dict[str, tuple[int, int, int]]
 
 
 class LowRank(nn.Module):
-    """A low-rank change of a projection: up(down(x)) (LoRA, arXiv:2106.09685), of weight 1.
-
-    Args:
-        width_in: Input width.
-        rank: Of the change.
-        width_out: Output width.
-    """
+    """A low-rank change of a projection: up(down(x)) (LoRA, arXiv:2106.09685), of weight 1."""
 
     def __init__(self, width_in: int, rank: int, width_out: int) -> None:
         super().__init__()
@@ -58,12 +52,10 @@ class LowRank(nn.Module):
 
 
 class LayerWeights(nn.Module):
-    """What an adapter adds to one attention layer.
+    """What an adapter adds to one attention layer: an image branch, and changes of the layer.
 
-    Args:
-        widths: Width of image tokens and of queries; None in self-attention, which has no image
-            branch.
-        lora: Low-rank changes of the layer's own projections (FaceID).
+    Self-attention has no image branch (`widths` of tokens and queries are None); only FaceID
+    changes a layer's own projections (`lora`).
     """
 
     to_k_ip: nn.Linear | None
@@ -103,25 +95,20 @@ class ImagePromptAdapter(nn.Module):
         super().__init__()
         changes = lora or {}
         self.image_proj = projection
-        self.ip_adapter = nn.ModuleDict(
-            {
-                str(number): LayerWeights(widths.get(number), changes.get(number))
-                for number in sorted(widths.keys() | changes.keys())
-            }
-        )
+        self.ip_adapter = nn.ModuleDict()
+        for number in sorted(widths.keys() | changes.keys()):
+            layer = LayerWeights(widths.get(number), changes.get(number))
+            self.ip_adapter[str(number)] = layer
         self.fusion = fusion
         self.spec: dict[str, Any] = {}
-        # of the adapter that this one was fine-tuned from; empty if they are not known. Not
-        # parameters: they are neither trained nor moved to a device until they are needed
+        # of the adapter that this one was fine-tuned from; empty if they are not known. A plain
+        # dict, as parameters would be trained, and moved to a device before they are needed
         self.base_weights: dict[str, Tensor] = {}
 
     def layers(self) -> dict[int, LayerWeights]:
         """Each layer's weights by its number in `unet.attn_processors`."""
-        return {
-            int(number): layer
-            for number, layer in self.ip_adapter.items()
-            if isinstance(layer, LayerWeights)
-        }
+        layers: Any = self.ip_adapter.items()
+        return {int(number): layer for number, layer in layers}
 
     def widths(self) -> dict[int, tuple[int, int]]:
         """Token and query width of each layer with an image branch."""
@@ -149,16 +136,7 @@ class ImagePromptAdapter(nn.Module):
     @property
     def clip_dim(self) -> int | None:
         """Width of the image encoder's output that it reads; None when it reads faces alone."""
-        projection = self.image_proj
-        if isinstance(projection, LinearProjection):
-            return projection.proj.in_features
-        if isinstance(projection, ResamplerProjection):
-            return projection.proj_in.in_features
-        if isinstance(projection, FaceIDPlusProjection):
-            return projection.perceiver_resampler.proj_in.in_features
-        if isinstance(projection, FullFaceProjection):
-            return projection.proj[0].in_features  # type: ignore[return-value]
-        return None
+        return self.image_proj.clip_dim
 
     @property
     def draws(self) -> bool:
@@ -190,9 +168,8 @@ class ImagePromptAdapter(nn.Module):
 
 def attention_layers(unet: Any) -> dict[int, str]:
     """Number in `unet.attn_processors` to module name, for every attention layer."""
-    return {
-        number: name.removesuffix(".processor") for number, name in enumerate(unet.attn_processors)
-    }
+    names = (name.removesuffix(".processor") for name in unet.attn_processors)
+    return dict(enumerate(names))
 
 
 def cross_attention_layers(unet: Any) -> dict[int, str]:
@@ -222,23 +199,16 @@ def new_adapter(
     """An untrained adapter that fits a UNet and an image encoder."""
     widths = layer_widths(unet)
     token_width = next(iter(widths.values()))[0]
+    clip = image_encoder.config
     if kind == "base":
-        projection = LinearProjection(
-            image_encoder.config.projection_dim, token_width, **projection_sizes
-        )
+        projection = LinearProjection(clip.projection_dim, token_width, **projection_sizes)
     else:
-        projection = ResamplerProjection(
-            image_encoder.config.hidden_size, token_width, **projection_sizes
-        )
+        projection = ResamplerProjection(clip.hidden_size, token_width, **projection_sizes)
     adapter = ImagePromptAdapter(projection, widths, fusion)
     layers = adapter.layers()
-    for number, attention in _cross_attentions(unet).items():
-        for mine, theirs in (
-            (layers[number].to_k_ip, attention.to_k),
-            (layers[number].to_v_ip, attention.to_v),
-        ):
-            if mine is not None:
-                mine.weight.data.copy_(theirs.weight.data)
+    for number, attention in _cross_attentions(unet).items():  # as the original starts
+        keys, values = attention.to_k.weight, attention.to_v.weight
+        layers[number].load_state_dict({"to_k_ip.weight": keys, "to_v_ip.weight": values})
     return adapter
 
 
@@ -357,7 +327,6 @@ def check_encoder(adapter: ImagePromptAdapter, encoder: Any) -> None:
     """Refuse an image encoder whose embeddings have not the adapter's width; None always fits."""
     if encoder is None or adapter.clip_dim is None:
         return
-    pooled = "pooled" in adapter.reads
-    check_embeddings(
-        adapter, encoder.config.projection_dim if pooled else encoder.config.hidden_size
-    )
+    config = encoder.config
+    width = config.projection_dim if "pooled" in adapter.reads else config.hidden_size
+    check_embeddings(adapter, width)

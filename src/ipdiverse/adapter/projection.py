@@ -1,7 +1,8 @@
 """Image and face embeddings to image tokens, under the parameter names of published checkpoints.
 
-A face embedding comes from a recognition model (ArcFace, 512 wide); it says who, not how the image
-looks.
+`clip_dim` is the width of what is read of the image encoder, `token_width` the UNet's
+`cross_attention_dim`. A face embedding, `face_dim` wide, comes from a recognition model (ArcFace:
+512); it says who, not how the image looks.
 """
 
 from __future__ import annotations
@@ -13,23 +14,15 @@ from torch.nn import functional as F
 
 
 class LinearProjection(nn.Module):
-    """Projection `base`: the pooled embedding to a few tokens (Linear + LayerNorm).
-
-    Args:
-        clip_dim: Width of the pooled image embedding.
-        token_width: The UNet's `cross_attention_dim`.
-        num_tokens: How many image tokens; 4 in every published checkpoint.
-
-    Source:
-        arXiv:2308.06721, section 3.2.1.
-    """
+    """Projection `base`: the pooled embedding to a few tokens (arXiv:2308.06721, section 3.2.1)."""
 
     kind = "base"
     reads = ("pooled",)
+    face_dim = None
 
     def __init__(self, clip_dim: int, token_width: int, num_tokens: int = 4) -> None:
         super().__init__()
-        self.num_tokens = num_tokens
+        self.clip_dim, self.token_width, self.num_tokens = clip_dim, token_width, num_tokens
         self.proj = nn.Linear(clip_dim, num_tokens * token_width)
         self.norm = nn.LayerNorm(token_width)
 
@@ -42,22 +35,17 @@ class LinearProjection(nn.Module):
 
 
 class PerceiverAttention(nn.Module):
-    """Learned queries attend to image features and to themselves (Flamingo, arXiv:2204.14198).
+    """Learned queries attend to image features and to themselves (Flamingo, arXiv:2204.14198)."""
 
-    Args:
-        width: Width of queries and features.
-        head_dim: Width of one head; stock diffusers assumes 64.
-        heads: How many.
-    """
-
-    def __init__(self, width: int, head_dim: int, heads: int) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.heads, inner = heads, head_dim * heads
+        # heads of 64: files do not hold the number, and stock diffusers takes 64 for granted
+        self.heads = width // 64
         self.norm1 = nn.LayerNorm(width)
         self.norm2 = nn.LayerNorm(width)
-        self.to_q = nn.Linear(width, inner, bias=False)
-        self.to_kv = nn.Linear(width, 2 * inner, bias=False)
-        self.to_out = nn.Linear(inner, width, bias=False)
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_kv = nn.Linear(width, 2 * width, bias=False)
+        self.to_out = nn.Linear(width, width, bias=False)
 
     def forward(
         self,
@@ -77,57 +65,30 @@ class PerceiverAttention(nn.Module):
         )
 
 
-class ResamplerProjection(nn.Module):
-    """Projection `plus`: learned queries read the penultimate hidden states.
+class Perceiver(nn.Module):
+    """Tokens read the image encoder's hidden states, in `depth` rounds."""
 
-    Args:
-        clip_dim: Width of the image encoder's hidden states.
-        token_width: The UNet's `cross_attention_dim`.
-        num_tokens: How many image tokens; 16 in published checkpoints.
-        width: Width inside; a multiple of 64.
-        depth: Rounds of attention and feed-forward; 4 in published checkpoints.
-    """
-
-    kind = "plus"
-    reads = ("hidden",)
-
-    def __init__(
-        self,
-        clip_dim: int,
-        token_width: int,
-        num_tokens: int = 16,
-        width: int = 768,
-        depth: int = 4,
-    ) -> None:
+    def __init__(self, clip_dim: int, width: int, token_width: int, depth: int) -> None:
         super().__init__()
-        self.latents = nn.Parameter(torch.randn(1, num_tokens, width) / width**0.5)
-        # heads of 64: files do not hold the number, and stock diffusers takes 64 for granted
         self.proj_in = nn.Linear(clip_dim, width)
         self.proj_out = nn.Linear(width, token_width)
         self.norm_out = nn.LayerNorm(token_width)
         self.layers = nn.ModuleList(
-            [
-                nn.ModuleList([PerceiverAttention(width, 64, width // 64), feed_forward(width)])
-                for _ in range(depth)
-            ]
+            [nn.ModuleList([PerceiverAttention(width), feed_forward(width)]) for _ in range(depth)]
         )
 
-    @property
-    def num_tokens(self) -> int:
-        """How many image tokens."""
-        return self.latents.shape[1]
-
-    def forward(
-        self, image_embeds: Float[Tensor, "batch patches clip_dim"]
-    ) -> Float[Tensor, "batch tokens width"]:
-        """Read the hidden states into a fixed number of tokens."""
-        features = self.proj_in(image_embeds)
-        latents = self.latents.expand(len(features), -1, -1)
+    def read(
+        self,
+        tokens: Float[Tensor, "batch tokens width"],
+        hidden: Float[Tensor, "batch patches clip_dim"],
+    ) -> Float[Tensor, "batch tokens token_width"]:
+        """What the tokens become."""
+        features = self.proj_in(hidden)
         for layer in self.layers:
             attention, feed_forward = layer  # type: ignore[misc]
-            latents = attention(features, latents) + latents
-            latents = feed_forward(latents) + latents
-        return self.norm_out(self.proj_out(latents))
+            tokens = attention(features, tokens) + tokens
+            tokens = feed_forward(tokens) + tokens
+        return self.norm_out(self.proj_out(tokens))
 
 
 def feed_forward(width: int) -> nn.Sequential:
@@ -140,20 +101,54 @@ def feed_forward(width: int) -> nn.Sequential:
     )
 
 
+class ResamplerProjection(Perceiver):
+    """Projection `plus`: learned queries read the penultimate hidden states.
+
+    Args:
+        num_tokens: How many queries; 16 in published checkpoints.
+        width: Width inside; a multiple of 64.
+        depth: Rounds of attention and feed-forward; 4 in published checkpoints.
+    """
+
+    kind = "plus"
+    reads = ("hidden",)
+    face_dim = None
+
+    def __init__(
+        self,
+        clip_dim: int,
+        token_width: int,
+        num_tokens: int = 16,
+        width: int = 768,
+        depth: int = 4,
+    ) -> None:
+        latents = torch.randn(1, num_tokens, width) / width**0.5  # first: a seed's draws stay
+        super().__init__(clip_dim, width, token_width, depth)
+        self.clip_dim, self.token_width, self.num_tokens = clip_dim, token_width, num_tokens
+        self.latents = nn.Parameter(latents)
+
+    def forward(
+        self, image_embeds: Float[Tensor, "batch patches clip_dim"]
+    ) -> Float[Tensor, "batch tokens width"]:
+        """Read the hidden states into a fixed number of tokens."""
+        return self.read(self.latents.expand(len(image_embeds), -1, -1), image_embeds)
+
+
 class FullFaceProjection(nn.Module):
     """Projection `full-face`: every penultimate hidden state becomes a token.
 
     Args:
-        clip_dim: Width of the image encoder's hidden states.
-        token_width: The UNet's `cross_attention_dim`.
         hidden_width: Width between the two layers; None takes `clip_dim`, as published.
     """
 
     kind = "full-face"
     reads = ("hidden",)
+    face_dim = None
+    num_tokens = None  # as many as the image encoder has states
 
     def __init__(self, clip_dim: int, token_width: int, hidden_width: int | None = None) -> None:
         super().__init__()
+        self.clip_dim, self.token_width = clip_dim, token_width
         inner = hidden_width or clip_dim
         self.proj = nn.Sequential(
             nn.Linear(clip_dim, inner),
@@ -161,11 +156,6 @@ class FullFaceProjection(nn.Module):
             nn.Linear(inner, token_width),
             nn.LayerNorm(token_width),
         )
-
-    @property
-    def num_tokens(self) -> None:
-        """As many as the image encoder has states."""
-        return None
 
     def forward(
         self, hidden: Float[Tensor, "batch patches clip_dim"]
@@ -178,20 +168,19 @@ class FaceIDProjection(nn.Module):
     """Projections `faceid` and `portrait`: a face embedding to a few tokens.
 
     Args:
-        face_dim: Width of a face embedding.
-        token_width: The UNet's `cross_attention_dim`.
         num_tokens: Tokens a face; 4 in published FaceID, 16 in Portrait.
         hidden_width: Width between the two layers; None takes twice `face_dim`, as published.
     """
 
     kind = "faceid"
     reads = ("face",)
+    clip_dim = None
 
     def __init__(
         self, face_dim: int, token_width: int, num_tokens: int = 4, hidden_width: int | None = None
     ) -> None:
         super().__init__()
-        self.num_tokens = num_tokens
+        self.face_dim, self.token_width, self.num_tokens = face_dim, token_width, num_tokens
         self.proj = face_layers(face_dim, num_tokens * token_width, hidden_width)
         self.norm = nn.LayerNorm(token_width)
 
@@ -203,48 +192,10 @@ class FaceIDProjection(nn.Module):
         return tokens.flatten(1, 2) if tokens.ndim == 4 else tokens
 
 
-class FacePerceiver(nn.Module):
-    """Tokens of a face read the image encoder's hidden states.
-
-    Args:
-        clip_dim: Width of those states.
-        width: Width of the tokens, in and out.
-        depth: Rounds of attention and feed-forward.
-    """
-
-    def __init__(self, clip_dim: int, width: int, depth: int = 4) -> None:
-        super().__init__()
-        self.proj_in = nn.Linear(clip_dim, width)
-        self.proj_out = nn.Linear(width, width)
-        self.norm_out = nn.LayerNorm(width)
-        self.layers = nn.ModuleList(
-            [
-                nn.ModuleList([PerceiverAttention(width, 64, width // 64), feed_forward(width)])
-                for _ in range(depth)
-            ]
-        )
-
-    def forward(
-        self,
-        tokens: Float[Tensor, "batch tokens width"],
-        hidden: Float[Tensor, "batch patches clip_dim"],
-    ) -> Float[Tensor, "batch tokens width"]:
-        """Refine the tokens."""
-        features = self.proj_in(hidden)
-        for layer in self.layers:
-            attention, forward = layer  # type: ignore[misc]
-            tokens = attention(features, tokens) + tokens
-            tokens = forward(tokens) + tokens
-        return self.norm_out(self.proj_out(tokens))
-
-
 class FaceIDPlusProjection(nn.Module):
     """Projection `faceid-plus`: a face's tokens, refined by what the face looks like.
 
     Args:
-        face_dim: Width of a face embedding.
-        clip_dim: Width of the image encoder's hidden states.
-        token_width: The UNet's `cross_attention_dim`.
         num_tokens: 4 in published checkpoints.
         depth: Rounds of the perceiver.
         hidden_width: Width between the first two layers; None takes twice `face_dim`.
@@ -266,19 +217,18 @@ class FaceIDPlusProjection(nn.Module):
         shortcut: bool = False,
     ) -> None:
         super().__init__()
+        self.face_dim, self.clip_dim, self.token_width = face_dim, clip_dim, token_width
         self.num_tokens, self.shortcut = num_tokens, shortcut
         self.proj = face_layers(face_dim, num_tokens * token_width, hidden_width)
         self.norm = nn.LayerNorm(token_width)
-        self.perceiver_resampler = FacePerceiver(clip_dim, token_width, depth)
+        self.perceiver_resampler = Perceiver(clip_dim, token_width, token_width, depth)
 
     def forward(
-        self,
-        face: Float[Tensor, "batch face_dim"],
-        hidden: Float[Tensor, "batch patches clip_dim"],
+        self, face: Float[Tensor, "batch face_dim"], hidden: Float[Tensor, "batch patches clip_dim"]
     ) -> Float[Tensor, "batch tokens width"]:
         """Project the face and refine its tokens by the image."""
         tokens = self.norm(self.proj(face).unflatten(-1, (self.num_tokens, -1)))
-        refined = self.perceiver_resampler(tokens, hidden)
+        refined = self.perceiver_resampler.read(tokens, hidden)
         return tokens + refined if self.shortcut else refined
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     ImageLike = Image.Image | str | Path
 
 Combine = Literal["concat", "average", "weighted", "subtract"]
-COMBINES: tuple[str, ...] = ("concat", "average", "weighted", "subtract")
+COMBINES: tuple[str, ...] = get_args(Combine)
 
 
 @dataclass(frozen=True)
@@ -65,18 +65,17 @@ class Reference:
             raise ArgumentError("is empty", where="reference", fix="Give at least one image.")
         check_parts(count, self.combine, self.weights, self.masks)
         for image in (*self.images, *(self.masks or ())):
-            if not isinstance(image, Image.Image):
-                raise _not_an_image(image, "PIL images", "Open files with image_io.load_image.")
+            _checked_image(image, "PIL images", "Open files with image_io.load_image.")
         # a photograph that Pillow opened lies as the camera was held; one by its path does not
         object.__setattr__(self, "images", [upright(image) for image in self.images])
 
     def count(self) -> int | None:
         """How many images or faces; None for embeddings whose axes only an adapter can tell."""
-        if self.embeds is not None:
-            return (
-                0 if not self.embeds else len(self.embeds[0]) if self.embeds[0].ndim == 2 else None
-            )
-        return len(self.images) if self.images else 0 if self.faces is None else len(self.faces)
+        if self.embeds is None:
+            return len(self.images or (() if self.faces is None else self.faces))
+        if not self.embeds:
+            return 0
+        return len(self.embeds[0]) if self.embeds[0].ndim == 2 else None
 
 
 def check_parts(
@@ -129,39 +128,30 @@ def as_embeds(given: Any, where: str) -> Tensor:
         )
     if not tensor.is_floating_point() or not tensor.isfinite().all():
         found = "NaN or infinity" if tensor.is_floating_point() else tensor.dtype
-        raise ArgumentError(
-            "holds no embeddings",
-            where=where,
-            expected="finite floating-point numbers",
-            found=found,
-        )
+        expected = "finite floating-point numbers"
+        raise ArgumentError("holds no embeddings", where=where, expected=expected, found=found)
     return tensor
 
 
 def _image(item: Any) -> Image.Image:
-    if isinstance(item, Image.Image):
-        return item
     if isinstance(item, (str, Path)):
         return load_image(Path(item))
     fix = "Give embeddings as Reference(embeds=[…])." if isinstance(item, Tensor) else None
-    raise _not_an_image(item, "a PIL image, an image's file, or a Reference", fix)
+    return _checked_image(item, "a PIL image, an image's file, or a Reference", fix)
 
 
-def _not_an_image(item: object, expected: str, fix: str | None = None) -> ArgumentError:
+def _checked_image(item: Any, expected: str, fix: str | None) -> Image.Image:
+    if isinstance(item, Image.Image):
+        return item
     found = type(item).__name__
-    return ArgumentError(
-        "is not an image", where="reference", expected=expected, found=found, fix=fix
-    )
+    what = "is not an image"
+    raise ArgumentError(what, where="reference", expected=expected, found=found, fix=fix)
 
 
 def combine_embeds(
     embeds: Tensor, combine: Combine, weights: Sequence[float] | None = None
 ) -> Tensor:
-    """Several references' embeddings to one's, or as they are for `concat`.
-
-    Returns:
-        (references, ...) for `concat`, else (1, ...).
-    """
+    """Several references' embeddings to one's, (1, ...), or as they are for `concat`."""
     if combine == "concat" or len(embeds) == 1:
         return embeds
     if combine == "average":
@@ -170,20 +160,15 @@ def combine_embeds(
         return embeds[:1] - embeds[1:].mean(0, keepdim=True)
     share = torch.tensor(list(weights or ()), dtype=embeds.dtype, device=embeds.device)
     if len(share) != len(embeds):
-        raise ArgumentError(
-            "have the wrong length", where="weights", expected=len(embeds), found=len(share)
-        )
+        what, expected = "have the wrong length", len(embeds)
+        raise ArgumentError(what, where="weights", expected=expected, found=len(share))
     if not float(share.sum()) or not share.isfinite().all():
         raise ArgumentError("sum to 0, or are not finite", where="weights")
     return torch.tensordot(share / share.sum(), embeds, dims=1)[None]
 
 
 class RegionMask:
-    """Weights in 0..1 over an image, stretched to each layer's grid, once for each.
-
-    Args:
-        weights: (batch, height, width), of any size; one entry serves every item.
-    """
+    """Weights in 0..1 over an image, (batch or 1, height, width), stretched to a layer's grid."""
 
     def __init__(self, weights: Tensor) -> None:
         self.weights = weights
@@ -197,11 +182,11 @@ class RegionMask:
             self._shrunk[grid] = shrunk[:, 0].flatten(1)
         return self._shrunk[grid]
 
-    def repeated(self, branches: int) -> RegionMask:
-        """The same for every guidance branch."""
-        if len(self.weights) == 1 or branches == 1:
+    def repeated(self, branches: int, each: int = 1) -> RegionMask:
+        """The same for several images of each item, and for every guidance branch."""
+        if len(self.weights) == 1:
             return self
-        return RegionMask(self.weights.repeat(branches, 1, 1))
+        return RegionMask(self.weights.repeat_interleave(each, 0).repeat(branches, 1, 1))
 
 
 def mask_weights(image: Image.Image) -> Tensor:

@@ -1,9 +1,4 @@
-"""How strongly an image prompt acts: by layer, by step and by item.
-
-A scale is a number; a list with one number for each layer; numbers by block; a preset; a tensor
-with one number for each item; or a function of layer and progress. `start_at` and `end_at` switch
-it off outside a part of the steps.
-"""
+"""How strongly an image prompt acts: by layer, by step and by item (`resolve_scale`)."""
 
 from __future__ import annotations
 
@@ -17,26 +12,17 @@ from torch import Tensor
 
 from ipdiverse.errors import ArgumentError, check_range
 
-_LIMITS = (-10, 10)
-"""Of a weight."""
+_LIMITS = (-10, 10)  # of a weight
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Where a cross-attention layer stands in its UNet.
+    """Where a cross-attention layer stands in its UNet."""
 
-    Args:
-        number: In `unet.attn_processors`.
-        block: Which block: `down.1`, `mid`, `up.0`.
-        transformer: Which transformer of the UNet it is in, counted as the UNet runs: down, mid,
-            up. Layers of one transformer share it.
-        transformers: How many there are.
-    """
-
-    number: int
-    block: str
-    transformer: int
-    transformers: int
+    number: int  # in `unet.attn_processors`
+    block: str  # `down.1`, `mid`, `up.0`
+    transformer: int  # which one it is in, counted as the UNet runs: down, mid, up
+    transformers: int  # how many there are
 
     @property
     def part(self) -> str:
@@ -52,31 +38,22 @@ ScaleLike = float | str | Sequence[float] | Mapping[str, float] | Tensor | Scale
 
 @dataclass(frozen=True)
 class Scale:
-    """A scale, resolved against a UNet's layers.
-
-    Args:
-        of: Scale of a layer at a progress.
-        by_step: Whether it depends on the progress at all.
-        start_at: Share of the steps before which it is 0.
-        end_at: Share of the steps from which it is 0 again.
-        opposed: Numbers of the layers in which the image acts on the unconditional branch alone,
-            so that guidance leads away from it.
-    """
+    """A scale, resolved against a UNet's layers."""
 
     of: ScaleFunction
-    by_step: bool = False
-    start_at: float = 0.0
-    end_at: float = 1.0
+    by_step: bool = False  # else the progress need not be known
+    start_at: float = 0.0  # share of the steps before which it is 0
+    end_at: float = 1.0  # share of the steps from which it is 0 again
+    # numbers of the layers in which the image acts on the unconditional branch alone, so that
+    # guidance leads away from it
     opposed: frozenset[int] = frozenset()
 
     def at(self, layer: Layer, progress: float) -> float | Tensor:
         """The scale of a layer at a progress."""
-        if not self.start_at <= progress < self.end_at and (self.start_at, self.end_at) != (
-            0.0,
-            1.0,
-        ):
-            return 0.0
-        return self.of(layer, progress)
+        always = (self.start_at, self.end_at) == (0.0, 1.0)  # also where progress reaches 1
+        if always or self.start_at <= progress < self.end_at:
+            return self.of(layer, progress)
+        return 0.0
 
 
 def resolve_scale(
@@ -99,28 +76,23 @@ def resolve_scale(
     check_range("start_at", start_at, 0, 1)
     check_range("end_at", end_at, start_at, 1)
     check_range("weight", weight, *_LIMITS)
-    stepped = (start_at, end_at) != (0.0, 1.0)
+    by_step, opposed = (start_at, end_at) != (0.0, 1.0), frozenset[int]()
     if isinstance(value, str):
-        opposed = _opposed(value, layers)
-        return Scale(_preset(value, layers, weight), stepped, start_at, end_at, opposed)
-    if isinstance(value, (Tensor, np.ndarray)):
-        value = checked_items(value)
-        if not value.ndim:
-            value = float(value)
-    if isinstance(value, Tensor):
-        return Scale(lambda _layer, _progress: value, stepped, start_at, end_at)
-    if isinstance(value, Mapping):
-        return Scale(_by_block(value, layers), stepped, start_at, end_at)
-    if isinstance(value, Sequence):
-        return Scale(_by_layer(value, layers), stepped, start_at, end_at)
-    if callable(value):
-        return Scale(value, True, start_at, end_at)
-    number = checked_number(value)
-    return Scale(lambda _layer, _progress: number, stepped, start_at, end_at)
+        of, opposed = _preset(value, layers, weight)
+    elif isinstance(value, Mapping):
+        of = _by_block(value, layers)
+    elif isinstance(value, Sequence):
+        of = _by_layer(value, layers)
+    elif callable(value) and not isinstance(value, Tensor):
+        of, by_step = value, True
+    else:
+        of = _constant(value)
+    return Scale(of, by_step, start_at, end_at, opposed)
 
 
 def unet_layers(unet: Any) -> list[Layer]:
     """Cross-attention layers in the order in which the UNet runs them: down, mid, up."""
+    # `attn_processors` names the middle last, as that is how diffusers' UNet defines its blocks
     names = {
         number: name.split(".")
         for number, name in enumerate(unet.attn_processors)
@@ -139,6 +111,14 @@ def unet_layers(unet: Any) -> list[Layer]:
 def _block(name: list[str]) -> str:
     part = name[0].split("_")[0]
     return part if part == "mid" else f"{part}.{name[1]}"
+
+
+def _constant(value: Any) -> ScaleFunction:
+    """The same in every layer: one number, or one for each item."""
+    given = checked_items(value) if isinstance(value, (Tensor, np.ndarray)) else value
+    if not isinstance(given, Tensor) or not given.ndim:
+        given = checked_number(given)
+    return lambda _layer, _progress: given
 
 
 def _by_layer(values: Sequence[float], layers: Sequence[Layer]) -> ScaleFunction:
@@ -217,36 +197,35 @@ _SMOOTH: dict[str, Callable[[Layer], float]] = {
 }
 """ComfyUI's weight types that any UNet has; names and numbers are its IPAdapter nodes' own."""
 
-_SD15_STYLE = {**dict.fromkeys(range(4), 1.0), **dict.fromkeys(range(9, 16), 1.0)}
-_SD15_STRONG = {**dict.fromkeys(range(4), 1.0), **dict.fromkeys(range(6, 16), 1.0)}
-_SD15_BOTH = {**_SD15_STYLE, 4: 0.25, 5: 1.0}
-_SDXL_STRONG = dict.fromkeys([0, 1, 2, *range(4, 11)], 1.0)
-_BY_TRANSFORMER: dict[str, dict[int, dict[int, float]]] = {
-    "style transfer": {16: _SD15_STYLE, 11: {6: 1.0}},
-    "composition": {16: {4: 0.25, 5: 1.0}, 11: {3: 1.0}},
-    "strong style transfer": {16: _SD15_STRONG, 11: _SDXL_STRONG},
-    "style and composition": {16: _SD15_BOTH, 11: {3: 1.0, 6: 1.0}},
-    "strong style and composition": {
-        16: dict.fromkeys(range(16), 1.0),
-        11: dict.fromkeys(range(11), 1.0),
-    },
-    "style transfer precise": {16: _SD15_BOTH, 11: {3: 1.0, 6: 1.0}},
-    "composition precise": {
-        16: {**_SD15_BOTH, **dict.fromkeys((6, 7, 8), 0.1)},
-        11: {**dict.fromkeys(range(11), 0.1), 3: 1.0, 6: 1.0},
+Weights = Mapping[int, float]
+"""By transformer; the others get 0."""
+
+_BY_ROLE: dict[str, Callable[[Weights, Weights, int], Weights]] = {
+    "style transfer": lambda _, style, __: style,
+    "composition": lambda layout, _, __: layout,
+    "strong style transfer": lambda layout, _, n: {t: 1.0 for t in range(n) if t not in layout},
+    "style and composition": lambda layout, style, _: {**style, **layout},
+    "strong style and composition": lambda _, __, n: dict.fromkeys(range(n), 1.0),
+    "style transfer precise": lambda layout, style, _: {**style, **layout},
+    "composition precise": lambda layout, style, n: {
+        **dict.fromkeys(range(n), 0.1),
+        **style,
+        **layout,
     },
 }
-"""Presets by transformer, for the 16 of SD 1.x and 2.x and the 11 of SDXL.
+"""ComfyUI's presets by what the transformers of layout and of style weigh, of how many in all.
 
-ComfyUI's; on SDXL, 3 and 6 are `down_blocks.2.attentions.1` and `up_blocks.0.attentions.1`, the
-layout and the style block of InstantStyle (arXiv:2404.02733, section 3.3). The precise ones oppose
-the image in the other role's transformers (`_opposed`).
+The two roles are InstantStyle's (arXiv:2404.02733, section 3.3). The precise ones oppose the image
+in the other role's transformers.
 """
-_LAYOUT = {16: {4, 5}, 11: {3}}
-"""The transformers that carry the layout."""
+_ROLES: dict[int, tuple[Weights, Weights]] = {
+    16: ({4: 0.25, 5: 1.0}, dict.fromkeys([*range(4), *range(9, 16)], 1.0)),
+    11: ({3: 1.0}, {6: 1.0}),  # `down_blocks.2.attentions.1` and `up_blocks.0.attentions.1`
+}
+"""Layout and style for the 16 transformers of SD 1.x and 2.x and the 11 of SDXL, as in ComfyUI."""
 _ALIASES = {"style": "style transfer", "layout": "composition", "instantstyle": "style transfer"}
 
-PRESETS = (*_SMOOTH, *_BY_TRANSFORMER, *_ALIASES)
+PRESETS = (*_SMOOTH, *_BY_ROLE, *_ALIASES)
 """Every preset's name; `style`, `layout` and `instantstyle` are InstantStyle's."""
 
 
@@ -258,60 +237,36 @@ def check_preset(name: str, where: str = "scale") -> None:
         )
 
 
-def _preset(name: str, layers: Sequence[Layer], weight: float) -> ScaleFunction:
+def _preset(
+    name: str, layers: Sequence[Layer], weight: float
+) -> tuple[ScaleFunction, frozenset[int]]:
+    """A preset's scale, and the layers in which it leads away from the image."""
     check_preset(name)
     full = _ALIASES.get(name, name)
     if full in _SMOOTH:
-        return lambda layer, _: weight * _SMOOTH[full](layer)
-    table = _BY_TRANSFORMER[full]
+        return (lambda layer, _: weight * _SMOOTH[full](layer)), frozenset()
     count = layers[0].transformers
-    weights = table.get(count) or _by_role(full, layers)
-    return lambda layer, _: weight * weights.get(layer.transformer, 0.0)
+    layout, style = _ROLES.get(count) or _roles(name, layers)
+    weights = _BY_ROLE[full](layout, style, count)
+    away: set[int] = set()
+    if full.endswith(" precise"):
+        away = set(layout) if full.startswith("style") else set(range(count)) - set(layout)
+    opposed = frozenset(layer.number for layer in layers if layer.transformer in away)
+    return (lambda layer, _: weight * weights.get(layer.transformer, 0.0)), opposed
 
 
-def _opposed(name: str, layers: Sequence[Layer]) -> frozenset[int]:
-    """Layers in which a precise preset leads away from the image: those of the other role."""
-    if not name.endswith(" precise"):
-        return frozenset()
-    count = layers[0].transformers
-    layout = _LAYOUT[count] if count in _LAYOUT else {_roles(name, layers)[0]}
-    away = layout if name.startswith("style") else set(range(count)) - layout
-    return frozenset(layer.number for layer in layers if layer.transformer in away)
-
-
-def _roles(name: str, layers: Sequence[Layer]) -> tuple[int, int]:
-    """InstantStyle's two roles on any UNet: the transformers of layout and of style.
+def _roles(name: str, layers: Sequence[Layer]) -> tuple[Weights, Weights]:
+    """The two roles on any other UNet, placed as on SDXL.
 
     Layout is the last transformer before the middle; style is the second of the first `up` block
-    that has any, as on SDXL.
+    that has any.
     """
     downs = [layer.transformer for layer in layers if layer.part == "down"]
-    ups = [layer.transformer for layer in layers if layer.part == "up"]
+    ups = [layer for layer in layers if layer.part == "up"]
     if not downs or not ups:
         raise ArgumentError(
             "needs a UNet that attends to text on its way down and up",
             where=f"scale preset {name!r}",
         )
-    first_up = [layer.transformer for layer in layers if layer.block == _first_up(layers)]
-    return max(downs), sorted(set(first_up))[:2][-1]
-
-
-def _by_role(name: str, layers: Sequence[Layer]) -> dict[int, float]:
-    """The presets on other UNets, by role; `strong` keeps everything but the other role."""
-    layout, style = _roles(name, layers)
-    everything = dict.fromkeys(range(layers[0].transformers), 1.0)
-    if name == "composition":
-        return {layout: 1.0}
-    if name == "style transfer":
-        return {style: 1.0}
-    if name in ("style and composition", "style transfer precise"):
-        return {layout: 1.0, style: 1.0}
-    if name == "composition precise":
-        return {**dict.fromkeys(everything, 0.1), layout: 1.0, style: 1.0}
-    if name == "strong style transfer":
-        return {t: w for t, w in everything.items() if t != layout}
-    return everything
-
-
-def _first_up(layers: Sequence[Layer]) -> str:
-    return next(layer.block for layer in layers if layer.part == "up")
+    first_up = {layer.transformer for layer in ups if layer.block == ups[0].block}
+    return {max(downs): 1.0}, {sorted(first_up)[:2][-1]: 1.0}

@@ -139,9 +139,8 @@ class Push(Source):
 
     def run(self) -> None:
         """Upload, or write what would be."""
-        from ipdiverse.adapter.files.card import Stated
         from ipdiverse.adapter.files.checkpoint import load_adapter, stored_dtype
-        from ipdiverse.adapter.files.publishing import check_repository
+        from ipdiverse.adapter.files.publishing import Stated, check_repository
 
         check_repository(self.repo_id)
         Stated(self.license, self.base_model)  # refuses bad names before a large file is opened

@@ -1,7 +1,6 @@
 """Attach adapters to a stock pipeline, and take them off again, both exactly.
 
-Two things change while attached: each attention layer's processor, and one hook at the UNet's
-boundary. The pipeline itself stays stock.
+While attached, each attention layer has another processor, and the UNet one hook.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ if TYPE_CHECKING:
 _HOOK = "ipdiverse.image_prompt"
 LEVERS_HOOK = "ipdiverse.levers"
 """Outside the other: decides which branches the UNet is called with."""
-_SEVERAL_PROMPTS = ("LEdits", "CycleDiffusion")
+_SEVERAL_PROMPTS = ("LEdits", "CycleDiffusion")  # pipelines with a source and a target prompt
 
 
 class Attachment:
@@ -55,12 +54,13 @@ class Attachment:
 
     Args:
         pipe: The pipeline.
-        hook: What hands image tokens to the layers.
-        encoding: The image encoder.
+        hook: What hands image tokens to the layers; levers act through it.
+        encoding: The image encoder, whose parts are `image_encoder` and `image_processor`.
     """
 
     def __init__(self, pipe: Any, hook: ImagePromptHook, encoding: ImageEncoding) -> None:
-        self.pipe, self._hook, self._encoding = pipe, hook, encoding
+        self.pipe, self.hook, self._encoding = pipe, hook, encoding
+        self.image_encoder, self.image_processor = encoding.encoder, encoding.processor
         self._given: dict[int, tuple[list[Reference], Reference | None]] = {}
         self._change: EmbedChange | None = None
         self.scenes: Scenes | None = None
@@ -68,7 +68,7 @@ class Attachment:
     @property
     def adapters(self) -> list[ImagePromptAdapter]:
         """What is attached, in order."""
-        return [prompt.adapter for prompt in self._hook.prompts]
+        return [prompt.adapter for prompt in self.hook.prompts]
 
     def set_reference(
         self,
@@ -90,38 +90,21 @@ class Attachment:
             ArgumentError: References that do not fit together or this adapter.
             ImageError: A file cannot be read.
         """
-        many: list[Any] = (
-            list(references) if isinstance(references, (list, tuple)) else [references]
-        )
+        many: list[Any] = [*references] if isinstance(references, (list, tuple)) else [references]
         if not many:
             raise ArgumentError("is empty", where="references", fix="Give at least one.")
-        self._prompt(adapter)
+        self._numbers(adapter)
         against = None if negative is None else as_reference(negative)
         self._given[adapter] = ([as_reference(item) for item in many], against)
         self._encode(adapter)
 
     def _encode(self, adapter: int) -> None:
-        prompt, (references, negative) = self._prompt(adapter), self._given[adapter]
+        prompt, (references, negative) = self.hook.prompts[adapter], self._given[adapter]
         prompt.refresh()
         prompt.references = encode_references(
             references, negative, prompt.acting, self._encoding, self._change
         )
-        self._hook.changed()
-
-    @property
-    def image_encoder(self) -> Any:
-        """What reads the references."""
-        return self._encoding.encoder
-
-    @property
-    def image_processor(self) -> Any:
-        """Its preprocessing."""
-        return self._encoding.processor
-
-    @property
-    def hook(self) -> ImagePromptHook:
-        """What hands image tokens to the layers; levers act through it."""
-        return self._hook
+        self.hook.changed()
 
     def references(self, adapter: int = 0) -> list[Reference]:
         """What was set: one for all items, or one for each."""
@@ -200,19 +183,17 @@ class Attachment:
             ArgumentError: A scale that does not fit this UNet.
         """
         resolved = resolve_scale(
-            scale, self._hook.layers, weight=weight, start_at=start_at, end_at=end_at
+            scale, self.hook.layers, weight=weight, start_at=start_at, end_at=end_at
         )
-        chosen = self._hook.prompts if adapter is None else [self._prompt(adapter)]
-        for prompt in chosen:
-            prompt.scale = resolved
+        for number in self._numbers(adapter):
+            self.hook.prompts[number].scale = resolved
 
     def set_fusion_strength(self, strength: float, *, adapter: int | None = None) -> None:
         """Weight of what text-image fusion adds: 1 as trained, 0 plain IP-Adapter, exactly."""
         check_range("fusion strength", strength, 0, 10)
-        chosen = self._hook.prompts if adapter is None else [self._prompt(adapter)]
-        for prompt in chosen:
-            prompt.fusion_strength = float(strength)
-        self._hook.changed()
+        for number in self._numbers(adapter):
+            self.hook.prompts[number].fusion_strength = float(strength)
+        self.hook.changed()
 
     def set_seeds(self, seeds: Sequence[int] | None) -> None:
         """Seeds of the next calls' images, for adapters whose fusion draws; None numbers them."""
@@ -231,22 +212,22 @@ class Attachment:
             ArgumentError: The share is out of range.
             ModelError: An adapter does not hold its base weights.
         """
-        numbers = range(len(self._hook.prompts)) if adapter is None else [adapter]
-        for number in numbers:
-            prompt = self._prompt(number)
-            if prompt.interpolation == share:
-                continue
-            prompt.interpolate(share)
-            if number in self._given:
-                self._encode(number)
-        for _, processor in self._hook.processors:
+        for number in self._numbers(adapter):
+            if self.hook.prompts[number].interpolation != share:
+                self.hook.prompts[number].interpolate(share)
+                if number in self._given:  # the projection's weights changed too
+                    self._encode(number)
+        for _, processor in self.hook.processors:
             processor.forget()
-        self._hook.changed()
+        self.hook.changed()
 
-    def _prompt(self, adapter: int) -> ActiveAdapter:
+    def _numbers(self, adapter: int | None) -> Sequence[int]:
+        """The adapter that is meant, or all."""
+        if adapter is None:
+            return range(len(self.hook.prompts))
         check_whole("adapter", adapter)
-        check_range("adapter", adapter, 0, len(self._hook.prompts) - 1)
-        return self._hook.prompts[adapter]
+        check_range("adapter", adapter, 0, len(self.hook.prompts) - 1)
+        return [adapter]
 
     def __enter__(self) -> Attachment:
         return self
@@ -256,10 +237,7 @@ class Attachment:
 
 
 def attach(
-    pipe: Any,
-    *adapters: ImagePromptAdapter,
-    image_encoder: Any = None,
-    image_processor: Any = None,
+    pipe: Any, *adapters: ImagePromptAdapter, image_encoder: Any = None, image_processor: Any = None
 ) -> Attachment:
     """Put adapters on a stock pipeline.
 
@@ -292,7 +270,6 @@ def attach(
     for adapter in adapters:
         check_layers(adapter, layer_widths(unet))
         check_encoder(adapter, encoding.encoder)
-    layers = unet_layers(unet)
     one = Scale(lambda _layer, _progress: 1.0)
     prompts = [ActiveAdapter(adapter, Slot(adapter.layers()), one) for adapter in adapters]
     for prompt in prompts:
@@ -301,11 +278,12 @@ def attach(
     mine = _processors(unet, [prompt.slot for prompt in prompts])
     unet.set_attn_processor({name: mine.get(name, old) for name, old in before.items()})
     homes = [(unet.get_submodule(n.removesuffix(".processor")), p) for n, p in mine.items()]
-    hook = ImagePromptHook(pipe, prompts, layers, homes, before)
+    hook = ImagePromptHook(pipe, prompts, unet_layers(unet), homes, before)
     with inside_offloading(unet):
         HookRegistry.check_if_exists_or_initialize(unet).register_hook(hook, _HOOK)
-    fusing = any(adapter.fusion is not None for adapter in adapters)
-    watch_prompts(pipe, hook.encoded, words=fusing)
+    # words are for fusion alone: finding them tokenizes every prompt once more
+    words = any(adapter.fusion is not None for adapter in adapters)
+    watch_prompts(pipe, hook.encoded, words=words)
     return Attachment(pipe, hook, encoding)
 
 

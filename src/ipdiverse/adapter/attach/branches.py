@@ -2,9 +2,7 @@
 
 Pipelines order their rows differently: [negative, prompt] in most, [negative, prompt, prompt] with
 perturbed attention, [prompt, negative, negative] in InstructPix2Pix, one branch alone in a second
-call. So while an adapter is attached, `pipe.encode_prompt` also notes what it returns, and each
-row of a call is looked up in that. Fusion must not attend to padding, which the UNet does not see:
-what is a word is noted too.
+call. So while an adapter is attached, each row is looked up in what `pipe.encode_prompt` returned.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from ipdiverse.errors import ArgumentError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_KEPT = 8
+KEPT_PROMPTS = 8
 """Encoded prompts that are kept: a callback may change the prompt on the way."""
 _WATCHED = ("encode_prompt", "_encode_prompt")  # InstructPix2Pix has only the second
 
@@ -34,18 +32,11 @@ Layout = tuple[str, ...]
 
 @dataclass(frozen=True, eq=False)
 class EncodedPrompt:
-    """What a pipeline made of a prompt.
+    """What a pipeline made of a prompt."""
 
-    Args:
-        positive: (items, tokens, width).
-        negative: Of the negative prompt; None where the pipeline does not guide.
-        words: (branches × items, tokens), negative ones first: True where a token is a word or a
-            mark of begin or end; None when it is not known.
-    """
-
-    positive: Tensor
-    negative: Tensor | None = None
-    words: Tensor | None = None
+    positive: Tensor  # (items, tokens, width)
+    negative: Tensor | None = None  # None where the pipeline does not guide
+    words: Tensor | None = None  # of `text_mask`, if it is known
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,23 +105,16 @@ def _stated(pipe: Any) -> Layout | None:
 
 
 def _unknown(pipe: Any, unclear: bool) -> ArgumentError:
-    what = "cannot tell which rows of this call of the UNet are guided by the prompt"
-    name = type(pipe).__name__
-    if unclear:
-        return ArgumentError(
-            what,
-            where=name,
-            found="a prompt and a negative prompt that are the same text",
-            fix="Give a negative prompt that differs from the prompt.",
-        )
-    return ArgumentError(
-        what,
-        where=name,
-        expected="text that this pipeline's encode_prompt gave",
-        found="other text",
-        fix="Call the pipeline that the adapter is attached to, not another that shares its UNet "
-        "(from_pipe) nor the UNet itself; or detach, and attach to the one that you call.",
+    expected, found = "text that this pipeline's encode_prompt gave", "other text"
+    fix = (
+        "Call the pipeline that the adapter is attached to, not another that shares its UNet "
+        "(from_pipe) nor the UNet itself; or detach, and attach to the one that you call."
     )
+    if unclear:
+        expected, found = None, "a prompt and a negative prompt that are the same text"
+        fix = "Give a negative prompt that differs from the prompt."
+    what = "cannot tell which rows of this call of the UNet are guided by the prompt"
+    return ArgumentError(what, where=type(pipe).__name__, expected=expected, found=found, fix=fix)
 
 
 def watch_prompts(pipe: Any, encoded: deque[EncodedPrompt], *, words: bool) -> None:
@@ -148,11 +132,6 @@ def forget_prompts(pipe: Any) -> None:
             del pipe.__dict__[name]
             if watching.before is not None:
                 pipe.__dict__[name] = watching.before
-
-
-def new_memory() -> deque[EncodedPrompt]:
-    """Where `watch_prompts` notes them."""
-    return deque(maxlen=_KEPT)
 
 
 def _watched(pipe: Any) -> str | None:
@@ -193,29 +172,25 @@ class _Watching:
 
 
 def text_mask(pipe: Any, arguments: dict[str, Any]) -> Tensor | None:
-    """True where a token is a word or a mark of begin or end.
+    """True where a token is a word or a mark of begin or end, so that fusion skips padding.
 
-    Returns:
-        (branches × items, tokens), unconditional items first; None when the prompt was given as
-        embeddings.
+    (branches × items, tokens), unconditional items first; None when embeddings were given.
     """
     prompt = arguments.get("prompt")
     if prompt is None:
         return None
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    masks = [_words(pipe, prompts)]
+    masks = [_words(pipe, prompt)]
     if arguments.get("do_classifier_free_guidance"):
         if arguments.get("negative_prompt_embeds") is not None:
             return None
-        negative = arguments.get("negative_prompt") or ""
-        negatives = [negative] if isinstance(negative, str) else list(negative)
-        mask = _words(pipe, negatives)
-        masks.insert(0, mask.expand(len(prompts), -1) if len(mask) == 1 else mask)
+        mask = _words(pipe, arguments.get("negative_prompt") or "")
+        masks.insert(0, mask.expand(len(masks[0]), -1) if len(mask) == 1 else mask)
     repeats = arguments.get("num_images_per_prompt") or 1
     return torch.cat([mask.repeat_interleave(repeats, 0) for mask in masks])
 
 
-def _words(pipe: Any, prompts: list[str]) -> Tensor:
+def _words(pipe: Any, prompts: str | Sequence[str]) -> Tensor:
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     tokenizer = pipe.tokenizer if getattr(pipe, "tokenizer", None) else pipe.tokenizer_2
     convert = getattr(pipe, "maybe_convert_prompt", None)  # textual inversion's several vectors
     texts = [convert(text, tokenizer) for text in prompts] if convert else prompts

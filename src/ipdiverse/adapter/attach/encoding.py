@@ -30,23 +30,17 @@ if TYPE_CHECKING:
     from ipdiverse.adapter.imagine import VariationSpace
     from ipdiverse.adapter.model import ImagePromptAdapter
 
-_AXES = {"pooled": 2, "face": 2, "hidden": 3}
-"""Axes of one reference's embeddings, the references' own included."""
+_AXES = {"pooled": 2, "face": 2, "hidden": 3}  # of a reference's embeddings, (count, ...)
 _REMEMBERED = 64
 """Images whose embeddings one encoder keeps."""
 
 # of the process, not of an attachment: a pass of CLIP ViT-H takes seconds on a CPU
 _ZERO_IMAGES: WeakKeyDictionary[torch.nn.Module, Tensor] = WeakKeyDictionary()
-"""Hidden states of a black image, once for each encoder of the process."""
+"""Each encoder's hidden states of a black image."""
 
 
 class ImageEncoding:
-    """An image encoder with its preprocessing, and what it has already seen.
-
-    Args:
-        encoder: A CLIP vision model with projection; None when only embeddings will be given.
-        processor: Its preprocessing, PIL image to pixel values.
-    """
+    """An image encoder with its preprocessing, and what it saw; None if only embeddings come."""
 
     def __init__(self, encoder: Any, processor: Any) -> None:
         self.encoder, self.processor = encoder, processor
@@ -57,15 +51,15 @@ class ImageEncoding:
         """`pooled` (1, clip_dim) and `hidden` (1, patches, clip_dim) of one image."""
         key = _image_key(image)
         if key not in self._seen:
-            pixels = self._checked().processor(image, return_tensors="pt").pixel_values
-            while len(self._seen) >= _REMEMBERED:
-                self._seen.pop(next(iter(self._seen)))
-            self._seen[key] = self._encode(pixels)
+            encoded = self.images([image])
+            if len(self._seen) == _REMEMBERED:
+                self._seen.pop(next(iter(self._seen)))  # the oldest: dicts keep their order
+            self._seen[key] = encoded
         return self._seen[key]
 
     @torch.no_grad()
     def images(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
-        """The same of several, in one pass and not remembered: (images, …)."""
+        """The same of several in one pass, (images, …); a training set is too large to keep."""
         pixels = self._checked().processor(list(images), return_tensors="pt").pixel_values
         return self._encode(pixels)
 
@@ -83,7 +77,7 @@ class ImageEncoding:
         output = self.encoder(
             pixels.to(parameter.device, parameter.dtype), output_hidden_states=True
         )
-        # the last layer but one: what the authors trained `plus` on
+        # the last layer but one, on which the authors trained `plus`
         return {"pooled": output.image_embeds, "hidden": output.hidden_states[-2]}
 
     def _checked(self) -> ImageEncoding:
@@ -213,16 +207,14 @@ def encode_references(
     change: EmbedChange | None = None,
 ) -> list[ReferenceTokens]:
     """Project every item's references; equal ones once."""
-    projected = _Projected(adapter, encoding)
+    projected = _Projected(adapter, encoding, change)
     split = [projected.unstacked(reference) for reference in references]
     references = [reference for items, _ in split for reference in items]
     negative = negative or split[0][1]
-    if change is None:
-        rows = [projected.tokens(reference) for reference in references]
-    else:
+    if change is not None:  # each image of a prompt is an item of its own, changed on its own
         repeats = max(1, change.items // len(references))
         references = [reference for reference in references for _ in range(repeats)]
-        rows = [projected.tokens(r, (change, item)) for item, r in enumerate(references)]
+    rows = [projected.tokens(reference, item) for item, reference in enumerate(references)]
     if len({row.shape for row in rows}) > 1:
         raise ArgumentError(
             "differ in number between the items of a batch",
@@ -231,7 +223,7 @@ def encode_references(
             found=" and ".join(str(n) for n in sorted({len(row) for row in rows})),
         )
     positive = torch.stack(rows)
-    no_image = projected.no_image() if negative is None else projected.tokens(negative)
+    no_image = projected.no_image() if negative is None else projected.tokens(negative, None)
     count = positive.shape[1]
     if len(no_image) not in (1, count):
         raise ArgumentError("must be one image", where="negative reference", found=len(no_image))
@@ -252,15 +244,15 @@ def encode_references(
 class _Projected:
     """Tokens of references, each distinct one projected once."""
 
-    def __init__(self, adapter: ImagePromptAdapter, encoding: ImageEncoding) -> None:
-        self.adapter, self.encoding = adapter, encoding
+    def __init__(
+        self, adapter: ImagePromptAdapter, encoding: ImageEncoding, change: EmbedChange | None
+    ) -> None:
+        self.adapter, self.encoding, self.change = adapter, encoding, change
         self._known: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def tokens(
-        self, reference: Reference, changed: tuple[EmbedChange, int] | None = None
-    ) -> Tensor:
-        """(references, tokens, width); one reference unless they are concatenated."""
+    def tokens(self, reference: Reference, item: int | None) -> Tensor:
+        """(references, tokens, width) of an item, or unchanged; one unless concatenated."""
         names = self.adapter.reads
         parts = [self._embeds(reference, name, i) for i, name in enumerate(names)]
         if len({len(part) for part in parts}) > 1:
@@ -271,27 +263,28 @@ class _Projected:
                 found=" and ".join(str(len(part)) for part in parts),
             )
         embeds = [combine_embeds(part, reference.combine, reference.weights) for part in parts]
-        if changed is not None:
-            change, item = changed
-            embeds = [change(item, n, part) for n, part in zip(names, embeds, strict=True)]
-        parameter = next(self.adapter.parameters())
-        embeds = [part.to(parameter.device, parameter.dtype) for part in embeds]
+        if self.change is not None and item is not None:
+            embeds = [self.change(item, n, part) for n, part in zip(names, embeds, strict=True)]
         key = tensors_hash(dict(zip(names, embeds, strict=True)))
         if key not in self._known:
-            self._known[key] = self.adapter.tokens(*embeds)
+            self._known[key] = self._project(embeds)
         return self._known[key]
+
+    def _project(self, embeds: list[Tensor]) -> Tensor:
+        parameter = next(self.adapter.parameters())
+        return self.adapter.tokens(*[e.to(parameter.device, parameter.dtype) for e in embeds])
 
     @torch.no_grad()
     def no_image(self) -> Tensor:
         """What stands for "no image", as in the original: zeros, or a zero image's states."""
-        parameter = next(self.adapter.parameters())
-        parts = []
-        for name in self.adapter.reads:
-            if name == "hidden":
-                parts.append(self.encoding.zero_image())
-            else:
-                parts.append(torch.zeros(1, self._width(name)))
-        return self.adapter.tokens(*[p.to(parameter.device, parameter.dtype) for p in parts])
+        return self._project(
+            [
+                self.encoding.zero_image()
+                if name == "hidden"
+                else torch.zeros(1, self._width(name))
+                for name in self.adapter.reads
+            ]
+        )
 
     def unstacked(self, reference: Reference) -> tuple[list[Reference], Reference | None]:
         """Each item's reference and the negative one, of embeddings as stock diffusers has them."""
@@ -328,10 +321,8 @@ class _Projected:
         )
 
     def _width(self, name: str) -> int:
-        if name == "face":
-            projection: Any = self.adapter.image_proj
-            return projection.proj[0].in_features
-        return self.adapter.clip_dim or 0
+        projection = self.adapter.image_proj
+        return (projection.face_dim if name == "face" else projection.clip_dim) or 0
 
     def _checked(self, given: Tensor, name: str) -> Tensor:
         """Embeddings of the axes and the width that the adapter reads."""
@@ -375,6 +366,6 @@ def _mask(references: Sequence[Reference], index: int) -> RegionMask:
 
 
 def _image_key(image: Image.Image) -> str:
-    """Of what the encoder will read; the palette and the transparency are part of it."""
+    """A hash of what the encoder will read, so also of the mode: palette and transparency."""
     pixels = torch.from_numpy(np.array(image.convert("RGBA")))
     return tensors_hash({image.mode: pixels})

@@ -22,22 +22,15 @@ def load_face_embeddings(file: Path) -> Tensor:
     """Read embeddings, one face a row, float32 (faces, width)."""
     if not file.is_file():
         raise CheckpointError("no such file", where=file, fix="Check the path.")
-    readers: dict[str, Callable[[Path], Any]] = {
-        ".npy": lambda file: np.load(file, allow_pickle=False),
-        ".safetensors": _one_tensor,
-        ".json": lambda file: json.loads(file.read_text()),
-    }
-    reader = readers.get(file.suffix.lower())
+    reader = _READERS.get(file.suffix.lower())
     if reader is None:
-        raise CheckpointError(
-            "holds no face embeddings", where=file, expected=" | ".join(readers), found=file.suffix
-        )
+        what, expected = "holds no face embeddings", " | ".join(_READERS)
+        raise CheckpointError(what, where=file, expected=expected, found=file.suffix)
     try:
         array = reader(file)
     except Exception as error:  # whatever a reader raises on a broken file
-        raise CheckpointError(
-            "cannot be read", where=file, found=str(error).splitlines()[0][:200]
-        ) from error
+        found = str(error).splitlines()[0][:200]
+        raise CheckpointError("cannot be read", where=file, found=found) from error
     return face_array(array, file)
 
 
@@ -67,6 +60,13 @@ def _one_tensor(file: Path) -> np.ndarray:
     return tensors[0].float().numpy()
 
 
+_READERS: dict[str, Callable[[Path], Any]] = {
+    ".npy": lambda file: np.load(file, allow_pickle=False),  # pickles could run code
+    ".safetensors": _one_tensor,
+    ".json": lambda file: json.loads(file.read_text()),
+}
+
+
 def detect_face(image: Image.Image, root: Path | None = None) -> Tensor:
     """The largest face's embedding by insightface, (1, 512), normalised to length 1."""
     try:
@@ -83,11 +83,8 @@ def detect_face(image: Image.Image, root: Path | None = None) -> Tensor:
         analysis = FaceAnalysis(name="buffalo_l", **options)
         analysis.prepare(ctx_id=0, det_size=(640, 640))
     except Exception as error:  # a failed download, or models that are not there
-        raise ModelError(
-            "has no models",
-            where="insightface",
-            found=str(error).splitlines()[0][:200] or "nothing",
-        ) from error
+        found = str(error).splitlines()[0][:200] or "nothing"
+        raise ModelError("has no models", where="insightface", found=found) from error
     faces = analysis.get(np.asarray(image.convert("RGB"))[:, :, ::-1])
     if not faces:
         raise ArgumentError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import torch
 from diffusers.hooks import ModelHook
 from torch import Tensor
 
-from ipdiverse.adapter.attach.branches import Told, new_memory, tell_branches
+from ipdiverse.adapter.attach.branches import KEPT_PROMPTS, Told, tell_branches
 from ipdiverse.adapter.attention import BOTH, NOTHING, DecoupledAttention, Slot, TokenGroup
 from ipdiverse.adapter.model import interpolated, placed, state_of
 from ipdiverse.adapter.scale import checked_items, checked_number
@@ -19,7 +20,7 @@ from ipdiverse.errors import ArgumentError, ModelError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from ipdiverse.adapter.attach.branches import Layout
+    from ipdiverse.adapter.attach.branches import EncodedPrompt, Layout
     from ipdiverse.adapter.model import ImagePromptAdapter
     from ipdiverse.adapter.reference import RegionMask
     from ipdiverse.adapter.scale import Layer, Scale
@@ -42,52 +43,33 @@ class _Prepared:
 
 @dataclass(eq=False)
 class ReferenceTokens:
-    """Projected tokens of every item's references that share one attention, before fusion.
+    """Projected tokens of every item's references that share one attention, before fusion."""
 
-    Args:
-        positive: (items, references, tokens, width).
-        negative: The same for the unconditional branch; one entry serves every item.
-        mask: Where they act, (items or 1, height, width) inside; None is everywhere.
-    """
-
-    positive: Tensor
-    negative: Tensor
-    mask: RegionMask | None = None
-    drawn: tuple[Any, Tensor] | None = None
-    """What a fusion drew, and of what: drawing costs more than what levers change at every step."""
+    positive: Tensor  # (items, references, tokens, width)
+    negative: Tensor  # of the unconditional branch; one entry serves every item
+    mask: RegionMask | None = None  # where they act; None is everywhere
+    # what a fusion drew, and of what: drawing costs more than what levers change at every step
+    drawn: tuple[Any, tuple[Tensor, Tensor], Tensor] | None = None
 
 
 @dataclass(eq=False)
 class ActiveAdapter:
-    """An attached adapter: its references, its scale, and what levers make of them.
+    """An attached adapter: its references, its scale, and what levers make of them."""
 
-    Args:
-        adapter: Whose it is.
-        slot: What its layers read.
-        scale: How strongly it acts.
-        references: Empty until a reference is set.
-        fusion_strength: Weight of what text-image fusion adds.
-        imagine: What levers make of an item's tokens before fusion, of the same shape.
-        change: What levers make of an item's fused tokens, (items, references, tokens, width).
-        change_scale: What levers make of the scale.
-        fusion_factor: What a lever multiplies the fusion's strength by.
-        seeds: One for each item of the next calls, for a fusion that draws; None numbers them.
-        interpolation: Share of the adapter's own weights; the rest are its base weights.
-        acting: The adapter, or what `interpolate` and `place` make of it; it never changes itself.
-    """
-
-    adapter: ImagePromptAdapter
+    adapter: ImagePromptAdapter  # never changed; `acting` is what draws
     slot: Slot
     scale: Scale
     references: list[ReferenceTokens] = field(default_factory=list)
     fusion_strength: float = 1.0
+    # for a fusion that draws: one for each item of the next calls; None numbers them
+    seeds: tuple[int, ...] | None = None
+    # set by levers; they get tokens, (items, references, tokens, width), before fusion and after it
     imagine: Callable[[Tensor], Tensor] | None = None
     change: Callable[[Tensor], Tensor] | None = None
     change_scale: Callable[[Scale], Scale] | None = None
     fusion_factor: float = 1.0
-    seeds: tuple[int, ...] | None = None
-    interpolation: float = 1.0
-    acting: ImagePromptAdapter = field(init=False)
+    interpolation: float = 1.0  # share of its own weights; the rest are its base weights
+    acting: ImagePromptAdapter = field(init=False)  # itself, or what the methods make of it
     _mixed: ImagePromptAdapter = field(init=False)
     _placed: object = None
 
@@ -121,7 +103,7 @@ class ActiveAdapter:
 
     @property
     def strength(self) -> float:
-        """Of the fusion, with the levers on it."""
+        """Of the fusion, levers included; interpolation scales what fusion adds by its share."""
         return self.fusion_strength * self.fusion_factor * self.interpolation
 
     @property
@@ -138,9 +120,7 @@ class ImagePromptHook(ModelHook):
     `(text, [image_tokens, …])` brings its own tokens, as in training, and is left alone.
 
     Args:
-        pipe: Whose UNet it is on; says whether it guides and at which step it is.
-        prompts: One for each adapter.
-        layers: The UNet's cross-attention layers.
+        pipe: Tells whether it guides and at which step it is.
         processors: Each attention module's processor of ours, to notice when one was replaced.
         before: The processors to put back.
     """
@@ -156,7 +136,7 @@ class ImagePromptHook(ModelHook):
         super().__init__()
         self.pipe, self.prompts, self.layers = pipe, prompts, layers
         self.processors, self.before = processors, before
-        self.encoded = new_memory()
+        self.encoded: deque[EncodedPrompt] = deque(maxlen=KEPT_PROMPTS)
         self.layout: Layout | None = None
         self._told: tuple[Tensor, Told] | None = None
         self._prepared: list[_Prepared] = []
@@ -225,10 +205,9 @@ class ImagePromptHook(ModelHook):
 
     def _prepare_tokens(self, text: Tensor) -> Layout:
         version = 0 if text.is_inference() else text._version  # inference tensors count no changes
-        recording = torch.is_grad_enabled()
-        for known in self._prepared:
-            same = known.text is text and known.version == version and known.wanted == self.layout
-            if same and not recording:
+        # while gradients are recorded, each call needs a graph of its own
+        for known in () if torch.is_grad_enabled() else self._prepared:
+            if known.text is text and known.version == version and known.wanted == self.layout:
                 for prompt, groups in zip(self.prompts, known.groups, strict=True):
                     prompt.slot.groups = groups
                 return known.layout
@@ -237,9 +216,8 @@ class ImagePromptHook(ModelHook):
         for prompt in self.prompts:
             _check_items(prompt, len(text), layout)
             prompt.place(text.device, text.dtype)
-            prompt.slot.groups = [
-                self._group(prompt, part, text, layout) for part in prompt.references
-            ]
+            parts = prompt.references
+            prompt.slot.groups = [self._group(prompt, part, text, layout) for part in parts]
         groups = [prompt.slot.groups for prompt in self.prompts]
         prepared = _Prepared(text, version, self.layout, layout, groups)
         self._prepared = [prepared, *self._prepared[: _KEPT - 1]]
@@ -262,9 +240,7 @@ class ImagePromptHook(ModelHook):
         if prompt.change is not None and BOTH in layout:
             parts = zip(layout, tokens.chunk(branches), strict=True)
             tokens = torch.cat([prompt.change(t) if b == BOTH else t for b, t in parts])
-        mask = part.mask
-        if mask is not None and len(mask.weights) > 1:
-            mask = type(mask)(mask.weights.repeat_interleave(repeats, 0)).repeated(branches)
+        mask = None if part.mask is None else part.mask.repeated(branches, repeats)
         tokens = tokens.flatten(1, 2)
         return TokenGroup(tokens, mask, _opposed(tokens, layout))
 
@@ -281,14 +257,22 @@ class ImagePromptHook(ModelHook):
         if BOTH not in layout:
             return tokens
         at = layout.index(BOTH)
-        rows = text.chunk(len(layout))[at]
+        rows, given = text.chunk(len(layout))[at], branches[at]
+        if prompt.seeds is not None and len(prompt.seeds) != len(rows):
+            raise ArgumentError(
+                "differ in number from the images of this call",
+                where="seeds of the fusion",
+                expected=len(rows),
+                found=len(prompt.seeds),
+            )
+        # by values: levers hand on the same text and the same tokens in several tensors
         of = (prompt.acting, prompt.strength, prompt.seeds)
-        # by the text's values: levers hand on the same text in several tensors
-        if part.drawn is None or part.drawn[0][0] != of or not torch.equal(part.drawn[0][1], rows):
-            part.drawn = (of, rows), self._fused(prompt, part, branches[at], rows, (BOTH,))
-        return torch.cat(
-            [part.drawn[1] if b == BOTH else t for b, t in zip(layout, branches, strict=True)]
-        )
+        known = part.drawn
+        if known is None or known[0] != of or not all(map(torch.equal, known[1], (rows, given))):
+            drawn = self._fused(prompt, part, given, rows, (BOTH,))
+            known = part.drawn = (of, (rows, given), drawn)
+        parts = zip(layout, branches, strict=True)
+        return torch.cat([known[2] if branch == BOTH else t for branch, t in parts])
 
     def _fused(
         self,
@@ -363,10 +347,7 @@ def _opposed(tokens: Tensor, layout: Layout) -> Tensor:
 
 
 def _for_batch(scale: float | Tensor, items: int, branches: int) -> float | Tensor:
-    """A scale for each item as one for each row of the batch, (branches × items).
-
-    Fewer than the items are for as many prompts, each of which has equally many items.
-    """
+    """A scale for each row of a call, (branches × items), of one for each item or prompt."""
     if isinstance(scale, float) and -math.inf < scale < math.inf:
         return scale
     scale = checked_items(scale) if isinstance(scale, Tensor) else checked_number(scale)

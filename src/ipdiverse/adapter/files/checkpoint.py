@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +20,23 @@ import torch
 from torch import Tensor
 
 from ipdiverse.adapter import model
-from ipdiverse.adapter.files.card import Stated, card_files
 from ipdiverse.adapter.files.containers import Contents, open_checkpoint
 from ipdiverse.adapter.files.layouts import (
     BASE_WEIGHTS,
     OLD_BASE_WEIGHTS,
+    Normalised,
     normalise,
     with_base_weights,
 )
-from ipdiverse.adapter.files.publishing import push_files, save_files
+from ipdiverse.adapter.files.pickles import first_of
+from ipdiverse.adapter.files.publishing import (
+    CURVE,
+    Stated,
+    curve_png,
+    model_card,
+    push_files,
+    save_files,
+)
 from ipdiverse.adapter.files.structure import DTYPES, describe, misfits, skeleton
 from ipdiverse.base.adapters import PUBLISHED, find_checkpoint
 from ipdiverse.errors import CheckpointError
@@ -35,7 +45,6 @@ from ipdiverse.writing import safetensors_bytes, tensors_hash, write_bytes_atomi
 
 _SPEC_KEY = "ipdiverse"
 _HASH_KEY = "ipdiverse.sha256"
-_NAMED_PROBLEMS = 5
 _READ_FROM_SPEC = ("fusion", "shortcut")  # all that shapes do not tell
 
 
@@ -48,16 +57,7 @@ class ImagePromptAdapter(model.ImagePromptAdapter):
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str], **options: Any) -> ImagePromptAdapter:
-        """Open an adapter in any published layout.
-
-        Args:
-            source: A file, a folder, or a hub id.
-            options: As `load_adapter` takes them; the names are those of diffusers'
-                `load_ip_adapter`.
-
-        Raises:
-            CheckpointError: It is missing, broken, of another layout, or for another model.
-        """
+        """Open a file, a folder or a hub id; options and errors are those of `load_adapter`."""
         return load_adapter(source, **options)
 
     def save_pretrained(
@@ -135,7 +135,8 @@ class ImagePromptAdapter(model.ImagePromptAdapter):
     ) -> dict[str, bytes | None]:
         """What a folder or a repository of this adapter holds, by name."""
         weights = adapter_bytes(self, self.spec, dtype or next(self.parameters()).dtype)
-        return {PUBLISHED: weights, **card_files(self, repo_id, stated)}
+        card = model_card(self, repo_id, stated).encode("utf-8", "replace")
+        return {PUBLISHED: weights, CURVE: curve_png(self.spec), "README.md": card}
 
 
 def save_adapter(
@@ -172,8 +173,8 @@ def as_safetensors(tensors: dict[str, Tensor], spec: Mapping[str, Any]) -> bytes
     return safetensors_bytes(tensors, {**told, "format": "pt"})
 
 
-def opened_whole(file: Path) -> Contents:
-    """A file whose weights are those that were written, as far as it says which."""
+def read_whole(file: Path) -> tuple[Normalised, dict[str, Any]]:
+    """A file in our layout with its base weights, and its spec, once its weights' hash is right."""
     contents = open_checkpoint(file)
     stored = contents.metadata.get(_HASH_KEY)
     if stored is not None and stored != tensors_hash(contents.tensors):
@@ -183,7 +184,9 @@ def opened_whole(file: Path) -> Contents:
             expected=f"SHA-256 {stored[:12]}…",
             fix="It was damaged or changed. Download or copy it again.",
         )
-    return contents
+    found = normalise(contents.tensors, file)
+    tensors, spec = with_base_weights(found.tensors, spec_of(contents), file)
+    return replace(found, tensors=tensors), spec
 
 
 def load_adapter(
@@ -226,10 +229,8 @@ def load_adapter(
         token=token,
         cache_dir=cache_dir,
     )
-    contents = opened_whole(file)
-    found = normalise(contents.tensors, file)
-    tensors, spec = with_base_weights(found.tensors, spec_of(contents), file)
-    adapter = adapter_from_tensors(tensors, file, spec, face_id_plus_v2)
+    found, spec = read_whole(file)
+    adapter = adapter_from_tensors(found.tensors, file, spec, face_id_plus_v2)
     for note in found.notes:
         warnings.warn(f"{file.name}: {note}", stacklevel=2)
     return adapter
@@ -266,16 +267,10 @@ def weights_hash(file: Path) -> str:
     When and by which revision they were trained, and their dial, are not in it: equal weights
     trained again, or calibrated anew, have the same.
     """
-    contents = opened_whole(file)
-    stored = normalise(contents.tensors, file).tensors
-    tensors, spec = with_base_weights(stored, spec_of(contents), file)
+    found, spec = read_whole(file)
     # hashed under the names of version 0.1, by which published readings know their adapters
-    named = {
-        OLD_BASE_WEIGHTS + name.removeprefix(BASE_WEIGHTS)
-        if name.startswith(BASE_WEIGHTS)
-        else name: tensor
-        for name, tensor in tensors.items()
-    }
+    old = re.compile(f"^{re.escape(BASE_WEIGHTS)}")
+    named = {old.sub(OLD_BASE_WEIGHTS, name): tensor for name, tensor in found.tensors.items()}
     read = {name: spec.get(name) for name in _READ_FROM_SPEC}
     told = json.dumps([tensors_hash(named), read], sort_keys=True)
     return hashlib.sha256(told.encode()).hexdigest()
@@ -306,9 +301,7 @@ def adapter_from_tensors(
         ) from error
     problems += [f"{key} is not finite" for key in infinite]
     if problems:
-        more = len(problems) - _NAMED_PROBLEMS
-        named = ", ".join(problems[:_NAMED_PROBLEMS]) + (f" and {more} more" if more > 0 else "")
-        raise CheckpointError(f"does not fit together: {named}", where=where)
+        raise CheckpointError(f"does not fit together: {first_of(problems)}", where=where)
     shortcut = _shortcut(adapter, where, spec or {}, face_id_plus_v2)
     if shortcut:
         adapter = skeleton(ImagePromptAdapter, tensors, where, spec or {}, shortcut)

@@ -1,8 +1,7 @@
 """Open a checkpoint file, whoever made it, as a flat dict of tensors, and nothing but tensors.
 
-What a file claims is checked against its size before anything is allocated, and its kind is told by
-its first bytes, not by its name. Tensors of safetensors files and of torch's zip files stay on
-disk until they are read, so gigabytes of frozen weights in the same file cost nothing.
+What a file claims is checked against its size before anything is allocated. Tensors of safetensors
+files and of torch's zips stay on disk until they are read: frozen gigabytes cost nothing.
 """
 
 from __future__ import annotations
@@ -24,10 +23,11 @@ from torch import Tensor
 from ipdiverse.adapter.files.pickles import (
     MAX_PICKLE_BYTES,
     MAX_TENSORS,
-    broken,
     check_pickle,
     claims_too_much,
+    first_of,
     too_many,
+    unbroken,
 )
 from ipdiverse.base.adapters import INDEX
 from ipdiverse.errors import CheckpointError
@@ -49,21 +49,13 @@ _LEGACY_PICKLES = 5  # magic, protocol, system, content, storage keys
 
 @dataclass(frozen=True)
 class Contents:
-    """What is in a checkpoint file.
-
-    Args:
-        file: Where it is.
-        container: `safetensors`, `torch zip` or `torch legacy`.
-        size: Of the file, in bytes.
-        tensors: By name, nested dicts joined with dots; read from disk when used.
-        metadata: Of safetensors files; empty for the others.
-    """
+    """What is in a checkpoint file."""
 
     file: Path
-    container: str
-    size: int
-    tensors: dict[str, Tensor]
-    metadata: dict[str, str] = field(default_factory=dict)
+    container: str  # `safetensors`, `shards`, `torch zip` or `torch legacy`
+    size: int  # in bytes
+    tensors: dict[str, Tensor]  # nested dicts joined with dots; read from disk when used
+    metadata: dict[str, str] = field(default_factory=dict)  # only safetensors files have any
 
 
 def open_checkpoint(file: Path) -> Contents:
@@ -85,6 +77,7 @@ def open_checkpoint(file: Path) -> Contents:
 
 
 def _open(file: Path) -> Contents:
+    """Open by the first bytes: names lie, as when a web page was saved as `*.safetensors`."""
     size, start = _look(file)
     if start.startswith(_ZIP):
         return _open_zip(file, size)
@@ -168,31 +161,21 @@ def _open_safetensors(file: Path, size: int, header: int) -> Contents:
     if header > min(size - 8, MAX_HEADER_BYTES):
         limit = f"a header of at most {min(size - 8, MAX_HEADER_BYTES)} bytes"
         raise claims_too_much(file, limit, header)
-    try:
-        with safe_open(file, framework="pt") as opened:
-            names = opened.keys()
-            if len(names) > MAX_TENSORS:
-                raise too_many(file)
-            tensors = {name: opened.get_tensor(name) for name in names}
-            return Contents(file, "safetensors", size, tensors, opened.metadata() or {})
-    except CheckpointError:
-        raise
-    except Exception as error:  # whatever the library raises on a broken file
-        raise broken(file, "safetensors", error) from error
+    with unbroken(file, "safetensors"), safe_open(file, framework="pt") as opened:
+        names = opened.keys()
+        if len(names) > MAX_TENSORS:
+            raise too_many(file)
+        tensors = {name: opened.get_tensor(name) for name in names}
+        return Contents(file, "safetensors", size, tensors, opened.metadata() or {})
 
 
 def _open_zip(file: Path, size: int) -> Contents:
-    try:
-        with (
-            zipfile.ZipFile(file) as archive,
-            archive.open(_pickle_of(archive, file, size)) as stream,
-        ):
-            check_pickle(stream, file, size)
+    with unbroken(file, "torch"):
+        with zipfile.ZipFile(file) as archive:
+            entry = _pickle_of(archive, file, size)
+            with archive.open(entry) as stream:
+                check_pickle(stream, file, size)
         content = _load(file, mmap=True)
-    except CheckpointError:
-        raise
-    except Exception as error:  # whatever the libraries raise on a broken file
-        raise broken(file, "torch", error) from error
     return Contents(file, "torch zip", size, _flat(content, file, size))
 
 
@@ -215,15 +198,11 @@ def _pickle_of(archive: zipfile.ZipFile, file: Path, size: int) -> zipfile.ZipIn
 
 
 def _open_legacy(file: Path, size: int) -> Contents:
-    try:
+    with unbroken(file, "torch"):
         with file.open("rb") as stream:
-            for number in range(_LEGACY_PICKLES):
+            for number in range(_LEGACY_PICKLES):  # the first holds a number larger than any file
                 check_pickle(stream, file, None if number == 0 else size)
         content = _load(file, mmap=False)  # torch maps zips alone
-    except CheckpointError:
-        raise
-    except Exception as error:  # whatever torch raises on a broken file
-        raise broken(file, "torch", error) from error
     return Contents(file, "torch legacy", size, _flat(content, file, size))
 
 
@@ -247,20 +226,19 @@ def _name_for_torch(file: Path) -> Iterator[Path]:
 
 def _flat(content: object, file: Path, size: int) -> dict[str, Tensor]:
     """Nested dicts as one, keys joined with dots."""
-    flat: dict[str, Tensor] = {}
-    strange: list[str] = []
-    for name, leaf in _leaves(content, file):
-        if isinstance(leaf, Tensor):
-            flat[name] = leaf.detach()
-        else:
-            strange.append(f"{name or 'the content'} ({type(leaf).__name__})")
+    leaves = list(_leaves(content, file))
+    flat = {name: leaf.detach() for name, leaf in leaves if isinstance(leaf, Tensor)}
+    strange = [
+        f"{name or 'the content'} ({type(leaf).__name__})"
+        for name, leaf in leaves
+        if not isinstance(leaf, Tensor)
+    ]
     if strange:
-        more = f" and {len(strange) - 5} more" if len(strange) > 5 else ""
         raise CheckpointError(
             "holds more than tensors",
             where=file,
             expected="dicts of tensors",
-            found=", ".join(strange[:5]) + more,
+            found=first_of(strange),
         )
     _check_views(flat, file, size)
     return flat

@@ -16,19 +16,13 @@ from ipdiverse.adapter.files.checkpoint import (
     adapter_from_tensors,
     as_safetensors,
     load_adapter,
-    opened_whole,
+    read_whole,
     save_adapter,
     spec_of,
     stored_dtype,
 )
 from ipdiverse.adapter.files.containers import open_checkpoint
-from ipdiverse.adapter.files.layouts import (
-    ANCESTOR_BLEND,
-    BASE_WEIGHTS,
-    PACKED,
-    normalise,
-    with_base_weights,
-)
+from ipdiverse.adapter.files.layouts import ANCESTOR_BLEND, BASE_WEIGHTS, PACKED, normalise
 from ipdiverse.adapter.files.structure import describe, stock_notes
 from ipdiverse.adapter.model import ImagePromptAdapter, remember_base_weights
 from ipdiverse.errors import CheckpointError, OutputError
@@ -54,17 +48,15 @@ def convert(
     """Write an adapter in another layout; tensors keep their type and every bit."""
     goal = Path(target)
     _check_target(Path(source), goal, to, force)
-    contents = opened_whole(Path(source))
-    found = normalise(contents.tensors, source)
-    tensors, spec = with_base_weights(found.tensors, spec_of(contents), Path(source))
+    found, spec = read_whole(Path(source))
+    # only our spec has a place for the version, so other layouts need not be told it
     version = face_id_plus_v2 if to == "ipdiverse" or "shortcut" in spec else bool(face_id_plus_v2)
-    adapter = adapter_from_tensors(tensors, source, spec, version)
-    kept, notes = _kept(tensors, adapter, to)
+    adapter = adapter_from_tensors(found.tensors, source, spec, version)
+    kept, notes = _kept(found.tensors, adapter, to)
     if not spec and to == "ipdiverse":
         spec = {"converted_from": found.layout}
     data = _as_bytes(kept, adapter, to, spec, goal)
-    compared = {k: v for k, v in kept.items() if to != "tencent" or k != "fusion.blend"}
-    write_bytes_atomic(goal, data, check=lambda written: _verify(written, compared, goal, adapter))
+    write_bytes_atomic(goal, data, check=lambda written: _verify(written, kept, goal, adapter))
     return [*found.notes, *notes]
 
 
@@ -104,9 +96,8 @@ def _kept(
         notes.append(f"the {fusion.kind} fusion is left out: {to} has none")
     if adapter.base_weights and to != "ipdiverse":
         notes.append(f"the base weights are left out: {to} has no place for them")
-    blend = kept.get("fusion.blend")
-    ancestors = blend is None or bool(blend == torch.tensor(ANCESTOR_BLEND, dtype=blend.dtype))
-    if to == "tencent" and blend is not None and not ancestors:
+    blend = kept.pop("fusion.blend", None) if to == "tencent" else None
+    if blend is not None and blend != torch.tensor(ANCESTOR_BLEND, dtype=blend.dtype):
         notes.append(
             f"the fusion's blend, {float(blend):.4g}, is left out: the layout has no place for it, "
             f"and readers take {ANCESTOR_BLEND}"
@@ -123,11 +114,7 @@ def _as_bytes(
 ) -> bytes:
     if to == "ipdiverse":
         return as_safetensors(tensors, {**spec, **describe(adapter)})
-    named = {
-        name.removeprefix("fusion."): tensor
-        for name, tensor in tensors.items()
-        if name != "fusion.blend"
-    }
+    named = {name.removeprefix("fusion."): tensor for name, tensor in tensors.items()}
     if target.suffix.lower() == ".safetensors":
         return save(named, {"format": "pt"})
     nested: dict[str, dict[str, Tensor]] = {}
@@ -161,12 +148,10 @@ def _verify(
 
 def copy_with_spec(source: Path, target: Path, changes: Mapping[str, Any]) -> None:
     """Write an adapter of ours again, its tensors to the bit, with more in its spec."""
-    contents = opened_whole(source)
-    stored, said = normalise(contents.tensors, source).tensors, spec_of(contents)
-    tensors, spec = with_base_weights(stored, said, source)
-    adapter_from_tensors(tensors, source, spec)
-    if PACKED in stored:  # keep them packed
-        tensors = stored
+    found, spec = read_whole(source)
+    adapter_from_tensors(found.tensors, source, spec)
+    stored = normalise(open_checkpoint(source).tensors, source).tensors
+    tensors = stored if PACKED in stored else found.tensors  # what is packed stays so
     kept = {name: tensor.contiguous() for name, tensor in tensors.items()}
     write_bytes_atomic(target, as_safetensors(kept, {**spec, **changes}))
 

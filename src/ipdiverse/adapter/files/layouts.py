@@ -65,28 +65,16 @@ _QUERY = re.compile(r"unet\.(.+)\.to_q\.weight")
 
 @dataclass(frozen=True)
 class Normalised:
-    """A checkpoint in our own layout.
+    """A checkpoint in our own layout."""
 
-    Args:
-        layout: The one it was found in.
-        tensors: With our keys; keys that are none of an adapter's are kept as they were.
-        frozen: Names of the base model's own weights, which are left out.
-        notes: What was assumed.
-    """
-
-    layout: str
-    tensors: dict[str, Tensor]
-    frozen: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    layout: str  # the one it was found in
+    tensors: dict[str, Tensor]  # with our keys; unknown keys are kept, and named by `misfits`
+    frozen: tuple[str, ...] = ()  # names of the base model's own weights, which are left out
+    notes: tuple[str, ...] = ()  # what was assumed
 
 
 def recognise(names: Iterable[str]) -> str:
-    """The layout of a checkpoint with these tensors.
-
-    Returns:
-        `ipdiverse` (published, with a fusion), `published`, `five-key`, `accelerate`,
-        `accelerate, shared tensors dropped`, `fusion checkpoint`, `flux` or `unknown`.
-    """
+    """The layout of a checkpoint with these tensors; `ipdiverse` is `published` with more."""
     tops = {name.split(".", 1)[0] for name in names}
     if tops & {"ip_adapter_proj_model", "double_blocks"}:
         return "flux"
@@ -188,14 +176,9 @@ def _place(path: str) -> tuple[int, list[tuple[int, str]]]:
 
 
 def pack_base_weights(own: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Tensor:
-    """Base weights as what differs from an adapter's own, compressed without loss.
-
-    Fine-tuning hardly changes a weight's sign and exponent, so of the exclusive or of both the
-    upper bytes are nearly all zero: of the shipped adapter 79 % are stored.
-
-    Returns:
-        uint8, (bytes,).
-    """
+    """Base weights as what differs from an adapter's own, compressed without loss, (bytes,)."""
+    # fine-tuning hardly changes a weight's sign and exponent, so of the exclusive or of both the
+    # upper bytes are nearly all zero: of the shipped adapter 79 % are stored
     names = sorted(base)
     differs = np.concatenate([_halves(own[name]) ^ _halves(base[name]) for name in names])
     planes = np.concatenate([differs >> 8, differs & 0xFF]).astype(np.uint8)
@@ -245,18 +228,13 @@ def with_base_weights(
 
 def _named(named: Any, file: Path) -> dict[str, Tensor]:
     """Base weights in the file that an adapter of version 0.1 names."""
-    name, wanted = (
-        (str(named.get("file")), named.get("sha256")) if isinstance(named, dict) else ("", None)
-    )
+    told = named if isinstance(named, dict) else {}
+    name, wanted = str(told.get("file", "")), told.get("sha256")
+    # a name of its folder alone, on any system: a file from elsewhere must not reach others
     alone = {PureWindowsPath(name).name, PurePosixPath(name).name} == {name} and ":" not in name
+    plausible = alone and name.isprintable() and len(name) < 256
     base = file.parent / name
-    if not (
-        alone
-        and name.isprintable()
-        and len(name) < 256
-        and name.endswith(".safetensors")
-        and base.is_file()
-    ):
+    if not (plausible and name.endswith(".safetensors") and base.is_file()):
         raise CheckpointError(
             "its base weights are in another file, which is not in its folder",
             where=file,

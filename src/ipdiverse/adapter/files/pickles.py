@@ -1,13 +1,14 @@
 """Read the instructions of a pickle without following them, and refuse all but tensors.
 
-`torch.load(weights_only=True)` runs no code either, but it allocates what a file claims, and its
-refusal fills a screen. This comes before it.
+This comes before `torch.load(weights_only=True)`, which runs no code either, but allocates what a
+file claims, and whose refusal fills a screen.
 """
 
 from __future__ import annotations
 
 import pickletools
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,25 +20,17 @@ MAX_TENSORS = 20_000
 
 _NUMBERS = {"BININT", "BININT1", "BININT2", "INT", "LONG", "LONG1", "LONG4"}
 _BY_STACK = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}
+_STORAGES = ("BFloat16", "Bool", "Byte", "Char", "Double", "Float", "Half", "Int", "Long", "Short")
 _ALLOWED = {
     "collections OrderedDict",
     "torch._utils _rebuild_parameter",
     "torch._utils _rebuild_tensor_v2",
-    "torch BFloat16Storage",
-    "torch BoolStorage",
-    "torch ByteStorage",
-    "torch CharStorage",
-    "torch DoubleStorage",
-    "torch FloatStorage",
-    "torch HalfStorage",
-    "torch IntStorage",
-    "torch LongStorage",
-    "torch ShortStorage",
+    *(f"torch {name}Storage" for name in _STORAGES),
 }
 
 
 def check_pickle(stream: IO[bytes], file: Path, size: int | None) -> None:
-    """Read a pickle's instructions, without following them, and refuse all but tensors."""
+    """Refuse a pickle that holds more than tensors, or claims more than `size` bytes."""
     strings: list[str] = []
     number = claimed = 0
     for name, argument in _instructions(stream, file):
@@ -62,13 +55,11 @@ def _check_claim(number: int, file: Path, size: int | None) -> None:
 
 
 def _instructions(stream: IO[bytes], file: Path) -> Iterator[tuple[str, Any]]:
-    try:
+    with unbroken(file, "torch"):
         for code, argument, position in pickletools.genops(stream):
             if (position or 0) > MAX_PICKLE_BYTES:
                 raise too_many(file)
             yield code.name, argument
-    except (ValueError, IndexError, RecursionError, OverflowError, MemoryError) as error:
-        raise broken(file, "torch", error) from error
 
 
 def _more_than_tensors(file: Path, wanted: str) -> CheckpointError:
@@ -90,15 +81,27 @@ def too_many(file: Path) -> CheckpointError:
     )
 
 
-def broken(file: Path, container: str, error: Exception) -> CheckpointError:
-    """The error for a broken file: the first line of what the library said."""
-    lines = str(error).strip().splitlines()
-    return CheckpointError(
-        f"is a broken {container} file",
-        where=file,
-        found=lines[0][:200] if lines else type(error).__name__,
-        fix="It may be cut off. Download it again.",
-    )
+def first_of(names: list[str], most: int = 5) -> str:
+    """The first names of a list that may be long, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+@contextmanager
+def unbroken(file: Path, container: str) -> Iterator[None]:
+    """Whatever a library raises on a broken file, as the first line of what it said."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        raise CheckpointError(
+            f"is a broken {container} file",
+            where=file,
+            found=lines[0][:200] if lines else type(error).__name__,
+            fix="It may be cut off. Download it again.",
+        ) from error
 
 
 def claims_too_much(file: Path, expected: str, found: object) -> CheckpointError:

@@ -98,7 +98,7 @@ def describe(adapter: ImagePromptAdapter) -> dict[str, Any]:
             "num_tokens": projection.num_tokens,
             "token_width": adapter.token_width,
             "clip_dim": adapter.clip_dim,
-            "face_dim": face_dim(projection),
+            "face_dim": projection.face_dim,
             "layers": len(adapter.widths()),
         },
     }
@@ -114,39 +114,20 @@ def describe(adapter: ImagePromptAdapter) -> dict[str, Any]:
 def base_family(adapter: ImagePromptAdapter) -> str:
     """Which base models it most likely fits: `SD 1.x`, `SD 2.x`, `SDXL` or `custom`."""
     numbers = list(adapter.widths())
-    as_published = numbers == list(range(1, 2 * len(numbers), 2))
-    return (
-        _FAMILIES.get((adapter.token_width, len(numbers)), "custom") if as_published else "custom"
-    )
+    if numbers != list(range(1, 2 * len(numbers), 2)):  # there, every second one is self-attention
+        return "custom"
+    return _FAMILIES.get((adapter.token_width, len(numbers)), "custom")
 
 
 def stock_notes(adapter: ImagePromptAdapter) -> list[str]:
     """What stock diffusers 0.42 takes for granted, instead of reading it, and gets wrong here."""
     projection = adapter.image_proj
-    if adapter.kind == "base" and projection.num_tokens != 4:
-        return [
-            f"stock diffusers takes 4 image tokens for granted; this has {projection.num_tokens}"
-        ]
-    depth = len(projection.layers) if projection.kind == "plus" else 4  # type: ignore[union-attr]
-    if depth != 4:
-        return [f"stock diffusers takes 4 resampler layers for granted; this has {depth}"]
-    return []
-
-
-def projection_width(projection: Projection) -> int:
-    """Width of the tokens that a projection gives."""
-    if isinstance(projection, ResamplerProjection):
-        return projection.norm_out.normalized_shape[0]
-    if isinstance(projection, FullFaceProjection):
-        return projection.proj[3].normalized_shape[0]  # type: ignore[index,return-value]
-    return projection.norm.normalized_shape[0]
-
-
-def face_dim(projection: Projection) -> int | None:
-    """Width of the face embedding that a projection reads; None when it reads none."""
-    if isinstance(projection, FaceIDProjection | FaceIDPlusProjection):
-        return projection.proj[0].in_features  # type: ignore[return-value]
-    return None
+    part, count = "", 4
+    if isinstance(projection, LinearProjection):
+        part, count = "image tokens", projection.num_tokens
+    elif isinstance(projection, ResamplerProjection):
+        part, count = "resampler layers", len(projection.layers)
+    return [] if count == 4 else [f"stock diffusers takes 4 {part} for granted; this has {count}"]
 
 
 def _projection(tensors: Tensors, where: object, shortcut: bool) -> Projection:
@@ -274,7 +255,7 @@ def _shape(tensors: Tensors, key: str) -> torch.Size:
 def _disagreements(adapter: ImagePromptAdapter) -> list[str]:
     """Parts that fit their own tensors, but not each other."""
     projection, fusion = adapter.image_proj, adapter.fusion
-    width = projection_width(projection)
+    width = projection.token_width
     wrong = [
         f"ip_adapter.{number} reads tokens of width {found}, expected the projection's {width}"
         for number, (found, _) in adapter.widths().items()

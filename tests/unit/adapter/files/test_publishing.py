@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 
 from ipdiverse import ImagePromptAdapter
 from ipdiverse.adapter import model
-from ipdiverse.adapter.files.card import Stated, curve_png, model_card
 from ipdiverse.adapter.files.checkpoint import load_adapter, read_spec
+from ipdiverse.adapter.files.publishing import Stated, curve_png, model_card
 from ipdiverse.adapter.fusion import GatedFusion
 from ipdiverse.adapter.model import interpolated, new_adapter
 from ipdiverse.adapter.projection import LinearProjection
