@@ -31,7 +31,7 @@ export IMPORT_EVERYTHING
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test check house docs fmt benchmarks base gates adapters study study-quick clean
+.PHONY: help venv demo test check house docs fmt benchmarks base gates adapters spaces study study-quick clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -107,6 +107,13 @@ adapters: $(STAMP) ## train every adapter of the study (hours; it resumes) and s
 	$(BIN)/ipdiverse calibrate --adapter diverse --levers interpolation interval \
 		--pairs 40 --images 8 --steps 15 --work out/calibration --out $(DIVERSE)
 	$(BIN)/python -m workshop train-adapters --seeds 1 2 --arms self-none diverse
+	$(MAKE) spaces
+
+# A shipped bank is small: everything embedded must stay under 40 MB.
+spaces: $(STAMP) ## fit the variation spaces of the plain adapters (minutes) and ship them
+	test -f runs/spaces/metadata.jsonl || $(BIN)/ipdiverse prepare critters --n 4000 --out runs/spaces
+	for kind in plus base; do $(BIN)/ipdiverse fit runs/spaces --adapter $$kind --bank 1000 \
+		--out src/ipdiverse/critters/weights/spaces/$$kind.safetensors || exit 1; done
 
 clean: ## remove what was built, not .venv
 	rm -rf out build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

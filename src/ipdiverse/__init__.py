@@ -11,6 +11,7 @@ if TYPE_CHECKING:
         load_adapter,
         save_adapter,
     )
+    from ipdiverse.adapter.imagine import VariationSpace, load_space, save_space
     from ipdiverse.adapter.reference import Reference
     from ipdiverse.base.bases import load_base
     from ipdiverse.dial import Levers
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from ipdiverse.sampling.denoiser import release, steer
     from ipdiverse.sampling.draw import Generation, generate
     from ipdiverse.sampling.request import Request
+    from ipdiverse.training.fit import fit_space
 
 _HOMES = {
     "Generation": "sampling.draw",
@@ -29,14 +31,18 @@ _HOMES = {
     "Reference": "adapter.reference",
     "Request": "sampling.request",
     "StepContext": "levers",
+    "VariationSpace": "adapter.imagine",
     "attach": "adapter.attach.attach",
     "detach": "adapter.attach.attach",
+    "fit_space": "training.fit",
     "generate": "sampling.draw",
     "load_adapter": "adapter.files.checkpoint",
     "load_base": "base.bases",
+    "load_space": "adapter.imagine",
     "register_lever": "levers",
     "release": "sampling.denoiser",
     "save_adapter": "adapter.files.checkpoint",
+    "save_space": "adapter.imagine",
     "steer": "sampling.denoiser",
 }
 
@@ -49,14 +55,18 @@ __all__ = [
     "Reference",
     "Request",
     "StepContext",
+    "VariationSpace",
     "attach",
     "detach",
+    "fit_space",
     "generate",
     "load_adapter",
     "load_base",
+    "load_space",
     "register_lever",
     "release",
     "save_adapter",
+    "save_space",
     "steer",
 ]
 

@@ -31,8 +31,9 @@ if TYPE_CHECKING:
     from ipdiverse.adapter.model import ImagePromptAdapter
 
 _SPEC, _HASH = "ipdiverse.space", "ipdiverse.sha256"
-MOST_NEAR, FEWEST_NEAR = 40, 8
-"""A scene is drawn among this many pictures of a bank, the hundredth part of it in between."""
+_AS_NEAR = 0.8
+"""Pictures fit a prompt from this part of the way on, from the mean similarity to the best."""
+_FEWEST, _BEST = 8, 5
 _MAX_CAPTIONS = 64 * 2**20
 _LARGEST = 2**24  # of a stored shape; the real ones are a few thousand
 
@@ -68,12 +69,15 @@ class SceneBank:
         if query is None or not self.keys.shape[1]:
             return torch.arange(len(self)), 1.0
         similar = self.keys @ query
-        count = min(len(self), max(FEWEST_NEAR, min(MOST_NEAR, len(self) // 100)))
-        best, found = similar.topk(count)
+        sorted_, found = similar.sort(descending=True, stable=True)
+        # not a fixed number: hundreds of pictures show what a short prompt says, few a long one's
+        mean, best = similar.mean(), sorted_[:_BEST].mean()
+        count = int((sorted_ >= mean + _AS_NEAR * (best - mean)).sum())
+        found = found[: max(min(_FEWEST, len(self)), min(count, len(self) // 10))]
         if self.near is None:
             return found, 1.0
         low, middle = self.near
-        return found, min(1.0, max(0.0, 1 - (low - float(best[0])) / max(middle - low, 1e-6)))
+        return found, min(1.0, max(0.0, 1 - (low - float(best)) / max(middle - low, 1e-6)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,6 +193,28 @@ def space_at_hand(adapter: ImagePromptAdapter) -> VariationSpace | None:
 @lru_cache(maxsize=8)
 def _opened(file: Path, _: int) -> VariationSpace:
     return load_space(file)
+
+
+def as_text(spec: Mapping[str, Any]) -> str:
+    """What a space is, in lines."""
+    try:
+        held_out, directions = spec["held_out"], spec["directions"]
+        return (
+            f"of {spec['adapter']} (base {spec['base']}), projection {spec['projection'][:12]}…\n"
+            f"fitted on {spec['pictures']} pictures, {spec['subjects']} subjects with several, "
+            f"{spec['pairs']} pairs\n"
+            f"{directions['identity']} directions are the subject's and {directions['scene']} the "
+            f"scene's; they explain {100 * spec['explained']:.1f} % of the image tokens\n"
+            f"on held-out pairs, {100 * held_out['identity_kept']:.0f} % of what tells subjects "
+            f"apart is kept, and {100 * held_out['scene_replaced']:.0f} % of what differs within "
+            "one replaced\n"
+            f"{spec['bank']} scenes, found by "
+            + ("what they show" if spec["keys"] == "image" else "their captions")
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            "does not say how it was fitted", where="space", found=error
+        ) from error
 
 
 def save_space(space: VariationSpace, file: Path) -> None:

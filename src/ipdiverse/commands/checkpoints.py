@@ -66,6 +66,16 @@ class Inspect(Source):
             self._picture()
             return
         file = self.find()
+        from ipdiverse.adapter.files.containers import open_checkpoint
+        from ipdiverse.adapter.imagine import as_text as as_lines
+        from ipdiverse.adapter.imagine import is_space, load_space
+
+        if is_space(open_checkpoint(file).metadata):
+            spec = load_space(file).spec
+            say_json({"file": str(file), "kind": "variation space", **spec}) if self.json else say(
+                f"{file.name}\n  a variation space\n  " + as_lines(spec).replace("\n", "\n  ")
+            )
+            return
         from ipdiverse.adapter.files.inspection import as_text, inspect_checkpoint
 
         report = inspect_checkpoint(file)

@@ -46,7 +46,7 @@ class Fit:
     def run(self) -> None:
         """Fit, write and report."""
         from ipdiverse.adapter.files.checkpoint import load_adapter
-        from ipdiverse.adapter.imagine import save_space
+        from ipdiverse.adapter.imagine import as_text, save_space
         from ipdiverse.base.adapters import adapter_file, default_adapter
         from ipdiverse.data.manifest import read_manifest
         from ipdiverse.training.fit import check_kind, fit_space
@@ -71,18 +71,3 @@ class Fit:
         say(f"{as_text(space.spec)}\nwrote {self.out}")
         if space.spec["pairs"] < _FEW:
             note(f"fitted on {space.spec['pairs']} pairs; from {_FEW} on more of a subject is kept")
-
-
-def as_text(spec: dict) -> str:
-    """What a space is, in lines."""
-    held_out, directions = spec["held_out"], spec["directions"]
-    return (
-        f"fitted on {spec['pictures']} pictures of {spec['subjects']} subjects with several, "
-        f"{spec['pairs']} pairs\n"
-        f"{directions['identity']} directions are the subject's and {directions['scene']} the "
-        f"scene's; they explain {100 * spec['explained']:.1f} % of the image tokens\n"
-        f"on held-out pairs, {100 * held_out['identity_kept']:.0f} % of what tells subjects apart is "
-        f"kept and {100 * held_out['scene_replaced']:.0f} % of what differs within one replaced\n"
-        f"{spec['bank']} scenes, found by "
-        + ("what they show" if spec["keys"] == "image" else "their captions")
-    )

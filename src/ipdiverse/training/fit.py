@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import chain
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -38,10 +39,10 @@ EXPLAINED, MOST_DIRECTIONS = 0.985, 256
 IS_SCENE = 2 / 3
 """A direction is the scene's from this share of its variance within subjects on, if held out."""
 _FOLDS = 5
-_SAMPLE, _EXACT = 4096, 4096
-"""Pictures that directions are found in where tokens are wider than the second number."""
+_SAMPLE, _EXACT, _TOGETHER = 4096, 4096, 256
+"""Directions are found in a sample where tokens are wider than the second number."""
 _KEY_WIDTH = 48
-_PROMPTS = 500
+_PROMPTS = 250
 _FOUND = 0.75
 """A caption's own picture must be nearer than this share of the others for a shared space."""
 
@@ -97,7 +98,7 @@ def fit_space(
     groups = _subjects(pictures.records, folder)
     tokens = _Tokens(pictures, adapter, groups)
     names, kept = _banked(pictures, options), dict[str, Tensor]()
-    fitted = _fitted(tokens, options, names, kept)
+    fitted = _fitted(tokens, options, set(names), kept)
     mean, directions, deviations, scene, explained, held_out = fitted
     pairs = tokens.pairs
     scenes = torch.stack([kept[name] for name in names])
@@ -135,7 +136,7 @@ def _fitted(
     """What a space is but for its bank; `kept` gets the coordinates of the pictures of `names`."""
     mean, directions, deviations, explained = _principal(tokens, options, tokens.pairs)
     scatter = _Scatter(deviations)
-    for subject, files, rows in tokens.subjects():
+    for subject, files, rows in chain.from_iterable(tokens.subjects()):
         z = (rows - mean) @ directions / deviations
         scatter.add(z, derived_seed(subject) % _FOLDS)
         kept |= {name: one for name, one in zip(files, z, strict=True) if name in names}
@@ -189,15 +190,20 @@ class _Tokens:
         self.pairs = sum(len(group) - 1 for group in groups.values())
         self.count = len({name for files in groups.values() for name in files})
 
-    def subjects(self) -> Iterator[tuple[str, list[str], Tensor]]:
-        """Subject, files and their tokens, (files, tokens · width)."""
+    def subjects(self) -> Iterator[list[tuple[str, list[str], Tensor]]]:
+        """Some at a time: subject, its files, and their tokens, (files, tokens · width)."""
         from tqdm import tqdm
 
-        files = sum(map(len, self.groups.values()))
+        files, some = sum(map(len, self.groups.values())), list[tuple[str, list[str]]]()
         with tqdm(total=files, unit="picture", disable=None) as progress:
-            for subject, group in self.groups.items():
-                yield subject, group, self.of(group)
-                progress.update(len(group))
+            for subject in (*self.groups.items(), None):
+                names = [name for _, group in some for name in group]
+                if names and (subject is None or len(names) >= _TOGETHER):
+                    parts = self.of(names).split([len(group) for _, group in some])
+                    yield [(*one, part) for one, part in zip(some, parts, strict=True)]
+                    progress.update(len(names))
+                    some = []
+                some += [] if subject is None else [subject]
 
     @torch.no_grad()
     def of(self, files: Sequence[str]) -> Tensor:
@@ -227,20 +233,22 @@ def _principal(
 
 
 def _exact(tokens: _Tokens) -> tuple[Tensor, Tensor, Tensor, float]:
-    total: Tensor | float = 0.0
-    squares: Tensor | float = 0.0
+    width = (tokens.adapter.image_proj.num_tokens or 0) * tokens.adapter.token_width
+    total, squares = torch.zeros(width).double(), torch.zeros(width, width).double()
     origin, count = None, 0
-    for _, _, rows in tokens.subjects():
-        origin = (
-            rows.mean(0).double() if origin is None else origin
-        )  # near the mean: sums stay exact
-        rows = rows.double() - origin
-        total, squares = total + rows.sum(0), squares + rows.T @ rows
+    for some in tokens.subjects():
+        rows = torch.cat([part for _, _, part in some]).double()
+        # near the mean, so that sums of squares stay exact
+        origin = rows.mean(0) if origin is None else origin
+        rows -= origin
+        total += rows.sum(0)
+        squares.addmm_(rows.T, rows)
         count += len(rows)
-    mean = torch.as_tensor(total) / count
-    variances, vectors = torch.linalg.eigh(torch.as_tensor(squares) / count - mean.outer(mean))
+    mean = total / count
+    variances, vectors = torch.linalg.eigh(squares / count - mean.outer(mean))
     variances = variances.flip(0).clamp_min(0)
-    return mean + origin, variances, vectors.flip(1), float(variances.sum())  # type: ignore[operator]
+    mean += 0 if origin is None else origin
+    return mean, variances, vectors.flip(1), float(variances.sum())
 
 
 def _sampled(tokens: _Tokens) -> tuple[Tensor, Tensor, Tensor, float]:
@@ -358,7 +366,10 @@ def _bank(
         similar = queries @ keys.T
         own = similar[range(len(some)), some]
         if float((similar < own[:, None]).float().mean()) > _FOUND:
-            bank = SceneBank(scenes, keys, captions, _near(similar, some))
+            short = [half for i in some for half in _halves(captions[i])]
+            asked = text_embeds(encoders.pipe, tower, short)
+            queries = normalize((asked - means[0]) @ directions, dim=-1)
+            bank = SceneBank(scenes, keys, captions, _near(queries @ keys.T, some))
             return bank, ("image", means, directions)
     width = encoders.pipe.text_encoder.config.hidden_size
     if len(told) < len(captions):  # a key for a part of them would leave the others out for good
@@ -370,7 +381,10 @@ def _bank(
         return SceneBank(scenes, keys, captions), ("caption", means, directions)
     embeds = text_embeds(encoders.pipe, None, captions)
     keys, means, directions = _keys(embeds, embeds)
-    bank = SceneBank(scenes, keys, captions, _near(keys[some] @ keys.T, some))
+    short = [half for i in some for half in _halves(captions[i])]
+    asked = text_embeds(encoders.pipe, None, short)
+    queries = normalize((asked - means[0]) @ directions, dim=-1)
+    bank = SceneBank(scenes, keys, captions, _near(queries @ keys.T, some))
     return bank, ("caption", means, directions)
 
 
@@ -383,10 +397,16 @@ def _keys(pictures: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return normalize(centred @ directions, dim=-1), means, directions
 
 
+def _halves(caption: str) -> list[str]:
+    """Held-out prompts: users write less than a caption says."""
+    words = caption.split()
+    return [" ".join(words[: len(words) // 2 or 1]), " ".join(words[len(words) // 2 :])]
+
+
 def _near(similar: Tensor, own: Sequence[int]) -> tuple[float, float]:
-    """Similarities of held-out prompts to the nearest other picture: a low one and the middle."""
-    others = similar.clone()
-    others[range(len(own)), list(own)] = -1
-    best = others.max(1).values
+    """Similarities of held-out prompts to the nearest other pictures: a low one and the middle."""
+    others = similar.unflatten(0, (len(own), -1)).clone()
+    others[range(len(own)), :, list(own)] = -1
+    best = others.topk(min(5, others.shape[-1] - 1)).values.mean(-1).flatten()
     low, middle = best.quantile(torch.tensor([0.02, 0.5])).tolist()
     return low, middle
