@@ -40,7 +40,7 @@ class Arm:
 
     Args:
         reference: What prompts a target.
-        fusion: Text-image fusion.
+        fusion: Text-image fusion; `generative` learns alone, and of embeddings.
         fusion_learns: False keeps its random weights, as the fusion's first publication did.
         adapter: `plus` (16 tokens) or `base` (4).
         edits: Share of references that contradict the caption in one attribute of identity.
@@ -50,7 +50,7 @@ class Arm:
     """
 
     reference: Literal["self", "augmented", "paired"]
-    fusion: Literal["none", "blend", "gated"]
+    fusion: Literal["none", "blend", "gated", "generative"]
     fusion_learns: bool = True
     adapter: Literal["plus", "base"] = "plus"
     edits: float = 0.0
@@ -70,6 +70,7 @@ def _arms() -> dict[str, Arm]:
     for fusion in ("none", "gated"):  # what only a fusion could tell: which part the text replaces
         arms[f"edited-{fusion}"] = Arm("paired", fusion, edits=0.5)
     arms["diverse"] = Arm("paired", "gated", init_from="paired-gated", steps=1500)
+    arms["generative"] = Arm("paired", "generative", steps=4000, learning_rate=1e-3)
     return arms
 
 
@@ -112,6 +113,7 @@ def arm_config(name: str, folder: Path, steps: int | None, seed: int) -> TrainCo
         lr_scheduler="linear",
         lr_warmup_steps=50,
         mixed_precision="bf16" if bf16_is_fast() else "no",
+        ema=0.999 if arm.fusion == "generative" else 0.0,
         seed=seed,
         checkpoints_total_limit=1,
     )

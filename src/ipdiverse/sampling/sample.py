@@ -43,7 +43,8 @@ class Job:
 def dial_for(adapter: ImagePromptAdapter, has_space: bool = False) -> Dial:
     """An adapter's own dial, or the default one if it was not calibrated."""
     calibrated, fused = dial_of(adapter.spec, "adapter"), adapter.fusion is not None
-    return calibrated or default_dial(fused, bool(adapter.base_weights), has_space)
+    has_weights = bool(adapter.base_weights)
+    return calibrated or default_dial(fused, has_weights, has_space, adapter.draws)
 
 
 def levers_of(
