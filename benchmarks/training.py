@@ -11,8 +11,8 @@ operations as in the full one at 512 pixels. What leaving the frozen parts out c
 by the ratio of operations, and, as an operation of a convolution costs less time than one of an
 attention, more tightly by a third run: the original's step with all that is frozen computed
 before, in fp32, and nothing else to do. A row beside it compares a generative fusion, which learns
-of embeddings, with an adapter that learns through the UNet. `--full` takes peak memory and checkpoint sizes at full
-size, 512 pixels, in a process for each arm.
+of embeddings, with an adapter that learns through the UNet. `--full` takes peak memory and
+checkpoint sizes at full size, 512 pixels, in a process for each arm.
 """
 
 from __future__ import annotations

@@ -197,7 +197,7 @@ class Attachment:
 
     def set_seeds(self, seeds: Sequence[int] | None) -> None:
         """Seeds of the next calls' images, for adapters whose fusion draws; None numbers them."""
-        for prompt in self._hook.prompts:
+        for prompt in self.hook.prompts:
             prompt.seeds = None if seeds is None else tuple(seeds)
         self._hook.changed()
 
