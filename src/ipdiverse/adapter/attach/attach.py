@@ -127,7 +127,7 @@ class Attachment:
         if space is not None:
             space.check(self.adapters[0])
         self.scenes = None if space is None else Scenes(space, self.pipe)
-        self._hook.changed()
+        self.hook.changed()
 
     def set_scenes(self, images: Sequence[Image.Image], captions: Sequence[str]) -> None:
         """Draw scenes from these pictures, with a caption or "" for each.
@@ -199,7 +199,7 @@ class Attachment:
         """Seeds of the next calls' images, for adapters whose fusion draws; None numbers them."""
         for prompt in self.hook.prompts:
             prompt.seeds = None if seeds is None else tuple(seeds)
-        self._hook.changed()
+        self.hook.changed()
 
     def set_interpolation(self, share: float, *, adapter: int | None = None) -> None:
         """Act with weights between an adapter's base weights (0) and its own (1).
