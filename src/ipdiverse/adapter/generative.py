@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -236,7 +236,8 @@ class GenerativeFusion(nn.Module):
         context = torch.cat([shown, self.text_in(text.to(shown.dtype))], dim=1)
         if text_mask is not None:  # image tokens and reference come before the text
             text_mask = F.pad(text_mask.to(text.device), (2 * tokens, 0), value=True)[:, None, None]
-        return [block.read(context) for block in self.blocks], text_mask
+        blocks: Any = self.blocks
+        return [block.read(context) for block in blocks], text_mask
 
     def velocity(
         self,
@@ -245,11 +246,11 @@ class GenerativeFusion(nn.Module):
         given: tuple[list[tuple[Tensor, Tensor]], Tensor | None],
     ) -> Float[Tensor, "batch k"]:
         """Where x is going at a time, one for each row or one for all; `given` is of `read`."""
-        blocks, mask = given
+        known, mask = given
         states = self.image_in(self.variation.across(x, len(self.place))) + self.place
         moment = F.silu(self.time_in(_waves(time).to(states.dtype)))[:, None]
-        for block, (key, value) in zip(self.blocks, blocks, strict=True):
-            states = block(states, moment, (key, value), mask)
+        for block, keys in zip(self.blocks, known, strict=True):
+            states = block(states, moment, keys, mask)
         shift, scale = self.modulation(moment).chunk(2, -1)
         return self.variation.along(self.image_out(_normed(states, shift, scale)))
 

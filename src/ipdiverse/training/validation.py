@@ -88,6 +88,8 @@ class Validation:
     def _draw(self, case: Case, prompt: str) -> list[Image.Image]:
         pipe: Any = self.encoders.pipe
         count = self.config.num_images_per_prompt
+        if self.attachment is None:
+            raise AssertionError("whoever holds images out attaches the adapter")
         self.attachment.set_reference(case.reference)
         pipe.set_progress_bar_config(disable=True)
         return pipe(

@@ -89,6 +89,7 @@ def test_tokens_are_drawn_once_for_an_image_whatever_levers_do_at_each_step(
     monkeypatch.setattr(GenerativeFusion, "forward", counted)
     images(attachment, num_inference_steps=4)
     assert len(drawn) == 1
+    attachment.set_seeds([1, 2])
     steer(attachment, Levers(cads=0.5, interval=(0.0, 4.0)), [1, 2])
     images(attachment, num_inference_steps=8)
     assert len(drawn) == 2
