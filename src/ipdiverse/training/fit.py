@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 FEWEST_SUBJECTS = 20
 EXPLAINED, MOST_DIRECTIONS = 0.985, 256
 """Share of the tokens' variance that principal directions explain, and how many at most."""
-IS_SCENE = 2 / 3
+IS_SCENE = 0.7
 """A direction is the scene's from this share of its variance within subjects on, if held out."""
 _FOLDS = 5
 _SAMPLE, _EXACT, _TOGETHER = 4096, 4096, 256
@@ -316,7 +316,7 @@ def _scene_directions(scatter: _Scatter, shrink: bool) -> tuple[Tensor, dict[str
 
     Each fold of subjects in turn is held out: directions come from the others, in the order of
     their variance within subjects, and the fold's own pairs say what that is in truth. From the
-    first direction on where it is `IS_SCENE`, in the mean of five, all are the scene's.
+    first direction on where it is `IS_SCENE`, in the median of three, all are the scene's.
     """
     filled = [fold for fold in range(_FOLDS) if scatter.count[fold]]
     within = torch.zeros(len(scatter.deviations), dtype=torch.float64)
@@ -325,7 +325,7 @@ def _scene_directions(scatter: _Scatter, shrink: bool) -> tuple[Tensor, dict[str
         _, vectors = torch.linalg.eigh(scatter.within(others, shrink))
         within += ((scatter.squares[fold] @ vectors) * vectors).sum(0)
     within /= scatter.count.sum()
-    smooth = within.unfold(0, min(5, len(within)), 1).mean(1)
+    smooth = torch.cat([within[:1], within, within[-1:]]).unfold(0, 3, 1).median(1).values
     identity = int((smooth < IS_SCENE).long().cumprod(0).sum())
     _, vectors = torch.linalg.eigh(scatter.within(filled, shrink))
     # what a direction tells of the subject, in nats: total variance 1, `within` of it noise

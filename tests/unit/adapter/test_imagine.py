@@ -87,18 +87,33 @@ def test_a_scene_depends_on_the_prompt_and_the_images_own_seed() -> None:
     one, query = space(), drawn(KEYS)
     assert torch.equal(one.drawn(query, 5)[0], one.drawn(query, 5)[0])
     picks = {tuple(one.drawn(query, seed)[0].tolist()) for seed in range(60)}
-    nearest = (one.bank.keys @ query).topk(8).indices
-    assert picks == {tuple(one.bank.scenes[i].tolist()) for i in nearest}
+    nearest, share = one.bank.candidates(query)
+    assert share == 1
+    assert 8 <= len(nearest) <= BANK // 10
+    similar = one.bank.keys @ query
+    assert set(nearest.tolist()) == set(similar.topk(len(nearest)).indices.tolist())
+    assert picks <= {tuple(one.bank.scenes[i].tolist()) for i in nearest}
+    assert len(picks) > 4
     assert len({tuple(one.drawn(None, seed)[0].tolist()) for seed in range(200)}) > 100
 
 
 def test_a_prompt_that_nothing_is_near_to_gets_less_of_a_scene() -> None:
-    bank = SceneBank(drawn(2, 3), torch.eye(2), ("", ""), (0.4, 0.8))
+    bank = SceneBank(drawn(9, 3), torch.eye(2)[:1].repeat(9, 1), ("",) * 9, (0.4, 0.8))
     shares = [bank.candidates(torch.tensor([best, 0.0]))[1] for best in (0.9, 0.4, 0.2, 0.0, -1)]
     assert shares == pytest.approx([1, 1, 0.5, 0, 0])
     assert replace(bank, near=None).candidates(torch.tensor([-1.0, 0.0]))[1] == 1
-    without_keys = replace(bank, keys=torch.zeros(2, 0))
-    assert len(without_keys.candidates(torch.zeros(2))[0]) == 2
+    without_keys = replace(bank, keys=torch.zeros(9, 0))
+    assert len(without_keys.candidates(torch.zeros(2))[0]) == 9
+
+
+def test_a_prompt_that_many_pictures_fit_has_more_candidates() -> None:
+    """Among 1,000 pictures, 90 show what one prompt says and 9 what the other says."""
+    keys = torch.zeros(1000, 3)
+    keys[:90, 0], keys[90:99, 1], keys[99:, 2] = 1, 1, 1
+    bank = SceneBank(drawn(1000, 3), keys, ("",) * 1000)
+    many, few = (bank.candidates(torch.eye(3)[i])[0].tolist() for i in (0, 1))
+    assert many == list(range(90))
+    assert few == list(range(90, 99))
 
 
 def test_a_file_gives_back_the_same(tmp_path: Path) -> None:
