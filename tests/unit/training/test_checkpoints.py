@@ -51,6 +51,8 @@ def test_what_is_not_installed_is_one_line(
 ) -> None:
     module = "wandb" if name == "wandb" else "torch.utils.tensorboard"
     monkeypatch.setitem(sys.modules, module, None)
+    # imported by an earlier test, it would still be found as an attribute of its package
+    monkeypatch.delattr("torch.utils.tensorboard", raising=False)
     with (
         pytest.raises(ArgumentError, match=f"report_to {name}: is not installed"),
         tracking(config(name, tmp_path), tmp_path, 0, True),
