@@ -72,7 +72,7 @@ class Inspect(Source):
 
         if is_space(open_checkpoint(file).metadata):
             spec = load_space(file).spec
-            say_json({"file": str(file), "kind": "variation space", **spec}) if self.json else say(
+            say_json({**spec, "file": str(file), "kind": "variation space"}) if self.json else say(
                 f"{file.name}\n  a variation space\n  " + as_lines(spec).replace("\n", "\n  ")
             )
             return
