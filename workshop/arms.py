@@ -41,7 +41,7 @@ class Arm:
 
     Args:
         reference: What prompts a target.
-        fusion: Text-image fusion.
+        fusion: Text-image fusion; `generative` learns alone, and of embeddings.
         fusion_learns: False keeps its random weights, as the fusion's first publication did.
         adapter: `plus` (16 tokens) or `base` (4).
         edits: Share of references that contradict the caption in one attribute of identity.
@@ -51,7 +51,7 @@ class Arm:
     """
 
     reference: Literal["self", "augmented", "paired"]
-    fusion: Literal["none", "blend", "gated"]
+    fusion: Literal["none", "blend", "gated", "generative"]
     fusion_learns: bool = True
     adapter: Literal["plus", "base"] = "plus"
     edits: float = 0.0
@@ -74,6 +74,7 @@ def _arms() -> dict[str, Arm]:
     arms["self-none-short"] = arms["self-none"]
     trained = arms["paired-gated"].steps + arms["diverse"].steps
     arms["self-none"] = replace(arms["self-none"], steps=trained)
+    arms["generative"] = Arm("paired", "generative", steps=4000, learning_rate=1e-3)
     return arms
 
 
@@ -116,6 +117,7 @@ def arm_config(name: str, folder: Path, steps: int | None, seed: int) -> TrainCo
         lr_scheduler="linear",
         lr_warmup_steps=50,
         mixed_precision="bf16" if bf16_is_fast() else "no",
+        ema=0.999 if arm.fusion == "generative" else 0.0,
         seed=seed,
         checkpoints_total_limit=1,
     )

@@ -82,6 +82,7 @@ class ImagePrompt:
             self._negative = adapter.tokens(negative)
         self._placed: tuple[torch.device, torch.dtype, ImagePromptAdapter] | None = None
         self._known: tuple[Tensor, Any, Tensor] | None = None
+        self._drawn: tuple[Tensor, Tensor] | None = None
         self._now: tuple[Tensor, float] | None = None
 
     def add(self, mixed: Tensor, query: Tensor, options: Options, layer: Layer) -> Tensor:
@@ -167,21 +168,33 @@ class ImagePrompt:
         else:
             tokens = self._negative.expand(items, *self._positive.shape)
         tokens = tokens.to(text)
-        adapter, references = self._on(text), tokens.shape[1]
+        adapter = self._on(text)
         strength = levers.fusion_strength * levers.interpolation
-        if adapter.fusion is not None and strength:
-            fused = adapter.fuse(
-                tokens.flatten(0, 1),
-                text.repeat_interleave(references, 0),
-                self._mask(branch, items * references, text.shape[1]),
-                strength,
-            )
-            tokens = fused.unflatten(0, (items, references))
+        if adapter.draws:
+            if strength and branch == _CONDITIONAL:  # "no image" stays what it is
+                # ComfyUI joins the text anew at every step, and drawing costs more than fusing
+                if self._drawn is None or not torch.equal(self._drawn[0], text):
+                    self._drawn = (text, self._fused(tokens, text, branch, strength))
+                tokens = self._drawn[1]
+        elif adapter.fusion is not None and strength:
+            tokens = self._fused(tokens, text, branch, strength)
         tokens = tokens.flatten(1, 2)
         if branch == _CONDITIONAL:
             context = StepContext(self.seeds(items), progress)
             tokens = levers.change("tokens", tokens, context)
         return tokens
+
+    def _fused(self, tokens: Tensor, text: Tensor, branch: int, strength: float) -> Tensor:
+        """Tokens (items, references, tokens, width) with the text of their branch in them."""
+        items, references = tokens.shape[:2]
+        fused = self._on(text).fuse(
+            tokens.flatten(0, 1),
+            text.repeat_interleave(references, 0),
+            self._mask(branch, items * references, text.shape[1]),
+            strength,
+            [seed for seed in self.seeds(items) for _ in range(references)],
+        )
+        return fused.unflatten(0, (items, references))
 
     def seeds(self, items: int) -> tuple[int, ...]:
         """One for each image of a batch, the same as `ipdiverse generate` takes."""

@@ -182,17 +182,21 @@ def dial_of(spec: Mapping[str, Any], where: object) -> Dial | None:
         raise CheckpointError("its dial is broken", where=where, found=error) from error
 
 
-def default_dial(fused: bool, has_base_weights: bool = False, has_space: bool = False) -> Dial:
+def default_dial(
+    fused: bool, has_base_weights: bool = False, has_space: bool = False, draws: bool = False
+) -> Dial:
     """A conservative path, for adapters that were not calibrated.
 
     An adapter that holds its base weights is led from these to its own. One with a variation space
-    gives each image more and more of a scene of its own. Others
+    gives each image more and more of a scene of its own; so does one whose fusion draws. Others
     take levers that need no training: first guidance is left out at high noise, where it narrows
     most and serves least, then noise on image tokens grows.
     """
     if has_base_weights:
         path = ((0.0, Levers(interpolation=0.0)), (1.0, OFF))
         return Dial(path, "from the base weights to its own, not calibrated")
+    if draws:
+        return Dial(((0.0, Levers(fusion_strength=0.0)), (1.0, OFF)), "to drawn tokens")
     if has_space:
         path = ((0.0, OFF), (1.0, Levers(recombine=1.0)))
         if fused:

@@ -22,7 +22,8 @@ def test_every_reference_meets_every_fusion_and_no_two_arms_are_alike(tmp_path: 
     plus = [arm for arm in ARMS.values() if arm.adapter == "plus"]
     kinds = {(arm.reference, arm.fusion, arm.fusion_learns) for arm in plus}
     fusions = {("none", True), ("blend", False), ("blend", True), ("gated", True)}
-    assert kinds == {(r, *f) for r in ("self", "augmented", "paired") for f in fusions}
+    crossed = {(r, *f) for r in ("self", "augmented", "paired") for f in fusions}
+    assert kinds == crossed | {("paired", "generative", True)}
     configs = [asdict(arm_config(name, tmp_path, None, 0)) for name in ARMS]
     runs = [str({k: v for k, v in c.items() if k != "out"}) for c in configs]
     assert len(set(runs)) == len(ARMS)

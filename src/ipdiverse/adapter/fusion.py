@@ -1,8 +1,9 @@
 """Text-image fusion: image tokens attend to the text before the decoupled cross-attention.
 
-Queries come from the image, keys and values from the text, and the result is added back: the text
-decides what the image may still say. Fusion does not depend on the timestep, so a call computes it
-once, for both guidance branches, each with its own text.
+Queries come from the image, keys and values from the text: the text decides what the image may
+still say. Fusion does not depend on the timestep, so a call computes it once. `gated` and `blend`
+add what they read to the tokens, in both guidance branches, each with its own text; `generative`
+draws other tokens of the same subject, for each image its own, and leaves "no image" alone.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ipdiverse.adapter.generative import GenerativeFusion
 
 
 class GatedFusion(nn.Module):
@@ -104,7 +107,7 @@ class BlendFusion(nn.Module):
         return image_tokens + strength * (1 - self.blend) * (mixed - image_tokens)
 
 
-Fusion = GatedFusion | BlendFusion
+Fusion = GatedFusion | BlendFusion | GenerativeFusion
 
 
 def attend(

@@ -19,7 +19,7 @@ from ipdiverse.adapter.projection import (
 from ipdiverse.errors import ModelError, check_range
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from diffusers import UNet2DConditionModel
     from transformers import CLIPVisionModelWithProjection
@@ -138,16 +138,31 @@ class ImagePromptAdapter(nn.Module):
         """Width of the image encoder's output that it reads; None when it reads faces alone."""
         return self.image_proj.clip_dim
 
+    @property
+    def draws(self) -> bool:
+        """Whether its fusion draws tokens: anew for each image, and only for images."""
+        return self.fusion is not None and self.fusion.kind == "generative"
+
     def tokens(self, *embeds: Tensor) -> Tensor:
         """Embeddings, in the order of `reads`, to image tokens, (batch, tokens, width)."""
         return self.image_proj(*embeds)
 
     def fuse(
-        self, tokens: Tensor, text: Tensor, text_mask: Tensor | None = None, strength: float = 1.0
+        self,
+        tokens: Tensor,
+        text: Tensor,
+        text_mask: Tensor | None = None,
+        strength: float = 1.0,
+        seeds: Sequence[int] | None = None,
     ) -> Tensor:
-        """Let the image tokens of one reference attend to the text; without a fusion, as given."""
+        """Let the image tokens of one reference attend to the text; without a fusion, as given.
+
+        `seeds` of the rows are for a fusion that draws; None numbers them.
+        """
         if self.fusion is None or strength == 0:
             return tokens
+        if self.draws:
+            return self.fusion(tokens, text, text_mask, strength, seeds)
         return self.fusion(tokens, text, text_mask, strength)
 
 

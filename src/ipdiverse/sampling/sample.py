@@ -42,7 +42,8 @@ class Job:
 def dial_for(adapter: ImagePromptAdapter, has_space: bool = False) -> Dial:
     """An adapter's own dial, or the default one if it was not calibrated."""
     calibrated, fused = dial_of(adapter.spec, "adapter"), adapter.fusion is not None
-    return calibrated or default_dial(fused, bool(adapter.base_weights), has_space)
+    has_weights = bool(adapter.base_weights)
+    return calibrated or default_dial(fused, has_weights, has_space, adapter.draws)
 
 
 def levers_of(
@@ -176,9 +177,10 @@ def _prompt(
     release(attachment)
     references: list[Any] = [job.reference for job in jobs]
     attachment.set_reference(references, negative=negative)
+    seeds = [derived_seed(job.seed, job.index, "levers") for job in jobs]
+    attachment.set_seeds(seeds)
     if levers == OFF and not previews:
         return None
-    seeds = [derived_seed(job.seed, job.index, "levers") for job in jobs]
     steering = steer(attachment, levers, seeds, [job.prompt for job in jobs])
     steering.previews = previews
     return steering

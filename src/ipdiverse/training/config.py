@@ -78,7 +78,8 @@ class TrainConfig(CacheConfig):
         depth: Layers of the resampler.
         init_from: A published adapter to start from, by name, file, folder or hub id
             (`owner/repository/FILE`); its sizes then apply.
-        fusion: Text-image fusion; `none` is plain IP-Adapter.
+        fusion: Text-image fusion; `none` is plain IP-Adapter. `generative` learns alone, of pairs,
+            on top of `init_from`: a step needs the cache, and neither UNet nor VAE.
         frozen: Parts that do not learn: `projection`, `layers`, `fusion`.
         reference: `self`, `augmented`, `paired`, or `mixed:paired=0.7,augmented=0.3`; `auto` is
             paired where an image has a partner, else augmented.
@@ -129,7 +130,7 @@ class TrainConfig(CacheConfig):
     width: Annotated[int | None, Range(64, 8192)] = None
     depth: Annotated[int, Range(1, 64)] = 4
     init_from: str | None = None
-    fusion: Literal["none", "blend", "gated"] = "gated"
+    fusion: Literal["none", "blend", "gated", "generative"] = "gated"
     frozen: tuple[Literal["projection", "layers", "fusion"], ...] = ()
     reference: str = "auto"
     cache: bool = True
@@ -171,6 +172,9 @@ class TrainConfig(CacheConfig):
         # published resamplers have attention heads of 64
         check_range("width modulo 64", (self.width or 64) % 64, 0, 0)
         check_range("drops together", self.drop_text + self.drop_image + self.drop_both, 0, 1)
+        if self.fusion == "generative" and self.init_from is None:
+            fix = "Name a trained adapter with --init-from."
+            raise ArgumentError("needs an adapter", where="fusion generative", fix=fix)
         if self.init_from == "":
             raise ArgumentError("is empty", where="init_from", fix="Leave it out for new weights.")
         if self.workers and not self.cache:

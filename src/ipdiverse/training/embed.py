@@ -12,19 +12,19 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from ipdiverse.data.cache import RowReader, Rows, compute
-from ipdiverse.data.manifest import Record, inside, read_manifest
-from ipdiverse.image_io import load_image
+from ipdiverse.data.files import picture_below
+from ipdiverse.data.manifest import Record, read_manifest
 from ipdiverse.writing import only_one, write_bytes_atomic
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from PIL import Image
@@ -38,13 +38,14 @@ _BATCH = 8
 
 @dataclass(frozen=True)
 class Stored:
-    """Which embeddings are stored: `pooled` for base adapters, `hidden` for plus; and their type.
+    """Which image embeddings are stored, `pooled` for base adapters or `hidden` for plus; how.
 
-    float16 halves the disk and changes the loss in its fourth digit.
+    `rows` are the kinds of shards; `targets` alone need the VAE, and `texts` the text encoders.
     """
 
     images: Literal["pooled", "hidden", "both"] = "both"
     dtype: Literal["float32", "float16"] = "float32"
+    rows: tuple[str, ...] = ("constants", "texts", "targets", "references")
 
     @property
     def image_names(self) -> tuple[str, ...]:
@@ -63,7 +64,7 @@ class Online:
 
     def image(self, file_name: str) -> Image.Image:
         """A stored picture."""
-        return load_image(inside(self.folder, file_name))
+        return picture_below(self.folder, file_name)
 
     def target_pixels(self, index: int, variant: int) -> Tensor:
         """A target as the VAE sees it, (3, height, width)."""
@@ -87,6 +88,10 @@ class Online:
         """Image embeddings of a picture: `pooled` (clip_dim,), `hidden` (patches, clip_dim)."""
         return _only(self.encoders.image([self.reference_picture(file_name, change)]))
 
+    def __getitem__(self, file_name: str) -> dict[str, Tensor]:
+        """A picture's image embeddings, unchanged."""
+        return self.reference(file_name, 0)
+
     @cached_property
     def no_text(self) -> dict[str, Tensor]:
         """The text of a dropped caption."""
@@ -98,43 +103,35 @@ class Online:
         return _only(self.encoders.no_image())
 
 
-class _Layout:
-    """The shards of a data set, each with a key of everything that its rows depend on."""
-
-    def __init__(
-        self,
-        folder: Path,
-        records: list[Record],
-        encoders: str,
-        shown: Preprocessing,
-        stored: Stored,
-    ) -> None:
-        home = folder / FOLDER
-        pictures = [name for r in records for name in (r.file_name, r.reference) if name]
-        self.files, self.stored = list(dict.fromkeys(pictures)), stored
-        words: list[object] = [encoders, stored.dtype]
-        targets = [*words, shown.resolution, shown.variants, shown.flip, shown.seed]
-        images = [*words, stored.images]
-        self.texts = Rows(home, "texts", [r.text for r in records], json.dumps(words))
-        self.targets = Rows(home, "targets", [r.sha256 for r in records], json.dumps(targets))
-        changes = json.dumps([*images, shown.changed, shown.seed])
-        self.references = Rows(home, "references", self.files, changes)
-        self.constants = Rows(home, "constants", ["no text, no image"], json.dumps(images))
+def _rows_of(
+    home: Path, records: list[Record], encoders: str, shown: Preprocessing, stored: Stored
+) -> dict[str, Rows]:
+    """The shards of a data set by name, each with a key of everything that its rows depend on."""
+    pictures = dict.fromkeys(name for r in records for name in (r.file_name, r.reference) if name)
+    words: list[object] = [encoders, stored.dtype]
+    targets = [*words, shown.resolution, shown.variants, shown.flip, shown.seed]
+    images = [*words, stored.images]
+    changes = [*images, shown.changed, shown.seed]
+    contents: dict[str, tuple[list[str], list[object]]] = {
+        "constants": (["no text, no image"], images),
+        "texts": ([r.text for r in records], words),
+        "targets": ([r.sha256 for r in records], targets),
+        "references": (list(pictures), changes),
         # under another name, so that neither cache replaces the other
-        self.pictures = Rows(home, "pictures", self.files, json.dumps(images))
-
-    @property
-    def serves(self) -> bool:
-        """Whether every shard that depends on `stored.images` is done."""
-        return self.constants.done and self.references.done
+        "pictures": (list(pictures), images),
+    }
+    return {name: Rows(home, name, of, json.dumps(by)) for name, (of, by) in contents.items()}
 
 
 def _layout(
     folder: Path, records: list[Record], encoders: str, shown: Preprocessing, stored: Stored
-) -> _Layout:
-    """The layout asked for, or that of both embeddings if it is done: it serves either reader."""
-    both = _Layout(folder, records, encoders, shown, replace(stored, images="both"))
-    return both if both.serves else _Layout(folder, records, encoders, shown, stored)
+) -> tuple[dict[str, Rows], Stored]:
+    """The shards asked for, or those of both embeddings if they are done: they serve either."""
+    both, home = replace(stored, images="both"), folder / FOLDER
+    rows = _rows_of(home, records, encoders, shown, both)
+    if rows["constants"].done and rows["references"].done:
+        return rows, both
+    return _rows_of(home, records, encoders, shown, stored), stored
 
 
 class Embedded:
@@ -144,11 +141,12 @@ class Embedded:
         self, folder: Path, encoders: str, preprocessing: Preprocessing, stored: Stored
     ) -> None:
         self.records = read_manifest(folder)
-        layout = _layout(folder, self.records, encoders, preprocessing, stored)
-        self._rows = {name: index for index, name in enumerate(layout.files)}
-        self._targets, self._texts = RowReader(layout.targets), RowReader(layout.texts)
-        self._references = RowReader(layout.references)
-        constants = RowReader(layout.constants)[0].items()
+        rows, _ = _layout(folder, self.records, encoders, preprocessing, stored)
+        self._rows = {name: index for index, name in enumerate(rows["references"].contents)}
+        self._targets = RowReader(rows["targets"]) if "targets" in stored.rows else None
+        self._texts = RowReader(rows["texts"])
+        self._references = RowReader(rows["references"])
+        constants = RowReader(rows["constants"])[0].items()
         self.no_text, self.no_image = (
             _floats({n.removeprefix(kind): row for n, row in constants if n.startswith(kind)})
             for kind in ("text.", "image.")
@@ -156,6 +154,8 @@ class Embedded:
 
     def target(self, index: int, variant: int) -> dict[str, Tensor]:
         """As of `Online`."""
+        if self._targets is None:
+            raise LookupError("embedded without targets")
         return _floats({name: rows[variant] for name, rows in self._targets[index].items()})
 
     def text(self, index: int) -> dict[str, Tensor]:
@@ -166,6 +166,10 @@ class Embedded:
         """As of `Online`."""
         rows = self._references[self._rows[file_name]]
         return _floats({name: each[change] for name, each in rows.items()})
+
+    def __getitem__(self, file_name: str) -> dict[str, Tensor]:
+        """As of `Online`."""
+        return self.reference(file_name, 0)
 
 
 TrainingData = Online | Embedded
@@ -179,15 +183,15 @@ class EmbeddedPictures:
     ) -> None:
         records, known = read_manifest(folder), encoders.fingerprint()
         made = [
-            _Layout(folder, records, known, preprocessing, one)
+            _rows_of(folder / FOLDER, records, known, preprocessing, one)
             for one in (replace(stored, images="both"), stored)
         ]
-        found = [rows for one in made for rows in (one.references, one.pictures) if rows.done]
+        found = [one[n] for one in made for n in ("references", "pictures") if one[n].done]
         if not found:
-            embed(folder, encoders, preprocessing, stored, only_images=True)
-        layout, rows = made[1], found[0] if found else made[1].pictures
+            embed(folder, encoders, preprocessing, replace(stored, rows=("pictures",)))
+        rows = found[0] if found else made[1]["pictures"]
         self.records, self._read = records, RowReader(rows)
-        self._rows = {name: index for index, name in enumerate(layout.files)}
+        self._rows = {name: index for index, name in enumerate(rows.contents)}
 
     def __getitem__(self, file_name: str) -> dict[str, Tensor]:
         """A picture's embeddings: `pooled` (clip_dim,), `hidden` (patches, clip_dim)."""
@@ -195,60 +199,40 @@ class EmbeddedPictures:
 
 
 def embed(
-    folder: Path,
-    encoders: FrozenEncoders,
-    preprocessing: Preprocessing,
-    stored: Stored,
-    *,
-    only_images: bool = False,
+    folder: Path, encoders: FrozenEncoders, preprocessing: Preprocessing, stored: Stored
 ) -> dict[str, Any]:
-    """Compute the missing shards of a data set's cache; a finished one is never computed again.
-
-    Random crops, flips and changes are stored variants: training draws among these. With
-    `only_images`, the VAE and the text encoders stay idle.
-
-    Returns:
-        Counts, settings and bytes, as written to `embedded.json`, and how many were `computed` now.
-    """
+    """Compute the missing shards of a cache; what `embedded.json` says, and how many were."""
     from tqdm import tqdm
 
     online, home = Online(folder, encoders, preprocessing), folder / FOLDER
     fingerprint = encoders.fingerprint()
-    made = _Layout if only_images else _layout
-    layout = made(folder, online.records, fingerprint, preprocessing, stored)
-    stored = layout.stored
-    work = [
-        (layout.constants, lambda _: _constants(online, stored)),
-        (layout.texts, lambda span: _texts(online, span, stored)),
-        (layout.targets, lambda span: _targets(online, span, stored)),
-        (layout.references, lambda span: _references(online, layout.files, span, stored)),
-    ]
-    if only_images:
-        plain = Online(folder, encoders, replace(preprocessing, changed=0))
-        work = [(layout.pictures, lambda span: _references(plain, layout.files, span, stored))]
-    shards = [rows.file(number) for rows, _ in work for number in range(rows.shards)]
+    layout, stored = _layout(folder, online.records, fingerprint, preprocessing, stored)
+    pictures = layout["references"].contents
+    layout = {name: layout[name] for name in stored.rows}
+    shards = [rows.file(number) for rows in layout.values() for number in range(rows.shards)]
 
     def report() -> bytes:
         found = {
             "images": len(online.records),
-            "pictures": len(layout.files),
+            "pictures": len(pictures),
             "shards": len(shards),
             "bytes": sum(file.stat().st_size for file in shards),
             "encoders": fingerprint,
             "preprocessing": asdict(preprocessing),
-            "stored": asdict(stored),
+            "stored": {"images": stored.images, "dtype": stored.dtype},
         }
         return (json.dumps(found, indent=2) + "\n").encode()
 
-    file, todo = home / REPORT, [(rows, make, rows.missing()) for rows, make in work]
-    computed = sum(len(missing) for _, _, missing in todo)
+    file, todo = home / REPORT, [(rows, rows.missing()) for rows in layout.values()]
+    computed = sum(len(missing) for _, missing in todo)
     # a finished cache is only read: runs that share it do not hold each other up
     if computed or not file.is_file() or file.read_bytes() != report():
         with only_one(home), tqdm(unit="row", disable=None) as progress:
             file.unlink(missing_ok=True)  # so that a run after a kill holds and tidies the folder
-            progress.total = sum(len(rows.span(n)) for rows, _, missing in todo for n in missing)
-            for rows, make, missing in todo:
+            progress.total = sum(len(rows.span(n)) for rows, missing in todo for n in missing)
+            for rows, missing in todo:
                 progress.set_description(rows.name)
+                make = partial(_encoded, online, rows.name, pictures, stored)
                 compute(rows, make, missing, progress.update)
             write_bytes_atomic(file, report())
     return json.loads(report()) | {"computed": computed}
@@ -263,42 +247,36 @@ def _floats(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
 
 
-def _packed(tensors: dict[str, Tensor], stored: Stored) -> dict[str, Tensor]:
+def _encoded(
+    online: Online, name: str, pictures: Sequence[str], stored: Stored, span: range
+) -> dict[str, Tensor]:
+    """The tensors of a shard's rows, as they are stored."""
+    shown, encoders, each = online.preprocessing, online.encoders, 1
+    if name == "constants":
+        found = {f"text.{n}": tensor[None] for n, tensor in online.no_text.items()}
+        found |= {f"image.{n}": online.no_image[n][None] for n in stored.image_names}
+    elif name == "texts":
+        captions = [online.records[index].text for index in span]
+        found = _in_batches(captions, encoders.text)
+    elif name == "targets":
+        each = shown.variants
+        wanted = [(index, variant) for index in span for variant in range(each)]
+        found = _in_batches(
+            wanted,
+            lambda part: encoders.moments(torch.stack([online.target_pixels(*w) for w in part])),
+        )
+    else:
+        each = 1 + (shown.changed if name == "references" else 0)
+        wanted = [(pictures[row], change) for row in span for change in range(each)]
+        found = _in_batches(
+            wanted, lambda part: encoders.image([online.reference_picture(*w) for w in part])
+        )
+        found = {n: found[n] for n in stored.image_names}
+    if name in ("targets", "references", "pictures"):
+        found = {n: tensor.unflatten(0, (-1, each)) for n, tensor in found.items()}
     dtype = getattr(torch, stored.dtype)
-    kept = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
-    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in kept.items()}
-
-
-def _constants(online: Online, stored: Stored) -> dict[str, Tensor]:
-    text = {f"text.{name}": tensor[None] for name, tensor in online.no_text.items()}
-    image = {f"image.{name}": online.no_image[name][None] for name in stored.image_names}
-    return _packed(text | image, stored)
-
-
-def _texts(online: Online, span: range, stored: Stored) -> dict[str, Tensor]:
-    captions = [online.records[index].text for index in span]
-    return _packed(_in_batches(captions, online.encoders.text), stored)
-
-
-def _targets(online: Online, span: range, stored: Stored) -> dict[str, Tensor]:
-    variants = online.preprocessing.variants
-    wanted = [(index, variant) for index in span for variant in range(variants)]
-    moments = _in_batches(
-        wanted,
-        lambda part: online.encoders.moments(torch.stack([online.target_pixels(*w) for w in part])),
-    )
-    return _packed({n: t.unflatten(0, (-1, variants)) for n, t in moments.items()}, stored)
-
-
-def _references(online: Online, files: list[str], span: range, stored: Stored) -> dict[str, Tensor]:
-    changes = 1 + online.preprocessing.changed
-    wanted = [(files[row], change) for row in span for change in range(changes)]
-    embeds = _in_batches(
-        wanted,
-        lambda part: online.encoders.image([online.reference_picture(*w) for w in part]),
-    )
-    kept = {name: embeds[name].unflatten(0, (-1, changes)) for name in stored.image_names}
-    return _packed(kept, stored)
+    kept = {n: tensor.detach().cpu() for n, tensor in found.items()}
+    return {n: t.to(dtype) if t.is_floating_point() else t for n, t in kept.items()}
 
 
 def _in_batches(

@@ -25,10 +25,12 @@ from ipdiverse.seeding import derived_seed
 from ipdiverse.training.embed import EmbeddedPictures, Stored
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from ipdiverse.adapter.model import ImagePromptAdapter
+    from ipdiverse.data.manifest import Record
+    from ipdiverse.training.embed import TrainingData
     from ipdiverse.training.frozen import FrozenEncoders, Preprocessing
 
 FEWEST_SUBJECTS = 20
@@ -93,19 +95,12 @@ def fit_space(
     tower = text_tower(encoders.pipe, encoders.images.encoder.config.projection_dim)
     reads = "both" if tower and adapter.reads == ("hidden",) else adapter.reads[0]
     pictures = EmbeddedPictures(folder, encoders, preprocessing, Stored(reads))  # type: ignore[arg-type]
-    groups = _subjects(pictures, folder)
+    groups = _subjects(pictures.records, folder)
     tokens = _Tokens(pictures, adapter, groups)
-    pairs = sum(len(group) - 1 for group in groups.values())
-    mean, directions, deviations, explained = _principal(tokens, options, pairs)
-    scatter = _Scatter(deviations)
-    names = _banked(pictures, options)
-    kept: dict[str, Tensor] = {}
-    wanted = set(names)
-    for subject, files, rows in chain.from_iterable(tokens.subjects()):
-        z = (rows - mean) @ directions / deviations
-        scatter.add(z, derived_seed(subject) % _FOLDS)
-        kept |= {name: one for name, one in zip(files, z, strict=True) if name in wanted}
-    scene, held_out = _scene_directions(scatter, options.shrink)
+    names, kept = _banked(pictures, options), dict[str, Tensor]()
+    fitted = _fitted(tokens, options, set(names), kept)
+    mean, directions, deviations, scene, explained, held_out = fitted
+    pairs = tokens.pairs
     scenes = torch.stack([kept[name] for name in names])
     bank, keys = _bank(scenes, names, pictures, encoders, tower)
     spec = {
@@ -125,6 +120,30 @@ def fit_space(
     return VariationSpace(mean, directions, deviations, scene, bank, keys[1], keys[2], spec)
 
 
+def fit_directions(
+    data: TrainingData, records: Sequence[Record], adapter: ImagePromptAdapter, folder: Path
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean, directions, deviations and the scene's directions of a training run's pictures."""
+    check_kind(adapter)
+    tokens = _Tokens(data, adapter, _subjects(records, folder))
+    mean, directions, deviations, scene, _, _ = _fitted(tokens, FitOptions(), (), {})
+    return mean, directions, deviations, scene
+
+
+def _fitted(
+    tokens: _Tokens, options: FitOptions, names: Collection[str], kept: dict[str, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, float, dict[str, float]]:
+    """What a space is but for its bank; `kept` gets the coordinates of the pictures of `names`."""
+    mean, directions, deviations, explained = _principal(tokens, options, tokens.pairs)
+    scatter = _Scatter(deviations)
+    for subject, files, rows in chain.from_iterable(tokens.subjects()):
+        z = (rows - mean) @ directions / deviations
+        scatter.add(z, derived_seed(subject) % _FOLDS)
+        kept |= {name: one for name, one in zip(files, z, strict=True) if name in names}
+    scene, held_out = _scene_directions(scatter, options.shrink)
+    return mean, directions, deviations, scene, explained, held_out
+
+
 def check_kind(adapter: ImagePromptAdapter) -> None:
     """Refuse adapters whose tokens are not a picture's alone."""
     if adapter.kind not in ("base", "plus"):
@@ -138,10 +157,10 @@ def check_kind(adapter: ImagePromptAdapter) -> None:
         )
 
 
-def _subjects(pictures: EmbeddedPictures, folder: Path) -> dict[str, list[str]]:
+def _subjects(records: Sequence[Record], folder: Path) -> dict[str, list[str]]:
     """Pictures by subject; one without a subject is its own, with its reference if it has one."""
     groups: dict[str, dict[str, None]] = defaultdict(dict)
-    for record in pictures.records:
+    for record in records:
         # a reference shows what its record shows, whatever that is called
         name = record.file_name if record.subject is None else f"subject {record.subject}"
         groups[name] |= dict.fromkeys(filter(None, (record.file_name, record.reference)))
@@ -163,11 +182,12 @@ class _Tokens:
 
     def __init__(
         self,
-        pictures: EmbeddedPictures,
+        pictures: EmbeddedPictures | TrainingData,
         adapter: ImagePromptAdapter,
         groups: dict[str, list[str]],
     ) -> None:
         self.pictures, self.adapter, self.groups = pictures, adapter, groups
+        self.pairs = sum(len(group) - 1 for group in groups.values())
         self.count = len({name for files in groups.values() for name in files})
 
     def subjects(self) -> Iterator[list[tuple[str, list[str], Tensor]]]:

@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 
 
 class Samples(Dataset[dict[str, Any]]):
-    """Sample number to tensors: `latents`, `noise`, `timestep`, text and image embeddings."""
+    """Sample number to tensors: `latents`, `noise`, `timestep`, text and image embeddings.
+
+    With `drawn`, (tokens, width) of what a generative fusion draws, there are no latents but the
+    embeddings of a `target`; `noise` and `timestep` are the flow's.
+    """
 
     def __init__(
         self,
@@ -36,6 +40,7 @@ class Samples(Dataset[dict[str, Any]]):
         reads: str,
         scaling: tuple[float, float],
         timesteps: int,
+        drawn: tuple[int, int] | None = None,
     ) -> None:
         if not config.changed and references.may_augment:
             raise ArgumentError(
@@ -46,7 +51,7 @@ class Samples(Dataset[dict[str, Any]]):
             )
         self.data, self.trained, self.references = data, trained, references
         self.config, self.reads = config, reads
-        self.scaling, self.timesteps = scaling, timesteps
+        self.scaling, self.timesteps, self.drawn = scaling, timesteps, drawn
 
     def __len__(self) -> int:
         return self.config.steps * self.config.batch
@@ -65,6 +70,9 @@ class Samples(Dataset[dict[str, Any]]):
         change = 1 + change_number % config.changed if choice.augment else 0
         no_text, no_image = self._drops(rng.random())
         text = self.data.no_text if no_text else self.data.text(index)
+        words = {f"text_{name}": tensor for name, tensor in text.items()}
+        if self.drawn is not None:
+            return self._flow(index, choice.file_name, noise) | words
         picture = self.data.no_image if no_image else self.data.reference(choice.file_name, change)
         moments = self.data.target(index, variant)
         mean, std = moments["mean"].cpu(), moments["std"].cpu()
@@ -75,7 +83,20 @@ class Samples(Dataset[dict[str, Any]]):
             "noise": _normal(mean.shape, noise),
             "timestep": self._timestep(noise),
             "image": picture[self.reads],
-            **{f"text_{name}": tensor for name, tensor in text.items()},
+            **words,
+        }
+
+    def _flow(self, index: int, reference: str, rng: torch.Generator) -> dict[str, Any]:
+        """A pair of pictures, the flow's noise and the reference's, and a time in 0..1."""
+        target = self.data.records[index].file_name
+        pair = (self.data.reference(name, 0)[self.reads] for name in (reference, target))
+        image, other = pair
+        return {
+            "image": image,
+            "target": other,
+            "noise": _normal(torch.Size((2, *(self.drawn or ()))), rng),
+            # logit-normal: the middle of the way is hardest (arXiv:2403.03206, section 3.1)
+            "timestep": torch.sigmoid(_normal(torch.Size(()), rng)),
         }
 
     def _timestep(self, rng: torch.Generator) -> Tensor:

@@ -17,7 +17,13 @@ from ipdiverse.adapter.files.checkpoint import save_adapter
 from ipdiverse.errors import ArgumentError, Interrupted, ModelError
 from ipdiverse.training import build, checkpoints
 from ipdiverse.training.frozen import FrozenEncoders, open_encoders
-from ipdiverse.training.loss import PromptedUnet, fast_backward, hold_as_computed, hold_less
+from ipdiverse.training.loss import (
+    PromptedUnet,
+    TokenFlow,
+    fast_backward,
+    hold_as_computed,
+    hold_less,
+)
 from ipdiverse.training.validation import Validation
 from ipdiverse.writing import ensure_writable_folder, only_one
 
@@ -60,19 +66,22 @@ class Trainer:
         self.config = config = self.samples.config  # `epochs` are `steps` there
         if config.cache:  # before the UNet is loaded: never both in memory
             encoders.set_aside(for_good=not config.num_validation_images)
-        encoders.load_unet(device)
+        draws, seen = config.fusion == "generative", config.num_validation_images
+        with_unet = not draws or seen > 0
+        if with_unet:
+            encoders.load_unet(device)
         # before the types that autocast computes in take the place of the UNet's own
         contents = build.contents_of(config, self.samples.data.records, encoders)
         set_seed(config.seed)  # initial weights; nothing random after that asks the global state
-        self.adapter = build.build_adapter(config, encoders, initial)
+        self.adapter = build.build_adapter(config, encoders, initial, self.samples)
         # attach copies an adapter of another device or type, and the copy would not learn
-        self.adapter.to(self.pipe.unet.device, self.pipe.unet.dtype)
-        attachment = attach(
-            self.pipe,
-            self.adapter,
-            image_encoder=encoders.images.encoder,
-            image_processor=encoders.images.processor,
-        )
+        self.adapter.to(device, self.pipe.unet.dtype)
+        attachment = None
+        if with_unet:
+            reader = (encoders.images.encoder, encoders.images.processor)
+            attachment = attach(
+                self.pipe, self.adapter, image_encoder=reader[0], image_processor=reader[1]
+            )
         # after the adapter took the UNet's type: it learns in float32
         hold_as_computed(self.pipe.unet, config.mixed_precision)
         if config.gradient_checkpointing:
@@ -80,12 +89,16 @@ class Trainer:
         else:
             hold_less(self.pipe.unet)
         records = self.samples.data.records
-        held_out = sorted(set(range(len(records))) - set(self.samples.trained))
+        held_out = sorted(build.held_out(config, len(records)))
         self.validation = Validation(config, records, held_out, encoders, attachment)
         learning = self._learning()
         self.names, self.parameters = list(learning), list(learning.values())
         self.ema = EMAModel(self.parameters, config.ema, foreach=True) if config.ema else None
-        model = PromptedUnet(self.pipe, self.adapter, config.min_snr)
+        model = (
+            TokenFlow(self.adapter)
+            if draws
+            else PromptedUnet(self.pipe, self.adapter, config.min_snr)
+        )
         optimizer = build.build_optimizer(config, self.parameters)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.step, self.bad, self.skipped = 0, 0, 0
@@ -119,7 +132,8 @@ class Trainer:
     def _learning(self) -> dict[str, torch.nn.Parameter]:
         """The adapter's parameters that are not frozen, by name."""
         self.adapter.requires_grad_(True).train()
-        for part in self.config.frozen:
+        alone = ("projection", "layers") if self.config.fusion == "generative" else ()
+        for part in (*self.config.frozen, *alone):
             if (module := getattr(self.adapter, _PARTS[part])) is not None:
                 module.requires_grad_(False)
         learning = {n: p for n, p in self.adapter.named_parameters() if p.requires_grad}
@@ -192,13 +206,15 @@ class Trainer:
 
     def _accumulate(self, batch: dict[str, Tensor]) -> float:
         """Gradients of the mean loss, micro-batch by micro-batch, and that loss."""
-        device, size = self.accelerator.device, len(batch["latents"])
+        device, size = self.accelerator.device, len(batch["noise"])
         total = torch.zeros((), device=device)
         for start in range(0, size, self.micro):
             part = {n: t[start : start + self.micro].to(device) for n, t in batch.items()}
             last = start + self.micro >= size  # processes exchange gradients once a step
             together = contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
-            with together, fast_backward(part["latents"], self.config.mixed_precision):
+            # a flow's tokens are few, as many as its noise has rows
+            seen = part.get("latents", part["noise"][..., 0])
+            with together, fast_backward(seen, self.config.mixed_precision):
                 losses = self.model(part)
                 # processes' gradients are averaged; a mean over the whole batch is wanted
                 mean = losses.sum() * self.accelerator.num_processes / self.config.batch

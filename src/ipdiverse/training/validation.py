@@ -47,7 +47,7 @@ class Validation:
         records: Sequence[Record],
         held_out: Sequence[int],
         encoders: FrozenEncoders,
-        attachment: Attachment,
+        attachment: Attachment | None,
     ) -> None:
         self.config, self.encoders, self.attachment = config, encoders, attachment
         # a trace of `self`, as `paired` alone refuses data in which nothing has a partner
@@ -88,6 +88,8 @@ class Validation:
     def _draw(self, case: Case, prompt: str) -> list[Image.Image]:
         pipe: Any = self.encoders.pipe
         count = self.config.num_images_per_prompt
+        if self.attachment is None:
+            raise AssertionError("whoever holds images out attaches the adapter")
         self.attachment.set_reference(case.reference)
         pipe.set_progress_bar_config(disable=True)
         return pipe(

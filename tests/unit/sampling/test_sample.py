@@ -28,7 +28,7 @@ def test_batches_are_filled_up_to_one_size() -> None:
 
 
 def adapter(**spec: Any) -> Any:
-    return SimpleNamespace(spec=spec, fusion=None, base_weights={})
+    return SimpleNamespace(spec=spec, fusion=None, base_weights={}, draws=False)
 
 
 def test_levers_that_are_set_override_the_dial() -> None:
@@ -44,3 +44,11 @@ def test_a_dial_is_the_adapters_own_or_the_default() -> None:
     assert dial_for(adapter()) == default_dial(fused=False)
     with pytest.raises(CheckpointError, match="its dial is broken"):
         dial_for(adapter(dial=[]))
+
+
+def test_the_dial_of_a_fusion_that_draws_is_how_far_it_goes() -> None:
+    drawing = SimpleNamespace(spec={}, fusion=object(), base_weights={}, draws=True)
+    for has_space in (False, True):
+        dial = dial_for(drawing, has_space)  # type: ignore[arg-type]
+        assert [dial.at(d).fusion_strength for d in (0.0, 0.5, 1.0)] == [0.0, 0.5, 1.0]
+        assert dial.at(1.0) == OFF

@@ -195,6 +195,12 @@ class Attachment:
             self.hook.prompts[number].fusion_strength = float(strength)
         self.hook.changed()
 
+    def set_seeds(self, seeds: Sequence[int] | None) -> None:
+        """Seeds of the next calls' images, for adapters whose fusion draws; None numbers them."""
+        for prompt in self.hook.prompts:
+            prompt.seeds = None if seeds is None else tuple(seeds)
+        self.hook.changed()
+
     def set_interpolation(self, share: float, *, adapter: int | None = None) -> None:
         """Act with weights between an adapter's base weights (0) and its own (1).
 

@@ -48,6 +48,8 @@ class ReferenceTokens:
     positive: Tensor  # (items, references, tokens, width)
     negative: Tensor  # of the unconditional branch; one entry serves every item
     mask: RegionMask | None = None  # where they act; None is everywhere
+    # what a fusion drew, and of what: drawing costs more than what levers change at every step
+    drawn: tuple[Any, tuple[Tensor, Tensor], Tensor] | None = None
 
 
 @dataclass(eq=False)
@@ -59,8 +61,9 @@ class ActiveAdapter:
     scale: Scale
     references: list[ReferenceTokens] = field(default_factory=list)
     fusion_strength: float = 1.0
-    # set by levers; `imagine` gets tokens before fusion and `change` fused ones, both as
-    # (items, references, tokens, width)
+    # for a fusion that draws: one for each item of the next calls; None numbers them
+    seeds: tuple[int, ...] | None = None
+    # set by levers; they get tokens, (items, references, tokens, width), before fusion and after it
     imagine: Callable[[Tensor], Tensor] | None = None
     change: Callable[[Tensor], Tensor] | None = None
     change_scale: Callable[[Scale], Scale] | None = None
@@ -232,7 +235,8 @@ class ImagePromptHook(ModelHook):
         negative = part.negative.to(text).expand_as(part.positive).repeat_interleave(repeats, 0)
         tokens = torch.cat([positive if branch == BOTH else negative for branch in layout])
         if prompt.acting.fusion is not None and prompt.strength:
-            tokens = self._fused(prompt, tokens, text, layout)
+            fused = self._drawn if prompt.acting.draws else self._fused
+            tokens = fused(prompt, part, tokens, text, layout)
         if prompt.change is not None and BOTH in layout:
             parts = zip(layout, tokens.chunk(branches), strict=True)
             tokens = torch.cat([prompt.change(t) if b == BOTH else t for b, t in parts])
@@ -240,16 +244,55 @@ class ImagePromptHook(ModelHook):
         tokens = tokens.flatten(1, 2)
         return TokenGroup(tokens, mask, _opposed(tokens, layout))
 
-    def _fused(self, prompt: ActiveAdapter, tokens: Tensor, text: Tensor, layout: Layout) -> Tensor:
+    def _drawn(
+        self,
+        prompt: ActiveAdapter,
+        part: ReferenceTokens,
+        tokens: Tensor,
+        text: Tensor,
+        layout: Layout,
+    ) -> Tensor:
+        """As `_fused`, but "no image" stays what it is, and nothing is drawn twice."""
+        branches = list(tokens.chunk(len(layout)))
+        if BOTH not in layout:
+            return tokens
+        at = layout.index(BOTH)
+        rows, given = text.chunk(len(layout))[at], branches[at]
+        if prompt.seeds is not None and len(prompt.seeds) != len(rows):
+            raise ArgumentError(
+                "differ in number from the images of this call",
+                where="seeds of the fusion",
+                expected=len(rows),
+                found=len(prompt.seeds),
+            )
+        # by values: levers hand on the same text and the same tokens in several tensors
+        of = (prompt.acting, prompt.strength, prompt.seeds)
+        known = part.drawn
+        if known is None or known[0] != of or not all(map(torch.equal, known[1], (rows, given))):
+            drawn = self._fused(prompt, part, given, rows, (BOTH,))
+            known = part.drawn = (of, (rows, given), drawn)
+        parts = zip(layout, branches, strict=True)
+        return torch.cat([known[2] if branch == BOTH else t for branch, t in parts])
+
+    def _fused(
+        self,
+        prompt: ActiveAdapter,
+        _: ReferenceTokens,
+        tokens: Tensor,
+        text: Tensor,
+        layout: Layout,
+    ) -> Tensor:
         """Fuse each reference of each item with that item's text."""
         references = tokens.shape[1]
         told = self._told[1] if self._told else Told(layout)
         words = told.words_of(layout, len(text) // len(layout), text.shape[1])
+        seeds = prompt.seeds if prompt.seeds is not None else range(len(text))
         fused = prompt.acting.fuse(
             tokens.flatten(0, 1),
             text.repeat_interleave(references, 0),
             None if words is None else words.to(text.device).repeat_interleave(references, 0),
             prompt.strength,
+            [seed for seed in seeds for _ in range(references)],  # one scene for all of an item's
         )
         return fused.unflatten(0, (-1, references))
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ipdiverse.adapter.files.layouts import BASE_WEIGHTS
 from ipdiverse.adapter.fusion import BlendFusion, Fusion, GatedFusion
+from ipdiverse.adapter.generative import GenerativeFusion
 from ipdiverse.adapter.model import ImagePromptAdapter, LoraShapes, Projection, shared_parts
 from ipdiverse.adapter.projection import (
     FaceIDPlusProjection,
@@ -37,6 +38,7 @@ DTYPES = (
 
 _BRANCH = re.compile(r"ip_adapter\.([0-9]{1,4})\.to_[kv]_ip\.weight")
 _LORA = re.compile(r"ip_adapter\.([0-9]{1,4})\.(to_(?:q|k|v|out)_lora)\.down\.weight")
+_MAX_STEPS = 1000
 _FAMILIES = {(768, 16): "SD 1.x", (1024, 16): "SD 2.x", (2048, 70): "SDXL"}
 
 
@@ -102,6 +104,8 @@ def describe(adapter: ImagePromptAdapter) -> dict[str, Any]:
     }
     if isinstance(fusion, GatedFusion):
         spec["fusion"]["heads"] = fusion.heads
+    if isinstance(fusion, GenerativeFusion):
+        spec["fusion"] |= {"steps": fusion.steps, "guidance": fusion.guidance}
     if isinstance(projection, FaceIDPlusProjection):
         spec["shortcut"] = projection.shortcut
     return spec
@@ -204,6 +208,8 @@ def _lora(tensors: Tensors) -> dict[int, LoraShapes]:
 def _fusion(tensors: Tensors, spec: Mapping[str, Any]) -> Fusion | None:
     if "fusion.query.weight" in tensors:
         return BlendFusion(_shape(tensors, "fusion.query.weight")[0])
+    if "fusion.place" in tensors:
+        return _generative(tensors, spec)
     if "fusion.gate" not in tensors:
         return None
     token_width = _shape(tensors, "fusion.norm_image.weight")[0]
@@ -214,6 +220,30 @@ def _fusion(tensors: Tensors, spec: Mapping[str, Any]) -> Fusion | None:
         # shapes do not tell the heads, and this file's spec does not either
         heads = inner // 64 if inner % 64 == 0 and inner else 1
     return GatedFusion(token_width, _shape(tensors, "fusion.gate")[0], heads, inner)
+
+
+def _generative(tensors: Tensors, spec: Mapping[str, Any]) -> GenerativeFusion:
+    num_tokens, width = _shape(tensors, "fusion.place")
+    words, token_width = _shape(tensors, "fusion.no_text")
+    block = re.compile(r"fusion\.blocks\.[0-9]+\.to_out\.weight")
+    stored = spec.get("fusion")
+    told = stored if isinstance(stored, Mapping) else {}
+    steps, guidance = told.get("steps", 8), told.get("guidance", 1.0)
+    # a file may say anything: a million steps would not be told from a program that hangs
+    if not isinstance(steps, int) or not 1 <= steps <= _MAX_STEPS:
+        raise ValueError(f"fusion steps: {steps}, expected 1 to {_MAX_STEPS}")
+    if not isinstance(guidance, int | float) or not -100 <= guidance <= 100:
+        raise ValueError(f"fusion guidance: {guidance}, expected -100 to 100")
+    return GenerativeFusion(
+        token_width,
+        num_tokens,
+        _shape(tensors, "fusion.variation.deviations")[0],
+        words,
+        width,
+        sum(block.fullmatch(key) is not None for key in tensors),
+        steps,
+        float(guidance),
+    )
 
 
 def _shape(tensors: Tensors, key: str) -> torch.Size:
@@ -231,14 +261,26 @@ def _disagreements(adapter: ImagePromptAdapter) -> list[str]:
         for number, (found, _) in adapter.widths().items()
         if found != width
     ]
-    if isinstance(fusion, GatedFusion) and projection.num_tokens not in {None, len(fusion.gate)}:
-        wrong.append(f"fusion.gate has {len(fusion.gate)} tokens, expected {projection.num_tokens}")
+    held = _fusion_tokens(fusion)
+    if held is not None and projection.num_tokens not in {None, len(held[1])}:
+        wrong.append(
+            f"fusion.{held[0]} has {len(held[1])} tokens, expected {projection.num_tokens}"
+        )
     if fusion is not None and (found := _fusion_width(fusion)) != width:
         wrong.append(f"fusion reads tokens of width {found}, expected the projection's {width}")
     return wrong
 
 
+def _fusion_tokens(fusion: Fusion | None) -> tuple[str, Tensor] | None:
+    """What of a fusion has a row for each image token, if anything has."""
+    if isinstance(fusion, GatedFusion):
+        return "gate", fusion.gate
+    return ("place", fusion.place) if isinstance(fusion, GenerativeFusion) else None
+
+
 def _fusion_width(fusion: Fusion) -> int:
+    if isinstance(fusion, GenerativeFusion):
+        return fusion.image_in.in_features
     layer = fusion.to_q if isinstance(fusion, GatedFusion) else fusion.query
     return layer.in_features
 
