@@ -24,6 +24,7 @@ from ipdiverse.commands.checkpoints import Convert, Inspect, Push
 from ipdiverse.commands.console import say
 from ipdiverse.commands.critters import Critters
 from ipdiverse.commands.evaluate import MOVED, Calibrate, Evaluate
+from ipdiverse.commands.fit import Fit
 from ipdiverse.commands.generate import Demo, Generate
 from ipdiverse.commands.train import Embed, Prepare, Train, as_flags
 from ipdiverse.commands.ui import Ui
@@ -42,6 +43,7 @@ Command = (
     | Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Prepare, tyro.conf.subcommand("prepare")]
     | Annotated[Embed, tyro.conf.subcommand("embed")]
+    | Annotated[Fit, tyro.conf.subcommand("fit")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Calibrate, tyro.conf.subcommand("calibrate")]

@@ -191,16 +191,22 @@ def dial_of(spec: Mapping[str, Any], where: object) -> Dial | None:
         raise CheckpointError("its dial is broken", where=where, found=error) from error
 
 
-def default_dial(fused: bool, has_base_weights: bool = False) -> Dial:
+def default_dial(fused: bool, has_base_weights: bool = False, has_space: bool = False) -> Dial:
     """A conservative path, for adapters that were not calibrated.
 
-    An adapter that holds its base weights is led from these to its own. Others
+    An adapter that holds its base weights is led from these to its own. One with a variation space
+    gives each image more and more of a scene of its own. Others
     take levers that need no training: first guidance is left out at high noise, where it narrows
     most and serves least, then noise on image tokens grows.
     """
     if has_base_weights:
         path = ((0.0, Levers(interpolation=0.0)), (1.0, OFF))
         return Dial(path, "from the base weights to its own, not calibrated")
+    if has_space:
+        path = ((0.0, OFF), (1.0, Levers(recombine=1.0)))
+        if fused:
+            path = ((0.0, Levers(fusion_strength=0.0)), (1e-6, OFF), path[1])
+        return Dial(path, "to scenes of other pictures, not calibrated")
     first = Levers(interval=(0.0, 4.0), cads=0.1)
     rising = ((0.2, first), (0.5, first | {"cads": 0.25}), (1.0, first | {"cads": 0.8}))
     if not fused:

@@ -18,7 +18,7 @@ from ipdiverse.seeding import derived_seed
 if TYPE_CHECKING:
     from torch import Tensor
 
-ActsOn = Literal["weights", "fusion", "embeddings", "tokens", "scale", "guidance"]
+ActsOn = Literal["weights", "fusion", "embeddings", "projected", "tokens", "scale", "guidance"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,7 @@ class Lever:
             `weights`: share of the way from an adapter's base weights (0) to its own (1);
             `fusion`: weight of what text-image fusion adds;
             `embeddings`: one item's image embeddings, (references, *patches, width);
+            `projected`: image tokens before fusion, (items, references, tokens, width);
             `tokens`: fused image tokens, (items, tokens, width);
             `scale`: the image prompt's scale, an `adapter.scale.Scale`;
             `guidance`: (w_T, w_I) in ε(∅,∅) + w_T [ε(T,∅) − ε(∅,∅)] + w_I [ε(T,I) − ε(T,∅)].
@@ -206,6 +207,15 @@ def inside_interval(
     return weights if low < context.sigma <= high else (1.0, 1.0)
 
 
+def recombine(tokens: Tensor, strength: float, context: StepContext) -> Tensor:
+    """Each item's subject in a scene of its own (`adapter.imagine.VariationSpace.recombined`).
+
+    Args:
+        tokens: Image tokens before fusion, (items, references, tokens, width).
+    """
+    return context.attachment.recombined(tokens, strength, context.prompts, context.seeds)
+
+
 def cads(tokens: Tensor, strength: float, context: StepContext) -> Tensor:
     """Condition-annealed noise on image tokens (CADS, arXiv:2310.17347, algorithm 1, ψ = 1).
 
@@ -260,6 +270,15 @@ for _lever in (
         image_guided,
         off=None,
         high=100,  # no ladder: its third pass of the UNet costs more than stock
+    ),
+    Lever(
+        "recombine",
+        "How far each image gets a scene of its own that fits the prompt, the subject kept: 0 the "
+        "reference's, 1 another. Needs a variation space.",
+        "projected",
+        recombine,
+        ladder=(0.0, 0.25, 0.5, 0.75, 1.0),
+        fits=lambda _: False,  # calibrate it by name: whether there is a space, no adapter says
     ),
     Lever(
         "interval",

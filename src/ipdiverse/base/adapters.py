@@ -17,6 +17,9 @@ from ipdiverse.errors import ArgumentError, CheckpointError, ModelError
 
 _WEIGHTS = CRITTERS_BASE.parent
 CRITTERS_ADAPTERS = _WEIGHTS / "adapters"
+CRITTERS_SPACES = _WEIGHTS / "spaces"
+PUBLISHED_SPACE = "space.safetensors"
+"""The file that a repository is asked for if no other is named."""
 SHIPPED_ADAPTERS = {
     "ip-adapter-diverse_critters": "diverse",
     "ip-adapter_critters": "base-plain",
@@ -76,6 +79,25 @@ def adapter_file(base: str, adapter: str = "", *, local_files_only: bool = False
         found = fetch(files, adapter, local_files_only=local_files_only)[0]
     else:
         repository, name = split_hub_id(adapter)
+        found = find_checkpoint(repository, weight_name=name, local_files_only=local_files_only)
+    if not found.is_file():
+        raise CheckpointError("no such file", where=found, fix="Check the path.")
+    return found
+
+
+def space_file(space: str, *, local_files_only: bool = False) -> Path:
+    """The file of a variation space: a path, or a hub id with the file's path behind it.
+
+    Raises:
+        CheckpointError: There is none.
+        ModelError: It cannot be downloaded.
+    """
+    if HUB_ID.match(space) and not Path(space).exists() and not space.endswith(SUFFIXES[0]):
+        space = f"{space}/{PUBLISHED_SPACE}"
+    if Path(space).exists() or not HUB_ID.match(space):
+        found = find_checkpoint(Path(space))
+    else:
+        repository, name = split_hub_id(space)
         found = find_checkpoint(repository, weight_name=name, local_files_only=local_files_only)
     if not found.is_file():
         raise CheckpointError("no such file", where=found, fix="Check the path.")

@@ -91,6 +91,11 @@ class Rows:
             warnings.warn(f"{self.file(shard)}: is damaged, and is computed again", stacklevel=3)
         return False
 
+    @property
+    def done(self) -> bool:
+        """Whether every shard was."""
+        return all(self.is_done(shard) for shard in range(self.shards))
+
     def missing(self) -> list[int]:
         """Shards to compute: those that are not there, stale, or damaged, which is warned of."""
         return [shard for shard in range(self.shards) if not self.is_done(shard, whole=True)]

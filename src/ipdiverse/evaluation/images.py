@@ -25,7 +25,7 @@ from ipdiverse.evaluation.study import Arm
 from ipdiverse.image_io import content_hash
 from ipdiverse.levers import LEVERS
 from ipdiverse.sampling.draw import versions
-from ipdiverse.sampling.sample import Job, attached, levers_of, sample, set_scale
+from ipdiverse.sampling.sample import Job, attached, imagine, levers_of, sample, set_scale, space_of
 from ipdiverse.writing import ensure_writable_folder, write_bytes_atomic
 
 if TYPE_CHECKING:
@@ -119,6 +119,7 @@ class StudyImages:
         fast = autocast() if self.study.base == CRITTERS else nullcontext()
         with attached(self.base, weights, self._reader or "") as attachment:
             set_scale(attachment, self.base, request)
+            imagine(attachment, request)
             for file, numbers in missing.items():
                 with fast:
                     made = sample_array(self.base, self._jobs(numbers), request, attachment, False)
@@ -176,25 +177,30 @@ def what_decides(request: Request, weights: Path | None) -> dict[str, Any]:
     without drawing anew what stays the same. If the adapter is not on this machine, its hash is
     None, and so are the levers of a dial, which is in its file.
     """
-    left_out = {"adapter", "diversity", *LEVERS}
+    left_out = {"adapter", "diversity", "space", *LEVERS}
     settings = {name: value for name, value in request.stated().items() if name not in left_out}
     if weights is None:
         on = _rounded(dict(levers_of(request, None))) if request.diversity is None else None
         return {"settings": settings, "levers": on, "adapter": None}
     stat = weights.stat()
-    on, hashed = _of_file(weights, request, stat.st_ino, stat.st_mtime_ns, stat.st_size)
-    return {"settings": settings, "levers": on, "adapter": hashed}
+    on, hashed, space = _of_file(weights, request, stat.st_ino, stat.st_mtime_ns, stat.st_size)
+    told = {"space": space} if space else {}  # a setting where it acts, and nothing where not
+    return {"settings": settings | told, "levers": on, "adapter": hashed}
 
 
 @lru_cache(maxsize=4096)
-def _of_file(weights: Path, request: Request, *stamp: int) -> tuple[dict[str, Any], str]:
-    """A request's levers with an adapter, and the hash of its weights.
+def _of_file(weights: Path, request: Request, *stamp: int) -> tuple[dict[str, Any], str, str]:
+    """A request's levers with an adapter, the hash of its weights, and that of a space that acts.
 
     A study asks for both several times an arm, and an adapter may have gigabytes: `stamp`, the
     file's inode, time and size, has it read again only after it was written.
     """
-    adapter = load_adapter(weights) if request.diversity is not None else None
-    return _rounded(dict(levers_of(request, adapter))), _hash_of_file(weights, *stamp)
+    needed = request.diversity is not None or request.levers.recombine
+    adapter = load_adapter(weights) if needed else None
+    space = None if adapter is None else space_of(request, adapter)
+    levers = levers_of(request, adapter, space is not None)
+    acts = space.sha256 if space and levers.recombine else ""
+    return _rounded(dict(levers)), _hash_of_file(weights, *stamp), acts
 
 
 @lru_cache(maxsize=256)

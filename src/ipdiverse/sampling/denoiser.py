@@ -67,6 +67,7 @@ def steer(
         raise
     for prompt in hook.prompts:
         prompt.fusion_factor = levers.change("fusion", 1.0, context)
+        prompt.imagine = steering.imagined if levers.acting("projected") else None
         prompt.change = steering.changed_tokens if levers.acting("tokens") else None
         prompt.change_scale = steering.changed_scale if levers.acting("scale") else None
     hook.changed()
@@ -91,6 +92,7 @@ def _take_off(attachment: Attachment) -> None:
     attachment.change_embeds(None)
     for prompt in hook.prompts:
         prompt.fusion_factor, prompt.change, prompt.change_scale = 1.0, None, None
+        prompt.imagine = None
     hook.layout = None
     hook.changed()
 
@@ -151,6 +153,10 @@ class Steering(ModelHook):
 
             return UNet2DConditionOutput(sample=output)
         return (output,)
+
+    def imagined(self, tokens: Tensor) -> Tensor:
+        """Every item's tokens before fusion, (items, references, tokens, width)."""
+        return self.levers.change("projected", tokens, self.context)
 
     def changed_tokens(self, tokens: Tensor) -> Tensor:
         """Every item's tokens, (items, references, tokens, width), as levers change them."""

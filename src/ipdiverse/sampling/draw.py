@@ -16,7 +16,7 @@ from ipdiverse.errors import ArgumentError, Interrupted
 from ipdiverse.image_io import content_hash
 from ipdiverse.loading import quiet
 from ipdiverse.sampling.request import Request
-from ipdiverse.sampling.sample import Job, attached, sampled, set_scale
+from ipdiverse.sampling.sample import Job, attached, imagine, sampled, set_scale
 from ipdiverse.sampling.saving import Run, fingerprint, open_run, versions
 from ipdiverse.sampling.task import Pictures, Task, decoded, open_base, settled, task_for
 
@@ -193,6 +193,7 @@ def drawing(
     with quiet(), attached(task.base, weights, request.image_encoder) as attachment:
         reference = _with_faces(reference, request, attachment.adapters[0].reads)
         set_scale(attachment, base, request)
+        task.notes.extend(imagine(attachment, request))
         jobs = [
             Job(text, request.seed, index, reference)
             for text in request.prompt

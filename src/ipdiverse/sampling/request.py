@@ -68,6 +68,10 @@ class Request:
         mask: Where each image acts: one picture for each, which acts where it is white, and in part
             where it is grey. Transparency is refused, in `mask_image` too.
         negative_image: An image that guidance moves away from.
+        space: A variation space (`ipdiverse fit`), as a file or a hub id; the dial then gives each
+            image a scene of its own. Empty takes the package's own, if one fits the adapter.
+        scenes: Folder of pictures from which scenes are drawn in place of the space's own, each
+            with a caption in a text file of the same name or without.
         faces: File of face embeddings, for adapters that read faces; without one, insightface
             finds the faces in the images.
         init_image: Start from this image (image-to-image), or inpaint it with `mask_image`.
@@ -112,6 +116,8 @@ class Request:
     weights: tuple[float, ...] = ()
     mask: tuple[str, ...] = ()
     negative_image: str = ""
+    space: str = ""
+    scenes: str = ""
     faces: str = ""
     init_image: str = ""
     strength: float = 0.8

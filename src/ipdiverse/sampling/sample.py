@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ipdiverse.base.adapters import space_file
 from ipdiverse.base.bases import Base, any_latents, load_image_encoder
 from ipdiverse.dial import OFF, Dial, Levers, default_dial, dial_of
-from ipdiverse.errors import ModelError
+from ipdiverse.errors import DataError, ModelError, quoted
 from ipdiverse.loading import one_line
 from ipdiverse.sampling.task import Task, steps_of
 from ipdiverse.seeding import derived_seed
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ipdiverse.adapter.attach.attach import Attachment
+    from ipdiverse.adapter.imagine import VariationSpace
     from ipdiverse.adapter.model import ImagePromptAdapter
     from ipdiverse.adapter.reference import Reference
     from ipdiverse.sampling.denoiser import Steering
@@ -38,17 +40,63 @@ class Job:
     reference: Image.Image | Reference | None = None
 
 
-def dial_for(adapter: ImagePromptAdapter) -> Dial:
+def dial_for(adapter: ImagePromptAdapter, has_space: bool = False) -> Dial:
     """An adapter's own dial, or the default one if it was not calibrated."""
-    calibrated = dial_of(adapter.spec, "adapter")
-    return calibrated or default_dial(adapter.fusion is not None, bool(adapter.base_weights))
+    calibrated, fused = dial_of(adapter.spec, "adapter"), adapter.fusion is not None
+    return calibrated or default_dial(fused, bool(adapter.base_weights), has_space)
 
 
-def levers_of(request: Request, adapter: ImagePromptAdapter | None) -> Levers:
+def levers_of(
+    request: Request, adapter: ImagePromptAdapter | None, has_space: bool = False
+) -> Levers:
     """A request's levers: its dial's, overridden by those that it sets itself."""
     if request.diversity is None or adapter is None:
         return request.levers
-    return dial_for(adapter).at(request.diversity) | request.levers
+    return dial_for(adapter, has_space).at(request.diversity) | request.levers
+
+
+def space_of(request: Request, adapter: ImagePromptAdapter) -> VariationSpace | None:
+    """The variation space of a request: the one it names, or the package's own for its adapter."""
+    from ipdiverse.adapter.imagine import load_space, space_at_hand
+
+    return load_space(space_file(request.space)) if request.space else space_at_hand(adapter)
+
+
+def imagine(attachment: Attachment, request: Request) -> list[str]:
+    """Give an adapter a request's space and scenes; what the user should know of them."""
+    attachment.set_space(space_of(request, attachment.adapters[0]))
+    if request.scenes:
+        attachment.set_scenes(*_pictures(request.scenes))
+    levers = levers_of(request, attachment.adapters[0], attachment.scenes is not None)
+    if not levers.recombine or attachment.scenes is None:
+        unread = [name for name in ("space", "scenes") if getattr(request, name)]
+        return [f"{name} has no effect while recombine is 0" for name in unread]
+    shares = {prompt: attachment.scenes.share(prompt) for prompt in request.prompt}
+    return [
+        f"no scene is near to {quoted(prompt)}: {100 * share:.0f} % of one is imposed"
+        for prompt, share in shares.items()
+        if share < 1
+    ]
+
+
+def _pictures(folder: str) -> tuple[list[Image.Image], list[str]]:
+    """Pictures of a folder, with their captions."""
+    from ipdiverse.data.manifest import SourceOptions
+    from ipdiverse.data.sources import open_source
+    from ipdiverse.image_io import load_image_bytes
+
+    if not Path(folder).is_dir():
+        raise DataError("is not a folder", where="scenes", found=folder, fix="Check the path.")
+    images, captions = [], []
+    for item in open_source(folder, SourceOptions(kind="captions")).items():
+        if item.problem:
+            raise DataError(item.problem, where=f"{folder}/{item.name}")
+        images.append(load_image_bytes(item.load(), item.name))
+        captions.append(item.text or "")
+    if len(images) < 2:
+        what = "holds too few pictures to vary scenes"
+        raise DataError(what, where=folder, expected="2 or more", found=len(images))
+    return images, captions
 
 
 def set_scale(attachment: Attachment, base: Base, request: Request) -> None:
@@ -87,7 +135,7 @@ def sampled(
     from tqdm import tqdm
 
     show = sys.stderr.isatty() if progress is None else progress
-    levers = OFF if attachment is None else levers_of(request, attachment.adapters[0])
+    levers = OFF if attachment is None else _levers_on(attachment, request)
     task = task or Task(base)
     with tqdm(total=len(jobs) * steps_of(base, request), disable=not show, unit="step") as bar:
 
@@ -114,7 +162,7 @@ def preview(
     """Clean-latent guesses after the first steps, (jobs, channels, height, width)."""
     import torch
 
-    levers = levers_of(request, attachment.adapters[0])
+    levers = _levers_on(attachment, request)
     task, guesses = task or Task(base), []
     steps = steps_of(base, request) * (request.strength if request.init_image else 1)
     last = max(1, round(share * steps)) - 1
@@ -125,6 +173,10 @@ def preview(
             raise AssertionError("a steered pipeline that called its UNet has a guess")
         guesses.append(steering.guess[: len(chunk)].cpu())
     return torch.cat(guesses)
+
+
+def _levers_on(attachment: Attachment, request: Request) -> Levers:
+    return levers_of(request, attachment.adapters[0], attachment.scenes is not None)
 
 
 def _prompt(

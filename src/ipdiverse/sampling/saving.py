@@ -38,7 +38,7 @@ RECORD, SHEET = "generation.json", "contact_sheet.png"
 _IMAGE = re.compile(r"[0-9]{4}\.png")
 _FILES = (
     *("image", "mask", "negative_image", "faces", "init_image", "mask_image", "control_image"),
-    *("base", "adapter", "image_encoder", "controlnet"),
+    *("base", "adapter", "image_encoder", "controlnet", "space", "scenes"),
 )
 """Fields of a request that may name files."""
 
@@ -57,6 +57,7 @@ def fingerprint(request: Request) -> str:
 def inputs(request: Request) -> dict[str, str]:
     """SHA-256 of every file that a request names; folders are not looked into."""
     names = (*request.picture_files, request.faces, request.adapter, request.base)
+    names = (*names, request.space)
     return {name: _content(name) for name in names if name and Path(name).is_file()}
 
 

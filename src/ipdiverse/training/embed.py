@@ -4,6 +4,7 @@ DIR/embedded/targets-00000.safetensors     posterior of each target's latents, p
 DIR/embedded/texts-00000.safetensors       text states of each caption
 DIR/embedded/references-00000.safetensors  image embeddings of each picture, and changed
 DIR/embedded/constants-00000.safetensors   no text, no image
+DIR/embedded/pictures-00000.safetensors    image embeddings alone, all that `fit` needs
 DIR/embedded/embedded.json                 counts and settings, to read; nothing depends on it
 """
 
@@ -119,15 +120,13 @@ class _Layout:
         changes = json.dumps([*images, shown.changed, shown.seed])
         self.references = Rows(home, "references", self.files, changes)
         self.constants = Rows(home, "constants", ["no text, no image"], json.dumps(images))
+        # under another name, so that neither cache replaces the other
+        self.pictures = Rows(home, "pictures", self.files, json.dumps(images))
 
     @property
     def serves(self) -> bool:
         """Whether every shard that depends on `stored.images` is done."""
-        return all(
-            rows.is_done(shard)
-            for rows in (self.constants, self.references)
-            for shard in range(rows.shards)
-        )
+        return self.constants.done and self.references.done
 
 
 def _layout(
@@ -172,12 +171,41 @@ class Embedded:
 TrainingData = Online | Embedded
 
 
+class EmbeddedPictures:
+    """Image embeddings of every picture of a data set, as `embed` stored them for either use."""
+
+    def __init__(
+        self, folder: Path, encoders: FrozenEncoders, preprocessing: Preprocessing, stored: Stored
+    ) -> None:
+        records, known = read_manifest(folder), encoders.fingerprint()
+        made = [
+            _Layout(folder, records, known, preprocessing, one)
+            for one in (replace(stored, images="both"), stored)
+        ]
+        found = [rows for one in made for rows in (one.references, one.pictures) if rows.done]
+        if not found:
+            embed(folder, encoders, preprocessing, stored, only_images=True)
+        layout, rows = made[1], found[0] if found else made[1].pictures
+        self.records, self._read = records, RowReader(rows)
+        self._rows = {name: index for index, name in enumerate(layout.files)}
+
+    def __getitem__(self, file_name: str) -> dict[str, Tensor]:
+        """A picture's embeddings: `pooled` (clip_dim,), `hidden` (patches, clip_dim)."""
+        return _floats({n: rows[0] for n, rows in self._read[self._rows[file_name]].items()})
+
+
 def embed(
-    folder: Path, encoders: FrozenEncoders, preprocessing: Preprocessing, stored: Stored
+    folder: Path,
+    encoders: FrozenEncoders,
+    preprocessing: Preprocessing,
+    stored: Stored,
+    *,
+    only_images: bool = False,
 ) -> dict[str, Any]:
     """Compute the missing shards of a data set's cache; a finished one is never computed again.
 
-    Random crops, flips and changes are stored variants: training draws among these.
+    Random crops, flips and changes are stored variants: training draws among these. With
+    `only_images`, the VAE and the text encoders stay idle.
 
     Returns:
         Counts, settings and bytes, as written to `embedded.json`, and how many were `computed` now.
@@ -187,6 +215,11 @@ def embed(
     online, home = Online(folder, encoders, preprocessing), folder / FOLDER
     fingerprint = encoders.fingerprint()
     layout = _layout(folder, online.records, fingerprint, preprocessing, stored)
+    layout = (
+        _Layout(folder, online.records, fingerprint, preprocessing, stored)
+        if only_images
+        else layout
+    )
     stored = layout.stored
     work = [
         (layout.constants, lambda _: _constants(online, stored)),
@@ -194,6 +227,9 @@ def embed(
         (layout.targets, lambda span: _targets(online, span, stored)),
         (layout.references, lambda span: _references(online, layout.files, span, stored)),
     ]
+    if only_images:
+        plain = Online(folder, encoders, replace(preprocessing, changed=0))
+        work = [(layout.pictures, lambda span: _references(plain, layout.files, span, stored))]
     shards = [rows.file(number) for rows, _ in work for number in range(rows.shards)]
 
     def report() -> bytes:

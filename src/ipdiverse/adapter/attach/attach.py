@@ -12,7 +12,12 @@ from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from diffusers.hooks import HookRegistry
 
 from ipdiverse.adapter.attach.branches import forget_prompts, watch_prompts
-from ipdiverse.adapter.attach.encoding import EmbedChange, ImageEncoding, encode_references
+from ipdiverse.adapter.attach.encoding import (
+    EmbedChange,
+    ImageEncoding,
+    Scenes,
+    encode_references,
+)
 from ipdiverse.adapter.attach.hook import ActiveAdapter, ImagePromptHook
 from ipdiverse.adapter.attention import DecoupledAttention, Slot
 from ipdiverse.adapter.model import (
@@ -29,6 +34,10 @@ from ipdiverse.errors import ArgumentError, ModelError, check_range, check_whole
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from PIL import Image
+    from torch import Tensor
+
+    from ipdiverse.adapter.imagine import VariationSpace
     from ipdiverse.adapter.reference import ImageLike
     from ipdiverse.adapter.scale import ScaleLike
 
@@ -54,6 +63,7 @@ class Attachment:
         self.image_encoder, self.image_processor = encoding.encoder, encoding.processor
         self._given: dict[int, tuple[list[Reference], Reference | None]] = {}
         self._change: EmbedChange | None = None
+        self.scenes: Scenes | None = None
 
     @property
     def adapters(self) -> list[ImagePromptAdapter]:
@@ -107,6 +117,47 @@ class Attachment:
         self._change = change
         for adapter in self._given:
             self._encode(adapter)
+
+    def set_space(self, space: VariationSpace | None) -> None:
+        """Draw scenes from a variation space, where the lever `recombine` is on.
+
+        Raises:
+            ModelError: It was fitted on another adapter's projection than the first one's.
+        """
+        if space is not None:
+            space.check(self.adapters[0])
+        self.scenes = None if space is None else Scenes(space, self.pipe)
+        self._hook.changed()
+
+    def set_scenes(self, images: Sequence[Image.Image], captions: Sequence[str]) -> None:
+        """Draw scenes from these pictures, with a caption or "" for each.
+
+        Raises:
+            ModelError: No variation space was set.
+        """
+        scenes = self._with_space()
+        bank = scenes.bank_of(images, captions, self.adapters[0], self._encoding)
+        self.set_space(scenes.space.with_bank(bank))
+
+    def recombined(
+        self, tokens: Tensor, strength: float, prompts: Sequence[str], seeds: Sequence[int]
+    ) -> Tensor:
+        """Each item's tokens, (items, references, tokens, width), in a scene of its own.
+
+        Raises:
+            ModelError: No variation space was set.
+        """
+        return self._with_space().put(tokens, strength, prompts, seeds)
+
+    def _with_space(self) -> Scenes:
+        if self.scenes is None:
+            raise ModelError(
+                "needs a variation space",
+                where="recombine",
+                fix="Give one with --space, or in Python with attachment.set_space; "
+                "`ipdiverse fit` makes one.",
+            )
+        return self.scenes
 
     def set_scale(
         self,

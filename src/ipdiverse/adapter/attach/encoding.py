@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ipdiverse.adapter.attach.hook import ReferenceTokens
+from ipdiverse.adapter.imagine import SceneBank
 from ipdiverse.adapter.reference import (
     Reference,
     RegionMask,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
+    from ipdiverse.adapter.imagine import VariationSpace
     from ipdiverse.adapter.model import ImagePromptAdapter
 
 _AXES = {"pooled": 2, "face": 2, "hidden": 3}  # of a reference's embeddings, (count, ...)
@@ -87,6 +89,104 @@ class ImageEncoding:
                 "image_processor, or references as embeds.",
             )
         return self
+
+
+def text_tower(pipe: Any, width: int) -> tuple[Any, Any] | None:
+    """The tokenizer and text encoder whose embeddings lie in an image encoder's space, if known.
+
+    Of published bases SDXL has one, where its second text encoder and the image encoder are halves
+    of one CLIP. Equal widths do not prove that: `fit` measures it.
+    """
+    for suffix in ("", "_2"):
+        encoder = getattr(pipe, f"text_encoder{suffix}", None)
+        config = getattr(encoder, "config", None)
+        shared = getattr(config, "pooled_in_image_space", False) or hasattr(
+            encoder, "text_projection"
+        )
+        if shared and getattr(config, "projection_dim", None) == width:
+            return getattr(pipe, f"tokenizer{suffix}"), encoder
+    return None
+
+
+@torch.no_grad()
+def text_embeds(pipe: Any, tower: tuple[Any, Any] | None, texts: Sequence[str]) -> Tensor:
+    """One embedding of each text, (texts, width); without a tower, of the base's own encoder."""
+    tokenizer, encoder = tower or (pipe.tokenizer, pipe.text_encoder)
+    device, found = getattr(pipe, "_execution_device", None) or encoder.device, []
+    for text in texts:  # one by one, so that a text's embedding never depends on the others
+        read = tokenizer(
+            text,
+            padding="max_length",
+            truncation=True,
+            max_length=tokenizer.model_max_length,
+            return_tensors="pt",
+        )
+        output = encoder(read.input_ids.to(device))
+        embeds = getattr(output, "text_embeds", None)
+        found.append((output.pooler_output if embeds is None else embeds).float().cpu())
+    return torch.cat(found)
+
+
+class Scenes:
+    """Scenes of a variation space for the prompts of a pipeline."""
+
+    def __init__(self, space: VariationSpace, pipe: Any) -> None:
+        self.space, self._pipe = space, pipe
+        self._tower = None
+        if space.reads == "image":
+            self._tower = text_tower(pipe, space.key_means.shape[1])
+            if self._tower is None and space.bank.keys.shape[1]:
+                raise ModelError(
+                    "finds scenes with a text encoder that this base has not",
+                    where="space",
+                    fix="Fit one on this base: ipdiverse fit DATA --base … --out FILE.",
+                )
+        self._queries: dict[str, Tensor | None] = {}
+
+    def query(self, prompt: str) -> Tensor | None:
+        """What the bank is asked for a prompt; None asks for any scene."""
+        if prompt not in self._queries:
+            known = prompt.strip() and self.space.bank.keys.shape[1]
+            embeds = text_embeds(self._pipe, self._tower, [prompt])[0] if known else None
+            asked = None if embeds is None else self.space.keys_of(embeds, prompts=True)
+            self._queries[prompt] = asked
+        return self._queries[prompt]
+
+    def share(self, prompt: str) -> float:
+        """How much of a scene may be imposed, as the bank has pictures near to a prompt."""
+        return self.space.bank.candidates(self.query(prompt))[1]
+
+    @torch.no_grad()
+    def bank_of(
+        self,
+        images: Sequence[Image.Image],
+        captions: Sequence[str],
+        adapter: ImagePromptAdapter,
+        encoding: ImageEncoding,
+    ) -> SceneBank:
+        """A bank of other pictures; without captions, where these are compared, any fits."""
+        parameter, scenes, keys = next(adapter.parameters()), [], []
+        for image in images:
+            embeds = encoding.images([image])
+            tokens = adapter.tokens(*[embeds[name].to(parameter) for name in adapter.reads])
+            scenes.append(self.space.reduce(tokens.float().cpu()))
+            keys.append(embeds["pooled"].float().cpu())
+        if self.space.reads != "image":
+            keys = [text_embeds(self._pipe, None, [caption]) for caption in captions if caption]
+        known = len(keys) == len(images) and self.space.key_directions.shape[1] > 0
+        found = self.space.keys_of(torch.cat(keys), prompts=False) if known else None
+        empty = torch.zeros(len(images), 0)
+        return SceneBank(torch.cat(scenes), empty if found is None else found, tuple(captions))
+
+    def put(
+        self, tokens: Tensor, strength: float, prompts: Sequence[str], seeds: Sequence[int]
+    ) -> Tensor:
+        """Each item's tokens, (items, references, tokens, width), in a scene for its prompt."""
+        rows = []
+        for row, prompt, seed in zip(tokens, prompts or [""] * len(seeds), seeds, strict=True):
+            scene, share = self.space.drawn(self.query(prompt), seed)
+            rows.append(self.space.recombined(row, scene, strength * share))
+        return torch.stack(rows)
 
 
 class EmbedChange(Protocol):

@@ -59,7 +59,9 @@ class ActiveAdapter:
     scale: Scale
     references: list[ReferenceTokens] = field(default_factory=list)
     fusion_strength: float = 1.0
-    # set by levers; `change` gets fused tokens, (items, references, tokens, width)
+    # set by levers: `imagine` gets tokens before fusion, `change` fused ones, of every item,
+    # (items, references, tokens, width)
+    imagine: Callable[[Tensor], Tensor] | None = None
     change: Callable[[Tensor], Tensor] | None = None
     change_scale: Callable[[Scale], Scale] | None = None
     fusion_factor: float = 1.0
@@ -225,6 +227,8 @@ class ImagePromptHook(ModelHook):
         items = len(text) // branches
         repeats = items // len(part.positive)
         positive = part.positive.to(text).repeat_interleave(repeats, 0)
+        if prompt.imagine is not None:  # "no image" stays no image
+            positive = prompt.imagine(positive)
         negative = part.negative.to(text).expand_as(part.positive).repeat_interleave(repeats, 0)
         tokens = torch.cat([positive if branch == BOTH else negative for branch in layout])
         if prompt.acting.fusion is not None and prompt.strength:

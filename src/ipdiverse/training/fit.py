@@ -1,0 +1,371 @@
+"""Fit a variation space in closed form: which directions of image tokens are the scene's.
+
+Only embeddings of images are read, of a folder that `prepare` wrote, and each is projected twice:
+for the mean and the principal directions, then for the scatter within subjects. Nothing but sums
+and the bank is kept, so memory does not grow with the number of pictures.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ipdiverse.adapter.attach.encoding import text_embeds, text_tower
+from ipdiverse.adapter.imagine import SceneBank, VariationSpace, projection_hash
+from ipdiverse.adapter.model import check_encoder
+from ipdiverse.errors import DataError, ModelError, check_range
+from ipdiverse.seeding import derived_seed
+from ipdiverse.training.embed import EmbeddedPictures, Stored
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from ipdiverse.adapter.model import ImagePromptAdapter
+    from ipdiverse.training.frozen import FrozenEncoders, Preprocessing
+
+FEWEST_SUBJECTS = 20
+EXPLAINED, MOST_DIRECTIONS = 0.985, 256
+"""Share of the tokens' variance that principal directions explain, and how many at most."""
+IS_SCENE = 2 / 3
+"""A direction is the scene's from this share of its variance within subjects on, if held out."""
+_FOLDS = 5
+_SAMPLE, _EXACT = 4096, 4096
+"""Pictures that directions are found in where tokens are wider than the second number."""
+_KEY_WIDTH = 48
+_PROMPTS = 500
+_FOUND = 0.75
+"""A caption's own picture must be nearer than this share of the others for a shared space."""
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """How a variation space is fitted.
+
+    Args:
+        bank: Pictures from which scenes are drawn, at most.
+        directions: Principal directions; None takes as many as explain 98.5 %, at most 256.
+        shrink: Shrink the scatter within subjects (Ledoit and Wolf), which few pairs need.
+        seed: Chooses the pictures of the bank.
+    """
+
+    bank: int = 4000
+    directions: int | None = None
+    shrink: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_range("bank", self.bank, 2, 100_000)
+        check_range("directions", self.directions or 2, 2, 2048)
+
+
+def fit_space(
+    folder: Path,
+    encoders: FrozenEncoders,
+    adapter: ImagePromptAdapter,
+    preprocessing: Preprocessing,
+    options: FitOptions = FitOptions(),
+    about: Mapping[str, Any] = MappingProxyType({}),
+) -> VariationSpace:
+    """Fit the space of an adapter's projection.
+
+    Args:
+        folder: As `prepare` wrote it, with subjects of several pictures or with pairs.
+        encoders: Of a base that the adapter fits.
+        adapter: Of kind `base` or `plus`.
+        preprocessing: As the cache of `embed` was made with; one that is not there is made.
+        options: How.
+        about: What else its file should say.
+
+    Raises:
+        DataError: There are too few subjects with several pictures.
+        ModelError: The adapter is of another kind, or does not fit the image encoder.
+    """
+    check_kind(adapter)
+    check_encoder(adapter, encoders.images.encoder)
+    tower = text_tower(encoders.pipe, encoders.images.encoder.config.projection_dim)
+    reads = "both" if tower and adapter.reads == ("hidden",) else adapter.reads[0]
+    pictures = EmbeddedPictures(folder, encoders, preprocessing, Stored(reads))  # type: ignore[arg-type]
+    groups = _subjects(pictures, folder)
+    tokens = _Tokens(pictures, adapter, groups)
+    pairs = sum(len(group) - 1 for group in groups.values())
+    mean, directions, deviations, explained = _principal(tokens, options, pairs)
+    scatter = _Scatter(deviations)
+    names = _banked(pictures, options)
+    kept: dict[str, Tensor] = {}
+    for subject, files, rows in tokens.subjects():
+        z = (rows - mean) @ directions / deviations
+        scatter.add(z, derived_seed(subject) % _FOLDS)
+        kept |= {name: one for name, one in zip(files, z, strict=True) if name in names}
+    scene, held_out = _scene_directions(scatter, options.shrink)
+    scenes = torch.stack([kept[name] for name in names])
+    bank, keys = _bank(scenes, names, pictures, encoders, tower)
+    spec = {
+        "projection": projection_hash(adapter),
+        "kind": adapter.kind,
+        "tokens": [adapter.image_proj.num_tokens, adapter.token_width],
+        "pictures": tokens.count,
+        "subjects": sum(len(group) > 1 for group in groups.values()),
+        "pairs": pairs,
+        "explained": round(explained, 4),
+        "directions": {"identity": len(scene) - scene.shape[1], "scene": scene.shape[1]},
+        "held_out": held_out,
+        "bank": len(bank),
+        "keys": keys[0],
+        **about,
+    }
+    return VariationSpace(mean, directions, deviations, scene, bank, keys[1], keys[2], spec)
+
+
+def check_kind(adapter: ImagePromptAdapter) -> None:
+    """Refuse adapters whose tokens are not a picture's alone."""
+    if adapter.kind not in ("base", "plus"):
+        raise ModelError(
+            "has no variation space",
+            where=f"a {adapter.kind} adapter",
+            expected="a base or plus adapter",
+            fix="A face's embedding holds no scene; its adapter copies none either."
+            if adapter.kind.startswith("faceid")
+            else None,
+        )
+
+
+def _subjects(pictures: EmbeddedPictures, folder: Path) -> dict[str, list[str]]:
+    """Pictures by subject; one without a subject is its own, with its reference if it has one."""
+    groups: dict[str, dict[str, None]] = defaultdict(dict)
+    for record in pictures.records:
+        # a reference shows what its record shows, whatever that is called
+        name = record.file_name if record.subject is None else f"subject {record.subject}"
+        groups[name] |= dict.fromkeys(filter(None, (record.file_name, record.reference)))
+    several = sum(len(group) > 1 for group in groups.values())
+    if several < FEWEST_SUBJECTS:
+        raise DataError(
+            "has too few subjects with several pictures",
+            where=folder,
+            expected=f"{FEWEST_SUBJECTS} at least, and better 300",
+            found=several,
+            fix="Prepare a folder with one folder of pictures for each subject, or a list with "
+            "references.",
+        )
+    return {name: list(group) for name, group in sorted(groups.items())}
+
+
+class _Tokens:
+    """Image tokens of every picture, subject by subject, projected anew at each pass."""
+
+    def __init__(
+        self,
+        pictures: EmbeddedPictures,
+        adapter: ImagePromptAdapter,
+        groups: dict[str, list[str]],
+    ) -> None:
+        self.pictures, self.adapter, self.groups = pictures, adapter, groups
+        self.count = len({name for files in groups.values() for name in files})
+
+    def subjects(self) -> Iterator[tuple[str, list[str], Tensor]]:
+        """Subject, files and their tokens, (files, tokens · width)."""
+        from tqdm import tqdm
+
+        files = sum(map(len, self.groups.values()))
+        with tqdm(total=files, unit="picture", disable=None) as progress:
+            for subject, group in self.groups.items():
+                yield subject, group, self.of(group)
+                progress.update(len(group))
+
+    @torch.no_grad()
+    def of(self, files: Sequence[str]) -> Tensor:
+        """Tokens of some pictures, as one vector each."""
+        read, parameter = self.adapter.reads[0], next(self.adapter.parameters())
+        rows = torch.stack([self.pictures[name][read] for name in files]).to(parameter)
+        parts = [self.adapter.tokens(part) for part in rows.split(64)]
+        return torch.cat(parts).flatten(1).float().cpu()
+
+
+def _principal(
+    tokens: _Tokens, options: FitOptions, pairs: int
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Mean, principal directions, the deviation along each, and the share that they explain."""
+    num, width = tokens.adapter.image_proj.num_tokens or 0, tokens.adapter.token_width
+    if num * width <= _EXACT:
+        mean, variances, vectors, whole = _exact(tokens)
+    else:
+        mean, variances, vectors, whole = _sampled(tokens)
+    shares = variances.cumsum(0) / whole
+    # few pairs tell little about many directions
+    most = min(MOST_DIRECTIONS, pairs, int((variances > 1e-9 * variances[0]).sum()))
+    enough = int((shares < EXPLAINED).sum()) + 1
+    count = min(options.directions or enough, most)
+    parts = (mean, vectors[:, :count], variances[:count].sqrt())
+    return (*(part.float().contiguous() for part in parts), float(shares[count - 1]))  # type: ignore[return-value]
+
+
+def _exact(tokens: _Tokens) -> tuple[Tensor, Tensor, Tensor, float]:
+    total: Tensor | float = 0.0
+    squares: Tensor | float = 0.0
+    origin, count = None, 0
+    for _, _, rows in tokens.subjects():
+        origin = (
+            rows.mean(0).double() if origin is None else origin
+        )  # near the mean: sums stay exact
+        rows = rows.double() - origin
+        total, squares = total + rows.sum(0), squares + rows.T @ rows
+        count += len(rows)
+    mean = torch.as_tensor(total) / count
+    variances, vectors = torch.linalg.eigh(torch.as_tensor(squares) / count - mean.outer(mean))
+    variances = variances.flip(0).clamp_min(0)
+    return mean + origin, variances, vectors.flip(1), float(variances.sum())  # type: ignore[operator]
+
+
+def _sampled(tokens: _Tokens) -> tuple[Tensor, Tensor, Tensor, float]:
+    """From a bounded sample, as a covariance of SDXL's 32,768 numbers would take 8 GB."""
+    every = [name for files in tokens.groups.values() for name in files]
+    order = torch.randperm(len(every), generator=torch.Generator().manual_seed(0))[:_SAMPLE]
+    rows = torch.cat([tokens.of([every[i] for i in part.tolist()]) for part in order.split(64)])
+    mean = rows.mean(0)
+    rows -= mean
+    count = min(MOST_DIRECTIONS + 32, *rows.shape)
+    torch.manual_seed(0)  # the method draws random directions (arXiv:0909.4061)
+    _, found, vectors = torch.svd_lowrank(rows, q=count, niter=4)
+    whole = float(rows.pow(2).sum()) / len(rows)
+    return mean, found.pow(2) / len(rows), vectors, whole
+
+
+class _Scatter:
+    """Sums of squares of z within subjects, by fold, and what shrinkage needs besides."""
+
+    def __init__(self, deviations: Tensor) -> None:
+        self.deviations = deviations.double()
+        zeros = torch.zeros(_FOLDS, len(deviations), len(deviations), dtype=torch.float64)
+        self.squares, self.fourth = zeros, torch.zeros(_FOLDS, dtype=torch.float64)
+        self.count = torch.zeros(_FOLDS, dtype=torch.float64)
+
+    def add(self, z: Tensor, fold: int) -> None:
+        """All pictures of a subject: m of them are m − 1 independent differences.
+
+        Each is a picture less the mean of those before it, scaled to the variance of one picture:
+        (z_a − z_b)/√2 for a pair.
+        """
+        if len(z) < 2:
+            return
+        before = torch.arange(1, len(z), dtype=torch.float64)[:, None]
+        means = z.double().cumsum(0)[:-1] / before
+        apart = (z.double()[1:] - means) * (before / (before + 1)).sqrt()
+        self.squares[fold] += apart.T @ apart
+        self.fourth[fold] += (apart * self.deviations).pow(2).sum(1).pow(2).sum()
+        self.count[fold] += len(apart)
+
+    def within(self, folds: Sequence[int], shrink: bool) -> Tensor:
+        """S_w of some folds.
+
+        Shrunk as Ledoit and Wolf (2004, Journal of Multivariate Analysis 88, lemma 3.1) towards a
+        multiple of the identity *before whitening*. In z, that would leave every direction as it
+        is. Before, it says that directions in which tokens hardly vary are the scene's until pairs
+        say otherwise, and there are where few pairs mislead.
+        """
+        chosen, s = list(folds), self.deviations
+        count = self.count[chosen].sum()
+        found = self.squares[chosen].sum(0) / count
+        if not shrink:
+            return found
+        raw, width = found * s.outer(s), len(s)
+        level = raw.trace() / width
+        apart = (raw - level * torch.eye(width, dtype=raw.dtype)).pow(2).sum()
+        noise = (self.fourth[chosen].sum() / count - raw.pow(2).sum()) / count
+        share = (noise / apart).clamp(0, 1)
+        shrunk = (1 - share) * raw + share * level * torch.eye(width, dtype=raw.dtype)
+        return shrunk / s.outer(s)
+
+
+def _scene_directions(scatter: _Scatter, shrink: bool) -> tuple[Tensor, dict[str, float]]:
+    """Q, and what it keeps of the subject and replaces of the scene, on held-out pairs.
+
+    Each fold of subjects in turn is held out: directions come from the others, in the order of
+    their variance within subjects, and the fold's own pairs say what that is in truth. From the
+    first direction on where it is `IS_SCENE`, in the mean of five, all are the scene's.
+    """
+    filled = [fold for fold in range(_FOLDS) if scatter.count[fold]]
+    within = torch.zeros(len(scatter.deviations), dtype=torch.float64)
+    for fold in filled:
+        others = [other for other in filled if other != fold]
+        _, vectors = torch.linalg.eigh(scatter.within(others, shrink))
+        within += ((scatter.squares[fold] @ vectors) * vectors).sum(0)
+    within /= scatter.count.sum()
+    smooth = within.unfold(0, min(5, len(within)), 1).mean(1)
+    identity = int((smooth < IS_SCENE).long().cumprod(0).sum())
+    _, vectors = torch.linalg.eigh(scatter.within(filled, shrink))
+    # what a direction tells of the subject, in nats: total variance 1, `within` of it noise
+    told = -within.clamp(1e-6, 1).log() / 2
+    held_out = {
+        "identity_kept": float(told[:identity].sum() / told.sum().clamp_min(1e-9)),
+        "scene_replaced": float(within[identity:].sum() / within.sum().clamp_min(1e-9)),
+    }
+    rounded = {name: round(share, 4) for name, share in held_out.items()}
+    return vectors[:, identity:].float().contiguous(), rounded
+
+
+def _banked(pictures: EmbeddedPictures, options: FitOptions) -> list[str]:
+    """Files of the bank: a random part of the records, as these have captions."""
+    source = torch.Generator().manual_seed(options.seed)
+    every = list(dict.fromkeys(record.file_name for record in pictures.records))
+    order = torch.randperm(len(every), generator=source)[: options.bank]
+    return [every[i] for i in sorted(order.tolist())]
+
+
+def _bank(
+    scenes: Tensor,
+    names: Sequence[str],
+    pictures: EmbeddedPictures,
+    encoders: FrozenEncoders,
+    tower: tuple[Any, Any] | None,
+) -> tuple[SceneBank, tuple[str, Tensor, Tensor]]:
+    """The bank; what its keys are, their means and their directions."""
+    texts = {record.file_name: record.text for record in pictures.records}
+    captions = tuple(texts[name] for name in names)
+    told = [i for i, caption in enumerate(captions) if caption]
+    some = told[:: max(1, len(told) // _PROMPTS)]
+    if tower is not None and some:
+        images = torch.stack([pictures[name]["pooled"] for name in names])
+        prompts = text_embeds(encoders.pipe, tower, [captions[i] for i in some])
+        keys, means, directions = _keys(images, prompts)
+        queries = normalize((prompts - means[0]) @ directions, dim=-1)
+        similar = queries @ keys.T
+        own = similar[range(len(some)), some]
+        if float((similar < own[:, None]).float().mean()) > _FOUND:
+            bank = SceneBank(scenes, keys, captions, _near(similar, some))
+            return bank, ("image", means, directions)
+    width = encoders.pipe.text_encoder.config.hidden_size
+    if len(told) < len(captions):  # a key for a part of them would leave the others out for good
+        keys, means, directions = (
+            torch.zeros(len(names), 0),
+            torch.zeros(2, width),
+            torch.zeros(width, 0),
+        )
+        return SceneBank(scenes, keys, captions), ("caption", means, directions)
+    embeds = text_embeds(encoders.pipe, None, captions)
+    keys, means, directions = _keys(embeds, embeds)
+    bank = SceneBank(scenes, keys, captions, _near(keys[some] @ keys.T, some))
+    return bank, ("caption", means, directions)
+
+
+def _keys(pictures: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys of pictures, and the means and directions that make them."""
+    means = torch.stack([prompts.mean(0), pictures.mean(0)])
+    centred = pictures - means[1]
+    _, vectors = torch.linalg.eigh((centred.T @ centred).double())
+    directions = vectors.flip(1)[:, :_KEY_WIDTH].float().contiguous()
+    return normalize(centred @ directions, dim=-1), means, directions
+
+
+def _near(similar: Tensor, own: Sequence[int]) -> tuple[float, float]:
+    """Similarities of held-out prompts to the nearest other picture: a low one and the middle."""
+    others = similar.clone()
+    others[range(len(own)), list(own)] = -1
+    best = others.max(1).values
+    low, middle = best.quantile(torch.tensor([0.02, 0.5])).tolist()
+    return low, middle
