@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ipdiverse.adapter.attach.attach import attach, detach
+    from ipdiverse.adapter.attach.attach import detach
     from ipdiverse.adapter.files.checkpoint import (
         ImagePromptAdapter,
         load_adapter,
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ipdiverse.errors import IpdiverseError
     from ipdiverse.levers import Lever, StepContext, register_lever
     from ipdiverse.sampling.denoiser import release, steer
+    from ipdiverse.sampling.diversify import attach, diversify
     from ipdiverse.sampling.draw import Generation, generate
     from ipdiverse.sampling.request import Request
 
@@ -29,8 +30,9 @@ _HOMES = {
     "Reference": "adapter.reference",
     "Request": "sampling.request",
     "StepContext": "levers",
-    "attach": "adapter.attach.attach",
+    "attach": "sampling.diversify",
     "detach": "adapter.attach.attach",
+    "diversify": "sampling.diversify",
     "generate": "sampling.draw",
     "load_adapter": "adapter.files.checkpoint",
     "load_base": "base.bases",
@@ -51,6 +53,7 @@ __all__ = [
     "StepContext",
     "attach",
     "detach",
+    "diversify",
     "generate",
     "load_adapter",
     "load_base",
