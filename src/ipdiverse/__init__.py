@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ipdiverse.adapter.attach.attach import attach, detach
+    from ipdiverse.adapter.attach.attach import detach
     from ipdiverse.adapter.files.checkpoint import ImagePromptAdapter, load_adapter, save_adapter
     from ipdiverse.adapter.imagine import VariationSpace, load_space, save_space
     from ipdiverse.adapter.reference import Reference
@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     from ipdiverse.errors import IpdiverseError
     from ipdiverse.levers import Lever, StepContext, register_lever
     from ipdiverse.sampling.denoiser import release, steer
+    from ipdiverse.sampling.diversify import attach, diversify
     from ipdiverse.sampling.draw import Generation, generate
     from ipdiverse.sampling.request import Request
     from ipdiverse.training.fit import fit_space
 
 _HOMES = {
-    "adapter.attach.attach": ("attach", "detach"),
+    "adapter.attach.attach": ("detach",),
     "adapter.files.checkpoint": ("ImagePromptAdapter", "load_adapter", "save_adapter"),
     "adapter.imagine": ("VariationSpace", "load_space", "save_space"),
     "adapter.reference": ("Reference",),
@@ -28,6 +29,7 @@ _HOMES = {
     "errors": ("IpdiverseError",),
     "levers": ("Lever", "StepContext", "register_lever"),
     "sampling.denoiser": ("release", "steer"),
+    "sampling.diversify": ("attach", "diversify"),
     "sampling.draw": ("Generation", "generate"),
     "sampling.request": ("Request",),
     "training.fit": ("fit_space",),
@@ -45,6 +47,7 @@ __all__ = [
     "VariationSpace",
     "attach",
     "detach",
+    "diversify",
     "fit_space",
     "generate",
     "load_adapter",

@@ -170,15 +170,15 @@ def combine_embeds(
 class RegionMask:
     """Weights in 0..1 over an image, (batch or 1, height, width), stretched to a layer's grid."""
 
-    def __init__(self, weights: Tensor) -> None:
-        self.weights = weights
+    def __init__(self, weights: Tensor, mode: str = "area") -> None:
+        self.weights, self._mode = weights, mode
         self._shrunk: dict[tuple[int, int], Tensor] = {}
 
     def at(self, pixels: int, latents: tuple[int, int]) -> Tensor:
         """Weights over a layer's pixels in row order, (batch, pixels)."""
         grid = layer_grid(pixels, latents)
         if grid not in self._shrunk:
-            shrunk = F.interpolate(self.weights[:, None].float(), grid, mode="area")
+            shrunk = F.interpolate(self.weights[:, None].float(), grid, mode=self._mode)
             self._shrunk[grid] = shrunk[:, 0].flatten(1)
         return self._shrunk[grid]
 
@@ -186,7 +186,8 @@ class RegionMask:
         """The same for several images of each item, and for every guidance branch."""
         if len(self.weights) == 1:
             return self
-        return RegionMask(self.weights.repeat_interleave(each, 0).repeat(branches, 1, 1))
+        repeated = self.weights.repeat_interleave(each, 0).repeat(branches, 1, 1)
+        return RegionMask(repeated, self._mode)
 
 
 def mask_weights(image: Image.Image) -> Tensor:

@@ -6,7 +6,7 @@ While attached, each attention layer has another processor, and the UNet one hoo
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from diffusers.hooks import HookRegistry
@@ -19,6 +19,7 @@ from ipdiverse.adapter.attach.encoding import (
     encode_references,
 )
 from ipdiverse.adapter.attach.hook import ActiveAdapter, ImagePromptHook
+from ipdiverse.adapter.attach.stock import StockCalls
 from ipdiverse.adapter.attention import DecoupledAttention, Slot
 from ipdiverse.adapter.model import (
     ImagePromptAdapter,
@@ -32,7 +33,7 @@ from ipdiverse.adapter.scale import Scale, resolve_scale, unet_layers
 from ipdiverse.errors import ArgumentError, ModelError, check_range, check_whole
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from PIL import Image
     from torch import Tensor
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from ipdiverse.adapter.reference import ImageLike
     from ipdiverse.adapter.scale import ScaleLike
 
+Made = TypeVar("Made", bound="Attachment")
 _HOOK = "ipdiverse.image_prompt"
 LEVERS_HOOK = "ipdiverse.levers"
 """Outside the other: decides which branches the UNet is called with."""
@@ -57,6 +59,8 @@ class Attachment:
         hook: What hands image tokens to the layers; levers act through it.
         encoding: The image encoder, whose parts are `image_encoder` and `image_processor`.
     """
+
+    stock_layers: Sequence[Any] = ()  # projections that stock had loaded; FaceID Plus reads them
 
     def __init__(self, pipe: Any, hook: ImagePromptHook, encoding: ImageEncoding) -> None:
         self.pipe, self.hook, self._encoding = pipe, hook, encoding
@@ -229,6 +233,10 @@ class Attachment:
         check_range("adapter", adapter, 0, len(self.hook.prompts) - 1)
         return [adapter]
 
+    def on_detach(self, undo: Callable[[], object]) -> None:
+        """Call this when the adapters are taken off."""
+        self.hook.on_detach.append(undo)
+
     def __enter__(self) -> Attachment:
         return self
 
@@ -237,9 +245,13 @@ class Attachment:
 
 
 def attach(
-    pipe: Any, *adapters: ImagePromptAdapter, image_encoder: Any = None, image_processor: Any = None
-) -> Attachment:
-    """Put adapters on a stock pipeline.
+    pipe: Any,
+    *adapters: ImagePromptAdapter,
+    image_encoder: Any = None,
+    image_processor: Any = None,
+    made: type[Made] = Attachment,
+) -> Made:
+    """Put adapters on a stock pipeline (`sampling.diversify.attach` is the public one).
 
     The adapter itself is not changed: where the UNet is of another type or on another device, a
     copy acts. It is this pipeline that must be called: whether it guides, and at which step it is,
@@ -251,6 +263,7 @@ def attach(
         adapters: One or several whose layers have the UNet's sizes.
         image_encoder: A CLIP vision model with projection; None takes the pipeline's.
         image_processor: Its preprocessing; None takes the pipeline's.
+        made: The class of what is returned.
 
     Raises:
         ModelError: The model is of another kind, something is attached already, sizes differ, or
@@ -284,7 +297,9 @@ def attach(
     # words are for fusion alone: finding them tokenizes every prompt once more
     words = any(adapter.fusion is not None for adapter in adapters)
     watch_prompts(pipe, hook.encoded, words=words)
-    return Attachment(pipe, hook, encoding)
+    attachment = made(pipe, hook, encoding)
+    hook.on_detach.append(StockCalls(attachment).release)
+    return attachment
 
 
 def detach(pipe: Any) -> None:
@@ -296,6 +311,8 @@ def detach(pipe: Any) -> None:
     hook = _hook_of(getattr(pipe, "unet", None))
     if hook is None:
         raise ModelError("no adapter is attached", where="pipeline")
+    for undo in reversed(hook.on_detach):
+        undo()
     forget_prompts(pipe)
     pipe.unet.set_attn_processor(dict(hook.before))
     with inside_offloading(pipe.unet):
@@ -355,12 +372,19 @@ def checked_unet(pipe: Any) -> Any:
             fix="Use a text-to-image, image-to-image or inpainting pipeline.",
         )
     # load_ip_adapter sets it to ip_image_proj, and the UNet then asks for image_embeds at each call
-    if unet.config.get("encoder_hid_dim_type") is not None:
+    # an attribute: diffusers sets it without the entry of the config
+    projected = getattr(unet.config, "encoder_hid_dim_type", None)
+    if projected == "ip_image_proj":
+        raise ModelError(
+            "has an adapter of load_ip_adapter",
+            where="pipeline",
+            fix="ipdiverse.diversify(pipe) takes it over; or call pipe.unload_ip_adapter() first.",
+        )
+    if projected is not None:
         raise ModelError(
             "already projects another prompt",
             where="UNet",
-            found=f"encoder_hid_dim_type {unet.config.encoder_hid_dim_type!r}",
-            fix="If load_ip_adapter was called, call unload_ip_adapter first.",
+            found=f"encoder_hid_dim_type {projected!r}",
         )
     if unet.device.type == "meta":
         raise ModelError(

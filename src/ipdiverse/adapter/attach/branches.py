@@ -37,6 +37,7 @@ class EncodedPrompt:
     positive: Tensor  # (items, tokens, width)
     negative: Tensor | None = None  # None where the pipeline does not guide
     words: Tensor | None = None  # of `text_mask`, if it is known
+    texts: tuple[str, ...] = ()  # of each item, if they are known
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +158,8 @@ class _Watching:
         if isinstance(positive, Tensor) and positive.ndim == 3:
             words = text_mask(self.pipe, bound.arguments) if self.words else None
             negative = negative if isinstance(negative, Tensor) else None
-            self.encoded.append(EncodedPrompt(positive, negative, words))
+            texts = _texts(bound.arguments.get("prompt"), len(positive))
+            self.encoded.append(EncodedPrompt(positive, negative, words, texts))
         return returned
 
     def _sides(self, returned: Any, arguments: dict[str, Any]) -> tuple[Any, Any]:
@@ -169,6 +171,14 @@ class _Watching:
             positive, negative, _ = returned.chunk(3) if guided else (returned, None, None)
             return positive, negative
         return None, None  # a tensor whose rows nobody names
+
+
+def _texts(prompt: Any, items: int) -> tuple[str, ...]:
+    """Each item's prompt; empty where embeddings were given in its place."""
+    texts = [prompt] if isinstance(prompt, str) else list(prompt or ())
+    if not texts or items % len(texts) or not all(isinstance(text, str) for text in texts):
+        return ()
+    return tuple(text for text in texts for _ in range(items // len(texts)))
 
 
 def text_mask(pipe: Any, arguments: dict[str, Any]) -> Tensor | None:

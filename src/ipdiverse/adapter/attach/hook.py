@@ -14,6 +14,7 @@ from torch import Tensor
 from ipdiverse.adapter.attach.branches import KEPT_PROMPTS, Told, tell_branches
 from ipdiverse.adapter.attention import BOTH, NOTHING, DecoupledAttention, Slot, TokenGroup
 from ipdiverse.adapter.model import interpolated, placed, state_of
+from ipdiverse.adapter.reference import RegionMask
 from ipdiverse.adapter.scale import checked_items, checked_number
 from ipdiverse.errors import ArgumentError, ModelError
 
@@ -22,10 +23,10 @@ if TYPE_CHECKING:
 
     from ipdiverse.adapter.attach.branches import EncodedPrompt, Layout
     from ipdiverse.adapter.model import ImagePromptAdapter
-    from ipdiverse.adapter.reference import RegionMask
     from ipdiverse.adapter.scale import Layer, Scale
 
-
+MASKS = "ip_adapter_masks"
+"""Where stock pipelines expect masks, in `cross_attention_kwargs`."""
 _KEPT = 4
 """Texts whose tokens are kept: pipelines and levers may call the UNet with as many in turn."""
 
@@ -137,9 +138,11 @@ class ImagePromptHook(ModelHook):
         self.pipe, self.prompts, self.layers = pipe, prompts, layers
         self.processors, self.before = processors, before
         self.encoded: deque[EncodedPrompt] = deque(maxlen=KEPT_PROMPTS)
+        self.on_detach: list[Callable[[], object]] = []
         self.layout: Layout | None = None
         self._told: tuple[Tensor, Told] | None = None
         self._prepared: list[_Prepared] = []
+        self._masks: Any = None  # of this call, as stock pipelines pass them
 
     # not compiled: what is known is recognised by identity, which would be a guard for each call
     @torch.compiler.disable
@@ -157,6 +160,7 @@ class ImagePromptHook(ModelHook):
         for prompt in self.prompts:
             prompt.slot.latents = (sample.shape[-2], sample.shape[-1])
         if isinstance(text, Tensor):
+            kwargs = self._take_masks(kwargs)
             layout = self._prepare_tokens(text)
         else:  # the UNet may pool the text itself, so it must not get the image tokens with it
             text, given = text
@@ -188,6 +192,42 @@ class ImagePromptHook(ModelHook):
         """A reference or the fusion changed: prepare again at the next call."""
         self._prepared, self._told = [], None
 
+    def _take_masks(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Masks as stock pipelines pass them go to our own groups: ours is no processor of theirs."""
+        given = kwargs.get("cross_attention_kwargs") or {}
+        masks = given.get(MASKS)
+        if masks is not self._masks:
+            self._masks, self._prepared = masks, []
+        if masks is None:
+            return kwargs
+        rest = {name: value for name, value in given.items() if name != MASKS}
+        return {**kwargs, "cross_attention_kwargs": rest or None}
+
+    def _parts(self, number: int) -> list[ReferenceTokens]:
+        """An adapter's references, each with a mask of its own where the call brings some."""
+        parts = self.prompts[number].references
+        if self._masks is None:
+            return parts
+        regions = self._masks[number] if len(self._masks) == len(self.prompts) else None
+        count = sum(part.positive.shape[1] for part in parts)
+        if not isinstance(regions, Tensor) or regions.ndim != 4 or regions.shape[:2] != (1, count):
+            raise ArgumentError(
+                "do not fit the references",
+                where=MASKS,
+                expected=f"for each of {len(self.prompts)} adapters a tensor "
+                "(1, images, height, width), as IPAdapterMaskProcessor makes them",
+                found=tuple(getattr(regions, "shape", ())) or type(self._masks).__name__,
+            )
+        each = [(part, i) for part in parts for i in range(part.positive.shape[1])]
+        return [
+            ReferenceTokens(
+                part.positive[:, i : i + 1],
+                part.negative[:, i : i + 1],
+                RegionMask(region[None], mode="bicubic"),  # as stock shrinks them
+            )
+            for region, (part, i) in zip(regions[0], each, strict=True)
+        ]
+
     def _check_references(self) -> None:
         if not all(prompt.references for prompt in self.prompts):
             raise ArgumentError("no reference was set", where="adapter", fix="Call set_reference.")
@@ -213,10 +253,10 @@ class ImagePromptHook(ModelHook):
                 return known.layout
         layout = self.layout or self.layout_of(text)
         self._check_references()
-        for prompt in self.prompts:
+        for number, prompt in enumerate(self.prompts):
             _check_items(prompt, len(text), layout)
             prompt.place(text.device, text.dtype)
-            parts = prompt.references
+            parts = self._parts(number)
             prompt.slot.groups = [self._group(prompt, part, text, layout) for part in parts]
         groups = [prompt.slot.groups for prompt in self.prompts]
         prepared = _Prepared(text, version, self.layout, layout, groups)

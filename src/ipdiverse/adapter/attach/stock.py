@@ -1,0 +1,269 @@
+"""What stock diffusers knows as an image prompt: adapters it has loaded, arguments, scales, masks.
+
+While ours is attached, scripts that call `pipe(…, ip_adapter_image=…)`, `set_ip_adapter_scale` or
+`IPAdapterMaskProcessor` keep working: these methods of the pipeline are shadowed by ours, and come
+back with `detach`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ipdiverse.adapter.model import attention_layers
+from ipdiverse.adapter.reference import Reference, as_reference
+from ipdiverse.errors import ArgumentError, ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_RENAMED = {
+    "ImageProjection": {"image_embeds.": "proj."},
+    "IPAdapterFullImageProjection": {
+        "ff.net.0.proj.": "proj.0.",
+        "ff.net.2.": "proj.2.",
+        "norm.": "proj.3.",
+    },
+    "IPAdapterFaceIDImageProjection": {"ff.net.0.proj.": "proj.0.", "ff.net.2.": "proj.2."},
+    "IPAdapterPlusImageProjection": {},
+    "IPAdapterFaceIDPlusImageProjection": {"proj.net.0.proj.": "proj.0.", "proj.net.2.": "proj.2."},
+}
+"""Stock's projections, and how their keys begin in published files."""
+_BLOCK = {
+    "ln0.": "0.norm1.",
+    "ln1.": "0.norm2.",
+    "attn.to_q.": "0.to_q.",
+    "attn.to_out.0.": "0.to_out.",
+    "ff.0.": "1.0.",
+    "ff.1.net.0.proj.": "1.1.",
+    "ff.1.net.2.": "1.3.",
+}
+"""The same within one layer of a resampler; `attn.to_k` and `attn.to_v` are one matrix there."""
+
+
+@dataclass(frozen=True)
+class StockAdapter:
+    """An adapter that `load_ip_adapter` has loaded.
+
+    Args:
+        tensors: Under the names of published files; they share memory with the pipeline's.
+        scales: By layer number.
+        shortcut: Of FaceID Plus: version 2.
+    """
+
+    tensors: dict[str, Tensor]
+    scales: dict[int, float]
+    shortcut: bool = False
+
+
+@dataclass(frozen=True)
+class StockState:
+    """What `take_over` took off, to be put back."""
+
+    processors: Mapping[str, Any]
+    projection: Any
+    kind: str | None
+    text_projection: Any
+
+
+def stock_adapters(unet: Any) -> list[StockAdapter]:
+    """What `load_ip_adapter` has loaded into a UNet, in its order; empty if nothing."""
+    layers = getattr(unet.encoder_hid_proj, "image_projection_layers", None)
+    if layers is None:
+        return []
+    processors = dict(enumerate(unet.attn_processors.values()))
+    branched = {n: p for n, p in processors.items() if hasattr(p, "to_k_ip")}
+    found = []
+    for index, layer in enumerate(layers):
+        tensors = {f"image_proj.{name}": one for name, one in _published(layer).items()}
+        for number, processor in branched.items():
+            for part in ("to_k_ip", "to_v_ip"):
+                name = f"ip_adapter.{number}.{part}.weight"
+                tensors[name] = getattr(processor, part)[index].weight
+        scales = {number: processor.scale[index] for number, processor in branched.items()}
+        # FaceID's low-rank changes are LoRAs of the UNet by now, and stay there
+        found.append(StockAdapter(tensors, scales, bool(getattr(layer, "shortcut", False))))
+    return found
+
+
+def _published(layer: Any) -> dict[str, Tensor]:
+    """A stock projection's tensors under the names of published files."""
+    kind = type(layer).__name__
+    if kind not in _RENAMED:
+        raise ModelError("is of an unknown kind", where="IP-Adapter of the pipeline", found=kind)
+    state, ours = layer.state_dict(), dict[str, Tensor]()
+    for name, tensor in state.items():
+        if ".attn.to_v." in name:
+            continue
+        renamed = name
+        if name.startswith("layers."):
+            _, number, rest = name.split(".", 2)
+            if rest.startswith("attn.to_k."):
+                values = state[name.replace("to_k", "to_v")]
+                tensor, rest = torch.cat([tensor, values]), "0.to_kv.weight"
+            renamed = f"layers.{number}.{_begun_otherwise(rest, _BLOCK)}"
+        renamed = _begun_otherwise(renamed, _RENAMED[kind])
+        face_plus = kind == "IPAdapterFaceIDPlusImageProjection"
+        if face_plus and not renamed.startswith(("proj.", "norm.")):
+            renamed = f"perceiver_resampler.{renamed}"
+        ours[renamed] = tensor
+    return ours
+
+
+def _begun_otherwise(name: str, renamed: Mapping[str, str]) -> str:
+    for theirs, ours in renamed.items():
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return name
+
+
+def take_off(unet: Any) -> StockState:
+    """Take stock's adapters off a UNet, as `unload_ip_adapter` does, but so that they come back.
+
+    The image encoder stays: it is what reads the references.
+    """
+    from diffusers.models.attention_processor import AttnProcessor2_0
+
+    text = getattr(unet, "text_encoder_hid_proj", None)
+    kind = getattr(unet.config, "encoder_hid_dim_type", None)
+    state = StockState(dict(unet.attn_processors), unet.encoder_hid_proj, kind, text)
+    unet.set_attn_processor(
+        {
+            name: AttnProcessor2_0() if hasattr(processor, "to_k_ip") else processor
+            for name, processor in state.processors.items()
+        }
+    )
+    # Kolors projects its text there, and stock moves that aside while it has an adapter
+    unet.encoder_hid_proj = text
+    unet.config.encoder_hid_dim_type = None if text is None else "text_proj"
+    if text is not None:
+        unet.text_encoder_hid_proj = None
+    return state
+
+
+def put_back(unet: Any, state: StockState) -> None:
+    """Undo `take_off`, exactly."""
+    unet.encoder_hid_proj = state.projection
+    unet.config.encoder_hid_dim_type = state.kind
+    if state.text_projection is not None:
+        unet.text_encoder_hid_proj = state.text_projection
+    unet.set_attn_processor(dict(state.processors))
+
+
+class StockCalls:
+    """The pipeline's own methods for image prompts, answered by what is attached.
+
+    Args:
+        attachment: An `Attachment` of one adapter or several.
+    """
+
+    shadowed = ("prepare_ip_adapter_image_embeds", "set_ip_adapter_scale", "load_ip_adapter")
+
+    def __init__(self, attachment: Any) -> None:
+        self.attachment = attachment
+        self.before = {
+            name: attachment.pipe.__dict__.get(name)
+            for name in self.shadowed
+            if hasattr(attachment.pipe, name)
+        }
+        for name in self.before:
+            attachment.pipe.__dict__[name] = getattr(self, name)
+
+    def release(self) -> None:
+        """Give the pipeline its own methods back."""
+        own = self.attachment.pipe.__dict__
+        for name, before in self.before.items():
+            if getattr(own.get(name), "__self__", None) is not self:
+                continue  # somebody else's since
+            del own[name]
+            if before is not None:
+                own[name] = before
+
+    def prepare_ip_adapter_image_embeds(
+        self,
+        ip_adapter_image: Any,
+        ip_adapter_image_embeds: Any,
+        *_: Any,
+        **__: Any,
+    ) -> list[Tensor]:
+        """Take the references of a call; the UNet gets them from our hook, so nothing is left."""
+        count = len(self.attachment.adapters)
+        if ip_adapter_image_embeds is None:
+            # a list has an entry for each adapter, as in stock; one image serves all of them
+            many = isinstance(ip_adapter_image, list)
+            given = ip_adapter_image if many else [ip_adapter_image] * count
+        else:
+            given = [Reference(embeds=[one]) for one in ip_adapter_image_embeds]
+        if len(given) != count:
+            raise ArgumentError(
+                "does not fit the attached adapters",
+                where="ip_adapter_image",
+                expected=f"{count} entries, one for each adapter; several images of one are a list",
+                found=len(given),
+            )
+        for number, one in enumerate(given):
+            self.attachment.set_reference(self._reference(one, number), adapter=number)
+        return []
+
+    def _reference(self, given: Any, number: int) -> Reference:
+        """One adapter's images or embeddings, as stock reads them."""
+        adapter = self.attachment.adapters[number]
+        if isinstance(given, Tensor):  # stock hands tensors to the encoder as they are
+            hidden = "hidden" in adapter.reads
+            embeds, _ = self.attachment.pipe.encode_image(given, given.device, 1, hidden)
+            return Reference(embeds=[embeds])
+        if isinstance(given, Reference) and len(adapter.reads) > 1 and given.embeds is not None:
+            # FaceID Plus: stock's users put the image's states on the projection itself
+            layers = self.attachment.stock_layers
+            states = getattr(layers[number], "clip_embeds", None) if layers else None
+            if states is not None:
+                return Reference(embeds=[*given.embeds, states])
+        return as_reference(given)
+
+    def set_ip_adapter_scale(self, scale: Any) -> None:
+        """Numbers, or dicts by block, for all adapters or one for each, as in stock."""
+        from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
+
+        unet, adapters = self.attachment.pipe.unet, self.attachment.adapters
+        given = scale if isinstance(scale, list) else [scale]
+        if len(given) not in (1, len(adapters)):
+            raise ArgumentError(
+                "does not fit the attached adapters",
+                where="set_ip_adapter_scale",
+                expected=f"1 scale, or {len(adapters)}",
+                found=len(given),
+            )
+        try:
+            expanded = _maybe_expand_lora_scales(unet, given, default_scale=0.0)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ArgumentError(
+                "names a block that this UNet does not have, or not its layers",
+                where="set_ip_adapter_scale",
+                found=error,
+            ) from error
+        names = attention_layers(unet)
+        for number in range(len(adapters)):
+            one = expanded[number % len(expanded)]
+            if not isinstance(one, dict):
+                self.attachment.set_scale(float(one), adapter=number)
+                continue
+            layers = self.attachment.hook.layers
+            self.attachment.set_scale(
+                [_of_layer(names[layer.number], one) for layer in layers], adapter=number
+            )
+
+    def load_ip_adapter(self, *_: Any, **__: Any) -> None:
+        """Refuse: stock's processors would take the place of ours."""
+        raise ModelError(
+            "an adapter of ipdiverse is attached",
+            where="load_ip_adapter",
+            fix="Call ipdiverse.detach(pipe) first, or load first and then ipdiverse.diversify.",
+        )
+
+
+def _of_layer(name: str, scales: Mapping[str, float]) -> float:
+    """The scale of an attention layer by stock's names of places in the UNet."""
+    return next((float(s) for place, s in scales.items() if name.startswith(place)), 0.0)

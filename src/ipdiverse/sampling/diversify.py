@@ -1,0 +1,233 @@
+"""Variety in pipelines that users call themselves: `attach`, `diversify`, and their dial."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ipdiverse.adapter.attach.attach import Attachment, checked_unet, detach
+from ipdiverse.adapter.attach.attach import attach as attach_adapters
+from ipdiverse.adapter.attach.stock import put_back, stock_adapters, take_off
+from ipdiverse.adapter.files.checkpoint import adapter_from_tensors, load_adapter
+from ipdiverse.adapter.imagine import load_space, space_at_hand
+from ipdiverse.adapter.model import ImagePromptAdapter
+from ipdiverse.base.adapters import adapter_file, space_file
+from ipdiverse.errors import ArgumentError, ModelError, check_range
+from ipdiverse.sampling.denoiser import release, steer
+from ipdiverse.sampling.sample import dial_for
+from ipdiverse.seeding import derived_seed
+
+if TYPE_CHECKING:
+    from ipdiverse.adapter.imagine import VariationSpace
+    from ipdiverse.dial import Levers
+
+
+def attach(
+    pipe: Any,
+    *adapters: ImagePromptAdapter | str | Path,
+    image_encoder: Any = None,
+    image_processor: Any = None,
+) -> DialedAttachment:
+    """Put adapters on a stock pipeline.
+
+    The pipeline must be called itself: another that shares its UNet (`from_pipe`) is refused.
+    `ip_adapter_image`, `ip_adapter_image_embeds`, `set_ip_adapter_scale` and stock's masks act as in
+    stock while it is attached; `detach` puts everything back.
+
+    Args:
+        pipe: A Stable Diffusion pipeline of diffusers: 1.x, 2.x or XL, of any task.
+        adapters: One or several whose layers have the UNet's sizes, or what names them: a file, a
+            folder, or a hub id with the file's path behind it.
+        image_encoder: A CLIP vision model with projection; None takes the pipeline's.
+        image_processor: Its preprocessing; None takes the pipeline's.
+
+    Raises:
+        ModelError: The model is of another kind, something is attached already, sizes differ, or
+            attention is sliced or fused.
+        CheckpointError: A file is missing or holds no adapter.
+    """
+    opened = [
+        one
+        if isinstance(one, ImagePromptAdapter)
+        else load_adapter(adapter_file(str(getattr(pipe, "name_or_path", "")), str(one)))
+        for one in adapters
+    ]
+    return attach_adapters(
+        pipe,
+        *opened,
+        image_encoder=image_encoder,
+        image_processor=image_processor,
+        made=DialedAttachment,
+    )
+
+
+class DialedAttachment(Attachment):
+    """Adapters on a pipeline, with a dial: set references, scales and diversity here.
+
+    A context manager: leaving the `with` block detaches.
+    """
+
+    def set_diversity(
+        self, diversity: float, *, space: VariationSpace | str | Path | None = None
+    ) -> None:
+        """Vary the images of the next calls of the pipeline.
+
+        Each image's variation follows the seed of its generator alone: pass a list of generators,
+        one for each image, and image i is the same whatever the others are.
+
+        Args:
+            diversity: 0..1; 0 is stock IP-Adapter, to the bit.
+            space: A variation space of the adapter (`ipdiverse fit`), or its file; None takes the
+                one that ships for it, if any.
+
+        Raises:
+            ArgumentError: It is out of range, or the pipeline draws its noise elsewhere.
+            ModelError: The space belongs to another adapter.
+        """
+        check_range("diversity", diversity, 0, 1)
+        if space is not None or self.scenes is None:
+            self.set_space(self._opened(space))
+        if not diversity:
+            self._watch(None)
+            release(self)
+            return
+        self._watch(dial_for(self.adapters[0], self.scenes is not None).at(diversity))
+
+    def _opened(self, space: VariationSpace | str | Path | None) -> VariationSpace | None:
+        if space is None:
+            return space_at_hand(self.adapters[0])
+        return load_space(space_file(str(space))) if isinstance(space, (str, Path)) else space
+
+    def _watch(self, levers: Levers | None) -> None:
+        """Steer each call of the pipeline as soon as its noise is drawn."""
+        own = self.pipe.__dict__
+        if isinstance(own.get("prepare_latents"), _Steered):
+            del own["prepare_latents"]
+        if levers is None:
+            return
+        if not hasattr(self.pipe, "prepare_latents"):
+            raise ArgumentError(
+                "does not say which noise an image starts from",
+                where=type(self.pipe).__name__,
+                fix="Use `ipdiverse.steer` with seeds of your own.",
+            )
+        own["prepare_latents"] = _Steered(self, levers)
+        self.on_detach(lambda: self._watch(None))
+
+
+class _Steered:
+    """A pipeline's `prepare_latents` that first gives the levers this call's seeds and prompts."""
+
+    def __init__(self, attachment: DialedAttachment, levers: Levers) -> None:
+        self.original = attachment.pipe.prepare_latents
+        self.attachment, self.levers = attachment, levers
+        self.signature = inspect.signature(self.original)
+        functools.update_wrapper(self, self.original)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        bound = self.signature.bind(*args, **kwargs)
+        encoded = self.attachment.hook.encoded
+        if not encoded:
+            raise ArgumentError(
+                "were not encoded by this pipeline",
+                where="prompts",
+                fix="Call the pipeline that the adapter is attached to.",
+            )
+        items, texts = len(encoded[-1].positive), encoded[-1].texts
+        seeds = seeds_of(bound.arguments.get("generator"), items)
+        steer(self.attachment, self.levers, seeds, texts or None)
+        return self.original(*args, **kwargs)
+
+
+def seeds_of(generators: Any, items: int) -> list[int]:
+    """A seed for each image: its generator's, or one derived from the generator that all share."""
+    if isinstance(generators, (list, tuple)) and len(generators) == items:
+        return [generator.initial_seed() for generator in generators]
+    shared = generators[0] if isinstance(generators, (list, tuple)) else generators
+    # the state too, as one generator may serve several calls; nothing is drawn from it, so that
+    # the pipeline's own noise stays what it was
+    state = torch.get_rng_state() if shared is None else shared.get_state()
+    start = torch.initial_seed() if shared is None else shared.initial_seed()
+    key = derived_seed(start, state.cpu().numpy().tobytes().hex())
+    return [derived_seed(key, number) for number in range(items)]
+
+
+class Diversified:
+    """What `diversify` did to a pipeline; `undo` puts stock back, to the bit."""
+
+    def __init__(self, attachment: DialedAttachment, undo: Any) -> None:
+        self.attachment, self._undo = attachment, undo
+
+    def set_diversity(self, diversity: float, **options: Any) -> None:
+        """As `DialedAttachment.set_diversity`."""
+        self.attachment.set_diversity(diversity, **options)
+
+    def undo(self) -> None:
+        """Put the adapters back as stock diffusers had loaded them."""
+        detach(self.attachment.pipe)
+        self._undo()
+
+    def __enter__(self) -> Diversified:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.undo()
+
+
+def diversify(
+    pipe: Any, diversity: float = 0.5, *, space: VariationSpace | str | Path | None = None
+) -> Diversified:
+    """Give variety to a pipeline on which `load_ip_adapter` was called; nothing else changes.
+
+    Example:
+        One line in a script that works already::
+
+            pipe.load_ip_adapter("h94/IP-Adapter", subfolder="models", weight_name="…")
+            ipdiverse.diversify(pipe, 0.7)
+            pipe("in the snow", ip_adapter_image=photo, num_images_per_prompt=8)
+
+    Args:
+        pipe: A Stable Diffusion pipeline (1.x, 2.x, XL) with one or several adapters.
+        diversity: 0..1; 0 draws what stock draws.
+        space: As `DialedAttachment.set_diversity` takes it.
+
+    Raises:
+        ModelError: No adapter is loaded, or the pipeline is of another kind.
+        ArgumentError: The diversity is out of range.
+    """
+    check_range("diversity", diversity, 0, 1)
+    unet = getattr(pipe, "unet", None)
+    loaded = [] if unet is None else stock_adapters(unet)
+    if not loaded:
+        raise ModelError(
+            "has no IP-Adapter",
+            where=type(pipe).__name__,
+            fix="Call pipe.load_ip_adapter first, or ipdiverse.attach with an adapter.",
+        )
+    adapters = [
+        adapter_from_tensors(
+            one.tensors, "IP-Adapter of the pipeline", face_id_plus_v2=one.shortcut
+        )
+        for one in loaded
+    ]
+    state = take_off(unet)
+    try:
+        checked_unet(pipe)
+        attachment = attach(pipe, *adapters)
+        attachment.stock_layers = list(state.projection.image_projection_layers)
+        for number, one in enumerate(loaded):
+            layers = attachment.hook.layers
+            attachment.set_scale([one.scales[layer.number] for layer in layers], adapter=number)
+        made = Diversified(attachment, lambda: put_back(unet, state))
+        attachment.set_diversity(diversity, space=space)
+    except BaseException:
+        with suppress(ModelError):  # it may not be attached yet
+            detach(pipe)
+        put_back(unet, state)
+        raise
+    return made

@@ -1,0 +1,162 @@
+"""Scripts written for stock diffusers, before and after `diversify`, on small models in fp32."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers.callbacks import IPAdapterScaleCutoffCallback
+from diffusers.image_processor import IPAdapterMaskProcessor
+from safetensors.torch import save_file
+
+import ipdiverse
+from ipdiverse.errors import ArgumentError, ModelError
+from ipdiverse.loading import quiet
+from tests import models
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TOLERANCE = 1e-5
+IMAGES = [models.picture(10), models.picture(11)]
+
+
+def loaded(name: str, kinds: list[str], folder: Path) -> Any:
+    """A stock pipeline that has loaded an adapter of each kind."""
+    pipe = models.pipeline(name, "", fresh=True)
+    for number, kind in enumerate(kinds):
+        adapter = models.adapter(kind, pipe.unet)
+        save_file(adapter.state_dict(), folder / f"{number}.safetensors")
+    with quiet():
+        pipe.load_ip_adapter(
+            [str(folder)] * len(kinds),
+            subfolder=[""] * len(kinds),
+            weight_name=[f"{number}.safetensors" for number in range(len(kinds))],
+        )
+    return pipe
+
+
+def run(pipe: Any, n: int = 1, **options: Any) -> np.ndarray:
+    generators = [torch.Generator().manual_seed(seed) for seed in range(n)]
+    return pipe(
+        prompt="a red critter in a forest",
+        num_inference_steps=3,
+        guidance_scale=4.0,
+        num_images_per_prompt=n,
+        generator=generators,
+        output_type="latent",
+        **options,
+    ).images.numpy()
+
+
+def equal(found: np.ndarray, expected: np.ndarray) -> None:
+    assert np.isfinite(expected).all()
+    assert np.abs(found - expected).max() <= TOLERANCE * max(1.0, np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", models.ARCHITECTURES)
+@pytest.mark.parametrize("kind", ["base", "plus", "full-face"])
+def test_at_0_it_draws_what_stock_draws_and_undo_puts_stock_back(
+    name: str, kind: str, tmp_path: Path
+) -> None:
+    pipe = loaded(name, [kind], tmp_path)
+    pipe.set_ip_adapter_scale(0.6)
+    before = run(pipe, 2, ip_adapter_image=IMAGES[0])
+    without = run(pipe, 2, ip_adapter_image=IMAGES[1])
+    assert np.abs(before - without).max() > 10 * TOLERANCE  # the image matters
+    diversified = ipdiverse.diversify(pipe, 0.0)
+    equal(run(pipe, 2, ip_adapter_image=IMAGES[0]), before)
+    diversified.undo()
+    assert np.array_equal(run(pipe, 2, ip_adapter_image=IMAGES[0]), before)
+
+
+def test_two_adapters_with_scales_by_block(tmp_path: Path) -> None:
+    pipe = loaded("sd1", ["base", "plus"], tmp_path)
+    scales = [{"down": 0.3, "up": {"block_1": 0.9}}, 0.5]
+    pipe.set_ip_adapter_scale(scales)
+    before = run(pipe, ip_adapter_image=[IMAGES[0], IMAGES])
+    with ipdiverse.diversify(pipe, 0.0):
+        equal(run(pipe, ip_adapter_image=[IMAGES[0], IMAGES]), before)
+        pipe.set_ip_adapter_scale([0.2, 0.2])
+        changed = run(pipe, ip_adapter_image=[IMAGES[0], IMAGES])
+        assert np.abs(changed - before).max() > 10 * TOLERANCE
+        pipe.set_ip_adapter_scale(scales)
+        equal(run(pipe, ip_adapter_image=[IMAGES[0], IMAGES]), before)
+    assert np.array_equal(run(pipe, ip_adapter_image=[IMAGES[0], IMAGES]), before)
+
+
+@pytest.mark.parametrize("kind", ["base", "plus"])
+def test_embeddings_act_as_in_stock(kind: str, tmp_path: Path) -> None:
+    pipe = loaded("sd1", [kind], tmp_path)
+    embeds = pipe.prepare_ip_adapter_image_embeds([IMAGES[0]], None, "cpu", 1, True)
+    before = run(pipe, 2, ip_adapter_image_embeds=embeds)
+    with ipdiverse.diversify(pipe, 0.0):
+        equal(run(pipe, 2, ip_adapter_image_embeds=embeds), before)
+
+
+def test_masks_act_as_in_stock(tmp_path: Path) -> None:
+    pipe = loaded("sd1", ["plus"], tmp_path)
+    left = np.zeros((64, 64), np.uint8)
+    left[:, :32] = 255
+    masks = IPAdapterMaskProcessor().preprocess([left, 255 - left], height=64, width=64)
+    masks = [masks.reshape(1, 2, *masks.shape[-2:])]
+    options = {
+        "ip_adapter_image": [IMAGES],
+        "cross_attention_kwargs": {"ip_adapter_masks": masks},
+        "height": 64,
+        "width": 64,
+    }
+    before = run(pipe, **options)
+    swapped = run(pipe, **{**options, "ip_adapter_image": [IMAGES[::-1]]})
+    assert np.abs(before - swapped).max() > 10 * TOLERANCE
+    with ipdiverse.diversify(pipe, 0.0):
+        equal(run(pipe, **options), before)
+        options["cross_attention_kwargs"] = {"ip_adapter_masks": [masks[0][:, :1]]}
+        with pytest.raises(ArgumentError, match="do not fit the references"):
+            run(pipe, **options)
+
+
+def test_the_cutoff_callback_acts_as_in_stock(tmp_path: Path) -> None:
+    pipe = loaded("sd1", ["plus"], tmp_path)
+    cut = {"callback_on_step_end": IPAdapterScaleCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=1)}
+    whole = run(pipe, ip_adapter_image=IMAGES[0])
+    before = run(pipe, ip_adapter_image=IMAGES[0], **cut)
+    assert np.abs(before - whole).max() > 10 * TOLERANCE
+    pipe.set_ip_adapter_scale(1.0)
+    with ipdiverse.diversify(pipe, 0.0):
+        equal(run(pipe, ip_adapter_image=IMAGES[0], **cut), before)
+
+
+def test_attach_takes_the_arguments_of_stock_too(tmp_path: Path) -> None:
+    theirs = loaded("sd1", ["plus"], tmp_path)
+    theirs.set_ip_adapter_scale(0.7)
+    before = run(theirs, 2, ip_adapter_image=IMAGES[0])
+    pipe = models.pipeline("sd1")
+    with ipdiverse.attach(pipe, tmp_path / "0.safetensors"):
+        pipe.set_ip_adapter_scale(0.7)
+        equal(run(pipe, 2, ip_adapter_image=IMAGES[0]), before)
+        with pytest.raises(ModelError, match="detach"):
+            pipe.load_ip_adapter(str(tmp_path), subfolder="", weight_name="0.safetensors")
+    assert "set_ip_adapter_scale" not in vars(pipe)
+    with pytest.raises(ModelError, match="diversify"):
+        ipdiverse.attach(theirs, tmp_path / "0.safetensors")
+
+
+def test_each_generator_decides_its_image_alone(tmp_path: Path) -> None:
+    pipe = loaded("sd1", ["plus"], tmp_path)
+    before = run(pipe, 3, ip_adapter_image=IMAGES[0])
+    with ipdiverse.diversify(pipe, 1.0) as diversified:
+        three = run(pipe, 3, ip_adapter_image=IMAGES[0])
+        assert np.abs(three - before).max() > 100 * TOLERANCE
+        equal(run(pipe, 1, ip_adapter_image=IMAGES[0]), three[:1])
+        diversified.set_diversity(0.0)
+        equal(run(pipe, 3, ip_adapter_image=IMAGES[0]), before)
+
+
+def test_what_cannot_be_diversified_is_refused() -> None:
+    with pytest.raises(ModelError, match="load_ip_adapter first"):
+        ipdiverse.diversify(models.pipeline("sd1"))
+    with pytest.raises(ArgumentError, match="diversity"):
+        ipdiverse.diversify(models.pipeline("sd1"), 1.5)
