@@ -19,11 +19,9 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type
 
 import tyro
 
-from ipdiverse.commands.bases import Bases
-from ipdiverse.commands.checkpoints import Convert, Inspect, Push
+from ipdiverse.commands.checkpoints import Bases, Convert, Inspect, Push
 from ipdiverse.commands.console import say
-from ipdiverse.commands.evaluate import MOVED, Calibrate, Evaluate
-from ipdiverse.commands.fit import Fit
+from ipdiverse.commands.evaluate import MOVED, Calibrate, Evaluate, Fit
 from ipdiverse.commands.generate import Demo, Generate, Ui, renamed_flags
 from ipdiverse.commands.train import Critters, Embed, Prepare, Train, as_flags
 from ipdiverse.dial import DROPPED_LEVERS, OFF, Levers

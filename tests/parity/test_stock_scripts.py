@@ -120,7 +120,8 @@ def test_masks_act_as_in_stock(tmp_path: Path) -> None:
 
 def test_the_cutoff_callback_acts_as_in_stock(tmp_path: Path) -> None:
     pipe = loaded("sd1", ["plus"], tmp_path)
-    cut = {"callback_on_step_end": IPAdapterScaleCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=1)}
+    callback = IPAdapterScaleCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=1)
+    cut = {"callback_on_step_end": callback}
     whole = run(pipe, ip_adapter_image=IMAGES[0])
     before = run(pipe, ip_adapter_image=IMAGES[0], **cut)
     assert np.abs(before - whole).max() > 10 * TOLERANCE

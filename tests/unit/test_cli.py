@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 import ipdiverse
 from ipdiverse import cli
 from ipdiverse.cli import COMMANDS, main
-from ipdiverse.commands.bases import Bases
+from ipdiverse.commands.checkpoints import Bases
 from ipdiverse.commands.evaluate import Calibrate
 from ipdiverse.commands.generate import Generate
 from ipdiverse.errors import ArgumentError, Interrupted

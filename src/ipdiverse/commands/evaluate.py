@@ -1,14 +1,27 @@
-"""`evaluate` and `calibrate`: variety against fidelity, and the dial's path through it."""
+"""`evaluate`, `calibrate` and `fit`: variety against fidelity, the dial's path, its scenes."""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from ipdiverse.base.bases import CRITTERS
-from ipdiverse.commands.console import agree_to_study, check_target, say, say_json, write_json
+from ipdiverse.commands.console import (
+    agree_to_encoders,
+    agree_to_study,
+    check_target,
+    note,
+    say,
+    say_json,
+    write_json,
+)
 from ipdiverse.errors import MAX_SENTENCE, ArgumentError, quoted
+from ipdiverse.training.config import CacheConfig
+from ipdiverse.training.fit import FitOptions
 
 _OF_IMAGES = ("references", "prompts", "features")
 MOVED = ("--publish", "--readings", "--partial")
@@ -179,3 +192,64 @@ def _own(source: Path) -> Path:
 
 def _tell(line: str) -> None:
     sys.stderr.write(quoted(line, MAX_SENTENCE) + "\n")
+
+
+_FEW = 300
+"""Pairs below which a space keeps notably less of a subject; `docs/guides/adapters-you-have.md`."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Find what is the scene's in an adapter's image tokens, so that each image can have its own.
+
+    Nothing is trained, and only the image encoder and the adapter's projection run. The file fits
+    every adapter with the same projection.
+
+    Args:
+        folder: A folder that `prepare` wrote, with subjects of several pictures or with pairs.
+        out: The file to write, `.safetensors`.
+        adapter: Of kind base or plus: a name, a file, a folder, or a hub id followed by the path.
+        cache: The base, its image encoder, and how pictures were embedded if they are already.
+        fit: How it is fitted.
+        local_files_only: Never connect.
+        json: Print the report as JSON.
+        yes: Download what a preset needs without asking.
+    """
+
+    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    out: str
+    adapter: str = ""
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    fit: FitOptions = field(default_factory=FitOptions)
+    local_files_only: bool = False
+    json: bool = False
+    yes: bool = False
+
+    def run(self) -> None:
+        """Fit, write and report."""
+        from ipdiverse.adapter.files.checkpoint import load_adapter
+        from ipdiverse.adapter.imagine import as_text, save_space
+        from ipdiverse.base.adapters import adapter_file, default_adapter
+        from ipdiverse.data.manifest import read_manifest
+        from ipdiverse.training.fit import check_kind, fit_space
+        from ipdiverse.training.frozen import Preprocessing, open_encoders
+
+        check_target(self.out)
+        read_manifest(Path(self.folder))
+        base, encoder = self.cache.base, self.cache.image_encoder
+        named = self.adapter or default_adapter(base)
+        agree_to_encoders(base, encoder, self.yes, named)
+        file = adapter_file(base, named, local_files_only=self.local_files_only)
+        adapter = load_adapter(file)
+        check_kind(adapter)
+        encoders = open_encoders(base, encoder, local_files_only=self.local_files_only, unet=False)
+        shown = Preprocessing.of(self.cache, encoders.resolution)
+        about = {"base": base, "adapter": named if file.name != named else file.name}
+        space = fit_space(Path(self.folder), encoders, adapter, shown, self.fit, about)
+        save_space(space, Path(self.out))
+        if self.json:
+            say_json(space.spec | {"file": self.out})
+            return
+        say(f"{as_text(space.spec)}\nwrote {self.out}")
+        if space.spec["pairs"] < _FEW:
+            note(f"fitted on {space.spec['pairs']} pairs; from {_FEW} on more of a subject is kept")

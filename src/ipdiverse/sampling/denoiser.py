@@ -67,9 +67,10 @@ def steer(
     except BaseException:
         release(attachment)
         raise
+    # a variation space is of one projection, the first adapter's
+    hook.prompts[0].imagine = steering.imagined if levers.acting("projected") else None
     for prompt in hook.prompts:
         prompt.fusion_factor = levers.change("fusion", 1.0, context)
-        prompt.imagine = steering.imagined if levers.acting("projected") else None
         prompt.change = steering.changed_tokens if levers.acting("tokens") else None
         prompt.change_scale = steering.changed_scale if levers.acting("scale") else None
     hook.changed()

@@ -36,8 +36,8 @@ def attach(
     """Put adapters on a stock pipeline.
 
     The pipeline must be called itself: another that shares its UNet (`from_pipe`) is refused.
-    `ip_adapter_image`, `ip_adapter_image_embeds`, `set_ip_adapter_scale` and stock's masks act as in
-    stock while it is attached; `detach` puts everything back.
+    `ip_adapter_image`, `ip_adapter_image_embeds`, `set_ip_adapter_scale` and the masks of
+    `IPAdapterMaskProcessor` act as in stock while it is attached; `detach` puts everything back.
 
     Args:
         pipe: A Stable Diffusion pipeline of diffusers: 1.x, 2.x or XL, of any task.

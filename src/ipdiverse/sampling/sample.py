@@ -64,10 +64,14 @@ def space_of(request: Request, adapter: ImagePromptAdapter) -> VariationSpace | 
 
 def imagine(attachment: Attachment, request: Request) -> list[str]:
     """Give an adapter a request's space and scenes; what the user should know of them."""
-    attachment.set_space(space_of(request, attachment.adapters[0]))
+    adapter = attachment.adapters[0]
+    dialled = bool(request.diversity) and dial_of(adapter.spec, "adapter") is None
+    if not (dialled or request.space or request.scenes or request.levers.recombine):
+        return []  # a calibrated dial needs no space, and finding one takes a hash of the weights
+    attachment.set_space(space_of(request, adapter))
     if request.scenes:
         attachment.set_scenes(*_pictures(request.scenes))
-    levers = levers_of(request, attachment.adapters[0], attachment.scenes is not None)
+    levers = levers_of(request, adapter, attachment.scenes is not None)
     if not levers.recombine or attachment.scenes is None:
         unread = [name for name in ("space", "scenes") if getattr(request, name)]
         return [f"{name} has no effect while recombine is 0" for name in unread]

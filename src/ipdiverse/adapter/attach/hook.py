@@ -193,7 +193,7 @@ class ImagePromptHook(ModelHook):
         self._prepared, self._told = [], None
 
     def _take_masks(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Masks as stock pipelines pass them go to our own groups: ours is no processor of theirs."""
+        """Keep the masks that a stock call brings, which only stock's own processors could read."""
         given = kwargs.get("cross_attention_kwargs") or {}
         masks = given.get(MASKS)
         if masks is not self._masks:

@@ -95,15 +95,15 @@ def _published(layer: Any) -> dict[str, Tensor]:
     if kind not in _RENAMED:
         raise ModelError("is of an unknown kind", where="IP-Adapter of the pipeline", found=kind)
     state, ours = layer.state_dict(), dict[str, Tensor]()
-    for name, tensor in state.items():
+    for name, given in state.items():
         if ".attn.to_v." in name:
             continue
-        renamed = name
+        renamed, tensor = name, given
         if name.startswith("layers."):
             _, number, rest = name.split(".", 2)
             if rest.startswith("attn.to_k."):
                 values = state[name.replace("to_k", "to_v")]
-                tensor, rest = torch.cat([tensor, values]), "0.to_kv.weight"
+                tensor, rest = torch.cat([given, values]), "0.to_kv.weight"
             renamed = f"layers.{number}.{_begun_otherwise(rest, _BLOCK)}"
         renamed = _begun_otherwise(renamed, _RENAMED[kind])
         face_plus = kind == "IPAdapterFaceIDPlusImageProjection"
