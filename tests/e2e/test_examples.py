@@ -14,6 +14,7 @@ EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
 NAMES = {
     "face",
     "inpainting",
+    "one_line",
     "pose_controlnet",
     "scene_change",
     "two_references_with_masks",

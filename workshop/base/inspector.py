@@ -74,7 +74,8 @@ def _open_vae(folder: Path) -> None:
     from diffusers import AutoencoderKL
 
     torch.set_num_threads(1)
-    _worker["vae"] = AutoencoderKL.from_pretrained(folder).to(memory_format=torch.channels_last)
+    vae: Any = AutoencoderKL.from_pretrained(folder)
+    _worker["vae"] = vae.to(memory_format=torch.channels_last)
 
 
 _worker: dict[str, Any] = {}
@@ -188,4 +189,4 @@ class InspectorObjective:
         valid = self.held_out.images[self.held_out.kinds == 0]
         parts = [to_pixels(valid[start : start + 256]) for start in range(0, len(valid), 256)]
         logits = torch.cat([self.module(part).valid for part in parts])
-        self.module.valid.bias -= torch.quantile(logits, _FALSE_ALARMS)
+        self.module.valid.bias.sub_(torch.quantile(logits, _FALSE_ALARMS))

@@ -234,12 +234,11 @@ class Runner:
 
 def _joined(parts: Sequence[Reading], axis: int) -> Reading:
     """Readings of more pairs, along axis 0, or of more images of the same pairs, along axis 1."""
-    return Reading(
-        *(
-            None if any(one is None for one in part) else np.concatenate(part, axis)
-            for part in zip(*parts, strict=True)
-        )
-    )
+    joined: list[Any] = [
+        None if any(one is None for one in part) else np.concatenate(part, axis)
+        for part in zip(*parts, strict=True)
+    ]
+    return Reading(*joined)
 
 
 def shown(sets: np.ndarray) -> np.ndarray:

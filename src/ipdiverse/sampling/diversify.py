@@ -12,7 +12,7 @@ import torch
 
 from ipdiverse.adapter.attach.attach import Attachment, checked_unet, detach
 from ipdiverse.adapter.attach.attach import attach as attach_adapters
-from ipdiverse.adapter.attach.stock import put_back, stock_adapters, take_off
+from ipdiverse.adapter.attach.stock import StockCalls, put_back, stock_adapters, take_off
 from ipdiverse.adapter.files.checkpoint import adapter_from_tensors, load_adapter
 from ipdiverse.adapter.imagine import load_space, space_at_hand
 from ipdiverse.adapter.model import ImagePromptAdapter
@@ -57,13 +57,15 @@ def attach(
         else load_adapter(adapter_file(str(getattr(pipe, "name_or_path", "")), str(one)))
         for one in adapters
     ]
-    return attach_adapters(
+    attachment = attach_adapters(
         pipe,
         *opened,
         image_encoder=image_encoder,
         image_processor=image_processor,
         made=DialedAttachment,
     )
+    attachment.on_detach(StockCalls(attachment).release)
+    return attachment
 
 
 class DialedAttachment(Attachment):

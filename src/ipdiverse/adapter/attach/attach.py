@@ -19,7 +19,6 @@ from ipdiverse.adapter.attach.encoding import (
     encode_references,
 )
 from ipdiverse.adapter.attach.hook import ActiveAdapter, ImagePromptHook
-from ipdiverse.adapter.attach.stock import StockCalls
 from ipdiverse.adapter.attention import DecoupledAttention, Slot
 from ipdiverse.adapter.model import (
     ImagePromptAdapter,
@@ -297,9 +296,7 @@ def attach(
     # words are for fusion alone: finding them tokenizes every prompt once more
     words = any(adapter.fusion is not None for adapter in adapters)
     watch_prompts(pipe, hook.encoded, words=words)
-    attachment = made(pipe, hook, encoding)
-    hook.on_detach.append(StockCalls(attachment).release)
-    return attachment
+    return made(pipe, hook, encoding)
 
 
 def detach(pipe: Any) -> None:
