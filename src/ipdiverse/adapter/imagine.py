@@ -12,6 +12,7 @@ import json
 import zlib
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +27,6 @@ from ipdiverse.writing import safetensors_bytes, tensors_hash, write_bytes_atomi
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
     from ipdiverse.adapter.model import ImagePromptAdapter
 
@@ -217,9 +217,9 @@ def as_text(spec: Mapping[str, Any]) -> str:
         ) from error
 
 
-def save_space(space: VariationSpace, file: Path) -> None:
+def save_space(space: VariationSpace, file: str | Path) -> None:
     """Write a space atomically (`*.safetensors`)."""
-    write_bytes_atomic(file, space_bytes(space))
+    write_bytes_atomic(Path(file), space_bytes(space))
 
 
 def space_bytes(space: VariationSpace) -> bytes:
@@ -234,12 +234,13 @@ def is_space(metadata: Mapping[str, str]) -> bool:
     return _SPEC in metadata
 
 
-def load_space(file: Path) -> VariationSpace:
+def load_space(file: str | Path) -> VariationSpace:
     """Open a space, in float32.
 
     Raises:
         CheckpointError: It is missing, broken, or something else.
     """
+    file = Path(file)
     contents = open_checkpoint(file)
     if not is_space(contents.metadata):
         raise CheckpointError(
