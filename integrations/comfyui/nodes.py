@@ -107,11 +107,11 @@ class Diversity:
         from .prompting import Setting
 
         levers = dial_for(adapter).at(diversity)
-        # ComfyUI guides with two branches, and its CLIP vision output is not changed
+        # ComfyUI guides with two branches, its CLIP vision output is not changed, and a variation
+        # space would have to read the prompt
+        elsewhere = ("embeddings", "projected")
         left_out = [
-            name
-            for name in levers
-            if name == "image_guidance" or LEVERS[name].acts_on == "embeddings"
+            name for name in levers if name == "image_guidance" or LEVERS[name].acts_on in elsewhere
         ]
         if left_out:
             logging.warning("ipdiverse: left out of the dial's path: %s", ", ".join(left_out))

@@ -33,7 +33,7 @@ def test_sizes_stay_within_the_limits() -> None:
     assert not [f for f in files if f.suffix in {".bin", ".pt", ".ckpt", ".pickle"}]
 
 
-def test_weights_are_half_precision() -> None:
+def test_weights_are_half_precision_or_less() -> None:
     from safetensors import safe_open
 
     for file in CRITTERS_BASE.parent.rglob("*.safetensors"):
@@ -43,7 +43,10 @@ def test_weights_are_half_precision() -> None:
                 for key in opened.keys()  # noqa: SIM118 - not a dict: it cannot be iterated
                 if key != PACKED  # bytes: what differs of tensors in half precision
             }
-        assert kinds <= {"F16", "I64"}, file
+        packed = file.name == "oracle.safetensors" or file.parent.name == "spaces"
+        # whole numbers of eight bits, a scale for each row in float32, and text as bytes
+        allowed = {"F16", "I64", *(("I8", "U8", "F32") if packed else ())}
+        assert kinds <= allowed, file
 
 
 def test_provenance_says_how_they_were_made() -> None:

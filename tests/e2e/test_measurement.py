@@ -98,7 +98,7 @@ def test_held_out_scenes_repeat() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "better", "worse"), [("vae_psnr", 1.0, -1.0), ("invalid_rate", -0.01, 0.01)]
+    ("name", "better", "worse"), [("vae_psnr", 1.0, -1.0), ("false_alarms", -0.01, 0.01)]
 )
 def test_a_gate_fails_on_its_wrong_side_alone(name: str, better: float, worse: float) -> None:
     _, bound = GATES[name]

@@ -135,7 +135,7 @@ def test_links_work_where_the_sources_are_shown(page: Path) -> None:
 
 def test_the_gates_are_those_of_the_shipped_model() -> None:
     page = (DOCS / "critters.md").read_text("utf-8").partition("<!-- gates -->")[2]
-    shown = dict(re.findall(r"^\| (\w+) \| ([\d.]+) \|", page.partition("\n## ")[0], re.MULTILINE))
+    shown = dict(re.findall(r"^\| (\w+) \| ([\d.]+) \|", page.partition("\n##")[0], re.MULTILINE))
     weights = ROOT / "src" / "ipdiverse" / "critters" / "weights"
     gates = json.loads((weights / "provenance.json").read_text("utf-8"))["gates"]
     assert shown.keys() == gates["figures"].keys()

@@ -72,11 +72,11 @@ class Inspect(Source):
             say_json(record) if self.json else say(f"{self.source}\n{provenance.as_text(record)}")
             return
         file = self.find()
+        _refuse_others(file)
         from ipdiverse.adapter.files.containers import open_checkpoint
         from ipdiverse.adapter.imagine import as_text as as_lines
         from ipdiverse.adapter.imagine import is_space, load_space
 
-        _refuse_others(file)
         if is_space(open_checkpoint(file).metadata):
             spec = load_space(file).spec
             say_json({**spec, "file": str(file), "kind": "variation space"}) if self.json else say(

@@ -20,8 +20,7 @@ from ipdiverse.commands.console import (
     write_json,
 )
 from ipdiverse.errors import MAX_SENTENCE, ArgumentError, quoted
-from ipdiverse.training.config import CacheConfig
-from ipdiverse.training.fit import FitOptions
+from ipdiverse.training.config import CacheConfig, FitOptions
 
 _OF_IMAGES = ("references", "prompts", "features")
 MOVED = ("--publish", "--readings", "--partial")

@@ -63,6 +63,27 @@ class CacheConfig:
     image_seed: int = 0
 
 
+@dataclass(frozen=True)
+class FitOptions:
+    """How a variation space is fitted.
+
+    Args:
+        bank: Pictures from which scenes are drawn, at most.
+        directions: Principal directions; None takes as many as explain 98.5 %, at most 256.
+        shrink: Shrink the scatter within subjects (Ledoit and Wolf), which few pairs need.
+        seed: Chooses the pictures of the bank.
+    """
+
+    bank: int = 4000
+    directions: int | None = None
+    shrink: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_range("bank", self.bank, 2, 100_000)
+        check_range("directions", self.directions or 2, 2, 2048)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(CacheConfig):
     """How an adapter is trained; the first options are the cache's (`CacheConfig`).

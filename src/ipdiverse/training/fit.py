@@ -8,7 +8,6 @@ and the bank is kept, so memory does not grow with the number of pictures.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
 from itertools import chain
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -20,8 +19,9 @@ from torch.nn.functional import normalize
 from ipdiverse.adapter.attach.encoding import text_embeds, text_tower
 from ipdiverse.adapter.imagine import SceneBank, VariationSpace, projection_hash
 from ipdiverse.adapter.model import check_encoder
-from ipdiverse.errors import DataError, ModelError, check_range
+from ipdiverse.errors import DataError, ModelError
 from ipdiverse.seeding import derived_seed
+from ipdiverse.training.config import FitOptions
 from ipdiverse.training.embed import EmbeddedPictures, Stored
 
 if TYPE_CHECKING:
@@ -47,33 +47,12 @@ _FOUND = 0.75
 """A caption's own picture must be nearer than this share of the others for a shared space."""
 
 
-@dataclass(frozen=True)
-class FitOptions:
-    """How a variation space is fitted.
-
-    Args:
-        bank: Pictures from which scenes are drawn, at most.
-        directions: Principal directions; None takes as many as explain 98.5 %, at most 256.
-        shrink: Shrink the scatter within subjects (Ledoit and Wolf), which few pairs need.
-        seed: Chooses the pictures of the bank.
-    """
-
-    bank: int = 4000
-    directions: int | None = None
-    shrink: bool = True
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_range("bank", self.bank, 2, 100_000)
-        check_range("directions", self.directions or 2, 2, 2048)
-
-
 def fit_space(
     folder: Path,
     encoders: FrozenEncoders,
     adapter: ImagePromptAdapter,
     preprocessing: Preprocessing,
-    options: FitOptions = FitOptions(),
+    options: FitOptions | None = None,
     about: Mapping[str, Any] = MappingProxyType({}),
 ) -> VariationSpace:
     """Fit the space of an adapter's projection.
@@ -83,7 +62,7 @@ def fit_space(
         encoders: Of a base that the adapter fits.
         adapter: Of kind `base` or `plus`.
         preprocessing: As the cache of `embed` was made with; one that is not there is made.
-        options: How.
+        options: How; None takes the defaults.
         about: What else its file should say.
 
     Raises:
@@ -97,6 +76,7 @@ def fit_space(
     pictures = EmbeddedPictures(folder, encoders, preprocessing, Stored(reads))  # type: ignore[arg-type]
     groups = _subjects(pictures.records, folder)
     tokens = _Tokens(pictures, adapter, groups)
+    options = options or FitOptions()
     names, kept = _banked(pictures, options), dict[str, Tensor]()
     fitted = _fitted(tokens, options, set(names), kept)
     mean, directions, deviations, scene, explained, held_out = fitted

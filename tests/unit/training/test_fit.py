@@ -134,7 +134,7 @@ def test_the_cache_is_read_again(fitted: Any, monkeypatch: pytest.MonkeyPatch) -
     def fail(*_: object) -> None:
         raise AssertionError("encoded again")
 
-    monkeypatch.setattr("ipdiverse.training.embed._references", fail)
+    monkeypatch.setattr("ipdiverse.training.embed._encoded", fail)
     words = ["fit", str(folder / "data"), "--adapter", "base", "--out", str(folder / "base.st")]
     assert main(words) == 0
     assert load_space(folder / "base.st").spec["kind"] == "base"
