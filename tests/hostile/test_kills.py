@@ -39,6 +39,9 @@ COMMANDS = {
     "evaluate": "evaluate --config study.toml --out e",
     "calibrate": "calibrate --adapter plus --pairs 2 --images 2 --steps 1 --levers interval "
     "--work w --out c/dial.safetensors",
+    "generate": "generate --image s/a.png --prompt x -n 3 --steps 1 --out g",
+    "batch": "generate --batch jobs.jsonl --steps 1 --out b",
+    "make": "critters make --out m --n 3",
 }
 BEFORE = {"embed": ["prepare"], "train": ["prepare"]}
 ENDS: tuple[End, ...] = ("kill", "cut", "full")
@@ -65,6 +68,8 @@ def start(killer: Killer, home: Path, name: str) -> Path:
             picture.save(folder / "s" / f"{letter}.png")
             (folder / "s" / f"{letter}.txt").write_text(f"a picture {letter}")
         (folder / "study.toml").write_text(STUDY)
+        jobs = [{"image": f"s/{letter}.png", "prompt": letter, "n": 2} for letter in "ab"]
+        (folder / "jobs.jsonl").write_text("\n".join(map(json.dumps, jobs)))
         for earlier in BEFORE.get(name, ()):
             assert killer.run(folder, COMMANDS[earlier].split()).code == 0
     return folder
@@ -115,7 +120,7 @@ def disturb(killer: Killer, home: Path, name: str, end: End, at: int) -> None:
 
 
 @pytest.mark.parametrize("end", ENDS)
-@pytest.mark.parametrize("name", ["prepare", "embed", "train"])
+@pytest.mark.parametrize("name", ["prepare", "embed", "train", "generate", "batch", "make"])
 def test_ended_at_a_change_it_goes_on(name: str, end: End, killer: Killer, home: Path) -> None:
     _, changes = whole(killer, home, name)
     disturb(killer, home, name, end, at=changes * (2 + ENDS.index(end)) // 5)

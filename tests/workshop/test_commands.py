@@ -20,7 +20,7 @@ REPORT = {
     "guidance": 3.0,
     "gates": {"vae_psnr": {"value": 31.0, "gate": ">= 30.0", "holds": True}},
     "figures": {"vae_psnr": 31.0},
-    "details": {},
+    "details": {"faults": {"valid": {"render": 0.0}, "no eyes": {"render": 0.5}}},
 }
 
 
@@ -48,7 +48,9 @@ def test_gates_are_printed_written_and_recorded(
     out = tmp_path / "gates.json"
     assert main(["gates", "--images", "64", "--out", str(out), "--ship"]) == 0
     assert asked == [(64, None)]
-    assert "| vae_psnr | 31 | >= 30.0 | yes |" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "| vae_psnr | 31 | >= 30.0 | yes |" in shown
+    assert "| no eyes | 0.500 |" in shown
     assert json.loads(out.read_text()) == REPORT
     made = json.loads(provenance.read_text())
     assert made["command"] == "kept"

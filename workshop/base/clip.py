@@ -3,7 +3,8 @@
 `text` trains the text encoder alone to classify, from its pooled state, the attributes that a
 caption states; the heads are not saved. `clip` then trains the image encoder contrastively against
 it (InfoNCE, Radford et al., arXiv:2103.00020), with the text tower locked (Zhai et al.,
-arXiv:2111.07991). Trained separately, each takes minutes on a CPU, and the UNet needs only `text`.
+arXiv:2111.07991), and to classify every attribute from the states that adapters read. Trained
+separately, each takes minutes on a CPU, and the UNet needs only `text`.
 """
 
 from __future__ import annotations
@@ -58,16 +59,27 @@ class TextObjective:
 
 
 class VisionModules(nn.Module):
-    """The image encoder and the temperature of the contrast."""
+    """The image encoder, the temperature of the contrast and heads that are not saved."""
 
     def __init__(self, vision: CLIPVisionModelWithProjection) -> None:
         super().__init__()
         self.vision = vision
         self.log_temperature = nn.Parameter(torch.tensor(np.log(1 / 0.07), dtype=torch.float32))
+        width, pooled = vision.config.hidden_size, vision.config.projection_dim
+        self.sizes = [len(values) for values in ATTRIBUTES.values()]
+        # linear, as what an adapter reads must be easy to find: a copier that cannot see the body
+        # keeps it in every second image only
+        self.patches = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, sum(self.sizes)))
+        self.pooled = nn.Linear(pooled, sum(self.sizes))
+
+
+READING = 0.5
+"""Weight of the attributes' cross-entropy: captions leave half of the attributes out, and contrast
+alone learns shape last."""
 
 
 class ClipObjective:
-    """InfoNCE over a batch of (caption, image), text locked."""
+    """InfoNCE over a batch of (caption, image), text locked, and the attributes' cross-entropy."""
 
     def __init__(
         self,
@@ -87,12 +99,25 @@ class ClipObjective:
         with autocast(), sdpa_kernel(SDPBackend.MATH):
             with torch.no_grad():
                 text = self.text(tokenize(self.tokenizer, captions)).pooler_output
-            image = self.module.vision(self.corpus.pixels(indices)).image_embeds
+            seen = self.module.vision(self.corpus.pixels(indices), output_hidden_states=True)
+            patches = self.module.patches(seen.hidden_states[-2]).mean(1)
+            pooled = self.module.pooled(F.normalize(seen.image_embeds, dim=-1) * 8)
+        image = seen.image_embeds
         scale = self.module.log_temperature.exp().clamp(max=100)
         logits = scale * F.normalize(text.float(), dim=-1) @ F.normalize(image.float(), dim=-1).T
         target = torch.arange(len(indices))
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-        return loss, {"top1": float((logits.argmax(-1) == target).float().mean())}
+        labels = torch.from_numpy(self.corpus.attributes[indices])
+        figures = {"top1": float((logits.argmax(-1) == target).float().mean())}
+        for name, read in (("patches", patches), ("pooled", pooled)):
+            heads = read.float().split(self.module.sizes, dim=-1)
+            losses = [F.cross_entropy(head, labels[:, i]) for i, head in enumerate(heads)]
+            loss = loss + READING * torch.stack(losses).mean()
+            right = [
+                (head.argmax(-1) == labels[:, i]).float().mean() for i, head in enumerate(heads)
+            ]
+            figures |= {name: float(torch.stack(right).mean()), f"{name}_shape": float(right[0])}
+        return loss, figures
 
 
 def _draw(corpus: Corpus, batch: int, rng: torch.Generator) -> tuple[np.ndarray, list[int]]:

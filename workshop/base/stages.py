@@ -63,7 +63,7 @@ class BaseRecipe:
     images: int = 40_000
     vae_steps: int = 3500
     text_steps: int = 500
-    clip_steps: int = 600
+    clip_steps: int = 1200
     unet_steps: int = 3000
     oracle_steps: int = 2000
     inspector_steps: int = 4000
