@@ -25,7 +25,7 @@ _ALLOWED = {
     "collections OrderedDict",
     "torch._utils _rebuild_parameter",
     "torch._utils _rebuild_tensor_v2",
-    *(f"torch {name}Storage" for name in _STORAGES),
+    *map("torch {}Storage".format, _STORAGES),
 }
 
 
