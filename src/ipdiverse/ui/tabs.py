@@ -172,16 +172,11 @@ def grid_tab(sessions: Sessions, installed: Installed) -> None:
     def requests_of(
         given: Any, prompt: str, negative: str, across: list[str], down: list[str], *others: Any
     ) -> dict[str, Request]:
-        columns = _numbers("diversity", across, DIVERSITIES)
-        cells = {
-            f"out/diversity-{diversity:g}-scale-{scale:g}": {"diversity": diversity, "scale": scale}
-            for scale in _numbers("scale", down, SCALES)
-            for diversity in columns
-        }
-        return {
-            inside: request_from(installed, given, prompt, negative, *others, n=1, **cell)
-            for inside, cell in cells.items()
-        }
+        return cells(
+            _numbers("diversity", across, DIVERSITIES),
+            _numbers("scale", down, SCALES),
+            lambda **cell: request_from(installed, given, prompt, negative, *others, n=1, **cell),
+        )
 
     fields = [prompt, negative, diversities, scales, *more]
     remembered(sessions, installed, "grid", fields, more, [references, named])
@@ -207,6 +202,15 @@ def _choice(
         label=label,
         elem_id=f"grid-{name}",
     )
+
+
+def cells(diversities: Sequence[float], scales: Sequence[float], ask: Any) -> dict[str, Request]:
+    """A request for each cell, row by row, by the folder of its image."""
+    return {
+        f"out/diversity-{diversity:g}-scale-{scale:g}": ask(diversity=diversity, scale=scale)
+        for scale in scales
+        for diversity in diversities
+    }
 
 
 def as_table(job: Job) -> str:
