@@ -125,7 +125,11 @@ def judged(
     references: Sequence[Image.Image],
     request: Request,
 ) -> Closeness | None:
-    """Compare images, with the image encoder that the adapter reads, where it can compare."""
+    """Compare images, with the image encoder that the adapter reads.
+
+    Returns:
+        None where the adapter reads no images, or its encoder has no projection to compare by.
+    """
     encoder = attachment.image_encoder
     if encoder is None or not hasattr(encoder, "visual_projection") or not references:
         return None

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as short
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
@@ -35,7 +36,12 @@ _SESSION = re.compile(r"[\w-]{1,64}", re.ASCII)
 
 
 class Fields:
-    """What a browser may send to each event of the page; anything else is one line."""
+    """What a browser may send to each event of the page; anything else is one line.
+
+    Args:
+        page: With all its events.
+        cache: The folder that holds uploads.
+    """
 
     def __init__(self, page: gr.Blocks, cache: Path) -> None:
         # only gradio itself says that a page was closed
@@ -158,17 +164,9 @@ def text_inputs(tab: str) -> tuple[gr.Textbox, gr.Textbox]:
     return prompt, negative
 
 
-def slider(
-    elem_id: str, label: str, range_: tuple[float, float, float, float], info: str | None = None
-) -> gr.Slider:
-    """A slider: its least, greatest, first value and step. No button sets it back."""
-    low, high, usual, step = range_
-    shown: dict[str, Any] = {"label": label, "info": info, "elem_id": elem_id, "buttons": []}
-    return gr.Slider(low, high, usual, step=step, **shown)
-
-
-class Advanced(NamedTuple):
-    """Settings that most visitors leave alone, as components, in the order of `request_from`."""
+@dataclass(frozen=True)
+class Advanced:
+    """Settings that most visitors leave alone, as components."""
 
     seed: gr.Number
     steps: gr.Slider
@@ -176,6 +174,10 @@ class Advanced(NamedTuple):
     base: gr.Dropdown
     adapter: gr.Dropdown
     combine: gr.Dropdown
+
+    def all(self) -> list[Any]:
+        """In the order of `request_from`."""
+        return [self.seed, self.steps, self.guidance, self.base, self.adapter, self.combine]
 
 
 def advanced(installed: Installed, tab: str) -> Advanced:
@@ -185,10 +187,25 @@ def advanced(installed: Installed, tab: str) -> Advanced:
     seed = gr.Number(
         0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, elem_id=f"{tab}-seed"
     )
-    steps = slider(f"{tab}-steps", "Denoising steps", (1, MAX_STEPS, usual.steps, 1))
-    follows = "How strongly the images follow the prompt."
-    range_ = (0, MAX_GUIDANCE, usual.guidance_scale, 0.5)
-    guidance = slider(f"{tab}-guidance", "Guidance", range_, follows)
+    steps = gr.Slider(
+        1,
+        MAX_STEPS,
+        usual.steps,
+        step=1,
+        label="Denoising steps",
+        buttons=[],
+        elem_id=f"{tab}-steps",
+    )
+    guidance = gr.Slider(
+        0,
+        MAX_GUIDANCE,
+        usual.guidance_scale,
+        step=0.5,
+        label="Guidance",
+        info="How strongly the images follow the prompt.",
+        buttons=[],
+        elem_id=f"{tab}-guidance",
+    )
     base = gr.Dropdown(list(installed.bases), value=first, label="Base", elem_id=f"{tab}-base")
     choices = list(installed.adapters_of(installed.bases[first]))
     adapter = gr.Dropdown(choices, value=choices[0], label="Adapter", elem_id=f"{tab}-adapter")

@@ -15,7 +15,7 @@ import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
 from ipdiverse.dial import dial_of
 from ipdiverse.errors import ArgumentError, IpdiverseError
@@ -53,7 +53,20 @@ _WAIT, _LOOK = 0.1, 0.2
 """Seconds between two tries for a turn, and between two looks at a job."""
 
 
-Asker = Any  # a `visitors.Visitor`, whose module imports this one
+class Asker(Protocol):
+    """Whoever asks for images, and how much of the machine they have had (`visitors.Visitor`)."""
+
+    since: float
+    """When they first asked for what they have not had yet; infinity if they have not."""
+
+    @property
+    def used(self) -> float:
+        """Denoising steps times images, lately."""
+        ...
+
+    def charge(self, steps: float) -> None:
+        """Count what was drawn."""
+        ...
 
 
 class Turns:
@@ -61,6 +74,9 @@ class Turns:
 
     Gradio's own queue cannot hold the turn: it frees the place of a cancelled event at once, while
     the job's thread is still inside a denoising step; and it knows no visitors.
+
+    Args:
+        waiting: How many jobs may wait while another one draws.
     """
 
     def __init__(self, waiting: int = 8) -> None:
@@ -191,10 +207,19 @@ class GaveWay(Exception):  # noqa: N818 - an event, not an error
 
 @dataclass(frozen=True)
 class Sheet:
-    """The images of one request."""
+    """The images of one request.
+
+    Args:
+        request: Defaults filled in, references by the names a visitor gave them. After a stop, `n`
+            is the number of finished images.
+        files: The images.
+        notes: What the visitor should know.
+        calibrated: The adapter carries its own dial.
+        closeness: To the reference and the prompt; None where no encoder sees images.
+        usual_guidance: The base's default.
+    """
 
     request: Request
-    """Filled in, references by the visitor's names; after a stop, `n` is what was finished."""
     files: list[Path]
     notes: list[str]
     calibrated: bool
@@ -206,8 +231,11 @@ class Job:
     """Requests drawn one after the other, on a thread, in as many turns as it takes.
 
     Args:
+        turns: Waited for before drawing.
         requests: By the folder inside `folder` that each one's images go to; references as files.
         names: What a visitor calls the references.
+        folder: For the images.
+        visitor: Whose it is.
         heard: Whether somebody listens to how it goes; nothing is drawn for nobody.
     """
 

@@ -10,8 +10,9 @@ import uuid
 import zipfile
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
@@ -32,14 +33,27 @@ _PATIENCE = 60.0
 """Seconds that cancelling waits for the running denoising step."""
 
 
-class Results(NamedTuple):
-    """Components that both tabs fill."""
+@dataclass(frozen=True)
+class Results:
+    """Components that both tabs fill.
+
+    Args:
+        progress: A bar.
+        told: The line that screen readers hear.
+        command: The command that repeats the result.
+        python: The same in Python.
+        download: The set as a zip.
+    """
 
     progress: gr.HTML
     told: gr.HTML
     command: gr.Code
     python: gr.Code
     download: gr.DownloadButton
+
+    def all(self) -> list[Any]:
+        """Every one of them."""
+        return [self.progress, self.told, self.command, self.python, self.download]
 
     def emptied(self) -> dict[Any, Any]:
         """Nothing of the last job is left."""
@@ -141,7 +155,7 @@ def draw_on(
         # gradio closes the generator of a cancelled event: its last word has to be said here
         return {**shown(job), **_ended(job, results)} if job.wait(_PATIENCE) else {}
 
-    every = [*outputs, *results]
+    every = [*outputs, *results.all()]
     # no limit of gradio's: its queue is first come, first served; `Turns` decides who draws
     options = PRIVATE | {"concurrency_id": "drawing", "concurrency_limit": None}
     options |= {"show_progress": "minimal", "show_progress_on": results.progress}
@@ -208,12 +222,20 @@ def _ended(job: Job, results: Results) -> dict[Any, Any]:
 
 
 def as_commands(requests: Mapping[str, Request]) -> str:
-    """A line of shell for each request, which are named by the folder of their images."""
+    """A line of shell for each request.
+
+    Args:
+        requests: By the folder that each one's images go to; references by their bare names.
+    """
     return "\n".join(request.command(folder) for folder, request in requests.items())
 
 
 def as_python(requests: Mapping[str, Request]) -> str:
-    """A program that draws the same images; several requests ask for the same but numbers."""
+    """A program that draws the same images.
+
+    Args:
+        requests: As `as_commands` takes them; of several, all ask for the same but numbers.
+    """
     (folder, first), *others = requests.items()
     given = f"    {_one_or_list(first.image)},\n    {_one_or_list(first.prompt)},\n"
     if not others:

@@ -104,7 +104,12 @@ def private_folder() -> Iterator[Path]:
 
 
 class Refused(IpdiverseError):  # noqa: N818 - what happened, not what went wrong
-    """Raised for a request that is not passed on."""
+    """Raised for a request that is not passed on.
+
+    Args:
+        status: Of HTTP.
+        words: A line for whoever asked.
+    """
 
     def __init__(self, status: int, words: str) -> None:
         super().__init__(words)

@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections import Counter
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -25,7 +24,13 @@ from ipdiverse.image_io import MAX_FILE_BYTES
 from ipdiverse.sampling.request import Request
 from ipdiverse.ui import find_installed
 from ipdiverse.ui.queue import Turns
-from ipdiverse.ui.safety import OwnPageOnly, Refused, check_binding, is_loopback, private_folder
+from ipdiverse.ui.safety import (
+    OwnPageOnly,
+    Refused,
+    check_binding,
+    is_loopback,
+    private_folder,
+)
 from ipdiverse.ui.visitors import MAX_VISITORS, Sessions, Uploads
 
 if TYPE_CHECKING:
@@ -42,14 +47,18 @@ SILENCE = 15.0
 """Seconds without a byte after which a request that is not complete is given up."""
 _SWITCH = 0.0005
 """Seconds; Python's own 5 ms let a crowd of requests slow a drawing tenfold."""
-_ENDING = 10.0
-"""Seconds that a running denoising step gets when the page is closed."""
 _number = count()
 
 
 @dataclass(frozen=True)
 class Page:
-    """An open page."""
+    """An open page.
+
+    Args:
+        url: Where it is.
+        sessions: Its visitors'.
+        folder: Holds all its files.
+    """
 
     url: str
     sessions: Sessions
@@ -179,14 +188,20 @@ def _close(page: Any, sessions: Sessions) -> None:
     sessions.close()
     page.close(verbose=False)
     # jobs end at their next step; until then they write into the folder that is about to go
-    deadline = time.monotonic() + _ENDING
+    with suppress(TimeoutError), sessions.turns.turn(_patience(100)):
+        pass
 
-    def patience() -> None:
-        if time.monotonic() > deadline:
+
+def _patience(looks: int) -> Callable[[], None]:
+    """Raises when it was called so many times."""
+    left = [looks]
+
+    def check() -> None:
+        left[0] -= 1
+        if left[0] < 0:
             raise TimeoutError
 
-    with suppress(TimeoutError), sessions.turns.turn(patience):
-        pass
+    return check
 
 
 class Connection(H11Protocol):

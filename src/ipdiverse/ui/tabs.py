@@ -16,14 +16,7 @@ from PIL import Image
 from ipdiverse.base.bases import defaults_of
 from ipdiverse.errors import ArgumentError
 from ipdiverse.evaluation.report import inline
-from ipdiverse.ui.inputs import (
-    MAX_SET,
-    advanced,
-    remembered,
-    request_from,
-    slider,
-    text_inputs,
-)
+from ipdiverse.ui.inputs import MAX_SET, advanced, remembered, request_from, text_inputs
 from ipdiverse.ui.results import Results, draw_on, progress_parts, recipe_parts
 from ipdiverse.ui.status import PRIVATE, report
 from ipdiverse.ui.uploads import picker
@@ -52,21 +45,13 @@ def vary_tab(sessions: Sessions, installed: Installed) -> None:
         with gr.Column(scale=2, min_width=300):
             references, named = picker(sessions, "vary")
             prompt, negative = text_inputs("vary")
-            diversity = slider(
-                "vary-diversity",
-                "Diversity",
-                (0, 1, 0.5, 0.05),
-                "0 follows the reference as plain IP-Adapter does; 1 varies most.",
-            )
-            count = slider("vary-count", "Number of images", (1, MAX_SET, 4, 1))
+            diversity, count = _sliders()
             with gr.Row():
                 draw = gr.Button("Draw", variant="primary", elem_id="vary-go")
                 cancel = gr.Button("Cancel", elem_id="vary-cancel")
             with gr.Accordion("Advanced", open=False, elem_id="vary-advanced"):
                 negative.render()
-                usual = defaults_of(next(iter(installed.bases.values()))).scale
-                follows = "How strongly the images follow the reference."
-                scale = slider("vary-scale", "Adapter scale", (0, 2, usual, 0.05), follows)
+                scale = _scale(defaults_of(next(iter(installed.bases.values()))).scale)
                 more = advanced(installed, "vary")
         with gr.Column(scale=3, min_width=300):
             progress, told = progress_parts("vary")
@@ -90,7 +75,7 @@ def vary_tab(sessions: Sessions, installed: Installed) -> None:
         return defaults_of(installed.bases[label]).scale
 
     more.base.input(on_base, more.base, scale, queue=False, **PRIVATE)
-    fields = [prompt, negative, diversity, count, scale, *more]
+    fields = [prompt, negative, diversity, count, scale, *more.all()]
     remembered(sessions, installed, "vary", fields, more, [references, named])
     draw_on(
         [draw.click, prompt.submit],
@@ -112,6 +97,36 @@ def _next_to(references: gr.Gallery, result: Callable[[], _Component]) -> _Compo
             references.render()
         with gr.Column(scale=4, min_width=240):
             return result()
+
+
+def _sliders() -> tuple[gr.Slider, gr.Slider]:
+    diversity = gr.Slider(
+        0,
+        1,
+        0.5,
+        step=0.05,
+        label="Diversity",
+        info="0 follows the reference as plain IP-Adapter does; 1 varies most.",
+        buttons=[],
+        elem_id="vary-diversity",
+    )
+    count = gr.Slider(
+        1, MAX_SET, 4, step=1, label="Number of images", buttons=[], elem_id="vary-count"
+    )
+    return diversity, count
+
+
+def _scale(usual: float) -> gr.Slider:
+    return gr.Slider(
+        0,
+        2,
+        usual,
+        step=0.05,
+        label="Adapter scale",
+        info="How strongly the images follow the reference.",
+        buttons=[],
+        elem_id="vary-scale",
+    )
 
 
 def _gallery() -> gr.Gallery:
@@ -178,7 +193,7 @@ def grid_tab(sessions: Sessions, installed: Installed) -> None:
             lambda **cell: request_from(installed, given, prompt, negative, *others, n=1, **cell),
         )
 
-    fields = [prompt, negative, diversities, scales, *more]
+    fields = [prompt, negative, diversities, scales, *more.all()]
     remembered(sessions, installed, "grid", fields, more, [references, named])
     draw_on(
         [draw.click],

@@ -38,7 +38,13 @@ _decoding, _in_line = threading.Semaphore(2), threading.Semaphore(12)
 
 @dataclass(frozen=True)
 class Upload:
-    """A reference that was decoded once and kept."""
+    """A reference that was decoded once and kept.
+
+    Args:
+        name: What it is called in recipes.
+        file: The copy to draw from.
+        shown: A small one for the page.
+    """
 
     name: str
     file: str
@@ -70,7 +76,11 @@ def example_files() -> tuple[tuple[str, bytes], ...]:
 def accept(
     files: Sequence[tuple[str, Path | bytes]], folder: Path
 ) -> tuple[list[Upload], list[str]]:
-    """Decode and keep what somebody sent, one at a time; and a line for each file refused."""
+    """Decode what somebody sent, one picture at a time, and keep it.
+
+    Returns:
+        What was kept, and a line for each file that was refused.
+    """
     kept: list[Upload] = []
     refused = [f"Only the first {MAX_REFERENCES} are used."] if len(files) > MAX_REFERENCES else []
     folder.mkdir(parents=True, exist_ok=True)
@@ -143,7 +153,12 @@ def shown_of(kept: Sequence[Upload]) -> tuple[list[tuple[str, str]], str]:
 
 
 def picker(sessions: Sessions, tab: str) -> tuple[gr.Gallery, gr.HTML]:
-    """Uploads and examples; the references' gallery, yet to be rendered, and their line."""
+    """Lay out uploads and examples.
+
+    Returns:
+        A gallery of the references, for the caller to render next to the images that are drawn
+        from them; and the line that names them.
+    """
     upload = gr.File(
         label="Reference images (several act as one): JPEG, PNG, WebP, BMP, AVIF",
         file_count="multiple",

@@ -46,6 +46,7 @@ class Visitor:
     """Somebody, and how much of the machine they have had.
 
     Args:
+        folder: For references and results.
         known: By a cookie.
         chosen: The last references of each tab: a list of `Upload`.
         sessions: Open pages, the one used last at the end.
@@ -99,7 +100,15 @@ class Visitor:
 
 @dataclass(eq=False)
 class Session:
-    """One open page."""
+    """One open page.
+
+    Args:
+        folder: For results.
+        visitor: Whose it is.
+        listens: Whether the page waits for messages.
+        jobs: The last one of each tab.
+        chosen: The references of each tab.
+    """
 
     folder: Path
     visitor: Visitor
@@ -109,7 +118,12 @@ class Session:
 
 
 class Sessions:
-    """All visitors, and the turns that they take."""
+    """All visitors, and the turns that they take.
+
+    Args:
+        folder: Private; each visitor's is inside it.
+        waiting: How many drawings may wait for their turn.
+    """
 
     def __init__(self, folder: Path, waiting: int = 8) -> None:
         self.turns = Turns(waiting)
@@ -206,14 +220,25 @@ class Sessions:
 
 
 class Uploads:
-    """What was uploaded, by whom; the oldest of whoever has most goes when there is too much."""
+    """What was uploaded, by whom; the oldest of whoever has most goes when there is too much.
+
+    Args:
+        folder: Where gradio puts it.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._held: dict[Any, tuple[str | None, int, float]] = {}
 
     def begin(self, owner: str | None, size: int) -> object:
-        """Make room for an upload; what comes back is for `end`."""
+        """Make room for an upload.
+
+        Returns:
+            What to give to `end`.
+
+        Raises:
+            Refused: Too much is on its way.
+        """
         self.sweep()
         size = max(size, _LEAST)
         while self._sum(owner) + size > MAX_UPLOAD and self._drop(owner):
