@@ -7,7 +7,6 @@ somebody else's work, and one who wants much more than the next in line is inter
 
 from __future__ import annotations
 
-import math
 import sys
 import threading
 import time
@@ -45,8 +44,6 @@ _INTERRUPTIONS = 3
 """How often a batch of images is begun again for the sake of others."""
 _UNHEARD = 15.0
 """Seconds after which a job is stopped whose visitor listens no more, or has never done so."""
-_DEAF = 2.0
-"""Seconds in which a page opens its stream of messages, or others may have its place."""
 _PASSED_ON = 10.0
 """Seconds in which gradio passes a request on, or its visitor has gone."""
 _WAIT, _LOOK = 0.1, 0.2
@@ -57,7 +54,6 @@ class Asker(Protocol):
     """Whoever asks for images, and how much of the machine they have had (`visitors.Visitor`)."""
 
     since: float
-    """When they first asked for what they have not had yet; infinity if they have not."""
 
     @property
     def used(self) -> float:
@@ -107,7 +103,6 @@ class Turns:
         with self._line_lock:
             if refusal := self.refusal(job.visitor, job):
                 raise ArgumentError(refusal[1])
-            job.since = time.monotonic() if job.visitor is None else job.visitor.since
             if len(self._active()) > self._waiting:
                 self._worst().refuse()
             self._line.append(job)
@@ -140,18 +135,13 @@ class Turns:
         if visitor is not None and sum(one.visitor is visitor for one in active) >= PLACES:
             visitor.charge(USUAL)
             return 429, f"{PLACES} of your drawings are waiting; cancel one, or wait for it"
-        now, used, since = time.monotonic(), 0.0, math.inf
-        if visitor is not None:
-            used, since = visitor.used, min(visitor.since, now)
-            visitor.since = since  # kept until something is drawn: who comes back was here first
         if len(active) + expected <= self._waiting:
             return None
+        used = 0.0 if visitor is None else visitor.used
         need = used + USUAL / 2 if job is None else job.need
-        # the place of whoever listens to nothing, has had much more, or came after a refusal
-        for worst in sorted(active, key=_last)[::-1][expected : expected + 1]:
-            later = need <= worst.need and since < worst.since
-            if later or 2 * need <= worst.need or (not worst.heard() and worst.since < now - _DEAF):
-                return None
+        # one newcomer at a time may take the place of whoever has had most
+        if active and expected == 0 and 2 * need <= self._worst().need:
+            return None
         return 503, "Queue is full: others are drawing. Try again in a minute."
 
     def gives_way(self, job: Job, within: bool) -> bool:
@@ -181,7 +171,7 @@ class Turns:
         return [other for other in self._active() if other is not job and other.heard()]
 
     def _worst(self) -> Job:
-        return max(self._active(), key=_last)
+        return max(self._active(), key=lambda job: (job.need, job.since))
 
     def _is_next(self, job: Job | None) -> bool:
         if job is None or job.stopping:
@@ -190,11 +180,6 @@ class Turns:
             return False
         mine = (job.rank, job.since)
         return all(mine <= (other.rank, other.since) for other in self._others(job))
-
-
-def _last(job: Job) -> tuple[bool, float, float]:
-    """The highest loses its place first."""
-    return not job.heard(), job.need, job.since
 
 
 class Stopped(Exception):  # noqa: N818 - an event, not an error
@@ -251,8 +236,6 @@ class Job:
         self.requests, self.names, self.folder = requests, names, folder
         self.heard = heard
         self.visitor, self.passed, self.interrupted = visitor, 0, 0
-        self.since = 0.0
-        """When the visitor first asked: of equals, who asked first is first."""
         self.total = sum(request.n * (request.steps or 0) for request in requests.values())
         self.done = 0
         self.sheets: dict[str, Sheet] = {}
@@ -293,6 +276,11 @@ class Job:
     def rank(self) -> float:
         """The lowest draws next: who needs little, or has waited for many turns of others."""
         return self.need - _PASSED * self.passed
+
+    @property
+    def since(self) -> float:
+        """When the visitor first came: of equals, the one who has been here longer is first."""
+        return 0.0 if self.visitor is None else self.visitor.since
 
     @property
     def stopping(self) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import sys
 import threading
 from collections import Counter
 from contextlib import ExitStack, contextmanager, suppress
@@ -45,8 +44,6 @@ MAX_CONNECTIONS = 400
 """In sum: many systems let a process have 1,024 files open, and gradio needs some."""
 SILENCE = 15.0
 """Seconds without a byte after which a request that is not complete is given up."""
-_SWITCH = 0.0005
-"""Seconds; Python's own 5 ms let a crowd of requests slow a drawing tenfold."""
 _number = count()
 
 
@@ -94,9 +91,6 @@ def opened_page(options: Options) -> Iterator[Page]:
 
         uploads = Uploads(folder / "gradio")
         limits = {"check": check, "uploads": uploads, "streams": sessions.streams}
-        # a thread that computes waits so long for Python's lock after each of its many small steps
-        stack.callback(sys.setswitchinterval, sys.getswitchinterval())
-        sys.setswitchinterval(_SWITCH)
         url = _launch(page, options, look(), limits)
         page.server.config.http_protocol_class = Connection  # read for each connection
         warming = threading.Thread(target=_warm, args=(sessions.turns,), daemon=True)

@@ -7,7 +7,6 @@ session is one open page: a reload begins a new one, and finds the visitor's ref
 from __future__ import annotations
 
 import hashlib
-import math
 import shutil
 import threading
 import time
@@ -51,8 +50,6 @@ class Visitor:
         chosen: The last references of each tab: a list of `Upload`.
         sessions: Open pages, the one used last at the end.
         requests: So far.
-        since: As `queue.Asker` has it.
-        programs: What is drawn for any program without a cookie is counted here.
         bytes: On disk.
     """
 
@@ -63,8 +60,7 @@ class Visitor:
     requests: int = 0
     bytes: int = 0
     reading: threading.Lock = field(default_factory=threading.Lock)
-    since: float = math.inf
-    programs: Visitor | None = None
+    since: float = field(default_factory=time.monotonic)
     seen: float = field(default_factory=time.monotonic)
     _used: float = 0.0
     _at: float = field(default_factory=time.monotonic)
@@ -72,19 +68,13 @@ class Visitor:
     @property
     def used(self) -> float:
         """Denoising steps times images, lately."""
-        if self.programs is not None:
-            return self.programs.used
         now = time.monotonic()
         self._used, self._at = self._used * 0.5 ** ((now - self._at) / _SHARE), now
         return self._used
 
     def charge(self, steps: float) -> None:
         """Count what was drawn, or asked for too often."""
-        self.since = math.inf
-        if self.programs is not None:
-            self.programs.charge(steps)
-        else:
-            self._used = self.used + steps
+        self._used = self.used + steps
 
     def weigh(self) -> None:
         """Look at how much is on disk."""
@@ -132,8 +122,6 @@ class Sessions:
         self._folder = folder
         self._lock = threading.RLock()
         self._visitors: dict[str, Visitor] = {}
-        # without a cookie, a program could be a newcomer with each request
-        self._programs = Visitor(folder, known=False)
 
     def of(self, key: str | None, visitor: str | None = None) -> Session:
         """A page's session; a new one for a new page."""
@@ -183,9 +171,7 @@ class Sessions:
     def _visitor(self, key: str, known: bool) -> Visitor:
         name = _folder_name(key)
         if name not in self._visitors:
-            self._visitors[name] = Visitor(
-                self._folder / name, known, programs=None if known else self._programs
-            )
+            self._visitors[name] = Visitor(self._folder / name, known)
         found = self._visitors[name]
         found.requests, found.seen = found.requests + 1, time.monotonic()
         return found
