@@ -203,30 +203,6 @@ def test_places_are_few_and_go_to_those_who_ask_for_little(sessions: Sessions) -
     )
 
 
-def test_who_was_refused_goes_before_those_who_came_later(sessions: Sessions) -> None:
-    sessions.turns._waiting = 1
-    a, b, patient, late = visitors(sessions, "a", "b", "patient", "late")
-    first, second = (waiting(sessions.turns, one, n=4) for one in (a, b))
-    assert sessions.turns.admit(patient) is not None, "those before were there first"
-    sessions.turns.leave(first)
-    third = waiting(sessions.turns, late, n=4)
-    assert sessions.turns.admit(patient) is None
-    waiting(sessions.turns, patient, n=4)
-    assert (second.stopping, third.stopping) == (False, True)
-    sessions.turns.leave(third)
-    assert drawn_in_turns(sessions.turns, 2) == [b, patient]
-
-
-def test_programs_without_a_cookie_are_no_newcomers(sessions: Sessions) -> None:
-    before, now = sessions.of("a session").visitor, sessions.of("another session").visitor
-    (browser,) = visitors(sessions, "browser")
-    before.charge(1000)
-    assert now.used > 900
-    waiting(sessions.turns, now, n=1)
-    mine = waiting(sessions.turns, browser, n=4)
-    assert next_of(sessions.turns) is mine
-
-
 def test_places_are_kept_for_who_was_admitted(sessions: Sessions) -> None:
     sessions.turns._waiting = 1
     a, b, c = visitors(sessions, "a", "b", "c")
