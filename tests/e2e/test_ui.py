@@ -700,33 +700,6 @@ def test_a_full_queue_is_said_on_the_page(visit: Callable[..., Page], served: Se
     assert job.done == 0
 
 
-def test_nothing_is_drawn_for_a_program_that_does_not_listen(
-    served: Served, client: Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("ipdiverse.ui.queue._UNHEARD", 3.0)
-    client.take_example()
-    client.join().raise_for_status()
-    jobs = session_of(served, client).jobs
-    until(lambda: "vary" in jobs and jobs["vary"].wait(0), "its place is free")
-    assert jobs["vary"].done == 0
-
-
-def test_an_error_that_nobody_foresaw_is_one_line_on_the_page(
-    visit: Callable[..., Page], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def draw(*_: object) -> None:
-        raise KeyError("a secret of the machine")
-
-    monkeypatch.setattr(Job, "_draw", draw)
-    page = visit()
-    take_example(page)
-    page.click("#vary-go")
-    says(page, "#vary-status", "drawing failed; found KeyError")
-    shown = page.inner_text("body")
-    assert "secret" not in shown
-    assert "Traceback" not in shown
-
-
 def test_a_program_that_hangs_up_frees_the_slot(served: Served, client: Client) -> None:
     client.take_example()
     client.join(steps=100, count=16).raise_for_status()

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from ipdiverse.errors import quoted
 from ipdiverse.evaluation import report
 from ipdiverse.ui.status import PRIVATE, answered, problem
 from ipdiverse.ui.tabs import grid_tab, vary_tab
@@ -88,8 +87,7 @@ def find_reports(folders: Sequence[Path]) -> dict[str, Path]:
         for file in sorted(root.rglob(_NAME)) if root.is_dir() else ():
             real = file.resolve()
             if len(found) < MAX_REPORTS and real.is_relative_to(root) and _is_report(real):
-                # folders may be named by others: no escape sequence, and no endless name
-                found[quoted((folder / file.relative_to(root)).parent.as_posix())] = real
+                found[(folder / file.relative_to(root)).parent.as_posix()] = real
     return found
 
 

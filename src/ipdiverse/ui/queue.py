@@ -42,8 +42,6 @@ _PASSED = 25
 """By how many steps times images each turn of others brings the next turn nearer."""
 _INTERRUPTIONS = 3
 """How often a batch of images is begun again for the sake of others."""
-_UNHEARD = 15.0
-"""Seconds after which a job is stopped whose visitor listens no more, or has never done so."""
 _PASSED_ON = 10.0
 """Seconds in which gradio passes a request on, or its visitor has gone."""
 _WAIT, _LOOK = 0.1, 0.2
@@ -168,7 +166,7 @@ class Turns:
         return [job for job in list(self._line) if not job.stopping]
 
     def _others(self, job: Job | None) -> list[Job]:
-        return [other for other in self._active() if other is not job and other.heard()]
+        return [other for other in self._active() if other is not job]
 
     def _worst(self) -> Job:
         return max(self._active(), key=lambda job: (job.need, job.since))
@@ -176,8 +174,6 @@ class Turns:
     def _is_next(self, job: Job | None) -> bool:
         if job is None or job.stopping:
             return True
-        if not job.heard():
-            return False
         mine = (job.rank, job.since)
         return all(mine <= (other.rank, other.since) for other in self._others(job))
 
@@ -221,7 +217,6 @@ class Job:
         names: What a visitor calls the references.
         folder: For the images.
         visitor: Whose it is.
-        heard: Whether somebody listens to how it goes; nothing is drawn for nobody.
     """
 
     def __init__(
@@ -231,10 +226,8 @@ class Job:
         names: tuple[str, ...],
         folder: Path,
         visitor: Asker | None = None,
-        heard: Callable[[], bool] = lambda: True,
     ) -> None:
         self.requests, self.names, self.folder = requests, names, folder
-        self.heard = heard
         self.visitor, self.passed, self.interrupted = visitor, 0, 0
         self.total = sum(request.n * (request.steps or 0) for request in requests.values())
         self.done = 0
@@ -294,11 +287,8 @@ class Job:
 
     def watch(self) -> Generator[None]:
         """Yield every now and then until the job has ended; closing the generator stops the job."""
-        last = time.monotonic()
         try:
-            while not self._ended.wait(_LOOK) and time.monotonic() - last < _UNHEARD:
-                if self.heard():
-                    last = time.monotonic()
+            while not self._ended.wait(_LOOK):
                 yield
         finally:
             self.stop()

@@ -176,7 +176,7 @@ def _new_job(
     # a new folder each time: the browser keeps images by their address
     folder = session.folder / tab / uuid.uuid4().hex
     names = tuple(one.name for one in uploads)
-    job = Job(sessions.turns, requests, names, folder, session.visitor, session.listens)
+    job = Job(sessions.turns, requests, names, folder, session.visitor)
     job.start()
     session.jobs[tab] = job
     if before is not None:

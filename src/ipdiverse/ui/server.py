@@ -90,7 +90,7 @@ def opened_page(options: Options) -> Iterator[Page]:
             return passed
 
         uploads = Uploads(folder / "gradio")
-        limits = {"check": check, "uploads": uploads, "streams": sessions.streams}
+        limits = {"check": check, "uploads": uploads, "loopback": is_loopback(options.host)}
         url = _launch(page, options, look(), limits)
         page.server.config.http_protocol_class = Connection  # read for each connection
         warming = threading.Thread(target=_warm, args=(sessions.turns,), daemon=True)
@@ -138,7 +138,7 @@ def _environment(cache: Path) -> Iterator[None]:
 def _launch(page: Any, options: Options, look: dict[str, Any], limits: dict[str, Any]) -> str:
     from starlette.middleware import Middleware
 
-    layer = Middleware(OwnPageOnly, loopback=is_loopback(options.host), **limits)
+    layer = Middleware(OwnPageOnly, **limits)
     try:
         _, url, _ = page.launch(
             server_name=options.host,

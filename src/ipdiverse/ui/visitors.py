@@ -19,7 +19,7 @@ from ipdiverse.ui.queue import Job, Turns
 from ipdiverse.ui.safety import MAX_UPLOAD, Refused
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
 MAX_VISITORS = 1000
 MAX_SESSIONS = 8
@@ -95,14 +95,12 @@ class Session:
     Args:
         folder: For results.
         visitor: Whose it is.
-        listens: Whether the page waits for messages.
         jobs: The last one of each tab.
         chosen: The references of each tab.
     """
 
     folder: Path
     visitor: Visitor
-    listens: Callable[[], bool]
     jobs: dict[str, Job] = field(default_factory=dict)
     chosen: dict[str, Any] = field(default_factory=dict)
 
@@ -117,8 +115,6 @@ class Sessions:
 
     def __init__(self, folder: Path, waiting: int = 8) -> None:
         self.turns = Turns(waiting)
-        self.streams: Counter[str] = Counter()
-        """Open streams of messages, by session: who has none would not see what is drawn."""
         self._folder = folder
         self._lock = threading.RLock()
         self._visitors: dict[str, Visitor] = {}
@@ -129,9 +125,7 @@ class Sessions:
         with self._lock:
             owner = self._visitor(visitor or f"session {name}", visitor is not None)
             if name not in owner.sessions:
-                owner.sessions[name] = Session(
-                    owner.folder / name, owner, lambda: self.streams[str(key)] > 0
-                )
+                owner.sessions[name] = Session(owner.folder / name, owner)
             owner.sessions[name] = session = owner.sessions.pop(name)
             session.folder.mkdir(parents=True, exist_ok=True)
             while len(owner.sessions) > MAX_SESSIONS:

@@ -159,26 +159,6 @@ def test_who_waits_for_many_turns_is_next(sessions: Sessions) -> None:
     assert turns < 40
 
 
-def test_nothing_is_drawn_for_who_does_not_listen(
-    sessions: Sessions, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gone, here = visitors(sessions, "gone", "here")
-    unheard = waiting(sessions.turns, gone, n=1)
-    unheard.heard = lambda: False
-    heard = waiting(sessions.turns, here, n=16, steps=100)
-    assert next_of(sessions.turns) is heard, "though it asks for more"
-    assert heard.before == 0
-    heard._turn_from, heard._finished = 0, 0
-    heard._step(4)
-    heard._step(4)
-    assert heard.done == 8, "and it is not interrupted"
-    sessions.turns.leave(heard)
-    assert not sessions.turns._is_next(unheard)
-    monkeypatch.setattr("ipdiverse.ui.queue._UNHEARD", 0.5)
-    assert len(list(unheard.watch())) <= 3
-    assert unheard.stopping, "its place is free"
-
-
 def test_places_are_few_and_go_to_those_who_ask_for_little(sessions: Sessions) -> None:
     sessions.turns._waiting = 3
     greedy, modest, late = visitors(sessions, "greedy", "modest", "late")
