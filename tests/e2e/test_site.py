@@ -138,8 +138,10 @@ def test_the_gates_are_those_of_the_shipped_model() -> None:
     shown = dict(re.findall(r"^\| (\w+) \| ([\d.]+) \|", page.partition("\n##")[0], re.MULTILINE))
     weights = ROOT / "src" / "ipdiverse" / "critters" / "weights"
     gates = json.loads((weights / "provenance.json").read_text("utf-8"))["gates"]
-    assert shown.keys() == gates["figures"].keys()
-    for name, value in gates["figures"].items():
+    # validity was read by the oracle that these gates were measured with, which was nearly blind
+    figures = {n: value for n, value in gates["figures"].items() if "invalid" not in n}
+    assert shown.keys() == figures.keys()
+    for name, value in figures.items():
         assert float(shown[name]) == pytest.approx(value, rel=1e-3, abs=1e-4), name
     assert f"{gates['images']} images, {gates['steps']} steps" in page
 
