@@ -120,7 +120,7 @@ def disturb(killer: Killer, home: Path, name: str, end: End, at: int) -> None:
 
 
 @pytest.mark.parametrize("end", ENDS)
-@pytest.mark.parametrize("name", ["prepare", "embed", "train", "generate", "batch", "make"])
+@pytest.mark.parametrize("name", ["prepare", "embed", "train"])
 def test_ended_at_a_change_it_goes_on(name: str, end: End, killer: Killer, home: Path) -> None:
     _, changes = whole(killer, home, name)
     disturb(killer, home, name, end, at=changes * (2 + ENDS.index(end)) // 5)
