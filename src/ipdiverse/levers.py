@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from ipdiverse.errors import ArgumentError, check_range
-from ipdiverse.seeding import derived_seed
+from ipdiverse.seeding import noise
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,19 +49,9 @@ class StepContext:
 
         An item's noise is the same at every step, whatever else is in the batch.
         """
-        import torch
-
-        drawn = [
-            torch.randn(
-                row.shape,
-                # on the CPU: other devices draw other numbers from the same seed
-                generator=torch.Generator().manual_seed(derived_seed(seed, name)),
-                # transformers changes the default dtype while another thread loads a model
-                dtype=torch.float32,
-            )
-            for seed, row in zip(self.seeds, like, strict=True)
-        ]
-        return torch.stack(drawn).to(like)
+        if len(self.seeds) != len(like):
+            raise ValueError(f"{len(self.seeds)} seeds for {len(like)} items")
+        return noise(name, self.seeds, like.shape[1:]).to(like)
 
 
 @dataclass(frozen=True)

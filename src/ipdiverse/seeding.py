@@ -6,6 +6,8 @@ import hashlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     import torch
 
 
@@ -31,3 +33,20 @@ def generator(seed: int, image_index: int) -> torch.Generator:
     import torch
 
     return torch.Generator("cpu").manual_seed(derived_seed(seed, image_index))
+
+
+def noise(name: str, seeds: Iterable[int], shape: Sequence[int]) -> torch.Tensor:
+    """Standard normal noise, (seeds, *shape), each row of its own seed and a name alone."""
+    import torch
+
+    drawn = [
+        torch.randn(
+            tuple(shape),
+            # on the CPU: other devices draw other numbers from the same seed
+            generator=torch.Generator().manual_seed(derived_seed(seed, name)),
+            # transformers changes the default dtype while another thread loads a model
+            dtype=torch.float32,
+        )
+        for seed in seeds
+    ]
+    return torch.stack(drawn)

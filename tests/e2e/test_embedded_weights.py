@@ -38,6 +38,11 @@ def test_weights_are_half_precision_or_less() -> None:
 
     for file in CRITTERS_BASE.parent.rglob("*.safetensors"):
         with safe_open(file, framework="pt") as opened:
+            whole = {
+                opened.get_slice(key).get_dtype()
+                for key in opened.keys()  # noqa: SIM118
+                if len(opened.get_slice(key).get_shape()) > 1
+            }
             kinds = {
                 opened.get_slice(key).get_dtype()
                 for key in opened.keys()  # noqa: SIM118 - not a dict: it cannot be iterated
@@ -47,6 +52,7 @@ def test_weights_are_half_precision_or_less() -> None:
         # whole numbers of eight bits, a scale for each row in float32, and text as bytes
         allowed = {"F16", "I64", *(("I8", "U8", "F32") if packed else ())}
         assert kinds <= allowed, file
+        assert whole <= {"F16", "I64", "I8"}, f"{file}: only scales and deviations in float32"
 
 
 def test_provenance_says_how_they_were_made() -> None:

@@ -12,6 +12,7 @@ from diffusers.image_processor import IPAdapterMaskProcessor
 from safetensors.torch import save_file
 
 import ipdiverse
+from ipdiverse.adapter.fusion import BlendFusion
 from ipdiverse.errors import ArgumentError, ModelError
 from ipdiverse.loading import quiet
 from tests import models
@@ -154,6 +155,23 @@ def test_each_generator_decides_its_image_alone(tmp_path: Path) -> None:
         equal(run(pipe, 1, ip_adapter_image=IMAGES[0]), three[:1])
         diversified.set_diversity(0.0)
         equal(run(pipe, 3, ip_adapter_image=IMAGES[0]), before)
+
+
+def test_a_dial_at_0_takes_a_fusion_off_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    theirs = loaded("sd1", ["plus"], tmp_path)
+    before = run(theirs, 2, ip_adapter_image=IMAGES[0])
+    pipe = models.pipeline("sd1")
+    adapter = ipdiverse.load_adapter(tmp_path / "0.safetensors")
+    torch.manual_seed(0)
+    adapter.fusion = BlendFusion(adapter.token_width)
+    with ipdiverse.attach(pipe, adapter) as prompt:
+        fused = run(pipe, 2, ip_adapter_image=IMAGES[0])
+        assert np.abs(fused - before).max() > 10 * TOLERANCE
+        for diversity in (0.5, 0.7, 0.0):
+            prompt.set_diversity(diversity)
+        equal(run(pipe, 2, ip_adapter_image=IMAGES[0]), before)
+        assert "prepare_latents" in vars(pipe)
+    assert not {"prepare_latents", "set_ip_adapter_scale"} & vars(pipe).keys()
 
 
 def test_what_cannot_be_diversified_is_refused() -> None:

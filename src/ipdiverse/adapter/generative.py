@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ipdiverse.seeding import derived_seed
+from ipdiverse.seeding import noise
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -255,16 +255,8 @@ class GenerativeFusion(nn.Module):
         return self.variation.along(self.image_out(_normed(states, shift, scale)))
 
     def _noise(self, like: Tensor, seeds: Sequence[int] | None) -> Tensor:
-        drawn = [
-            torch.randn(
-                like.shape[1:],
-                # on the CPU: other devices draw other numbers from the same seed
-                generator=torch.Generator().manual_seed(derived_seed(seed, "generative")),
-                dtype=torch.float32,
-            )
-            for seed in (range(len(like)) if seeds is None else seeds)
-        ]
-        return self.variation.along(torch.stack(drawn).to(like.device))
+        rows = range(len(like)) if seeds is None else seeds
+        return self.variation.along(noise("generative", rows, like.shape[1:]).to(like.device))
 
 
 def _normed(states: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

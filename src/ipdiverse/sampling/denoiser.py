@@ -58,6 +58,7 @@ def steer(
     _check(levers, attachment, len(seeds))
     hook, unet = attachment.hook, attachment.pipe.unet
     _take_off(attachment)  # diffusers refuses a second hook of one name
+    attachment.set_seeds(seeds)  # a fusion that draws reads them too
     steering = Steering(attachment, levers, context)
     with inside_offloading(unet):
         HookRegistry.check_if_exists_or_initialize(unet).register_hook(steering, LEVERS_HOOK)
@@ -80,6 +81,7 @@ def steer(
 def release(attachment: Attachment) -> None:
     """Take levers off again, exactly."""
     _take_off(attachment)
+    attachment.set_seeds(None)
     attachment.set_interpolation(1.0)
 
 

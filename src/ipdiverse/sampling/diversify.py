@@ -12,17 +12,20 @@ import torch
 
 from ipdiverse.adapter.attach.attach import Attachment, checked_unet, detach
 from ipdiverse.adapter.attach.attach import attach as attach_adapters
-from ipdiverse.adapter.attach.stock import StockCalls, put_back, stock_adapters, take_off
+from ipdiverse.adapter.attach.stock import StockCalls, put_back, shadow, stock_adapters, take_off
 from ipdiverse.adapter.files.checkpoint import adapter_from_tensors, load_adapter
 from ipdiverse.adapter.imagine import load_space, space_at_hand
 from ipdiverse.adapter.model import ImagePromptAdapter
 from ipdiverse.base.adapters import adapter_file, space_file
+from ipdiverse.dial import OFF
 from ipdiverse.errors import ArgumentError, ModelError, check_range
 from ipdiverse.sampling.denoiser import release, steer
 from ipdiverse.sampling.sample import dial_for
 from ipdiverse.seeding import derived_seed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ipdiverse.adapter.imagine import VariationSpace
     from ipdiverse.dial import Levers
 
@@ -74,6 +77,11 @@ class DialedAttachment(Attachment):
     A context manager: leaving the `with` block detaches.
     """
 
+    def __init__(self, *parts: Any) -> None:
+        super().__init__(*parts)
+        self._unshadow: Callable[[], None] | None = None
+        self.on_detach(self._unwatch)
+
     def set_diversity(
         self, diversity: float, *, space: VariationSpace | str | Path | None = None
     ) -> None:
@@ -94,32 +102,32 @@ class DialedAttachment(Attachment):
         check_range("diversity", diversity, 0, 1)
         if space is not None or self.scenes is None:
             self.set_space(self._opened(space))
-        if not diversity:
-            self._watch(None)
-            release(self)
-            return
-        self._watch(dial_for(self.adapters[0], self.scenes is not None).at(diversity))
+        levers = dial_for(self.adapters[0], self.scenes is not None).at(diversity)
+        self._unwatch()
+        release(self)
+        # off only where that is stock already: the dial of a fused or fine-tuned adapter has levers
+        # at 0 too
+        if levers != OFF:
+            self._watch(levers)
 
     def _opened(self, space: VariationSpace | str | Path | None) -> VariationSpace | None:
         if space is None:
             return space_at_hand(self.adapters[0])
         return load_space(space_file(str(space))) if isinstance(space, (str, Path)) else space
 
-    def _watch(self, levers: Levers | None) -> None:
+    def _watch(self, levers: Levers) -> None:
         """Steer each call of the pipeline as soon as its noise is drawn."""
-        own = self.pipe.__dict__
-        if isinstance(own.get("prepare_latents"), _Steered):
-            del own["prepare_latents"]
-        if levers is None:
-            return
         if not hasattr(self.pipe, "prepare_latents"):
             raise ArgumentError(
                 "does not say which noise an image starts from",
                 where=type(self.pipe).__name__,
                 fix="Use `ipdiverse.steer` with seeds of your own.",
             )
-        own["prepare_latents"] = _Steered(self, levers)
-        self.on_detach(lambda: self._watch(None))
+        self._unshadow = shadow(self.pipe, "prepare_latents", _Steered(self, levers))
+
+    def _unwatch(self) -> None:
+        if self._unshadow is not None:
+            self._unshadow()
 
 
 class _Steered:

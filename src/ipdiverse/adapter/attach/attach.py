@@ -6,7 +6,7 @@ While attached, each attention layer has another processor, and the UNet one hoo
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from diffusers.hooks import HookRegistry
@@ -236,7 +236,7 @@ class Attachment:
         """Call this when the adapters are taken off."""
         self.hook.on_detach.append(undo)
 
-    def __enter__(self) -> Attachment:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

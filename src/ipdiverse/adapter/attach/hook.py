@@ -196,8 +196,10 @@ class ImagePromptHook(ModelHook):
         """Keep the masks that a stock call brings, which only stock's own processors could read."""
         given = kwargs.get("cross_attention_kwargs") or {}
         masks = given.get(MASKS)
-        if masks is not self._masks:
-            self._masks, self._prepared = masks, []
+        # by their tensors: levers hand them on in another list at every step
+        if _identities(masks) != _identities(self._masks):
+            self._prepared = []
+        self._masks = masks
         if masks is None:
             return kwargs
         rest = {name: value for name, value in given.items() if name != MASKS}
@@ -363,6 +365,10 @@ class ImagePromptHook(ModelHook):
         if first is None:
             first = 0 if getattr(self.pipe, "denoising_end", None) else scheduled - count
         return first, count
+
+
+def _identities(masks: Any) -> list[int]:
+    return [id(one) for one in (masks if isinstance(masks, (list, tuple)) else [masks])]
 
 
 def _check_items(prompt: ActiveAdapter, batch: int, layout: Layout) -> None:

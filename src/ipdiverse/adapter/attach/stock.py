@@ -18,7 +18,7 @@ from ipdiverse.adapter.reference import Reference, as_reference
 from ipdiverse.errors import ArgumentError, ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 _RENAMED = {
     "ImageProjection": {"image_embeds.": "proj."},
@@ -61,7 +61,7 @@ class StockAdapter:
 
 @dataclass(frozen=True)
 class StockState:
-    """What `take_over` took off, to be put back."""
+    """What `take_off` took off, to be put back."""
 
     processors: Mapping[str, Any]
     projection: Any
@@ -153,6 +153,22 @@ def put_back(unet: Any, state: StockState) -> None:
     unet.set_attn_processor(dict(state.processors))
 
 
+def shadow(pipe: Any, name: str, ours: Any) -> Callable[[], None]:
+    """Answer a pipeline's method ourselves; what is returned undoes it, unless others did."""
+    own = pipe.__dict__
+    there, before = name in own, own.get(name)
+    own[name] = ours
+
+    def undo() -> None:
+        if own.get(name) is not ours:
+            return
+        del own[name]
+        if there:
+            own[name] = before
+
+    return undo
+
+
 class StockCalls:
     """The pipeline's own methods for image prompts, answered by what is attached.
 
@@ -163,24 +179,14 @@ class StockCalls:
     shadowed = ("prepare_ip_adapter_image_embeds", "set_ip_adapter_scale", "load_ip_adapter")
 
     def __init__(self, attachment: Any) -> None:
-        self.attachment = attachment
-        self.before = {
-            name: attachment.pipe.__dict__.get(name)
-            for name in self.shadowed
-            if hasattr(attachment.pipe, name)
-        }
-        for name in self.before:
-            attachment.pipe.__dict__[name] = getattr(self, name)
+        self.attachment, pipe = attachment, attachment.pipe
+        known = [name for name in self.shadowed if hasattr(pipe, name)]
+        self._undo = [shadow(pipe, name, getattr(self, name)) for name in known]
 
     def release(self) -> None:
         """Give the pipeline its own methods back."""
-        own = self.attachment.pipe.__dict__
-        for name, before in self.before.items():
-            if getattr(own.get(name), "__self__", None) is not self:
-                continue  # somebody else's since
-            del own[name]
-            if before is not None:
-                own[name] = before
+        for undo in self._undo:
+            undo()
 
     def prepare_ip_adapter_image_embeds(
         self,
