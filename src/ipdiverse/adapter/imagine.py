@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -138,7 +138,7 @@ class VariationSpace:
         """W (s z): what a change of z changes in tokens such as these."""
         return ((z * self.deviations) @ self.directions.T).view(tokens.shape).to(tokens)
 
-    def recombined(self, tokens: Tensor, scenes: Tensor, strength: float | Tensor = 1.0) -> Tensor:
+    def recombined(self, tokens: Tensor, scenes: Tensor, strength: float = 1.0) -> Tensor:
         """The subject of some tokens in other scenes.
 
         z' = z − QQᵀz + QQᵀz_j, t' = t + strength · W(s(z' − z)): what lies outside W stays as it
@@ -147,13 +147,11 @@ class VariationSpace:
         Args:
             tokens: (…, tokens, width).
             scenes: z_j, (…, directions).
-            strength: 0..1, for all or for each.
+            strength: 0..1.
         """
-        if isinstance(strength, float) and strength == 0:
+        if strength == 0:
             return tokens
         change = (scenes.to(self.mean) - self.reduce(tokens)) @ self.scene @ self.scene.T
-        if isinstance(strength, Tensor):
-            strength = strength.to(change)[..., None]
         return tokens + self.expand(strength * change, tokens)
 
     def keys_of(self, embeds: Tensor, *, prompts: bool) -> Tensor:
@@ -167,10 +165,6 @@ class VariationSpace:
         source = torch.Generator().manual_seed(derived_seed(seed, "scene"))
         chosen = int(torch.randint(len(found), (), generator=source))
         return self.bank.scenes[found[chosen]], share
-
-    def with_bank(self, bank: SceneBank) -> VariationSpace:
-        """The same with other scenes to draw from."""
-        return replace(self, bank=bank)
 
 
 def projection_hash(adapter: ImagePromptAdapter) -> str:
@@ -219,14 +213,9 @@ def as_text(spec: Mapping[str, Any]) -> str:
 
 def save_space(space: VariationSpace, file: str | Path) -> None:
     """Write a space atomically (`*.safetensors`)."""
-    write_bytes_atomic(Path(file), space_bytes(space))
-
-
-def space_bytes(space: VariationSpace) -> bytes:
-    """What `save_space` writes."""
     tensors = _tensors(space)
     told = {_SPEC: json.dumps(space.spec, sort_keys=True), _HASH: tensors_hash(tensors)}
-    return safetensors_bytes(tensors, {**told, "format": "pt"})
+    write_bytes_atomic(Path(file), safetensors_bytes(tensors, {**told, "format": "pt"}))
 
 
 def is_space(metadata: Mapping[str, str]) -> bool:

@@ -211,7 +211,7 @@ def _of_file(weights: Path, request: Request, *stamp: int) -> tuple[dict[str, An
     """
     needed = request.diversity is not None or request.levers.recombine
     adapter = load_adapter(weights) if needed else None
-    space = None if adapter is None else space_of(request, adapter)
+    space = None if adapter is None else space_of(request.space, adapter)
     levers = levers_of(request, adapter, space is not None)
     acts = space.sha256 if space and levers.recombine else ""
     return _rounded(dict(levers)), _hash_of_file(weights, *stamp), acts

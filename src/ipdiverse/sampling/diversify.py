@@ -14,19 +14,18 @@ from ipdiverse.adapter.attach.attach import Attachment, checked_unet, detach
 from ipdiverse.adapter.attach.attach import attach as attach_adapters
 from ipdiverse.adapter.attach.stock import StockCalls, put_back, shadow, stock_adapters, take_off
 from ipdiverse.adapter.files.checkpoint import adapter_from_tensors, load_adapter
-from ipdiverse.adapter.imagine import load_space, space_at_hand
+from ipdiverse.adapter.imagine import VariationSpace
 from ipdiverse.adapter.model import ImagePromptAdapter
-from ipdiverse.base.adapters import adapter_file, space_file
+from ipdiverse.base.adapters import adapter_file
 from ipdiverse.dial import OFF
 from ipdiverse.errors import ArgumentError, ModelError, check_range
 from ipdiverse.sampling.denoiser import release, steer
-from ipdiverse.sampling.sample import dial_for
+from ipdiverse.sampling.sample import dial_for, space_of
 from ipdiverse.seeding import derived_seed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ipdiverse.adapter.imagine import VariationSpace
     from ipdiverse.dial import Levers
 
 
@@ -101,19 +100,13 @@ class DialedAttachment(Attachment):
         """
         check_range("diversity", diversity, 0, 1)
         if space is not None or self.scenes is None:
-            self.set_space(self._opened(space))
+            known = isinstance(space, VariationSpace)
+            self.set_space(space if known else space_of(str(space or ""), self.adapters[0]))
         levers = dial_for(self.adapters[0], self.scenes is not None).at(diversity)
         self._unwatch()
         release(self)
-        # off only where that is stock already: the dial of a fused or fine-tuned adapter has levers
-        # at 0 too
-        if levers != OFF:
+        if levers != OFF:  # at 0 too: what a fusion adds has to be taken off
             self._watch(levers)
-
-    def _opened(self, space: VariationSpace | str | Path | None) -> VariationSpace | None:
-        if space is None:
-            return space_at_hand(self.adapters[0])
-        return load_space(space_file(str(space))) if isinstance(space, (str, Path)) else space
 
     def _watch(self, levers: Levers) -> None:
         """Steer each call of the pipeline as soon as its noise is drawn."""

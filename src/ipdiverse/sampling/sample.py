@@ -55,11 +55,11 @@ def levers_of(
     return dial_for(adapter, has_space).at(request.diversity) | request.levers
 
 
-def space_of(request: Request, adapter: ImagePromptAdapter) -> VariationSpace | None:
-    """The variation space of a request: the one it names, or the package's own for its adapter."""
+def space_of(named: str, adapter: ImagePromptAdapter) -> VariationSpace | None:
+    """The variation space that a file or hub id names, or the package's own for an adapter."""
     from ipdiverse.adapter.imagine import load_space, space_at_hand
 
-    return load_space(space_file(request.space)) if request.space else space_at_hand(adapter)
+    return load_space(space_file(named)) if named else space_at_hand(adapter)
 
 
 def imagine(attachment: Attachment, request: Request) -> list[str]:
@@ -68,7 +68,7 @@ def imagine(attachment: Attachment, request: Request) -> list[str]:
     dialled = bool(request.diversity) and dial_of(adapter.spec, "adapter") is None
     if not (dialled or request.space or request.scenes or request.levers.recombine):
         return []  # a calibrated dial needs no space, and finding one takes a hash of the weights
-    attachment.set_space(space_of(request, adapter))
+    attachment.set_space(space_of(request.space, adapter))
     if request.scenes:
         attachment.set_scenes(*_pictures(request.scenes))
     levers = levers_of(request, adapter, attachment.scenes is not None)

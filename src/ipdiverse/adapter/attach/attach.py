@@ -6,6 +6,7 @@ While attached, each attention layer has another processor, and the UNet one hoo
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
@@ -140,7 +141,7 @@ class Attachment:
         """
         scenes = self._with_space()
         bank = scenes.bank_of(images, captions, self.adapters[0], self._encoding)
-        self.set_space(scenes.space.with_bank(bank))
+        self.set_space(replace(scenes.space, bank=bank))
 
     def recombined(
         self, tokens: Tensor, strength: float, prompts: Sequence[str], seeds: Sequence[int]

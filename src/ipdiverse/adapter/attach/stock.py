@@ -189,11 +189,7 @@ class StockCalls:
             undo()
 
     def prepare_ip_adapter_image_embeds(
-        self,
-        ip_adapter_image: Any,
-        ip_adapter_image_embeds: Any,
-        *_: Any,
-        **__: Any,
+        self, ip_adapter_image: Any, ip_adapter_image_embeds: Any, *_: Any, **__: Any
     ) -> list[Tensor]:
         """Take the references of a call; the UNet gets them from our hook, so nothing is left."""
         count = len(self.attachment.adapters)
@@ -253,13 +249,10 @@ class StockCalls:
         names = attention_layers(unet)
         for number in range(len(adapters)):
             one = expanded[number % len(expanded)]
-            if not isinstance(one, dict):
-                self.attachment.set_scale(float(one), adapter=number)
-                continue
-            layers = self.attachment.hook.layers
-            self.attachment.set_scale(
-                [_of_layer(names[layer.number], one) for layer in layers], adapter=number
-            )
+            if isinstance(one, dict):
+                layers = self.attachment.hook.layers
+                one = [_of_layer(names[layer.number], one) for layer in layers]
+            self.attachment.set_scale(one, adapter=number)
 
     def load_ip_adapter(self, *_: Any, **__: Any) -> None:
         """Refuse: stock's processors would take the place of ours."""
