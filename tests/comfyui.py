@@ -263,7 +263,7 @@ class ModelSampling:
         low = int(at)
         share = at - low
         both = self.log_sigmas[low], self.log_sigmas[min(low + 1, 999)]
-        return float(((1 - share) * both[0] + share * both[1]).exp())
+        return float(((1 - share) * both[0] + share * both[1]).exp().float())
 
 
 class BaseModel:

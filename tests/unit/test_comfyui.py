@@ -437,8 +437,8 @@ def test_presets_are_ours(preset: str) -> None:
 
 def test_it_acts_in_its_share_of_the_steps() -> None:
     adapter = adapter_of("sd1")
-    found = sampled(applied(model_of("sd1"), adapter, start_at=0.25, end_at=0.75), steps=4)
-    assert_close(found, in_diffusers(adapter, steps=4, start_at=0.25, end_at=0.75))
+    found = sampled(applied(model_of("sd1"), adapter, start_at=0.2, end_at=0.7), steps=4)
+    assert_close(found, in_diffusers(adapter, steps=4, start_at=0.2, end_at=0.7))
     assert_differ(found, sampled(applied(model_of("sd1"), adapter), steps=4))
 
 
@@ -823,7 +823,7 @@ def test_that_packs_node_adds_to_ours_and_leaves_our_model_alone(architecture: s
         return out
 
     patch.add(callback, weight=0.5, sigma_start=1.5, sigma_end=0.0)
-    assert_differ(sampled(later, architecture), alone)
+    assert not torch.equal(sampled(later, architecture), alone)
     assert called
     assert len(called) < 3 * 2, "only in its range of noise levels"
     assert torch.equal(sampled(mine, architecture), alone), "the model before it is as it was"

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(not COMFYUI, reason="IPDIVERSE_COMFYUI names no 
 beside = pytest.mark.skipif(not OTHER, reason="IPDIVERSE_COMFYUI_IPADAPTER_PLUS names no sources")
 
 
-def node(kind: str, **inputs: Any) -> dict[str, Any]:
+def node(kind: str, /, **inputs: Any) -> dict[str, Any]:
     return {"class_type": kind, "inputs": inputs}
 
 
