@@ -285,8 +285,8 @@ class ApplyEmbeds:
         strength = setting.levers.change("scale", strength, StepContext((), layers=layers))
         mask = None if attn_mask is None else RegionMask(_flat(attn_mask), mode="bilinear")
         schedule = Schedule(model.get_model_object("model_sampling"), start_at, end_at)
-        both = (checked_embeds(adapter, one) for one in (embeds, negative_embeds))
-        given = Given(*both, strength, schedule, setting, prompts, mask)
+        positive, negative = (checked_embeds(adapter, one) for one in (embeds, negative_embeds))
+        given = Given(positive, negative, strength, schedule, setting, prompts, mask)
         prompt = ImagePrompt(adapter, given)
         if prompt.scenes is not None and (share := prompt.scenes.share) < 1:
             logging.warning(

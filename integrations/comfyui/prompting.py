@@ -228,10 +228,12 @@ class ImagePrompt:
         tokens = self._positive.expand(items, *self._positive.shape)
         if self.scenes is None:
             return tokens
-        if self._imagined is None or len(self._imagined) != items:
+        imagined = self._imagined
+        if imagined is None or len(imagined) != items:
             context = StepContext(self.seeds(items), attachment=self.scenes)
-            self._imagined = self.setting.levers.change("projected", tokens, context)
-        return self._imagined
+            imagined = self.setting.levers.change("projected", tokens, context)
+            self._imagined = imagined
+        return imagined
 
     def _fused(self, tokens: Tensor, text: Tensor, branch: int, strength: float) -> Tensor:
         """Tokens (items, references, tokens, width) with the text of their branch in them."""
