@@ -97,6 +97,27 @@ def test_embeddings_act_as_in_stock(kind: str, tmp_path: Path) -> None:
         equal(run(pipe, 2, ip_adapter_image_embeds=embeds), before)
 
 
+def test_arrays_and_prepared_tensors_act_as_in_stock(tmp_path: Path) -> None:
+    pipe = loaded("sd1", ["plus"], tmp_path)
+    array = np.asarray(IMAGES[0])
+    prepared = pipe.feature_extractor(IMAGES[0], return_tensors="pt").pixel_values
+    for given in (array, [array], [[array, array[::-1]]], prepared):
+        before = run(pipe, ip_adapter_image=given)
+        with ipdiverse.diversify(pipe, 0.0):
+            equal(run(pipe, ip_adapter_image=given), before)
+
+
+def test_tensors_of_pictures_are_pictures_which_stock_does_not_know(tmp_path: Path) -> None:
+    pipe = loaded("sd1", ["plus"], tmp_path)
+    pixels = torch.from_numpy(np.array(IMAGES[0])).permute(2, 0, 1)
+    before = run(pipe, ip_adapter_image=IMAGES[0])
+    with ipdiverse.diversify(pipe, 0.0):
+        for given in (pixels, pixels[None], pixels / 255, pixels[None] / 255, [pixels[None]]):
+            equal(run(pipe, ip_adapter_image=given), before)
+        with pytest.raises(ArgumentError, match="which number is white"):
+            run(pipe, ip_adapter_image=pixels / 255 * 2 - 1)
+
+
 def test_masks_act_as_in_stock(tmp_path: Path) -> None:
     pipe = loaded("sd1", ["plus"], tmp_path)
     left = np.zeros((64, 64), np.uint8)

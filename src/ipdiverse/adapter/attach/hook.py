@@ -11,7 +11,7 @@ import torch
 from diffusers.hooks import ModelHook
 from torch import Tensor
 
-from ipdiverse.adapter.attach.branches import KEPT_PROMPTS, Told, tell_branches
+from ipdiverse.adapter.attach.branches import KEPT_PROMPTS, GivenWords, Told, tell_branches
 from ipdiverse.adapter.attention import BOTH, NOTHING, DecoupledAttention, Slot, TokenGroup
 from ipdiverse.adapter.model import interpolated, placed, state_of
 from ipdiverse.adapter.reference import RegionMask
@@ -138,6 +138,7 @@ class ImagePromptHook(ModelHook):
         self.pipe, self.prompts, self.layers = pipe, prompts, layers
         self.processors, self.before = processors, before
         self.encoded: deque[EncodedPrompt] = deque(maxlen=KEPT_PROMPTS)
+        self.words = GivenWords()
         self.on_detach: list[Callable[[], object]] = []
         self.layout: Layout | None = None
         self._told: tuple[Tensor, Told] | None = None

@@ -213,7 +213,7 @@ class StockCalls:
     def _reference(self, given: Any, number: int) -> Reference:
         """One adapter's images or embeddings, as stock reads them."""
         adapter = self.attachment.adapters[number]
-        if isinstance(given, Tensor):  # stock hands tensors to the encoder as they are
+        if _prepared(given):  # stock hands tensors to the encoder as they are
             hidden = "hidden" in adapter.reads
             embeds, _ = self.attachment.pipe.encode_image(given, given.device, 1, hidden)
             return Reference(embeds=[embeds])
@@ -261,6 +261,16 @@ class StockCalls:
             where="load_ip_adapter",
             fix="Call ipdiverse.detach(pipe) first, or load first and then ipdiverse.diversify.",
         )
+
+
+def _prepared(given: Any) -> bool:
+    """Whether a tensor is what the image encoder reads, and not a picture in 0..1 or 0..255.
+
+    Stock takes every tensor for the former, and draws nonsense of a picture.
+    """
+    if not isinstance(given, Tensor) or given.ndim != 4 or not given.is_floating_point():
+        return False
+    return bool(given.min() < 0 or 1 < given.max() <= 3)
 
 
 def _of_layer(name: str, scales: Mapping[str, float]) -> float:
