@@ -332,7 +332,9 @@ def detach(pipe: Any) -> None:
     for undo in reversed(hook.on_detach):
         undo()
     forget_prompts(pipe)
-    pipe.unet.set_attn_processor(dict(hook.before))
+    for name, processor in hook.before.items():
+        # one by one: stock counts the layers of a projection that was loaded meanwhile too
+        pipe.unet.get_submodule(name.removesuffix(".processor")).set_processor(processor)
     with inside_offloading(pipe.unet):
         registry = HookRegistry.check_if_exists_or_initialize(pipe.unet)
         if registry.get_hook(LEVERS_HOOK) is not None:

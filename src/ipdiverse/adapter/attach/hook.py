@@ -233,7 +233,11 @@ class ImagePromptHook(ModelHook):
 
     def _check_references(self) -> None:
         if not all(prompt.references for prompt in self.prompts):
-            raise ArgumentError("no reference was set", where="adapter", fix="Call set_reference.")
+            raise ArgumentError(
+                "no reference was set",
+                where="adapter",
+                fix="Call set_reference, or give the pipeline an ip_adapter_image.",
+            )
 
     def _check_processors(self) -> None:
         for attention, mine in self.processors:
@@ -242,8 +246,9 @@ class ImagePromptHook(ModelHook):
                     "an attention processor was replaced while an adapter is attached",
                     where="pipeline",
                     found=type(attention.processor).__name__,
-                    fix="Attention slicing and fused projections do not work with image prompts: "
-                    "switch them off, detach and attach again.",
+                    fix="Attention slicing, fused projections and load_ip_adapter on another "
+                    "pipeline with this UNet do not go with image prompts: undo them, detach and "
+                    "attach again.",
                 )
 
     def _prepare_tokens(self, text: Tensor) -> Layout:
