@@ -439,8 +439,13 @@ def test_the_extension_does_not_decide(
 
 
 @pytest.fixture
-def client(served: Served) -> Client:
-    return Client(served.url)
+def client(served: Served) -> Iterator[Client]:
+    yield Client(served.url)
+    turns = served.sessions.turns
+    for job in turns._jobs():  # of whoever joined and never listened
+        job.stop()
+    until(lambda: not (turns._line or turns.busy), "the line is empty")
+    turns._promised.clear()
 
 
 def uploaded(client: Client, name: str, data: bytes) -> dict[str, Any]:
@@ -639,9 +644,10 @@ def waiting_job(served: Served, client: Client, **wanted: Any) -> Job:
 def test_fifty_at_once_are_drawn_or_told_to_come_back(
     served: Served, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # nobody has drawn before: whoever has would lose their place to a newcomer
+    # each with a cookie of its own: all programs without one have two places together
     first, *crowd = [Client(served.url) for _ in range(51)]
     for one in (first, *crowd):
+        one.http.get("/config").raise_for_status()
         one._config = client.config
         one.take_example()
     draw, drawing, at_once = Job._draw, [], []
@@ -655,6 +661,7 @@ def test_fifty_at_once_are_drawn_or_told_to_come_back(
             drawing.remove(job)
 
     monkeypatch.setattr(Job, "_draw", counted)
+    monkeypatch.setattr("ipdiverse.ui.queue._UNHEARD", PATIENCE)  # all listen at the end only
     gate = threading.Barrier(50)
 
     def come(number: int) -> httpx.Response:
@@ -678,12 +685,31 @@ def test_fifty_at_once_are_drawn_or_told_to_come_back(
     assert at_once == [1] * (1 + WAITING), "one generation at a time"
 
 
+def test_programs_without_a_cookie_share_two_places(served: Served, client: Client) -> None:
+    crowd = [Client(served.url) for _ in range(5)]
+    for one in crowd:
+        one._config = client.config
+        one.take_example()
+    with served.sessions.turns.turn(lambda: None):
+        codes = [one.join().status_code for one in crowd]
+        assert codes == [200, 200, 429, 429, 429]
+        client.take_example()
+        job = waiting_job(served, client, steps=2)
+        told: list[Any] = []
+        listening = threading.Thread(target=lambda: told.append(client.outcome()))
+        listening.start()
+    listening.join(PATIENCE)
+    assert "Done: 1 image." in str(told), "a browser is not kept out"
+    assert job.images == 1
+
+
 def test_a_full_queue_is_said_on_the_page(visit: Callable[..., Page], served: Served) -> None:
     page = visit()
     take_example(page)
     configure(page, "", steps=1, count=1)
     crowd = [Client(served.url) for _ in range(WAITING + 1)]
     for one in crowd:
+        one.http.get("/config").raise_for_status()
         one._config = crowd[0].config
         one.take_example()
     with served.sessions.turns.turn(lambda: None):
@@ -698,6 +724,19 @@ def test_a_full_queue_is_said_on_the_page(visit: Callable[..., Page], served: Se
             stream.close()  # type: ignore[attr-defined]
         until(lambda: job.wait(0), "who left waits no more")
     assert job.done == 0
+
+
+def test_who_never_listens_is_dropped_before_anything_is_drawn(
+    served: Served, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ipdiverse.ui.queue._UNHEARD", 1.0)
+    client.take_example()
+    client.join(steps=100, count=16).raise_for_status()
+    until(lambda: "vary" in session_of(served, client).jobs, "the job has come")
+    job = session_of(served, client).jobs["vary"]
+    until(lambda: job.wait(0), "nobody listens")
+    assert (job.done, job.stopped) == (0, True)
+    assert served.sessions.turns._jobs() == []
 
 
 def test_a_program_that_hangs_up_frees_the_slot(served: Served, client: Client) -> None:

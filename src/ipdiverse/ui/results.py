@@ -134,8 +134,8 @@ def draw_on(
     """Say what happens when a visitor draws and cancels."""
 
     def start(request: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
-        sessions.turns.arrived()
         session = sessions.asking(request)
+        sessions.turns.arrived(session.visitor.name)
         uploads = session.chosen.get(tab, [])
         try:
             job = _new_job(sessions, session, tab, requests_of(uploads, *values), uploads)
@@ -176,7 +176,7 @@ def _new_job(
     # a new folder each time: the browser keeps images by their address
     folder = session.folder / tab / uuid.uuid4().hex
     names = tuple(one.name for one in uploads)
-    job = Job(sessions.turns, requests, names, folder, session.visitor)
+    job = Job(sessions.turns, requests, names, folder, session.visitor.name, session.listens)
     job.start()
     session.jobs[tab] = job
     if before is not None:
