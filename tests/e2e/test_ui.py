@@ -56,11 +56,16 @@ REPORT = (
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def reports(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reports")
     (folder / "study").mkdir()
     (folder / "study" / "report.html").write_text(REPORT)
-    with opened_page(Options(port=free_port(), reports=(str(folder),), waiting=WAITING)) as page:
+    return folder
+
+
+@pytest.fixture(scope="module")
+def served(reports: Path) -> Iterator[Served]:
+    with opened_page(Options(port=free_port(), reports=(str(reports),), waiting=WAITING)) as page:
         yield page
         at = page.folder
     assert not at.exists(), "nothing is left"
@@ -153,10 +158,10 @@ def copied(page: Page, which: str, tab: str = "vary") -> str:
     return page.evaluate("() => navigator.clipboard.readText()")
 
 
-def downloaded(page: Page, into: Path, tab: str = "vary") -> Path:
+def downloaded(page: Page, into: Path, tab: str = "vary", button: str = "download") -> Path:
     """Fetch the set and unpack it; the folder."""
     with page.expect_download() as waiting:
-        page.click(f"#{tab}-download")
+        page.click(f"#{tab}-{button}")
     archive = into / waiting.value.suggested_filename
     waiting.value.save_as(archive)
     with zipfile.ZipFile(archive) as opened:
@@ -310,6 +315,7 @@ def test_cancelling_frees_the_slot_within_a_step(
     until(job._stop.is_set, "the job is told")
     told = job.done
     says(page, "#vary-status", "Cancelled.")
+    assert "Error" not in page.inner_text("body")
     assert job.done <= told + 4, "no more than the batch's step that was at work"
     assert job.total == 1600
     page.click("#vary-cancel")
@@ -370,7 +376,7 @@ def widths(frame: FrameLocator) -> list[int]:
     return found.evaluate_all("images => images.map(i => i.complete ? i.naturalWidth : 0)")
 
 
-def test_a_report_is_shown_and_can_do_nothing(visit: Callable[..., Page]) -> None:
+def test_a_report_is_shown_and_can_do_nothing(visit: Callable[..., Page], reports: Path) -> None:
     page = visit()
     page.get_by_role("tab", name="Reports").click()
     page.locator("#reports-chosen input").click()
@@ -380,6 +386,13 @@ def test_a_report_is_shown_and_can_do_nothing(visit: Callable[..., Page]) -> Non
     assert frame.locator("#told").inner_text() == "all of it"
     assert page.title() == "ipdiverse", "the script before it did nothing"
     assert widths(frame) == [3], "pictures inside a report are let in"
+    (reports / "later").mkdir()
+    (reports / "later" / "report.html").write_text(REPORT)
+    page.get_by_role("tab", name="Vary").click()
+    page.get_by_role("tab", name="Reports").click()
+    says(page, "#reports-chosen", "2 found.")
+    page.locator("#reports-chosen input").click()
+    page.get_by_role("option", name="later").wait_for()
 
 
 def bomb() -> bytes:
@@ -803,7 +816,7 @@ def test_hands_and_eyes_are_not_needed(visit: Callable[..., Page]) -> None:
         if order[-1] == "vary-go":
             break
     steps = list(dict.fromkeys(filter(None, order)))
-    assert steps == ["vary-diversity", "vary-count", "vary-go"]
+    assert steps == ["vary-diversity", "vary-count", "vary-seed", "vary-keep", "vary-go"]
     page.get_by_role("button", name="Advanced").click()
     set_number(page, "#vary-count", 1)
     set_number(page, "#vary-steps", 1)
@@ -814,11 +827,12 @@ def test_hands_and_eyes_are_not_needed(visit: Callable[..., Page]) -> None:
     assert page.evaluate("() => document.documentElement.lang") == "en"
     assert page.evaluate(_NAMELESS) == []
     alt = page.locator("#vary-images .thumbnail-item img").first.get_attribute("alt") or ""
-    assert re.match(r"1: .*the reference", alt)
+    assert re.match(r"1: .*(critter|another|the reference)", alt)
+    assert "common." not in page.inner_text("body"), "an untranslated word of gradio's"
 
 
 def test_narrow_screens_do_not_scroll_sideways(visit: Callable[..., Page]) -> None:
-    page = visit(width=400, height=900)
+    page = visit(width=390, height=844)
     take_example(page)
     configure(page, "a critter in the snow", steps=25 if SHOOTS else 1, count=4)
     if SHOOTS:
@@ -826,10 +840,62 @@ def test_narrow_screens_do_not_scroll_sideways(visit: Callable[..., Page]) -> No
     page.click("#vary-go")
     says(page, "#vary-status", "Done: 4 images.")
     page.wait_for_timeout(300)
+    assert page.locator("#vary-images").bounding_box()["y"] < 844, "in view"  # type: ignore[index]
     picture(page, "narrow")
     for tab in ("Vary", "Grid", "Reports"):
         page.get_by_role("tab", name=tab).click()
-        assert page.evaluate("() => document.documentElement.scrollWidth") <= 400
+        assert page.evaluate("() => document.documentElement.scrollWidth") <= 390
+
+
+def titles(page: Page, *elements: str) -> list[str]:
+    return [
+        page.inner_text(f"#{element} [data-testid=block-label]").strip() for element in elements
+    ]
+
+
+def test_the_same_seeds_beside_stars_earlier_sets_and_new_references(
+    visit: Callable[..., Page], tmp_path: Path
+) -> None:
+    page = visit(width=1366)
+    take_example(page, number=3)
+    configure(page, "a critter", steps=25 if SHOOTS else 1, count=4 if SHOOTS else 2)
+    page.click("#vary-go")
+    says(page, "#vary-status", "Done:")
+    seed = page.input_value("#vary-seed input")
+    assert f"Seed {seed}." in page.inner_text("#vary-status")
+    first = shown_images(page)
+    set_number(page, "#vary-other", 0)
+    page.click("#vary-again")
+    says(page, "#vary-images", "Diversity 0, seed")
+    says(page, "#vary-status", "Done:")
+    compared = ["Diversity 0.5, seed " + seed, "Diversity 0, seed " + seed]
+    assert titles(page, "vary-compared", "vary-images") == compared
+    assert not any(map(np.array_equal, first, shown_images(page)))
+    page.locator("#vary-images .thumbnail-item").nth(1).click()
+    says(page, "#vary-star", "Star image 2")
+    page.keyboard.press("Escape")
+    page.click("#vary-star")
+    says(page, "#vary-starred", "Download the 1 starred")
+    if SHOOTS:
+        picture(page, "beside")
+    starred = downloaded(page, tmp_path, button="starred")
+    assert [file.name for file in (starred / "out").iterdir()] == ["0001.png"]
+    page.click("#vary-use")
+    says(page, "#vary-references-told", f"Reference: seed-{seed}-image-2.png.")
+    page.click("#vary-go")
+    says(page, "#vary-images", "Diversity 0.5, seed")
+    says(page, "#vary-status", "Done:")
+    assert page.input_value("#vary-seed input") != seed, "new unless it is kept"
+    assert not page.locator("#vary-compared").is_visible()
+    assert page.locator("#vary-earlier .thumbnail-item").count() == 2
+    page.locator("#vary-earlier .thumbnail-item").nth(1).click()
+    says(page, "#vary-compared", f"Diversity 0.5, seed {seed}")
+    kept = page.input_value("#vary-seed input")
+    page.get_by_label("Keep this seed").locator("visible=true").check()
+    page.click("#vary-go")
+    says(page, "#vary-status", "Drawing")
+    says(page, "#vary-status", "Done:")
+    assert page.input_value("#vary-seed input") == kept
 
 
 def test_every_image_is_told_of_and_can_be_repeated(visit: Callable[..., Page]) -> None:

@@ -244,6 +244,10 @@ class Job:
         self.visitor, self._heard, self._last_heard = visitor, heard, time.monotonic()
         self.total = sum(request.n * (request.steps or 0) for request in requests.values())
         self.done = 0
+        self.beside: Job | None = None
+        """Shown next to it: the same seeds at another diversity, or whatever was chosen."""
+        self.chosen: int | None = None
+        self.starred: set[int] = set()
         self.sheets: dict[str, Sheet] = {}
         self.files: dict[str, list[Path]] = {}
         self.error: IpdiverseError | None = None

@@ -73,11 +73,10 @@ def opened_page(options: Options) -> Iterator[Page]:
         folder = stack.enter_context(private_folder())
         stack.enter_context(_environment(folder / "gradio"))
         from ipdiverse.ui.inputs import Fields
-        from ipdiverse.ui.page import build, find_reports, look
+        from ipdiverse.ui.page import build, look
 
         sessions = Sessions(folder / "work", options.waiting)
-        reports = find_reports([Path(name) for name in options.reports])
-        page = build(sessions, installed, reports)
+        page = build(sessions, installed, [Path(name) for name in options.reports])
         stack.callback(_close, page, sessions)
         fields = Fields(page, (folder / "gradio").resolve())
 

@@ -86,6 +86,7 @@ class Session:
         visitor: Whose it is.
         listens: Whether the page waits for messages.
         jobs: The last one of each tab.
+        earlier: Sets of the first tab, the newest first; what they have drawn is kept.
         chosen: The references of each tab.
     """
 
@@ -93,6 +94,7 @@ class Session:
     visitor: Visitor
     listens: Callable[[], bool]
     jobs: dict[str, Job] = field(default_factory=dict)
+    earlier: list[Job] = field(default_factory=list)
     chosen: dict[str, Any] = field(default_factory=dict)
 
 
