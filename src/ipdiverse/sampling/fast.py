@@ -38,7 +38,7 @@ class Level:
     attention_from: float = 1.0
 
 
-LEVELS = (None, Level(2), Level(3, 3, 0.5), Level(5, 10, 0.4))
+LEVELS = (None, Level(2), Level(3, 3), Level(4, 4))
 """By the number that `--fast` takes; 0 is off. `docs/inference.md` has what each loses."""
 
 
