@@ -215,7 +215,7 @@ def test_parts_of_other_jobs_are_not_merged(painter: Painter) -> None:
     jobs = file.read_text().replace("row 0", "another row 0")
     file.write_text(jobs)
     # by its part of before, or by another, as what it is dealt by has changed
-    with pytest.raises(IpdiverseError, match="holds results of other jobs|is there already"):
+    with pytest.raises(IpdiverseError, match=r"holds results of other jobs|is there already"):
         [draw(part) for part in all_parts(2)]
 
 

@@ -237,13 +237,18 @@ def as_flags(arguments: list[str]) -> list[str]:
         if flag == "--mixed-precision" and flags[index + 1] == "fp32":
             flags[index + 1] = "no"
     _leave_out_ignored(flags)
+    return spelled_out(flags, read_run)
+
+
+def spelled_out(flags: list[str], content_of: Callable[[Path], dict[str, Any]]) -> list[str]:
+    """Flags with the settings of a `--config FILE` before them; flags override the file."""
     if "--config" not in flags[:-1]:
         return flags
     at = flags.index("--config")
     rest = flags[:at] + flags[at + 2 :]
     given = {part.removeprefix("--").removeprefix("no-") for part in rest if part.startswith("--")}
     spelled: list[str] = []
-    for key, value in read_run(Path(flags[at + 1])).items():
+    for key, value in content_of(Path(flags[at + 1])).items():
         flag = key.replace("_", "-")
         if not {flag, _IN_PLACE_OF.get(flag)} & given:
             spelled += _flag(flag, value)
