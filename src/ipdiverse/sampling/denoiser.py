@@ -24,6 +24,7 @@ from ipdiverse.adapter.attention import BOTH, NOTHING, TEXT
 from ipdiverse.adapter.model import interpolated
 from ipdiverse.errors import ArgumentError, ModelError
 from ipdiverse.levers import StepContext
+from ipdiverse.sampling.fast import Fast, level_of
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
@@ -40,6 +41,7 @@ def steer(
     levers: Levers,
     seeds: Sequence[int],
     prompts: Sequence[str] | None = None,
+    fast: int = 0,
 ) -> Steering:
     """Put levers on a pipeline, in place of those that are on it; `detach` takes them off too.
 
@@ -48,6 +50,7 @@ def steer(
         levers: How strongly each acts.
         seeds: One for each item of the next calls; what is random about it depends on that alone.
         prompts: Each item's text, for levers that read it; one text serves all.
+        fast: 0 computes every step; 1 to 3 leave out more and more of them (`fast.LEVELS`).
 
     Raises:
         ArgumentError: The number of seeds or prompts does not fit, or a lever reads prompts and
@@ -57,9 +60,11 @@ def steer(
     context = _context(attachment, seeds, prompts)
     _check(levers, attachment, len(seeds))
     hook, unet = attachment.hook, attachment.pipe.unet
+    level = level_of(fast)
+    mode = None if level is None else Fast(unet, level, [one for _, one in hook.processors])
     _take_off(attachment)  # diffusers refuses a second hook of one name
     attachment.set_seeds(seeds)  # a fusion that draws reads them too
-    steering = Steering(attachment, levers, context)
+    steering = Steering(attachment, levers, context, mode)
     with inside_offloading(unet):
         HookRegistry.check_if_exists_or_initialize(unet).register_hook(steering, LEVERS_HOOK)
     try:
@@ -108,8 +113,15 @@ class Steering(ModelHook):
     With `previews`, the clean-latent guess of each call is kept in `guess`.
     """
 
-    def __init__(self, attachment: Attachment, levers: Levers, context: StepContext) -> None:
+    def __init__(
+        self,
+        attachment: Attachment,
+        levers: Levers,
+        context: StepContext,
+        fast: Fast | None = None,
+    ) -> None:
         super().__init__()
+        self._fast = fast
         self.attachment, self.levers, self.context = attachment, levers, context
         self._subsets: dict[tuple[str, ...], Tensor] = {}
         self._text: Tensor | None = None
@@ -141,9 +153,9 @@ class Steering(ModelHook):
         alpha = self._alpha(given["timestep"])
         self._set_context(given["timestep"], sigma_of(alpha))
         weights = self._weights(layout)
-        if tuple(weights) == layout and self._pipeline_combines(weights):
+        if self._fast is None and tuple(weights) == layout and self._pipeline_combines(weights):
             return forward(*args, **kwargs)
-        predicted = self._branches(forward, given, weights, layout, items)
+        predicted = self._predicted(forward, given, weights, layout, items)
         guided = combine(weights, predicted)
         rescale = float(getattr(self.attachment.pipe, "guidance_rescale", 0.0) or 0.0)
         if rescale and len(weights) > 1 and BOTH in predicted:
@@ -190,13 +202,15 @@ class Steering(ModelHook):
         if (phase := self._phase_now()) != self._phase:
             self._phase = phase
             hook.changed()
+            if self._fast is not None:
+                self._fast.tokens_changed()
 
     def _phase_now(self) -> list[Hashable]:
         """While this is equal, levers make the same tokens, and they need not be made again."""
         levers = [lever for lever, _ in self.levers.acting("tokens")]
         return [lever.phase(self.context) for lever in levers if lever.phase is not None]
 
-    def _branches(
+    def _predicted(
         self,
         forward: Any,
         given: dict[str, Any],
@@ -204,8 +218,25 @@ class Steering(ModelHook):
         layout: tuple[str, ...],
         items: int,
     ) -> dict[str, Tensor]:
-        """Each branch's prediction, all in one pass of the UNet."""
-        wanted, hook = tuple(weights), self.attachment.hook
+        """Each branch's prediction; in fast mode some are made of what was computed before."""
+        fast = self._fast
+        if fast is None:
+            return self._branches(forward, given, tuple(weights), layout, items)
+        wanted = fast.plan(self.context.progress, weights, given["sample"].shape)
+        with fast.acting():
+            computed = self._branches(forward, given, wanted, layout, items)
+        return fast.completed(weights, computed)
+
+    def _branches(
+        self,
+        forward: Any,
+        given: dict[str, Any],
+        wanted: tuple[str, ...],
+        layout: tuple[str, ...],
+        items: int,
+    ) -> dict[str, Tensor]:
+        """Each wanted branch's prediction, all in one pass of the UNet."""
+        hook = self.attachment.hook
         full = len(given["encoder_hidden_states"])
         rows = [row for b in wanted for row in self._rows(b, layout, items)]
         arguments = {name: _picked(value, rows, full) for name, value in given.items()}
