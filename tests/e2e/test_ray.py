@@ -35,7 +35,7 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     try:
         nodes.add_node(**room)
         nodes.wait_for_nodes()
-        yield nodes.address
+        yield str(nodes.address)
     finally:
         ray.shutdown()
         nodes.shutdown()
