@@ -30,7 +30,7 @@ Layout = tuple[str, ...]
 """The branch of each of the equal blocks of rows in a call."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class EncodedPrompt:
     """What a pipeline made of a prompt."""
 
@@ -38,6 +38,10 @@ class EncodedPrompt:
     negative: Tensor | None = None  # None where the pipeline does not guide
     words: Tensor | None = None  # of `text_mask`, if it is known
     texts: tuple[str, ...] = ()  # of each item, if they are known
+    # where prompt and negative prompt are encoded by a call each (Flux): which one it was, known
+    # once the denoiser is called; both are None where one call encodes both
+    alone: bool = False
+    branch: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +60,9 @@ class Told:
 
 
 def tell_branches(pipe: Any, text: Tensor, encoded: Sequence[EncodedPrompt]) -> Told:
-    """The branches of a call of the UNet."""
+    """The branches of a call of the denoiser."""
+    if encoded and encoded[-1].alone:
+        return _by_turn(pipe, text, list(encoded))
     stated, unclear = _stated(pipe), False
     for prompt in reversed(encoded):
         blocks = text.split(size) if len(text) % (size := len(prompt.positive)) == 0 else [text]
@@ -75,6 +81,24 @@ def tell_branches(pipe: Any, text: Tensor, encoded: Sequence[EncodedPrompt]) -> 
     if stated and not _watched(pipe) and len(text) % len(stated) == 0:
         return Told(stated)
     raise _unknown(pipe, unclear)
+
+
+def _by_turn(pipe: Any, text: Tensor, encoded: list[EncodedPrompt]) -> Told:
+    """The branch where a call of the denoiser has one: the prompt's comes first in every step.
+
+    So what was encoded after the first text that the denoiser is called with is negative.
+    """
+    places = range(len(encoded))[::-1]
+    same = [at for at in places if encoded[at].positive is text]
+    same = same or [at for at in places if _holds(encoded[at].positive, text)]
+    if not same:
+        raise _unknown(pipe, unclear=False)
+    found = encoded[same[0]]
+    if found.branch is None:
+        found.branch = BOTH
+        for later in encoded[same[0] + 1 :]:
+            later.branch = NOTHING
+    return Told((found.branch,), found)
 
 
 def _look_up(
@@ -159,11 +183,14 @@ class _Watching:
             words = text_mask(self.pipe, bound.arguments) if self.words else None
             negative = negative if isinstance(negative, Tensor) else None
             texts = _texts(bound.arguments.get("prompt"), len(positive))
-            self.encoded.append(EncodedPrompt(positive, negative, words, texts))
+            alone = self._alone()
+            self.encoded.append(EncodedPrompt(positive, negative, words, texts, alone))
         return returned
 
     def _sides(self, returned: Any, arguments: dict[str, Any]) -> tuple[Any, Any]:
         """Embeddings of the prompt and of the negative prompt."""
+        if self._alone():
+            return (returned[0] if isinstance(returned, tuple) else None), None
         if isinstance(returned, tuple) and len(returned) > 1:
             return returned[:2]
         if isinstance(returned, Tensor) and "InstructPix2Pix" in type(self.pipe).__name__:
@@ -171,6 +198,12 @@ class _Watching:
             positive, negative, _ = returned.chunk(3) if guided else (returned, None, None)
             return positive, negative
         return None, None  # a tensor whose rows nobody names
+
+    def _alone(self) -> bool:
+        """Whether it encodes one prompt at a time."""
+        return hasattr(self.pipe, "transformer") and "negative_prompt" not in (
+            self.signature.parameters
+        )
 
 
 def _texts(prompt: Any, items: int) -> tuple[str, ...]:
@@ -189,25 +222,33 @@ def text_mask(pipe: Any, arguments: dict[str, Any]) -> Tensor | None:
     prompt = arguments.get("prompt")
     if prompt is None:
         return None
-    masks = [_words(pipe, prompt)]
+    if hasattr(pipe, "tokenizer_3"):
+        return None  # SD 3's text is of three encoders: fusion reads all of it
+    if hasattr(pipe, "transformer"):  # T5 reads it, as long as the call says
+        length = arguments.get("max_sequence_length")
+        mask = _words(pipe, prompt, pipe.tokenizer_2, length)
+        return mask.repeat_interleave(arguments.get("num_images_per_prompt") or 1, 0)
+    tokenizer = pipe.tokenizer if getattr(pipe, "tokenizer", None) else pipe.tokenizer_2
+    masks = [_words(pipe, prompt, tokenizer)]
     if arguments.get("do_classifier_free_guidance"):
         if arguments.get("negative_prompt_embeds") is not None:
             return None
-        mask = _words(pipe, arguments.get("negative_prompt") or "")
+        mask = _words(pipe, arguments.get("negative_prompt") or "", tokenizer)
         masks.insert(0, mask.expand(len(masks[0]), -1) if len(mask) == 1 else mask)
     repeats = arguments.get("num_images_per_prompt") or 1
     return torch.cat([mask.repeat_interleave(repeats, 0) for mask in masks])
 
 
-def _words(pipe: Any, prompts: str | Sequence[str]) -> Tensor:
+def _words(
+    pipe: Any, prompts: str | Sequence[str], tokenizer: Any, length: int | None = None
+) -> Tensor:
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    tokenizer = pipe.tokenizer if getattr(pipe, "tokenizer", None) else pipe.tokenizer_2
     convert = getattr(pipe, "maybe_convert_prompt", None)  # textual inversion's several vectors
     texts = [convert(text, tokenizer) for text in prompts] if convert else prompts
     return tokenizer(
         texts,
         padding="max_length",
-        max_length=tokenizer.model_max_length,
+        max_length=length or tokenizer.model_max_length,
         truncation=True,
         return_tensors="pt",
     ).attention_mask.bool()

@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ipdiverse.adapter.attach.hook import ReferenceTokens
@@ -24,8 +25,6 @@ from ipdiverse.writing import tensors_hash
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from PIL import Image
 
     from ipdiverse.adapter.imagine import VariationSpace
     from ipdiverse.adapter.model import ImagePromptAdapter
@@ -77,8 +76,11 @@ class ImageEncoding:
         output = self.encoder(
             pixels.to(parameter.device, parameter.dtype), output_hidden_states=True
         )
+        # SigLIP pools its states in place of projecting them
+        pooled = getattr(output, "image_embeds", None)
+        pooled = output.pooler_output if pooled is None else pooled
         # the last layer but one, on which the authors trained `plus`
-        return {"pooled": output.image_embeds, "hidden": output.hidden_states[-2]}
+        return {"pooled": pooled, "hidden": output.hidden_states[-2]}
 
     def _checked(self) -> ImageEncoding:
         if self.encoder is None or self.processor is None:
@@ -223,7 +225,9 @@ def encode_references(
             found=" and ".join(str(n) for n in sorted({len(row) for row in rows})),
         )
     positive = torch.stack(rows)
-    no_image = projected.no_image() if negative is None else projected.tokens(negative, None)
+    no_image = (
+        projected.no_image(positive) if negative is None else projected.tokens(negative, None)
+    )
     count = positive.shape[1]
     if len(no_image) not in (1, count):
         raise ArgumentError("must be one image", where="negative reference", found=len(no_image))
@@ -275,8 +279,14 @@ class _Projected:
         return self.adapter.tokens(*[e.to(parameter.device, parameter.dtype) for e in embeds])
 
     @torch.no_grad()
-    def no_image(self) -> Tensor:
+    def no_image(self, positive: Tensor) -> Tensor:
         """What stands for "no image", as in the original: zeros, or a zero image's states."""
+        joint, encoder = self.adapter.joint, self.encoding.encoder
+        if joint is not None and joint.style == "sd3":
+            return torch.zeros_like(positive[0, :1])  # as many states: attention counts them
+        if joint is not None and joint.style == "xlabs" and encoder is not None:
+            size = encoder.config.image_size
+            return self._project([self.encoding.image(Image.new("RGB", (size, size)))["pooled"]])
         return self._project(
             [
                 self.encoding.zero_image()
