@@ -183,7 +183,7 @@ def sd3_tensors(layers: int = SD3_BLOCKS, seed: int = 7) -> dict[str, torch.Tens
             f"layers.{i}.1.3": (inner, 4 * inner),
             f"layers.{i}.2.1": (4 * inner, inner),
         }
-    plain = ("to_q", "to_kv", "to_out", "1.1", "1.3")
+    plain = ("0.to_q", "0.to_kv", "0.to_out", "1.1", "1.3")  # without a bias
     tensors: dict[str, torch.Tensor] = {}
     for name, size in sizes.items():
         key = f"image_proj.{name}"
@@ -191,7 +191,7 @@ def sd3_tensors(layers: int = SD3_BLOCKS, seed: int = 7) -> dict[str, torch.Tens
             tensors[key] = _drawn(*size)
             continue
         tensors[f"{key}.weight"] = 1 + _drawn(*size) if len(size) == 1 else _drawn(*size, std=0.1)
-        if not ("layers" in name and name.endswith(plain) and "2.1" not in name):
+        if name.split(".", 2)[-1] not in plain:
             tensors[f"{key}.bias"] = _drawn(size[0], std=0.1)
     for number in range(layers):
         key = f"ip_adapter.{number}"

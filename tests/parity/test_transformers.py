@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from ipdiverse.adapter.attach.attach import attach
+from ipdiverse.adapter.attach.attach import attach, detach
+from ipdiverse.adapter.reference import Reference
+from ipdiverse.errors import ModelError
 from tests import joint_models, models
 
 PARITY = 1e-5
