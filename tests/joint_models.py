@@ -83,6 +83,16 @@ def t5() -> Any:
     return T5EncoderModel(config).eval()
 
 
+def vae(**changes: Any) -> Any:
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(2)
+    build: Any = AutoencoderKL.from_config
+    made = build({**models.vae().config, **changes}).eval()
+    made.register_to_config(shift_factor=0.0)
+    return made
+
+
 @functools.cache
 def _components(name: str) -> dict[str, Any]:
     from diffusers import FlowMatchEulerDiscreteScheduler
@@ -91,7 +101,7 @@ def _components(name: str) -> dict[str, Any]:
     words = len(tokenizer)
     common = {
         "transformer": flux() if name == "flux" else sd3(),
-        "vae": models.vae(),
+        "vae": vae(),
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
         "tokenizer": tokenizer,
         "tokenizer_2": tokenizer,
@@ -99,7 +109,6 @@ def _components(name: str) -> dict[str, Any]:
         "feature_extractor": models.image_processor(),
         "image_encoder": models.image_encoder(),
     }
-    common["vae"].register_to_config(shift_factor=0.0)
     if name == "flux":
         return common | {"text_encoder": models.text_encoder(64, words), "text_encoder_2": t5()}
     clip = functools.partial(models.text_encoder, 16, words, projects=True)
@@ -217,3 +226,31 @@ def nested(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor
         top, _, rest = name.partition(".")
         found[top][rest] = tensor
     return found
+
+
+def redux_tensors(seed: int = 8) -> dict[str, torch.Tensor]:
+    """Flux Redux, as published."""
+    torch.manual_seed(seed)
+    return {
+        "redux_up.weight": _drawn(3 * TEXT_WIDTH, models.CLIP_WIDTH),
+        "redux_up.bias": _drawn(3 * TEXT_WIDTH),
+        "redux_down.weight": _drawn(TEXT_WIDTH, 3 * TEXT_WIDTH),
+        "redux_down.bias": _drawn(TEXT_WIDTH),
+    }
+
+
+@functools.cache
+def siglip() -> Any:
+    """The image encoder of InstantX' adapters and of Redux; in small it has 16 states."""
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    torch.manual_seed(24)
+    config = SiglipVisionConfig(
+        hidden_size=models.CLIP_WIDTH,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+    )
+    return SiglipVisionModel(config).eval()

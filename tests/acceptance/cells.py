@@ -223,18 +223,24 @@ _JOINT = [
     _five("flux-txt2img", "text-to-image, XLabs", "", lambda: scenes.text_to_image("flux")),
     _five("flux-true-cfg", "a negative prompt, in calls of its own", "", scenes.true_guidance),
     _five("flux-img2img", "image-to-image", "", lambda: scenes.image_to_image("flux")),
-    _five("flux-inpaint", "inpainting", "", lambda: scenes.any_inpainting("flux")),
+    _five("flux-inpaint", "inpainting", "", lambda: scenes.joint_inpainting("flux")),
     _five("flux-controlnet", "ControlNet", _CONTROL, scenes.flux_controlnet),
-    _five("flux-kontext", "Kontext", "the edited picture matters", scenes.kontext),
+    _five("flux-kontext", "Kontext", "", scenes.kontext),
     _own(
         "flux-instantx",
         "text-to-image, InstantX",
         f"{FIVE}; beside XLabs at scale 0 it is alone, exactly",
         features.instantx,
     ),
+    _own(
+        "flux-redux",
+        "text-to-image, Redux",
+        f"{FIVE}; a strength for each item",
+        features.redux,
+    ),
     _five("sd3-txt2img", "text-to-image, InstantX", "", lambda: scenes.text_to_image("sd3")),
     _five("sd3-img2img", "image-to-image", "", lambda: scenes.image_to_image("sd3")),
-    _five("sd3-inpaint", "inpainting", "", lambda: scenes.any_inpainting("sd3")),
+    _five("sd3-inpaint", "inpainting", "", lambda: scenes.joint_inpainting("sd3")),
     *(
         cell
         for a in ("flux", "sd3")

@@ -174,6 +174,25 @@ def instantx() -> None:
         np.testing.assert_array_equal(scene.run([0]), alone)
 
 
+def redux() -> None:
+    """Redux is more text: no layer of its own, and a strength; beside XLabs at 0 it is absent."""
+    scene = text_to_image("flux")
+    scene.pipe.register_modules(image_encoder=joint_models.siglip())
+    try:
+        adapter = joint_models.adapter(joint_models.redux_tensors())
+        the_five(scene, adapter)
+        with put_on(scene.pipe, adapter) as attachment:
+            attachment.set_reference(REFERENCES)
+            attachment.set_scale(torch.tensor([0.2, 2.0]))
+            together = scene.run([0, 1])
+            for item, scale in enumerate((0.2, 2.0)):
+                attachment.set_reference(REFERENCES[item])
+                attachment.set_scale(scale)
+                equal(together[item], scene.run([item])[0])
+    finally:
+        scene.pipe.register_modules(image_encoder=models.image_encoder())
+
+
 def several_adapters(name: str) -> None:
     """Two adapters: one at scale 0 is absent, exactly; two halves are a whole."""
     scene = text_to_image(name)

@@ -127,8 +127,11 @@ def true_guidance() -> Scene:
     return Scene(pipe, runner(pipe, lambda _: negative, true_cfg_scale=2.0))
 
 
-def any_inpainting(name: str, task: str = "Inpaint") -> Scene:
-    pipe = pipeline(name, task)
+def joint_inpainting(name: str) -> Scene:
+    # SD 3's pipeline takes 16 channels for granted
+    others = {"transformer": joint_models.sd3(in_channels=16, out_channels=16)}
+    others["vae"] = joint_models.vae(latent_channels=16)
+    pipe = pipeline(name, "Inpaint", **(others if name == "sd3" else {}))
 
     def pictures(item: int) -> dict[str, Any]:
         return {"image": models.picture(20 + item), "mask_image": half(item)}
@@ -164,12 +167,8 @@ def flux_controlnet() -> Scene:
 def kontext() -> Scene:
     """Flux Kontext: the picture to edit stands behind the latents, as more tokens."""
     pipe = pipeline("flux", "Kontext")
-    settings = {"max_area": models.SIZE**2, "_auto_resize": False}
-
-    def edits(add: int) -> Callable[[int], dict[str, Any]]:
-        return lambda item: {"image": models.picture(20 + item + add)}
-
-    return Scene(pipe, runner(pipe, edits(0), **settings), runner(pipe, edits(5), **settings))
+    pictures = lambda item: {"image": models.picture(20 + item)}  # noqa: E731
+    return Scene(pipe, runner(pipe, pictures, max_area=models.SIZE**2, _auto_resize=False))
 
 
 def t2i_adapter(name: str) -> Scene:

@@ -165,3 +165,34 @@ def test_an_adapter_of_another_transformer_is_refused(
         attach(pipe, joint_models.adapter(tensors()))
     with pytest.raises(ModelError, match="no adapter is attached"):
         detach(pipe)
+
+
+def test_redux_equals_stock() -> None:
+    """Stock's prior puts the tokens behind the text; its own strength is of all of that."""
+    from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
+
+    tensors, picture = joint_models.redux_tensors(), models.picture(10)
+    pipe, encoder = joint_models.pipeline("flux"), joint_models.siglip()
+    build: Any = ReduxImageEncoder
+    embedder = build(models.CLIP_WIDTH, joint_models.TEXT_WIDTH)
+    embedder.load_state_dict(tensors)
+    plain = run(pipe)
+    with torch.no_grad():
+        text, pooled, _ = pipe.encode_prompt("a red creature", None, max_sequence_length=12)
+        pixels = models.image_processor()(picture, return_tensors="pt").pixel_values
+        tokens = embedder(encoder(pixels).last_hidden_state).image_embeds
+    both = torch.cat([text, tokens], dim=1)
+    stock = run(pipe, prompt=None, prompt_embeds=both, pooled_prompt_embeds=pooled)
+    with attach(pipe, joint_models.adapter(tensors), image_encoder=encoder) as attachment:
+        attachment.set_reference(picture)
+        np.testing.assert_array_equal(run(pipe), stock)
+        attachment.set_scale(0.0)
+        np.testing.assert_array_equal(run(pipe), plain)
+        far = []
+        for scale in (0.1, 0.5, 0.999999, 3.0):
+            attachment.set_scale(scale)
+            far.append(float(np.abs(run(pipe) - plain).max()))
+    assert far == sorted(far)
+    assert far[0] > 1e-4
+    np.testing.assert_allclose(far[2], np.abs(stock - plain).max(), rtol=1e-3)
+    np.testing.assert_array_equal(run(pipe), plain)

@@ -16,6 +16,7 @@ from ipdiverse.adapter.projection import (
     FullFaceProjection,
     LinearProjection,
     PooledProjection,
+    ReduxProjection,
     ResamplerProjection,
     TimeResamplerProjection,
 )
@@ -36,6 +37,7 @@ Projection = (
     | FaceIDProjection
     | FaceIDPlusProjection
     | PooledProjection
+    | ReduxProjection
     | TimeResamplerProjection
 )
 
@@ -47,12 +49,12 @@ class Joint(NamedTuple):
     """How an adapter's layers act in a transformer, where text and latents share one attention.
 
     Args:
-        style: `xlabs` and `instantx` of Flux.1, `sd3` of Stable Diffusion 3.
+        style: `xlabs`, `instantx` and `redux` of Flux.1, `sd3` of Stable Diffusion 3.
         time_width: Of the time embedding that `sd3` normalises image tokens by.
         head_dim: Of one head, whose keys and queries `sd3` normalises.
     """
 
-    style: Literal["xlabs", "instantx", "sd3"]
+    style: Literal["xlabs", "instantx", "redux", "sd3"]
     time_width: int = 0
     head_dim: int = 0
 
@@ -176,7 +178,8 @@ class ImagePromptAdapter(nn.Module):
     @property
     def token_width(self) -> int:
         """Width of the image tokens; a UNet's is its `cross_attention_dim`."""
-        return next(iter(self.widths().values()))[0]
+        widths = self.widths()
+        return next(iter(widths.values()))[0] if widths else self.image_proj.token_width
 
     @property
     def clip_dim(self) -> int | None:

@@ -247,6 +247,27 @@ class PooledProjection(FaceIDProjection):
         self.clip_dim, self.face_dim = clip_dim, None
 
 
+class ReduxProjection(nn.Module):
+    """Projection `redux`: each last hidden state of SigLIP becomes a token of text (Flux Redux)."""
+
+    kind = "redux"
+    reads = ("last",)
+    face_dim = None
+    num_tokens = None  # as many as the image encoder has states
+
+    def __init__(self, clip_dim: int, token_width: int, hidden_width: int) -> None:
+        super().__init__()
+        self.clip_dim, self.token_width = clip_dim, token_width
+        self.redux_up = nn.Linear(clip_dim, hidden_width)
+        self.redux_down = nn.Linear(hidden_width, token_width)
+
+    def forward(
+        self, last: Float[Tensor, "batch patches clip_dim"]
+    ) -> Float[Tensor, "batch patches width"]:
+        """Project each state."""
+        return self.redux_down(F.silu(self.redux_up(last)))
+
+
 class TimeEmbedding(nn.Module):
     """Timesteps (batch,) to (batch, width): sines of them, then two layers."""
 

@@ -157,7 +157,7 @@ def test_a_scale_out_of_range_is_refused(value: float) -> None:
         ([math.inf] * 16, "scale: is out of range.*found inf"),
         ([1.0] * 17, "expected 16 numbers, one for each cross-attention layer; found 17"),
         ({"up": None}, "scale: is nothing.*found None"),
-        ({3: 1.0}, "scale: names a block that this UNet does not have.*found 3"),
+        ({3: 1.0}, "scale: names a block that this model does not have.*found 3"),
         (
             torch.ones(2, 2),
             r"scale: has the wrong shape; expected a number for each item.*\(2, 2\)",

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from ipdiverse.adapter.imagine import VariationSpace
     from ipdiverse.adapter.model import ImagePromptAdapter
 
-_AXES = {"pooled": 2, "face": 2, "hidden": 3}  # of a reference's embeddings, (count, ...)
+_AXES = {"pooled": 2, "face": 2, "hidden": 3, "last": 3}
+"""Of a reference's embeddings, (count, ...)."""
 _REMEMBERED = 64
 """Images whose embeddings one encoder keeps."""
 
@@ -77,10 +78,11 @@ class ImageEncoding:
             pixels.to(parameter.device, parameter.dtype), output_hidden_states=True
         )
         # SigLIP pools its states in place of projecting them
-        pooled = getattr(output, "image_embeds", None)
-        pooled = output.pooler_output if pooled is None else pooled
+        pooled, more = getattr(output, "image_embeds", None), {}
+        if pooled is None:
+            pooled, more = output.pooler_output, {"last": output.last_hidden_state}
         # the last layer but one, on which the authors trained `plus`
-        return {"pooled": pooled, "hidden": output.hidden_states[-2]}
+        return {"pooled": pooled, "hidden": output.hidden_states[-2]} | more
 
     def _checked(self) -> ImageEncoding:
         if self.encoder is None or self.processor is None:
@@ -282,7 +284,7 @@ class _Projected:
     def no_image(self, positive: Tensor) -> Tensor:
         """What stands for "no image", as in the original: zeros, or a zero image's states."""
         joint, encoder = self.adapter.joint, self.encoding.encoder
-        if joint is not None and joint.style == "sd3":
+        if joint is not None and joint.style in {"sd3", "redux"}:
             return torch.zeros_like(positive[0, :1])  # as many states: attention counts them
         if joint is not None and joint.style == "xlabs" and encoder is not None:
             size = encoder.config.image_size
@@ -337,7 +339,7 @@ class _Projected:
     def _checked(self, given: Tensor, name: str) -> Tensor:
         """Embeddings of the axes and the width that the adapter reads."""
         if given.ndim != _AXES[name] or given.shape[-1] != self._width(name):
-            own = f"count, {'patches, ' if name == 'hidden' else ''}{self._width(name)}"
+            own = f"count, {'patches, ' if _AXES[name] == 3 else ''}{self._width(name)}"
             raise ArgumentError(
                 "has the wrong shape",
                 where=f"reference: {name} embeddings",

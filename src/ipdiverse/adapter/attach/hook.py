@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ipdiverse.adapter.attach.branches import KEPT_PROMPTS, Told, tell_branches
 from ipdiverse.adapter.attach.joint import is_transformer, latent_grid
+from ipdiverse.adapter.attach.redux import with_image_tokens
 from ipdiverse.adapter.attention import BOTH, NOTHING, DecoupledAttention, Slot, TokenGroup
 from ipdiverse.adapter.model import interpolated, placed, state_of
 from ipdiverse.adapter.reference import RegionMask
@@ -194,6 +195,11 @@ class ImagePromptHook(ModelHook):
                 ]
             given = {**given, "encoder_hidden_states": text}
         self._set_scales(timestep, len(text), layout)
+        added = [p.slot for p in self.prompts if p.adapter.kind == "redux"]
+        if added:
+            given = with_image_tokens(given, added, layout)
+            for prompt in self.prompts:
+                prompt.slot.text_length = given["encoder_hidden_states"].shape[1]
         return (), given
 
     def _tell_sizes(self, given: dict[str, Any], text: Tensor) -> None:

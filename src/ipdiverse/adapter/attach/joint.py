@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ipdiverse.adapter.attach.redux import TEXT_LAYER
 from ipdiverse.adapter.attention import (
     ImageBranch,
     Once,
@@ -24,7 +25,10 @@ if TYPE_CHECKING:
     from ipdiverse.adapter.model import ImagePromptAdapter, LayerWeights
 
 # by name: importing a transformer's class costs a second, and most pipelines have none
-_STYLES = {"FluxTransformer2DModel": ("xlabs", "instantx"), "SD3Transformer2DModel": ("sd3",)}
+_STYLES = {
+    "FluxTransformer2DModel": ("xlabs", "instantx", "redux"),
+    "SD3Transformer2DModel": ("sd3",),
+}
 _BLOCKS = {"transformer_blocks": "double", "single_transformer_blocks": "single"}
 
 
@@ -197,6 +201,17 @@ def check_fits(adapter: ImagePromptAdapter, model: Any) -> None:
             found=style or "an adapter for a UNet",
             fix="It was trained for another base model.",
         )
+    if style == "redux":  # it has no layers
+        width = model.config.joint_attention_dim
+        if adapter.token_width == width:
+            return
+        raise ModelError(
+            "does not fit this transformer",
+            where="adapter",
+            expected=f"tokens of width {width}, as its text has",
+            found=adapter.token_width,
+            fix="It was trained for another base model.",
+        )
     names = attention_layers(model)
     if style == "xlabs":
         names = {n: name for n, name in names.items() if not name.startswith("single")}
@@ -207,12 +222,16 @@ def check_fits(adapter: ImagePromptAdapter, model: Any) -> None:
 
 
 def transformer_layers(model: Any, slots: list[Slot]) -> list[Layer]:
-    """The layers that adapters act in, in the order in which the transformer runs them."""
+    """The layers that adapters act in, in the order in which the transformer runs them.
+
+    Redux, which has none, acts in the text.
+    """
     touched = {number for slot in slots for number in slot.weights}
     names = {n: name for n, name in attention_layers(model).items() if n in touched}
     homes = {n: tuple(name.split(".")[:2]) for n, name in names.items()}  # attn2 shares a block
     blocks = list(dict.fromkeys(homes.values()))
-    return [
+    text = [TEXT_LAYER] if any(not slot.weights for slot in slots) else []
+    return text + [
         Layer(n, f"{_BLOCKS[home[0]]}.{home[1]}", blocks.index(home), len(blocks))
         for n, home in homes.items()
     ]

@@ -80,8 +80,8 @@ class Normalised:
 def recognise(names: Iterable[str]) -> str:
     """The layout of a checkpoint with these tensors; `ipdiverse` is `published` with more."""
     tops = {name.split(".", 1)[0] for name in names}
-    if tops & {"ip_adapter_proj_model", "double_blocks"}:
-        return "xlabs"
+    if tops & {"ip_adapter_proj_model", "double_blocks", "redux_up", "redux_down"}:
+        return "redux" if "redux_up" in tops else "xlabs"
     if tops & {"unet", "image_proj_model", "adapter_modules"}:
         if tops & set(_FUSION):
             return "fusion checkpoint"
@@ -151,6 +151,8 @@ def _renamed(name: str, numbers: Mapping[str, int]) -> str | None:
         return f"ip_adapter.{numbers[found[1]]}.{found[2]}" if found else None
     if top in _FUSION:
         return f"fusion.{name}"
+    if top in {"redux_up", "redux_down"}:
+        return f"image_proj.{name}"
     return _PREFIXES.get(top, f"{top}." if rest else top) + rest
 
 

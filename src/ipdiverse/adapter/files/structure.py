@@ -25,6 +25,7 @@ from ipdiverse.adapter.projection import (
     FullFaceProjection,
     LinearProjection,
     PooledProjection,
+    ReduxProjection,
     ResamplerProjection,
     TimeResamplerProjection,
 )
@@ -62,7 +63,8 @@ def skeleton(
         # a file's claims cost no memory before they are checked
         with building(), torch.device("meta"):
             widths = _widths(tensors)
-            joint = _joint(tensors, widths)
+            redux = "image_proj.redux_up.weight" in tensors
+            joint = Joint("redux") if redux else _joint(tensors, widths)
             pooled = joint is not None and joint.style == "instantx"
             projection = _projection(tensors, where, shortcut, pooled)
             fusion = _fusion(tensors, spec)
@@ -71,7 +73,7 @@ def skeleton(
         raise CheckpointError(
             "its tensors do not describe an adapter", where=where, found=f"{error}"[:200]
         ) from error
-    if not adapter.widths():
+    if not adapter.widths() and adapter.kind != "redux":
         raise CheckpointError("has no `ip_adapter.N.to_k_ip.weight`", where=where)
     return adapter
 
@@ -146,6 +148,10 @@ def stock_notes(adapter: ImagePromptAdapter) -> list[str]:
 
 def _projection(tensors: Tensors, where: object, shortcut: bool, pooled: bool) -> Projection:
     """The projection; names that only one kind has tell which, for `pooled` the layers do."""
+    if "image_proj.redux_up.weight" in tensors:
+        inner, clip_dim = _shape(tensors, "image_proj.redux_up.weight")
+        token_width = _shape(tensors, "image_proj.redux_down.weight")[0]
+        return ReduxProjection(clip_dim, token_width, inner)
     if "image_proj.latents" in tensors:
         return _plus(tensors)
     if "image_proj.proj.weight" in tensors and "image_proj.norm.weight" in tensors:
