@@ -59,7 +59,7 @@ def test_a_number_holds_everywhere_and_a_list_layer_by_layer() -> None:
 
 def test_blocks_the_most_specific_holds_and_others_are_off() -> None:
     assert at({"up": 0.5, "up.1": 1.0}, SD15) == [0.0] * 7 + [1.0] * 3 + [0.5] * 6
-    with pytest.raises(ArgumentError, match=r"block that this UNet does not have; .*found up\.9"):
+    with pytest.raises(ArgumentError, match=r"block that this model does not have; .*found up\.9"):
         resolve_scale({"up.9": 1.0}, SD15)
 
 
