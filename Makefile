@@ -77,6 +77,7 @@ benchmarks: $(STAMP) ## time rendering, generation, the dial, image prompts, att
 	$(BIN)/python benchmarks/render.py
 	$(BIN)/python benchmarks/generate.py
 	$(BIN)/python benchmarks/dial.py
+	$(BIN)/python benchmarks/fast.py
 	$(BIN)/python benchmarks/inference.py --small
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/training.py

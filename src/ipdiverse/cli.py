@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type
 import tyro
 
 from ipdiverse.commands.checkpoints import Bases, Convert, Inspect, Push
+from ipdiverse.commands.cluster import Merge
 from ipdiverse.commands.console import say
 from ipdiverse.commands.evaluate import MOVED, Calibrate, Evaluate, Fit, read_fit
 from ipdiverse.commands.generate import Demo, Generate, Ui, renamed_flags
@@ -37,7 +38,7 @@ COMMANDS: dict[str, type[Any]] = {
     kind.__name__.lower(): kind
     for kind in (
         *(Generate, Bases, Demo, Prepare, Embed, Fit, Train, Evaluate, Calibrate),
-        *(Inspect, Convert, Push, Critters, Ui),
+        *(Merge, Inspect, Convert, Push, Critters, Ui),
     )
 }
 _SHORT = {"-n": "--n", "--tiling": "--tiling=True", "--no-tiling": "--tiling=False"}

@@ -305,6 +305,21 @@ def test_the_flag_for_base_weights_by_its_old_name(monkeypatch: pytest.MonkeyPat
     assert found[0].base_weights == "y"
 
 
+@pytest.mark.parametrize("words", ["--help", "generate --help", "--version"])
+def test_what_is_only_read_loads_little(words: str) -> None:
+    """Modules are counted, as seconds differ by machine: 260 and 325 when this was written."""
+    code = (
+        "import sys; from contextlib import suppress; from ipdiverse.cli import main\n"
+        "with suppress(SystemExit): main(sys.argv[1:])\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'numpy', 'PIL', 'gradio'}\n"
+        "sys.exit(f'{len(sys.modules)} {sorted(heavy & sys.modules.keys())}')"
+    )
+    argv = [sys.executable, "-c", code, *words.split()]
+    done = subprocess.run(argv, capture_output=True, check=False, text=True)
+    count, heavy = done.stderr.splitlines()[-1].split(" ", 1)
+    assert (int(count) <= 400, heavy) == (True, "[]"), done.stderr
+
+
 def test_every_public_name_can_be_imported() -> None:
     for name in ipdiverse.__all__:
         assert getattr(ipdiverse, name) is not None

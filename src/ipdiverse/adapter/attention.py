@@ -140,6 +140,7 @@ class DecoupledAttention:
         self.number, self.slots = number, slots
         self._text = Once()
         self._images: dict[tuple[int, int], Once] = {}
+        self.outputs: Any = None  # fast mode's `Kept`, while it keeps whole outputs
 
     def forget(self) -> None:
         """Drop what was kept: weights changed."""
@@ -154,7 +155,20 @@ class DecoupledAttention:
         temb: Tensor | None = None,
     ) -> Tensor:
         """Attend to the text, add each adapter's image tokens."""
-        text = encoder_hidden_states
+
+        def compute() -> Tensor:
+            return self._attend(attn, hidden_states, encoder_hidden_states, attention_mask)
+
+        scales = tuple(slot.scales.get(self.number, 1.0) for slot in self.slots)
+        if self.outputs is None or encoder_hidden_states is None or torch.compiler.is_compiling():
+            return compute()
+        if any(isinstance(scale, Tensor) for scale in scales):  # made anew at each step
+            return compute()
+        return self.outputs.get(self.number, scales, compute)
+
+    def _attend(
+        self, attn: Any, hidden_states: Tensor, text: Tensor | None, attention_mask: Tensor | None
+    ) -> Tensor:
         layers = [slot.weights.get(self.number) for slot in self.slots]
         query = split_heads(attn, _project(attn.to_q, hidden_states, layers, "to_q_lora"))
         if text is None:  # self-attention: new at every step, nothing to keep

@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from ipdiverse.base.bases import CRITTERS
+from ipdiverse.commands.cluster import Spread, in_parts, study_words
 from ipdiverse.commands.console import (
     agree_to_encoders,
     agree_to_study,
@@ -22,6 +23,12 @@ from ipdiverse.commands.console import (
 from ipdiverse.config import problems, read_toml
 from ipdiverse.errors import MAX_SENTENCE, ArgumentError, quoted
 from ipdiverse.training.config import CacheConfig, FitOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ipdiverse.evaluation.study import Study
+    from ipdiverse.parts import Part
 
 _OF_IMAGES = ("references", "prompts", "features")
 MOVED = ("--publish", "--readings", "--partial")
@@ -41,6 +48,7 @@ class Evaluate:
         features: Encoders to compare `images` by: `dino` (the default), `clip`, `base`, a folder or
             a hub id.
         out: Folder for a study's images, results and report, or file for the JSON of `images`.
+        spread: How the drawing of a study is spread over processes; `merge` then scores it.
         yes: Download what a study's preset needs without asking.
         json: Print the results as JSON.
     """
@@ -52,8 +60,31 @@ class Evaluate:
     prompts: str | None = None
     features: tuple[str, ...] = ()
     out: str | None = None
+    spread: Spread = field(default_factory=Spread)
     yes: bool = False
     json: bool = False
+
+    @property
+    def home(self) -> Path:
+        """The folder of a study."""
+        return Path(self.out or "out/evaluation")
+
+    def _read(self) -> Study:
+        from ipdiverse.evaluation.study import quick_study, read_study
+
+        study = read_study(Path(self.config)) if self.config else quick_study()
+        agree_to_study(study, self.yes)
+        return study
+
+    def opened(self) -> Callable[[Part], Any]:
+        """Open the base of a study, and draw any part of its images."""
+        from ipdiverse.evaluation.running import Runner
+
+        study = self._read()
+        config = None if self.config is None else str(Path(self.config).absolute())
+        about = {"kind": "evaluate", "config": config, "study": study_words(study)}
+        runner = Runner(study, self.home)
+        return lambda part: runner.draw(part, about)
 
     def run(self) -> None:
         """Measure, write, say where."""
@@ -66,18 +97,20 @@ class Evaluate:
             verb = "has" if len(stray) == 1 else "have"
             fix = "Set it in the study's file."
             raise ArgumentError(f"{verb} no effect with a study", where=", ".join(stray), fix=fix)
-        self._made() if self.images else self._study()
+        if self.images:
+            if self.spread.part or self.spread.ray:
+                raise ArgumentError("have no effect with --images", where="--part, --ray")
+            self._made()
+        elif not in_parts(self):
+            self._study()
 
     def _study(self) -> None:
         from ipdiverse.evaluation.report import write_report
         from ipdiverse.evaluation.running import Runner
-        from ipdiverse.evaluation.study import quick_study, read_study
 
-        study = read_study(Path(self.config)) if self.config else quick_study()
-        agree_to_study(study, self.yes)
-        out = Path(self.out or "out/evaluation")
-        done = Runner(study, out).run()
-        page = write_report(study, done, out)
+        study = self._read()
+        done = Runner(study, self.home).run()
+        page = write_report(study, done, self.home)
         if self.json:
             rows = [one.row() for one in done.measured]
             say_json({"arms": rows, "hypervolumes": done.hypervolumes})

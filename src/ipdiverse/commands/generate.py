@@ -7,23 +7,27 @@ import os
 import shlex
 import sys
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import distribution
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 import tyro
 
 from ipdiverse.base.presets import PRESETS
+from ipdiverse.commands.cluster import Spread, in_parts
 from ipdiverse.commands.console import agree, note, say, say_json
 from ipdiverse.errors import ArgumentError
+from ipdiverse.parts import WHOLE
 from ipdiverse.sampling.request import Request
 from ipdiverse.ui import Options
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
+
+    from ipdiverse.parts import Part
 
 PASSWORD = "IPDIVERSE_UI_PASSWORD"  # noqa: S105 - the variable's name
 
@@ -38,7 +42,9 @@ class Generate:
         overwrite: Replace the run that is in `out`. Without it nothing is replaced: if `out` holds
             another run, the images go to `out-2`, `out-3`, and so on.
         batch: File of JSON lines, one job each; a line's own fields override the flags. Images are
-            written as they finish, and the same command continues a run that was stopped.
+            written as they finish, and the same command continues a run that was stopped. A job
+            that fails is listed in `failed.jsonl`, and the same command tries it again.
+        spread: How a batch is spread over processes.
         json: Print the record, which holds the exact command, as JSON.
         yes: Download what a preset needs without asking.
     """
@@ -48,14 +54,18 @@ class Generate:
     out: str = "out"
     overwrite: bool = False
     batch: str = ""
+    spread: Spread = field(default_factory=Spread)
     json: bool = False
     yes: bool = False
 
     def run(self) -> None:
         """Generate and write."""
         if self.batch:
-            self._batch()
+            if not in_parts(self):
+                self.opened()(WHOLE)
             return
+        if self.spread.part or self.spread.ray:
+            raise ArgumentError("needs --batch", where="--part, --ray")
         from ipdiverse.sampling.draw import draw_into
 
         record = draw_into(
@@ -82,10 +92,16 @@ class Generate:
         files = [file for request in requests for file in needed_files(request)]
         agree(", ".join(dict.fromkeys(named)), list(dict.fromkeys(files)), self.yes)
 
-    def _batch(self) -> None:
+    @property
+    def home(self) -> Path:
+        """The folder of a batch."""
+        return Path(self.out)
+
+    def opened(self) -> Callable[[Part], Any]:
+        """Read the jobs of a batch, and draw any part of them with models that stay open."""
         from ipdiverse.image_io import load_image, load_mask
         from ipdiverse.sampling.batch import read_jobs, run_batch
-        from ipdiverse.sampling.task import needed_files
+        from ipdiverse.sampling.task import LastBase, needed_files
 
         jobs = read_jobs(Path(self.batch), self.request)
         if any(needed_files(job) for job in jobs.values()):
@@ -96,9 +112,14 @@ class Generate:
                 load_mask(Path(file))
         self._agree(list(jobs.values()))
         tell = (lambda line: say(json.dumps(line))) if self.json else (lambda _: None)
-        drawn = run_batch(jobs, Path(self.out), tell)
-        if not self.json:
-            say(f"wrote {drawn} images of {len(jobs)} jobs into {self.out}")
+        bases = LastBase()
+
+        def draw(part: Part) -> None:
+            drawn = run_batch(jobs, self.home, tell, part, bases)
+            if not self.json:
+                say(f"wrote {drawn} images of {len(jobs)} jobs into {self.out}")
+
+        return draw
 
 
 @dataclass(frozen=True)

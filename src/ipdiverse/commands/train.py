@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from ipdiverse.commands.cluster import Spread, in_parts
 from ipdiverse.commands.console import agree_to_encoders, note, say, say_json
 from ipdiverse.commands.generate import renamed_flags
 from ipdiverse.config import problems, read_toml, renamed
 from ipdiverse.data.manifest import PrepareOptions
 from ipdiverse.errors import ArgumentError
+from ipdiverse.parts import WHOLE, Part
 from ipdiverse.training.config import DROPPED, RENAMED, CacheConfig, TrainConfig, todays
 
 if TYPE_CHECKING:
@@ -51,20 +53,34 @@ class Prepare:
         source: A folder, a list (.jsonl, .csv, .json), a .tar, a hub id, or `critters`.
         out: Target folder, new or of an interrupted run.
         data: How the source is read and what is kept of it.
+        spread: How the work is spread over processes.
         json: Print the report as JSON.
     """
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     out: str
     data: PrepareOptions = field(default_factory=PrepareOptions)
+    spread: Spread = field(default_factory=Spread)
     json: bool = False
+
+    @property
+    def home(self) -> Path:
+        """The folder that is written."""
+        return Path(self.out)
+
+    def opened(self) -> Callable[[Part], Any]:
+        """What prepares any part; nothing has to be opened."""
+        from ipdiverse.data.prepare import prepare
+
+        return lambda part: prepare(self.source, self.home, self.data, part)
 
     def run(self) -> None:
         """Prepare and report."""
         from ipdiverse.data.doctor import as_text
-        from ipdiverse.data.prepare import prepare
 
-        report = prepare(self.source, Path(self.out), self.data)
+        if in_parts(self):
+            return
+        report = self.opened()(WHOLE)
         say_json(report) if self.json else say(as_text(report))
 
 
@@ -78,6 +94,7 @@ class Embed:
         folder: A folder that `prepare` wrote.
         cache: What is computed.
         cache_images: `pooled` embeddings serve base adapters, `hidden` states plus adapters.
+        spread: How the work is spread over processes.
         local_files_only: Never connect.
         json: Print the report as JSON.
         yes: Download what a preset needs without asking.
@@ -86,12 +103,18 @@ class Embed:
     folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
     cache: CacheConfig = field(default_factory=CacheConfig)
     cache_images: Literal["pooled", "hidden", "both"] = "both"
+    spread: Spread = field(default_factory=Spread)
     local_files_only: bool = False
     json: bool = False
     yes: bool = False
 
-    def run(self) -> None:
-        """Embed and report."""
+    @property
+    def home(self) -> Path:
+        """The folder of the data set."""
+        return Path(self.folder)
+
+    def opened(self) -> Callable[[Part], Any]:
+        """Open the encoders, and embed any part."""
         from ipdiverse.training.embed import Stored, embed
         from ipdiverse.training.frozen import Preprocessing, open_encoders
 
@@ -102,7 +125,13 @@ class Embed:
         )
         shown = Preprocessing.of(cache, encoders.resolution)
         stored = Stored(self.cache_images, cache.cache_dtype)
-        report = embed(Path(self.folder), encoders, shown, stored)
+        return lambda part: embed(self.home, encoders, shown, stored, part)
+
+    def run(self) -> None:
+        """Embed and report."""
+        if in_parts(self):
+            return
+        cache, report = self.cache, self.opened()(WHOLE)
         if self.json:
             say_json(report)
             return

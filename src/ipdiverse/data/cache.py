@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from ipdiverse.errors import DataError
+from ipdiverse.parts import WHOLE, Part
 from ipdiverse.writing import safetensors_bytes, tensors_hash, write_bytes_atomic
 
 if TYPE_CHECKING:
@@ -96,9 +97,10 @@ class Rows:
         """Whether every shard was."""
         return all(self.is_done(shard) for shard in range(self.shards))
 
-    def missing(self) -> list[int]:
+    def missing(self, part: Part = WHOLE) -> list[int]:
         """Shards to compute: those that are not there, stale, or damaged, which is warned of."""
-        return [shard for shard in range(self.shards) if not self.is_done(shard, whole=True)]
+        own = (shard for shard in range(self.shards) if part.whole or part.takes(self.key(shard)))
+        return [shard for shard in own if not self.is_done(shard, whole=True)]
 
 
 def compute(

@@ -20,7 +20,7 @@ import json
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +43,7 @@ from ipdiverse.data.sources import open_source
 from ipdiverse.errors import DataError, ImageError
 from ipdiverse.image_io import content_hash, load_image_bytes
 from ipdiverse.image_io.files import format_of
+from ipdiverse.parts import WHOLE, Part, forget_parts, holding_parts, part_folders, part_of
 from ipdiverse.writing import (
     append_text,
     ensure_writable_folder,
@@ -75,18 +76,22 @@ class Bad:
     reason: str
 
 
-def prepare(source: str, out: Path, options: PrepareOptions) -> dict[str, Any]:
+def prepare(source: str, out: Path, options: PrepareOptions, part: Part = WHOLE) -> dict[str, Any]:
     """Check every image of a source and write what is good.
 
     Args:
         source: A path, a hub id, or `critters` (`sources`).
+        part: The share of the images that is stored. A part lists them in a journal of its own;
+            the same call without it then decodes nothing twice, and writes the manifest.
 
     Returns:
-        The report (`doctor.examine`), with `notes` and what was `unused`.
+        The report (`doctor.examine`), with `notes` and what was `unused`; of a part, counts.
     """
-    with only_one(out):
+    if not part.whole:
+        return _prepare_part(source, out, options, part)
+    with only_one(out), holding_parts(out) as folders:
         opened = open_source(source, options)
-        journal = _Journal(out / JOURNAL)
+        journal = _Journal(out / JOURNAL, folders)
         _claim(source, out, options, opened, journal)
         ensure_writable_folder(out / "images")
         records, bad = _run(opened, out, options, journal)
@@ -113,7 +118,28 @@ def prepare(source: str, out: Path, options: PrepareOptions) -> dict[str, Any]:
         write_text_atomic(out / REPORT, sealed(report, indent=2))
         # last: a kill before this leaves files too many, never a record without its file
         journal.finish(out, {name for r in records for name in (r.file_name, r.reference)})
+        forget_parts(out, JOURNAL)
         return report
+
+
+def _prepare_part(source: str, out: Path, options: PrepareOptions, part: Part) -> dict[str, Any]:
+    """Store the images of a part; whether too many are bad is judged of all of them."""
+    stated = {**asdict(options), "root": _absolute(options.root)}
+    about = {"kind": "prepare", "source": _absolute(source), "options": stated}
+    with part_of(out, part, about) as home:
+        opened = open_source(source, options)
+        journal = _Journal(home / JOURNAL, [out, *part_folders(out)])
+        _claim(source, out, options, opened, journal)
+        ensure_writable_folder(out / "images")
+        items = lambda: (item for item in opened.items() if part.takes(item.name))  # noqa: E731
+        share = replace(opened, count=None, items=items)
+        records, bad = _run(share, out, replace(options, max_bad=1.0), journal)
+        return {"part": str(part), "images": len(records), "bad": len(bad)}
+
+
+def _absolute(path: str | None) -> str | None:
+    """A path for whoever merges, from whichever folder; any other word as it is."""
+    return path if path is None or not os.path.exists(path) else os.path.abspath(path)  # noqa: PTH100, PTH110
 
 
 def _told(bad: list[Bad]) -> str:
@@ -210,15 +236,16 @@ class _Journal:
     Lines are kept as text, since a data set may have millions.
     """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, others: Iterable[Path] = ()) -> None:
         self.file = file
         self.lines: dict[str, str] = {}
         self.stale: list[str] = []
         self.current: dict[str, str] = {}
-        for line in file.read_text("utf-8", "replace").split("\n") if file.is_file() else ():
-            if (entry := _entry(line)) is not None:
-                self.stale.append(self.lines.get(entry["source"], ""))
-                self.lines[entry["source"]] = line
+        for one in dict.fromkeys((*(folder / JOURNAL for folder in others), file)):
+            for line in one.read_text("utf-8", "replace").split("\n") if one.is_file() else ():
+                if (entry := _entry(line)) is not None:
+                    self.stale.append(self.lines.get(entry["source"], ""))
+                    self.lines[entry["source"]] = line
 
     def get(self, name: str) -> dict[str, Any] | None:
         return _entry(self.lines.get(name, ""))

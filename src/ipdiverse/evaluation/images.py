@@ -24,6 +24,7 @@ from ipdiverse.errors import DataError
 from ipdiverse.evaluation.study import Arm
 from ipdiverse.image_io import content_hash
 from ipdiverse.levers import LEVERS
+from ipdiverse.parts import WHOLE, Part
 from ipdiverse.sampling.draw import versions
 from ipdiverse.sampling.sample import (
     Job,
@@ -86,15 +87,22 @@ class StudyImages:
         Each part is uint8, (pairs · images, height, width, 3). `progress` is called with the number
         of pairs that are done since the last call.
         """
+        for file in self.draw(arm, source, progress):
+            yield kept(file)
+
+    def draw(
+        self, arm: Arm, source: str, progress: Callable[[int], None], part: Part = WHOLE
+    ) -> list[Path]:
+        """Draw what is missing of the files that a part takes, and name these; as `chunks`."""
         weights = adapter_file(self.study.base, source)
-        files = self.files(arm, weights)
+        every = self.files(arm, weights)
+        files = {f: n for f, n in every.items() if part.takes(f"{f.parent.name}/{f.name}")}
         missing = {file: pairs for file, pairs in files.items() if not is_whole(file)}
-        progress(len(self.pairs) - sum(len(pairs) for pairs in missing.values()))
+        progress(sum(len(pairs) for file, pairs in files.items() if file not in missing))
         if missing:
             ensure_writable_folder(next(iter(missing)).parent)
             self._draw(arm, weights, missing, progress)
-        for file in files:
-            yield kept(file)
+        return list(files)
 
     def request(self, arm: Arm) -> Request:
         """The arm as a request, completed with the base's defaults."""

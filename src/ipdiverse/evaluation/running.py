@@ -33,6 +33,7 @@ from ipdiverse.evaluation.measured import (
 )
 from ipdiverse.evaluation.pairs import critters_sets, pairs_of, shipped_oracle
 from ipdiverse.evaluation.sets import PairSums, concatenated, pair_sums
+from ipdiverse.parts import forget_parts, holding_parts, part_of
 from ipdiverse.sampling import task
 from ipdiverse.sampling.draw import versions
 from ipdiverse.sampling.request import Request
@@ -44,13 +45,14 @@ from ipdiverse.writing import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from ipdiverse.base.bases import Base
     from ipdiverse.base.presets import HubFile
     from ipdiverse.evaluation.sets import Sets
     from ipdiverse.evaluation.study import Arm, Study
+    from ipdiverse.parts import Part
 
     Scored = tuple[dict[str, PairSums], Reading | None, np.ndarray | None]
     """Sums of every score, what was read, and images for the report."""
@@ -135,8 +137,24 @@ class Runner:
 
         It holds its folder meanwhile: a second study in it is refused.
         """
-        with only_one(self.out):
-            return self._run(left_out)
+        with only_one(self.out), holding_parts(self.out):
+            done = self._run(left_out)
+            forget_parts(self.out)
+            return done
+
+    def draw(self, part: Part, about: Mapping[str, Any]) -> None:
+        """Draw a part of all images; `run` then scores them, once all parts have finished.
+
+        Args:
+            about: What the study is, for the statement of the part (`parts.part_of`).
+        """
+        with part_of(self.out, part, about):
+            self.check_sources()
+            with self:
+                for arm in self.study.arms:
+                    self._bar.set_description(arm.name)
+                    for source in dict.fromkeys(arm.sources):
+                        self.images.draw(arm, source, self.advance, part)
 
     def _run(self, left_out: Sequence[str]) -> Done:
         self.check_sources()

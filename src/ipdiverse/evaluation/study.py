@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 SETTINGS = (
     *("adapter", "scale", "preset", "start_at", "end_at", "guidance_scale", "diversity"),
-    *("candidates", "space"),
+    *("candidates", "space", "fast"),
 )
 """What an arm may set besides levers: fields of `Request`."""
 

@@ -25,6 +25,7 @@ from ipdiverse.adapter.attention import BOTH, NOTHING, TEXT
 from ipdiverse.adapter.model import interpolated
 from ipdiverse.errors import ArgumentError, ModelError
 from ipdiverse.levers import StepContext
+from ipdiverse.sampling.fast import Fast, level_of
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
@@ -41,6 +42,7 @@ def steer(
     levers: Levers,
     seeds: Sequence[int],
     prompts: Sequence[str] | None = None,
+    fast: int = 0,
 ) -> Steering:
     """Put levers on a pipeline, in place of those that are on it; `detach` takes them off too.
 
@@ -49,6 +51,7 @@ def steer(
         levers: How strongly each acts.
         seeds: One for each item of the next calls; what is random about it depends on that alone.
         prompts: Each item's text, for levers that read it; one text serves all.
+        fast: 0 computes every step; 1 to 3 leave out more and more of them (`fast.LEVELS`).
 
     Raises:
         ArgumentError: The number of seeds or prompts does not fit, or a lever reads prompts and
@@ -58,9 +61,18 @@ def steer(
     context = _context(attachment, seeds, prompts)
     _check(levers, attachment, len(seeds))
     hook, unet = attachment.hook, denoiser_of(attachment.pipe)
+    level = level_of(fast)
+    if level is not None and hook.transformer:
+        raise ModelError(
+            "is for UNets",
+            where="fast",
+            found=type(unet).__name__,
+            fix="Leave it out; caches of diffusers are for transformers.",
+        )
+    mode = None if level is None else Fast(unet, level, [one for _, one in hook.processors])
     _take_off(attachment)  # diffusers refuses a second hook of one name
     attachment.set_seeds(seeds)  # a fusion that draws reads them too
-    steering = Steering(attachment, levers, context)
+    steering = Steering(attachment, levers, context, mode)
     with inside_offloading(unet):
         HookRegistry.check_if_exists_or_initialize(unet).register_hook(steering, LEVERS_HOOK)
     try:
@@ -109,8 +121,15 @@ class Steering(ModelHook):
     With `previews`, the clean-latent guess of each call is kept in `guess`.
     """
 
-    def __init__(self, attachment: Attachment, levers: Levers, context: StepContext) -> None:
+    def __init__(
+        self,
+        attachment: Attachment,
+        levers: Levers,
+        context: StepContext,
+        fast: Fast | None = None,
+    ) -> None:
         super().__init__()
+        self._fast = fast
         self.attachment, self.levers, self.context = attachment, levers, context
         self._subsets: dict[tuple[str, ...], Tensor] = {}
         self._text: Tensor | None = None
@@ -147,11 +166,12 @@ class Steering(ModelHook):
             return self._negative_call(forward, args, kwargs)
         self._positive = self._image_part = None
         weights = self._weights(layout)
-        if tuple(weights) == layout and self._pipeline_combines(weights):
+        plain = self._fast is None and self._pipeline_combines(weights)
+        if plain and tuple(weights) == layout:
             output = forward(*args, **kwargs)
             self._positive = output[0] if self._unguided else None
             return output
-        predicted = self._branches(forward, given, weights, layout, items)
+        predicted = self._predicted(forward, given, weights, layout, items)
         guided = combine(weights, predicted)
         rescale = float(getattr(self.attachment.pipe, "guidance_rescale", 0.0) or 0.0)
         if rescale and len(weights) > 1 and BOTH in predicted:
@@ -234,13 +254,15 @@ class Steering(ModelHook):
         if (phase := self._phase_now()) != self._phase:
             self._phase = phase
             hook.changed()
+            if self._fast is not None:
+                self._fast.tokens_changed()
 
     def _phase_now(self) -> list[Hashable]:
         """While this is equal, levers make the same tokens, and they need not be made again."""
         levers = [lever for lever, _ in self.levers.acting("tokens")]
         return [lever.phase(self.context) for lever in levers if lever.phase is not None]
 
-    def _branches(
+    def _predicted(
         self,
         forward: Any,
         given: dict[str, Any],
@@ -248,8 +270,25 @@ class Steering(ModelHook):
         layout: tuple[str, ...],
         items: int,
     ) -> dict[str, Tensor]:
-        """Each branch's prediction, all in one pass of the UNet."""
-        wanted, hook = tuple(weights), self.attachment.hook
+        """Each branch's prediction; in fast mode some are made of what was computed before."""
+        fast = self._fast
+        if fast is None:
+            return self._branches(forward, given, tuple(weights), layout, items)
+        wanted = fast.plan(self.context.progress, weights, given["sample"].shape)
+        with fast.acting():
+            computed = self._branches(forward, given, wanted, layout, items)
+        return fast.completed(weights, computed)
+
+    def _branches(
+        self,
+        forward: Any,
+        given: dict[str, Any],
+        wanted: tuple[str, ...],
+        layout: tuple[str, ...],
+        items: int,
+    ) -> dict[str, Tensor]:
+        """Each wanted branch's prediction, all in one pass of the UNet."""
+        hook = self.attachment.hook
         full = len(given["encoder_hidden_states"])
         rows = [row for b in wanted for row in self._rows(b, layout, items)]
         arguments = {

@@ -20,6 +20,7 @@ from ipdiverse.base.adapters import adapter_file
 from ipdiverse.dial import OFF
 from ipdiverse.errors import ArgumentError, ModelError, check_range
 from ipdiverse.sampling.denoiser import release, steer
+from ipdiverse.sampling.fast import level_of
 from ipdiverse.sampling.sample import dial_for, space_of
 from ipdiverse.seeding import derived_seed
 
@@ -82,7 +83,11 @@ class DialedAttachment(Attachment):
         self.on_detach(self._unwatch)
 
     def set_diversity(
-        self, diversity: float, *, space: VariationSpace | str | Path | None = None
+        self,
+        diversity: float,
+        *,
+        space: VariationSpace | str | Path | None = None,
+        fast: int = 0,
     ) -> None:
         """Vary the images of the next calls of the pipeline.
 
@@ -93,22 +98,24 @@ class DialedAttachment(Attachment):
             diversity: 0..1; 0 is stock IP-Adapter, to the bit.
             space: A variation space of the adapter (`ipdiverse fit`), or its file; None takes the
                 one that ships for it, if any.
+            fast: 0 to 3: how much of the work to leave out, at a small loss; 0 is none, exactly.
 
         Raises:
             ArgumentError: It is out of range, or the pipeline draws its noise elsewhere.
             ModelError: The space belongs to another adapter.
         """
         check_range("diversity", diversity, 0, 1)
+        level_of(fast)
         if space is not None or self.scenes is None:
             known = isinstance(space, VariationSpace)
             self.set_space(space if known else space_of(str(space or ""), self.adapters[0]))
         levers = dial_for(self.adapters[0], self.scenes is not None).at(diversity)
         self._unwatch()
         release(self)
-        if levers != OFF:  # at 0 too: what a fusion adds has to be taken off
-            self._watch(levers)
+        if levers != OFF or fast:  # at 0 too: what a fusion adds has to be taken off
+            self._watch(levers, fast)
 
-    def _watch(self, levers: Levers) -> None:
+    def _watch(self, levers: Levers, fast: int) -> None:
         """Steer each call of the pipeline as soon as its noise is drawn."""
         if not hasattr(self.pipe, "prepare_latents"):
             raise ArgumentError(
@@ -116,7 +123,7 @@ class DialedAttachment(Attachment):
                 where=type(self.pipe).__name__,
                 fix="Use `ipdiverse.steer` with seeds of your own.",
             )
-        self._unshadow = shadow(self.pipe, "prepare_latents", _Steered(self, levers))
+        self._unshadow = shadow(self.pipe, "prepare_latents", _Steered(self, levers, fast))
 
     def _unwatch(self) -> None:
         if self._unshadow is not None:
@@ -126,9 +133,9 @@ class DialedAttachment(Attachment):
 class _Steered:
     """A pipeline's `prepare_latents` that first gives the levers this call's seeds and prompts."""
 
-    def __init__(self, attachment: DialedAttachment, levers: Levers) -> None:
+    def __init__(self, attachment: DialedAttachment, levers: Levers, fast: int) -> None:
         self.original = attachment.pipe.prepare_latents
-        self.attachment, self.levers = attachment, levers
+        self.attachment, self.levers, self.fast = attachment, levers, fast
         self.signature = inspect.signature(self.original)
         functools.update_wrapper(self, self.original)
 
@@ -143,7 +150,7 @@ class _Steered:
             )
         items, texts = len(encoded[-1].positive), encoded[-1].texts
         seeds = seeds_of(bound.arguments.get("generator"), items)
-        steer(self.attachment, self.levers, seeds, texts or None)
+        steer(self.attachment, self.levers, seeds, texts or None, self.fast)
         return self.original(*args, **kwargs)
 
 

@@ -23,6 +23,7 @@ MAX_IMAGES = 1024
 MAX_STEPS = 1000
 MAX_SIDE = 4096
 MAX_WEIGHT = 1000
+MAX_FAST = 3
 Fit = Literal["crop", "pad", "stretch"]
 
 USED_WITH = {"strength": "init_image", "control_scale": "controlnet"}
@@ -89,6 +90,8 @@ class Request:
         steps: Denoising steps; None takes the base's default.
         guidance_scale: Classifier-free guidance; None takes the base's default.
         negative_prompt: Text that guidance moves away from.
+        fast: 0 to 3: how much of the work to leave out, at a small loss. 0 is none, exactly; the
+            table in `docs/inference.md` has what each level saves and loses.
         levers: What changes sampling to gain variety.
 
     Raises:
@@ -132,6 +135,7 @@ class Request:
     steps: int | None = None
     guidance_scale: float | None = None
     negative_prompt: str = ""
+    fast: int = 0
     levers: Levers = field(default=OFF)
 
     @classmethod
@@ -267,6 +271,7 @@ class Request:
             "seed": (0, 2**63 - 1),
             "candidates": (self.n, MAX_IMAGES),
             "steps": (1, MAX_STEPS),
+            "fast": (0, MAX_FAST),
             "width": (8, MAX_SIDE),
             "height": (8, MAX_SIDE),
         }

@@ -134,7 +134,7 @@ def sampled(
                 on_step(images)
 
         for chunk, padded in _chunks(jobs, task.base.batch):
-            _prompt(attachment, padded, levers, negative)
+            _prompt(attachment, padded, levers, negative, request.fast)
             yield from _denoise(task, padded, request, advance, len(chunk))[: len(chunk)]
 
 
@@ -154,7 +154,7 @@ def preview(
     steps = steps_of(task.base, request) * (request.strength if request.init_image else 1)
     last = max(1, round(share * steps)) - 1
     for chunk, padded in _chunks(jobs, task.base.batch):
-        steering = _prompt(attachment, padded, levers, negative, previews=True)
+        steering = _prompt(attachment, padded, levers, negative, request.fast, previews=True)
         _denoise(task, padded, request, None, len(chunk), last)
         if steering is None or steering.guess is None:
             raise AssertionError("a steered pipeline that called its UNet has a guess")
@@ -171,6 +171,7 @@ def _prompt(
     jobs: list[Job],
     levers: Levers,
     negative: Image.Image | None,
+    fast: int,
     previews: bool = False,
 ) -> Steering | None:
     """References and levers of one batch."""
@@ -183,9 +184,9 @@ def _prompt(
     attachment.set_reference(references, negative=negative)
     seeds = [derived_seed(job.seed, job.index, "levers") for job in jobs]
     attachment.set_seeds(seeds)
-    if levers == OFF and not previews:
+    if levers == OFF and not previews and not fast:
         return None
-    steering = steer(attachment, levers, seeds, [job.prompt for job in jobs])
+    steering = steer(attachment, levers, seeds, [job.prompt for job in jobs], fast)
     steering.previews = previews
     return steering
 

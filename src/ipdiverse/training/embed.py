@@ -21,15 +21,25 @@ from torch import Tensor
 from ipdiverse.data.cache import RowReader, Rows, compute
 from ipdiverse.data.files import picture_below
 from ipdiverse.data.manifest import Record, read_manifest
+from ipdiverse.errors import DataError
+from ipdiverse.parts import (
+    WHOLE,
+    Part,
+    forget_parts,
+    holding_parts,
+    part_folders,
+    part_of,
+)
+from ipdiverse.training.frozen import Preprocessing
 from ipdiverse.writing import only_one, write_bytes_atomic
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from PIL import Image
 
-    from ipdiverse.training.frozen import FrozenEncoders, Preprocessing
+    from ipdiverse.training.frozen import FrozenEncoders
 
 FOLDER, REPORT = "embedded", "embedded.json"
 _BATCH = 8
@@ -199,43 +209,113 @@ class EmbeddedPictures:
 
 
 def embed(
-    folder: Path, encoders: FrozenEncoders, preprocessing: Preprocessing, stored: Stored
+    folder: Path,
+    encoders: FrozenEncoders,
+    preprocessing: Preprocessing,
+    stored: Stored,
+    part: Part = WHOLE,
 ) -> dict[str, Any]:
-    """Compute the missing shards of a cache; what `embedded.json` says, and how many were."""
-    from tqdm import tqdm
+    """Compute the missing shards of a cache; what `embedded.json` says, and how many were.
 
+    A part computes the shards that it takes, says how many, and leaves `embedded.json` to
+    `merge_embedded`.
+    """
     online, home = Online(folder, encoders, preprocessing), folder / FOLDER
-    fingerprint = encoders.fingerprint()
-    layout, stored = _layout(folder, online.records, fingerprint, preprocessing, stored)
-    pictures = layout["references"].contents
-    layout = {name: layout[name] for name in stored.rows}
-    shards = [rows.file(number) for rows in layout.values() for number in range(rows.shards)]
+    cache = _Cache(folder, online.records, encoders.fingerprint(), preprocessing, stored)
+    if not part.whole:
+        with part_of(home, part, cache.about()):
+            return {"part": str(part), "computed": _compute(online, cache, cache.missing(part))}
+    file, todo = home / REPORT, cache.missing()
+    computed = sum(len(missing) for _, missing in todo)
+    # a finished cache is only read: runs that share it do not hold each other up
+    if computed or not cache.is_reported() or part_folders(home):
+        with only_one(home), holding_parts(home):
+            file.unlink(missing_ok=True)  # so that a run after a kill holds and tidies the folder
+            _compute(online, cache, todo)
+            write_bytes_atomic(file, cache.report())
+            forget_parts(home)
+    return json.loads(cache.report()) | {"computed": computed}
 
-    def report() -> bytes:
+
+def merge_embedded(folder: Path, about: Mapping[str, Any]) -> None:
+    """Check that parts computed every shard, and write `embedded.json`; no model is opened.
+
+    Args:
+        about: What the parts say of themselves (`parts.finished`).
+
+    Raises:
+        DataError: Shards are missing; the error names the first.
+    """
+    home, stored = folder / FOLDER, about["stored"]
+    asked = Stored(stored["images"], stored["dtype"], tuple(stored["rows"]))
+    shown = Preprocessing(**about["preprocessing"])
+    with only_one(home), holding_parts(home):
+        cache = _Cache(folder, read_manifest(folder), about["encoders"], shown, asked)
+        lost = [rows.file(number) for rows, missing in cache.missing() for number in missing]
+        if lost:
+            fix = "Run the parts of `ipdiverse embed` again; finished shards are kept."
+            what = f"lacks {len(lost)} shards, or they are of other data or encoders"
+            raise DataError(what, where=home, found=lost[0].name, fix=fix)
+        write_bytes_atomic(home / REPORT, cache.report())
+        forget_parts(home)
+
+
+class _Cache:
+    """The shards of a data set that were asked for, and their report."""
+
+    def __init__(
+        self,
+        folder: Path,
+        records: list[Record],
+        encoders: str,
+        shown: Preprocessing,
+        asked: Stored,
+    ) -> None:
+        layout, self.stored = _layout(folder, records, encoders, shown, asked)
+        self.pictures = layout["references"].contents
+        self.rows = [layout[name] for name in asked.rows]
+        self.records, self.encoders, self.shown, self.asked = records, encoders, shown, asked
+        self.file = folder / FOLDER / REPORT
+
+    def about(self) -> dict[str, Any]:
+        """What is computed, for the statement of a part."""
+        about = {"encoders": self.encoders, "preprocessing": asdict(self.shown)}
+        return {"kind": "embed", **about, "stored": asdict(self.asked)}
+
+    def missing(self, part: Part = WHOLE) -> list[tuple[Rows, list[int]]]:
+        """The shards to compute, of those that a part takes."""
+        return [(rows, rows.missing(part)) for rows in self.rows]
+
+    def report(self) -> bytes:
+        """What `embedded.json` says of shards that are all there."""
+        shards = [rows.file(number) for rows in self.rows for number in range(rows.shards)]
         found = {
-            "images": len(online.records),
-            "pictures": len(pictures),
+            "images": len(self.records),
+            "pictures": len(self.pictures),
             "shards": len(shards),
             "bytes": sum(file.stat().st_size for file in shards),
-            "encoders": fingerprint,
-            "preprocessing": asdict(preprocessing),
-            "stored": {"images": stored.images, "dtype": stored.dtype},
+            "encoders": self.encoders,
+            "preprocessing": asdict(self.shown),
+            "stored": {"images": self.stored.images, "dtype": self.stored.dtype},
         }
         return (json.dumps(found, indent=2) + "\n").encode()
 
-    file, todo = home / REPORT, [(rows, rows.missing()) for rows in layout.values()]
-    computed = sum(len(missing) for _, missing in todo)
-    # a finished cache is only read: runs that share it do not hold each other up
-    if computed or not file.is_file() or file.read_bytes() != report():
-        with only_one(home), tqdm(unit="row", disable=None) as progress:
-            file.unlink(missing_ok=True)  # so that a run after a kill holds and tidies the folder
-            progress.total = sum(len(rows.span(n)) for rows, missing in todo for n in missing)
-            for rows, missing in todo:
-                progress.set_description(rows.name)
-                make = partial(_encoded, online, rows.name, pictures, stored)
-                compute(rows, make, missing, progress.update)
-            write_bytes_atomic(file, report())
-    return json.loads(report()) | {"computed": computed}
+    def is_reported(self) -> bool:
+        """Whether `embedded.json` is as it should be."""
+        return self.file.is_file() and self.file.read_bytes() == self.report()
+
+
+def _compute(online: Online, cache: _Cache, todo: list[tuple[Rows, list[int]]]) -> int:
+    """Compute shards; returns how many."""
+    from tqdm import tqdm
+
+    with tqdm(unit="row", disable=None) as progress:
+        progress.total = sum(len(rows.span(n)) for rows, missing in todo for n in missing)
+        for rows, missing in todo:
+            progress.set_description(rows.name)
+            make = partial(_encoded, online, rows.name, cache.pictures, cache.stored)
+            compute(rows, make, missing, progress.update)
+    return sum(len(missing) for _, missing in todo)
 
 
 def _only(batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from ipdiverse.base.adapters import adapter_file
 from ipdiverse.base.bases import load_base
 from ipdiverse.base.memory import Plan
 from ipdiverse.base.pipelines import fingerprint
+from ipdiverse.cli import main
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import sample_scene
 from ipdiverse.errors import OutputError
@@ -120,3 +122,38 @@ def test_weights_have_the_same_fingerprint_wherever_they_are() -> None:
     here.register_buffer("weight", torch.ones(3))
     there.register_buffer("weight", torch.ones(3).as_subclass(Elsewhere))
     assert fingerprint(here) == fingerprint(there)
+
+
+STUDY = """pairs = 9
+images = 2
+steps = 1
+[[arm]]
+name = "a"
+scale = 1.0
+[[arm]]
+name = "b"
+scale = 0.5
+"""
+
+
+def test_a_study_in_parts_is_that_of_one_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study_images, "sample_array", drawn := Mock(side_effect=painted))
+    monkeypatch.setattr(study_images, "CHUNK", 2)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "study.toml").write_text(STUDY)
+    words = ["evaluate", "--config", "study.toml", "--out"]
+    assert main([*words, "alone"]) == 0
+    once = drawn.call_count
+    for part in ("2/2", "1/3", "2/3", "3/3"):
+        assert main([*words, "out", "--part", part]) == 0
+    assert drawn.call_count == 2 * once, "each once"
+    assert main(["merge", "out"]) == 0
+    assert drawn.call_count == 2 * once, "merge draws nothing"
+    made, wanted = (
+        {str(f.relative_to(home)): f.read_bytes() for f in home.rglob("*") if f.is_file()}
+        for home in (tmp_path / "out", tmp_path / "alone")
+    )
+    assert {"results.json", "report.html"} <= wanted.keys()
+    assert made == wanted

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 from ipdiverse.cli import main
+from ipdiverse.commands.cluster import merge
+from ipdiverse.data.cache import Rows
 from ipdiverse.data.prepare import PrepareOptions, prepare
 from ipdiverse.errors import DataError, ModelError
+from ipdiverse.parts import Part
+from ipdiverse.training import embed as module
 from ipdiverse.training.embed import Embedded, Online, Stored, embed
 from ipdiverse.training.frozen import FrozenEncoders, Preprocessing, open_encoders
 from tests import models
@@ -180,3 +186,29 @@ def test_another_image_encoder_is_read_before_the_unet_is_there(tmp_path: Path) 
     assert other.pipe.unet.device.type == "meta"
     assert other.fingerprint() != own.fingerprint()
     assert other.image([models.picture(0)])["pooled"].shape == (1, models.CLIP_DIM)
+
+
+def test_a_cache_in_parts_is_that_of_one_process(
+    data: Path, encoders: FrozenEncoders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "Rows", partial(Rows, size=1))
+    shutil.copytree(data, alone := tmp_path / "alone")
+    embed(alone, encoders, SHOWN, Stored())
+    encoded = embed(data, encoders, SHOWN, Stored(), Part(1, 2))["computed"]
+    with pytest.raises(DataError, match="not finished; found 2/2"):
+        merge(data)
+    for part in (Part(1, 3), Part(2, 3), Part(3, 3)):  # dealt anew
+        encoded += embed(data, encoders, SHOWN, Stored(), part)["computed"]
+    lost = next((data / "embedded").glob("texts-*.safetensors"))
+    whole = lost.read_bytes()
+    lost.unlink()
+    with pytest.raises(DataError, match=rf"lacks 1 shards.*found {lost.name}"):
+        merge(data)
+    lost.write_bytes(whole)
+    merge(data)
+    assert encoded == embed(alone, encoders, SHOWN, Stored())["shards"]
+    made, wanted = (
+        {file.name: file.read_bytes() for file in (folder / "embedded").iterdir()}
+        for folder in (data, alone)
+    )
+    assert made == wanted

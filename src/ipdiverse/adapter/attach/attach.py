@@ -20,7 +20,7 @@ from ipdiverse.adapter.attach.encoding import (
     Scenes,
     encode_references,
 )
-from ipdiverse.adapter.attach.hook import ActiveAdapter, ImagePromptHook
+from ipdiverse.adapter.attach.hook import ActiveAdapter, ImagePromptHook, check_caches
 from ipdiverse.adapter.attach.joint import (
     check_fits,
     checked_transformer,
@@ -438,6 +438,7 @@ def checked_unet(pipe: Any) -> Any:
             where="UNet",
             fix="Call enable_model_cpu_offload in place of enable_sequential_cpu_offload.",
         )
+    check_caches(unet)
     for name in attention_layers(unet).values():
         _check_attention(unet.get_submodule(name), name)
     return unet

@@ -30,6 +30,16 @@ if TYPE_CHECKING:
 
 MASKS = "ip_adapter_masks"
 """Where stock pipelines expect masks, in `cross_attention_kwargs`."""
+_CACHES = (
+    "faster_cache",
+    "fbc",
+    "mag_cache",
+    "pyramid_attention",
+    "sea_cache",
+    "taylorseer",
+    "text_kv",
+)
+"""What the names of the hooks of diffusers' caches begin with."""
 _KEPT = 4
 """Texts whose tokens are kept: pipelines and levers may call the UNet with as many in turn."""
 
@@ -303,6 +313,7 @@ class ImagePromptHook(ModelHook):
                 for prompt, groups in zip(self.prompts, known.groups, strict=True):
                     prompt.slot.groups = groups
                 return known.layout
+        check_caches(self.pipe.unet)  # once a text, not at every step
         layout = self.layout or self.layout_of(text)
         self._check_references()
         for number, prompt in enumerate(self.prompts):
@@ -440,6 +451,20 @@ def argument_names(module: torch.nn.Module) -> list[str]:
     """Names of a denoiser's arguments in order."""
     inner = getattr(module, "_orig_mod", module)  # torch.compile's own has other arguments
     return [name for name in inspect.signature(type(inner).forward).parameters if name != "self"]
+
+
+def check_caches(unet: Any) -> None:
+    """Refuse diffusers' caches: they fail with image prompts, cache nothing, or leak into calls."""
+    for module in unet.modules():
+        registry = getattr(module, "_diffusers_hook", None)
+        for name in () if registry is None else registry.hooks:
+            if name.startswith(_CACHES):
+                raise ModelError(
+                    "does not work with an image prompt",
+                    where="pipeline",
+                    found=f"the cache {name} of diffusers",
+                    fix="Open the pipeline without it; `--fast 1` to 3 (`fast=`) works with one.",
+                )
 
 
 def _identities(masks: Any) -> list[int]:

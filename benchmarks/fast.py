@@ -1,0 +1,184 @@
+"""What each level of fast mode saves: operations on SD 1.5's architecture, time on critters.
+
+    python benchmarks/fast.py [--rounds 15] [--sizes 256 512] [--losses study/results.json]
+        [--out FILE.json]
+
+Operations are counted without computing (device "meta"): all steps of a call, with a plus adapter
+of 16 tokens, against stock diffusers' own processors. Times are those of the embedded base with the
+plain plus adapter, against stock with the same file, alternating in one process. What is lost is
+read from a study of `studies/fast.toml`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from dial import IMAGES, PROMPT, STEPS, call
+from diffusers import UNet2DConditionModel
+from PIL import Image
+from timing import alternating, flops, machine, ratio_of
+
+from ipdiverse import attach, load_adapter, load_base
+from ipdiverse.adapter.attach.attach import _processors
+from ipdiverse.adapter.attention import BOTH, NOTHING, Slot, TokenGroup
+from ipdiverse.adapter.model import ImagePromptAdapter, layer_widths
+from ipdiverse.adapter.projection import ResamplerProjection
+from ipdiverse.base.adapters import adapter_file
+from ipdiverse.base.bases import CRITTERS
+from ipdiverse.dial import Levers
+from ipdiverse.sampling.denoiser import release, steer
+from ipdiverse.sampling.fast import LEVELS, Fast
+
+COUNTED_STEPS, GUIDANCE = 50, 7.5
+
+
+def sd15_unet() -> Any:
+    """Stable Diffusion 1.5's, without weights."""
+    return UNet2DConditionModel(
+        sample_size=64,
+        cross_attention_dim=768,
+        attention_head_dim=8,
+        block_out_channels=(320, 640, 1280, 1280),
+    )
+
+
+def stock_operations(size: int) -> int:
+    """Of a call's steps: each projects the image and every text again."""
+    unet = sd15_unet()
+    adapter = ImagePromptAdapter(ResamplerProjection(1280, 768, 16, 768, 4), layer_widths(unet))
+    parts: dict[str, dict[str, torch.Tensor]] = {"image_proj": {}, "ip_adapter": {}}
+    for name, value in adapter.state_dict().items():
+        part, _, rest = name.partition(".")
+        parts[part][rest] = value
+    unet._load_ip_adapter_weights([parts], low_cpu_mem_usage=False)
+    unet.requires_grad_(False)
+    image = {"image_embeds": [torch.empty(2, 1, 257, 1280)]}
+    sample, text = torch.empty(2, 4, size // 8, size // 8), torch.empty(2, 77, 768)
+    one = flops(lambda: unet(sample, 1, text, added_cond_kwargs=image))
+    return one * COUNTED_STEPS
+
+
+def our_operations(size: int, level: int) -> tuple[int, dict[str, dict[str, float]]]:
+    """Of a call's steps, and of each kind of step."""
+    unet = sd15_unet()
+    adapter = ImagePromptAdapter(ResamplerProjection(1280, 768, 16, 768, 4), layer_widths(unet))
+    unet.requires_grad_(False)
+    adapter.requires_grad_(False)
+    slot = Slot(adapter.layers())
+    processors = _processors(unet, [slot])
+    unet.set_attn_processor({**unet.attn_processors, **processors})
+    chosen = LEVELS[level]
+    fast = None if chosen is None else Fast(unet, chosen, [*processors.values()])
+    sample = torch.empty(1, 4, size // 8, size // 8)
+    wanted: tuple[str, ...] = (NOTHING, BOTH)
+    given = {n: (torch.empty(n, 77, 768), torch.empty(n, 16, 768)) for n in (1, 2)}
+    total = flops(lambda: adapter.image_proj(torch.empty(2, 257, 1280)))
+    kinds: dict[str, dict[str, float]] = {}
+    for step in range(COUNTED_STEPS):
+        weights = {NOTHING: 1 - GUIDANCE, BOTH: GUIDANCE}
+        if fast is not None:
+            wanted = fast.plan(step / COUNTED_STEPS, weights, sample.shape)
+        text, tokens = given[len(wanted)]
+        slot.groups = [TokenGroup(tokens)]
+        rows = torch.cat([sample] * len(wanted))
+        name = f"{'deep' if fast is None or fast.deep else 'shallow'}, {len(wanted)} branches"
+        outputs = rows
+        with nullcontext() if fast is None else fast.acting():
+            if name not in kinds:  # a step of one kind has as many operations as another
+                unet(rows, 1, text)  # keys and values are projected once a call, not at each step
+                count = flops(lambda: unet(rows, 1, text))  # noqa: B023
+                kinds[name] = {"steps": 0, "gflop": count / 1e9}
+        if fast is not None:
+            fast.completed(weights, dict(zip(wanted, outputs.chunk(len(wanted)), strict=True)))
+        kinds[name]["steps"] += 1
+        total += round(kinds[name]["gflop"] * 1e9)
+    return total, kinds
+
+
+def counted(sizes: list[int]) -> list[dict[str, Any]]:
+    """Stock's operations over ours, for each size and level."""
+    cells: list[dict[str, Any]] = []
+    with torch.device("meta"), torch.no_grad():
+        for size in sizes:
+            stock = stock_operations(size)
+            for level in range(len(LEVELS)):
+                total, kinds = our_operations(size, level)
+                cells.append({"size": size, "level": level, "operations_ratio": stock / total})
+                cells[-1] |= {"stock_gflop": stock / 1e9, "gflop": total / 1e9, "kinds": kinds}
+    return cells
+
+
+def timed(rounds: int) -> list[dict[str, Any]]:
+    """Stock's time over ours on critters, decoding included, and the same of operations."""
+    import numpy as np
+
+    from ipdiverse.critters.render import render
+    from ipdiverse.critters.scene import sample_scene
+    from ipdiverse.sampling.sample import space_of
+
+    file = Path(adapter_file(CRITTERS, "plus"))
+    image = Image.fromarray(render(sample_scene(np.random.default_rng(0)), 0))
+    stock, ours = load_base().pipe, load_base().pipe
+    for pipe in (stock, ours):
+        pipe.set_progress_bar_config(disable=True)
+    stock.load_ip_adapter(str(file.parent), subfolder="", weight_name=file.name)
+    attachment = attach(ours, load_adapter(file))
+    attachment.set_reference(image)
+    attachment.set_space(space_of("", attachment.adapters[0]))
+
+    def at(level: int) -> None:
+        release(attachment)
+        steer(attachment, Levers(recombine=1.0), range(IMAGES), [PROMPT], level)
+        call(ours)
+
+    runs: dict[str, Any] = {"stock": lambda: call(stock, ip_adapter_image=image)}
+    runs |= {str(level): lambda level=level: at(level) for level in range(len(LEVELS))}
+    operations = {name: flops(run) for name, run in runs.items()}
+    times = alternating(runs, rounds)
+    return [
+        {
+            "level": level,
+            **ratio_of(times["stock"], times[str(level)]),
+            "of_level_0": ratio_of(times["0"], times[str(level)]),
+            "operations_ratio": operations["stock"] / operations[str(level)],
+        }
+        for level in range(len(LEVELS))
+    ]
+
+
+def main() -> None:
+    """Measure and print a table; write JSON where asked."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512])
+    parser.add_argument("--losses", type=Path)
+    parser.add_argument("--out", type=Path)
+    chosen = parser.parse_args()
+    report: dict[str, Any] = {
+        "peer": "stock diffusers' IP-Adapter, the same weights",
+        "levels": [None if one is None else vars(one) for one in LEVELS],
+        "sd15": {"steps": COUNTED_STEPS, "guidance": GUIDANCE, "cells": counted(chosen.sizes)},
+    }
+    for cell in report["sd15"]["cells"]:
+        print(json.dumps(cell), flush=True)
+    report["critters"] = {"steps": STEPS, "images": IMAGES, "rounds": chosen.rounds, **machine()}
+    report["critters"]["cells"] = timed(chosen.rounds)
+    if chosen.losses:
+        report["losses"] = json.loads(chosen.losses.read_text())
+    if chosen.out:
+        chosen.out.write_text(json.dumps(report, indent=2) + "\n")
+    print("| level | stock / ours | 95 % | operations, stock / ours |\n|---|---|---|---|")
+    for cell in report["critters"]["cells"]:
+        print(
+            f"| {cell['level']} | {cell['ratio']:.2f} | {cell['low']:.2f} to {cell['high']:.2f} "
+            f"| {cell['operations_ratio']:.2f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,311 @@
+"""Work in parts: whatever n, killed or dealt anew, it ends as if one process had done it all."""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from ipdiverse.commands import cluster
+from ipdiverse.commands.cluster import Spread, merge
+from ipdiverse.data.manifest import PrepareOptions
+from ipdiverse.data.prepare import JOURNAL, prepare
+from ipdiverse.errors import ArgumentError, DataError, OutputError
+from ipdiverse.parts import PARTS, WHOLE, Part, finished, part_of
+from ipdiverse.sampling import batch
+from ipdiverse.sampling.batch import FAILED, RESULTS, read_jobs, run_batch
+from ipdiverse.sampling.request import Request
+from ipdiverse.writing import only_one
+from tests import models
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROWS = 40
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file that a command wrote, but for locks."""
+    files = (file for file in folder.rglob("*") if file.is_file() and file.name != ".lock")
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(files)}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "1", "0/3", "4/3", "1/0", "1/2/3", "-1/3", "1/1000000", "a/b"]
+)
+def test_what_is_no_part_is_said(text: str) -> None:
+    with pytest.raises(ArgumentError, match=r"part: is not a part; expected i/n, from 1/n to n/n"):
+        Part.of(text)
+
+
+SLURM = {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_COUNT": "5"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "part"),
+    [
+        ({}, WHOLE),
+        ({"RANK": "2"}, WHOLE),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, WHOLE),
+        ({"RANK": "2", "WORLD_SIZE": "7"}, Part(3, 7)),
+        (SLURM | {"SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_MAX": "5"}, Part(5, 5)),
+        (SLURM | {"SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_MAX": "9"}, Part(3, 5)),
+        (SLURM | {"SLURM_ARRAY_TASK_ID": "0", "RANK": "1", "WORLD_SIZE": "2"}, Part(1, 5)),
+    ],
+)
+def test_launchers_say_which_part_it_is(variables: dict[str, str], part: Part) -> None:
+    assert Part.of_environment(variables) == part
+
+
+@pytest.mark.parametrize("rank", ["first", "7", "-1"])
+def test_variables_that_contradict_each_other_are_refused(rank: str) -> None:
+    with pytest.raises(ArgumentError):
+        Part.of_environment({"RANK": rank, "WORLD_SIZE": "7"})
+
+
+@pytest.mark.parametrize("count", [1, 3, 7])
+def test_each_key_is_in_one_part(count: int) -> None:
+    parts = [Part(number + 1, count) for number in range(count)]
+    keys = [*map(str, range(1000)), "Zürich", "half a pair \udc80 \ud800"]
+    taken = [[part for part in parts if part.takes(key)] for key in keys]
+    assert {len(some) for some in taken} == {1}
+    shares = [sum(part in some for some in taken) for part in parts]
+    assert min(shares) > 1000 / count * 0.7, "no part has much less than its share"
+
+
+def test_the_flag_goes_before_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert Spread().chosen() == Part(2, 2)
+    assert Spread(part="1/1").chosen() == WHOLE
+
+
+class Painter:
+    """In place of a model: an image of each position's own, and a kill when it is asked for."""
+
+    def __init__(self) -> None:
+        self.drawn, self.left = 0, 10**9
+        self.broken: set[str] = set()
+
+    @contextmanager
+    def __call__(self, job: Request, *_: Any, **__: Any) -> Iterator[Any]:
+        prompts = [prompt for prompt in job.prompt for _ in range(job.n)]
+
+        def images(skip: set[int]) -> Iterator[tuple[int, Any]]:
+            if self.broken & set(prompts):
+                raise DataError("is beyond what this model draws", where=prompts[0])
+            for position, prompt in enumerate(prompts):
+                if position not in skip:
+                    if not self.left:
+                        raise KeyboardInterrupt
+                    self.left, self.drawn = self.left - 1, self.drawn + 1
+                    yield position, models.picture(sum(map(ord, prompt)) + position, 8)
+
+        jobs = [SimpleNamespace(prompt=prompt) for prompt in prompts]
+        yield SimpleNamespace(images=images, jobs=jobs, request=job, notes=[])
+
+
+@pytest.fixture
+def painter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Painter:
+    painter = Painter()
+    monkeypatch.setattr(batch, "drawing", painter)
+    monkeypatch.setattr(batch.LastBase, "open", lambda *_: None)
+    monkeypatch.chdir(tmp_path)  # records hold the folder as it was given
+    models.picture(1).save("a.png")
+    lines = [
+        {"image": "a.png", "prompt": f"row {row // 2}", "n": 1 + row % 2} for row in range(ROWS)
+    ]
+    lines[7]["prompt"] = ["on the moon", "at the beach"]
+    Path("jobs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return painter
+
+
+def draw(part: Part, out: str = "out") -> int:
+    return run_batch(read_jobs(Path("jobs.jsonl"), Request()), Path(out), part=part)
+
+
+def alone(painter: Painter) -> dict[str, bytes]:
+    """The folder that one process makes, under the same name."""
+    draw(WHOLE)
+    Path("out").rename("alone")
+    painter.drawn = 0
+    return tree(Path("alone"))
+
+
+def all_parts(count: int) -> Iterator[Part]:
+    return (Part(number + 1, count) for number in range(count))
+
+
+@pytest.mark.parametrize("count", [1, 3, 7])
+def test_a_batch_in_parts_ends_as_one_process_leaves_it(painter: Painter, count: int) -> None:
+    wanted = alone(painter)
+    assert all(draw(part) > 0 for part in all_parts(count))
+    assert painter.drawn == len(wanted) - 1, "each once"
+    if count > 1:
+        assert not Path("out", RESULTS).exists()
+        assert merge(Path("out")) == f"merged {painter.drawn} images of {ROWS} jobs in out"
+    assert tree(Path("out")) == wanted
+
+
+def test_killed_and_dealt_anew_nothing_is_drawn_twice(painter: Painter) -> None:
+    wanted = alone(painter)
+    painter.left = 5
+    with pytest.raises(KeyboardInterrupt):
+        draw(Part(2, 3))
+    painter.left = 10**9
+    draw(Part(3, 3))
+    torn = Path("out", PARTS, "2-of-3", RESULTS)
+    torn.write_text(torn.read_text() + '{"job": 3, "im')
+    with pytest.raises(DataError, match="has parts that have not finished; found 1/3, 2/3"):
+        merge(Path("out"))
+    for part in all_parts(7):
+        draw(part)
+    merge(Path("out"))
+    assert tree(Path("out")) == wanted
+    assert painter.drawn == len(wanted) - 1
+
+
+def test_one_process_takes_up_what_parts_left(painter: Painter) -> None:
+    wanted = alone(painter)
+    draw(Part(2, 3))
+    assert draw(WHOLE) > 0
+    assert tree(Path("out")) == wanted
+    assert painter.drawn == len(wanted) - 1
+
+
+def test_a_lost_image_is_named_by_merge_and_drawn_by_its_part(painter: Painter) -> None:
+    wanted = alone(painter)
+    for part in all_parts(3):
+        draw(part)
+    Path("out/0004/0000.png").unlink()
+    with pytest.raises(DataError, match="out: lacks images of 1 jobs; found job 4"):
+        merge(Path("out"))
+    assert sum(draw(part) for part in all_parts(3)) == 1
+    merge(Path("out"))
+    assert tree(Path("out")) == wanted
+
+
+def test_parts_of_other_jobs_are_not_merged(painter: Painter) -> None:
+    draw(Part(1, 2))
+    file = Path("jobs.jsonl")
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([*lines, json.dumps({"image": "a.png", "prompt": "one more"})]))
+    draw(Part(2, 2))
+    with pytest.raises(DataError, match="not finished; found 1/2"):
+        merge(Path("out"))
+    draw(Part(1, 2))  # the list has grown: the rest is kept
+    merge(Path("out"))
+    assert len(list(Path("out").rglob("*.png"))) == painter.drawn
+    jobs = file.read_text().replace("row 0", "another row 0")
+    file.write_text(jobs)
+    with pytest.raises(ArgumentError, match="holds results of other jobs"):
+        [draw(part) for part in all_parts(2)]
+
+
+def test_failed_jobs_are_listed_and_tried_again(painter: Painter) -> None:
+    wanted = alone(painter)
+    painter.broken = {"row 3", "row 9"}
+    with pytest.raises(DataError, match=r"failed\.jsonl: lists 3 of 40 jobs .*row 3: is beyond"):
+        draw(WHOLE)
+    listed = [json.loads(line) for line in Path("out", FAILED).read_text().splitlines()]
+    assert [line["job"] for line in listed] == [6, 18, 19]
+    assert painter.drawn > 0, "the others are drawn"
+    painter.broken = set()
+    assert draw(WHOLE) > 0
+    assert tree(Path("out")) == wanted
+
+
+def test_a_part_with_failed_jobs_has_not_finished(painter: Painter) -> None:
+    painter.broken = {"on the moon"}
+    failed = []
+    for part in all_parts(3):
+        try:
+            draw(part)
+        except DataError:
+            failed.append(part)
+    assert len(failed) == 1
+    with pytest.raises(DataError, match=f"not finished; found {failed[0]}"):
+        merge(Path("out"))
+
+
+def test_parts_at_work_are_not_merged(painter: Painter) -> None:
+    for part in all_parts(2):
+        draw(part)
+    with (
+        only_one(Path("out", PARTS, "1-of-2")),
+        pytest.raises(OutputError, match="another process is at work"),
+    ):
+        merge(Path("out"))
+
+
+@pytest.fixture
+def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Thirty pictures of three subjects, two that are the same, and a broken one."""
+    monkeypatch.chdir(tmp_path)
+    for number in range(30):
+        file = Path("in", f"subject {number % 3}", f"{number}.png")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        models.picture(number // 2 if number == 1 else number, 16).save(file)
+    Path("in", "subject 0", "broken.png").write_text("none")
+    return "in"
+
+
+@pytest.mark.parametrize("count", [3, 7])
+def test_a_data_set_in_parts_is_that_of_one_process(pictures: str, count: int) -> None:
+    prepare(pictures, Path("alone"), PrepareOptions())
+    for part in all_parts(count):
+        prepare(pictures, Path("out"), PrepareOptions(), part)
+    merge(Path("out"))
+    assert tree(Path("out")) == tree(Path("alone"))
+
+
+def test_preparing_goes_on_with_another_number_of_parts(
+    pictures: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ipdiverse.data import prepare as module
+
+    prepare(pictures, Path("alone"), PrepareOptions())
+    decoded: list[str] = []
+    load = module.load_image_bytes
+    monkeypatch.setattr(
+        module, "load_image_bytes", lambda data, name: decoded.append(name) or load(data, name)
+    )
+    prepare(pictures, Path("out"), PrepareOptions(), Part(1, 3))
+    journal = Path("out", PARTS, "1-of-3", JOURNAL)
+    journal.write_text(journal.read_text()[:-30])  # killed as it wrote
+    with pytest.raises(DataError, match="not finished; found 2/3, 3/3"):
+        merge(Path("out"))
+    for part in all_parts(7):
+        prepare(pictures, Path("out"), PrepareOptions(), part)
+    merge(Path("out"))
+    assert len(decoded) == 31 + 1, "one line was lost"
+    assert tree(Path("out")) == tree(Path("alone"))
+
+
+def test_parts_of_another_source_are_refused(pictures: str) -> None:
+    prepare(pictures, Path("out"), PrepareOptions(), Part(1, 2))
+    with pytest.raises(DataError, match="was prepared from something else"):
+        prepare("critters", Path("out"), PrepareOptions(n=3), Part(2, 2))
+
+
+def test_a_folder_without_parts_is_said(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds no parts"):
+        merge(tmp_path)
+
+
+def test_a_broken_statement_is_named(tmp_path: Path) -> None:
+    with part_of(tmp_path, Part(1, 2), {"kind": "batch"}) as home:
+        pass
+    (home / "part.json").write_text("{")
+    with pytest.raises(DataError, match=r"1-of-2/part\.json: is broken; .*run this part again"):
+        finished(tmp_path)
+
+
+def test_ray_and_a_part_contradict_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = SimpleNamespace(spread=Spread(part="1/2", ray="local"))
+    with pytest.raises(ArgumentError, match="--ray: deals the parts itself"):
+        cluster.in_parts(command)  # type: ignore[arg-type]
