@@ -13,7 +13,7 @@ from diffusers.hooks import ModelHook
 from torch import Tensor
 
 from ipdiverse.adapter.attach.branches import KEPT_PROMPTS, GivenWords, Told, tell_branches
-from ipdiverse.adapter.attach.joint import is_transformer, latent_grid
+from ipdiverse.adapter.attach.joint import denoiser_of, is_transformer, latent_grid
 from ipdiverse.adapter.attach.redux import with_image_tokens
 from ipdiverse.adapter.attention import BOTH, NOTHING, DecoupledAttention, Slot, TokenGroup
 from ipdiverse.adapter.model import interpolated, placed, state_of
@@ -313,7 +313,7 @@ class ImagePromptHook(ModelHook):
                 for prompt, groups in zip(self.prompts, known.groups, strict=True):
                     prompt.slot.groups = groups
                 return known.layout
-        check_caches(self.pipe.unet)  # once a text, not at every step
+        check_caches(denoiser_of(self.pipe))  # once a text, not at every step
         layout = self.layout or self.layout_of(text)
         self._check_references()
         for number, prompt in enumerate(self.prompts):
