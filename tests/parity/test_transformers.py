@@ -10,7 +10,9 @@ import torch
 
 from ipdiverse.adapter.attach.attach import attach, detach
 from ipdiverse.adapter.reference import Reference
+from ipdiverse.dial import Levers
 from ipdiverse.errors import ModelError
+from ipdiverse.sampling.denoiser import steer
 from tests import joint_models, models
 
 PARITY = 1e-5
@@ -196,3 +198,23 @@ def test_redux_equals_stock() -> None:
     assert far[0] > 1e-4
     np.testing.assert_allclose(far[2], np.abs(stock - plain).max(), rtol=1e-3)
     np.testing.assert_array_equal(run(pipe), plain)
+
+
+def test_guidance_in_two_calls_obeys_levers() -> None:
+    """Outside the interval the second call costs nothing; a weight of 1 is what stock computes."""
+    pipe, passes = joint_models.pipeline("flux"), []
+    handle = pipe.transformer.norm_out.register_forward_hook(lambda *_: passes.append(1))
+    with attach(pipe, joint_models.adapter(joint_models.xlabs_tensors())) as attachment:
+        attachment.set_reference(models.picture(10))
+        alone, guided = run(pipe), run(pipe, **TRUE_CFG)
+        passes.clear()
+        steer(attachment, Levers(interval=(0.0, 1e-9)), [3])
+        np.testing.assert_array_equal(run(pipe, **TRUE_CFG), alone)
+        assert len(passes) == 3
+        steer(attachment, Levers(image_guidance=1.0), [3])
+        equal(run(pipe, **TRUE_CFG), guided)
+        steer(attachment, Levers(image_guidance=2.0), [3])
+        assert np.abs(run(pipe, **TRUE_CFG) - guided).max() > 1e-2 * np.abs(guided).max()
+        with pytest.raises(ModelError, match="fast: is for UNets"):
+            steer(attachment, Levers(), [3], fast=1)
+    handle.remove()
