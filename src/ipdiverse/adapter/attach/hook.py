@@ -15,7 +15,7 @@ from torch import Tensor
 from ipdiverse.adapter.attach.branches import KEPT_PROMPTS, GivenWords, Told, tell_branches
 from ipdiverse.adapter.attach.joint import denoiser_of, is_transformer, latent_grid
 from ipdiverse.adapter.attach.redux import with_image_tokens
-from ipdiverse.adapter.attention import BOTH, NOTHING, DecoupledAttention, Slot, TokenGroup
+from ipdiverse.adapter.attention import BOTH, NOTHING, Slot, TokenGroup
 from ipdiverse.adapter.model import interpolated, placed, state_of
 from ipdiverse.adapter.reference import RegionMask
 from ipdiverse.adapter.scale import checked_items, checked_number
@@ -158,7 +158,7 @@ class ImagePromptHook(ModelHook):
         pipe: Any,
         prompts: list[ActiveAdapter],
         layers: Sequence[Layer],
-        processors: list[tuple[Any, DecoupledAttention]],
+        processors: Sequence[tuple[Any, Any]],
         before: dict[str, Any],
     ) -> None:
         super().__init__()

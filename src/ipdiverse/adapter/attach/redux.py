@@ -53,7 +53,7 @@ def with_image_tokens(
     ids = given["txt_ids"]
     more = torch.cat(parts, dim=1)
     places = ids.new_zeros(*ids.shape[:-2], more.shape[1], ids.shape[-1])  # as the text's own
-    extended = {
+    extended: dict[str, Any] = {
         "encoder_hidden_states": torch.cat([text, more], dim=1),
         "txt_ids": torch.cat([ids, places], dim=-2),
     }
