@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
-_ADAPTER = ("image_proj", "ip_adapter", "to_k_ip", "adapter_modules")
+_ADAPTER = ("image_proj", "ip_adapter", "to_k_ip", "adapter_modules", "redux_up.")
 WHOLE_BASE = "a whole Stable Diffusion model"
 _LORA = "Load it into the pipeline, by `pipe.load_lora_weights`; an adapter goes on top of that."
 _PART = "It is a part of a base: give the base's folder or hub id with --base."

@@ -15,7 +15,14 @@ if TYPE_CHECKING:
 
     from tests.acceptance.scenes import Scene
 
-TITLES = {"sd1": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL"}
+TITLES = {
+    "sd1": "SD 1.x",
+    "sd2": "SD 2.x",
+    "sdxl": "SDXL",
+    "flux": "Flux.1",
+    "sd3": "SD 3.5",
+}
+UNETS = ("sd1", "sd2", "sdxl")
 FIVE = "the five"
 
 
@@ -212,7 +219,55 @@ _OWN = [
     ),
 ]
 
+_JOINT = [
+    _five("flux-txt2img", "text-to-image, XLabs", "", lambda: scenes.text_to_image("flux")),
+    _five("flux-true-cfg", "a negative prompt, in calls of its own", "", scenes.true_guidance),
+    _five("flux-img2img", "image-to-image", "", lambda: scenes.image_to_image("flux")),
+    _five("flux-inpaint", "inpainting", "", lambda: scenes.joint_inpainting("flux")),
+    _five("flux-controlnet", "ControlNet", _CONTROL, scenes.flux_controlnet),
+    _five("flux-kontext", "Kontext", "", scenes.kontext),
+    _own(
+        "flux-instantx",
+        "text-to-image, InstantX",
+        f"{FIVE}; beside XLabs at scale 0 it is alone, exactly",
+        features.instantx,
+    ),
+    _own(
+        "flux-redux",
+        "text-to-image, Redux",
+        f"{FIVE}; a strength for each item",
+        features.redux,
+    ),
+    _five("sd3-txt2img", "text-to-image, InstantX", "", lambda: scenes.text_to_image("sd3")),
+    _five("sd3-img2img", "image-to-image", "", lambda: scenes.image_to_image("sd3")),
+    _five("sd3-inpaint", "inpainting", "", lambda: scenes.joint_inpainting("sd3")),
+    *(
+        cell
+        for a in ("flux", "sd3")
+        for cell in (
+            _own(
+                f"{a}-outputs",
+                "several prompts, several images of each",
+                f"a reference for each prompt, or for each output: {_BATCHES}",
+                lambda a=a: features.several_outputs(a),
+            ),
+            _own(
+                f"{a}-masks",
+                "several references with masks",
+                "white is no mask, black no reference; order does not matter, place does",
+                lambda a=a: features.masked_references(a),
+            ),
+            _own(
+                f"{a}-window",
+                "scale in a part of the steps, image-to-image",
+                "first and second half of the steps taken each act, differently",
+                lambda a=a: features.scale_window(a),
+            ),
+        )
+    ),
+]
+
 CELLS: list[Cell] = sorted(
-    [*(cell for a in TITLES for cell in _tasks(a)), *_few_steps(), *_OWN],
+    [*(cell for a in UNETS for cell in _tasks(a)), *_few_steps(), *_OWN, *_JOINT],
     key=lambda cell: list(TITLES).index(cell.architecture),
 )

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 
 from ipdiverse.adapter.attach.attach import attach, detach
+from ipdiverse.adapter.attach.joint import denoiser_of
 from ipdiverse.dial import Levers
 from ipdiverse.sampling.denoiser import release, steer
-from tests import models
+from tests import joint_models, models
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,9 +32,10 @@ def the_five(
     references: Sequence[Any] = REFERENCES,
 ) -> None:
     """The prompt acts, scale 0 is exact, items do not mix, levers act, detaching is exact."""
-    state, processors = tensors(scene.pipe.unet), dict(scene.pipe.unet.attn_processors)
+    denoiser = denoiser_of(scene.pipe)
+    state, processors = tensors(denoiser), dict(denoiser.attn_processors)
     plain = scene.run([0])
-    attachment = put_on(scene.pipe, adapter or models.adapter("plus", scene.pipe.unet))
+    attachment = put_on(scene.pipe, adapter or adapter_of(scene.pipe))
     try:
         prompted = acts_and_stops_at_zero(scene, attachment, references, plain)
         items_do_not_mix(scene, attachment, references, rounding)
@@ -44,10 +46,20 @@ def the_five(
     finally:
         detach(scene.pipe)
     np.testing.assert_array_equal(scene.run([0]), plain)
-    assert scene.pipe.unet.attn_processors == processors
-    after = tensors(scene.pipe.unet)
+    assert denoiser.attn_processors == processors
+    after = tensors(denoiser)
     assert after.keys() == state.keys()
     assert all(torch.equal(after[name], state[name]) for name in state)
+
+
+def adapter_of(pipe: Any) -> ImagePromptAdapter:
+    """A random adapter for a pipeline's denoiser: `plus`, XLabs' on Flux, InstantX' on SD 3."""
+    kind = type(denoiser_of(pipe)).__name__
+    if kind == "FluxTransformer2DModel":
+        return joint_models.adapter(joint_models.xlabs_tensors())
+    if kind == "SD3Transformer2DModel":
+        return joint_models.adapter(joint_models.sd3_tensors())
+    return models.adapter("plus", pipe.unet)
 
 
 def put_on(pipe: Any, *adapters: ImagePromptAdapter) -> Attachment:

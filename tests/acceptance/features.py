@@ -15,14 +15,16 @@ from ipdiverse.adapter.fusion import GatedFusion
 from ipdiverse.adapter.model import attention_layers
 from ipdiverse.adapter.reference import Reference
 from ipdiverse.loading import quiet
-from tests import models
-from tests.acceptance.checks import REFERENCES, differ, equal, put_on, the_five
+from tests import joint_models, models
+from tests.acceptance.checks import REFERENCES, adapter_of, differ, equal, put_on, the_five
 from tests.acceptance.scenes import (
     PROMPTS,
     Scene,
     half,
     image_to_image,
+    pipeline,
     runner,
+    sizes,
     text_to_image,
 )
 from tests.acceptance.single_file import write_single_file
@@ -134,7 +136,7 @@ def _at_scales(scene: Scene, adapter: Any, scales: tuple[float, ...]) -> list[np
 
 def several_outputs(name: str) -> None:
     """Two prompts with two images each; a reference for each prompt, then one for each output."""
-    pipe = models.pipeline(name)
+    pipe = pipeline(name)
     pictures = [*REFERENCES, models.picture(12), models.picture(13)]
 
     def run(prompts: tuple[str, ...], seeds: list[int]) -> np.ndarray:
@@ -145,9 +147,10 @@ def several_outputs(name: str) -> None:
             num_inference_steps=2,
             guidance_scale=3.0,
             output_type="latent",
+            **sizes(pipe),
         ).images.numpy()
 
-    with put_on(pipe, models.adapter("plus", pipe.unet)) as attachment:
+    with put_on(pipe, adapter_of(pipe)) as attachment:
         for references, of_output in ((pictures[:2], [0, 0, 1, 1]), (pictures, [0, 1, 2, 3])):
             attachment.set_reference(references)
             together = run(PROMPTS, [0, 1, 2, 3])
@@ -155,6 +158,39 @@ def several_outputs(name: str) -> None:
                 attachment.set_reference(references[reference])
                 alone = run((PROMPTS[output // 2],), [output])
                 equal(together[output], alone[0])
+
+
+def instantx() -> None:
+    """InstantX' adapter, which acts in single blocks too; beside XLabs' at scale 0 it is alone."""
+    scene = text_to_image("flux")
+    adapter = joint_models.adapter(joint_models.instantx_tensors())
+    the_five(scene, adapter)
+    alone = _prompted(scene, adapter)
+    with put_on(scene.pipe, adapter, adapter_of(scene.pipe)) as attachment:
+        for index in (0, 1):
+            attachment.set_reference(REFERENCES[index], adapter=index)
+        differ(scene.run([0]), alone)
+        attachment.set_scale(0.0, adapter=1)
+        np.testing.assert_array_equal(scene.run([0]), alone)
+
+
+def redux() -> None:
+    """Redux is more text: no layer of its own, and a strength; beside XLabs at 0 it is absent."""
+    scene = text_to_image("flux")
+    scene.pipe.register_modules(image_encoder=joint_models.siglip())
+    try:
+        adapter = joint_models.adapter(joint_models.redux_tensors())
+        the_five(scene, adapter)
+        with put_on(scene.pipe, adapter) as attachment:
+            attachment.set_reference(REFERENCES)
+            attachment.set_scale(torch.tensor([0.2, 2.0]))
+            together = scene.run([0, 1])
+            for item, scale in enumerate((0.2, 2.0)):
+                attachment.set_reference(REFERENCES[item])
+                attachment.set_scale(scale)
+                equal(together[item], scene.run([item])[0])
+    finally:
+        scene.pipe.register_modules(image_encoder=models.image_encoder())
 
 
 def several_adapters(name: str) -> None:
@@ -185,7 +221,7 @@ def masked_references(name: str) -> None:
 
     def masked(*masks: Image.Image, swapped: bool = False) -> np.ndarray:
         images = REFERENCES[::-1] if swapped else REFERENCES
-        with put_on(scene.pipe, models.adapter("plus", scene.pipe.unet)) as attachment:
+        with put_on(scene.pipe, adapter_of(scene.pipe)) as attachment:
             attachment.set_reference(Reference(images, masks=masks))
             return scene.run([0])
 
@@ -213,7 +249,7 @@ def scale_window(name: str) -> None:
     """The steps that image-to-image takes count from 0 to 1, not those that it skips."""
     scene = image_to_image(name)
     plain = scene.run([0])
-    with put_on(scene.pipe, models.adapter("plus", scene.pipe.unet)) as attachment:
+    with put_on(scene.pipe, adapter_of(scene.pipe)) as attachment:
         attachment.set_reference(REFERENCES[0])
         whole = scene.run([0])
         attachment.set_scale(1.0, end_at=0.5)
@@ -297,9 +333,7 @@ def faces(kind: str) -> None:
 
 def _prompted(scene: Scene, adapter: Any = None) -> np.ndarray:
     """Item 0 with the first reference."""
-    put_on(scene.pipe, adapter or models.adapter("plus", scene.pipe.unet)).set_reference(
-        REFERENCES[0]
-    )
+    put_on(scene.pipe, adapter or adapter_of(scene.pipe)).set_reference(REFERENCES[0])
     try:
         return scene.run([0])
     finally:

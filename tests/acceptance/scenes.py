@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from tests import models
+from tests import joint_models, models
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -49,6 +49,7 @@ def runner(
         "output_type": "latent",
         **settings,
     }
+    shared |= sizes(pipe)
 
     def run(items: Sequence[int]) -> np.ndarray:
         each = [pictures(item) if pictures else {} for item in items]
@@ -63,13 +64,26 @@ def runner(
     return run
 
 
+def pipeline(name: str, task: str = "", *, fresh: bool = False, **others: Any) -> Any:
+    """A pipeline of any architecture."""
+    of = joint_models if name in joint_models.ARCHITECTURES else models
+    return of.pipeline(name, task, fresh=fresh, **others)
+
+
+def sizes(pipe: Any) -> dict[str, Any]:
+    """What transformers' pipelines take for granted, in small."""
+    if not hasattr(pipe, "transformer"):
+        return {}
+    return {"max_sequence_length": 12, "height": models.SIZE, "width": models.SIZE}
+
+
 def text_to_image(name: str, *, fresh: bool = False, **settings: Any) -> Scene:
-    pipe = models.pipeline(name, fresh=fresh)
+    pipe = pipeline(name, fresh=fresh)
     return Scene(pipe, runner(pipe, **settings))
 
 
 def image_to_image(name: str) -> Scene:
-    pipe = models.pipeline(name, "Img2Img")
+    pipe = pipeline(name, "Img2Img")
     pictures = lambda item: {"image": models.picture(20 + item)}  # noqa: E731
     return Scene(pipe, runner(pipe, pictures, strength=0.5, num_inference_steps=4))
 
@@ -104,6 +118,57 @@ def controlnet(
         runner(pipe, lambda item: {"image": draw(item)}),
         runner(pipe, lambda item: {"image": other(item)}),
     )
+
+
+def true_guidance() -> Scene:
+    """Flux with a negative prompt: two calls of the transformer in each step."""
+    pipe = pipeline("flux")
+    negative = {"negative_prompt": "a grey critter"}
+    return Scene(pipe, runner(pipe, lambda _: negative, true_cfg_scale=2.0))
+
+
+def joint_inpainting(name: str) -> Scene:
+    # SD 3's pipeline takes 16 channels for granted
+    others = {"transformer": joint_models.sd3(in_channels=16, out_channels=16)}
+    others["vae"] = joint_models.vae(latent_channels=16)
+    pipe = pipeline(name, "Inpaint", **(others if name == "sd3" else {}))
+
+    def pictures(item: int) -> dict[str, Any]:
+        return {"image": models.picture(20 + item), "mask_image": half(item)}
+
+    return Scene(pipe, runner(pipe, pictures, strength=0.99, num_inference_steps=3))
+
+
+def flux_controlnet() -> Scene:
+    """A random ControlNet whose exits are drawn, as they start at 0."""
+    from diffusers import FluxControlNetModel
+
+    build: Any = FluxControlNetModel.from_transformer
+    with torch.random.fork_rng():
+        torch.manual_seed(6)
+        control = build(
+            joint_models.flux(),
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=joint_models.HEAD_DIM,
+            num_attention_heads=joint_models.HEADS,
+        ).eval()
+        exits = [*control.controlnet_blocks, *control.controlnet_single_blocks]
+        for module in [*exits, control.controlnet_x_embedder]:
+            torch.nn.init.normal_(module.weight, std=0.5)
+    pipe = pipeline("flux", "ControlNet", controlnet=control)
+    return Scene(
+        pipe,
+        runner(pipe, lambda item: {"control_image": pose(item)}),
+        runner(pipe, lambda item: {"control_image": depth(item)}),
+    )
+
+
+def kontext() -> Scene:
+    """Flux Kontext: the picture to edit stands behind the latents, as more tokens."""
+    pipe = pipeline("flux", "Kontext")
+    pictures = lambda item: {"image": models.picture(20 + item)}  # noqa: E731
+    return Scene(pipe, runner(pipe, pictures, max_area=models.SIZE**2, _auto_resize=False))
 
 
 def t2i_adapter(name: str) -> Scene:

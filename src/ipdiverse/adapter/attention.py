@@ -105,7 +105,27 @@ class Slot:
     groups: list[TokenGroup] = field(default_factory=list)  # this call's image tokens
     scales: dict[int, float | Tensor] = field(default_factory=dict)  # a missing layer takes 1
     opposed: frozenset[int] = frozenset()  # layers that lead away from the image
-    latents: tuple[int, int] = (1, 1)  # height and width, of this call
+    latents: tuple[int, int] = (1, 1)  # height and width, of this call; Flux's are patches
+    text_length: int = 0  # tokens of the text, of this call
+    time: Tensor | None = None  # of this call, (1, width), for layers that normalise by it
+
+
+Acting = tuple[tuple[int, int], Slot, Any, TokenGroup, "float | Tensor"]
+
+
+def acting_groups(slots: list[Slot], number: int) -> Iterator[Acting]:
+    """A layer's groups of image tokens whose scale is not 0.
+
+    Each with its adapter's and its own place, its slot, the layer's weights and its scale.
+    """
+    for index, slot in enumerate(slots):
+        weights: Any = slot.weights.get(number)
+        scale = slot.scales.get(number, 1.0)
+        off = not isinstance(scale, Tensor) and scale == 0
+        if weights is None or weights.to_k_ip is None or off:
+            continue
+        for position, group in enumerate(slot.groups):
+            yield (index, position), slot, weights, group, scale
 
 
 class DecoupledAttention:
@@ -118,13 +138,13 @@ class DecoupledAttention:
 
     def __init__(self, number: int, slots: list[Slot]) -> None:
         self.number, self.slots = number, slots
-        self._text = _Once()
-        self._images: dict[tuple[int, int], _Once] = {}
+        self._text = Once()
+        self._images: dict[tuple[int, int], Once] = {}
         self.outputs: Any = None  # fast mode's `Kept`, while it keeps whole outputs
 
     def forget(self) -> None:
         """Drop what was kept: weights changed."""
-        self._text, self._images = _Once(), {}
+        self._text, self._images = Once(), {}
 
     def __call__(
         self,
@@ -150,7 +170,7 @@ class DecoupledAttention:
         self, attn: Any, hidden_states: Tensor, text: Tensor | None, attention_mask: Tensor | None
     ) -> Tensor:
         layers = [slot.weights.get(self.number) for slot in self.slots]
-        query = _heads(attn, _project(attn.to_q, hidden_states, layers, "to_q_lora"))
+        query = split_heads(attn, _project(attn.to_q, hidden_states, layers, "to_q_lora"))
         if text is None:  # self-attention: new at every step, nothing to keep
             text = hidden_states
             key, value = self._key_value(attn, text, layers)
@@ -165,31 +185,25 @@ class DecoupledAttention:
 
     def _branches(self, attn: Any, pixels: int) -> Iterator[ImageBranch]:
         """What each adapter's groups of image tokens bring; nothing where the scale is 0."""
-        for index, slot in enumerate(self.slots):
-            weights: Any = slot.weights.get(self.number)
-            scale = slot.scales.get(self.number, 1.0)
-            off = not isinstance(scale, Tensor) and scale == 0
-            if weights is None or weights.to_k_ip is None or off:
-                continue
-            for position, group in enumerate(slot.groups):
-                kept = self._images.setdefault((index, position), _Once())
-                tokens = group.for_layer(self.number in slot.opposed)
-                key, value = kept.get(  # bound now: a loop's lambdas share its variables
-                    tokens,
-                    lambda w=weights, t=tokens: (
-                        _heads(attn, w.to_k_ip(t)),
-                        _heads(attn, w.to_v_ip(t)),
-                    ),
-                )
-                region = None if group.mask is None else group.mask.at(pixels, slot.latents)
-                yield ImageBranch(key, value, scale, region)
+        for place, slot, weights, group, scale in acting_groups(self.slots, self.number):
+            kept = self._images.setdefault(place, Once())
+            tokens = group.for_layer(self.number in slot.opposed)
+            key, value = kept.get(  # bound now: a loop's lambdas share its variables
+                tokens,
+                lambda w=weights, t=tokens: (
+                    split_heads(attn, w.to_k_ip(t)),
+                    split_heads(attn, w.to_v_ip(t)),
+                ),
+            )
+            region = None if group.mask is None else group.mask.at(pixels, slot.latents)
+            yield ImageBranch(key, value, scale, region)
 
     def _key_value(
         self, attn: Any, states: Tensor, layers: list[LayerWeights | None]
     ) -> tuple[Tensor, Tensor]:
         return (
-            _heads(attn, _project(attn.to_k, states, layers, "to_k_lora")),
-            _heads(attn, _project(attn.to_v, states, layers, "to_v_lora")),
+            split_heads(attn, _project(attn.to_k, states, layers, "to_k_lora")),
+            split_heads(attn, _project(attn.to_v, states, layers, "to_v_lora")),
         )
 
 
@@ -197,7 +211,7 @@ _KEPT = 3
 """Inputs that are remembered: guidance may call the UNet with as many sets of branches."""
 
 
-class _Once:
+class Once:
     """Two tensors for an input, kept for as long as it comes back."""
 
     def __init__(self) -> None:
@@ -228,7 +242,7 @@ def _project(layer: Any, states: Tensor, adapters: list[LayerWeights | None], na
     return projected
 
 
-def _heads(attn: Any, states: Tensor) -> Tensor:
+def split_heads(attn: Any, states: Tensor) -> Tensor:
     """(batch, tokens, heads·head_dim) to (batch, heads, tokens, head_dim)."""
     return states.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
 

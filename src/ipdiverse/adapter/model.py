@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ipdiverse.adapter.fusion import Fusion
 from ipdiverse.adapter.projection import (
@@ -14,7 +15,10 @@ from ipdiverse.adapter.projection import (
     FaceIDProjection,
     FullFaceProjection,
     LinearProjection,
+    PooledProjection,
+    ReduxProjection,
     ResamplerProjection,
+    TimeResamplerProjection,
 )
 from ipdiverse.errors import ModelError, check_range
 
@@ -32,10 +36,40 @@ Projection = (
     | FullFaceProjection
     | FaceIDProjection
     | FaceIDPlusProjection
+    | PooledProjection
+    | ReduxProjection
+    | TimeResamplerProjection
 )
 
 LoraShapes = dict[str, tuple[int, int, int]]
 """Projection name (`to_q_lora`, …) to its (input width, rank, output width)."""
+
+
+class Joint(NamedTuple):
+    """How an adapter's layers act in a transformer, where text and latents share one attention.
+
+    Args:
+        style: `xlabs`, `instantx` and `redux` of Flux.1, `sd3` of Stable Diffusion 3.
+        time_width: Of the time embedding that `sd3` normalises image tokens by.
+        head_dim: Of one head, whose keys and queries `sd3` normalises.
+    """
+
+    style: Literal["xlabs", "instantx", "redux", "sd3"]
+    time_width: int = 0
+    head_dim: int = 0
+
+
+class TimeNorm(nn.Module):
+    """Normalises tokens, then scales and shifts them by the time (AdaLN, arXiv:2212.09748)."""
+
+    def __init__(self, time_width: int, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(time_width, 2 * width)
+
+    def forward(self, tokens: Tensor, time: Tensor) -> Tensor:
+        """Tokens (batch, tokens, width) by a time embedding (1 or batch, time_width)."""
+        shift, scale = self.linear(F.silu(time))[:, None].chunk(2, dim=-1)
+        return F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
 class LowRank(nn.Module):
@@ -65,10 +99,21 @@ class LayerWeights(nn.Module):
     to_v_lora: LowRank | None
     to_out_lora: LowRank | None
 
-    def __init__(self, widths: tuple[int, int] | None, lora: LoraShapes | None = None) -> None:
+    def __init__(
+        self,
+        widths: tuple[int, int] | None,
+        lora: LoraShapes | None = None,
+        joint: Joint | None = None,
+    ) -> None:
         super().__init__()
-        self.to_k_ip = None if widths is None else nn.Linear(*widths, bias=False)
-        self.to_v_ip = None if widths is None else nn.Linear(*widths, bias=False)
+        self.joint = joint
+        bias = joint is not None and joint.style == "xlabs"
+        self.to_k_ip = None if widths is None else nn.Linear(*widths, bias=bias)
+        self.to_v_ip = None if widths is None else nn.Linear(*widths, bias=bias)
+        if widths is not None and joint is not None and joint.style == "sd3":
+            self.norm_ip = TimeNorm(joint.time_width, widths[0])
+            for name in ("norm_q", "norm_k", "norm_ip_k"):
+                setattr(self, name, nn.RMSNorm(joint.head_dim, eps=1e-6))
         for name in ("to_q_lora", "to_k_lora", "to_v_lora", "to_out_lora"):
             shape = (lora or {}).get(name)
             setattr(self, name, None if shape is None else LowRank(*shape))
@@ -83,6 +128,7 @@ class ImagePromptAdapter(nn.Module):
             of its tokens and of its queries.
         fusion: Lets image tokens attend to the text; None is plain IP-Adapter.
         lora: Low-rank changes by layer number, self-attention included (FaceID).
+        joint: How it acts in a transformer; None is for a UNet.
     """
 
     def __init__(
@@ -91,13 +137,14 @@ class ImagePromptAdapter(nn.Module):
         widths: dict[int, tuple[int, int]],
         fusion: Fusion | None = None,
         lora: Mapping[int, LoraShapes] | None = None,
+        joint: Joint | None = None,
     ) -> None:
         super().__init__()
         changes = lora or {}
-        self.image_proj = projection
+        self.image_proj, self.joint = projection, joint
         self.ip_adapter = nn.ModuleDict()
         for number in sorted(widths.keys() | changes.keys()):
-            layer = LayerWeights(widths.get(number), changes.get(number))
+            layer = LayerWeights(widths.get(number), changes.get(number), joint)
             self.ip_adapter[str(number)] = layer
         self.fusion = fusion
         self.spec: dict[str, Any] = {}
@@ -120,7 +167,7 @@ class ImagePromptAdapter(nn.Module):
 
     @property
     def kind(self) -> str:
-        """`base`, `plus`, `full-face`, `faceid` (Portrait too) or `faceid-plus`."""
+        """The projection's: `base`, `plus`, `faceid` (Portrait too) and others."""
         return self.image_proj.kind
 
     @property
@@ -130,8 +177,9 @@ class ImagePromptAdapter(nn.Module):
 
     @property
     def token_width(self) -> int:
-        """Width of the image tokens: the UNet's `cross_attention_dim`."""
-        return next(iter(self.widths().values()))[0]
+        """Width of the image tokens; a UNet's is its `cross_attention_dim`."""
+        widths = self.widths()
+        return next(iter(widths.values()))[0] if widths else self.image_proj.token_width
 
     @property
     def clip_dim(self) -> int | None:
@@ -328,5 +376,6 @@ def check_encoder(adapter: ImagePromptAdapter, encoder: Any) -> None:
     if encoder is None or adapter.clip_dim is None:
         return
     config = encoder.config
-    width = config.projection_dim if "pooled" in adapter.reads else config.hidden_size
+    projected = getattr(config, "projection_dim", None)  # SigLIP has none: it pools its states
+    width = (projected or config.hidden_size) if "pooled" in adapter.reads else config.hidden_size
     check_embeddings(adapter, width)

@@ -51,9 +51,11 @@ class PerceiverAttention(nn.Module):
         self,
         features: Float[Tensor, "batch patches width"],
         latents: Float[Tensor, "batch tokens width"],
+        shift: Float[Tensor, "#batch 1 width"] | float = 0.0,
+        scale: Float[Tensor, "#batch 1 width"] | float = 0.0,
     ) -> Float[Tensor, "batch tokens width"]:
-        """One round of attention, without the residual."""
-        features, latents = self.norm1(features), self.norm2(latents)
+        """One round of attention, without the residual; the time may shift and scale latents."""
+        features, latents = self.norm1(features), self.norm2(latents) * (1 + scale) + shift
         key, value = self.to_kv(torch.cat([features, latents], dim=1)).chunk(2, dim=-1)
         query, key, value = (
             t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -230,6 +232,120 @@ class FaceIDPlusProjection(nn.Module):
         tokens = self.norm(self.proj(face).unflatten(-1, (self.num_tokens, -1)))
         refined = self.perceiver_resampler.read(tokens, hidden)
         return tokens + refined if self.shortcut else refined
+
+
+class PooledProjection(FaceIDProjection):
+    """Projection `pooled`: as `faceid`, of the pooled image embedding (InstantX for Flux.1)."""
+
+    kind = "pooled"
+    reads = ("pooled",)
+
+    def __init__(
+        self, clip_dim: int, token_width: int, num_tokens: int, hidden_width: int | None = None
+    ) -> None:
+        super().__init__(clip_dim, token_width, num_tokens, hidden_width)
+        self.clip_dim, self.face_dim = clip_dim, None
+
+
+class ReduxProjection(nn.Module):
+    """Projection `redux`: each last hidden state of SigLIP becomes a token of text (Flux Redux)."""
+
+    kind = "redux"
+    reads = ("last",)
+    face_dim = None
+    num_tokens = None  # as many as the image encoder has states
+
+    def __init__(self, clip_dim: int, token_width: int, hidden_width: int) -> None:
+        super().__init__()
+        self.clip_dim, self.token_width = clip_dim, token_width
+        self.redux_up = nn.Linear(clip_dim, hidden_width)
+        self.redux_down = nn.Linear(hidden_width, token_width)
+
+    def forward(
+        self, last: Float[Tensor, "batch patches clip_dim"]
+    ) -> Float[Tensor, "batch patches width"]:
+        """Project each state."""
+        return self.redux_down(F.silu(self.redux_up(last)))
+
+
+class TimeEmbedding(nn.Module):
+    """Timesteps (batch,) to (batch, width): sines of them, then two layers."""
+
+    def __init__(self, frequencies: int, width: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(frequencies, width)
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, timestep: Tensor) -> Tensor:
+        """Embed; in float32 up to the layers, as half precision would merge timesteps."""
+        half = self.linear_1.in_features // 2
+        steps = torch.arange(half, device=timestep.device, dtype=torch.float32) / half
+        angles = timestep.float()[:, None] * 10_000**-steps
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.linear_1.weight.dtype)
+        return self.linear_2(F.silu(self.linear_1(waves)))
+
+
+class TimeResamplerProjection(nn.Module):
+    """Projection `time-resampler`: `plus`, told the timestep (InstantX for SD 3.5).
+
+    Its tokens differ at each step: a reference is kept as hidden states, and `at` projects them.
+
+    Args:
+        frequencies: Width of what the time embedding starts from.
+    """
+
+    kind = "time-resampler"
+    reads = ("hidden",)
+    face_dim = None
+
+    def __init__(
+        self,
+        clip_dim: int,
+        token_width: int,
+        num_tokens: int = 64,
+        width: int = 1280,
+        depth: int = 4,
+        frequencies: int = 320,
+    ) -> None:
+        super().__init__()
+        self.clip_dim, self.token_width, self.num_tokens = clip_dim, token_width, num_tokens
+        self.latents = nn.Parameter(torch.randn(1, num_tokens, width) / width**0.5)
+        self.proj_in = nn.Linear(clip_dim, width)
+        self.proj_out = nn.Linear(width, token_width)
+        self.norm_out = nn.LayerNorm(token_width)
+        self.time_embedding = TimeEmbedding(frequencies, width)
+        self.layers = nn.ModuleList(
+            [
+                nn.ModuleList(
+                    [
+                        PerceiverAttention(width),
+                        feed_forward(width),
+                        nn.Sequential(nn.SiLU(), nn.Linear(width, 4 * width)),
+                    ]
+                )
+                for _ in range(depth)
+            ]
+        )
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """The hidden states themselves: what of a reference holds at every step."""
+        return hidden
+
+    def at(
+        self,
+        hidden: Float[Tensor, "batch patches clip_dim"],
+        time: Float[Tensor, "1 width"],
+    ) -> Float[Tensor, "batch tokens token_width"]:
+        """Image tokens at a time that `time_embedding` embedded."""
+        features = self.proj_in(hidden) + time[:, None]
+        tokens = self.latents.expand(len(hidden), -1, -1)
+        for layer in self.layers:
+            attention, feed_forward, by_time = layer  # type: ignore[misc]
+            shift, scale, shift_mlp, scale_mlp = by_time(time)[:, None].chunk(4, dim=-1)
+            tokens = attention(features, tokens, shift, scale) + tokens
+            normed = feed_forward[0](tokens) * (1 + scale_mlp) + shift_mlp
+            tokens = feed_forward[1:](normed) + tokens
+        return self.norm_out(self.proj_out(tokens))
 
 
 def face_layers(face_dim: int, width: int, hidden_width: int | None) -> nn.Sequential:

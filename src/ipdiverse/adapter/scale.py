@@ -20,13 +20,13 @@ class Layer:
     """Where a cross-attention layer stands in its UNet."""
 
     number: int  # in `unet.attn_processors`
-    block: str  # `down.1`, `mid`, `up.0`
+    block: str  # `down.1`, `mid`, `up.0`; of transformers `double.0`, `single.0`
     transformer: int  # which one it is in, counted as the UNet runs: down, mid, up
     transformers: int  # how many there are
 
     @property
     def part(self) -> str:
-        """`down`, `mid` or `up`."""
+        """`down`, `mid` or `up`; of transformers `double` or `single`."""
         return self.block.split(".")[0]
 
 
@@ -137,7 +137,7 @@ def _by_block(values: Mapping[str, float], layers: Sequence[Layer]) -> ScaleFunc
     known = {name for layer in layers for name in (layer.block, layer.part)}
     if unknown := sorted(map(str, set(values) - known)):
         raise ArgumentError(
-            "names a block that this UNet does not have",
+            "names a block that this model does not have",
             where="scale",
             expected=", ".join(sorted(known)),
             found=", ".join(unknown),
@@ -243,6 +243,13 @@ def _preset(
     """A preset's scale, and the layers in which it leads away from the image."""
     check_preset(name)
     full = _ALIASES.get(name, name)
+    unet = {"down", "mid", "up"} >= {layer.part for layer in layers}
+    if not unet and not full.startswith(("linear", "ease", "reverse")):
+        raise ArgumentError(
+            "is for UNets: a transformer has no way down and up",
+            where=f"scale preset {name!r}",
+            fix="Give a number, one for each layer, or linear, ease in, ease out.",
+        )
     if full in _SMOOTH:
         return (lambda layer, _: weight * _SMOOTH[full](layer)), frozenset()
     count = layers[0].transformers

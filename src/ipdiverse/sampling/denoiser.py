@@ -1,15 +1,14 @@
-"""Levers on a pipeline: one hook around the UNet, outside the one that brings the image tokens.
+"""Levers on a pipeline: one hook around the denoiser, outside the one that brings image tokens.
 
-It decides which branches of guidance the UNet is called with and combines them itself. It then
+It decides which branches of guidance the denoiser is called with and combines them itself. It then
 gives the pipeline the same prediction for every branch: guidance between equal branches is the
 identity, to the bit, so that stock pipelines need no change.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +19,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ipdiverse.adapter.attach.attach import LEVERS_HOOK, inside_offloading
+from ipdiverse.adapter.attach.hook import argument_names
+from ipdiverse.adapter.attach.joint import denoiser_of
 from ipdiverse.adapter.attention import BOTH, NOTHING, TEXT
 from ipdiverse.adapter.model import interpolated
 from ipdiverse.errors import ArgumentError, ModelError
@@ -59,8 +60,15 @@ def steer(
     """
     context = _context(attachment, seeds, prompts)
     _check(levers, attachment, len(seeds))
-    hook, unet = attachment.hook, attachment.pipe.unet
+    hook, unet = attachment.hook, denoiser_of(attachment.pipe)
     level = level_of(fast)
+    if level is not None and hook.transformer:
+        raise ModelError(
+            "is for UNets",
+            where="fast",
+            found=type(unet).__name__,
+            fix="Leave it out; caches of diffusers are for transformers.",
+        )
     mode = None if level is None else Fast(unet, level, [one for _, one in hook.processors])
     _take_off(attachment)  # diffusers refuses a second hook of one name
     attachment.set_seeds(seeds)  # a fusion that draws reads them too
@@ -92,7 +100,7 @@ def release(attachment: Attachment) -> None:
 
 def _take_off(attachment: Attachment) -> None:
     """All but the adapter's mixed weights, which the next levers may want too."""
-    unet, hook = attachment.pipe.unet, attachment.hook
+    unet, hook = denoiser_of(attachment.pipe), attachment.hook
     registry = HookRegistry.check_if_exists_or_initialize(unet)
     steering = registry.get_hook(LEVERS_HOOK)
     if not isinstance(steering, Steering):
@@ -129,12 +137,14 @@ class Steering(ModelHook):
         self._phase = self._phase_now()
         self.previews = False
         self.guess: Tensor | None = None
+        # of the prompt's own call, for the negative prompt's that follows (`_negative_call`)
+        self._unguided = False
+        self._positive: Tensor | None = None
+        self._image_part: Tensor | None = None
 
     def initialize_hook(self, module: torch.nn.Module) -> torch.nn.Module:
-        """Note the names of the UNet's arguments."""
-        inner = getattr(module, "_orig_mod", module)  # torch.compile's own has other arguments
-        forward = inspect.signature(type(inner).forward)
-        self._names = [name for name in forward.parameters if name != "self"]
+        """Note the names of the denoiser's arguments."""
+        self._names = argument_names(module)
         return module
 
     @torch.compiler.disable
@@ -150,27 +160,53 @@ class Steering(ModelHook):
         self._check_layout(layout)
         items = len(text) // len(layout)
         self._check_items(items)
-        alpha = self._alpha(given["timestep"])
-        self._set_context(given["timestep"], sigma_of(alpha))
+        noise = self._noise(given["timestep"])
+        self._set_context(given["timestep"], noise.sigma)
+        if layout == (NOTHING,):
+            return self._negative_call(forward, args, kwargs)
+        self._positive = self._image_part = None
         weights = self._weights(layout)
-        if self._fast is None and tuple(weights) == layout and self._pipeline_combines(weights):
-            return forward(*args, **kwargs)
+        plain = self._fast is None and self._pipeline_combines(weights)
+        if plain and tuple(weights) == layout:
+            output = forward(*args, **kwargs)
+            self._positive = output[0] if self._unguided else None
+            return output
         predicted = self._predicted(forward, given, weights, layout, items)
         guided = combine(weights, predicted)
         rescale = float(getattr(self.attachment.pipe, "guidance_rescale", 0.0) or 0.0)
         if rescale and len(weights) > 1 and BOTH in predicted:
             # here, as a pipeline that rescales finds equal halves and changes nothing
             guided = rescale_noise_cfg(guided, predicted[BOTH], rescale)
+        if hook.alone:
+            self._positive = guided if self._unguided else None
+            self._image_part = guided - predicted[TEXT] if TEXT in predicted else None
         if self.previews:
-            kind = self.attachment.pipe.scheduler.config.prediction_type
-            sample = given["sample"][-items:, : guided.shape[1]]  # inpainting adds channels
-            self.guess = clean_guess(kind, sample, guided, alpha)
-        output = torch.cat([guided] * len(layout))
-        if given.get("return_dict", True):
-            from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+            self.guess = noise.clean(_sample(given, items, guided), guided)
+        return self._returned(torch.cat([guided] * len(layout)), given)
 
-            return UNet2DConditionOutput(sample=output)
-        return (output,)
+    def _negative_call(self, forward: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """The second of two calls for one step (Flux' true guidance, of a weight w not told).
+
+        The pipeline gives v(∅,∅) + w [v − v(∅,∅)]. With the first call's v here too, that is v;
+        and what is added to both is not multiplied by w.
+        """
+        if self._positive is not None:
+            return self._returned(self._positive, kwargs)
+        output = forward(*args, **kwargs)
+        if self._image_part is None:
+            return output
+        return self._returned(output[0] + self._image_part, kwargs)
+
+    def _returned(self, output: Tensor, given: dict[str, Any]) -> Any:
+        if not given.get("return_dict", True):
+            return (output,)
+        if self.attachment.hook.transformer:
+            from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+            return Transformer2DModelOutput(sample=output)
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+
+        return UNet2DConditionOutput(sample=output)
 
     def imagined(self, tokens: Tensor) -> Tensor:
         """Every item's tokens before fusion, (items, references, tokens, width)."""
@@ -186,10 +222,26 @@ class Steering(ModelHook):
         return self.levers.change("scale", scale, self.context)
 
     def _weights(self, layout: tuple[str, ...]) -> dict[str, float]:
+        if self.attachment.hook.alone:
+            return self._untold_weights()
         if len(layout) != 2:
             return {BOTH: 1.0}
         scale = float(self.attachment.pipe.guidance_scale)
         return branch_weights(*self.levers.change("guidance", (scale, scale), self.context))
+
+    def _untold_weights(self) -> dict[str, float]:
+        """Weights of the prompt's own call, where no pipeline says what it guides with."""
+        text, image = self.levers.change("guidance", (_UNTOLD, _UNTOLD), self.context)
+        self._unguided = (text, image) == (1.0, 1.0)
+        if text == image and (self._unguided or text == _UNTOLD):
+            return {BOTH: 1.0}
+        if text != _UNTOLD:
+            raise ModelError(
+                "does not say how strongly it guides, which a lever on guidance changes",
+                where=type(self.attachment.pipe).__name__,
+                fix="Leave the lever out; image_guidance and interval act here.",
+            )
+        return branch_weights(1.0, image)
 
     def _pipeline_combines(self, weights: dict[str, float]) -> bool:
         """Whether the pipeline's own guidance gives what is wanted."""
@@ -239,7 +291,11 @@ class Steering(ModelHook):
         hook = self.attachment.hook
         full = len(given["encoder_hidden_states"])
         rows = [row for b in wanted for row in self._rows(b, layout, items)]
-        arguments = {name: _picked(value, rows, full) for name, value in given.items()}
+        arguments = {
+            # positions have no batch, but may be as many as it has rows
+            name: value if name.endswith("_ids") else _picked(value, rows, full)
+            for name, value in given.items()
+        }
         arguments["encoder_hidden_states"] = self._text_rows(given, wanted, rows)
         arguments["return_dict"] = False
         hook.layout = wanted
@@ -264,20 +320,25 @@ class Steering(ModelHook):
             self._subsets[wanted] = text[rows]
         return self._subsets[wanted]
 
-    def _alpha(self, timestep: Any) -> float:
-        """ᾱ at a timestep, between the trained ones where a scheduler goes there."""
-        alphas = getattr(self.attachment.pipe.scheduler, "alphas_cumprod", None)
+    def _noise(self, timestep: Any) -> Noise:
+        """How much noise is left at a timestep, between the trained ones where it lies there."""
+        scheduler = self.attachment.pipe.scheduler
+        if self.attachment.hook.transformer:
+            return FlowNoise(float(scheduler.sigmas[self.attachment.hook.step(timestep)]))
+        alphas = getattr(scheduler, "alphas_cumprod", None)
         if alphas is None:
             raise ModelError(
                 "does not say how much noise is left",
-                where=type(self.attachment.pipe.scheduler).__name__,
+                where=type(scheduler).__name__,
                 expected="a scheduler with alphas_cumprod",
             )
         t = float(torch.as_tensor(timestep).flatten()[0])
-        return float(np.interp(t, np.arange(len(alphas)), alphas.float().cpu().numpy()))
+        alpha = float(np.interp(t, np.arange(len(alphas)), alphas.float().cpu().numpy()))
+        return DiffusionNoise(alpha, scheduler.config.prediction_type)
 
     def _check_layout(self, layout: tuple[str, ...]) -> None:
-        if layout not in ((NOTHING, BOTH), (BOTH,)):
+        alone = (NOTHING,) if self.attachment.hook.alone else (BOTH,)
+        if layout not in ((NOTHING, BOTH), (BOTH,), alone):
             raise ModelError(
                 "has guidance of its own, which levers do not know",
                 where=type(self.attachment.pipe).__name__,
@@ -378,9 +439,50 @@ def combine(weights: dict[str, float], predictions: dict[str, Tensor]) -> Tensor
     return torch.stack([w * predictions[b] for b, w in weights.items()]).sum(0)
 
 
-def sigma_of(alpha: float) -> float:
-    """σ = √((1 − ᾱ) / ᾱ): noise over signal; infinite where nothing is left of the signal."""
-    return math.inf if alpha <= 0 else math.sqrt((1 - alpha) / alpha)
+def _sample(given: dict[str, Any], items: int, predicted: Tensor) -> Tensor:
+    """The noisy latents, without the channels or pictures that stand beside them."""
+    if "sample" in given:
+        return given["sample"][-items:, : predicted.shape[1]]  # inpainting adds channels
+    sample = given["hidden_states"][-items:]
+    return sample[..., : predicted.shape[-1]] if sample.ndim == 3 else sample
+
+
+@dataclass(frozen=True)
+class DiffusionNoise:
+    """Noise of a schedule of ᾱ, and what a prediction of that kind means."""
+
+    alpha: float
+    kind: str = "epsilon"
+
+    @property
+    def sigma(self) -> float:
+        """σ = √((1 − ᾱ) / ᾱ): noise over signal; infinite where no signal is left."""
+        return math.inf if self.alpha <= 0 else math.sqrt((1 - self.alpha) / self.alpha)
+
+    def clean(self, sample: Latents, predicted: Latents) -> Latents:
+        """x̂ from a prediction."""
+        return clean_guess(self.kind, sample, predicted, self.alpha)
+
+
+@dataclass(frozen=True)
+class FlowNoise:
+    """Noise of flow matching: x = (1 − s) x₀ + s ε, and v = ε − x₀ (arXiv:2210.02747)."""
+
+    share: float
+
+    @property
+    def sigma(self) -> float:
+        """Noise over signal, as in diffusion, so that levers mean the same: s / (1 − s)."""
+        return math.inf if self.share >= 1 else self.share / (1 - self.share)
+
+    def clean(self, sample: Latents, predicted: Latents) -> Latents:
+        """x̂ = x − s v."""
+        return sample - self.share * predicted
+
+
+Noise = DiffusionNoise | FlowNoise
+_UNTOLD = 7.0710678
+"""Stands for a guidance scale that a pipeline does not tell."""
 
 
 def clean_guess(kind: str, sample: Latents, predicted: Latents, alpha: float) -> Latents:

@@ -59,7 +59,7 @@ def test_a_number_holds_everywhere_and_a_list_layer_by_layer() -> None:
 
 def test_blocks_the_most_specific_holds_and_others_are_off() -> None:
     assert at({"up": 0.5, "up.1": 1.0}, SD15) == [0.0] * 7 + [1.0] * 3 + [0.5] * 6
-    with pytest.raises(ArgumentError, match=r"block that this UNet does not have; .*found up\.9"):
+    with pytest.raises(ArgumentError, match=r"block that this model does not have; .*found up\.9"):
         resolve_scale({"up.9": 1.0}, SD15)
 
 
@@ -157,7 +157,7 @@ def test_a_scale_out_of_range_is_refused(value: float) -> None:
         ([math.inf] * 16, "scale: is out of range.*found inf"),
         ([1.0] * 17, "expected 16 numbers, one for each cross-attention layer; found 17"),
         ({"up": None}, "scale: is nothing.*found None"),
-        ({3: 1.0}, "scale: names a block that this UNet does not have.*found 3"),
+        ({3: 1.0}, "scale: names a block that this model does not have.*found 3"),
         (
             torch.ones(2, 2),
             r"scale: has the wrong shape; expected a number for each item.*\(2, 2\)",

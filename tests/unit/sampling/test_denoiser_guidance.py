@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from ipdiverse.adapter.attention import BOTH, NOTHING, TEXT
-from ipdiverse.sampling.denoiser import branch_weights, clean_guess, combine, sigma_of
+from ipdiverse.sampling.denoiser import (
+    DiffusionNoise,
+    FlowNoise,
+    branch_weights,
+    clean_guess,
+    combine,
+)
 
 
 @pytest.mark.parametrize(
@@ -40,8 +46,8 @@ def test_two_equal_weights_are_what_pipelines_compute_to_the_bit() -> None:
 
 
 def test_noise_over_signal() -> None:
-    assert sigma_of(0.0) == math.inf
-    assert sigma_of(0.5) == pytest.approx(1)
+    assert DiffusionNoise(0.0).sigma == FlowNoise(1.0).sigma == math.inf
+    assert DiffusionNoise(0.5).sigma == FlowNoise(0.5).sigma == pytest.approx(1)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
@@ -60,3 +66,10 @@ def test_a_prediction_means_its_clean_guess(kind: str) -> None:
 def test_an_unknown_prediction_is_refused() -> None:
     with pytest.raises(ValueError, match="flow"):
         clean_guess("flow", torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), 0.5)
+
+
+def test_a_velocity_means_its_clean_guess() -> None:
+    clean, drawn = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)
+    noise = FlowNoise(0.3)
+    sample = 0.7 * clean + 0.3 * drawn
+    torch.testing.assert_close(noise.clean(sample, drawn - clean), clean)

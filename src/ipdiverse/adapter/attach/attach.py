@@ -1,6 +1,6 @@
 """Attach adapters to a stock pipeline, and take them off again, both exactly.
 
-While attached, each attention layer has another processor, and the UNet one hook.
+While attached, each attention layer has another processor, and the denoiser one hook.
 """
 
 from __future__ import annotations
@@ -21,6 +21,13 @@ from ipdiverse.adapter.attach.encoding import (
     encode_references,
 )
 from ipdiverse.adapter.attach.hook import ActiveAdapter, ImagePromptHook, check_caches
+from ipdiverse.adapter.attach.joint import (
+    check_fits,
+    checked_transformer,
+    denoiser_of,
+    joint_processors,
+    transformer_layers,
+)
 from ipdiverse.adapter.attention import DecoupledAttention, Slot
 from ipdiverse.adapter.model import (
     ImagePromptAdapter,
@@ -279,9 +286,9 @@ def attach(
     pipeline that shares its UNet (`from_pipe`).
 
     Args:
-        pipe: A Stable Diffusion pipeline of diffusers: 1.x, 2.x or XL, of any task.
-        adapters: One or several whose layers have the UNet's sizes.
-        image_encoder: A CLIP vision model with projection; None takes the pipeline's.
+        pipe: A pipeline of diffusers, of any task: Stable Diffusion 1.x, 2.x, XL or 3.5, Flux.1.
+        adapters: One or several whose layers have the denoiser's sizes.
+        image_encoder: A CLIP vision model with projection, or SigLIP's; None takes the pipeline's.
         image_processor: Its preprocessing; None takes the pipeline's.
         made: The class of what is returned.
 
@@ -289,7 +296,7 @@ def attach(
         ModelError: The model is of another kind, something is attached already, sizes differ, or
             attention is sliced or fused.
     """
-    unet = checked_unet(pipe)
+    unet, joint = _checked(pipe)
     if _hook_of(unet) is not None:
         raise ModelError(
             "an adapter is attached already", where="pipeline", fix="Call detach first."
@@ -301,17 +308,22 @@ def attach(
         image_processor or getattr(pipe, "feature_extractor", None),
     )
     for adapter in adapters:
-        check_layers(adapter, layer_widths(unet))
+        if joint:
+            check_fits(adapter, unet)
+        else:
+            check_layers(adapter, layer_widths(unet))
         check_encoder(adapter, encoding.encoder)
     one = Scale(lambda _layer, _progress: 1.0)
     prompts = [ActiveAdapter(adapter, Slot(adapter.layers()), one) for adapter in adapters]
     for prompt in prompts:
         prompt.place(unet.device, unet.dtype)
     before = dict(unet.attn_processors)  # diffusers takes a dict only if it names every layer
-    mine = _processors(unet, [prompt.slot for prompt in prompts])
+    slots = [prompt.slot for prompt in prompts]
+    mine = joint_processors(unet, slots) if joint else _processors(unet, slots)
+    layers = transformer_layers(unet, slots) if joint else unet_layers(unet)
     unet.set_attn_processor({name: mine.get(name, old) for name, old in before.items()})
     homes = [(unet.get_submodule(n.removesuffix(".processor")), p) for n, p in mine.items()]
-    hook = ImagePromptHook(pipe, prompts, unet_layers(unet), homes, before)
+    hook = ImagePromptHook(pipe, prompts, layers, homes, before)
     with inside_offloading(unet):
         HookRegistry.check_if_exists_or_initialize(unet).register_hook(hook, _HOOK)
     # words are for fusion alone: finding them tokenizes every prompt once more
@@ -326,7 +338,8 @@ def detach(pipe: Any) -> None:
     Raises:
         ModelError: Nothing is attached.
     """
-    hook = _hook_of(getattr(pipe, "unet", None))
+    denoiser = denoiser_of(pipe)
+    hook = _hook_of(denoiser)
     if hook is None:
         raise ModelError("no adapter is attached", where="pipeline")
     for undo in reversed(hook.on_detach):
@@ -334,9 +347,9 @@ def detach(pipe: Any) -> None:
     forget_prompts(pipe)
     for name, processor in hook.before.items():
         # one by one: stock counts the layers of a projection that was loaded meanwhile too
-        pipe.unet.get_submodule(name.removesuffix(".processor")).set_processor(processor)
-    with inside_offloading(pipe.unet):
-        registry = HookRegistry.check_if_exists_or_initialize(pipe.unet)
+        denoiser.get_submodule(name.removesuffix(".processor")).set_processor(processor)
+    with inside_offloading(denoiser):
+        registry = HookRegistry.check_if_exists_or_initialize(denoiser)
         if registry.get_hook(LEVERS_HOOK) is not None:
             registry.remove_hook(LEVERS_HOOK, recurse=False)
         registry.remove_hook(_HOOK, recurse=False)
@@ -376,6 +389,12 @@ def _processors(unet: Any, slots: list[Slot]) -> dict[str, DecoupledAttention]:
     }
 
 
+def _checked(pipe: Any) -> tuple[Any, bool]:
+    """The denoiser of a pipeline, and whether it is a transformer."""
+    joint = getattr(pipe, "unet", None) is None and hasattr(pipe, "transformer")
+    return (checked_transformer(pipe) if joint else checked_unet(pipe)), joint
+
+
 def checked_unet(pipe: Any) -> Any:
     """The UNet of a pipeline, of a kind that adapters can be attached to."""
     unet = getattr(pipe, "unet", None)
@@ -383,7 +402,7 @@ def checked_unet(pipe: Any) -> Any:
         raise ModelError(
             "has no UNet with attention processors",
             where=type(pipe).__name__,
-            expected="a Stable Diffusion 1.x, 2.x or XL pipeline of diffusers",
+            expected="a pipeline of Stable Diffusion 1.x, 2.x, XL or 3.x, or of Flux.1",
         )
     if any(word in type(unet).__name__ for word in _MOVING):
         raise ModelError(

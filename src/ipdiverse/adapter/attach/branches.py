@@ -31,7 +31,7 @@ Layout = tuple[str, ...]
 """The branch of each of the equal blocks of rows in a call."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class EncodedPrompt:
     """What a pipeline made of a prompt."""
 
@@ -39,6 +39,10 @@ class EncodedPrompt:
     negative: Tensor | None = None  # None where the pipeline does not guide
     words: Tensor | None = None  # of `text_mask`, if it is known
     texts: tuple[str, ...] = ()  # of each item, if they are known
+    # where prompt and negative prompt are encoded by a call each (Flux): which one it was, known
+    # once the denoiser is called; both are None where one call encodes both
+    alone: bool = False
+    branch: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +61,9 @@ class Told:
 
 
 def tell_branches(pipe: Any, text: Tensor, encoded: Sequence[EncodedPrompt]) -> Told:
-    """The branches of a call of the UNet."""
+    """The branches of a call of the denoiser."""
+    if encoded and encoded[-1].alone:
+        return _by_turn(pipe, text, list(encoded))
     stated, unclear = _stated(pipe), False
     for prompt in reversed(encoded):
         blocks = text.split(size) if len(text) % (size := len(prompt.positive)) == 0 else [text]
@@ -76,6 +82,24 @@ def tell_branches(pipe: Any, text: Tensor, encoded: Sequence[EncodedPrompt]) -> 
     if stated and not _watched(pipe) and len(text) % len(stated) == 0:
         return Told(stated)
     raise _unknown(pipe, unclear)
+
+
+def _by_turn(pipe: Any, text: Tensor, encoded: list[EncodedPrompt]) -> Told:
+    """The branch where a call of the denoiser has one: the prompt's comes first in every step.
+
+    So what was encoded after the first text that the denoiser is called with is negative.
+    """
+    places = range(len(encoded))[::-1]
+    same = [at for at in places if encoded[at].positive is text]
+    same = same or [at for at in places if _holds(encoded[at].positive, text)]
+    if not same:
+        raise _unknown(pipe, unclear=False)
+    found = encoded[same[0]]
+    if found.branch is None:
+        found.branch = BOTH
+        for later in encoded[same[0] + 1 :]:
+            later.branch = NOTHING
+    return Told((found.branch,), found)
 
 
 def _look_up(
@@ -184,11 +208,14 @@ class _Watching:
                     found=words.shape[1],
                 )
             texts = _texts(bound.arguments.get("prompt"), len(positive))
-            self.encoded.append(EncodedPrompt(positive, negative, words, texts))
+            alone = self._alone()
+            self.encoded.append(EncodedPrompt(positive, negative, words, texts, alone))
         return returned
 
     def _sides(self, returned: Any, arguments: dict[str, Any]) -> tuple[Any, Any]:
         """Embeddings of the prompt and of the negative prompt."""
+        if self._alone():
+            return (returned[0] if isinstance(returned, tuple) else None), None
         if isinstance(returned, tuple) and len(returned) > 1:
             return returned[:2]
         if isinstance(returned, Tensor) and "InstructPix2Pix" in type(self.pipe).__name__:
@@ -196,6 +223,12 @@ class _Watching:
             positive, negative, _ = returned.chunk(3) if guided else (returned, None, None)
             return positive, negative
         return None, None  # a tensor whose rows nobody names
+
+    def _alone(self) -> bool:
+        """Whether it encodes one prompt at a time."""
+        return hasattr(self.pipe, "transformer") and "negative_prompt" not in (
+            self.signature.parameters
+        )
 
 
 def _texts(prompt: Any, items: int) -> tuple[str, ...]:
@@ -213,12 +246,18 @@ def text_mask(
 
     (branches × items, tokens), unconditional items first; None when embeddings came without.
     """
+    if hasattr(pipe, "tokenizer_3"):
+        return None  # SD 3's text is of three encoders: fusion reads all of it
+    second = hasattr(pipe, "transformer") or not getattr(pipe, "tokenizer", None)
+    tokenizer = pipe.tokenizer_2 if second else pipe.tokenizer
+    # of a transformer's text: T5 reads as many tokens as the call says
+    length = arguments.get("max_sequence_length") if hasattr(pipe, "transformer") else None
     given = given or GivenWords()
     prompt, against = arguments.get("prompt"), arguments.get("negative_prompt") or ""
-    masks = [given.positive if prompt is None else _words(pipe, prompt)]
+    masks = [given.positive if prompt is None else _words(pipe, prompt, tokenizer, length)]
     if arguments.get("do_classifier_free_guidance"):
         embedded = arguments.get("negative_prompt_embeds") is not None
-        masks.insert(0, given.negative if embedded else _words(pipe, against))
+        masks.insert(0, given.negative if embedded else _words(pipe, against, tokenizer))
     known = [mask for mask in masks if mask is not None]
     if len(known) < len(masks):
         if not given.missed:
@@ -234,15 +273,16 @@ def text_mask(
     return torch.cat([mask.repeat_interleave(repeats, 0) for mask in each])
 
 
-def _words(pipe: Any, prompts: str | Sequence[str]) -> Tensor:
+def _words(
+    pipe: Any, prompts: str | Sequence[str], tokenizer: Any, length: int | None = None
+) -> Tensor:
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    tokenizer = pipe.tokenizer if getattr(pipe, "tokenizer", None) else pipe.tokenizer_2
     convert = getattr(pipe, "maybe_convert_prompt", None)  # textual inversion's several vectors
     texts = [convert(text, tokenizer) for text in prompts] if convert else prompts
     return tokenizer(
         texts,
         padding="max_length",
-        max_length=tokenizer.model_max_length,
+        max_length=length or tokenizer.model_max_length,
         truncation=True,
         return_tensors="pt",
     ).attention_mask.bool()

@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ipdiverse.adapter.attach.hook import ReferenceTokens
@@ -25,12 +26,11 @@ from ipdiverse.writing import tensors_hash
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from PIL import Image
-
     from ipdiverse.adapter.imagine import VariationSpace
     from ipdiverse.adapter.model import ImagePromptAdapter
 
-_AXES = {"pooled": 2, "face": 2, "hidden": 3}  # of a reference's embeddings, (count, ...)
+_AXES = {"pooled": 2, "face": 2, "hidden": 3, "last": 3}
+"""Of a reference's embeddings, (count, ...)."""
 _REMEMBERED = 64
 """Images whose embeddings one encoder keeps."""
 
@@ -77,8 +77,12 @@ class ImageEncoding:
         output = self.encoder(
             pixels.to(parameter.device, parameter.dtype), output_hidden_states=True
         )
+        # SigLIP pools its states in place of projecting them
+        pooled, more = getattr(output, "image_embeds", None), {}
+        if pooled is None:
+            pooled, more = output.pooler_output, {"last": output.last_hidden_state}
         # the last layer but one, on which the authors trained `plus`
-        return {"pooled": output.image_embeds, "hidden": output.hidden_states[-2]}
+        return {"pooled": pooled, "hidden": output.hidden_states[-2]} | more
 
     def _checked(self) -> ImageEncoding:
         if self.encoder is None or self.processor is None:
@@ -225,7 +229,9 @@ def encode_references(
             found=" and ".join(str(n) for n in sorted({len(row) for row in rows})),
         )
     positive = torch.stack(rows)
-    no_image = projected.no_image() if negative is None else projected.tokens(negative, None)
+    no_image = (
+        projected.no_image(positive) if negative is None else projected.tokens(negative, None)
+    )
     count = positive.shape[1]
     if len(no_image) not in (1, count):
         raise ArgumentError("must be one image", where="negative reference", found=len(no_image))
@@ -277,8 +283,14 @@ class _Projected:
         return self.adapter.tokens(*[e.to(parameter.device, parameter.dtype) for e in embeds])
 
     @torch.no_grad()
-    def no_image(self) -> Tensor:
+    def no_image(self, positive: Tensor) -> Tensor:
         """What stands for "no image", as in the original: zeros, or a zero image's states."""
+        joint, encoder = self.adapter.joint, self.encoding.encoder
+        if joint is not None and joint.style in {"sd3", "redux"}:
+            return torch.zeros_like(positive[0, :1])  # as many states: attention counts them
+        if joint is not None and joint.style == "xlabs" and encoder is not None:
+            size = encoder.config.image_size
+            return self._project([self.encoding.image(Image.new("RGB", (size, size)))["pooled"]])
         return self._project(
             [
                 self.encoding.zero_image()
@@ -329,7 +341,7 @@ class _Projected:
     def _checked(self, given: Tensor, name: str) -> Tensor:
         """Embeddings of the axes and the width that the adapter reads."""
         if given.ndim != _AXES[name] or given.shape[-1] != self._width(name):
-            own = f"count, {'patches, ' if name == 'hidden' else ''}{self._width(name)}"
+            own = f"count, {'patches, ' if _AXES[name] == 3 else ''}{self._width(name)}"
             raise ArgumentError(
                 "has the wrong shape",
                 where=f"reference: {name} embeddings",

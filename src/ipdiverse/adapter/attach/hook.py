@@ -1,7 +1,8 @@
-"""The hook at the UNet's boundary: prepares image tokens, once for each text, at every call."""
+"""The hook at the denoiser's boundary: prepares image tokens, once for each text, at every call."""
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections import deque
 from dataclasses import dataclass, field
@@ -12,7 +13,9 @@ from diffusers.hooks import ModelHook
 from torch import Tensor
 
 from ipdiverse.adapter.attach.branches import KEPT_PROMPTS, GivenWords, Told, tell_branches
-from ipdiverse.adapter.attention import BOTH, NOTHING, DecoupledAttention, Slot, TokenGroup
+from ipdiverse.adapter.attach.joint import denoiser_of, is_transformer, latent_grid
+from ipdiverse.adapter.attach.redux import with_image_tokens
+from ipdiverse.adapter.attention import BOTH, NOTHING, Slot, TokenGroup
 from ipdiverse.adapter.model import interpolated, placed, state_of
 from ipdiverse.adapter.reference import RegionMask
 from ipdiverse.adapter.scale import checked_items, checked_number
@@ -49,6 +52,7 @@ class _Prepared:
     version: int
     wanted: Layout | None
     layout: Layout
+    time: float | None  # of tokens that differ at every step
     groups: list[list[TokenGroup]]
 
 
@@ -118,6 +122,19 @@ class ActiveAdapter:
         return self.fusion_strength * self.fusion_factor * self.interpolation
 
     @property
+    def timed(self) -> bool:
+        """Whether its tokens differ with the timestep, so that references are kept as states."""
+        return self.adapter.kind == "time-resampler"
+
+    def at_this_step(self, tokens: Tensor) -> Tensor:
+        """Tokens of kept states, (items, references, …), where they differ with the timestep."""
+        if not self.timed:
+            return tokens
+        projection: Any = self.acting.image_proj
+        projected = projection.at(tokens.flatten(0, 1), self.slot.time)
+        return projected.unflatten(0, tokens.shape[:2])
+
+    @property
     def items(self) -> int:
         """How many items the references are for."""
         return len(self.references[0].positive)
@@ -141,7 +158,7 @@ class ImagePromptHook(ModelHook):
         pipe: Any,
         prompts: list[ActiveAdapter],
         layers: Sequence[Layer],
-        processors: list[tuple[Any, DecoupledAttention]],
+        processors: Sequence[tuple[Any, Any]],
         before: dict[str, Any],
     ) -> None:
         super().__init__()
@@ -154,6 +171,14 @@ class ImagePromptHook(ModelHook):
         self._told: tuple[Tensor, Told] | None = None
         self._prepared: list[_Prepared] = []
         self._masks: Any = None  # of this call, as stock pipelines pass them
+        self._names: list[str] = []
+        self._ids: tuple[Any, tuple[int, int]] = (None, (1, 1))
+        self.transformer = False
+
+    def initialize_hook(self, module: torch.nn.Module) -> torch.nn.Module:
+        """Note the names of the denoiser's arguments."""
+        self._names, self.transformer = argument_names(module), is_transformer(module)
+        return module
 
     # not compiled: what is known is recognised by identity, which would be a guard for each call
     @torch.compiler.disable
@@ -165,14 +190,12 @@ class ImagePromptHook(ModelHook):
     ) -> Any:
         """Prepare this call's tokens and scales."""
         self._check_processors()
-        named = "encoder_hidden_states" in kwargs
-        text = kwargs["encoder_hidden_states"] if named else args[2]
-        sample = kwargs["sample"] if "sample" in kwargs else args[0]
-        for prompt in self.prompts:
-            prompt.slot.latents = (sample.shape[-2], sample.shape[-1])
+        given = dict(zip(self._names, args, strict=False)) | kwargs
+        text, timestep = given["encoder_hidden_states"], given["timestep"]
         if isinstance(text, Tensor):
-            kwargs = self._take_masks(kwargs)
-            layout = self._prepare_tokens(text)
+            self._tell_sizes(given, text)
+            given = self._take_masks(given)
+            layout = self._prepare_tokens(text, timestep)
         else:  # the UNet may pool the text itself, so it must not get the image tokens with it
             text, given = text
             layout = (BOTH,)
@@ -181,13 +204,26 @@ class ImagePromptHook(ModelHook):
                 prompt.slot.groups = [
                     TokenGroup(tokens.flatten(1, 2) if tokens.ndim == 4 else tokens)
                 ]
-            if named:
-                kwargs = {**kwargs, "encoder_hidden_states": text}
-            else:
-                args = (*args[:2], text, *args[3:])
-        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
+            given = {**given, "encoder_hidden_states": text}
         self._set_scales(timestep, len(text), layout)
-        return args, kwargs
+        added = [p.slot for p in self.prompts if p.adapter.kind == "redux"]
+        if added:
+            given = with_image_tokens(given, added, layout)
+            for prompt in self.prompts:
+                prompt.slot.text_length = given["encoder_hidden_states"].shape[1]
+        return (), given
+
+    def _tell_sizes(self, given: dict[str, Any], text: Tensor) -> None:
+        """Tell the layers how many latents and words there are."""
+        sample = given["sample"] if "sample" in given else given["hidden_states"]
+        grid = (sample.shape[-2], sample.shape[-1])
+        ids = given.get("img_ids")
+        if ids is not None:  # Flux packs its latents; the same tensor at every step
+            if self._ids[0] is not ids:
+                self._ids = ids, latent_grid(ids)
+            grid = self._ids[1]
+        for prompt in self.prompts:
+            prompt.slot.latents, prompt.slot.text_length = grid, text.shape[1]
 
     def layout_of(self, text: Tensor) -> Layout:
         """The branches of a call of the pipeline's own."""
@@ -199,13 +235,19 @@ class ImagePromptHook(ModelHook):
             _check_items(prompt, len(text), layout)
         return layout
 
+    @property
+    def alone(self) -> bool:
+        """Whether each call of the denoiser is one branch alone, as with Flux."""
+        return bool(self.encoded) and self.encoded[-1].alone
+
     def changed(self) -> None:
         """A reference or the fusion changed: prepare again at the next call."""
         self._prepared, self._told = [], None
 
     def _take_masks(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Keep the masks that a stock call brings, which only stock's own processors could read."""
-        given = kwargs.get("cross_attention_kwargs") or {}
+        name = "joint_attention_kwargs" if self.transformer else "cross_attention_kwargs"
+        given = kwargs.get(name) or {}
         masks = given.get(MASKS)
         # by their tensors: levers hand them on in another list at every step
         if _identities(masks) != _identities(self._masks):
@@ -213,8 +255,8 @@ class ImagePromptHook(ModelHook):
         self._masks = masks
         if masks is None:
             return kwargs
-        rest = {name: value for name, value in given.items() if name != MASKS}
-        return {**kwargs, "cross_attention_kwargs": rest or None}
+        rest = {key: value for key, value in given.items() if key != MASKS}
+        return {**kwargs, name: rest or None}
 
     def _parts(self, number: int) -> list[ReferenceTokens]:
         """An adapter's references, each with a mask of its own where the call brings some."""
@@ -261,15 +303,17 @@ class ImagePromptHook(ModelHook):
                     "attach again.",
                 )
 
-    def _prepare_tokens(self, text: Tensor) -> Layout:
+    def _prepare_tokens(self, text: Tensor, timestep: Any) -> Layout:
+        time = self._set_time(timestep)
         version = 0 if text.is_inference() else text._version  # inference tensors count no changes
         # while gradients are recorded, each call needs a graph of its own
         for known in () if torch.is_grad_enabled() else self._prepared:
-            if known.text is text and known.version == version and known.wanted == self.layout:
+            same = known.text is text and known.version == version
+            if same and (known.wanted, known.time) == (self.layout, time):
                 for prompt, groups in zip(self.prompts, known.groups, strict=True):
                     prompt.slot.groups = groups
                 return known.layout
-        check_caches(self.pipe.unet)  # once a text, not at every step
+        check_caches(denoiser_of(self.pipe))  # once a text, not at every step
         layout = self.layout or self.layout_of(text)
         self._check_references()
         for number, prompt in enumerate(self.prompts):
@@ -278,9 +322,20 @@ class ImagePromptHook(ModelHook):
             parts = self._parts(number)
             prompt.slot.groups = [self._group(prompt, part, text, layout) for part in parts]
         groups = [prompt.slot.groups for prompt in self.prompts]
-        prepared = _Prepared(text, version, self.layout, layout, groups)
+        prepared = _Prepared(text, version, self.layout, layout, time, groups)
         self._prepared = [prepared, *self._prepared[: _KEPT - 1]]
         return layout
+
+    def _set_time(self, timestep: Any) -> float | None:
+        """Embed the time for adapters whose tokens differ with it; None if there are none."""
+        timed = [prompt for prompt in self.prompts if prompt.timed]
+        if not timed:
+            return None
+        now = torch.as_tensor(timestep).flatten()[:1]
+        for prompt in timed:
+            own: Any = prompt.acting.image_proj
+            prompt.slot.time = own.time_embedding(now)
+        return float(now)
 
     def _group(
         self, prompt: ActiveAdapter, part: ReferenceTokens, text: Tensor, layout: Layout
@@ -289,9 +344,10 @@ class ImagePromptHook(ModelHook):
         items = len(text) // branches
         repeats = items // len(part.positive)
         positive = part.positive.to(text).repeat_interleave(repeats, 0)
+        negative = part.negative.to(text).expand_as(part.positive).repeat_interleave(repeats, 0)
+        positive, negative = prompt.at_this_step(positive), prompt.at_this_step(negative)
         if prompt.imagine is not None:  # "no image" stays no image
             positive = prompt.imagine(positive)
-        negative = part.negative.to(text).expand_as(part.positive).repeat_interleave(repeats, 0)
         tokens = torch.cat([positive if branch == BOTH else negative for branch in layout])
         if prompt.acting.fusion is not None and prompt.strength:
             fused = self._drawn if prompt.acting.draws else self._fused
@@ -370,10 +426,17 @@ class ImagePromptHook(ModelHook):
 
     def progress(self, timestep: Any) -> float:
         """Share of the steps of this call that are done: 0 at its first."""
-        steps = self.pipe.scheduler.timesteps
-        now = torch.as_tensor(timestep).flatten()[0].to(steps.device)
-        first, count = self._steps_of_this_call(len(steps))
-        return max(int((steps - now).abs().argmin()) - first, 0) / count
+        first, count = self._steps_of_this_call(len(self.pipe.scheduler.timesteps))
+        return max(self.step(timestep) - first, 0) / count
+
+    def step(self, timestep: Any) -> int:
+        """Which of the scheduler's steps this is."""
+        scheduler = self.pipe.scheduler
+        if self.transformer:  # Flux' pipelines round the timestep, and divide it by 1000
+            index = getattr(scheduler, "step_index", None)
+            return int(getattr(scheduler, "begin_index", None) or 0 if index is None else index)
+        now = torch.as_tensor(timestep).flatten()[0].to(scheduler.timesteps.device)
+        return int((scheduler.timesteps - now).abs().argmin())
 
     def _steps_of_this_call(self, scheduled: int) -> tuple[int, int]:
         """First and number: image-to-image takes the schedule's end, `denoising_end` its start."""
@@ -382,6 +445,12 @@ class ImagePromptHook(ModelHook):
         if first is None:
             first = 0 if getattr(self.pipe, "denoising_end", None) else scheduled - count
         return first, count
+
+
+def argument_names(module: torch.nn.Module) -> list[str]:
+    """Names of a denoiser's arguments in order."""
+    inner = getattr(module, "_orig_mod", module)  # torch.compile's own has other arguments
+    return [name for name in inspect.signature(type(inner).forward).parameters if name != "self"]
 
 
 def check_caches(unet: Any) -> None:

@@ -188,8 +188,9 @@ class StockCalls:
         self.attachment, pipe = attachment, attachment.pipe
         known = [name for name in self.shadowed if hasattr(pipe, name)]
         self._undo = [shadow(pipe, name, getattr(self, name)) for name in known]
-        if pipe.unet.encoder_hid_proj is None:
-            pipe.unet.encoder_hid_proj = _Elsewhere()
+        unet = getattr(pipe, "unet", None)
+        if unet is not None and unet.encoder_hid_proj is None:
+            unet.encoder_hid_proj = _Elsewhere()
 
     @classmethod
     def of(cls, pipe: Any) -> StockCalls | None:
@@ -201,14 +202,21 @@ class StockCalls:
         """Give the pipeline its own methods back."""
         for undo in self._undo:
             undo()
-        unet = self.attachment.pipe.unet
-        if isinstance(unet.encoder_hid_proj, _Elsewhere):
+        unet = getattr(self.attachment.pipe, "unet", None)
+        if unet is not None and isinstance(unet.encoder_hid_proj, _Elsewhere):
             unet.encoder_hid_proj = None
 
     def prepare_ip_adapter_image_embeds(
         self, ip_adapter_image: Any, ip_adapter_image_embeds: Any, *_: Any, **__: Any
     ) -> list[Tensor]:
         """Take the references of a call; the UNet gets them from our hook, so nothing is left."""
+        if self.attachment.hook.transformer:
+            # Flux asks for the negative ones by the same call, SD 3 only where stock has loaded one
+            raise ArgumentError(
+                "is not taken from a call of this pipeline",
+                where="ip_adapter_image",
+                fix="Call set_reference on what attach returned.",
+            )
         count = len(self.attachment.adapters)
         if ip_adapter_image_embeds is None:
             # a list has an entry for each adapter, as in stock; one image serves all of them
@@ -246,7 +254,11 @@ class StockCalls:
         """Numbers, or dicts by block, for all adapters or one for each, as in stock."""
         from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
 
-        unet, adapters = self.attachment.pipe.unet, self.attachment.adapters
+        adapters = self.attachment.adapters
+        if self.attachment.hook.transformer:
+            self._set_joint_scale(scale)
+            return
+        unet = self.attachment.pipe.unet
         given = scale if isinstance(scale, list) else [scale]
         if len(given) not in (1, len(adapters)):
             raise ArgumentError(
@@ -269,6 +281,21 @@ class StockCalls:
             if isinstance(one, dict):
                 layers = self.attachment.hook.layers
                 one = [_of_layer(names[layer.number], one) for layer in layers]
+            self.attachment.set_scale(one, adapter=number)
+
+    def _set_joint_scale(self, scale: Any) -> None:
+        """A number, one for each layer, or one of these for each adapter, as in stock."""
+        count = len(self.attachment.adapters)
+        each = isinstance(scale, list) and (
+            len(scale) == count > 1 or any(isinstance(one, list) for one in scale)
+        )
+        given = scale if each else [scale] * count
+        if len(given) != count:
+            expected = f"1 scale, or {count}"
+            where = "set_ip_adapter_scale"
+            what = "does not fit the attached adapters"
+            raise ArgumentError(what, where=where, expected=expected, found=len(given))
+        for number, one in enumerate(given):
             self.attachment.set_scale(one, adapter=number)
 
     def load_ip_adapter(self, *_: Any, **__: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +18,6 @@ from ipdiverse.adapter.model import ImagePromptAdapter
 from ipdiverse.errors import CheckpointError
 from ipdiverse.loading import what_is
 
-_FLUX_LAYER = re.compile(r"double_blocks\.([0-9]+)\..+_k_proj\.weight")
 _UNKNOWN = ("kind", "family", "num_tokens", "token_width", "clip_dim", "face_dim", "fusion", "lora")
 
 Report = dict[str, Any]
@@ -32,8 +30,7 @@ def inspect_checkpoint(file: Path) -> Report:
     """
     contents = open_checkpoint(file)
     kind, layout = what_is(contents.tensors), recognise(contents.tensors)
-    if kind is None or kind[0] != "an IP-Adapter" or layout != "flux":
-        normalise(contents.tensors, file)  # refuses what is something else, or claims too much
+    normalise(contents.tensors, file)  # refuses what is something else, or claims too much
     if kind is None:
         raise CheckpointError(
             "is not an adapter",
@@ -43,8 +40,6 @@ def inspect_checkpoint(file: Path) -> Report:
         )
     spec = spec_of(contents)
     about = _understand(contents, spec)
-    if layout == "flux":
-        about |= _about_flux(contents.tensors)
     return {
         "file": str(file),
         "container": contents.container,
@@ -120,18 +115,6 @@ def _understand(contents: Contents, spec: Mapping[str, Any]) -> Report:
     return about
 
 
-def _about_flux(tensors: Mapping[str, Tensor]) -> Report:
-    about: Report = {"kind": "flux", "family": "Flux"}
-    layers = {found[1] for name in tensors if (found := _FLUX_LAYER.match(name))}
-    about["layers"] = len(layers)
-    proj = tensors.get("ip_adapter_proj_model.proj.weight")
-    norm = tensors.get("ip_adapter_proj_model.norm.weight")
-    if proj is not None and norm is not None and proj.ndim == 2 and norm.numel():
-        about["token_width"], about["clip_dim"] = norm.numel(), proj.shape[1]
-        about["num_tokens"] = proj.shape[0] // norm.numel()
-    return about
-
-
 def _lora_of(tensors: Mapping[str, Tensor]) -> Report | None:
     own = [name for name in tensors if name.startswith("ip_adapter.")]  # not the base weights
     downs = [name for name in own if name.endswith("_lora.down.weight")]
@@ -146,7 +129,7 @@ def _reads(report: Report) -> str:
     if report["face_dim"] is not None:
         parts.append(f"a face embedding of width {report['face_dim']}")
     if report["clip_dim"] is not None:
-        pooled = report["kind"] in ("base", "flux")
+        pooled = report["kind"] in ("base", "pooled")
         name = "the pooled image embedding" if pooled else "the image encoder's hidden states"
         parts.append(f"{name} of width {report['clip_dim']}")
     return " and ".join(parts) or "unknown"

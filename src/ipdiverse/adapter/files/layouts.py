@@ -43,7 +43,7 @@ BLEND_NOTE = (
 )
 
 BOUNDS = {
-    "parameters": 1_000_000_000,  # the largest published, FaceID-Plus for SDXL, has 0.4
+    "parameters": 4_000_000_000,  # the largest published, InstantX's for Flux.1, has 2.6
     "layers with an image branch": 1024,  # SDXL has 140 attention layers
     "resampler layers": 64,
     "image tokens": 4096,
@@ -56,9 +56,13 @@ _FUSION = ("query", "key", "value")
 _BLOCKS = ("down_blocks", "up_blocks", "mid_block")  # the order of `unet.attn_processors`
 _PREFIXES = {
     "image_proj_model": "image_proj.",
+    "ip_adapter_proj_model": "image_proj.",
     "adapter_modules": "ip_adapter.",
     "plain": BASE_WEIGHTS,
 }
+_XLABS = re.compile(
+    r"double_blocks\.([0-9]+)\.processor\.ip_adapter_double_stream_([kv])_proj\.(.+)"
+)
 _PROCESSOR = re.compile(r"unet\.(.+)\.processor\.(.+)")
 _QUERY = re.compile(r"unet\.(.+)\.to_q\.weight")
 
@@ -76,8 +80,8 @@ class Normalised:
 def recognise(names: Iterable[str]) -> str:
     """The layout of a checkpoint with these tensors; `ipdiverse` is `published` with more."""
     tops = {name.split(".", 1)[0] for name in names}
-    if tops & {"ip_adapter_proj_model", "double_blocks"}:
-        return "flux"
+    if tops & {"ip_adapter_proj_model", "double_blocks", "redux_up", "redux_down"}:
+        return "redux" if "redux_up" in tops else "xlabs"
     if tops & {"unet", "image_proj_model", "adapter_modules"}:
         if tops & set(_FUSION):
             return "fusion checkpoint"
@@ -95,12 +99,6 @@ def normalise(tensors: Mapping[str, Tensor], where: object) -> Normalised:
     if kind and kind[0] != "an IP-Adapter":
         raise CheckpointError(f"is {kind[0]}, not an adapter", where=where, fix=kind[1])
     layout = recognise(tensors)
-    if layout == "flux":
-        raise CheckpointError(
-            "is a Flux adapter; ipdiverse prompts Stable Diffusion models",
-            where=where,
-            fix="Use an adapter for SD 1.x, SD 2.x or SDXL.",
-        )
     numbers = _numbers(tensors)
     ours: dict[str, Tensor] = {}
     frozen: list[str] = []
@@ -146,11 +144,15 @@ def _check_bounds(tensors: Mapping[str, Tensor], where: object) -> None:
 def _renamed(name: str, numbers: Mapping[str, int]) -> str | None:
     """Our name for a tensor; None for one of the base model's own."""
     top, _, rest = name.partition(".")
+    if found := _XLABS.fullmatch(name):
+        return f"ip_adapter.{found[1]}.to_{found[2]}_ip.{found[3]}"
     if top == "unet":
         found = _PROCESSOR.fullmatch(name)
         return f"ip_adapter.{numbers[found[1]]}.{found[2]}" if found else None
     if top in _FUSION:
         return f"fusion.{name}"
+    if top in {"redux_up", "redux_down"}:
+        return f"image_proj.{name}"
     return _PREFIXES.get(top, f"{top}." if rest else top) + rest
 
 

@@ -12,13 +12,22 @@ from torch import Tensor
 from ipdiverse.adapter.files.layouts import BASE_WEIGHTS
 from ipdiverse.adapter.fusion import BlendFusion, Fusion, GatedFusion
 from ipdiverse.adapter.generative import GenerativeFusion
-from ipdiverse.adapter.model import ImagePromptAdapter, LoraShapes, Projection, shared_parts
+from ipdiverse.adapter.model import (
+    ImagePromptAdapter,
+    Joint,
+    LoraShapes,
+    Projection,
+    shared_parts,
+)
 from ipdiverse.adapter.projection import (
     FaceIDPlusProjection,
     FaceIDProjection,
     FullFaceProjection,
     LinearProjection,
+    PooledProjection,
+    ReduxProjection,
     ResamplerProjection,
+    TimeResamplerProjection,
 )
 from ipdiverse.errors import CheckpointError
 from ipdiverse.loading import building
@@ -53,13 +62,18 @@ def skeleton(
     try:
         # a file's claims cost no memory before they are checked
         with building(), torch.device("meta"):
-            projection = _projection(tensors, where, shortcut)
-            adapter = make(projection, _widths(tensors), _fusion(tensors, spec), _lora(tensors))
+            widths = _widths(tensors)
+            redux = "image_proj.redux_up.weight" in tensors
+            joint = Joint("redux") if redux else _joint(tensors, widths)
+            pooled = joint is not None and joint.style == "instantx"
+            projection = _projection(tensors, where, shortcut, pooled)
+            fusion = _fusion(tensors, spec)
+            adapter = make(projection, widths, fusion, _lora(tensors), joint)
     except (ValueError, IndexError, ArithmeticError, RuntimeError, TypeError) as error:
         raise CheckpointError(
             "its tensors do not describe an adapter", where=where, found=f"{error}"[:200]
         ) from error
-    if not adapter.widths():
+    if not adapter.widths() and adapter.kind != "redux":
         raise CheckpointError("has no `ip_adapter.N.to_k_ip.weight`", where=where)
     return adapter
 
@@ -112,7 +126,9 @@ def describe(adapter: ImagePromptAdapter) -> dict[str, Any]:
 
 
 def base_family(adapter: ImagePromptAdapter) -> str:
-    """Which base models it most likely fits: `SD 1.x`, `SD 2.x`, `SDXL` or `custom`."""
+    """Which base models it most likely fits: `SD 1.x`, `SDXL`, `Flux.1` and others, or `custom`."""
+    if adapter.joint is not None:
+        return "SD 3.5" if adapter.joint.style == "sd3" else "Flux.1"
     numbers = list(adapter.widths())
     if numbers != list(range(1, 2 * len(numbers), 2)):  # there, every second one is self-attention
         return "custom"
@@ -130,8 +146,12 @@ def stock_notes(adapter: ImagePromptAdapter) -> list[str]:
     return [] if count == 4 else [f"stock diffusers takes 4 {part} for granted; this has {count}"]
 
 
-def _projection(tensors: Tensors, where: object, shortcut: bool) -> Projection:
-    """The projection; names that only one kind has tell which."""
+def _projection(tensors: Tensors, where: object, shortcut: bool, pooled: bool) -> Projection:
+    """The projection; names that only one kind has tell which, for `pooled` the layers do."""
+    if "image_proj.redux_up.weight" in tensors:
+        inner, clip_dim = _shape(tensors, "image_proj.redux_up.weight")
+        token_width = _shape(tensors, "image_proj.redux_down.weight")[0]
+        return ReduxProjection(clip_dim, token_width, inner)
     if "image_proj.latents" in tensors:
         return _plus(tensors)
     if "image_proj.proj.weight" in tensors and "image_proj.norm.weight" in tensors:
@@ -142,7 +162,7 @@ def _projection(tensors: Tensors, where: object, shortcut: bool) -> Projection:
         inner, clip_dim = _shape(tensors, "image_proj.proj.0.weight")
         return FullFaceProjection(clip_dim, _shape(tensors, "image_proj.proj.3.weight")[0], inner)
     if "image_proj.proj.0.weight" in tensors:
-        return _face(tensors, shortcut)
+        return _face(tensors, shortcut, pooled)
     raise CheckpointError(
         "holds no known image projection",
         where=where,
@@ -151,19 +171,26 @@ def _projection(tensors: Tensors, where: object, shortcut: bool) -> Projection:
     )
 
 
-def _plus(tensors: Tensors) -> ResamplerProjection:
+def _plus(tensors: Tensors) -> ResamplerProjection | TimeResamplerProjection:
     _, num_tokens, width = tensors["image_proj.latents"].shape
     _check_heads("image_proj.latents", width)
     clip_dim = _shape(tensors, "image_proj.proj_in.weight")[1]
     token_width = _shape(tensors, "image_proj.proj_out.weight")[0]
     depth = _depth(tensors, "image_proj")
-    return ResamplerProjection(clip_dim, token_width, num_tokens, width, depth)
+    sizes = (clip_dim, token_width, num_tokens, width, depth)
+    if (time := tensors.get("image_proj.time_embedding.linear_1.weight")) is not None:
+        return TimeResamplerProjection(*sizes, frequencies=time.shape[1])
+    return ResamplerProjection(*sizes)
 
 
-def _face(tensors: Tensors, shortcut: bool) -> FaceIDProjection | FaceIDPlusProjection:
+def _face(
+    tensors: Tensors, shortcut: bool, pooled: bool
+) -> FaceIDProjection | FaceIDPlusProjection:
     inner, face_width = _shape(tensors, "image_proj.proj.0.weight")
     token_width = _shape(tensors, "image_proj.norm.weight")[0]
     num_tokens = _shape(tensors, "image_proj.proj.2.weight")[0] // token_width
+    if pooled:
+        return PooledProjection(face_width, token_width, num_tokens, inner)
     resampler = "image_proj.perceiver_resampler"
     if not any(key.startswith(resampler) for key in tensors):
         return FaceIDProjection(face_width, token_width, num_tokens, inner)
@@ -193,6 +220,18 @@ def _widths(tensors: Tensors) -> dict[int, tuple[int, int]]:
             rows, columns = tensors[key].shape
             widths[int(found[1])] = (columns, rows)
     return dict(sorted(widths.items()))
+
+
+def _joint(tensors: Tensors, widths: Mapping[int, tuple[int, int]]) -> Joint | None:
+    """How it acts in a transformer; None for a UNet's, whose even slots are self-attention."""
+    if not widths or 0 not in widths:
+        return None
+    if "ip_adapter.0.to_k_ip.bias" in tensors:
+        return Joint("xlabs")
+    if "ip_adapter.0.norm_ip.linear.weight" not in tensors:
+        return Joint("instantx")
+    time_width = tensors["ip_adapter.0.norm_ip.linear.weight"].shape[1]
+    return Joint("sd3", time_width, _shape(tensors, "ip_adapter.0.norm_q.weight")[0])
 
 
 def _lora(tensors: Tensors) -> dict[int, LoraShapes]:

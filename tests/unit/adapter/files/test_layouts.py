@@ -7,17 +7,17 @@ import torch
 from safetensors.torch import save_file
 
 from ipdiverse.adapter.files.checkpoint import load_adapter
+from ipdiverse.adapter.files.conversion import convert
+from ipdiverse.adapter.files.inspection import inspect_checkpoint
 from ipdiverse.adapter.files.layouts import normalise, recognise
 from ipdiverse.adapter.model import attention_layers
-from ipdiverse.errors import CheckpointError
-from tests import models
+from tests import joint_models, models
 from tests.checkpoint_files import (
     KINDS,
     Trained,
     adapter,
     assert_equal,
     blend_layers,
-    flux_tensors,
     nested,
     tensors_of,
     trained_state,
@@ -144,10 +144,29 @@ def test_five_keys_may_be_flat() -> None:
     assert "fusion.query.bias" in found.tensors
 
 
-def test_flux_is_refused(tmp_path: Path) -> None:
-    save_file(flux_tensors(), tmp_path / "flux.safetensors")
-    with pytest.raises(CheckpointError, match=r"is a Flux adapter; ipdiverse prompts Stable Diff"):
-        load_adapter(tmp_path / "flux.safetensors")
+@pytest.mark.parametrize(
+    ("make", "layout", "style", "kind", "family"),
+    [
+        (joint_models.xlabs_tensors, "xlabs", "xlabs", "base", "Flux.1"),
+        (joint_models.instantx_tensors, "published", "instantx", "pooled", "Flux.1"),
+        (joint_models.redux_tensors, "redux", "redux", "redux", "Flux.1"),
+        (joint_models.sd3_tensors, "published", "sd3", "time-resampler", "SD 3.5"),
+    ],
+)
+def test_adapters_of_transformers_load_and_are_written(
+    make: Any, layout: str, style: str, kind: str, family: str, tmp_path: Path
+) -> None:
+    tensors, file = make(), tmp_path / "a.safetensors"
+    save_file(tensors, file)
+    report = inspect_checkpoint(file)
+    told = {"layout": layout, "kind": kind, "family": family, "loads": True}
+    assert told.items() <= report.items()
+    convert(file, tmp_path / "ours.safetensors", "ipdiverse")
+    for path in (file, tmp_path / "ours.safetensors"):
+        adapter = load_adapter(path)
+        assert adapter.joint is not None
+        assert adapter.joint.style == style
+        assert_equal(adapter.state_dict(), normalise(tensors, "a").tensors)
 
 
 @pytest.mark.parametrize(

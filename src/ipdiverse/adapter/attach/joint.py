@@ -1,0 +1,260 @@
+"""Image prompts in transformers, where text and latents share one attention: Flux.1 and SD 3."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ipdiverse.adapter.attach.redux import TEXT_LAYER
+from ipdiverse.adapter.attention import (
+    ImageBranch,
+    Once,
+    acting_groups,
+    add_image,
+    split_heads,
+)
+from ipdiverse.adapter.model import attention_layers, check_layers
+from ipdiverse.adapter.scale import Layer
+from ipdiverse.errors import ModelError
+
+if TYPE_CHECKING:
+    from ipdiverse.adapter.attention import Slot, TokenGroup
+    from ipdiverse.adapter.model import ImagePromptAdapter, LayerWeights
+
+# by name: importing a transformer's class costs a second, and most pipelines have none
+_STYLES = {
+    "FluxTransformer2DModel": ("xlabs", "instantx", "redux"),
+    "SD3Transformer2DModel": ("sd3",),
+}
+_BLOCKS = {"transformer_blocks": "double", "single_transformer_blocks": "single"}
+
+
+class JointAttention:
+    """Attention processor of one layer: stock's own attention, then each adapter's image branch.
+
+    Stock's processor stays inside, with its masks and backends; only the query is computed again.
+
+    Args:
+        before: The processor that was there.
+        text_first: Whether latents come behind the text in one sequence, as in Flux's single
+            blocks.
+    """
+
+    def __init__(self, number: int, slots: list[Slot], before: Any, *, text_first: bool) -> None:
+        self.number, self.slots, self.before = number, slots, before
+        self.text_first = text_first
+        self._images: dict[tuple[int, int], Once] = {}
+
+    def forget(self) -> None:
+        """Drop what was kept: weights changed."""
+        self._images = {}
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Any = None,
+    ) -> Any:
+        """What stock's processor gives, and what the images add; nothing where the scale is 0."""
+        rotary = {} if image_rotary_emb is None else {"image_rotary_emb": image_rotary_emb}
+        found = self.before(attn, hidden_states, encoder_hidden_states, attention_mask, **rotary)
+        inside, outside = self._added(attn, hidden_states)
+        if inside is not None:
+            # the layer is affine, so what is added before it may be projected by itself
+            if not getattr(attn, "pre_only", False):
+                layer = attn.to_out[0]
+                projected = layer(inside)
+                inside = projected if layer.bias is None else projected - layer.bias
+            several = isinstance(found, tuple)
+            found = (found[0] + inside, *found[1:]) if several else found + inside
+        # Flux's blocks add a third output behind their gates
+        return found if outside is None else (*found, outside)
+
+    def _added(self, attn: Any, states: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Before the output projection, and beside the block: (batch, tokens, width) each."""
+        sums: dict[bool, Tensor] = {}
+        projected: Tensor | None = None
+        for place, slot, weights, group, scale in acting_groups(self.slots, self.number):
+            if projected is None:
+                projected = split_heads(attn, attn.to_q(states))
+            key, value = self._key_value(attn, states, place, slot, weights, group)
+            norm = weights.norm_q if weights.joint.style == "sd3" else attn.norm_q
+            query = norm(projected)
+            region = self._region(group, slot, query.shape[2])
+            outside = weights.joint.style == "xlabs"
+            mixed = sums.get(outside)
+            mixed = torch.zeros_like(query) if mixed is None else mixed
+            sums[outside] = add_image(mixed, query, ImageBranch(key, value, scale, region))
+        merged = {where: t.transpose(1, 2).flatten(2).to(states) for where, t in sums.items()}
+        return merged.get(False), merged.get(True)
+
+    def _key_value(
+        self,
+        attn: Any,
+        states: Tensor,
+        place: tuple[int, int],
+        slot: Slot,
+        weights: Any,
+        group: TokenGroup,
+    ) -> tuple[Tensor, Tensor]:
+        tokens = group.for_layer(self.number in slot.opposed)
+        if weights.joint.style == "sd3":  # its tokens differ at every step: nothing to keep
+            return _sd3_key_value(attn, states, weights, tokens, slot.time)
+        kept = self._images.setdefault(place, Once())
+        return kept.get(tokens, lambda: _flux_key_value(attn, weights, tokens))
+
+    def _region(self, group: TokenGroup, slot: Slot, tokens: int) -> Tensor | None:
+        """Weights of the sequence's tokens; text and Kontext's pictures take the mean."""
+        if group.mask is None:
+            return None
+        height, width = slot.latents
+        if tokens < height * width:  # SD 3 gives its latents before they are cut into patches
+            return group.mask.at(tokens, slot.latents)
+        region = group.mask.at(height * width, slot.latents)
+        before = slot.text_length if self.text_first else 0
+        after = tokens - before - height * width
+        mean = region.mean(1, keepdim=True)
+        return torch.cat([mean.expand(-1, before), region, mean.expand(-1, after)], dim=1)
+
+
+def _flux_key_value(attn: Any, weights: LayerWeights, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    layers: Any = weights
+    key = split_heads(attn, layers.to_k_ip(tokens))
+    value = split_heads(attn, layers.to_v_ip(tokens))
+    if layers.joint.style == "instantx":  # which normalises values too, without weights
+        shape = key.shape[-1:]
+        key, value = F.rms_norm(key, shape, eps=1e-5), F.rms_norm(value, shape, eps=1e-5)
+    return key, value
+
+
+def _sd3_key_value(
+    attn: Any, states: Tensor, weights: Any, tokens: Tensor, time: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Latents and image tokens side by side: the image branch attends to both."""
+    normed = weights.norm_ip(tokens, time)
+    own = weights.norm_k(split_heads(attn, attn.to_k(states)))
+    key = weights.norm_ip_k(split_heads(attn, weights.to_k_ip(normed)))
+    value = split_heads(attn, weights.to_v_ip(normed))
+    own_value = split_heads(attn, attn.to_v(states))
+    return torch.cat([own, key], dim=2), torch.cat([own_value, value], dim=2)
+
+
+def denoiser_of(pipe: Any) -> Any:
+    """A pipeline's UNet or transformer; None if it has neither."""
+    unet = getattr(pipe, "unet", None)
+    return getattr(pipe, "transformer", None) if unet is None else unet
+
+
+def is_transformer(denoiser: Any) -> bool:
+    """Whether it is one of those that image prompts know."""
+    return bool(_styles(denoiser))
+
+
+def _styles(denoiser: Any) -> tuple[str, ...]:
+    inner = getattr(denoiser, "_orig_mod", denoiser)
+    names = [kind.__name__ for kind in type(inner).__mro__]
+    return next((_STYLES[name] for name in names if name in _STYLES), ())
+
+
+def checked_transformer(pipe: Any) -> Any:
+    """The transformer of a pipeline, of a kind that adapters can be attached to."""
+    model = pipe.transformer
+    if not is_transformer(model):
+        raise ModelError(
+            "has a denoiser that image prompts do not know",
+            where=type(pipe).__name__,
+            expected="a pipeline of Stable Diffusion 1.x, 2.x, XL or 3.x, or of Flux.1",
+            found=type(model).__name__,
+        )
+    if any("IPAdapter" in type(one).__name__ for one in model.attn_processors.values()):
+        raise ModelError(
+            "has an adapter of load_ip_adapter",
+            where="pipeline",
+            fix="Load the pipeline again without it, and attach the adapter's file.",
+        )
+    if model.device.type == "meta":
+        raise ModelError(
+            "is offloaded layer by layer",
+            where="transformer",
+            fix="Call enable_model_cpu_offload in place of enable_sequential_cpu_offload.",
+        )
+    for name in attention_layers(model).values():
+        if getattr(model.get_submodule(name), "fused_projections", False):
+            fix = "Call transformer.unfuse_qkv_projections()."
+            raise ModelError("query, key and value are fused", where=name, fix=fix)
+    return model
+
+
+def check_fits(adapter: ImagePromptAdapter, model: Any) -> None:
+    """Refuse an adapter for another architecture, or with layers of other sizes."""
+    known, style = _styles(model), None if adapter.joint is None else adapter.joint.style
+    if style not in known:
+        raise ModelError(
+            "does not fit this transformer",
+            where="adapter",
+            expected=" or ".join(known),
+            found=style or "an adapter for a UNet",
+            fix="It was trained for another base model.",
+        )
+    if style == "redux":  # it has no layers
+        width = model.config.joint_attention_dim
+        if adapter.token_width == width:
+            return
+        raise ModelError(
+            "does not fit this transformer",
+            where="adapter",
+            expected=f"tokens of width {width}, as its text has",
+            found=adapter.token_width,
+            fix="It was trained for another base model.",
+        )
+    names = attention_layers(model)
+    if style == "xlabs":
+        names = {n: name for n, name in names.items() if not name.startswith("single")}
+    # the width of its tokens is the adapter's own: nothing of the transformer reads them
+    width = adapter.token_width
+    theirs = {n: (width, model.get_submodule(name).to_q.out_features) for n, name in names.items()}
+    check_layers(adapter, theirs, "this transformer")
+
+
+def transformer_layers(model: Any, slots: list[Slot]) -> list[Layer]:
+    """The layers that adapters act in, in the order in which the transformer runs them.
+
+    Redux, which has none, acts in the text.
+    """
+    touched = {number for slot in slots for number in slot.weights}
+    names = {n: name for n, name in attention_layers(model).items() if n in touched}
+    homes = {n: tuple(name.split(".")[:2]) for n, name in names.items()}  # attn2 shares a block
+    blocks = list(dict.fromkeys(homes.values()))
+    text = [TEXT_LAYER] if any(not slot.weights for slot in slots) else []
+    return text + [
+        Layer(n, f"{_BLOCKS[home[0]]}.{home[1]}", blocks.index(home), len(blocks))
+        for n, home in homes.items()
+    ]
+
+
+def joint_processors(model: Any, slots: list[Slot]) -> dict[str, JointAttention]:
+    """A processor for each layer that an adapter acts in."""
+    touched = {number for slot in slots for number in slot.weights}
+    return {
+        f"{name}.processor": JointAttention(
+            number,
+            slots,
+            model.attn_processors[f"{name}.processor"],
+            text_first=name.startswith("single"),
+        )
+        for number, name in attention_layers(model).items()
+        if number in touched
+    }
+
+
+def latent_grid(img_ids: Tensor) -> tuple[int, int]:
+    """Height and width of what is drawn, of Flux's positions (tokens, 3) for the rotary bands."""
+    ids = img_ids[0] if img_ids.ndim == 3 else img_ids
+    ids = ids[ids[:, 0] == 0]  # the first column numbers Kontext's pictures from 1
+    height, width = (int(n) + 1 for n in ids[:, 1:].amax(0))
+    return height, width

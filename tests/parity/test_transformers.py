@@ -1,0 +1,221 @@
+"""Image prompts on Flux.1 and Stable Diffusion 3.5 against stock diffusers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ipdiverse.adapter.attach.attach import attach, detach
+from ipdiverse.adapter.reference import Reference
+from ipdiverse.dial import Levers
+from ipdiverse.errors import ModelError
+from ipdiverse.sampling.denoiser import steer
+from tests import joint_models, models
+
+PARITY = 1e-5
+"""Of the largest latent."""
+
+
+def run(pipe: Any, **given: Any) -> np.ndarray:
+    settings = {
+        "prompt": "a red creature",
+        "height": models.SIZE,
+        "width": models.SIZE,
+        "num_inference_steps": 3,
+        "output_type": "latent",
+        "max_sequence_length": 12,
+        "generator": torch.Generator().manual_seed(3),
+    }
+    return pipe(**{**settings, **given}).images.detach().numpy()
+
+
+def equal(found: np.ndarray, expected: np.ndarray) -> None:
+    assert np.isfinite(expected).all()
+    assert np.abs(found - expected).max() <= PARITY * np.abs(expected).max()
+
+
+TRUE_CFG = {"negative_prompt": "a blue house", "true_cfg_scale": 3.0}
+
+
+@pytest.mark.parametrize("num_tokens", [4])
+@pytest.mark.parametrize("guided", [{}, TRUE_CFG], ids=["distilled", "true-cfg"])
+def test_xlabs_equals_stock(num_tokens: int, guided: dict[str, Any]) -> None:
+    tensors, picture = joint_models.xlabs_tensors(num_tokens), models.picture(10)
+    pipe = joint_models.pipeline("flux", fresh=True)
+    plain = run(pipe, **guided)
+    with attach(pipe, joint_models.adapter(tensors)) as attachment:
+        attachment.set_reference(picture)
+        attachment.set_scale(0.0)
+        np.testing.assert_array_equal(run(pipe, **guided), plain)
+        attachment.set_scale(0.7)
+        ours = run(pipe, **guided)
+    np.testing.assert_array_equal(run(pipe, **guided), plain)
+    pipe.load_ip_adapter(joint_models.nested(tensors), weight_name="")
+    pipe.set_ip_adapter_scale(0.7)
+    stock = run(pipe, ip_adapter_image=picture, **guided)
+    assert np.abs(stock - plain).max() > 1e-2 * np.abs(stock).max()
+    equal(ours, stock)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_sd3_equals_stock(guidance: float) -> None:
+    tensors = joint_models.sd3_tensors()
+    pipe = joint_models.pipeline("sd3", fresh=True)
+    states = torch.randn(1, 17, models.CLIP_WIDTH, generator=torch.Generator().manual_seed(8))
+    given = {"guidance_scale": guidance}
+    plain = run(pipe, **given)
+    with attach(pipe, joint_models.adapter(tensors)) as attachment:
+        attachment.set_reference(Reference(embeds=[states]))
+        attachment.set_scale(0.0)
+        np.testing.assert_array_equal(run(pipe, **given), plain)
+        attachment.set_scale(0.7)
+        ours = run(pipe, **given)
+    np.testing.assert_array_equal(run(pipe, **given), plain)
+    pipe.transformer._load_ip_adapter_weights(joint_models.nested(tensors))
+    pipe.set_ip_adapter_scale(0.7)
+    embeds = torch.cat([torch.zeros_like(states), states]) if guidance > 1 else states
+    stock = run(pipe, ip_adapter_image_embeds=embeds, **given)
+    assert np.abs(stock - plain).max() > 1e-2 * np.abs(stock).max()
+    equal(ours, stock)
+
+
+class HandWritten:
+    """InstantX's processor for Flux, as its authors wrote it down, in plain steps."""
+
+    def __init__(self, stock: Any, key: torch.Tensor, value: torch.Tensor, scale: float) -> None:
+        self.stock, self.key, self.value, self.scale = stock, key, value, scale
+        self.tokens = torch.empty(0)
+
+    def __call__(
+        self, attn: Any, hidden_states: Any, encoder_hidden_states: Any = None,
+        attention_mask: Any = None, image_rotary_emb: Any = None,
+    ) -> Any:  # fmt: skip
+        from diffusers.models.embeddings import apply_rotary_emb
+
+        def heads(states: torch.Tensor) -> torch.Tensor:
+            return states.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
+            return (weights @ v).transpose(1, 2).flatten(2)
+
+        def normed(states: torch.Tensor) -> torch.Tensor:
+            return states / (states.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+
+        query = attn.norm_q(heads(attn.to_q(hidden_states)))
+        key, value = attn.norm_k(heads(attn.to_k(hidden_states))), heads(attn.to_v(hidden_states))
+        added = attend(
+            query,
+            normed(heads(self.tokens @ self.key.T)),
+            normed(heads(self.tokens @ self.value.T)),
+        )
+        words = 0 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
+        if words:
+            text = encoder_hidden_states
+            query = torch.cat([attn.norm_added_q(heads(attn.add_q_proj(text))), query], dim=2)
+            key = torch.cat([attn.norm_added_k(heads(attn.add_k_proj(text))), key], dim=2)
+            value = torch.cat([heads(attn.add_v_proj(text)), value], dim=2)
+        turned: Any = apply_rotary_emb
+        query, key = (turned(t, image_rotary_emb) for t in (query, key))
+        mixed = attend(query, key, value)
+        if not words:
+            return mixed + self.scale * added
+        out = attn.to_out[0](mixed[:, words:] + self.scale * added)
+        return out, attn.to_add_out(mixed[:, :words])
+
+
+def test_instantx_equals_its_equations() -> None:
+    tensors, picture = joint_models.instantx_tensors(), models.picture(10)
+    pipe, adapter = joint_models.pipeline("flux"), joint_models.adapter(tensors)
+    plain = run(pipe)
+    with attach(pipe, adapter) as attachment:
+        attachment.set_reference(picture)
+        attachment.set_scale(0.0)
+        np.testing.assert_array_equal(run(pipe), plain)
+        attachment.set_scale(0.7)
+        ours = run(pipe)
+    before = dict(pipe.transformer.attn_processors)
+    pixels = pipe.feature_extractor(picture, return_tensors="pt").pixel_values
+    processors = {}
+    for number, name in enumerate(before):
+        parts = [tensors[f"ip_adapter.{number}.to_{part}_ip.weight"] for part in "kv"]
+        processors[name] = HandWritten(before[name], parts[0], parts[1], 0.7)
+        with torch.no_grad():
+            embeds = pipe.image_encoder(pixels).image_embeds
+            processors[name].tokens = adapter.image_proj(embeds)
+    pipe.transformer.set_attn_processor(processors)
+    expected = run(pipe)
+    pipe.transformer.set_attn_processor(before)
+    assert np.abs(expected - plain).max() > 1e-2 * np.abs(expected).max()
+    equal(ours, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "message"),
+    [
+        ("flux", joint_models.sd3_tensors, "expected xlabs or instantx or redux; found sd3"),
+        ("sd3", joint_models.xlabs_tensors, "expected sd3; found xlabs"),
+    ],
+)
+def test_an_adapter_of_another_transformer_is_refused(
+    name: str, tensors: Any, message: str
+) -> None:
+    pipe = joint_models.pipeline(name)
+    with pytest.raises(ModelError, match=message):
+        attach(pipe, joint_models.adapter(tensors()))
+    with pytest.raises(ModelError, match="no adapter is attached"):
+        detach(pipe)
+
+
+def test_redux_equals_stock() -> None:
+    """Stock's prior puts the tokens behind the text; its own strength is of all of that."""
+    from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
+
+    tensors, picture = joint_models.redux_tensors(), models.picture(10)
+    pipe, encoder = joint_models.pipeline("flux"), joint_models.siglip()
+    build: Any = ReduxImageEncoder
+    embedder = build(models.CLIP_WIDTH, joint_models.TEXT_WIDTH)
+    embedder.load_state_dict(tensors)
+    plain = run(pipe)
+    with torch.no_grad():
+        text, pooled, _ = pipe.encode_prompt("a red creature", None, max_sequence_length=12)
+        pixels = models.image_processor()(picture, return_tensors="pt").pixel_values
+        tokens = embedder(encoder(pixels).last_hidden_state).image_embeds
+    both = torch.cat([text, tokens], dim=1)
+    stock = run(pipe, prompt=None, prompt_embeds=both, pooled_prompt_embeds=pooled)
+    with attach(pipe, joint_models.adapter(tensors), image_encoder=encoder) as attachment:
+        attachment.set_reference(picture)
+        np.testing.assert_array_equal(run(pipe), stock)
+        attachment.set_scale(0.0)
+        np.testing.assert_array_equal(run(pipe), plain)
+        far = []
+        for scale in (0.1, 0.5, 0.999999, 3.0):
+            attachment.set_scale(scale)
+            far.append(float(np.abs(run(pipe) - plain).max()))
+    assert far == sorted(far)
+    assert far[0] > 1e-4
+    np.testing.assert_allclose(far[2], np.abs(stock - plain).max(), rtol=1e-3)
+    np.testing.assert_array_equal(run(pipe), plain)
+
+
+def test_guidance_in_two_calls_obeys_levers() -> None:
+    """Outside the interval the second call costs nothing; a weight of 1 is what stock computes."""
+    pipe, passes = joint_models.pipeline("flux"), []
+    handle = pipe.transformer.norm_out.register_forward_hook(lambda *_: passes.append(1))
+    with attach(pipe, joint_models.adapter(joint_models.xlabs_tensors())) as attachment:
+        attachment.set_reference(models.picture(10))
+        alone, guided = run(pipe), run(pipe, **TRUE_CFG)
+        passes.clear()
+        steer(attachment, Levers(interval=(0.0, 1e-9)), [3])
+        np.testing.assert_array_equal(run(pipe, **TRUE_CFG), alone)
+        assert len(passes) == 3
+        steer(attachment, Levers(image_guidance=1.0), [3])
+        equal(run(pipe, **TRUE_CFG), guided)
+        steer(attachment, Levers(image_guidance=2.0), [3])
+        assert np.abs(run(pipe, **TRUE_CFG) - guided).max() > 1e-2 * np.abs(guided).max()
+        with pytest.raises(ModelError, match="fast: is for UNets"):
+            steer(attachment, Levers(), [3], fast=1)
+    handle.remove()
