@@ -5,8 +5,8 @@ users do with the published one, every other arm fine-tunes it, for the same num
 every reference (the target itself, a changed copy of it, another image of its subject) and every
 text-image fusion, by the trainer that users have. `diverse`, the default, is `paired-gated` trained
 further. `self-none` is plain IP-Adapter trained for as many steps as that, the copier that it must
-beat; `self-none-short` is the one for the other arms' steps. `plus` is the base weights of
-`diverse`, and its dial leads from these to its own.
+beat; `self-none-short` is the one for the other arms' steps. `plus` is `plain`, and the base
+weights of `diverse`, whose dial leads from these to its own.
 """
 
 from __future__ import annotations

@@ -120,6 +120,14 @@ def holding_parts(out: Path) -> Iterator[list[Path]]:
         yield folders
 
 
+def dealt_otherwise(out: Path, part: Part) -> list[Path]:
+    """Folders of parts of another number, which may hold some of a part's share.
+
+    Those of the same number hold none: reading all of them would grow with its square.
+    """
+    return [one for one in part_folders(out) if not one.name.endswith(f"-of-{part.count}")]
+
+
 def part_folders(out: Path) -> list[Path]:
     """The folders of parts that were begun, in order."""
     found = [folder for folder in (out / PARTS).glob("*-of-*") if _FOLDER.fullmatch(folder.name)]

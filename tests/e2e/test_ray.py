@@ -25,8 +25,8 @@ ROOT = Path(__file__).parents[2]
 def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The address of a cluster of two nodes with one core each."""
     pytest.importorskip("ray")
-    import ray
-    from ray.cluster_utils import Cluster
+    import ray  # type: ignore[import-not-found]
+    from ray.cluster_utils import Cluster  # type: ignore[import-not-found]
 
     monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     monkeypatch.setenv("PYTHONPATH", f"{ROOT / 'src'}{os.pathsep}{ROOT}")
@@ -35,7 +35,7 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     try:
         nodes.add_node(**room)
         nodes.wait_for_nodes()
-        yield nodes.address
+        yield str(nodes.address)
     finally:
         ray.shutdown()
         nodes.shutdown()

@@ -840,7 +840,8 @@ def test_narrow_screens_do_not_scroll_sideways(visit: Callable[..., Page]) -> No
     page.click("#vary-go")
     says(page, "#vary-status", "Done: 4 images.")
     page.wait_for_timeout(300)
-    assert page.locator("#vary-images").bounding_box()["y"] < 844, "in view"  # type: ignore[index]
+    top = "() => document.querySelector('#vary-images').getBoundingClientRect().top"
+    until(lambda: page.evaluate(top) < 844, "the images come into view")
     picture(page, "narrow")
     for tab in ("Vary", "Grid", "Reports"):
         page.get_by_role("tab", name=tab).click()

@@ -36,7 +36,7 @@ from ipdiverse.adapter.imagine import (
 from ipdiverse.adapter.model import ImagePromptAdapter, attention_layers, remember_base_weights
 from ipdiverse.adapter.reference import Reference
 from ipdiverse.adapter.scale import PRESETS, unet_layers
-from ipdiverse.dial import OFF, Dial, Levers
+from ipdiverse.dial import OFF, Dial, Levers, default_dial
 from ipdiverse.errors import IpdiverseError, ModelError
 from ipdiverse.levers import LEVERS
 from ipdiverse.sampling.denoiser import steer
@@ -880,7 +880,9 @@ def test_scenes_fit_the_prompt_and_differ_between_images() -> None:
 def test_the_dial_draws_scenes_where_there_is_a_space(caplog: pytest.LogCaptureFixture) -> None:
     adapter = adapter_of("sd1")
     space = space_of(adapter)
-    assert turned(adapter, 0.5, space=space).levers == Levers(recombine=0.5)
+    levers = turned(adapter, 0.5, space=space).levers
+    assert levers == default_dial(fused=False, has_space=True).at(0.5)
+    assert levers.recombine
     assert turned(adapter, 0.5).levers.recombine == 0
     adapter.spec["dial"] = Dial(((0.0, OFF), (1.0, Levers(cads=0.5))), "by hand").as_spec()
     with caplog.at_level(logging.WARNING):

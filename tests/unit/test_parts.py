@@ -14,7 +14,7 @@ from ipdiverse.commands import cluster
 from ipdiverse.commands.cluster import Spread, merge
 from ipdiverse.data.manifest import PrepareOptions
 from ipdiverse.data.prepare import JOURNAL, prepare
-from ipdiverse.errors import ArgumentError, DataError, OutputError
+from ipdiverse.errors import ArgumentError, DataError, IpdiverseError, OutputError
 from ipdiverse.parts import PARTS, WHOLE, Part, finished, part_of
 from ipdiverse.sampling import batch
 from ipdiverse.sampling.batch import FAILED, RESULTS, read_jobs, run_batch
@@ -169,6 +169,18 @@ def test_killed_and_dealt_anew_nothing_is_drawn_twice(painter: Painter) -> None:
     assert painter.drawn == len(wanted) - 1
 
 
+def test_a_part_reads_no_record_of_its_siblings(
+    painter: Painter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for part in (Part(1, 2), Part(1, 3)):
+        draw(part)
+    read: list[str] = []
+    text = batch._text
+    monkeypatch.setattr(batch, "_text", lambda file: read.append(file.parent.name) or text(file))
+    draw(Part(2, 3))
+    assert set(read) == {"1-of-2", "2-of-3"}
+
+
 def test_one_process_takes_up_what_parts_left(painter: Painter) -> None:
     wanted = alone(painter)
     draw(Part(2, 3))
@@ -202,7 +214,8 @@ def test_parts_of_other_jobs_are_not_merged(painter: Painter) -> None:
     assert len(list(Path("out").rglob("*.png"))) == painter.drawn
     jobs = file.read_text().replace("row 0", "another row 0")
     file.write_text(jobs)
-    with pytest.raises(ArgumentError, match="holds results of other jobs"):
+    # by its part of before, or by another, as what it is dealt by has changed
+    with pytest.raises(IpdiverseError, match=r"holds results of other jobs|is there already"):
         [draw(part) for part in all_parts(2)]
 
 

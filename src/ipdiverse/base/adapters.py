@@ -23,7 +23,7 @@ PUBLISHED_SPACE = "space.safetensors"
 SHIPPED_ADAPTERS = {
     "ip-adapter-diverse_critters": "diverse",
     "ip-adapter_critters": "base-plain",
-    "ip-adapter-plus_critters": "self-none",
+    "ip-adapter-plus_critters": "plain",
 }
 """Adapters in the package, and the arm of `workshop.arms` that each is."""
 ADAPTERS = {

@@ -179,7 +179,7 @@ def _on_ray(command: Parted) -> None:
             where="--ray",
             fix="Run `pip install -e '.[ray]'` in your copy of ipdiverse.",
         )
-    import ray
+    import ray  # type: ignore[import-not-found]
 
     spread = command.spread
     check_range("ray_workers", spread.ray_workers, 0, 10_000)

@@ -134,8 +134,10 @@ class Demo:
 
     def run(self) -> None:
         """Make the page and say which file to open."""
-        from ipdiverse.evaluation.demo import make_demo
+        from ipdiverse.evaluation.demo import DIAL, PER_ROW, SCALES, make_demo
 
+        images = PER_ROW * len((*DIAL, *SCALES))
+        note(f"drawing {images} images: less than a minute on two free cores")
         say(f"open {make_demo(Path(self.out))}")
 
 

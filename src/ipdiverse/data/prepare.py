@@ -43,7 +43,7 @@ from ipdiverse.data.sources import open_source
 from ipdiverse.errors import DataError, ImageError
 from ipdiverse.image_io import content_hash, load_image_bytes
 from ipdiverse.image_io.files import format_of
-from ipdiverse.parts import WHOLE, Part, forget_parts, holding_parts, part_folders, part_of
+from ipdiverse.parts import WHOLE, Part, dealt_otherwise, forget_parts, holding_parts, part_of
 from ipdiverse.writing import (
     append_text,
     ensure_writable_folder,
@@ -128,7 +128,7 @@ def _prepare_part(source: str, out: Path, options: PrepareOptions, part: Part) -
     about = {"kind": "prepare", "source": _absolute(source), "options": stated}
     with part_of(out, part, about) as home:
         opened = open_source(source, options)
-        journal = _Journal(home / JOURNAL, [out, *part_folders(out)])
+        journal = _Journal(home / JOURNAL, [out, *dealt_otherwise(out, part)])
         _claim(source, out, options, opened, journal)
         ensure_writable_folder(out / "images")
         items = lambda: (item for item in opened.items() if part.takes(item.name))  # noqa: E731

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 DIAL = (0.0, 0.5, 1.0)
 SCALES = (0.25, 0.5, 1.0)
-PER_ROW = 6
+PER_ROW = 4  # a whole batch: a fifth image would cost as much as eight
 REFERENCE = Scene(
     shape="star",
     colour="orange",

@@ -22,7 +22,7 @@ from ipdiverse import config
 from ipdiverse.errors import ArgumentError, DataError, IpdiverseError, OutputError
 from ipdiverse.image_io import content_hash
 from ipdiverse.levers import LEVERS
-from ipdiverse.parts import WHOLE, Part, forget_parts, holding_parts, part_folders, part_of
+from ipdiverse.parts import WHOLE, Part, dealt_otherwise, forget_parts, holding_parts, part_of
 from ipdiverse.provenance import save_png
 from ipdiverse.sampling.draw import drawing
 from ipdiverse.sampling.request import USED_WITH, Request, current
@@ -90,8 +90,7 @@ def run_batch(
     about = {"kind": "batch", "rows": len(jobs), "sha256": _key(list(map(_key, jobs.values())))}
     with part_of(out, part, about) as home:
         own = {n: named for n, named in numbered.items() if part.takes(_key(named[1]))}
-        others = [folder for folder in (out, *part_folders(out)) if folder != home]
-        return _run(own, out, [home, *others], tell, bases)
+        return _run(own, out, [home, out, *dealt_otherwise(out, part)], tell, bases)
 
 
 def _key(job: Request | list[str]) -> str:

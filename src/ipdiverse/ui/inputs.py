@@ -196,12 +196,12 @@ def models(installed: Installed, tab: str) -> tuple[gr.Dropdown, gr.Dropdown, gr
     first, *_ = installed.bases
     choices = list(installed.adapters_of(installed.bases[first]))
     with gr.Row():
-        base = gr.Dropdown(
-            list(installed.bases), value=first, label="Base", min_width=120, elem_id=f"{tab}-base"
-        )
-        adapter = gr.Dropdown(
-            choices, value=choices[0], label="Adapter", min_width=120, elem_id=f"{tab}-adapter"
-        )
+        named: list[dict[str, Any]] = [
+            {"label": one, "elem_id": f"{tab}-{one.lower()}", "min_width": 120}
+            for one in ("Base", "Adapter")
+        ]
+        base = gr.Dropdown(list(installed.bases), value=first, **named[0])
+        adapter = gr.Dropdown(choices, value=choices[0], **named[1])
     limits = gr.HTML(limits_of(installed.bases[first]), elem_id=f"{tab}-limits")
     return base, adapter, limits
 
@@ -217,6 +217,19 @@ def limits_of(base: str) -> str:
         one = PRESETS[base]
         return line(f"{one.about[:1].upper()}{one.about[1:]}; {one.resolution} pixels.")
     return ""
+
+
+def slider(
+    elem_id: str,
+    label: str,
+    span: tuple[float, float, float],
+    value: float,
+    info: str | None = None,
+) -> gr.Slider:
+    """One that goes from `span[0]` to `span[1]` in steps of `span[2]`."""
+    low, high, step = span
+    named: dict[str, Any] = {"label": label, "info": info, "elem_id": elem_id}
+    return gr.Slider(low, high, value, step=step, buttons=[], **named)
 
 
 def seeds(tab: str) -> tuple[gr.Number, gr.Checkbox]:
@@ -237,35 +250,14 @@ def advanced(
     """Lay out steps, guidance and how references are combined."""
     base, adapter, limits = model
     usual = defaults_of(next(iter(installed.bases.values())))
-    steps = gr.Slider(
-        1,
-        MAX_STEPS,
-        usual.steps,
-        step=1,
-        label="Denoising steps",
-        buttons=[],
-        elem_id=f"{tab}-steps",
-    )
-    guidance = gr.Slider(
-        0,
-        MAX_GUIDANCE,
-        usual.guidance_scale,
-        step=0.5,
-        label="Guidance",
-        info="How strongly the images follow the prompt.",
-        buttons=[],
-        elem_id=f"{tab}-guidance",
-    )
-    combine = gr.Dropdown(
-        [
-            ("all of them together", "concat"),
-            ("their average", "average"),
-            ("the first minus the others", "subtract"),
-        ],
-        value="concat",
-        label="Several references",
-        elem_id=f"{tab}-combine",
-    )
+    steps = slider(f"{tab}-steps", "Denoising steps", (1, MAX_STEPS, 1), usual.steps)
+    info = "How strongly the images follow the prompt."
+    strength = (0, MAX_GUIDANCE, 0.5)
+    guidance = slider(f"{tab}-guidance", "Guidance", strength, usual.guidance_scale, info)
+    ways = {"all of them together": "concat", "their average": "average"}
+    ways |= {"the first minus the others": "subtract"}
+    name: dict[str, Any] = {"label": "Several references", "elem_id": f"{tab}-combine"}
+    combine = gr.Dropdown(list(ways.items()), value="concat", **name)
 
     def on_base(label: str) -> tuple[Any, ...]:
         name = _chosen(installed.bases, label, "base")

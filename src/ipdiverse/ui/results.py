@@ -37,15 +37,7 @@ _EARLIER = 8
 
 @dataclass(frozen=True)
 class Results:
-    """Components that both tabs fill.
-
-    Args:
-        progress: A bar.
-        told: The line that screen readers hear.
-        command: The command that repeats the result.
-        python: The same in Python.
-        download: The set as a zip.
-    """
+    """Components that both tabs fill; screen readers hear `told`."""
 
     progress: gr.HTML
     told: gr.HTML
@@ -93,15 +85,9 @@ def recipe_parts(tab: str) -> tuple[gr.Code, gr.Code, gr.DownloadButton]:
 
 
 def _recipe(language: Any, label: str, elem_id: str) -> gr.Code:
-    return gr.Code(
-        language=language,
-        label=label,
-        interactive=False,
-        wrap_lines=True,
-        show_line_numbers=False,
-        lines=1,
-        elem_id=elem_id,
-    )
+    options: dict[str, Any] = {"interactive": False, "wrap_lines": True, "lines": 1}
+    options |= {"show_line_numbers": False, "label": label, "elem_id": elem_id}
+    return gr.Code(language=language, **options)
 
 
 # navigator.clipboard exists in secure contexts only: over plain http on another host than
@@ -183,8 +169,8 @@ def draw_on(
 
 # on a phone the images are below all settings
 _INTO_VIEW = """() => {
-  const images = document.querySelector('#%s-status').closest('.column').querySelector('.column');
-  setTimeout(() => innerWidth < 768 && images.scrollIntoView(), 300);
+  const status = document.querySelector('#%s-status');
+  setTimeout(() => innerWidth < 768 && status.scrollIntoView(), 300);
 }"""
 
 

@@ -25,6 +25,7 @@ from ipdiverse.ui.inputs import (
     remembered,
     request_from,
     seeds,
+    slider,
     text_inputs,
 )
 from ipdiverse.ui.results import Results, archive_of, draw_on, progress_parts, recipe_parts
@@ -54,14 +55,18 @@ def vary_tab(sessions: Sessions, installed: Installed) -> None:
             model = models(installed, "vary")
             references, named, uploaded, take = picker(sessions, "vary")
             prompt, negative = text_inputs("vary")
-            diversity, count = _sliders()
+            info = "0 follows the reference as plain IP-Adapter does; 1 varies most."
+            diversity = slider("vary-diversity", "Diversity", (0, 1, 0.05), 0.5, info)
+            count = slider("vary-count", "Number of images", (1, MAX_SET, 1), 4)
             seed = seeds("vary")
             with gr.Row():
                 draw = gr.Button("Draw", variant="primary", elem_id="vary-go")
                 cancel = gr.Button("Cancel", elem_id="vary-cancel")
             with gr.Accordion("Advanced", open=False, elem_id="vary-advanced"):
                 negative.render()
-                scale = _scale(defaults_of(next(iter(installed.bases.values()))).scale)
+                usual = defaults_of(next(iter(installed.bases.values()))).scale
+                info = "How strongly the images follow the reference."
+                scale = slider("vary-scale", "Adapter scale", (0, 2, 0.05), usual, info)
                 more = advanced(installed, "vary", seed, model)
         with gr.Column(scale=3, min_width=300):
             progress, told = progress_parts("vary")
@@ -98,21 +103,7 @@ def vary_tab(sessions: Sessions, installed: Installed) -> None:
 
 @dataclass(frozen=True)
 class Made:
-    """What the first tab has drawn, and what can be done with it, as components.
-
-    Args:
-        gallery: The images.
-        beside: A column with another set, to compare.
-        compared: That set.
-        actions: A row of buttons, for where there are images.
-        reference: Makes the chosen image the reference.
-        star: Marks the chosen image.
-        starred: Downloads those that are marked.
-        other: Another diversity, and
-        again: the button that draws the same seeds at it.
-        described: How close the images are.
-        earlier: A strip of the sets before.
-    """
+    """What the first tab has drawn, and what can be done with it, as components."""
 
     gallery: gr.Gallery
     beside: gr.Column
@@ -219,75 +210,20 @@ def _made(references: gr.Gallery) -> Made:
             star = gr.Button(size="sm", min_width=120, elem_id="vary-star")
             starred = gr.DownloadButton(size="sm", min_width=120, elem_id="vary-starred")
         with gr.Row(equal_height=True):
-            other = gr.Slider(
-                *(0, 1, 0.8),
-                step=0.05,
-                label="The same seeds at diversity",
-                buttons=[],
-                elem_id="vary-other",
-            )
+            other = slider("vary-other", "The same seeds at diversity", (0, 1, 0.05), 0.8)
             again = gr.Button("Draw them beside these", elem_id="vary-again")
     described = gr.HTML(elem_id="vary-report")
-    earlier = gr.Gallery(
-        label="Earlier sets of this visit: click one to see it beside the last",
-        columns=8,
-        format="png",
-        interactive=False,
-        allow_preview=False,
-        visible=False,
-        height="auto",
-        buttons=[],
-        elem_id="vary-earlier",
-        elem_classes=["small-pictures", "strip"],
-    )
+    earlier = _gallery("vary-earlier", ["small-pictures"], visible=False, allow_preview=False)
     return Made(
         *(gallery, beside, compared, actions, reference, star, starred, other, again),
         *(described, earlier),
     )
 
 
-def _sliders() -> tuple[gr.Slider, gr.Slider]:
-    diversity = gr.Slider(
-        0,
-        1,
-        0.5,
-        step=0.05,
-        label="Diversity",
-        info="0 follows the reference as plain IP-Adapter does; 1 varies most.",
-        buttons=[],
-        elem_id="vary-diversity",
-    )
-    count = gr.Slider(
-        1, MAX_SET, 4, step=1, label="Number of images", buttons=[], elem_id="vary-count"
-    )
-    return diversity, count
-
-
-def _scale(usual: float) -> gr.Slider:
-    return gr.Slider(
-        0,
-        2,
-        usual,
-        step=0.05,
-        label="Adapter scale",
-        info="How strongly the images follow the reference.",
-        buttons=[],
-        elem_id="vary-scale",
-    )
-
-
-def _gallery(elem_id: str) -> gr.Gallery:
-    return gr.Gallery(
-        label="Images",
-        columns=4,
-        format="png",
-        interactive=False,
-        object_fit="contain",
-        height="auto",
-        buttons=["download", "fullscreen"],
-        elem_id=elem_id,
-        elem_classes=["images"],
-    )
+def _gallery(elem_id: str, look: Sequence[str] = ("images",), **others: Any) -> gr.Gallery:
+    options: dict[str, Any] = {"format": "png", "interactive": False, "object_fit": "contain"}
+    options |= {"columns": 4, "height": "auto", "buttons": ["download", "fullscreen"]}
+    return gr.Gallery(elem_id=elem_id, elem_classes=list(look), **options | others)
 
 
 def _pictures(job: Job, elem_id: str) -> Any:
@@ -314,7 +250,8 @@ def _title(job: Job) -> str:
 
 def _strip(earlier: Sequence[Job]) -> gr.Gallery:
     pictures = [(str(next(iter(job.files.values()))[0]), _title(job)) for job in earlier]
-    return gr.Gallery(value=pictures, visible=bool(pictures))
+    label = "Earlier sets of this visit: click one to see it beside the last"
+    return gr.Gallery(value=pictures, label=label, visible=bool(pictures))
 
 
 def _are_small(files: Sequence[Path]) -> bool:
