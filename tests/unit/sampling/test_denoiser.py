@@ -371,7 +371,7 @@ def test_what_is_refused_while_it_encodes_leaves_no_lever(sd1: Any) -> None:
 def test_how_much_noise_is_left_needs_no_float64_of_its_device(sd1: Any) -> None:
     with prompted(sd1) as attachment:
         steering = steer(attachment, Levers(cads=0.5), SEEDS)
-        expected = steering._alpha(torch.tensor(123.4))
+        expected = steering._noise(torch.tensor(123.4))
         alphas = sd1.scheduler.alphas_cumprod
         sd1.scheduler.alphas_cumprod = alphas.as_subclass(WithoutFloat64)
-        assert steering._alpha(torch.tensor(123.4)) == expected
+        assert steering._noise(torch.tensor(123.4)) == expected
