@@ -83,7 +83,7 @@ def pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", hub.KINDS)
 def test_one_word_picks_base_adapter_and_encoder(
     name: str, cache: Path, reference: str, faces: str
 ) -> None:

@@ -229,11 +229,13 @@ def text_mask(pipe: Any, arguments: dict[str, Any]) -> Tensor | None:
         mask = _words(pipe, prompt, pipe.tokenizer_2, length)
         return mask.repeat_interleave(arguments.get("num_images_per_prompt") or 1, 0)
     tokenizer = pipe.tokenizer if getattr(pipe, "tokenizer", None) else pipe.tokenizer_2
-    masks = [_words(pipe, prompt, tokenizer)]
+    # Kolors reads as far as its call says: ChatGLM's tokenizer names no limit of its own
+    length = arguments.get("max_sequence_length")
+    masks = [_words(pipe, prompt, tokenizer, length)]
     if arguments.get("do_classifier_free_guidance"):
         if arguments.get("negative_prompt_embeds") is not None:
             return None
-        mask = _words(pipe, arguments.get("negative_prompt") or "", tokenizer)
+        mask = _words(pipe, arguments.get("negative_prompt") or "", tokenizer, length)
         masks.insert(0, mask.expand(len(masks[0]), -1) if len(mask) == 1 else mask)
     repeats = arguments.get("num_images_per_prompt") or 1
     return torch.cat([mask.repeat_interleave(repeats, 0) for mask in masks])
