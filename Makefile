@@ -31,7 +31,7 @@ export IMPORT_EVERYTHING
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test check house docs fmt benchmarks base gates adapters spaces study study-quick clean
+.PHONY: help venv demo test check house docs fmt benchmarks base gates adapters spaces study study-quick study-real clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -95,6 +95,17 @@ study: adapters ## the whole study (hours; it resumes)
 		--readings docs/study/ends/readings
 	$(BIN)/python -m workshop study studies/variety.toml --out out/study --publish docs/study \
 		--readings docs/study/readings
+
+# With photos of yours in references/ and prompts in prompts.txt; the same study for both presets.
+study-real: $(STAMP) ## the study on SD 1.5 plus and SDXL plus (hours on one GPU; it resumes)
+	test -f data/subjects/metadata.jsonl || $(BIN)/ipdiverse prepare Yuanshi/Subjects200K --out data/subjects
+	mkdir -p spaces out
+	for preset in sd15-plus sdxl-plus; do \
+		test -f spaces/$$preset.safetensors \
+			|| $(BIN)/ipdiverse fit data/subjects --config recipes/fit-$$preset.toml --yes || exit 1; \
+		sed "s/sd15-plus/$$preset/" studies/real.toml > out/real-$$preset.toml; \
+		$(BIN)/ipdiverse evaluate --config out/real-$$preset.toml --out out/real-$$preset --yes || exit 1; \
+	done
 
 base: $(STAMP) ## train the embedded base from nothing (hours; it resumes) and ship it
 	$(BIN)/python -m workshop train-base

@@ -8,6 +8,7 @@ unconditional first, sigmas and the sampler's own.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import sys
 import types
@@ -51,7 +52,8 @@ def install(monkeypatch: pytest.MonkeyPatch, models: Path) -> None:
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, attention.__name__, attention)
     folders: Any = types.ModuleType("folder_paths")
-    folders.models_dir, folders.folder_names_and_paths = str(models), {}
+    folders.models_dir = str(models)
+    folders.folder_names_and_paths = {"clip_vision": ([str(models / "clip_vision")], set())}
 
     def add_model_folder_path(name: str, path: str, is_default: bool = False) -> None:
         folders.folder_names_and_paths[name] = ([path], set())
@@ -241,6 +243,29 @@ def _run(block: Any, x: Tensor, emb: Tensor, context: Tensor, options: dict[str,
     return x
 
 
+class ModelSampling:
+    """ComfyUI's `model_sampling`: noise levels of shares of the schedule.
+
+    ComfyUI's own counts 999 parts, so that a share is a step only within a thousandth. Here it is
+    one exactly, so that diffusers' shares of steps are the same.
+    """
+
+    def __init__(self, log_sigmas: Tensor) -> None:
+        self.log_sigmas = log_sigmas
+        self.sigma_max, self.sigma_min = log_sigmas[-1].exp(), log_sigmas[0].exp()
+
+    def percent_to_sigma(self, percent: float) -> float:
+        if percent <= 0.0:
+            return 999999999.9
+        if percent >= 1.0:
+            return 0.0
+        at = max((1 - percent) * 1000 - 1, 0.0)
+        low = int(at)
+        share = at - low
+        both = self.log_sigmas[low], self.log_sigmas[min(low + 1, 999)]
+        return float(((1 - share) * both[0] + share * both[1]).exp().float())
+
+
 class BaseModel:
     """What ComfyUI's samplers call: noisy latents and σ in, clean latents out."""
 
@@ -251,6 +276,7 @@ class BaseModel:
         self.kind = scheduler.config.prediction_type
         alphas = scheduler.alphas_cumprod.double()
         self.log_sigmas = ((1 - alphas) / alphas).sqrt().log()
+        self.model_sampling = ModelSampling(self.log_sigmas)
 
     def process_latent_in(self, latent: Tensor) -> Tensor:
         return latent * self.scale_factor
@@ -275,8 +301,11 @@ class ModelPatcher:
 
     def clone(self) -> ModelPatcher:
         made = ModelPatcher(self.model)
-        made.model_options = _copied(self.model_options)
+        made.model_options = copy.deepcopy(self.model_options)
         return made
+
+    def get_model_object(self, name: str) -> Any:
+        return getattr(self.model, name)
 
     def set_model_attn2_patch(self, patch: Callable[..., Any]) -> None:
         patches = self.model_options["transformer_options"].setdefault("patches", {})
@@ -402,10 +431,15 @@ class ClipVision:
 class Clip:
     """Tokens as ComfyUI has them: chunks of (id, weight)."""
 
-    def __init__(self, tokenizer: Any, key: str = "l") -> None:
-        self.tokenizer, self.key = tokenizer, key
+    def __init__(self, tokenizer: Any, key: str = "l", width: int = 8) -> None:
+        self.tokenizer, self.key, self.width = tokenizer, key, width
 
     def tokenize(self, text: str) -> dict[str, list[list[tuple[int, float]]]]:
         length = self.tokenizer.model_max_length
         ids = self.tokenizer(text, padding="max_length", max_length=length, truncation=True)
         return {self.key: [[(number, 1.0) for number in ids.input_ids]]}
+
+    def encode_from_tokens_scheduled(self, tokens: Any) -> list[list[Any]]:
+        """Not of any text encoder: the nodes hand it on."""
+        ids = torch.tensor([[number for number, _ in chunk] for chunk in tokens[self.key]])
+        return [[ids.float()[..., None], {"pooled_output": ids[:, : self.width].float()}]]

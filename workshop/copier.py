@@ -9,7 +9,7 @@ import numpy as np
 
 from ipdiverse.errors import check_range
 from ipdiverse.evaluation.running import Runner
-from ipdiverse.evaluation.sets import score_sets
+from ipdiverse.evaluation.sets import pair_sums, score_sets
 from ipdiverse.evaluation.study import Arm, Study
 from ipdiverse.sampling.request import MAX_IMAGES, MAX_STEPS
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ipdiverse.evaluation.measured import Measured
+    from ipdiverse.evaluation.sets import Sets
 
 COLUMNS = (
     "retention",
@@ -98,9 +99,17 @@ def _scores(measured: Measured) -> dict[str, Any]:
     assert measured.sets is not None, "critters are known"  # noqa: S101 - for types
     scores = asdict(score_sets(measured.sets))
     by = {name: round(value, 4) for name, value in scores.pop("retention_by").items()}
+    scores["asked_for_agreeing"] = _agreeing(measured.sets)
     return {"retention_by": by} | {
         name: None if np.isnan(value) else round(float(value), 4) for name, value in scores.items()
     }
+
+
+def _agreeing(sets: Sets) -> float:
+    """`asked_for` where the prompt says nothing that the reference does not show."""
+    same = (~sets.stated | (sets.wanted == sets.references)).all(1)
+    asked = pair_sums(sets)["asked_for"]
+    return float(asked.total[same].sum() / max(1.0, asked.weight[same].sum()))
 
 
 def copier_table(report: dict[str, Any]) -> str:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import tempfile
 from io import BytesIO
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
 
+from ipdiverse.adapter.files.checkpoint import load_adapter
+from ipdiverse.base.adapters import adapter_file
 from ipdiverse.base.bases import CRITTERS, Base, load_base
 from ipdiverse.critters.caption import caption, mentioned
 from ipdiverse.critters.oracle import Oracle, Reading, read
 from ipdiverse.critters.render import render
-from ipdiverse.critters.scene import ATTRIBUTES, Scene, conditional
+from ipdiverse.critters.scene import ATTRIBUTES, IDENTITY, Scene, conditional
 from ipdiverse.evaluation.images import sample_array
 from ipdiverse.evaluation.metrics import entropy_miller_madow, expected_entropy
 from ipdiverse.evaluation.pairs import held_out_scenes, shipped_oracle
@@ -24,6 +28,7 @@ from workshop.base.corpus import draw, to_pixels
 from workshop.base.faults import LEFT_OUT, TRAINED
 from workshop.base.inspector import MIXED, VALID, decoded, scene_with
 from workshop.base.oracle import round_trip
+from workshop.copier import CopierOptions, measure_copier
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,6 +51,15 @@ GATES: dict[str, tuple[str, float]] = {
     "left_out_fault_found_worst": (">=", 0.60),
     "entropy_guidance_1": (">=", 0.95),
     "probe_worst": (">=", 0.90),
+    "plus_identity_mean": (">=", 0.93),
+    "plus_identity_worst": (">=", 0.90),
+    "plus_asked_for_agreeing": (">=", 0.80),
+    "plus_copies": (">=", 0.60),
+    "plus_token_probe_worst": (">=", 0.95),
+    "base_identity_mean": (">=", 0.88),
+    "base_identity_worst": (">=", 0.85),
+    "base_copies": (">=", 0.60),
+    "base_token_probe_worst": (">=", 0.95),
 }
 """Figure, comparison and bound; figures without a gate are reported too."""
 
@@ -72,6 +86,7 @@ def check_base(images: int = 2000, guidance: float | None = None) -> dict[str, A
         fault_part(base.pipe.vae, oracle, each=max(8, images // 40)),
         _text_to_image(base, oracle, [scene for scene, _ in scenes], guidance),
         _encoder(base, scenes, renders, truth),
+        *(_copier(base, name, scenes, renders, truth) for name in ("plus", "base")),
     ):
         figures |= part[0]
         details |= part[1]
@@ -267,6 +282,45 @@ def _encoder(
     if len(scenes) >= 256:
         figures["retrieval_256"] = _retrieval(base, scenes, renders)
     return figures, {"probe": _per_attribute(right)}
+
+
+@torch.no_grad()
+def _copier(
+    base: Base, name: str, scenes: list[tuple[Scene, int]], renders: np.ndarray, truth: np.ndarray
+) -> _Part:
+    """How truly a plain adapter copies at λ = 1, and what a linear reader finds in its tokens."""
+    options = CopierOptions(name, (1.0,), max(2, len(scenes) // 10), 4, STEPS)
+    with tempfile.TemporaryDirectory() as folder:
+        [row] = measure_copier(options, Path(folder))["rows"]
+    adapter = load_adapter(adapter_file(CRITTERS, name))
+    reads = _pooled if adapter.reads == ("pooled",) else _hidden
+    drawn = [draw("train", 7, index) for index in range(3 * len(scenes))]
+    labels = torch.tensor([scene.indices() for scene, _ in drawn])
+    train, held_out = (
+        torch.cat([adapter.tokens(part) for part in _encode(base, pictures, reads).split(200)])
+        for pictures in (np.stack([render(scene, seed) for scene, seed in drawn]), renders)
+    )
+    known = [list(ATTRIBUTES).index(one) for one in IDENTITY]
+    right = linear_probe(train.flatten(1), labels, held_out.flatten(1), torch.from_numpy(truth))
+    right = right[known]
+    figures = {
+        f"{name}_identity_mean": float(row["retention"]),
+        f"{name}_identity_worst": min(row["retention_by"].values()),
+        f"{name}_asked_for_agreeing": float(row["asked_for_agreeing"]),
+        f"{name}_copies": float(row["copy_rate"]),
+        f"{name}_invalid": float(row["invalid_rate"]),
+        f"{name}_token_probe_worst": float(right.min()),
+    }
+    read_by = dict(zip(IDENTITY, right.round(4).tolist(), strict=True))
+    return figures, {f"{name} identity": row["retention_by"], f"{name} tokens": read_by}
+
+
+def _pooled(output: Any) -> torch.Tensor:
+    return output.image_embeds
+
+
+def _hidden(output: Any) -> torch.Tensor:
+    return output.hidden_states[-2]
 
 
 def _penultimate(output: Any) -> torch.Tensor:

@@ -1,20 +1,33 @@
-"""ComfyUI nodes of ipdiverse: load an adapter, apply it to a model, set its diversity dial.
+"""ComfyUI nodes of ipdiverse: prompt a model with images, with a dial for variety.
 
 Copy this folder into ComfyUI's `custom_nodes`. At import only ComfyUI's own packages are needed;
 ipdiverse is imported when a node runs.
 """
 
-from .nodes import ApplyAdapter, Diversity, LoadAdapter
+from .loading import EncodePrompts, FindModels, LoadAdapter, LoadSpace, Scenes
+from .nodes import ApplyAdapter, ApplyEmbeds, Diversity, EncodeImages
 
 NODE_CLASS_MAPPINGS = {
     "IpdiverseLoadAdapter": LoadAdapter,
+    "IpdiverseFindModels": FindModels,
     "IpdiverseApplyAdapter": ApplyAdapter,
     "IpdiverseDiversity": Diversity,
+    "IpdiverseEncodePrompts": EncodePrompts,
+    "IpdiverseEncodeImages": EncodeImages,
+    "IpdiverseApplyEmbeds": ApplyEmbeds,
+    "IpdiverseLoadSpace": LoadSpace,
+    "IpdiverseScenes": Scenes,
 }
 NODE_DISPLAY_NAME_MAPPINGS = {
     "IpdiverseLoadAdapter": "Load ipdiverse adapter",
+    "IpdiverseFindModels": "ipdiverse Find models",
     "IpdiverseApplyAdapter": "Apply ipdiverse adapter",
     "IpdiverseDiversity": "ipdiverse Diversity",
+    "IpdiverseEncodePrompts": "ipdiverse Encode prompts",
+    "IpdiverseEncodeImages": "ipdiverse Encode images",
+    "IpdiverseApplyEmbeds": "Apply ipdiverse embeddings",
+    "IpdiverseLoadSpace": "Load ipdiverse variation space",
+    "IpdiverseScenes": "ipdiverse Scenes",
 }
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -11,23 +11,95 @@ if TYPE_CHECKING:
 
     from ipdiverse.adapter.model import ImagePromptAdapter
 
+COMBINE = ("concat", "average", "subtract", "add", "norm average")
+"""How several images become one reference: `concat` keeps the tokens of each, side by side."""
+NO_IMAGE = ("zeros", "black")
+_AXES = {"pooled": 2, "hidden": 3}  # of embeddings: (images, width), (images, patches, width)
 
-def encode(
-    adapter: ImagePromptAdapter, clip_vision: Any, image: Tensor, negative: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Embeddings of images for an adapter, and of the negative image or of none.
+
+class Encoded(NamedTuple):
+    """What CLIP vision sees in images: what the adapter reads, and what scenes are found by."""
+
+    embeds: Tensor
+    pooled: Tensor
+
+
+def encoded(adapter: ImagePromptAdapter, clip_vision: Any, image: Tensor) -> Encoded:
+    """Images as an adapter reads them: pooled (base), or the penultimate hidden states (plus).
 
     Args:
-        adapter: It reads the pooled embedding (base) or the penultimate hidden states (plus).
+        adapter: It must read images, not faces.
         clip_vision: ComfyUI's CLIP_VISION.
         image: (images, height, width, 3), 0..1.
-        negative: The same; None takes zeros (base) or the states of an image of zeros (plus), as in
-            training.
 
     Raises:
         ModelError: The adapter reads faces, or embeddings of another width.
     """
+    name = {"pooled": "image_embeds", "hidden": "penultimate_hidden_states"}[_reads(adapter)]
+    seen = clip_vision.encode_image(image)
+    embeds = checked_embeds(adapter, _cpu(seen[name]), "this CLIP vision model")
+    return Encoded(embeds, _cpu(seen["image_embeds"]))
+
+
+def no_image(adapter: ImagePromptAdapter, clip_vision: Any, kind: str) -> Tensor:
+    """What the unconditional branch reads if there is no negative image.
+
+    Base adapters read an embedding of zeros, as in training, whatever the kind. Plus adapters were
+    trained on the states of zeros in place of pixels, which is mid-grey after CLIP's normalisation.
+    `ComfyUI_IPAdapter_plus` gives them those of a black picture instead: with it, workflows of that
+    pack draw what they drew.
+
+    Args:
+        adapter: Reads images.
+        clip_vision: ComfyUI's CLIP_VISION.
+        kind: `zeros` or `black`.
+    """
+    if _reads(adapter) == "pooled":
+        return torch.zeros(1, adapter.clip_dim or 0)
+    size = getattr(clip_vision, "image_size", 224)
+    if kind == "black":
+        return encoded(adapter, clip_vision, torch.zeros(1, size, size, 3)).embeds
+    nothing = torch.zeros(1, 3, size, size, device=clip_vision.load_device)
+    return _cpu(clip_vision.model(pixel_values=nothing, intermediate_output=-2)[1])
+
+
+def checked_embeds(
+    adapter: ImagePromptAdapter, embeds: Tensor, named: str = "these embeddings"
+) -> Tensor:
+    """Embeddings that an adapter can read, in float32 on the CPU.
+
+    Raises:
+        ModelError: The adapter reads faces, or embeddings of another width or other axes.
+    """
     from ipdiverse.adapter.model import check_embeddings
+    from ipdiverse.errors import ModelError
+
+    axes = _AXES[_reads(adapter)]
+    if embeds.ndim != axes:
+        raise ModelError(
+            f"a {adapter.kind} adapter cannot read them",
+            where="embeddings",
+            expected="(images, width)" if axes == 2 else "(images, patches, width)",
+            found=tuple(embeds.shape),
+            fix="Encode the images with ipdiverse Encode images and this adapter.",
+        )
+    check_embeddings(adapter, embeds.shape[-1], named)
+    return _cpu(embeds)
+
+
+def combined(embeds: Tensor, how: str) -> Tensor:
+    """Embeddings of several images to one's, (1, …), or as they are for `concat`."""
+    from ipdiverse.adapter.reference import combine_embeds
+
+    if len(embeds) == 1 or how in ("concat", "average", "subtract"):
+        return combine_embeds(embeds, how)  # pyright: ignore[reportArgumentType] - one of three
+    if how == "add":
+        return embeds.sum(0, keepdim=True)
+    # over the images, not over the width: so does the pack that the name is from
+    return (embeds / embeds.norm(dim=0, keepdim=True).clamp_min(1e-12)).mean(0, keepdim=True)
+
+
+def _reads(adapter: ImagePromptAdapter) -> str:
     from ipdiverse.errors import ModelError
 
     if adapter.reads not in (("pooled",), ("hidden",)):
@@ -36,20 +108,10 @@ def encode(
             where=f"a {adapter.kind} adapter",
             fix="Use it from Python.",
         )
-    name = {"pooled": "image_embeds", "hidden": "penultimate_hidden_states"}[adapter.reads[0]]
-    embeds = _embeds(clip_vision.encode_image(image)[name])
-    check_embeddings(adapter, embeds.shape[-1], "this CLIP vision model")
-    if negative is not None:
-        return embeds, _embeds(clip_vision.encode_image(negative)[name][:1])
-    if name == "image_embeds":
-        return embeds, torch.zeros_like(embeds[:1])
-    size = getattr(clip_vision, "image_size", 224)
-    nothing = torch.zeros(1, 3, size, size, device=clip_vision.load_device)
-    states = clip_vision.model(pixel_values=nothing, intermediate_output=-2)[1]
-    return embeds, _embeds(states)
+    return adapter.reads[0]
 
 
-def _embeds(tensor: Tensor) -> Tensor:
+def _cpu(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", torch.float32)
 
 

@@ -1,13 +1,12 @@
-"""The three nodes, in ComfyUI's node interface."""
+"""The nodes that prompt a model with images and turn the dial, in ComfyUI's node interface."""
 
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any, ClassVar
 
-_FOLDER = "ipadapter"
-"""ComfyUI's name for the folder of IP-Adapters, `models/ipadapter`."""
+from .inputs import COMBINE, NO_IMAGE
+from .loading import require_ipdiverse
 
 PRESETS = (
     "linear",
@@ -24,41 +23,79 @@ PRESETS = (
     "strong style transfer",
     "style and composition",
     "strong style and composition",
+    "style transfer precise",
+    "composition precise",
 )
-"""ipdiverse's presets without the precise ones, listed here so as not to import it at start."""
-
-
-class LoadAdapter:
-    """Opens an adapter in any published layout, from `models/ipadapter`."""
-
-    CATEGORY = "ipdiverse"
-    DESCRIPTION = "Opens an IP-Adapter of any published layout, with ipdiverse's fusion and dial."
-    RETURN_TYPES = ("IPDIVERSE_ADAPTER",)
-    RETURN_NAMES = ("adapter",)
-    FUNCTION = "load"
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 - ComfyUI's interface
-        """A file of `models/ipadapter`."""
-        return {"required": {"adapter_name": (_folder_paths().get_filename_list(_FOLDER),)}}
-
-    @classmethod
-    def IS_CHANGED(cls, adapter_name: str) -> float:  # noqa: N802 - ComfyUI's interface
-        """When the file was written: a new one under the same name is loaded again."""
-        return Path(_folder_paths().get_full_path_or_raise(_FOLDER, adapter_name)).stat().st_mtime
-
-    def load(self, adapter_name: str) -> tuple[Any]:
-        """Open it.
-
-        Raises:
-            CheckpointError: The file is broken, or not an adapter.
-        """
-        _require_ipdiverse()
-        from ipdiverse.adapter.files.checkpoint import load_adapter
-
-        file = Path(_folder_paths().get_full_path_or_raise(_FOLDER, adapter_name))
-        version = "plusv2" in file.name if "faceid-plus" in file.name else None
-        return (load_adapter(file, face_id_plus_v2=version),)
+"""ipdiverse's presets, listed here so as not to import it at start."""
+_SHARE = {"min": 0.0, "max": 1.0, "step": 0.001}
+_HOW: dict[str, Any] = {
+    "scale": (
+        "FLOAT",
+        {
+            "default": 1.0,
+            "min": -1.0,
+            "max": 3.0,
+            "step": 0.05,
+            "tooltip": "How strongly the image acts; 0 is the model itself.",
+        },
+    ),
+    "preset": (
+        list(PRESETS),
+        {"default": "linear", "tooltip": "Where it acts: which layers, and how strongly each."},
+    ),
+    "start_at": (
+        "FLOAT",
+        {
+            "default": 0.0,
+            **_SHARE,
+            "tooltip": "From which share of the model's whole schedule on it acts.",
+        },
+    ),
+    "end_at": (
+        "FLOAT",
+        {"default": 1.0, **_SHARE, "tooltip": "Up to which share of the whole schedule it acts."},
+    ),
+}
+_COMBINE = (
+    list(COMBINE),
+    {
+        "default": "concat",
+        "tooltip": "Several images: side by side, or one mean, difference or sum of them.",
+    },
+)
+_NEGATIVE = (
+    "IMAGE",
+    {"tooltip": "Guidance leads away from it; default: from no image."},
+)
+_NO_IMAGE = (
+    list(NO_IMAGE),
+    {
+        "default": "zeros",
+        "tooltip": "What plus adapters read for no image: zeros as in training, or a black picture "
+        "as in ComfyUI_IPAdapter_plus. No effect on base adapters, or with a negative image.",
+    },
+)
+_MORE: dict[str, Any] = {
+    "diversity": (
+        "IPDIVERSE_DIVERSITY",
+        {"tooltip": "The dial. With nothing connected the adapter acts as it was trained."},
+    ),
+    "prompts": (
+        "IPDIVERSE_PROMPTS",
+        {
+            "tooltip": "Of ipdiverse Encode prompts: a fusion then leaves padding out, and scenes "
+            "fit the text."
+        },
+    ),
+    "attn_mask": (
+        "MASK",
+        {"tooltip": "Where it acts: white does, black does not. One, or one for each image."},
+    ),
+}
+_ADAPTER = ("IPDIVERSE_ADAPTER", {"tooltip": "Of ipdiverse Load adapter or Find models."})
+_VISION = ("CLIP_VISION", {"tooltip": "The image encoder that the adapter was trained with."})
+_MODEL = ("MODEL", {"tooltip": "Stable Diffusion 1.x, 2.x or XL."})
+_IMAGE = ("IMAGE", {"tooltip": "The reference. Several in a batch are one reference together."})
 
 
 class Diversity:
@@ -74,13 +111,20 @@ class Diversity:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 - ComfyUI's interface
-        """The setting, and a seed for what is random."""
+        """The setting, a seed for what is random, and perhaps a space."""
         return {
             "required": {
-                "adapter": ("IPDIVERSE_ADAPTER",),
+                "adapter": _ADAPTER,
                 "diversity": (
                     "FLOAT",
-                    {"default": 0.5, "min": 0.0, "max": 1.0, "step": 0.01, "display": "slider"},
+                    {
+                        "default": 0.5,
+                        "min": 0.0,
+                        "max": 1.0,
+                        "step": 0.01,
+                        "display": "slider",
+                        "tooltip": "0 is stock IP-Adapter, 1 the most variety.",
+                    },
                 ),
                 "seed": (
                     "INT",
@@ -92,31 +136,163 @@ class Diversity:
                     },
                 ),
             },
+            "optional": {
+                "space": (
+                    "IPDIVERSE_SPACE",
+                    {"tooltip": "With it, each image gets a scene of its own, the subject kept."},
+                )
+            },
         }
 
-    def turn(self, adapter: Any, diversity: float, seed: int) -> tuple[Any]:
+    def turn(self, adapter: Any, diversity: float, seed: int, space: Any = None) -> tuple[Any]:
         """Read the dial.
 
         Raises:
             CheckpointError: The adapter's dial is broken.
+            ModelError: The space was fitted on another adapter.
         """
-        _require_ipdiverse()
+        require_ipdiverse()
         from ipdiverse.levers import LEVERS
         from ipdiverse.sampling.sample import dial_for
 
         from .prompting import Setting
 
-        levers = dial_for(adapter).at(diversity)
-        # ComfyUI guides with two branches, its CLIP vision output is not changed, and a variation
-        # space would have to read the prompt
-        elsewhere = ("embeddings", "projected")
+        if space is not None:
+            space.check(adapter)
+        levers = dial_for(adapter, space is not None).at(diversity)
+        # ComfyUI guides with two branches, and its CLIP vision output is not changed
+        elsewhere = {"embeddings"} if space is not None else {"embeddings", "projected"}
         left_out = [
             name for name in levers if name == "image_guidance" or LEVERS[name].acts_on in elsewhere
         ]
         if left_out:
             logging.warning("ipdiverse: left out of the dial's path: %s", ", ".join(left_out))
             levers |= {name: LEVERS[name].off for name in left_out}
-        return (Setting(levers, seed),)
+        if space is not None and diversity and not levers.recombine:
+            logging.warning("ipdiverse: this adapter's dial does not use a variation space")
+        return (Setting(levers, seed, space),)
+
+
+class EncodeImages:
+    """Images as embeddings, which other nodes save, mix and load."""
+
+    CATEGORY = "ipdiverse"
+    DESCRIPTION = (
+        "Embeddings of images as this adapter reads them, and of no image. The type is that of "
+        "ComfyUI_IPAdapter_plus, whose nodes save, load and combine them."
+    )
+    RETURN_TYPES = ("EMBEDS", "EMBEDS")
+    RETURN_NAMES = ("embeds", "negative_embeds")
+    FUNCTION = "encode"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 - ComfyUI's interface
+        """Adapter, encoder and images."""
+        return {
+            "required": {"adapter": _ADAPTER, "clip_vision": _VISION, "image": _IMAGE},
+            "optional": {
+                "negative_image": _NEGATIVE,
+                "no_image": _NO_IMAGE,
+                "combine": _COMBINE,
+            },
+        }
+
+    def encode(
+        self,
+        adapter: Any,
+        clip_vision: Any,
+        image: Any,
+        negative_image: Any = None,
+        no_image: str = "zeros",
+        combine: str = "concat",
+    ) -> tuple[Any, Any]:
+        """Both embeddings.
+
+        Raises:
+            ModelError: Adapter and encoder do not fit.
+        """
+        require_ipdiverse()
+        from . import inputs
+
+        embeds = inputs.combined(inputs.encoded(adapter, clip_vision, image).embeds, combine)
+        if negative_image is not None:
+            return embeds, inputs.encoded(adapter, clip_vision, negative_image[:1]).embeds
+        return embeds, inputs.no_image(adapter, clip_vision, no_image)
+
+
+class ApplyEmbeds:
+    """Prompts a model with embeddings of images."""
+
+    CATEGORY = "ipdiverse"
+    DESCRIPTION = "Prompts a model with embeddings: of ipdiverse Encode images, or loaded."
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "apply"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 - ComfyUI's interface
+        """Model, adapter and embeddings; strength, layers and steps."""
+        given = {"tooltip": "Of the reference, as this adapter reads it."}
+        none = {"tooltip": "Of the image that guidance leads away from, or of no image."}
+        return {
+            "required": {
+                "model": _MODEL,
+                "adapter": _ADAPTER,
+                "embeds": ("EMBEDS", given),
+                "negative_embeds": ("EMBEDS", none),
+                **_HOW,
+            },
+            "optional": _MORE,
+        }
+
+    def apply(
+        self,
+        model: Any,
+        adapter: Any,
+        embeds: Any,
+        negative_embeds: Any,
+        scale: float,
+        preset: str,
+        start_at: float,
+        end_at: float,
+        diversity: Any = None,
+        prompts: Any = None,
+        attn_mask: Any = None,
+    ) -> tuple[Any]:
+        """A clone of the model with the prompt's patches; at scale 0, with none.
+
+        Raises:
+            ModelError: Adapter, model and embeddings do not fit.
+            ArgumentError: A number is out of range.
+        """
+        require_ipdiverse()
+        from ipdiverse.adapter.reference import RegionMask
+        from ipdiverse.adapter.scale import resolve_scale
+        from ipdiverse.levers import StepContext
+
+        from .inputs import checked_embeds
+        from .prompting import Given, ImagePrompt, Setting, prompted
+        from .schedule import Schedule
+        from .sites import sites_of
+
+        setting = diversity or Setting()
+        sites = sites_of(model)
+        layers = [site.layer for site in sites]
+        # its shares are checked here; when they are is told by ComfyUI's own schedule
+        resolve_scale(preset, layers, weight=scale, start_at=start_at, end_at=end_at)
+        strength = resolve_scale(preset, layers, weight=scale)
+        if scale == 0:
+            return (model.clone(),)
+        strength = setting.levers.change("scale", strength, StepContext((), layers=layers))
+        mask = None if attn_mask is None else RegionMask(_flat(attn_mask), mode="bilinear")
+        schedule = Schedule(model.get_model_object("model_sampling"), start_at, end_at)
+        positive, negative = (checked_embeds(adapter, one) for one in (embeds, negative_embeds))
+        given = Given(positive, negative, strength, schedule, setting, prompts, mask)
+        prompt = ImagePrompt(adapter, given)
+        if prompt.scenes is not None and (share := prompt.scenes.share) < 1:
+            logging.warning(
+                "ipdiverse: no scene is near to the prompt: %d %% of one is imposed", 100 * share
+            )
+        return (prompted(model, sites, prompt),)
 
 
 class ApplyAdapter:
@@ -128,33 +304,22 @@ class ApplyAdapter:
     FUNCTION = "apply"
 
     _OPTIONAL: ClassVar[dict[str, Any]] = {
-        "diversity": ("IPDIVERSE_DIVERSITY",),
-        "negative_image": (
-            "IMAGE",
-            {"tooltip": "Guidance leads away from it; default: from no image."},
-        ),
-        "clip": (
-            "CLIP",
-            {"tooltip": "With the texts below, a fusion leaves their padding out, as in training."},
-        ),
-        "text": ("STRING", {"default": "", "multiline": True}),
-        "negative_text": ("STRING", {"default": "", "multiline": True}),
+        **_MORE,
+        "negative_image": _NEGATIVE,
+        "no_image": _NO_IMAGE,
+        "combine": _COMBINE,
     }
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 - ComfyUI's interface
         """Model, adapter and image; strength, layers and steps."""
-        share = {"min": 0.0, "max": 1.0, "step": 0.01}
         return {
             "required": {
-                "model": ("MODEL",),
-                "adapter": ("IPDIVERSE_ADAPTER",),
-                "clip_vision": ("CLIP_VISION",),
-                "image": ("IMAGE", {"tooltip": "Several are one reference together."}),
-                "scale": ("FLOAT", {"default": 1.0, "min": -1.0, "max": 3.0, "step": 0.05}),
-                "preset": (list(PRESETS), {"default": "linear"}),
-                "start_at": ("FLOAT", {"default": 0.0, **share, "tooltip": "Share of the steps."}),
-                "end_at": ("FLOAT", {"default": 1.0, **share, "tooltip": "Share of the steps."}),
+                "model": _MODEL,
+                "adapter": _ADAPTER,
+                "clip_vision": _VISION,
+                "image": _IMAGE,
+                **_HOW,
             },
             "optional": cls._OPTIONAL,
         }
@@ -170,10 +335,11 @@ class ApplyAdapter:
         start_at: float,
         end_at: float,
         diversity: Any = None,
+        prompts: Any = None,
+        attn_mask: Any = None,
         negative_image: Any = None,
-        clip: Any = None,
-        text: str = "",
-        negative_text: str = "",
+        no_image: str = "zeros",
+        combine: str = "concat",
     ) -> tuple[Any]:
         """A clone of the model with the prompt's patches; at scale 0, with none.
 
@@ -181,47 +347,11 @@ class ApplyAdapter:
             ModelError: Adapter, model and image encoder do not fit.
             ArgumentError: A number is out of range.
         """
-        _require_ipdiverse()
-        from ipdiverse.adapter.scale import resolve_scale
-        from ipdiverse.levers import StepContext
-
-        from .inputs import encode, word_mask
-        from .prompting import ImagePrompt, Setting, prompted
-        from .sites import sites_of
-
-        setting = diversity or Setting()
-        sites = sites_of(model)
-        layers = [site.layer for site in sites]
-        strength = resolve_scale(preset, layers, weight=scale, start_at=start_at, end_at=end_at)
-        if scale == 0:
-            return (model.clone(),)
-        strength = setting.levers.change("scale", strength, StepContext((), layers=layers))
-        embeds = encode(adapter, clip_vision, image, negative_image)
-        words = None
-        if clip is not None and adapter.fusion is not None:
-            words = (word_mask(clip, text), word_mask(clip, negative_text))
-        prompt = ImagePrompt(adapter, *embeds, strength, setting, words)
-        return (prompted(model, sites, prompt),)
+        encode, how = EncodeImages().encode, (scale, preset, start_at, end_at)
+        embeds = encode(adapter, clip_vision, image, negative_image, no_image, combine)
+        return ApplyEmbeds().apply(model, adapter, *embeds, *how, diversity, prompts, attn_mask)
 
 
-def _folder_paths() -> Any:
-    """ComfyUI's table of folders, with the adapters' folder in it."""
-    import folder_paths  # pyright: ignore[reportMissingImports] - ComfyUI's
-
-    if _FOLDER not in folder_paths.folder_names_and_paths:
-        folder_paths.add_model_folder_path(_FOLDER, str(Path(folder_paths.models_dir) / _FOLDER))
-    return folder_paths
-
-
-def _require_ipdiverse() -> None:
-    """Say in one line what to do if ipdiverse is not installed.
-
-    Raises:
-        RuntimeError: It is not installed.
-    """
-    try:
-        import ipdiverse  # noqa: F401 - only whether it can be imported
-    except ImportError as error:
-        raise RuntimeError(
-            "ipdiverse is not installed in ComfyUI's Python: install it there with pip."
-        ) from error
+def _flat(mask: Any) -> Any:
+    """A MASK as (masks, height, width): some nodes give one without the first axis."""
+    return mask.reshape(-1, *mask.shape[-2:]).float().cpu()

@@ -18,10 +18,14 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from ipdiverse.adapter.imagine import VariationSpace
     from ipdiverse.adapter.model import ImagePromptAdapter
+    from ipdiverse.adapter.reference import RegionMask
     from ipdiverse.adapter.scale import Layer, Scale
     from ipdiverse.dial import Levers
 
+    from .scenes import Prompts
+    from .schedule import Schedule
     from .sites import Site
 
     Options = Mapping[str, Any]
@@ -45,10 +49,35 @@ class Setting:
     Args:
         levers: How strongly each acts; off is the adapter as trained.
         seed: Seed of the random levers.
+        space: Whence the lever `recombine` draws scenes.
     """
 
     levers: Levers = field(default_factory=_levers_off)
     seed: int = 0
+    space: VariationSpace | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """What an image prompt is made of.
+
+    Args:
+        embeds: Of the references, (references, …).
+        negative: Of the unconditional branch, (1, …) or as many.
+        scale: How strongly it acts, by layer.
+        schedule: When it acts.
+        setting: Levers.
+        prompts: The texts of guidance; without them a fusion reads padding, and any scene fits.
+        mask: Where it acts; None is everywhere.
+    """
+
+    embeds: Tensor
+    negative: Tensor
+    scale: Scale
+    schedule: Schedule
+    setting: Setting
+    prompts: Prompts | None = None
+    mask: RegionMask | None = None
 
 
 class ImagePrompt:
@@ -56,34 +85,32 @@ class ImagePrompt:
 
     Args:
         adapter: Not changed; a copy on the model's device, in its dtype, computes.
-        embeds: Of the references, (references, …).
-        negative: Of the unconditional branch, (1, …).
-        scale: How strongly it acts.
-        setting: Levers.
-        words: Which text tokens are words, conditional and unconditional; None attends to all.
+        given: References, scale and levers.
+
+    Raises:
+        ModelError: The variation space is of another adapter, or asks for another text encoder.
     """
 
-    def __init__(
-        self,
-        adapter: ImagePromptAdapter,
-        embeds: Tensor,
-        negative: Tensor,
-        scale: Scale,
-        setting: Setting,
-        words: tuple[Tensor, Tensor] | None = None,
-    ) -> None:
+    def __init__(self, adapter: ImagePromptAdapter, given: Given) -> None:
         from ipdiverse.adapter.model import interpolated
 
-        adapter = interpolated(adapter, setting.levers.interpolation)
-        self.adapter, self.embeds, self.scale, self.setting = adapter, embeds, scale, setting
-        self.words = words
+        from .scenes import Scenes
+
+        self.setting, self.scale, self.schedule = given.setting, given.scale, given.schedule
+        self.words = given.prompts.words if given.prompts else None
+        self.mask, self.scenes = given.mask, None
+        levers = self.setting.levers
+        if levers.recombine and self.setting.space is not None:
+            self.setting.space.check(adapter)
+            self.scenes = Scenes(self.setting.space, given.prompts)
+        self.adapter = adapter = interpolated(adapter, levers.interpolation)
         with torch.no_grad():
-            self._positive = adapter.tokens(embeds)
-            self._negative = adapter.tokens(negative)
+            self._positive = adapter.tokens(given.embeds)
+            self._negative = adapter.tokens(given.negative)
         self._placed: tuple[torch.device, torch.dtype, ImagePromptAdapter] | None = None
         self._known: tuple[Tensor, Any, Tensor] | None = None
         self._drawn: tuple[Tensor, Tensor] | None = None
-        self._now: tuple[Tensor, float] | None = None
+        self._imagined: Tensor | None = None
 
     def add(self, mixed: Tensor, query: Tensor, options: Options, layer: Layer) -> Tensor:
         """Add the image branch to a layer's text attention (arXiv:2308.06721).
@@ -96,15 +123,21 @@ class ImagePrompt:
         """
         from ipdiverse.adapter.attention import ImageBranch, add_image
 
-        scale = self.scale.at(layer, self.progress(options) if self.scale.by_step else 0.0)
-        if scale == 0:
+        if not self.schedule.acts(options):
+            return mixed
+        scale = self.scale.at(layer, self.schedule.progress(options) if self.scale.by_step else 0.0)
+        if not isinstance(scale, torch.Tensor) and scale == 0:
             return mixed
         adapter, heads = self._on(query), options["n_heads"]
         weights = adapter.layers()[layer.number]
         tokens = self.tokens(options[_TEXT].to(query), options)
+        if layer.number in self.scale.opposed:
+            tokens = self._opposed(tokens, options["cond_or_uncond"])
         key, value = weights.to_k_ip(tokens), weights.to_v_ip(tokens)  # pyright: ignore[reportOptionalCall]
+        region = self._region(query, options)
         mixed, query, key, value = (_heads(states, heads) for states in (mixed, query, key, value))
-        return add_image(mixed, query, ImageBranch(key, value, scale)).transpose(1, 2).flatten(2)
+        branch = ImageBranch(key, value, scale, region)
+        return add_image(mixed, query, branch).transpose(1, 2).flatten(2)
 
     def tokens(self, text: Tensor, options: Options) -> Tensor:
         """Fused image tokens of every row, after the levers: (rows, tokens, width).
@@ -124,7 +157,7 @@ class ImagePrompt:
                 "has more than two branches", where="guidance", expected="cond and uncond"
             )
         acts = bool(self.setting.levers.acting("tokens"))
-        progress = self.progress(options) if acts else 0.0
+        progress = self.schedule.progress(options) if acts else 0.0
         known, key = self._known, (tuple(branches), progress)
         if known is not None and known[0] is text and known[1] == key:
             return known[2]
@@ -136,27 +169,31 @@ class ImagePrompt:
         self._known = (text, key, tokens)
         return tokens
 
-    def progress(self, options: Options) -> float:
-        """Fraction of the sampler's steps that are done, 0 at the first.
+    def _opposed(self, tokens: Tensor, branches: Sequence[int]) -> Tensor:
+        """Tokens where there were none and none where they were: guidance leads away from them."""
+        chunks = tokens.chunk(len(branches))
+        if _CONDITIONAL in branches:
+            positive = chunks[branches.index(_CONDITIONAL)]
+        else:  # where memory is short ComfyUI calls the branches apart, and the text is not known
+            items = len(chunks[0])
+            positive = self._referred(items).to(tokens).flatten(1, 2)
+        return torch.cat(
+            [
+                positive if branch == _UNCONDITIONAL else torch.zeros_like(rows)
+                for branch, rows in zip(branches, chunks, strict=True)
+            ]
+        )
 
-        Raises:
-            ModelError: This version of ComfyUI does not pass the steps.
-        """
-        from ipdiverse.errors import ModelError
-
-        # all layers of a call get the same tensor: the steps are searched once a call
-        sigmas = options["sigmas"]
-        if self._now is not None and self._now[0] is sigmas:
-            return self._now[1]
-        steps = options.get("sample_sigmas")
-        if steps is None:
-            raise ModelError(
-                "does not tell the sampler's steps", where="ComfyUI", fix="Update ComfyUI."
-            )
-        steps = steps[:-1].float().cpu()
-        done = int((steps - sigmas.flatten()[0].float().cpu()).abs().argmin()) / len(steps)
-        self._now = (sigmas, done)
-        return done
+    def _region(self, query: Tensor, options: Options) -> Tensor | None:
+        """The mask over a layer's pixels, one for each row of a call."""
+        if self.mask is None:
+            return None
+        height, width = options["original_shape"][-2:]
+        region = self.mask.at(query.shape[1], (height, width))
+        items, branches = len(query) // len(options["cond_or_uncond"]), options["cond_or_uncond"]
+        # one mask for each image of a batch; the last serves those that are left
+        rows = torch.arange(items).clamp_max(len(region) - 1)
+        return region[rows].repeat(len(branches), 1)
 
     def _branch(self, text: Tensor, branch: int, progress: float) -> Tensor:
         """The tokens of one chunk, whose text is given: (items, references · tokens, width)."""
@@ -164,7 +201,7 @@ class ImagePrompt:
 
         items, levers = len(text), self.setting.levers
         if branch == _CONDITIONAL:
-            tokens = self._positive.expand(items, *self._positive.shape)
+            tokens = self._referred(items)
         else:
             tokens = self._negative.expand(items, *self._positive.shape)
         tokens = tokens.to(text)
@@ -183,6 +220,20 @@ class ImagePrompt:
             context = StepContext(self.seeds(items), progress)
             tokens = levers.change("tokens", tokens, context)
         return tokens
+
+    def _referred(self, items: int) -> Tensor:
+        """Every item's reference, perhaps an imagined one: (items, references, tokens, width)."""
+        from ipdiverse.levers import StepContext
+
+        tokens = self._positive.expand(items, *self._positive.shape)
+        if self.scenes is None:
+            return tokens
+        imagined = self._imagined
+        if imagined is None or len(imagined) != items:
+            context = StepContext(self.seeds(items), attachment=self.scenes)
+            imagined = self.setting.levers.change("projected", tokens, context)
+            self._imagined = imagined
+        return imagined
 
     def _fused(self, tokens: Tensor, text: Tensor, branch: int, strength: float) -> Tensor:
         """Tokens (items, references, tokens, width) with the text of their branch in them."""
@@ -239,13 +290,22 @@ def prompted(model: Any, sites: Sequence[Site], prompt: ImagePrompt) -> Any:
     for site in sites:
         if not prompt.scale.by_step and prompt.scale.at(site.layer, 0.0) == 0:
             continue
-        # ComfyUI keys a patch by block and place in it, or by the block alone
-        earlier = before.get((*site.block, site.index), before.get(site.block))
-        patch = _replacement(prompt, site.layer, earlier or _attention)
-        patched.set_model_attn2_replace(patch, *site.block, site.index)
+        key = _key(site, before)
+        earlier = before.get(key, before.get(site.block)) or _attention
+        patched.set_model_attn2_replace(Replacement(prompt, site.layer, earlier), *key)
     if prompt.setting.levers.acting("guidance"):
         patched.set_model_sampler_post_cfg_function(_guided(prompt))
     return patched
+
+
+def _key(site: Site, before: Mapping[Any, Any]) -> tuple[Any, ...]:
+    """ComfyUI's key of a layer: its block, with its place in it where there are several.
+
+    A key with the place hides one without, and ComfyUI_IPAdapter_plus uses none on SD 1.x: with the
+    same key as that pack's, its node after ours finds our patch and adds to it.
+    """
+    whole = (*site.block, site.index)
+    return site.block if site.alone and whole not in before else whole
 
 
 def _pass_text_on(
@@ -255,11 +315,41 @@ def _pass_text_on(
     return states, context, value
 
 
-def _replacement(prompt: ImagePrompt, layer: Layer, attend: Attention) -> Attention:
-    def attention(query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
-        return prompt.add(attend(query, key, value, options), query, options, layer)
+class Replacement:
+    """A layer's attention with an image prompt added, and what other nodes add after it.
 
-    return attention
+    `add` is what ComfyUI_IPAdapter_plus calls on a patch that it finds in its place.
+
+    Args:
+        prompt: What is added.
+        layer: Where.
+        attend: The attention before; a patch of another node, or ComfyUI's own.
+    """
+
+    def __init__(self, prompt: ImagePrompt, layer: Layer, attend: Attention) -> None:
+        self.prompt, self.layer, self.attend = prompt, layer, attend
+        self.added: list[tuple[Callable[..., Any], dict[str, Any]]] = []
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
+        """What the layer gives, (rows, pixels, width)."""
+        mixed = self.attend(query, key, value, options)
+        mixed = self.prompt.add(mixed, query, options, self.layer)
+        for callback, given in self.added:
+            sigma = self.prompt.schedule.sigma(options)
+            if given["sigma_end"] <= sigma <= given["sigma_start"]:
+                mixed = mixed + callback(mixed, query, key, value, options, **given)
+        return mixed
+
+    def add(self, callback: Callable[..., Any], **given: Any) -> None:
+        """Add another prompt's share, in its range of noise levels."""
+        self.added.append((callback, given))
+
+    def __deepcopy__(self, _: dict[int, Any]) -> Replacement:
+        # ComfyUI copies options deeply whenever it clones a model. The prompt is shared: its
+        # weights are large. What others added is not: it must not reach the model it came from.
+        copied = Replacement(self.prompt, self.layer, copy.deepcopy(self.attend))
+        copied.added = list(self.added)
+        return copied
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:

@@ -22,12 +22,14 @@ class Site:
         index: Its place in the block's transformer.
         layer: Its number and place in diffusers.
         widths: Widths of its tokens and of its queries.
+        alone: Whether its block has no other.
     """
 
     block: tuple[str, int]
     index: int
     layer: Layer
     widths: tuple[int, int]
+    alone: bool = False
 
 
 def sites_of(model: Any) -> list[Site]:
@@ -62,7 +64,7 @@ def sites_of(model: Any) -> list[Site]:
         attention = inner[index].attn2
         widths = (attention.to_k.weight.shape[1], attention.to_q.weight.shape[0])
         layer = Layer(numbers[at, index], name, at, len(found))
-        sites.append(Site(block, index, layer, widths))
+        sites.append(Site(block, index, layer, widths, len(inner) == 1))
     return sites
 
 

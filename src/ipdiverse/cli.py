@@ -21,9 +21,9 @@ import tyro
 
 from ipdiverse.commands.checkpoints import Bases, Convert, Inspect, Push
 from ipdiverse.commands.console import say
-from ipdiverse.commands.evaluate import MOVED, Calibrate, Evaluate, Fit
+from ipdiverse.commands.evaluate import MOVED, Calibrate, Evaluate, Fit, read_fit
 from ipdiverse.commands.generate import Demo, Generate, Ui, renamed_flags
-from ipdiverse.commands.train import Critters, Embed, Prepare, Train, as_flags
+from ipdiverse.commands.train import Critters, Embed, Prepare, Train, as_flags, spelled_out
 from ipdiverse.dial import DROPPED_LEVERS, OFF, Levers
 from ipdiverse.errors import MAX_SENTENCE, ArgumentError, Interrupted, IpdiverseError, quoted
 from ipdiverse.levers import LEVERS
@@ -75,6 +75,8 @@ def _run(arguments: list[str]) -> None:
         return
     if arguments[:1] == ["train"]:
         arguments = ["train", *as_flags(arguments[1:])]
+    if arguments[:1] == ["fit"]:
+        arguments = ["fit", *spelled_out(arguments[1:], read_fit)]
     if arguments[:1] == ["generate"]:
         current = _without_dropped(renamed_flags(arguments[1:], RENAMED))
         arguments = ["generate", *_with_seed(current)]

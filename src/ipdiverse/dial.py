@@ -182,6 +182,12 @@ def dial_of(spec: Mapping[str, Any], where: object) -> Dial | None:
         raise CheckpointError("its dial is broken", where=where, found=error) from error
 
 
+_RECOMBINE = ((0.05, 0.2), (0.14, 0.3), (0.39, 0.4), (0.72, 0.5), (0.94, 0.6), (1.0, 1.0))
+"""Settings of the dial, and strengths of `recombine`: between two scenes variety rises as a
+sigmoid does, so settings are placed where it was measured to rise evenly on both plain adapters of
+critters, alike (docs/study/imagined.json)."""
+
+
 def default_dial(
     fused: bool, has_base_weights: bool = False, has_space: bool = False, draws: bool = False
 ) -> Dial:
@@ -198,10 +204,9 @@ def default_dial(
     if draws:
         return Dial(((0.0, Levers(fusion_strength=0.0)), (1.0, OFF)), "to drawn tokens")
     if has_space:
-        path = ((0.0, OFF), (1.0, Levers(recombine=1.0)))
-        if fused:
-            path = ((0.0, Levers(fusion_strength=0.0)), (1e-6, OFF), path[1])
-        return Dial(path, "to scenes of other pictures, not calibrated")
+        rising = tuple((setting, Levers(recombine=strength)) for setting, strength in _RECOMBINE)
+        start = ((0.0, Levers(fusion_strength=0.0)), (1e-6, OFF)) if fused else ((0.0, OFF),)
+        return Dial((*start, *rising), "to scenes of other pictures, not calibrated")
     first = Levers(interval=(0.0, 4.0), cads=0.1)
     rising = ((0.2, first), (0.5, first | {"cads": 0.25}), (1.0, first | {"cads": 0.8}))
     if not fused:

@@ -47,5 +47,12 @@ def test_it_is_short_and_says_how_to_run_it(file: Path) -> None:
     assert f"python examples/{file.name} --out " in text
 
 
+def test_one_line_is_short_enough_to_read_at_a_glance() -> None:
+    (file,) = (file for file in EXAMPLES if file.stem == "one_line")
+    lines = file.read_text(encoding="utf-8").splitlines()
+    assert len(lines) < 20
+    assert sum("diversify" in line for line in lines) == 1
+
+
 def test_none_is_missing() -> None:
     assert {file.stem for file in EXAMPLES} == NAMES

@@ -43,7 +43,7 @@ def test_it_runs(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
     ).execute()
     outputs = {cell.id: cell.outputs for cell in notebook.cells if cell.cell_type == "code"}
-    for name in ("reference", "generate", "compare"):
+    for name in ("reference", "generate", "compare", "one-line"):
         (shown,) = [one for one in outputs[name] if one.output_type == "execute_result"]
         assert "image/png" in shown.data, name
     (shown,) = [one for one in outputs["evaluate"] if one.output_type == "execute_result"]

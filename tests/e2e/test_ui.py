@@ -56,11 +56,16 @@ REPORT = (
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def reports(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reports")
     (folder / "study").mkdir()
     (folder / "study" / "report.html").write_text(REPORT)
-    with opened_page(Options(port=free_port(), reports=(str(folder),), waiting=WAITING)) as page:
+    return folder
+
+
+@pytest.fixture(scope="module")
+def served(reports: Path) -> Iterator[Served]:
+    with opened_page(Options(port=free_port(), reports=(str(reports),), waiting=WAITING)) as page:
         yield page
         at = page.folder
     assert not at.exists(), "nothing is left"
@@ -153,10 +158,10 @@ def copied(page: Page, which: str, tab: str = "vary") -> str:
     return page.evaluate("() => navigator.clipboard.readText()")
 
 
-def downloaded(page: Page, into: Path, tab: str = "vary") -> Path:
+def downloaded(page: Page, into: Path, tab: str = "vary", button: str = "download") -> Path:
     """Fetch the set and unpack it; the folder."""
     with page.expect_download() as waiting:
-        page.click(f"#{tab}-download")
+        page.click(f"#{tab}-{button}")
     archive = into / waiting.value.suggested_filename
     waiting.value.save_as(archive)
     with zipfile.ZipFile(archive) as opened:
@@ -310,6 +315,7 @@ def test_cancelling_frees_the_slot_within_a_step(
     until(job._stop.is_set, "the job is told")
     told = job.done
     says(page, "#vary-status", "Cancelled.")
+    assert "Error" not in page.inner_text("body")
     assert job.done <= told + 4, "no more than the batch's step that was at work"
     assert job.total == 1600
     page.click("#vary-cancel")
@@ -370,7 +376,7 @@ def widths(frame: FrameLocator) -> list[int]:
     return found.evaluate_all("images => images.map(i => i.complete ? i.naturalWidth : 0)")
 
 
-def test_a_report_is_shown_and_can_do_nothing(visit: Callable[..., Page]) -> None:
+def test_a_report_is_shown_and_can_do_nothing(visit: Callable[..., Page], reports: Path) -> None:
     page = visit()
     page.get_by_role("tab", name="Reports").click()
     page.locator("#reports-chosen input").click()
@@ -380,6 +386,13 @@ def test_a_report_is_shown_and_can_do_nothing(visit: Callable[..., Page]) -> Non
     assert frame.locator("#told").inner_text() == "all of it"
     assert page.title() == "ipdiverse", "the script before it did nothing"
     assert widths(frame) == [3], "pictures inside a report are let in"
+    (reports / "later").mkdir()
+    (reports / "later" / "report.html").write_text(REPORT)
+    page.get_by_role("tab", name="Vary").click()
+    page.get_by_role("tab", name="Reports").click()
+    says(page, "#reports-chosen", "2 found.")
+    page.locator("#reports-chosen input").click()
+    page.get_by_role("option", name="later").wait_for()
 
 
 def bomb() -> bytes:
@@ -439,8 +452,13 @@ def test_the_extension_does_not_decide(
 
 
 @pytest.fixture
-def client(served: Served) -> Client:
-    return Client(served.url)
+def client(served: Served) -> Iterator[Client]:
+    yield Client(served.url)
+    turns = served.sessions.turns
+    for job in turns._jobs():  # of whoever joined and never listened
+        job.stop()
+    until(lambda: not (turns._line or turns.busy), "the line is empty")
+    turns._promised.clear()
 
 
 def uploaded(client: Client, name: str, data: bytes) -> dict[str, Any]:
@@ -639,9 +657,10 @@ def waiting_job(served: Served, client: Client, **wanted: Any) -> Job:
 def test_fifty_at_once_are_drawn_or_told_to_come_back(
     served: Served, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # nobody has drawn before: whoever has would lose their place to a newcomer
+    # each with a cookie of its own: all programs without one have two places together
     first, *crowd = [Client(served.url) for _ in range(51)]
     for one in (first, *crowd):
+        one.http.get("/config").raise_for_status()
         one._config = client.config
         one.take_example()
     draw, drawing, at_once = Job._draw, [], []
@@ -655,6 +674,7 @@ def test_fifty_at_once_are_drawn_or_told_to_come_back(
             drawing.remove(job)
 
     monkeypatch.setattr(Job, "_draw", counted)
+    monkeypatch.setattr("ipdiverse.ui.queue._UNHEARD", PATIENCE)  # all listen at the end only
     gate = threading.Barrier(50)
 
     def come(number: int) -> httpx.Response:
@@ -678,12 +698,31 @@ def test_fifty_at_once_are_drawn_or_told_to_come_back(
     assert at_once == [1] * (1 + WAITING), "one generation at a time"
 
 
+def test_programs_without_a_cookie_share_two_places(served: Served, client: Client) -> None:
+    crowd = [Client(served.url) for _ in range(5)]
+    for one in crowd:
+        one._config = client.config
+        one.take_example()
+    with served.sessions.turns.turn(lambda: None):
+        codes = [one.join().status_code for one in crowd]
+        assert codes == [200, 200, 429, 429, 429]
+        client.take_example()
+        job = waiting_job(served, client, steps=2)
+        told: list[Any] = []
+        listening = threading.Thread(target=lambda: told.append(client.outcome()))
+        listening.start()
+    listening.join(PATIENCE)
+    assert "Done: 1 image." in str(told), "a browser is not kept out"
+    assert job.images == 1
+
+
 def test_a_full_queue_is_said_on_the_page(visit: Callable[..., Page], served: Served) -> None:
     page = visit()
     take_example(page)
     configure(page, "", steps=1, count=1)
     crowd = [Client(served.url) for _ in range(WAITING + 1)]
     for one in crowd:
+        one.http.get("/config").raise_for_status()
         one._config = crowd[0].config
         one.take_example()
     with served.sessions.turns.turn(lambda: None):
@@ -698,6 +737,19 @@ def test_a_full_queue_is_said_on_the_page(visit: Callable[..., Page], served: Se
             stream.close()  # type: ignore[attr-defined]
         until(lambda: job.wait(0), "who left waits no more")
     assert job.done == 0
+
+
+def test_who_never_listens_is_dropped_before_anything_is_drawn(
+    served: Served, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ipdiverse.ui.queue._UNHEARD", 1.0)
+    client.take_example()
+    client.join(steps=100, count=16).raise_for_status()
+    until(lambda: "vary" in session_of(served, client).jobs, "the job has come")
+    job = session_of(served, client).jobs["vary"]
+    until(lambda: job.wait(0), "nobody listens")
+    assert (job.done, job.stopped) == (0, True)
+    assert served.sessions.turns._jobs() == []
 
 
 def test_a_program_that_hangs_up_frees_the_slot(served: Served, client: Client) -> None:
@@ -764,7 +816,7 @@ def test_hands_and_eyes_are_not_needed(visit: Callable[..., Page]) -> None:
         if order[-1] == "vary-go":
             break
     steps = list(dict.fromkeys(filter(None, order)))
-    assert steps == ["vary-diversity", "vary-count", "vary-go"]
+    assert steps == ["vary-diversity", "vary-count", "vary-seed", "vary-keep", "vary-go"]
     page.get_by_role("button", name="Advanced").click()
     set_number(page, "#vary-count", 1)
     set_number(page, "#vary-steps", 1)
@@ -775,11 +827,12 @@ def test_hands_and_eyes_are_not_needed(visit: Callable[..., Page]) -> None:
     assert page.evaluate("() => document.documentElement.lang") == "en"
     assert page.evaluate(_NAMELESS) == []
     alt = page.locator("#vary-images .thumbnail-item img").first.get_attribute("alt") or ""
-    assert re.match(r"1: .*the reference", alt)
+    assert re.match(r"1: .*(critter|another|the reference)", alt)
+    assert "common." not in page.inner_text("body"), "an untranslated word of gradio's"
 
 
 def test_narrow_screens_do_not_scroll_sideways(visit: Callable[..., Page]) -> None:
-    page = visit(width=400, height=900)
+    page = visit(width=390, height=844)
     take_example(page)
     configure(page, "a critter in the snow", steps=25 if SHOOTS else 1, count=4)
     if SHOOTS:
@@ -787,10 +840,62 @@ def test_narrow_screens_do_not_scroll_sideways(visit: Callable[..., Page]) -> No
     page.click("#vary-go")
     says(page, "#vary-status", "Done: 4 images.")
     page.wait_for_timeout(300)
+    assert page.locator("#vary-images").bounding_box()["y"] < 844, "in view"  # type: ignore[index]
     picture(page, "narrow")
     for tab in ("Vary", "Grid", "Reports"):
         page.get_by_role("tab", name=tab).click()
-        assert page.evaluate("() => document.documentElement.scrollWidth") <= 400
+        assert page.evaluate("() => document.documentElement.scrollWidth") <= 390
+
+
+def titles(page: Page, *elements: str) -> list[str]:
+    return [
+        page.inner_text(f"#{element} [data-testid=block-label]").strip() for element in elements
+    ]
+
+
+def test_the_same_seeds_beside_stars_earlier_sets_and_new_references(
+    visit: Callable[..., Page], tmp_path: Path
+) -> None:
+    page = visit(width=1366)
+    take_example(page, number=3)
+    configure(page, "a critter", steps=25 if SHOOTS else 1, count=4 if SHOOTS else 2)
+    page.click("#vary-go")
+    says(page, "#vary-status", "Done:")
+    seed = page.input_value("#vary-seed input")
+    assert f"Seed {seed}." in page.inner_text("#vary-status")
+    first = shown_images(page)
+    set_number(page, "#vary-other", 0)
+    page.click("#vary-again")
+    says(page, "#vary-images", "Diversity 0, seed")
+    says(page, "#vary-status", "Done:")
+    compared = ["Diversity 0.5, seed " + seed, "Diversity 0, seed " + seed]
+    assert titles(page, "vary-compared", "vary-images") == compared
+    assert not any(map(np.array_equal, first, shown_images(page)))
+    page.locator("#vary-images .thumbnail-item").nth(1).click()
+    says(page, "#vary-star", "Star image 2")
+    page.keyboard.press("Escape")
+    page.click("#vary-star")
+    says(page, "#vary-starred", "Download the 1 starred")
+    if SHOOTS:
+        picture(page, "beside")
+    starred = downloaded(page, tmp_path, button="starred")
+    assert [file.name for file in (starred / "out").iterdir()] == ["0001.png"]
+    page.click("#vary-use")
+    says(page, "#vary-references-told", f"Reference: seed-{seed}-image-2.png.")
+    page.click("#vary-go")
+    says(page, "#vary-images", "Diversity 0.5, seed")
+    says(page, "#vary-status", "Done:")
+    assert page.input_value("#vary-seed input") != seed, "new unless it is kept"
+    assert not page.locator("#vary-compared").is_visible()
+    assert page.locator("#vary-earlier .thumbnail-item").count() == 2
+    page.locator("#vary-earlier .thumbnail-item").nth(1).click()
+    says(page, "#vary-compared", f"Diversity 0.5, seed {seed}")
+    kept = page.input_value("#vary-seed input")
+    page.get_by_label("Keep this seed").locator("visible=true").check()
+    page.click("#vary-go")
+    says(page, "#vary-status", "Drawing")
+    says(page, "#vary-status", "Done:")
+    assert page.input_value("#vary-seed input") == kept
 
 
 def test_every_image_is_told_of_and_can_be_repeated(visit: Callable[..., Page]) -> None:

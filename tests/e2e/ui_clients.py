@@ -77,7 +77,7 @@ class Client:
         self, prompt: str = "a critter", seed: int = 0, steps: int = 1, count: int = 1
     ) -> httpx.Response:
         """Ask for images, and get a place in the queue or none."""
-        data = [prompt, "", 0.5, count, 1, seed, steps, 3, "critters", "plus", "concat"]
+        data = [prompt, "", 0.5, count, 1, seed, True, steps, 3, "critters", "plus", "concat"]
         return self.http.post("/gradio_api/queue/join", json=self.body("vary-go", "click", data))
 
     def messages(self) -> Iterator[dict[str, Any]]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from diffusers import AnimateDiffPipeline, MotionAdapter
 from diffusers.callbacks import IPAdapterScaleCutoffCallback
 from diffusers.image_processor import IPAdapterMaskProcessor
 from safetensors.torch import save_file
@@ -139,6 +140,27 @@ def test_embeddings_act_as_in_stock(kind: str, tmp_path: Path) -> None:
         equal(run(pipe, 2, ip_adapter_image_embeds=embeds), before)
 
 
+def test_arrays_and_prepared_tensors_act_as_in_stock(tmp_path: Path) -> None:
+    pipe = loaded("sd1", ["plus"], tmp_path)
+    array = np.asarray(IMAGES[0])
+    prepared = pipe.feature_extractor(IMAGES[0], return_tensors="pt").pixel_values
+    for given in (array, [array], [[array, array[::-1]]], prepared):
+        before = run(pipe, ip_adapter_image=given)
+        with ipdiverse.diversify(pipe, 0.0):
+            equal(run(pipe, ip_adapter_image=given), before)
+
+
+def test_tensors_of_pictures_are_pictures_which_stock_does_not_know(tmp_path: Path) -> None:
+    pipe = loaded("sd1", ["plus"], tmp_path)
+    pixels = torch.from_numpy(np.array(IMAGES[0])).permute(2, 0, 1)
+    before = run(pipe, ip_adapter_image=IMAGES[0])
+    with ipdiverse.diversify(pipe, 0.0):
+        for given in (pixels, pixels[None], pixels / 255, pixels[None] / 255, [pixels[None]]):
+            equal(run(pipe, ip_adapter_image=given), before)
+        with pytest.raises(ArgumentError, match="which number is white"):
+            run(pipe, ip_adapter_image=pixels / 255 * 2 - 1)
+
+
 def test_masks_act_as_in_stock(tmp_path: Path) -> None:
     pipe = loaded("sd1", ["plus"], tmp_path)
     left = np.zeros((64, 64), np.uint8)
@@ -214,6 +236,77 @@ def test_a_dial_at_0_takes_a_fusion_off_and_leaves_nothing_behind(tmp_path: Path
         equal(run(pipe, 2, ip_adapter_image=IMAGES[0]), before)
         assert "prepare_latents" in vars(pipe)
     assert not {"prepare_latents", "set_ip_adapter_scale"} & vars(pipe).keys()
+
+
+def test_unloading_takes_ours_off_too(tmp_path: Path) -> None:
+    pipe = loaded("sd1", ["plus"], tmp_path)
+    plain = run(models.pipeline("sd1"))
+    ipdiverse.diversify(pipe, 0.7)
+    pipe.unload_ip_adapter()
+    assert pipe.image_encoder is None  # as stock leaves it
+    assert np.array_equal(run(pipe), plain)
+    with pytest.raises(ModelError, match="no adapter is attached"):
+        ipdiverse.detach(pipe)
+    pipe = models.pipeline("sd1")
+    with (
+        ipdiverse.attach(pipe, tmp_path / "0.safetensors"),
+        pytest.raises(ModelError, match=r"unload_ip_adapter.*ipdiverse\.detach"),
+    ):
+        pipe.unload_ip_adapter()
+
+
+def test_called_again_it_turns_the_dial_and_detach_puts_stock_back(tmp_path: Path) -> None:
+    pipe = loaded("sd1", ["plus"], tmp_path)
+    before = run(pipe, ip_adapter_image=IMAGES[0])
+    ipdiverse.diversify(pipe, 0.3)
+    ipdiverse.diversify(pipe, 1.0)
+    varied = run(pipe, ip_adapter_image=IMAGES[0])
+    assert np.abs(varied - before).max() > 100 * TOLERANCE
+    ipdiverse.diversify(pipe, 0.0)
+    equal(run(pipe, ip_adapter_image=IMAGES[0]), before)
+    ipdiverse.detach(pipe)
+    assert np.array_equal(run(pipe, ip_adapter_image=IMAGES[0]), before)
+
+
+def test_another_pipeline_on_the_same_unet_is_told_apart(tmp_path: Path) -> None:
+    pipe = loaded("sd1", ["plus"], tmp_path)
+    before = run(pipe, ip_adapter_image=IMAGES[0])
+    diversified = ipdiverse.diversify(pipe, 0.5)
+    other = type(pipe)(**pipe.components, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    with pytest.raises(ModelError, match="attached to another pipeline with this UNet"):
+        run(other, ip_adapter_image=IMAGES[0])
+    with quiet():
+        other.load_ip_adapter(str(tmp_path), subfolder="", weight_name="0.safetensors")
+    with pytest.raises(ModelError, match=r"was replaced.*found IPAdapter.*load_ip_adapter on ano"):
+        run(pipe, ip_adapter_image=IMAGES[0])
+    diversified.undo()
+    assert np.array_equal(run(pipe, ip_adapter_image=IMAGES[0]), before)
+
+
+def test_a_missing_image_is_one_line(tmp_path: Path) -> None:
+    pipe = loaded("sd1", ["plus"], tmp_path)
+    with ipdiverse.diversify(pipe):
+        with pytest.raises(ArgumentError, match="give the pipeline an ip_adapter_image"):
+            run(pipe)
+        with pytest.raises(ArgumentError, match=r"ip_adapter_image: does not fit.*each of 1;"):
+            run(pipe, ip_adapter_image=IMAGES)
+        with pytest.raises(ArgumentError, match=r"set_ip_adapter_scale: does not fit.*each of 1;"):
+            pipe.set_ip_adapter_scale([1, 2])
+
+
+def test_videos_are_refused_as_videos() -> None:
+    base = models.pipeline("sd1", fresh=True)
+    motion: Any = MotionAdapter(
+        block_out_channels=(16, 32, 32, 32),
+        motion_layers_per_block=2,
+        motion_norm_num_groups=8,
+        motion_num_attention_heads=2,
+    )
+    parts = {name: part for name, part in base.components.items() if name != "safety_checker"}
+    pipe = AnimateDiffPipeline(**parts, motion_adapter=motion)
+    with pytest.raises(ModelError, match=r"AnimateDiffPipeline: draws videos.*of its own"):
+        ipdiverse.attach(pipe, models.adapter("plus", base.unet))
 
 
 def test_what_cannot_be_diversified_is_refused() -> None:

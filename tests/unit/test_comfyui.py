@@ -7,19 +7,32 @@ import copy
 import functools
 import importlib
 import inspect
+import json
 import logging
 import subprocess
 import sys
+import tomllib
+import types
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
+from PIL import Image
+from safetensors.torch import save_file
+from torch.nn.functional import normalize
 
 from ipdiverse.adapter.attach.attach import attach
 from ipdiverse.adapter.attention import ImageBranch, decoupled_cross_attention
 from ipdiverse.adapter.files.checkpoint import save_adapter
 from ipdiverse.adapter.fusion import GatedFusion
+from ipdiverse.adapter.imagine import (
+    SceneBank,
+    VariationSpace,
+    projection_hash,
+    save_space,
+)
 from ipdiverse.adapter.model import ImagePromptAdapter, attention_layers, remember_base_weights
 from ipdiverse.adapter.reference import Reference
 from ipdiverse.adapter.scale import PRESETS, unet_layers
@@ -38,8 +51,9 @@ if TYPE_CHECKING:
 
 PACK = comfyui.load_pack()
 NODES = PACK.NODE_CLASS_MAPPINGS
-INPUTS, PROMPTING, SITES = (
-    importlib.import_module(f"{PACK.__name__}.{name}") for name in ("inputs", "prompting", "sites")
+INPUTS, PROMPTING, SCENES, SCHEDULE, SITES = (
+    importlib.import_module(f"{PACK.__name__}.{name}")
+    for name in ("inputs", "prompting", "scenes", "schedule", "sites")
 )
 PROMPT, NEGATIVE = "a red critter in the snow", "two blue critters"
 GUIDANCE = 4.0
@@ -55,7 +69,7 @@ def comfy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @functools.cache
 def pipeline(architecture: str) -> Any:
     pipe = models.pipeline(architecture)
-    whole = {"timestep_spacing": "leading"}  # ComfyUI knows no timesteps between the trained ones
+    whole = {"timestep_spacing": "trailing"}  # ComfyUI knows no timesteps between the trained ones
     pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, **whole)
     return pipe
 
@@ -97,6 +111,12 @@ def turned(adapter: ImagePromptAdapter, diversity: float, **more: Any) -> Any:
     return NODES["IpdiverseDiversity"]().turn(adapter, diversity, **{"seed": 5, **more})[0]
 
 
+def prompts(architecture: str = "sd1", text: str = PROMPT, width: int = 8) -> Any:
+    """As the node gives them to the adapter."""
+    clip = comfyui.Clip(pipeline(architecture).tokenizer, width=width)
+    return NODES["IpdiverseEncodePrompts"]().encode(clip, text, NEGATIVE)[2]
+
+
 @functools.cache
 def conds(architecture: str) -> tuple[comfyui.Cond, comfyui.Cond]:
     pipe = pipeline(architecture)
@@ -135,6 +155,7 @@ def in_diffusers(
     levers: Levers = OFF,
     scale: Any = 0.8,
     given: Tensor | None = None,
+    space: VariationSpace | None = None,
     **setting: Any,
 ) -> Tensor:
     """The same with ipdiverse on a stock pipeline; images are given as what CLIP vision reads."""
@@ -145,6 +166,7 @@ def in_diffusers(
     with attach(pipe, copy.deepcopy(adapter)) as prompt:
         prompt.set_reference(Reference(embeds=[embeds]))
         prompt.set_scale(scale, **setting)
+        prompt.set_space(space)
         steer(prompt, levers, [derived_seed(5, i, "levers") for i in range(2)])
         sizes = {"height": 64, "width": 64} if architecture == "sdxl" else {}
         return pipe(
@@ -172,16 +194,19 @@ def assert_differ(one: Tensor, other: Tensor) -> None:
 
 def test_the_pack_offers_what_comfyui_looks_for() -> None:
     assert NODES.keys() == PACK.NODE_DISPLAY_NAME_MAPPINGS.keys()
-    assert sorted(PACK.NODE_DISPLAY_NAME_MAPPINGS.values()) == [
-        "Apply ipdiverse adapter",
-        "Load ipdiverse adapter",
-        "ipdiverse Diversity",
-    ]
+    readme = (comfyui.FOLDER / "README.md").read_text()
+    assert not [name for name in PACK.NODE_DISPLAY_NAME_MAPPINGS.values() if name not in readme]
+
+
+def folders(tmp_path: Path) -> Path:
+    for name in ("ipadapter", "ipdiverse_spaces", "clip_vision"):
+        (tmp_path / "models" / name).mkdir(parents=True)
+    return tmp_path / "models"
 
 
 @pytest.mark.parametrize("name", NODES)
 def test_a_node_is_one(name: str, tmp_path: Path) -> None:
-    (tmp_path / "models/ipadapter").mkdir(parents=True)
+    folders(tmp_path)
     node = NODES[name]
     inputs = node.INPUT_TYPES()
     assert "required" in inputs
@@ -190,7 +215,7 @@ def test_a_node_is_one(name: str, tmp_path: Path) -> None:
     for entry in named.values():
         assert isinstance(entry, tuple)
         assert isinstance(entry[0], (str, list)), "a type, or the choices"
-        assert len(entry) == 1 or isinstance(entry[1], dict)
+        assert entry[1]["tooltip"], "every input says what it is"
     assert isinstance(node.CATEGORY, str)
     assert all(isinstance(kind, str) for kind in node.RETURN_TYPES)
     assert len(getattr(node, "RETURN_NAMES", node.RETURN_TYPES)) == len(node.RETURN_TYPES)
@@ -201,7 +226,7 @@ def test_a_node_is_one(name: str, tmp_path: Path) -> None:
 
 
 def test_what_one_node_gives_the_next_takes(tmp_path: Path) -> None:
-    (tmp_path / "models/ipadapter").mkdir(parents=True)
+    folders(tmp_path)
     load, apply, turn = (
         NODES[f"Ipdiverse{name}"] for name in ("LoadAdapter", "ApplyAdapter", "Diversity")
     )
@@ -210,8 +235,7 @@ def test_what_one_node_gives_the_next_takes(tmp_path: Path) -> None:
     assert turn.INPUT_TYPES()["required"]["adapter"][0] == adapter
     assert apply.INPUT_TYPES()["optional"]["diversity"][0] == diversity
     presets = apply.INPUT_TYPES()["required"]["preset"][0]
-    named = {"style", "layout", "instantstyle"}
-    assert presets == [one for one in PRESETS if not one.endswith(" precise") and one not in named]
+    assert presets == [one for one in PRESETS if one not in ("style", "layout", "instantstyle")]
 
 
 def test_modules_import_only_what_comfyui_has() -> None:
@@ -239,8 +263,8 @@ spec = importlib.util.spec_from_file_location("pack", {str(comfyui.FOLDER / "__i
 pack = importlib.util.module_from_spec(spec)
 sys.modules["pack"] = pack
 spec.loader.exec_module(pack)
-import pack.inputs, pack.nodes, pack.prompting, pack.sites
-for name in ("ApplyAdapter", "Diversity"):
+import pack.inputs, pack.nodes, pack.prompting, pack.scenes, pack.schedule, pack.sites
+for name in ("ApplyAdapter", "ApplyEmbeds", "Diversity", "EncodeImages", "EncodePrompts"):
     pack.NODE_CLASS_MAPPINGS["Ipdiverse" + name].INPUT_TYPES()
 try:
     pack.NODE_CLASS_MAPPINGS["IpdiverseDiversity"]().turn(None, 0.5, 0)
@@ -254,15 +278,21 @@ except RuntimeError as error:
     )
 
 
-def test_running_needs_no_diffusers() -> None:
+def test_running_needs_what_the_packs_metadata_names() -> None:
     code = """
 import sys
+import numpy, PIL, safetensors.torch, torch  # ComfyUI's own
+before = set(sys.modules)
 import ipdiverse.adapter.attention, ipdiverse.adapter.files.checkpoint, ipdiverse.adapter.scale
+import ipdiverse.adapter.files.inspection, ipdiverse.adapter.imagine, ipdiverse.adapter.reference
 import ipdiverse.dial, ipdiverse.levers, ipdiverse.sampling.sample
-print(sorted({"diffusers", "transformers", "accelerate"} & set(sys.modules)))
+files = {n: getattr(m, "__file__", "") or "" for n, m in sys.modules.items() if n not in before}
+print(sorted({n.partition(".")[0] for n, file in files.items() if "site-packages" in file}))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
+    found = set(ast.literal_eval(done.stdout)) - {"numpy", "PIL", "safetensors", "torch"}
+    project = tomllib.loads((comfyui.FOLDER / "pyproject.toml").read_text())["project"]
+    assert found == {one.partition(">")[0] for one in project["dependencies"]}
 
 
 def test_load_opens_a_file_of_the_folder_and_sees_when_it_changes(tmp_path: Path) -> None:
@@ -326,6 +356,11 @@ def test_blocks_have_comfyuis_well_known_names() -> None:
     assert len(sdxl) == 70
 
 
+def key_of(site: Any) -> tuple[Any, ...]:
+    """ComfyUI's: with the place in the block only where there are several."""
+    return site.block if site.alone else (*site.block, site.index)
+
+
 @pytest.mark.parametrize("architecture", ["sd1", "sdxl"])
 def test_every_layer_computes_our_decoupled_attention(architecture: str) -> None:
     """Each patch alone, on query, key and value of its layer, against the pure function."""
@@ -333,7 +368,7 @@ def test_every_layer_computes_our_decoupled_attention(architecture: str) -> None
     patched = applied(model_of(architecture), adapter, scale=0.7)
     sites = SITES.sites_of(patched)
     replaced = patched.model_options["transformer_options"]["patches_replace"]["attn2"]
-    assert set(replaced) == {(*site.block, site.index) for site in sites}
+    assert set(replaced) == {key_of(site) for site in sites}
     with torch.no_grad():
         positive = adapter.tokens(clip_vision().encode_image(image()).image_embeds)
         negative = adapter.tokens(torch.zeros(1, models.CLIP_DIM))
@@ -353,7 +388,7 @@ def test_every_layer_computes_our_decoupled_attention(architecture: str) -> None
         }
         weights = adapter.layers()[site.layer.number]
         with torch.no_grad():
-            found = replaced[*site.block, site.index](query, key, value, options)
+            found = replaced[key_of(site)](query, key, value, options)
             *text, image_key, image_value = (
                 states.unflatten(-1, (heads, -1)).transpose(1, 2)
                 for states in (query, key, value, weights.to_k_ip(tokens), weights.to_v_ip(tokens))
@@ -386,15 +421,14 @@ def test_images_are_those_of_the_pipeline(architecture: str, kind: str) -> None:
 @pytest.mark.parametrize("architecture", ["sd1", "sdxl"])
 def test_a_fusion_reads_each_rows_own_text_without_padding(architecture: str) -> None:
     adapter = adapter_of(architecture, "plus", fused=True)
-    clip = comfyui.Clip(pipeline(architecture).tokenizer)
-    words = {"clip": clip, "text": PROMPT, "negative_text": NEGATIVE}
+    words = {"prompts": prompts(architecture)}
     found = sampled(applied(model_of(architecture), adapter, **words), architecture)
     assert_close(found, in_diffusers(adapter, architecture))
     without = sampled(applied(model_of(architecture), adapter), architecture)
     assert (found - without).abs().max() > 1e-3, "padding matters"
 
 
-@pytest.mark.parametrize("preset", [one for one in PRESETS if not one.endswith("precise")])
+@pytest.mark.parametrize("preset", PRESETS)
 def test_presets_are_ours(preset: str) -> None:
     adapter = adapter_of("sd1")
     found = sampled(applied(model_of("sd1"), adapter, preset=preset), steps=2)
@@ -403,16 +437,14 @@ def test_presets_are_ours(preset: str) -> None:
 
 def test_it_acts_in_its_share_of_the_steps() -> None:
     adapter = adapter_of("sd1")
-    found = sampled(applied(model_of("sd1"), adapter, start_at=0.25, end_at=0.75), steps=4)
-    assert_close(found, in_diffusers(adapter, steps=4, start_at=0.25, end_at=0.75))
+    found = sampled(applied(model_of("sd1"), adapter, start_at=0.2, end_at=0.7), steps=4)
+    assert_close(found, in_diffusers(adapter, steps=4, start_at=0.2, end_at=0.7))
     assert_differ(found, sampled(applied(model_of("sd1"), adapter), steps=4))
 
 
 def test_several_images_are_one_reference_together() -> None:
     adapter, both = adapter_of("sd1", "plus", fused=True), image(2, count=2)
-    clip = comfyui.Clip(pipeline("sd1").tokenizer)
-    words = {"clip": clip, "text": PROMPT, "negative_text": NEGATIVE}
-    found = sampled(applied(model_of("sd1"), adapter, image=both, **words))
+    found = sampled(applied(model_of("sd1"), adapter, image=both, prompts=prompts()))
     assert_close(found, in_diffusers(adapter, given=both))
 
 
@@ -497,7 +529,7 @@ def test_the_adapter_that_came_in_is_not_changed() -> None:
         "sigmas": torch.ones(1),
     }
     with torch.no_grad():
-        found = patch[*layer.block, layer.index](rows, rows, rows, options)
+        found = patch[key_of(layer)](rows, rows, rows, options)
     assert found.dtype == torch.bfloat16, "it computes as the model does"
     after = adapter.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
@@ -589,9 +621,7 @@ def test_levers_do_what_they_do_in_a_pipeline(on: dict[str, Any], rivals: None) 
     adapter = adapter_of("sd1", "plus", fused=True)
     torch.manual_seed(9)
     remember_base_weights(adapter, models.adapter("plus", pipeline("sd1").unet, seed=8))
-    clip = comfyui.Clip(pipeline("sd1").tokenizer)
-    setting = PROMPTING.Setting(levers, 5)
-    words = {"clip": clip, "text": PROMPT, "negative_text": NEGATIVE}
+    setting, words = PROMPTING.Setting(levers, 5), {"prompts": prompts()}
     found = sampled(applied(model_of("sd1"), adapter, diversity=setting, **words), steps=4)
     assert_close(found, in_diffusers(adapter, steps=4, levers=levers), 3e-4)
     without = sampled(applied(model_of("sd1"), adapter, **words), steps=4)
@@ -654,15 +684,284 @@ def test_what_does_not_fit_is_one_line() -> None:
         applied(model_of("sd1"), sd1, clip_vision=wide)
 
 
-def test_a_comfyui_that_does_not_tell_its_steps_is_named() -> None:
+# --- progress: by the noise level, over the whole schedule -----------------------------------
+
+
+def in_parts(patcher: Any, steps: int, at: int) -> Tensor:
+    """As two advanced samplers draw, each with its part of the steps."""
+    scheduler = copy.deepcopy(pipeline("sd1").scheduler)
+    scheduler.set_timesteps(steps)
+    latents = noise() * scheduler.init_noise_sigma
+    with torch.inference_mode():
+        for part in (scheduler.sigmas[: at + 1], scheduler.sigmas[at:]):
+            latents = comfyui.sample(patcher, *conds("sd1"), GUIDANCE, latents, part)
+    return latents
+
+
+@pytest.mark.parametrize("changes", [{"start_at": 0.3, "end_at": 0.6}, {"cads": 0.5}, {}])
+def test_two_samplers_of_two_steps_are_one_of_four(changes: dict[str, Any]) -> None:
+    if levers := {name: changes.pop(name) for name in ("cads",) if name in changes}:
+        changes["diversity"] = PROMPTING.Setting(Levers(**levers), 5)
+    patched = applied(model_of("sd1"), adapter_of("sd1"), **changes)
+    assert_close(in_parts(patched, 4, 2), sampled(patched, steps=4), 1e-5)
+
+
+def test_progress_is_told_by_the_noise_level() -> None:
+    sampling = comfyui.BaseModel(pipeline("sd1").unet, pipeline("sd1").scheduler).model_sampling
+    schedule = SCHEDULE.Schedule(sampling, 0.25, 0.5)
+    found = []
+    for share in (0.25, 0.5, 0.75):
+        options = {"sigmas": torch.tensor([sampling.percent_to_sigma(share)])}
+        assert schedule.progress(options) == pytest.approx(share, abs=1e-4)
+        found.append(schedule.acts({"sigmas": options["sigmas"].double()}))
+    assert found == [True, True, False], "both ends included, as in ComfyUI's own nodes"
+    assert schedule.progress({"sigmas": sampling.sigma_max[None]}) == 0
+    assert schedule.progress({"sigmas": torch.tensor([0.0])}) == 1
+
+
+# --- inputs ----------------------------------------------------------------------------------
+
+
+def test_no_image_is_zeros_or_a_black_picture() -> None:
+    base, plus = adapter_of("sd1"), adapter_of("sd1", "plus")
+    drawn = {
+        (name, no): sampled(applied(model_of("sd1"), adapter, no_image=no), steps=1)
+        for name, adapter in (("base", base), ("plus", plus))
+        for no in INPUTS.NO_IMAGE
+    }
+    assert torch.equal(drawn["base", "zeros"], drawn["base", "black"])
+    assert_differ(drawn["plus", "zeros"], drawn["plus", "black"])
+    black = torch.zeros(1, 40, 40, 3)
+    same = sampled(applied(model_of("sd1"), plus, negative_image=black), steps=1)
+    assert_close(drawn["plus", "black"], same, 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["base", "plus"])
+def test_embeddings_are_what_images_become(kind: str) -> None:
+    adapter = adapter_of("sd1", kind)
+    encode, apply = NODES["IpdiverseEncodeImages"](), NODES["IpdiverseApplyEmbeds"]()
+    embeds = encode.encode(adapter, clip_vision(), image())
+    (patched,) = apply.apply(model_of("sd1"), adapter, *embeds, *DEFAULTS.values())
+    assert torch.equal(sampled(patched), sampled(applied(model_of("sd1"), adapter)))
+    other = adapter_of("sd1", "plus" if kind == "base" else "base")
+    with pytest.raises(ModelError, match=f"embeddings: a {other.kind} adapter cannot read them"):
+        apply.apply(model_of("sd1"), other, *embeds, *DEFAULTS.values())
+
+
+def test_several_images_become_one_reference() -> None:
+    one, other = torch.rand(2, 1, 6, generator=torch.Generator().manual_seed(1))
+    both = torch.cat([one, other])
+    expected = {
+        "concat": both,
+        "average": (one + other) / 2,
+        "subtract": one - other,
+        "add": one + other,
+        "norm average": (one + other) / 2 / both.norm(dim=0),
+    }
+    assert expected.keys() == set(INPUTS.COMBINE)
+    for how, wanted in expected.items():
+        torch.testing.assert_close(INPUTS.combined(both, how), wanted)
+        assert torch.equal(INPUTS.combined(one, how), one), "one image is one reference"
+
+
+def test_a_mask_says_where_the_image_acts() -> None:
+    adapter, model = adapter_of("sd1"), model_of("sd1")
+    everywhere = applied(model, adapter, attn_mask=torch.ones(1, 16, 16))
+    nowhere = applied(model, adapter, attn_mask=torch.zeros(16, 16))
+    assert_close(sampled(everywhere), sampled(applied(model, adapter)), 1e-6)
+    assert torch.equal(sampled(nowhere), sampled(model))
+    # a mask for each image of the batch
+    each = torch.stack([torch.ones(16, 16), torch.zeros(16, 16)])
+    found = sampled(applied(model, adapter, attn_mask=each))
+    assert_close(found[0], sampled(applied(model, adapter))[0], 1e-6)
+    assert torch.equal(found[1], sampled(model)[1])
+
+
+def test_half_a_mask_acts_in_half_of_a_layers_pixels() -> None:
+    mask = torch.zeros(1, 16, 16)
+    mask[:, :, :8] = 1
     adapter = adapter_of("sd1")
-    patched = applied(model_of("sd1"), adapter, start_at=0.5)
-    layer = SITES.sites_of(patched)[0]
-    patch = patched.model_options["transformer_options"]["patches_replace"]["attn2"]
-    rows = torch.zeros(2, 3, layer.widths[1])
-    options = {"cond_or_uncond": [1, 0], "n_heads": 2, "sigmas": torch.ones(1)}
-    with pytest.raises(ModelError, match=r"ComfyUI: does not tell the sampler's steps\. Update"):
-        patch[*layer.block, layer.index](rows, rows, rows, options)
+    patched = applied(model_of("sd1"), adapter, attn_mask=mask)
+    site = SITES.sites_of(patched)[0]
+    patch = patched.model_options["transformer_options"]["patches_replace"]["attn2"][key_of(site)]
+    rows = torch.randn(2, 256, site.widths[1], generator=torch.Generator().manual_seed(0))
+    options = {
+        "cond_or_uncond": [UNCOND, COND],
+        "n_heads": 2,
+        "ipdiverse_text": torch.zeros(2, 5, site.widths[0]),
+        "sigmas": torch.ones(1),
+        "original_shape": [2, 4, 16, 16],
+    }
+    with torch.no_grad():
+        changed = (patch(rows, rows, rows, options) - patch.attend(rows, rows, rows, options)) != 0
+    acts = changed.any(-1).unflatten(1, (16, 16)).all(1)
+    assert acts.tolist() == [[True] * 8 + [False] * 8] * 2
+
+
+@pytest.mark.parametrize("preset", ["style transfer precise", "composition precise"])
+def test_layers_that_lead_away_do_so_however_rows_are_batched(preset: str) -> None:
+    patched = applied(model_of("sd1"), adapter_of("sd1"), preset=preset)
+    assert_close(sampled(patched, together=False), sampled(patched, together=True), 1e-5)
+
+
+# --- beside ComfyUI_IPAdapter_plus ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["sd1", "sdxl"])
+def test_that_packs_node_adds_to_ours_and_leaves_our_model_alone(architecture: str) -> None:
+    """It adds to a patch that it finds under its key, if that has the method `add`."""
+    mine = applied(model_of(architecture), adapter_of(architecture))
+    alone = sampled(mine, architecture)
+    later, called = mine.clone(), []
+    theirs = {"sdxl": ("output", 3, 1), "sd1": ("output", 4)}[architecture]
+    patch = later.model_options["transformer_options"]["patches_replace"]["attn2"][theirs]
+
+    def callback(
+        out: Tensor, q: Tensor, k: Tensor, v: Tensor, options: Any, **given: Any
+    ) -> Tensor:
+        called.append(given["weight"])
+        return out
+
+    patch.add(callback, weight=0.5, sigma_start=1.5, sigma_end=0.0)
+    assert not torch.equal(sampled(later, architecture), alone)
+    assert called
+    assert len(called) < 3 * 2, "only in its range of noise levels"
+    assert torch.equal(sampled(mine, architecture), alone), "the model before it is as it was"
+
+
+# --- scenes ----------------------------------------------------------------------------------
+
+
+def space_of(adapter: ImagePromptAdapter, width: int = 8, keys: str = "image") -> VariationSpace:
+    """A random one, whose scenes are found by embeddings of a width."""
+    source = torch.Generator().manual_seed(8)
+    tokens = adapter.image_proj.num_tokens
+    assert tokens is not None
+    size = tokens * adapter.token_width
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=source)
+
+    directions, scene = torch.linalg.qr(drawn(size, 6)).Q, torch.linalg.qr(drawn(6, 3)).Q
+    bank = SceneBank(3 * drawn(100, 6), normalize(drawn(100, 4), dim=-1), ("",) * 100)
+    spec = {"projection": projection_hash(adapter), "keys": keys, "adapter": "tiny"}
+    parts = (torch.zeros(size), directions, torch.ones(6), scene, bank, drawn(2, width))
+    return VariationSpace(*parts, drawn(width, 4), spec)
+
+
+def test_every_image_has_a_scene_of_its_own_as_in_a_pipeline() -> None:
+    adapter = adapter_of("sd1")
+    space, levers = space_of(adapter), Levers(recombine=0.7)
+    setting = PROMPTING.Setting(levers, 5, space)
+    found = sampled(applied(model_of("sd1"), adapter, diversity=setting))
+    # any scene fits, as there is no prompt: this base has no text encoder in CLIP's image space
+    keyless = replace(space, bank=replace(space.bank, keys=torch.zeros(100, 0)))
+    assert_close(found, in_diffusers(adapter, levers=levers, space=keyless))
+    plain = sampled(applied(model_of("sd1"), adapter))
+    assert_differ(found[0], plain[0])
+    assert_differ(found[1], plain[1])
+
+
+def test_scenes_fit_the_prompt_and_differ_between_images() -> None:
+    adapter = adapter_of("sd1")
+    space = space_of(adapter)
+    given = prompts()
+    scenes = SCENES.Scenes(space, given)
+    fit, share = space.bank.candidates(space.keys_of(given.pooled, prompts=True))
+    assert len(fit) < len(space.bank)
+    tokens = torch.zeros(8, 1, adapter.image_proj.num_tokens, adapter.token_width)
+    drawn = space.reduce(scenes.recombined(tokens, 1.0, (), range(8)))[:, 0] @ space.scene
+    those = space.bank.scenes[fit] @ space.scene
+    assert torch.cdist(drawn, those).min(1).values.max() < 1e-4, "of those that fit"
+    assert len({tuple(row.tolist()) for row in drawn.round(decimals=3)}) > 1
+    assert share == scenes.share == 1.0
+
+
+def test_the_dial_draws_scenes_where_there_is_a_space(caplog: pytest.LogCaptureFixture) -> None:
+    adapter = adapter_of("sd1")
+    space = space_of(adapter)
+    assert turned(adapter, 0.5, space=space).levers == Levers(recombine=0.5)
+    assert turned(adapter, 0.5).levers.recombine == 0
+    adapter.spec["dial"] = Dial(((0.0, OFF), (1.0, Levers(cads=0.5))), "by hand").as_spec()
+    with caplog.at_level(logging.WARNING):
+        turned(adapter, 1.0, space=space)
+    assert "this adapter's dial does not use a variation space" in caplog.text
+
+
+def test_scenes_of_ones_own_are_those_of_the_pictures() -> None:
+    adapter = adapter_of("sd1")
+    pictures = torch.cat([image(3), image(4), image(5)])
+    for keys, width in (("image", models.CLIP_DIM), ("caption", 8)):
+        space = space_of(adapter, width, keys)
+        (made,) = NODES["IpdiverseScenes"]().read(space, adapter, clip_vision(), pictures)
+        with torch.no_grad():
+            tokens = adapter.tokens(clip_vision().encode_image(pictures[1:2]).image_embeds)
+        torch.testing.assert_close(made.bank.scenes[1:2], space.reduce(tokens))
+        assert made.bank.keys.shape == (3, 4 if keys == "image" else 0)
+
+
+def test_spaces_are_opened_and_what_does_not_fit_is_one_line(tmp_path: Path) -> None:
+    folder = folders(tmp_path) / "ipdiverse_spaces"
+    adapter, node = adapter_of("sd1"), NODES["IpdiverseLoadSpace"]()
+    space = space_of(adapter)
+    save_space(space, folder / "mine.safetensors")
+    choices = node.INPUT_TYPES()["required"]["space_name"][0]
+    assert choices == ["the adapter's own", "mine.safetensors"]
+    (opened,) = node.load(adapter, "mine.safetensors")
+    assert opened.sha256 == space.sha256
+    scenes, other = NODES["IpdiverseScenes"](), models.adapter("base", pipeline("sd1").unet, seed=9)
+    wide = PROMPTING.Setting(Levers(recombine=1.0), 5, space_of(adapter, 9))
+    for call, message in (
+        (lambda: node.load(other, "mine.safetensors"), "mine.safetensors: was fitted on another"),
+        (lambda: node.load(adapter, choices[0]), "a base adapter: comes without a variation space"),
+        (lambda: turned(other, 0.5, space=space), "space: was fitted on another adapter's"),
+        (
+            lambda: scenes.read(space, adapter, clip_vision(), image()),
+            "scenes: hold too little to vary",
+        ),
+        (
+            lambda: applied(model_of("sd1"), adapter, diversity=wide, prompts=prompts()),
+            "space: finds scenes with another text encoder .* width 9; found width 8",
+        ),
+    ):
+        with pytest.raises(IpdiverseError, match=message) as said:
+            call()
+        assert "\n" not in str(said.value)
+
+
+# --- finding models --------------------------------------------------------------------------
+
+
+def test_what_fits_is_found_by_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: Any = types.ModuleType("comfy.clip_vision")
+    opened.load = lambda file: ("opened", file)
+    monkeypatch.setitem(sys.modules, "comfy.clip_vision", opened)
+    monkeypatch.setattr(sys.modules["comfy"], "clip_vision", opened, raising=False)
+    folder, node = folders(tmp_path), NODES["IpdiverseFindModels"]()
+    with pytest.raises(ModelError, match=r"models/ipadapter: holds no such .* kind base, 16 l"):
+        node.find(model_of("sd1"), "base")
+    (folder / "ipadapter/a.txt").write_text("no adapter")
+    for name, architecture, kind in (
+        ("b", "sdxl", "base"),
+        ("c", "sd1", "plus"),
+        ("d", "sd1", "base"),
+    ):
+        file = folder / f"ipadapter/{name}.safetensors"
+        save_adapter(adapter_of(architecture, kind), file, {"is": name}, torch.float32)
+    with pytest.raises(ModelError, match=r"models/clip_vision: holds no image encoder .* width 48"):
+        node.find(model_of("sd1"), "base")
+    (folder / "clip_vision/a.bin").write_bytes(b"no tensors")
+    for name, width in (("b", 7), ("c", models.CLIP_DIM)):
+        shapes = {
+            "visual_projection.weight": torch.zeros(width, 5),
+            "vision_model.embeddings.class_embedding": torch.zeros(models.CLIP_WIDTH),
+        }
+        save_file(shapes, folder / f"clip_vision/{name}.safetensors")
+    found = node.find(model_of("sd1"), "base")
+    assert found[0].spec["is"] == "d"
+    assert found[1] == ("opened", str(folder / "clip_vision/c.safetensors"))
+    plus = node.find(model_of("sd1"), "plus")
+    assert (plus[0].spec["is"], plus[1][1][-13:]) == ("c", "b.safetensors")
 
 
 # --- words -----------------------------------------------------------------------------------
@@ -691,3 +990,47 @@ def test_the_readme_says_of_every_lever_what_becomes_of_it() -> None:
     lines = (comfyui.FOLDER / "README.md").read_text().splitlines()
     table = " ".join(line for line in lines if line.startswith("| `"))
     assert not {name for name in LEVERS if f"`{name}`" not in table}
+
+
+# --- examples --------------------------------------------------------------------------------
+
+WIDGETS = ("FLOAT", "INT", "STRING")
+EXAMPLES = sorted((comfyui.FOLDER / "examples").glob("*_api.json"))
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
+def test_an_example_for_the_page_is_its_workflow_of_the_api(file: Path, tmp_path: Path) -> None:
+    folders(tmp_path)
+    api = json.loads(file.read_text())
+    page = json.loads(file.with_name(file.name.replace("_api", "")).read_text())
+    links = {link[0]: [str(link[1]), link[2]] for link in page["links"]}
+    assert {str(one["id"]): one["type"] for one in page["nodes"]} == {
+        name: one["class_type"] for name, one in api.items()
+    }
+    for one in page["nodes"]:
+        given = api[str(one["id"])]["inputs"]
+        linked = {part["name"]: links[part["link"]] for part in one["inputs"] if part["link"]}
+        assert linked == {name: value for name, value in given.items() if isinstance(value, list)}
+        written = [value for value in given.values() if not isinstance(value, list)]
+        assert not [value for value in written if value not in one["widgets_values"]]
+        if one["type"] not in NODES:
+            continue
+        node = NODES[one["type"]]
+        taken = {k: v for part in node.INPUT_TYPES().values() for k, v in part.items()}
+        assert given.keys() <= taken.keys()
+        assert set(node.INPUT_TYPES()["required"]) <= given.keys()
+        # the page fills widgets by their order: a seed is followed by what becomes of it
+        boxes = [k for k, v in taken.items() if isinstance(v[0], list) or v[0] in WIDGETS]
+        values = [value for value in one["widgets_values"] if value != "fixed"]
+        assert values == [given[name] for name in boxes]
+        wires = [(part["name"], part["type"]) for part in one["inputs"]]
+        assert wires == [(k, v[0]) for k, v in taken.items() if k not in boxes]
+        assert [part["type"] for part in one["outputs"]] == list(node.RETURN_TYPES)
+
+
+def test_the_picture_holds_its_workflow() -> None:
+    folder = comfyui.FOLDER / "examples"
+    with Image.open(folder / "variety.png") as picture:
+        told = dict(picture.info)
+    for key, name in (("workflow", "variety.json"), ("prompt", "variety_api.json")):
+        assert json.loads(told[key]) == json.loads((folder / name).read_text())

@@ -19,7 +19,7 @@ from ipdiverse.image_io import as_mask, load_image, upright
 if TYPE_CHECKING:
     from collections.abc import Sized
 
-    ImageLike = Image.Image | str | Path
+    ImageLike = Image.Image | str | Path | np.ndarray | Tensor
 
 Combine = Literal["concat", "average", "weighted", "subtract"]
 COMBINES: tuple[str, ...] = get_args(Combine)
@@ -30,7 +30,7 @@ class Reference:
     """The image prompt of one item.
 
     Args:
-        images: One or several; they go through the image encoder.
+        images: One or several, as `as_reference` takes them; they go through the image encoder.
         faces: Face embeddings, (count, face_dim), for adapters that read faces; one for each
             image where both are read.
         combine: `concat`: tokens of all, side by side. `average`, `weighted`: the mean of their
@@ -45,7 +45,7 @@ class Reference:
         ArgumentError: Parts that do not fit together.
     """
 
-    images: Sequence[Image.Image] = ()
+    images: Sequence[Any] = ()
     faces: Tensor | None = None
     combine: Combine = "concat"
     weights: Sequence[float] | None = None
@@ -60,14 +60,15 @@ class Reference:
             object.__setattr__(self, "embeds", checked)
         if self.faces is not None:
             object.__setattr__(self, "faces", as_embeds(self.faces, "reference: faces"))
+        # a photograph that Pillow opened lies as the camera was held; one by its path does not
+        object.__setattr__(self, "images", [upright(image) for image in _images(self.images)])
         count = self.count()
         if count == 0:
             raise ArgumentError("is empty", where="reference", fix="Give at least one image.")
         check_parts(count, self.combine, self.weights, self.masks)
-        for image in (*self.images, *(self.masks or ())):
-            _checked_image(image, "PIL images", "Open files with image_io.load_image.")
-        # a photograph that Pillow opened lies as the camera was held; one by its path does not
-        object.__setattr__(self, "images", [upright(image) for image in self.images])
+        for mask in self.masks or ():
+            if not isinstance(mask, Image.Image):
+                raise _no_image(mask, "masks", "PIL images; image_io.load_mask opens files")
 
     def count(self) -> int | None:
         """How many images or faces; None for embeddings whose axes only an adapter can tell."""
@@ -104,12 +105,23 @@ def check_parts(
 
 
 def as_reference(item: Reference | ImageLike | Sequence[ImageLike]) -> Reference:
-    """One image, or several, as a reference; images or their files."""
-    if isinstance(item, Reference):
-        return item
-    if isinstance(item, str) or not isinstance(item, Sequence):
-        item = [item]
-    return Reference([_image(one) for one in item])
+    """One image, or several together, as a reference.
+
+    An image is a PIL image, a file, or an array or tensor: (H, W), (H, W, channels) or (channels,
+    H, W), and a batch of these; of fractions in 0..1, or of numbers in 0..255.
+
+    Raises:
+        ArgumentError: Not an image, or one whose axes or range cannot be told.
+        ImageError: A file cannot be read.
+    """
+    return item if isinstance(item, Reference) else Reference(item)  # type: ignore[arg-type]
+
+
+def split_batch(given: Any) -> list[Any]:
+    """A list's entries, an array's images, or the one thing that was given."""
+    if isinstance(given, (np.ndarray, Tensor)) and given.ndim == 4:
+        return [*given]
+    return [*given] if isinstance(given, (list, tuple)) else [given]
 
 
 def as_embeds(given: Any, where: str) -> Tensor:
@@ -133,19 +145,62 @@ def as_embeds(given: Any, where: str) -> Tensor:
     return tensor
 
 
-def _image(item: Any) -> Image.Image:
-    if isinstance(item, (str, Path)):
-        return load_image(Path(item))
-    fix = "Give embeddings as Reference(embeds=[…])." if isinstance(item, Tensor) else None
-    return _checked_image(item, "a PIL image, an image's file, or a Reference", fix)
+def _images(given: Any) -> list[Image.Image]:
+    """All images of what may hold files, arrays and batches of them."""
+    found = []
+    for one in split_batch(given):
+        if isinstance(one, (np.ndarray, Tensor)):
+            found += [_of_array(part) for part in split_batch(one)]
+        elif isinstance(one, (str, Path)):
+            found.append(load_image(Path(one)))
+        elif isinstance(one, Image.Image):
+            found.append(one)
+        else:
+            raise _no_image(one, "reference", "a PIL image, an image's file, an array, a Reference")
+    return found
 
 
-def _checked_image(item: Any, expected: str, fix: str | None) -> Image.Image:
-    if isinstance(item, Image.Image):
-        return item
-    found = type(item).__name__
-    what = "is not an image"
-    raise ArgumentError(what, where="reference", expected=expected, found=found, fix=fix)
+def _no_image(item: Any, where: str, expected: str) -> ArgumentError:
+    return ArgumentError(
+        "is not an image", where=where, expected=expected, found=type(item).__name__
+    )
+
+
+def _of_array(given: Any) -> Image.Image:
+    """A picture of numbers, whose axes and range are told by the numbers themselves."""
+    if isinstance(given, Tensor):
+        given = given.detach().cpu()
+        given = (given.float() if given.is_floating_point() else given).numpy()
+    if given.ndim == 2:
+        given = given[..., None]
+    first, last = (given.ndim == 3 and given.shape[axis] in (1, 3, 4) for axis in (0, -1))
+    if first == last or not given.size:  # both: three rows or three columns, nobody knows
+        raise ArgumentError(
+            "has axes that are not an image's",
+            where="reference",
+            expected="(H, W), (H, W, channels) or (channels, H, W), or a batch of these",
+            found=given.shape,
+            fix="Give embeddings as Reference(embeds=[…]).",
+        )
+    pixels = _eight_bits(np.moveaxis(given, 0, -1) if first else given)
+    return Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels))
+
+
+def _eight_bits(given: np.ndarray) -> np.ndarray:
+    """Pixels in 0..255, of fractions or of numbers."""
+    low, high = (given.min(), given.max()) if given.dtype.kind in "buif" else (np.nan, np.nan)
+    fractions = given.dtype.kind in "bf" and high <= 1
+    # 3 of 255 is a black picture, while CLIP's preparation ends at 2.2: nothing to guess between
+    numbers = high == 0 or (3 if given.dtype.kind == "f" else 1) < high <= 255
+    if not (low >= 0 and (fractions or numbers)):
+        raise ArgumentError(
+            "does not say which number is white",
+            where="reference",
+            expected="fractions in 0..1, or numbers in 0..255",
+            found=f"{given.dtype}, {low:.6g} to {high:.6g}",
+            fix="Undo what prepared it for a model, so that 0 is black and 1 or 255 is white.",
+        )
+    return np.round(given.astype(np.float32) * (255 if fractions else 1)).astype(np.uint8)
 
 
 def combine_embeds(

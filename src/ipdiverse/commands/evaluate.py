@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -19,6 +19,7 @@ from ipdiverse.commands.console import (
     say_json,
     write_json,
 )
+from ipdiverse.config import problems, read_toml
 from ipdiverse.errors import MAX_SENTENCE, ArgumentError, quoted
 from ipdiverse.training.config import CacheConfig, FitOptions
 
@@ -202,7 +203,8 @@ class Fit:
     """Find what is the scene's in an adapter's image tokens, so that each image can have its own.
 
     Nothing is trained, and only the image encoder and the adapter's projection run. The file fits
-    every adapter with the same projection.
+    every adapter with the same projection. `--config FILE.toml` sets any option but the folder;
+    flags override it.
 
     Args:
         folder: A folder that `prepare` wrote, with subjects of several pictures or with pairs.
@@ -252,3 +254,20 @@ class Fit:
         say(f"{as_text(space.spec)}\nwrote {self.out}")
         if space.spec["pairs"] < _FEW:
             note(f"fitted on {space.spec['pairs']} pairs; from {_FEW} on more of a subject is kept")
+
+
+def read_fit(file: Path) -> dict[str, Any]:
+    """The options of `fit` in a TOML file."""
+    content = read_toml(file)
+    own = Fit.__dataclass_fields__.keys() - {"folder", "cache", "fit"}
+    parts = {kind: kind.__dataclass_fields__.keys() for kind in (CacheConfig, FitOptions)}
+    found = [
+        line
+        for kind, names in {**parts, Fit: own}.items()
+        for line in problems(kind, {k: v for k, v in content.items() if k in names})
+    ]
+    known = own.union(*parts.values())
+    found += [f"unknown key {key!r}" for key in content if key not in known]
+    if found:
+        raise ArgumentError("; ".join(found), where=file)
+    return content

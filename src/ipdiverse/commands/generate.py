@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import warnings
 from dataclasses import dataclass, replace
+from importlib.metadata import distribution
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
 
 import tyro
 
@@ -131,7 +134,7 @@ class Ui:
             raise ArgumentError(
                 "needs gradio, which is not installed",
                 where="ui",
-                fix="Run `pip install -e '.[ui]'` in your copy of ipdiverse.",
+                fix=f"Run `{how_to_add('ui')}`.",
             )
         from ipdiverse.ui.safety import is_loopback
         from ipdiverse.ui.server import serve
@@ -143,6 +146,16 @@ class Ui:
 
             password = getpass(f"password for {options.user}: ")
         serve(replace(options, password=password), lambda url: say(f"open {url} (Ctrl-C ends it)"))
+
+
+def how_to_add(extra: str) -> str:
+    """The command that adds an extra, by how this ipdiverse was installed (PEP 610)."""
+    origin = json.loads(distribution("ipdiverse").read_text("direct_url.json") or "{}")
+    where = unquote(urlsplit(origin.get("url", "")).path)
+    if not where:  # of an index
+        return f"pip install 'ipdiverse[{extra}]'"
+    editable = origin.get("dir_info", {}).get("editable")
+    return f"pip install {'-e ' if editable else ''}{shlex.quote(f'{where}[{extra}]')}"
 
 
 def renamed_flags(words: Sequence[str], names: Mapping[str, str]) -> list[str]:

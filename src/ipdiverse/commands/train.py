@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -15,6 +15,9 @@ from ipdiverse.config import problems, read_toml, renamed
 from ipdiverse.data.manifest import PrepareOptions
 from ipdiverse.errors import ArgumentError
 from ipdiverse.training.config import DROPPED, RENAMED, CacheConfig, TrainConfig, todays
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 ORIGINAL_FLAGS = {
     "pretrained_model_name_or_path": "base",
@@ -205,13 +208,18 @@ def as_flags(arguments: list[str]) -> list[str]:
         if flag == "--mixed-precision" and flags[index + 1] == "fp32":
             flags[index + 1] = "no"
     _leave_out_ignored(flags)
+    return spelled_out(flags, read_run)
+
+
+def spelled_out(flags: list[str], content_of: Callable[[Path], dict[str, Any]]) -> list[str]:
+    """Flags with the settings of a `--config FILE` before them; flags override the file."""
     if "--config" not in flags[:-1]:
         return flags
     at = flags.index("--config")
     rest = flags[:at] + flags[at + 2 :]
     given = {part.removeprefix("--").removeprefix("no-") for part in rest if part.startswith("--")}
     spelled: list[str] = []
-    for key, value in read_run(Path(flags[at + 1])).items():
+    for key, value in content_of(Path(flags[at + 1])).items():
         flag = key.replace("_", "-")
         if not {flag, _IN_PLACE_OF.get(flag)} & given:
             spelled += _flag(flag, value)

@@ -7,11 +7,13 @@ files; `webdataset` is tar files whose members of one stem are one sample.
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import json
 import logging
 import os
 import tarfile
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
 
@@ -32,6 +34,7 @@ from ipdiverse.data.files import (
 from ipdiverse.data.lists import TEXT_COLUMNS, matching
 from ipdiverse.data.manifest import Item, Source
 from ipdiverse.errors import DataError
+from ipdiverse.image_io import load_image_bytes
 from ipdiverse.image_io.files import MAX_FILE_BYTES, SUFFIXES
 
 if TYPE_CHECKING:
@@ -88,7 +91,9 @@ def hub_source(
                 found=", ".join(columns),
                 fix=f"Name the right one with --{what}-column.",
             )
-    text = _text_column(columns, source) if text is None else text
+    halves = text is None and isinstance(columns.get("description"), dict)
+    halves = halves and {"description_0", "description_1"} <= columns["description"].keys()
+    text = _text_column(columns, source) if text is None and not halves else text
     reference = "reference" if isinstance(columns.get("reference"), datasets.Image) else None
     for name in (image, reference):
         # undecoded: `datasets` would decode without the limits of `image_io`
@@ -96,6 +101,15 @@ def hub_source(
             table = table.cast_column(name, datasets.Image(decode=False))
 
     roots = _roots(source)
+
+    if halves:
+        told = [name for name in ("description", "quality_assessment") if name in columns]
+        good = [i for i, about in enumerate(table.select_columns(told)) if _good(about)]
+        left = f"left out {len(table) - len(good)} of {len(table)} pairs, which are noted as poor"
+        pairs = partial(map, partial(_two_items, image, roots), good, table.select(good))
+        both = itertools.chain.from_iterable
+        notes = dict.fromkeys([left] if len(good) < len(table) else [])
+        return Source("hub", 2 * len(good), lambda: both(pairs()), notes, unused)
 
     def item(number: int, row: dict[str, Any]) -> Item:
         name, words, subject = f"row-{number:07d}", row.get(text or ""), row.get("subject")
@@ -109,6 +123,55 @@ def hub_source(
         )
 
     return Source("hub", len(table), lambda: map(item, itertools.count(), table), unused=unused)
+
+
+_GOOD = 5
+"""Of `quality_assessment`'s notes from 0 to 5: what the authors of Subjects200K train on."""
+
+
+def _two_items(
+    image: str, roots: tuple[Path, ...], number: int, row: dict[str, Any]
+) -> Iterator[Item]:
+    """Both pictures of a row that shows one subject twice, side by side, each with its caption.
+
+    The layout of Subjects200K (arXiv:2411.15098): `description` holds the subject's name and
+    `description_0`, `description_1`.
+    """
+    for half in (0, 1):
+        name, text = f"row-{number:07d}-{half}", row["description"][f"description_{half}"]
+        load = partial(_half, row[image], name, roots, half)
+        yield Item(name, load, text or None, f"row-{number:07d}")
+
+
+def _good(about: dict[str, Any]) -> bool:
+    """Whether the authors found that both pictures show one subject, and well."""
+    described = about["description"] or {}
+    notes = (about.get("quality_assessment") or {}).values()
+    told = described.get("description_valid", True) and described.get("description_0")
+    return bool(told) and all(note is not None and note >= _GOOD for note in notes)
+
+
+def _half(stored: Any, name: str, roots: tuple[Path, ...], half: int) -> bytes:
+    """One of two square pictures that stand side by side with a border around each, as PNG.
+
+    Borders are shared, so that with pictures of s and borders of b pixels the whole has 2s + 3b by
+    s + 2b: its size tells both.
+    """
+    whole = load_image_bytes(_bytes(stored, name, roots), name)
+    border = 2 * whole.height - whole.width
+    edge = whole.height - 2 * border
+    if border < 0 or edge < 4 * border or edge < 1:
+        raise DataError(
+            "does not show two pictures side by side",
+            where=name,
+            expected="twice as wide as high, but for a border",
+            found=f"{whole.width} x {whole.height}",
+            fix="Give --text-column, and its pictures are taken as they are.",
+        )
+    left = border + half * (edge + border)
+    file = io.BytesIO()
+    whole.crop((left, border, left + edge, border + edge)).save(file, "PNG", compress_level=1)
+    return file.getvalue()
 
 
 def _load(source: str, options: SourceOptions, used: set[str]) -> Any:

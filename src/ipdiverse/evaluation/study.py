@@ -8,7 +8,7 @@ steps = 25                      # default: the base's own, as for scale and guid
 name = "plain"                  # its name in the report
 family = "λ sweep"              # arms of a family are joined by a line
 adapter = "plus"                # and options of `ipdiverse generate`: scale, preset, start_at,
-scale = 1.0                     # end_at, guidance_scale, diversity, candidates, every lever
+scale = 1.0                     # end_at, guidance_scale, diversity, space, candidates, every lever
 
 [[sweep]]                       # an arm for every combination
 family = "λ × guidance"
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 SETTINGS = (
     *("adapter", "scale", "preset", "start_at", "end_at", "guidance_scale", "diversity"),
-    "candidates",
+    *("candidates", "space"),
 )
 """What an arm may set besides levers: fields of `Request`."""
 

@@ -163,17 +163,16 @@ def seeds_of(generators: Any, items: int) -> list[int]:
 class Diversified:
     """What `diversify` did to a pipeline; `undo` puts stock back, to the bit."""
 
-    def __init__(self, attachment: DialedAttachment, undo: Any) -> None:
-        self.attachment, self._undo = attachment, undo
+    def __init__(self, attachment: DialedAttachment) -> None:
+        self.attachment = attachment
 
     def set_diversity(self, diversity: float, **options: Any) -> None:
         """As `DialedAttachment.set_diversity`."""
         self.attachment.set_diversity(diversity, **options)
 
     def undo(self) -> None:
-        """Put the adapters back as stock diffusers had loaded them."""
+        """Put the adapters back as stock diffusers had loaded them; `detach` does the same."""
         detach(self.attachment.pipe)
-        self._undo()
 
     def __enter__(self) -> Diversified:
         return self
@@ -199,11 +198,17 @@ def diversify(
         diversity: 0..1; 0 draws what stock draws.
         space: As `DialedAttachment.set_diversity` takes it.
 
+    Called again on the same pipeline, it turns the dial.
+
     Raises:
         ModelError: No adapter is loaded, or the pipeline is of another kind.
         ArgumentError: The diversity is out of range.
     """
     check_range("diversity", diversity, 0, 1)
+    answering = StockCalls.of(pipe)
+    if answering is not None:  # a notebook's cell that is run again
+        answering.attachment.set_diversity(diversity, space=space)
+        return Diversified(answering.attachment)
     unet = getattr(pipe, "unet", None)
     loaded = [] if unet is None else stock_adapters(unet)
     if not loaded:
@@ -223,14 +228,15 @@ def diversify(
         checked_unet(pipe)
         attachment = attach(pipe, *adapters)
         attachment.stock_layers = list(state.projection.image_projection_layers)
+        attachment.hook.before = dict(state.processors)
+        attachment.on_detach(lambda: put_back(unet, state))
         for number, one in enumerate(loaded):
             layers = attachment.hook.layers
             attachment.set_scale([one.scales[layer.number] for layer in layers], adapter=number)
-        made = Diversified(attachment, lambda: put_back(unet, state))
         attachment.set_diversity(diversity, space=space)
     except BaseException:
         with suppress(ModelError):  # it may not be attached yet
             detach(pipe)
         put_back(unet, state)
         raise
-    return made
+    return Diversified(attachment)

@@ -46,7 +46,7 @@ class Options:
     reports: tuple[str, ...] = ("out",)
     bases: tuple[str, ...] = ()
     adapters: tuple[str, ...] = ()
-    waiting: int = 8
+    waiting: int = 5
 
 
 @dataclass(frozen=True)

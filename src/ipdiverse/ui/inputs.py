@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as short
@@ -16,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from ipdiverse.base.bases import defaults_of
+from ipdiverse.base.bases import CRITTERS, defaults_of
+from ipdiverse.base.presets import PRESETS
 from ipdiverse.errors import ArgumentError, check_range
 from ipdiverse.sampling.request import Request
 from ipdiverse.ui import Installed
-from ipdiverse.ui.status import PRIVATE
+from ipdiverse.ui.status import PRIVATE, line
 from ipdiverse.ui.uploads import Upload, shown_of
 
 if TYPE_CHECKING:
@@ -31,7 +33,10 @@ if TYPE_CHECKING:
 MAX_SET, MAX_STEPS, MAX_GUIDANCE, MAX_TEXT = 16, 100, 20, 2000
 MAX_SEED = 2**53
 """Above that, a browser's numbers are no longer whole."""
+_NEW_SEEDS = 10**6
+"""Seeds that are drawn are short enough to be read out."""
 _MAX_FILES = 100
+_CHANGING = ("vary-adapter", "grid-adapter", "reports-chosen")
 _SESSION = re.compile(r"[\w-]{1,64}", re.ASCII)
 
 
@@ -111,9 +116,11 @@ def check_value(field: Any, value: Any) -> Any:
             return value if isinstance(value, list) and len(value) <= _MAX_FILES else None
         case gr.Slider() | gr.Number():
             return _number(name, value, field.minimum, field.maximum)
-        case gr.CheckboxGroup() | gr.Dropdown() if "-adapter" not in str(field.elem_id):
+        case gr.Checkbox():
+            return value is True
+        case gr.CheckboxGroup() | gr.Dropdown() if field.elem_id not in _CHANGING:
             return _chosen_of(name, value, field)
-        case _:  # an adapter too: its choices depend on the base
+        case _:  # what is chosen of a list that changes is looked up by whoever uses it
             return _text(name, value, MAX_TEXT)
 
 
@@ -166,9 +173,10 @@ def text_inputs(tab: str) -> tuple[gr.Textbox, gr.Textbox]:
 
 @dataclass(frozen=True)
 class Advanced:
-    """Settings that most visitors leave alone, as components."""
+    """Settings of both tabs, as components."""
 
     seed: gr.Number
+    keep: gr.Checkbox
     steps: gr.Slider
     guidance: gr.Slider
     base: gr.Dropdown
@@ -177,16 +185,58 @@ class Advanced:
 
     def all(self) -> list[Any]:
         """In the order of `request_from`."""
-        return [self.seed, self.steps, self.guidance, self.base, self.adapter, self.combine]
+        return [
+            *(self.seed, self.keep, self.steps, self.guidance),
+            *(self.base, self.adapter, self.combine),
+        ]
 
 
-def advanced(installed: Installed, tab: str) -> Advanced:
-    """Lay out seed, steps, guidance, base and adapter."""
+def models(installed: Installed, tab: str) -> tuple[gr.Dropdown, gr.Dropdown, gr.HTML]:
+    """Base and adapter, and a line that says what the base can draw."""
     first, *_ = installed.bases
-    usual = defaults_of(installed.bases[first])
-    seed = gr.Number(
-        0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, elem_id=f"{tab}-seed"
-    )
+    choices = list(installed.adapters_of(installed.bases[first]))
+    with gr.Row():
+        base = gr.Dropdown(
+            list(installed.bases), value=first, label="Base", min_width=120, elem_id=f"{tab}-base"
+        )
+        adapter = gr.Dropdown(
+            choices, value=choices[0], label="Adapter", min_width=120, elem_id=f"{tab}-adapter"
+        )
+    limits = gr.HTML(limits_of(installed.bases[first]), elem_id=f"{tab}-limits")
+    return base, adapter, limits
+
+
+def limits_of(base: str) -> str:
+    """What a base can draw, in a line."""
+    if base == CRITTERS:
+        return line(
+            "This small model draws 64×64 pixels and knows critters alone: photos as references, "
+            "or words about anything else, need another base."
+        )
+    if base in PRESETS:
+        one = PRESETS[base]
+        return line(f"{one.about[:1].upper()}{one.about[1:]}; {one.resolution} pixels.")
+    return ""
+
+
+def seeds(tab: str) -> tuple[gr.Number, gr.Checkbox]:
+    """The seed of the last drawing, and whether the next one keeps it."""
+    number: dict[str, Any] = {"precision": 0, "minimum": 0, "maximum": MAX_SEED, "min_width": 120}
+    with gr.Row(elem_classes=["seeds"]):
+        seed = gr.Number(0, label="Seed", elem_id=f"{tab}-seed", **number)
+        keep = gr.Checkbox(label="Keep this seed", min_width=120, elem_id=f"{tab}-keep")
+    return seed, keep
+
+
+def advanced(
+    installed: Installed,
+    tab: str,
+    seed: tuple[gr.Number, gr.Checkbox],
+    model: tuple[gr.Dropdown, gr.Dropdown, gr.HTML],
+) -> Advanced:
+    """Lay out steps, guidance and how references are combined."""
+    base, adapter, limits = model
+    usual = defaults_of(next(iter(installed.bases.values())))
     steps = gr.Slider(
         1,
         MAX_STEPS,
@@ -206,9 +256,6 @@ def advanced(installed: Installed, tab: str) -> Advanced:
         buttons=[],
         elem_id=f"{tab}-guidance",
     )
-    base = gr.Dropdown(list(installed.bases), value=first, label="Base", elem_id=f"{tab}-base")
-    choices = list(installed.adapters_of(installed.bases[first]))
-    adapter = gr.Dropdown(choices, value=choices[0], label="Adapter", elem_id=f"{tab}-adapter")
     combine = gr.Dropdown(
         [
             ("all of them together", "concat"),
@@ -224,10 +271,10 @@ def advanced(installed: Installed, tab: str) -> Advanced:
         name = _chosen(installed.bases, label, "base")
         names, usual = list(installed.adapters_of(name)), defaults_of(name)
         choice = gr.Dropdown(choices=names, value=names[0] if names else None)
-        return choice, usual.steps, usual.guidance_scale
+        return choice, usual.steps, usual.guidance_scale, limits_of(name)
 
-    base.input(on_base, base, [adapter, steps, guidance], queue=False, **PRIVATE)
-    return Advanced(seed, steps, guidance, base, adapter, combine)
+    base.input(on_base, base, [adapter, steps, guidance, limits], queue=False, **PRIVATE)
+    return Advanced(*seed, steps, guidance, base, adapter, combine)
 
 
 def remembered(
@@ -282,6 +329,7 @@ def request_from(
     prompt: str,
     negative: str,
     seed: Any,
+    keep: Any,
     steps: Any,
     guidance: Any,
     base: Any,
@@ -296,6 +344,8 @@ def request_from(
         )
     for name, text in (("prompt", prompt), ("negative prompt", negative)):
         check_range(f"length of the {name}", len(text or ""), 0, MAX_TEXT)
+    if keep is not True:
+        seed = secrets.randbelow(_NEW_SEEDS)
     numbers = {"seed": seed, "steps": steps} | {k: v for k, v in more.items() if k == "n"}
     whole = {name: _whole(name, value) for name, value in numbers.items()}
     check_range("steps", whole["steps"], 1, MAX_STEPS)

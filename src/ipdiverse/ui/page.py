@@ -30,9 +30,10 @@ MAX_BYTES = 64 * 2**20
 _NAME = "report.html"
 _MARK = f"<h1>{report.TITLE}</h1>"
 _HEAD_BYTES = 4096
+_NO_REPORTS = "None found. `ipdiverse evaluate --quick` writes one; --reports names other folders."
 
 
-def build(sessions: Sessions, installed: Installed, reports: dict[str, Path]) -> gr.Blocks:
+def build(sessions: Sessions, installed: Installed, reports: Sequence[Path]) -> gr.Blocks:
     """The page."""
     with gr.Blocks(
         title=TITLE, analytics_enabled=False, delete_cache=CACHE_SECONDS, fill_width=True
@@ -42,8 +43,8 @@ def build(sessions: Sessions, installed: Installed, reports: dict[str, Path]) ->
             vary_tab(sessions, installed)
         with gr.Tab("Grid", elem_id="tab-grid"):
             grid_tab(sessions, installed)
-        with gr.Tab("Reports", elem_id="tab-reports"):
-            _reports_tab(reports)
+        with gr.Tab("Reports", elem_id="tab-reports") as opened:
+            _reports_tab(opened, reports)
 
         def leave(request: gr.Request) -> None:
             sessions.leave(request.session_hash, visitor_of(request))
@@ -109,22 +110,27 @@ def framed(label: str, page: str) -> str:
     )
 
 
-def _reports_tab(reports: dict[str, Path]) -> None:
-    if not reports:
-        gr.Markdown(
-            "No reports found. `ipdiverse evaluate --quick` writes one into `out/evaluation`; "
-            "start the page again to see it, or name a folder with `--reports`."
-        )
-        return
-    chosen = gr.Dropdown(list(reports), value=None, label="Report", elem_id="reports-chosen")
+def _reports_tab(opened: gr.Tab, folders: Sequence[Path]) -> None:
+    chosen = gr.Dropdown(
+        [], value=None, label="Report", elem_id="reports-chosen", info="Of `ipdiverse evaluate`."
+    )
     shown = gr.HTML(elem_id="reports-shown")
 
+    def look_again() -> Any:
+        found = list(find_reports(folders))
+        said = f"{len(found)} found." if found else _NO_REPORTS
+        return gr.Dropdown(choices=found, info=said)
+
     def show(label: str | None) -> str:
-        if label not in reports:
+        if not label:
+            return ""
+        file = find_reports(folders).get(label)
+        if file is None:
             return problem("There is no such report.")
         try:
-            return framed(label, reports[label].read_text("utf-8", "replace"))
+            return framed(label, file.read_text("utf-8", "replace"))
         except OSError as error:
             return problem(f"{label}: cannot be read; found {error.strerror}")
 
+    opened.select(look_again, None, chosen, queue=False, **PRIVATE)
     chosen.change(show, chosen, shown, queue=False, **PRIVATE)

@@ -1,8 +1,7 @@
 """Who draws when: one turn for everybody, and jobs on threads that take it.
 
-Turns are fair between visitors, not first come, first served: next is who has had least of the
-machine and asks for least. A turn lasts for one batch of images, so nobody waits for the whole of
-somebody else's work, and one who wants much more than the next in line is interrupted.
+Turns go round over visitors, however many jobs each has. A turn lasts for one batch of images, so
+nobody waits for the whole of somebody else's work.
 """
 
 from __future__ import annotations
@@ -11,10 +10,12 @@ import sys
 import threading
 import time
 import traceback
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from itertools import zip_longest
+from typing import TYPE_CHECKING
 
 from ipdiverse.dial import dial_of
 from ipdiverse.errors import ArgumentError, IpdiverseError
@@ -33,34 +34,20 @@ if TYPE_CHECKING:
     from ipdiverse.base.bases import Base
     from ipdiverse.sampling.request import Request
 
+PROGRAMS = "programs"
+"""The one visitor that all programs without a cookie are: each could be a new one at every try."""
 PLACES = 2
 """Drawings that one visitor may have in the line: one for each tab that draws."""
-USUAL = 200
-"""Denoising steps times images: asking for fewer gives nobody an earlier turn, and who asks when
-all their places are taken is charged for so many."""
-_PASSED = 25
-"""By how many steps times images each turn of others brings the next turn nearer."""
-_INTERRUPTIONS = 3
-"""How often a batch of images is begun again for the sake of others."""
+_MORE = 2
+"""Turns that somebody must have had more than a newcomer to lose the place to them."""
+_MEMORY = 1000
+"""Turns after which those of each visitor count half."""
 _PASSED_ON = 10.0
 """Seconds in which gradio passes a request on, or its visitor has gone."""
+_UNHEARD = 15.0
+"""Seconds after which a job is dropped whose page does not wait for it."""
 _WAIT, _LOOK = 0.1, 0.2
 """Seconds between two tries for a turn, and between two looks at a job."""
-
-
-class Asker(Protocol):
-    """Whoever asks for images, and how much of the machine they have had (`visitors.Visitor`)."""
-
-    since: float
-
-    @property
-    def used(self) -> float:
-        """Denoising steps times images, lately."""
-        ...
-
-    def charge(self, steps: float) -> None:
-        """Count what was drawn."""
-        ...
 
 
 class Turns:
@@ -69,113 +56,137 @@ class Turns:
     Gradio's own queue cannot hold the turn: it frees the place of a cancelled event at once, while
     the job's thread is still inside a denoising step; and it knows no visitors.
 
+    All that decides is read and changed under one lock. Somebody is always next: the first in the
+    line who is still there. Who is not leaves by themselves, as each looks every `_WAIT` seconds.
+
     Args:
         waiting: How many jobs may wait while another one draws.
     """
 
-    def __init__(self, waiting: int = 8) -> None:
-        self._lock, self._line_lock = threading.Lock(), threading.Lock()
-        self._line: list[Job] = []
-        self._expected: list[float] = []  # when each was admitted that has not arrived
+    def __init__(self, waiting: int = 5) -> None:
+        self._changed = threading.Condition()
+        self._line: dict[str, list[Job]] = {}  # visitors in the order of their next turns
+        self._drawing: object | None = None
+        self._promised: list[tuple[str, float]] = []  # who was admitted and has not arrived; when
+        self._had: Counter[str] = Counter()  # turns, lately
         self._waiting = waiting
         self._last = LastBase()
 
     @contextmanager
     def turn(self, check: Callable[[], None], job: Job | None = None) -> Iterator[None]:
         """Wait until nobody else draws, and keep others waiting for the length of the block."""
-        while not (self._is_next(job) and self._lock.acquire(timeout=_WAIT)):
-            check()
-            if not self._is_next(job):
-                time.sleep(_WAIT)
-        try:
-            for other in self._others(job):
-                other.passed += 1
+        with self._changed:
+            while self._drawing is not None or (job is not None and self._next() is not job):
+                check()
+                self._changed.wait(_WAIT)
+            self._drawing = self if job is None else job
             if job is not None:
-                job.passed = 0
+                self._count(job.visitor)
+        try:
             yield
         finally:
-            self._lock.release()
+            with self._changed:
+                self._drawing = None
+                self._changed.notify_all()
 
     def join(self, job: Job) -> None:
-        """Put a job into the line, if need be in place of one that wants much more."""
-        with self._line_lock:
-            if refusal := self.refusal(job.visitor, job):
+        """Put a job into the line, if need be in place of one whose visitor has had more.
+
+        Raises:
+            ArgumentError: There is no place.
+        """
+        with self._changed:
+            if refusal := self._refusal(job.visitor):
                 raise ArgumentError(refusal[1])
-            if len(self._active()) > self._waiting:
-                self._worst().refuse()
-            self._line.append(job)
+            if len(self._jobs()) > self._waiting and (loser := self._loser(job.visitor)):
+                loser.refuse()
+            self._line.setdefault(job.visitor, []).append(job)
 
     def leave(self, job: Job) -> None:
         """Take a job out of the line."""
-        with self._line_lock:
-            if job in self._line:
-                self._line.remove(job)
+        with self._changed:
+            own = self._line.get(job.visitor, [])
+            if job in own:
+                own.remove(job)
+            if not own:
+                self._line.pop(job.visitor, None)
+            self._changed.notify_all()
 
-    def admit(self, visitor: Asker | None) -> tuple[int, str] | None:
-        """As `refusal`, before gradio passes a request on; if there is none, a place is kept."""
-        recent = time.monotonic() - _PASSED_ON
-        self._expected = [at for at in self._expected if at > recent]
-        refusal = self.refusal(visitor, expected=len(self._expected))
-        if refusal is None:
-            self._expected.append(time.monotonic())
-        return refusal
+    def admit(self, visitor: str) -> tuple[int, str] | None:
+        """Before gradio passes a request on: a refusal (HTTP status, words), or a place is kept."""
+        with self._changed:
+            recent = time.monotonic() - _PASSED_ON
+            self._promised = [(who, at) for who, at in self._promised if at > recent]
+            refusal = self._refusal(visitor)
+            if refusal is None:
+                self._promised.append((visitor, time.monotonic()))
+            return refusal
 
-    def arrived(self) -> None:
-        """A request that was admitted is about to ask for its place."""
-        if self._expected:
-            self._expected.pop(0)
+    def arrived(self, visitor: str) -> None:
+        """A visitor who was admitted is about to join."""
+        with self._changed:
+            own = next((one for one in self._promised if one[0] == visitor), None)
+            if own is not None:
+                self._promised.remove(own)
 
-    def refusal(
-        self, visitor: Asker | None, job: Job | None = None, expected: int = 0
-    ) -> tuple[int, str] | None:
-        """Why another job of a visitor would not get a place: a status of HTTP, and words."""
-        active = self._active()
-        if visitor is not None and sum(one.visitor is visitor for one in active) >= PLACES:
-            visitor.charge(USUAL)
-            return 429, f"{PLACES} of your drawings are waiting; cancel one, or wait for it"
-        if len(active) + expected <= self._waiting:
-            return None
-        used = 0.0 if visitor is None else visitor.used
-        need = used + USUAL / 2 if job is None else job.need
-        # one newcomer at a time may take the place of whoever has had most
-        if active and expected == 0 and 2 * need <= self._worst().need:
-            return None
-        return 503, "Queue is full: others are drawing. Try again in a minute."
-
-    def gives_way(self, job: Job, within: bool) -> bool:
-        """Whether the job that has the turn should let another one draw."""
-        others = self._others(job)
-        if within:
-            return job.interrupted < _INTERRUPTIONS and any(2 * o.need < job.need for o in others)
-        return any(other.rank < job.rank for other in others)
+    def others_wait(self, job: Job) -> bool:
+        """Whether another visitor is to draw before this job goes on."""
+        with self._changed:
+            return any(other.visitor != job.visitor and other.ready for other in self._jobs())
 
     def before(self, job: Job) -> int:
         """Number of jobs that are to draw before one, if nobody else comes."""
-        return sum(other.rank < job.rank for other in self._others(job))
+        with self._changed:
+            # the second jobs of all visitors come after the first ones
+            rounds = zip_longest(*self._line.values())
+            ranked = [one for same in rounds for one in same if one and (one is job or one.ready)]
+            first = ranked[: ranked.index(job)] if job in ranked else []
+            return len({self._drawing, *first} - {None, job})
 
     @property
     def busy(self) -> bool:
         """Whether somebody is drawing."""
-        return self._lock.locked()
+        return self._drawing is not None
 
     def base(self, request: Request) -> Base:
         """Open a request's base and keep it open for the next. Call it inside `turn` only."""
         return self._last.open(request)
 
-    def _active(self) -> list[Job]:
-        return [job for job in list(self._line) if not job.stopping]
+    def _jobs(self) -> list[Job]:
+        """Those in the line that were not told to stop, in the order of their visitors' turns."""
+        return [job for own in self._line.values() for job in own if not job.stopping]
 
-    def _others(self, job: Job | None) -> list[Job]:
-        return [other for other in self._active() if other is not job]
+    def _next(self) -> Job | None:
+        return next((job for job in self._jobs() if job.ready), None)
 
-    def _worst(self) -> Job:
-        return max(self._active(), key=lambda job: (job.need, job.since))
+    def _count(self, visitor: str) -> None:
+        self._line[visitor] = self._line.pop(visitor)  # to the end
+        self._had[visitor] += 1
+        if self._had.total() >= _MEMORY:
+            self._had = Counter({who: had // 2 for who, had in self._had.items() if had > 1})
 
-    def _is_next(self, job: Job | None) -> bool:
-        if job is None or job.stopping:
-            return True
-        mine = (job.rank, job.since)
-        return all(mine <= (other.rank, other.since) for other in self._others(job))
+    def _refusal(self, visitor: str) -> tuple[int, str] | None:
+        jobs, promised = self._jobs(), [who for who, _ in self._promised]
+        if sum(one.visitor == visitor for one in jobs) + promised.count(visitor) >= PLACES:
+            whose = "those of programs" if visitor == PROGRAMS else "your drawings"
+            return 429, f"{PLACES} of {whose} are waiting; cancel one, or wait for it"
+        if len(jobs) + len(promised) <= self._waiting:
+            return None
+        # one newcomer at a time takes somebody's place
+        if not promised and self._loser(visitor) is not None:
+            return None
+        return 503, "Queue is full: others are drawing. Try again in a minute."
+
+    def _loser(self, newcomer: str) -> Job | None:
+        """Who loses the place to a newcomer: of visitors with two, or with more turns, the last."""
+        jobs = self._jobs()
+        places = Counter(job.visitor for job in jobs)
+        enough = self._had[newcomer] + _MORE
+        worse = [one for one in jobs if places[one.visitor] > 1 or self._had[one.visitor] >= enough]
+        if newcomer in places or not worse:
+            return None
+        # of equals the last in the line, which comes first here
+        return max(worse[::-1], key=lambda one: (places[one.visitor], self._had[one.visitor]))
 
 
 class Stopped(Exception):  # noqa: N818 - an event, not an error
@@ -217,6 +228,7 @@ class Job:
         names: What a visitor calls the references.
         folder: For the images.
         visitor: Whose it is.
+        heard: Whether the visitor's page waits for messages; nothing is drawn for nobody.
     """
 
     def __init__(
@@ -225,12 +237,17 @@ class Job:
         requests: Mapping[str, Request],
         names: tuple[str, ...],
         folder: Path,
-        visitor: Asker | None = None,
+        visitor: str = PROGRAMS,
+        heard: Callable[[], bool] = lambda: True,
     ) -> None:
         self.requests, self.names, self.folder = requests, names, folder
-        self.visitor, self.passed, self.interrupted = visitor, 0, 0
+        self.visitor, self._heard, self._last_heard = visitor, heard, time.monotonic()
         self.total = sum(request.n * (request.steps or 0) for request in requests.values())
         self.done = 0
+        self.beside: Job | None = None
+        """Shown next to it: the same seeds at another diversity, or whatever was chosen."""
+        self.chosen: int | None = None
+        self.starred: set[int] = set()
         self.sheets: dict[str, Sheet] = {}
         self.files: dict[str, list[Path]] = {}
         self.error: IpdiverseError | None = None
@@ -245,7 +262,11 @@ class Job:
     def start(self) -> None:
         """Get into the line, and begin when it is this job's turn."""
         self._turns.join(self)
-        threading.Thread(target=self._run, daemon=True).start()
+        try:
+            threading.Thread(target=self._run, daemon=True).start()
+        except RuntimeError:  # no more threads: nobody would ever take this place's turn
+            self._turns.leave(self)
+            raise
 
     def stop(self) -> None:
         """Stop after the current denoising step; finished images stay."""
@@ -260,20 +281,9 @@ class Job:
         self.stop()
 
     @property
-    def need(self) -> float:
-        """What the visitor has had, and half of what is asked; halves, so that turns alternate."""
-        used = 0.0 if self.visitor is None else self.visitor.used
-        return used + max(self.total - self.done, USUAL) / 2
-
-    @property
-    def rank(self) -> float:
-        """The lowest draws next: who needs little, or has waited for many turns of others."""
-        return self.need - _PASSED * self.passed
-
-    @property
-    def since(self) -> float:
-        """When the visitor first came: of equals, the one who has been here longer is first."""
-        return 0.0 if self.visitor is None else self.visitor.since
+    def ready(self) -> bool:
+        """Whether somebody is there who would see what is drawn."""
+        return not self.stopping and self._heard()
 
     @property
     def stopping(self) -> bool:
@@ -365,11 +375,11 @@ class Job:
                 for number, image in work.images(skip, progress=False, on_step=self._step):
                     file = run.add(number, image)
                     self._drawn.append(image)
-                    self._finished, self.interrupted = self._finished + (request.steps or 0), 0
+                    self._finished += request.steps or 0
                     files.append(file)  # only now: the page's thread shows what is in this list
             except (Stopped, GaveWay) as error:
                 ended = error
-                self._charge(self._finished - self.done)  # what was begun is not paid for
+                self.done = self._finished  # what was begun is drawn again, or never
             if self._drawn:
                 sheet = partial(_sheet, work, named, self._drawn, files, inside, run)
                 self._so_far = lambda: {inside: sheet(compared=False)}
@@ -379,23 +389,21 @@ class Job:
             raise ended
 
     def _step(self, images: int) -> None:
-        within = self.done != self._finished
-        first = self._finished == self._turn_from
-        self._charge(images)
+        # at the first step of a further batch: the image before it says that the last one is done
+        further = self.done == self._finished > self._turn_from
+        self.done += images
         if self._began is None:
             self._began = (time.monotonic(), self.done)
         self._check()
-        # after the first batch of a turn, others may be next; within a batch, hardly ever
-        if (within or not first) and self._turns.gives_way(self, within):
-            self.interrupted += within
+        if further and self._turns.others_wait(self):
             raise GaveWay
 
-    def _charge(self, steps: int) -> None:
-        self.done += steps
-        if self.visitor is not None:
-            self.visitor.charge(steps)
-
     def _check(self) -> None:
+        now = time.monotonic()
+        if self._heard():
+            self._last_heard = now
+        if now - self._last_heard > _UNHEARD:
+            self.stop()
         if self._stop.is_set():
             raise Stopped
 

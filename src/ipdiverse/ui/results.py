@@ -10,20 +10,20 @@ import uuid
 import zipfile
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from ipdiverse.errors import IpdiverseError
+from ipdiverse.errors import ArgumentError, IpdiverseError
 from ipdiverse.ui import status
 from ipdiverse.ui.queue import Job
 from ipdiverse.ui.status import LIVE, PRIVATE
 from ipdiverse.writing import write_bytes_atomic
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from ipdiverse.sampling.request import Request
     from ipdiverse.ui.uploads import Upload
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 _PATIENCE = 60.0
 """Seconds that cancelling waits for the running denoising step."""
+_EARLIER = 8
+"""Sets of a visit that are kept besides the last one."""
 
 
 @dataclass(frozen=True)
@@ -128,39 +130,69 @@ def draw_on(
     *,
     tab: str,
     sessions: Sessions,
+    seed: gr.Number,
     requests_of: Callable[..., Mapping[str, Request]],
-    shown: Callable[[Job | None], dict[Any, Any]],
+    shown: Callable[[Session], dict[Any, Any]],
+    again: tuple[Any, gr.Slider] | None = None,
 ) -> None:
-    """Say what happens when a visitor draws and cancels."""
+    """Say what happens when a visitor draws, draws the same seeds `again`, and cancels."""
 
-    def start(request: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
-        sessions.turns.arrived()
+    def run(request: gr.Request, ask: Callable[[Session], Any]) -> Iterator[dict[Any, Any]]:
         session = sessions.asking(request)
-        uploads = session.chosen.get(tab, [])
+        sessions.turns.arrived(session.visitor.name)
         try:
-            job = _new_job(sessions, session, tab, requests_of(uploads, *values), uploads)
+            job = _new_job(sessions, session, tab, *ask(session))
         except IpdiverseError as error:
             yield {results.told: status.problem(str(error)), results.progress: ""}
             return
-        yield {**shown(None), results.told: status.going(job), **results.emptied()}
-        yield from _watched(job, results, lambda: shown(job))
-        yield {**shown(job), **_ended(job, results)}
+        drawn = next(iter(job.requests.values())).seed
+        told = {seed: drawn, results.told: status.going(job)}
+        yield {**shown(session), **told, **results.emptied()}
+        yield from _watched(job, results, lambda: shown(session))
+        yield {**shown(session), **_ended(job, results)}
         session.visitor.weigh()
 
+    def start(request: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
+        def ask(session: Session) -> Any:
+            uploads: Sequence[Upload] = session.chosen.get(tab, [])
+            return requests_of(uploads, *values), tuple(one.name for one in uploads)
+
+        yield from run(request, ask)
+
+    def start_again(request: gr.Request, diversity: float) -> Iterator[dict[Any, Any]]:
+        yield from run(request, lambda session: _again(session.jobs.get(tab), diversity))
+
     def stop(request: gr.Request) -> dict[Any, Any]:
-        job = sessions.asking(request).jobs.get(tab)
-        if job is None:
+        session = sessions.asking(request)
+        if (job := session.jobs.get(tab)) is None:
             return {results.progress: "", results.told: status.line("Cancelled; nothing to stop.")}
         job.stop()
         # gradio closes the generator of a cancelled event: its last word has to be said here
-        return {**shown(job), **_ended(job, results)} if job.wait(_PATIENCE) else {}
+        return {**shown(session), **_ended(job, results)} if job.wait(_PATIENCE) else {}
 
-    every = [*outputs, *results.all()]
+    every = [*outputs, seed, *results.all()]
     # no limit of gradio's: its queue is first come, first served; `Turns` decides who draws
     options = PRIVATE | {"concurrency_id": "drawing", "concurrency_limit": None}
-    options |= {"show_progress": "minimal", "show_progress_on": results.progress}
     drawing = [trigger(start, list(inputs), every, **options) for trigger in triggers]
+    if again is not None:
+        drawing.append(again[0](start_again, again[1], every, **options))
+    for one in drawing:
+        one.then(None, None, None, js=_INTO_VIEW % tab, **PRIVATE)
     cancel.click(stop, None, every, cancels=drawing, queue=False, **PRIVATE)
+
+
+# on a phone the images are below all settings
+_INTO_VIEW = """() => {
+  const images = document.querySelector('#%s-status').closest('.column').querySelector('.column');
+  setTimeout(() => innerWidth < 768 && images.scrollIntoView(), 300);
+}"""
+
+
+def _again(last: Job | None, diversity: float) -> tuple[dict[str, Request], tuple[str, ...], Job]:
+    if last is None or not last.images:
+        raise ArgumentError("nothing is drawn yet", fix="Press Draw first.")
+    requests = {inside: replace(one, diversity=diversity) for inside, one in last.requests.items()}
+    return requests, last.names, last
 
 
 def _new_job(
@@ -168,19 +200,25 @@ def _new_job(
     session: Session,
     tab: str,
     requests: Mapping[str, Request],
-    uploads: Sequence[Upload],
+    names: tuple[str, ...],
+    beside: Job | None = None,
 ) -> Job:
-    """Start a job in place of the tab's last one, whose files go."""
+    """Start a job in place of the tab's last one; those before the last few lose their files."""
     if (before := session.jobs.get(tab)) is not None:
         before.stop()
     # a new folder each time: the browser keeps images by their address
     folder = session.folder / tab / uuid.uuid4().hex
-    names = tuple(one.name for one in uploads)
-    job = Job(sessions.turns, requests, names, folder, session.visitor)
+    job = Job(sessions.turns, requests, names, folder, session.visitor.name, session.listens)
+    job.beside = beside
     job.start()
     session.jobs[tab] = job
-    if before is not None:
-        shutil.rmtree(before.folder, ignore_errors=True)
+    gone = [] if before is None else [before]
+    if before is not None and before.images and tab == "vary":
+        before.beside = None  # else no earlier set would ever be given up
+        session.earlier.insert(0, before)
+        gone, session.earlier = session.earlier[_EARLIER:], session.earlier[:_EARLIER]
+    for one in gone:
+        shutil.rmtree(one.folder, ignore_errors=True)
     return job
 
 
@@ -207,18 +245,25 @@ def _ended(job: Job, results: Results) -> dict[Any, Any]:
     if not job.sheets:
         return update | results.emptied()
     requests = {inside: sheet.request for inside, sheet in job.sheets.items()}
-    first = next(iter(requests.values()))
-    words = re.sub(r"[^a-z0-9]+", "-", first.prompt[0].lower())[:40].strip("-")
-    stem = f"ipdiverse-{words or 'set'}-seed-{first.seed}"
-    sources = next(iter(job.requests.values())).image
-    files = dict(zip(job.names, map(Path, sources), strict=True))
-    archive = job.folder / f"{stem}.zip"
-    write_bytes_atomic(archive, packed(job.folder, files, requests, stem))
     return update | {
         results.command: as_commands(requests),
         results.python: as_python(requests),
-        results.download: gr.DownloadButton(value=str(archive), interactive=True),
+        results.download: gr.DownloadButton(value=archive_of(job), interactive=True),
     }
+
+
+def archive_of(job: Job, only: Collection[int] | None = None) -> str:
+    """Write a job's set as a zip, or only some of its images; the file."""
+    requests = {inside: sheet.request for inside, sheet in job.sheets.items()}
+    first = next(iter(requests.values()))
+    words = re.sub(r"[^a-z0-9]+", "-", first.prompt[0].lower())[:40].strip("-")
+    starred = "" if only is None else "-starred"
+    stem = f"ipdiverse-{words or 'set'}-seed-{first.seed}{starred}"
+    sources = next(iter(job.requests.values())).image
+    files = dict(zip(job.names, map(Path, sources), strict=True))
+    archive = job.folder / f"{stem}.zip"
+    write_bytes_atomic(archive, packed(job.folder, files, requests, stem, only))
+    return str(archive)
 
 
 def as_commands(requests: Mapping[str, Request]) -> str:
@@ -279,11 +324,16 @@ def _one_or_list(values: tuple[str, ...]) -> str:
 
 
 def packed(
-    folder: Path, references: Mapping[str, Path], requests: Mapping[str, Request], stem: str
+    folder: Path,
+    references: Mapping[str, Path],
+    requests: Mapping[str, Request],
+    stem: str,
+    only: Collection[int] | None = None,
 ) -> bytes:
     """A zip of images with their records, the references, and both recipes.
 
-    Unpacked, either recipe run in its folder draws the same images into the same places.
+    Unpacked, either recipe run in its folder draws the same images into the same places; all of
+    them, even where `only` some are packed.
     """
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
@@ -291,6 +341,9 @@ def packed(
             archive.write(file, f"{stem}/{name}")
         for inside in requests:
             for file in sorted((folder / inside).iterdir()):
+                image = re.fullmatch(r"(\d+)\.png", file.name)
+                if only is not None and not (image and int(image[1]) in only):
+                    continue
                 archive.write(file, f"{stem}/{inside}/{file.name}")
         archive.writestr(f"{stem}/command.sh", as_commands(requests) + "\n")
         archive.writestr(f"{stem}/repeat.py", as_python(requests))

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from ipdiverse.errors import ArgumentError, IpdiverseError
 from ipdiverse.image_io import MAX_FILE_BYTES
@@ -60,7 +60,7 @@ _HEADERS = {
     b"referrer-policy": b"no-referrer",
 }
 _SAFE_METHODS = ("GET", "HEAD")
-_UPLOAD = "/gradio_api/upload"
+_UPLOAD, _STREAM = "/gradio_api/upload", "/gradio_api/queue/data"
 _HOST = re.compile(r"([\w.-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?", re.ASCII)
 _COOKIE = b"ipdiverse-visitor"
 _BUSY, _PATIENCE = (429, 503), 1.0
@@ -128,6 +128,7 @@ class OwnPageOnly:
         loopback: The page is for this machine: only its names are accepted as Host.
         check: For bodies in JSON.
         uploads: Keeps account of them.
+        streams: Counts open streams of messages, by the page's session.
     """
 
     def __init__(
@@ -136,9 +137,10 @@ class OwnPageOnly:
         loopback: bool,
         check: Check = lambda _, asked, __: asked,
         uploads: Any = None,
+        streams: Counter[str] | None = None,
     ) -> None:
         self._app, self._loopback, self._check = app, loopback, check
-        self._uploads = uploads
+        self._uploads, self._streams = uploads, Counter() if streams is None else streams
         self._open: Counter[str | None] = Counter()
         self._secret = secrets.token_bytes(32)
         self._logins: list[float] = []
@@ -160,7 +162,8 @@ class OwnPageOnly:
             # no proxy is trusted but those that uvicorn is told of, and it has read these already
             kept = [pair for pair in scope["headers"] if not pair[0].startswith(b"x-forwarded-")]
             asked = {**scope, "headers": kept, "visitor": visitor}
-            with self._counted(visitor):
+            most = MAX_OPEN if visitor else MAX_OPEN_OF_PROGRAMS
+            with _counted(self._open, visitor, most):
                 receive = await self._checked(asked, receive)
                 with self._accounted(asked, answer):
                     await self._app(asked, receive, answer.send)
@@ -211,19 +214,14 @@ class OwnPageOnly:
         return None
 
     @contextmanager
-    def _counted(self, visitor: str | None) -> Iterator[None]:
-        if self._open[visitor] >= (MAX_OPEN if visitor else MAX_OPEN_OF_PROGRAMS):
-            raise Refused(429, "too many requests at once")
-        self._open[visitor] += 1
-        try:
-            yield
-        finally:
-            self._open[visitor] -= 1
-            self._open += Counter()  # forgets those without one
-
-    @contextmanager
     def _accounted(self, scope: Any, answer: _Answer) -> Iterator[None]:
-        if scope["path"].rstrip("/") != _UPLOAD or scope["method"] in _SAFE_METHODS:
+        path = scope["path"].rstrip("/")
+        if path == _STREAM:
+            asked = parse_qs(scope["query_string"].decode("latin-1"))
+            with _counted(self._streams, asked.get("session_hash", [""])[0], MAX_OPEN):
+                yield
+            return
+        if path != _UPLOAD or scope["method"] in _SAFE_METHODS:
             yield
             return
         size = int(dict(scope["headers"])[b"content-length"])
@@ -309,6 +307,19 @@ class _Answer:
         else:
             body = ""
         await self.send({"type": "http.response.body", "body": body.encode()})
+
+
+@contextmanager
+def _counted(open_now: Counter[Any], whose: str | None, most: int) -> Iterator[None]:
+    if open_now[whose] >= most:
+        raise Refused(429, "too many requests at once")
+    open_now[whose] += 1
+    try:
+        yield
+    finally:
+        open_now[whose] -= 1
+        if not open_now[whose]:
+            del open_now[whose]
 
 
 def log_failure(where: str, error: BaseException) -> None:

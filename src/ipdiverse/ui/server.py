@@ -22,7 +22,7 @@ from ipdiverse.errors import ArgumentError, IpdiverseError, check_range
 from ipdiverse.image_io import MAX_FILE_BYTES
 from ipdiverse.sampling.request import Request
 from ipdiverse.ui import find_installed
-from ipdiverse.ui.queue import Turns
+from ipdiverse.ui.queue import PROGRAMS, Turns
 from ipdiverse.ui.safety import (
     OwnPageOnly,
     Refused,
@@ -73,24 +73,23 @@ def opened_page(options: Options) -> Iterator[Page]:
         folder = stack.enter_context(private_folder())
         stack.enter_context(_environment(folder / "gradio"))
         from ipdiverse.ui.inputs import Fields
-        from ipdiverse.ui.page import build, find_reports, look
+        from ipdiverse.ui.page import build, look
 
         sessions = Sessions(folder / "work", options.waiting)
-        reports = find_reports([Path(name) for name in options.reports])
-        page = build(sessions, installed, reports)
+        page = build(sessions, installed, [Path(name) for name in options.reports])
         stack.callback(_close, page, sessions)
         fields = Fields(page, (folder / "gradio").resolve())
 
         def check(path: str, asked: dict[str, Any], visitor: str | None) -> dict[str, Any]:
             passed = fields.checked(path, asked)
-            if path.endswith("/join"):  # before gradio spends time on it
-                known = sessions.visitor(passed["session_hash"], visitor)
-                if refusal := sessions.turns.admit(known):
-                    raise Refused(*refusal)
+            # before gradio spends time on it
+            joins = path.endswith("/join")
+            if joins and (refusal := sessions.turns.admit(visitor or PROGRAMS)):
+                raise Refused(*refusal)
             return passed
 
         uploads = Uploads(folder / "gradio")
-        limits = {"check": check, "uploads": uploads, "loopback": is_loopback(options.host)}
+        limits = {"check": check, "uploads": uploads, "streams": sessions.streams}
         url = _launch(page, options, look(), limits)
         page.server.config.http_protocol_class = Connection  # read for each connection
         warming = threading.Thread(target=_warm, args=(sessions.turns,), daemon=True)
@@ -138,7 +137,7 @@ def _environment(cache: Path) -> Iterator[None]:
 def _launch(page: Any, options: Options, look: dict[str, Any], limits: dict[str, Any]) -> str:
     from starlette.middleware import Middleware
 
-    layer = Middleware(OwnPageOnly, **limits)
+    layer = Middleware(OwnPageOnly, loopback=is_loopback(options.host), **limits)
     try:
         _, url, _ = page.launch(
             server_name=options.host,

@@ -108,7 +108,9 @@ def problem(text: str) -> str:
 def going(job: Job) -> str:
     """The line of a running job; it changes with each image, not with each step."""
     if not job.begun:
-        return line(f"Drawing {_count(job.wanted)}.")
+        before = job.before
+        place = f" Others come first: {before} before you." if before else ""
+        return line(f"Drawing {_count(job.wanted)}.{place}")
     return line(f"{job.images} of {_count(job.wanted)} finished.")
 
 
@@ -121,7 +123,8 @@ def ended(job: Job) -> str:
     if job.stopped:
         kept = f" {_count(job.images).capitalize()} finished before that." if job.images else ""
         return line(f"Cancelled.{kept} {said}".strip())
-    return line(f"Done: {_count(job.images)}. {said}".strip())
+    seeds = ", ".join(dict.fromkeys(str(sheet.request.seed) for sheet in job.sheets.values()))
+    return line(f"Done: {_count(job.images)}. Seed {seeds}. {said}".strip())
 
 
 def report(sheet: Sheet) -> str:

@@ -6,9 +6,11 @@ one reference, the same noise in every cell.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from functools import partial
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 from PIL import Image
@@ -16,8 +18,16 @@ from PIL import Image
 from ipdiverse.base.bases import defaults_of
 from ipdiverse.errors import ArgumentError
 from ipdiverse.evaluation.report import inline
-from ipdiverse.ui.inputs import MAX_SET, advanced, remembered, request_from, text_inputs
-from ipdiverse.ui.results import Results, draw_on, progress_parts, recipe_parts
+from ipdiverse.ui.inputs import (
+    MAX_SET,
+    advanced,
+    models,
+    remembered,
+    request_from,
+    seeds,
+    text_inputs,
+)
+from ipdiverse.ui.results import Results, archive_of, draw_on, progress_parts, recipe_parts
 from ipdiverse.ui.status import PRIVATE, report
 from ipdiverse.ui.uploads import picker
 
@@ -27,9 +37,7 @@ if TYPE_CHECKING:
     from ipdiverse.sampling.request import Request
     from ipdiverse.ui import Installed
     from ipdiverse.ui.queue import Job
-    from ipdiverse.ui.visitors import Sessions
-
-_Component = TypeVar("_Component")
+    from ipdiverse.ui.visitors import Session, Sessions
 
 DIVERSITIES = (0.0, 0.25, 0.5, 0.75, 1.0)
 SCALES = (0.25, 0.5, 0.75, 1.0, 1.25)
@@ -43,20 +51,21 @@ def vary_tab(sessions: Sessions, installed: Installed) -> None:
     """Lay the first tab out and say what its buttons do."""
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=300):
-            references, named = picker(sessions, "vary")
+            model = models(installed, "vary")
+            references, named, uploaded, take = picker(sessions, "vary")
             prompt, negative = text_inputs("vary")
             diversity, count = _sliders()
+            seed = seeds("vary")
             with gr.Row():
                 draw = gr.Button("Draw", variant="primary", elem_id="vary-go")
                 cancel = gr.Button("Cancel", elem_id="vary-cancel")
             with gr.Accordion("Advanced", open=False, elem_id="vary-advanced"):
                 negative.render()
                 scale = _scale(defaults_of(next(iter(installed.bases.values()))).scale)
-                more = advanced(installed, "vary")
+                more = advanced(installed, "vary", seed, model)
         with gr.Column(scale=3, min_width=300):
             progress, told = progress_parts("vary")
-            gallery = _next_to(references, _gallery)
-            described = gr.HTML(elem_id="vary-report")
+            made = _made(references)
             results = Results(progress, told, *recipe_parts("vary"))
 
     def requests_of(
@@ -65,38 +74,176 @@ def vary_tab(sessions: Sessions, installed: Installed) -> None:
         own: dict[str, Any] = {"diversity": diversity, "n": n, "scale": scale}
         return {"out": request_from(installed, given, prompt, negative, *others, **own)}
 
-    def shown(job: Job | None) -> dict[Any, Any]:
-        if job is None:
-            return {gallery: [], described: ""}
-        sheet = job.sheets.get("out")
-        return {gallery: _pictures(job), described: report(sheet) if sheet else ""}
-
     def on_base(label: str) -> float:
         return defaults_of(installed.bases[label]).scale
 
     more.base.input(on_base, more.base, scale, queue=False, **PRIVATE)
     fields = [prompt, negative, diversity, count, scale, *more.all()]
     remembered(sessions, installed, "vary", fields, more, [references, named])
+    made.say_what_happens(sessions, [references, named, uploaded], take)
     draw_on(
         [draw.click, prompt.submit],
         cancel,
         fields,
-        [gallery, described],
+        made.all(),
         results,
         tab="vary",
         sessions=sessions,
+        seed=more.seed,
         requests_of=requests_of,
-        shown=shown,
+        shown=made.shown,
+        again=(made.again.click, made.other),
     )
 
 
-def _next_to(references: gr.Gallery, result: Callable[[], _Component]) -> _Component:
-    """The chosen references, and a result to their right."""
+@dataclass(frozen=True)
+class Made:
+    """What the first tab has drawn, and what can be done with it, as components.
+
+    Args:
+        gallery: The images.
+        beside: A column with another set, to compare.
+        compared: That set.
+        actions: A row of buttons, for where there are images.
+        reference: Makes the chosen image the reference.
+        star: Marks the chosen image.
+        starred: Downloads those that are marked.
+        other: Another diversity, and
+        again: the button that draws the same seeds at it.
+        described: How close the images are.
+        earlier: A strip of the sets before.
+    """
+
+    gallery: gr.Gallery
+    beside: gr.Column
+    compared: gr.Gallery
+    actions: gr.Column
+    reference: gr.Button
+    star: gr.Button
+    starred: gr.DownloadButton
+    other: gr.Slider
+    again: gr.Button
+    described: gr.HTML
+    earlier: gr.Gallery
+
+    def all(self) -> list[Any]:
+        """Every one that changes with a drawing."""
+        return [
+            *(self.gallery, self.beside, self.compared, self.actions, self.reference, self.star),
+            *(self.starred, self.described, self.earlier),
+        ]
+
+    def shown(self, session: Session) -> dict[Any, Any]:
+        """All of it, as it is now."""
+        job = session.jobs.get("vary")
+        if job is None:
+            return {}
+        sheet = job.sheets.get("out")
+        return {
+            self.gallery: _pictures(job, "vary-images"),
+            self.beside: gr.Column(visible=job.beside is not None),
+            self.compared: _pictures(job.beside or job, "vary-compared"),
+            self.actions: gr.Column(visible=sheet is not None),
+            self.described: report(sheet) if sheet else "",
+            self.earlier: _strip(session.earlier),
+            **self._choice(job),
+        }
+
+    def say_what_happens(
+        self, sessions: Sessions, references: list[Any], take: Callable[..., tuple[Any, Any]]
+    ) -> None:
+        """When an image, an earlier set or a button is clicked."""
+
+        def last(request: gr.Request) -> Job:
+            job = sessions.asking(request).jobs.get("vary")
+            if job is None or not job.sheets:
+                raise ArgumentError("nothing is drawn yet", fix="Press Draw first.")
+            return job
+
+        def choose(request: gr.Request, event: gr.SelectData) -> dict[Any, Any]:
+            job = last(request)
+            job.chosen = event.index % job.images
+            return self._choice(job)
+
+        def mark(request: gr.Request) -> dict[Any, Any]:
+            job = last(request)
+            if job.chosen is not None:
+                job.starred ^= {job.chosen}
+            return {**self._choice(job), self.gallery: _pictures(job, "vary-images")}
+
+        def use(request: gr.Request) -> tuple[Any, ...]:
+            job = last(request)
+            file = job.files["out"][job.chosen or 0]
+            name = f"seed-{job.sheets['out'].request.seed}-image-{(job.chosen or 0) + 1}.png"
+            return *take([(name, file)], sessions.asking(request)), None
+
+        def compare(request: gr.Request, event: gr.SelectData) -> dict[Any, Any]:
+            session, job = sessions.asking(request), last(request)
+            if session.earlier:
+                job.beside = session.earlier[event.index % len(session.earlier)]
+            return self.shown(session)
+
+        buttons = [self.reference, self.star, self.starred]
+        self.gallery.select(choose, None, buttons, queue=False, **PRIVATE)
+        self.star.click(mark, None, [*buttons, self.gallery], queue=False, **PRIVATE)
+        self.reference.click(use, None, references, queue=False, **PRIVATE)
+        self.earlier.select(compare, None, self.all(), queue=False, **PRIVATE)
+
+    def _choice(self, job: Job) -> dict[Any, Any]:
+        """Buttons that say which image they are about."""
+        number, stars = job.chosen, job.starred
+        which = "an image" if number is None else f"image {number + 1}"
+        chosen = number is not None
+        verb = "Unstar" if number in stars else "Star"
+        archive = archive_of(job, stars) if stars and job.sheets else None
+        label = f"Download the {len(stars)} starred" if stars else "Download the starred"
+        return {
+            self.reference: gr.Button(f"Use {which} as reference", interactive=chosen),
+            self.star: gr.Button(f"{verb} {which}", interactive=chosen),
+            self.starred: gr.DownloadButton(label, value=archive, interactive=bool(stars)),
+        }
+
+
+def _made(references: gr.Gallery) -> Made:
+    """Lay out the images next to their references, and what can be done with them."""
     with gr.Row(equal_height=False):
         with gr.Column(scale=1, min_width=110):
             references.render()
+        with gr.Column(scale=4, min_width=240, visible=False) as beside:
+            compared = _gallery("vary-compared")
         with gr.Column(scale=4, min_width=240):
-            return result()
+            gallery = _gallery("vary-images")
+    with gr.Column(visible=False) as actions:
+        with gr.Row():
+            reference = gr.Button(size="sm", min_width=120, elem_id="vary-use")
+            star = gr.Button(size="sm", min_width=120, elem_id="vary-star")
+            starred = gr.DownloadButton(size="sm", min_width=120, elem_id="vary-starred")
+        with gr.Row(equal_height=True):
+            other = gr.Slider(
+                *(0, 1, 0.8),
+                step=0.05,
+                label="The same seeds at diversity",
+                buttons=[],
+                elem_id="vary-other",
+            )
+            again = gr.Button("Draw them beside these", elem_id="vary-again")
+    described = gr.HTML(elem_id="vary-report")
+    earlier = gr.Gallery(
+        label="Earlier sets of this visit: click one to see it beside the last",
+        columns=8,
+        format="png",
+        interactive=False,
+        allow_preview=False,
+        visible=False,
+        height="auto",
+        buttons=[],
+        elem_id="vary-earlier",
+        elem_classes=["small-pictures", "strip"],
+    )
+    return Made(
+        *(gallery, beside, compared, actions, reference, star, starred, other, again),
+        *(described, earlier),
+    )
 
 
 def _sliders() -> tuple[gr.Slider, gr.Slider]:
@@ -129,7 +276,7 @@ def _scale(usual: float) -> gr.Slider:
     )
 
 
-def _gallery() -> gr.Gallery:
+def _gallery(elem_id: str) -> gr.Gallery:
     return gr.Gallery(
         label="Images",
         columns=4,
@@ -138,24 +285,36 @@ def _gallery() -> gr.Gallery:
         object_fit="contain",
         height="auto",
         buttons=["download", "fullscreen"],
-        elem_id="vary-images",
+        elem_id=elem_id,
         elem_classes=["images"],
     )
 
 
-def _pictures(job: Job) -> Any:
+def _pictures(job: Job, elem_id: str) -> Any:
     """The images so far; once they are compared, each with how close it is."""
     files = [file for found in job.files.values() for file in found]
     sheet = next(iter(job.sheets.values()), None)
     seen = None if sheet is None else sheet.closeness
     captions = [
-        f"{number + 1}: {seen.words(number)}" if seen else f"image {number + 1}"
+        f"{number + 1}{' ★' if number in job.starred else ''}: {seen.words(number)}"
+        if seen
+        else f"image {number + 1}"
         for number in range(len(files))
     ]
     pictures = list(zip(map(str, files), captions, strict=True))
-    return gr.Gallery(
-        value=pictures, elem_classes=["images", "pixels"] if _are_small(files) else ["images"]
-    )
+    look = ["images", "pixels"] if _are_small(files) else ["images"]
+    return gr.Gallery(value=pictures, label=_title(job), elem_classes=look, elem_id=elem_id)
+
+
+def _title(job: Job) -> str:
+    """As `Diversity 0.5, seed 12`."""
+    first = next(iter(job.requests.values()))
+    return f"Diversity {first.diversity or 0:g}, seed {first.seed}"
+
+
+def _strip(earlier: Sequence[Job]) -> gr.Gallery:
+    pictures = [(str(next(iter(job.files.values()))[0]), _title(job)) for job in earlier]
+    return gr.Gallery(value=pictures, visible=bool(pictures))
 
 
 def _are_small(files: Sequence[Path]) -> bool:
@@ -169,28 +328,35 @@ def grid_tab(sessions: Sessions, installed: Installed) -> None:
     """Lay the second tab out and say what its buttons do."""
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=300):
-            references, named = picker(sessions, "grid")
+            model = models(installed, "grid")
+            references, named, *_ = picker(sessions, "grid")
             prompt, negative = text_inputs("grid")
             diversities = _choice("Diversity, across", "diversities", DIVERSITIES, (0, 0.5, 1))
             scales = _choice("Adapter scale, down", "scales", SCALES, (0.5, 1))
+            seed = seeds("grid")
             with gr.Row():
                 draw = gr.Button("Draw the grid", variant="primary", elem_id="grid-go")
                 cancel = gr.Button("Cancel", elem_id="grid-cancel")
             with gr.Accordion("Advanced", open=False):
                 negative.render()
-                more = advanced(installed, "grid")
+                more = advanced(installed, "grid", seed, model)
         with gr.Column(scale=3, min_width=300):
             progress, told = progress_parts("grid")
-            table = _next_to(references, lambda: gr.HTML(elem_id="grid-table"))
+            with gr.Row(equal_height=False):
+                with gr.Column(scale=1, min_width=110):
+                    references.render()
+                with gr.Column(scale=4, min_width=240):
+                    table = gr.HTML(elem_id="grid-table")
             results = Results(progress, told, *recipe_parts("grid"))
 
     def requests_of(
         given: Any, prompt: str, negative: str, across: list[str], down: list[str], *others: Any
     ) -> dict[str, Request]:
+        one = request_from(installed, given, prompt, negative, *others, n=1)  # of one seed for all
         return cells(
             _numbers("diversity", across, DIVERSITIES),
             _numbers("scale", down, SCALES),
-            lambda **cell: request_from(installed, given, prompt, negative, *others, n=1, **cell),
+            partial(replace, one),
         )
 
     fields = [prompt, negative, diversities, scales, *more.all()]
@@ -203,8 +369,9 @@ def grid_tab(sessions: Sessions, installed: Installed) -> None:
         results,
         tab="grid",
         sessions=sessions,
+        seed=more.seed,
         requests_of=requests_of,
-        shown=lambda job: {table: "" if job is None else as_table(job)},
+        shown=lambda session: {table: as_table(session.jobs["grid"])},
     )
 
 

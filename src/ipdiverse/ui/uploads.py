@@ -7,6 +7,7 @@ import io
 import re
 import threading
 import warnings
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -135,7 +136,7 @@ def choose(session: Session, tab: str, kept: list[Upload]) -> None:
     used |= {
         file
         for page in pages
-        for job in page.jobs.values()
+        for job in (*page.jobs.values(), *page.earlier)
         for request in job.requests.values()
         for file in request.image
     }
@@ -152,18 +153,22 @@ def shown_of(kept: Sequence[Upload]) -> tuple[list[tuple[str, str]], str]:
     return pictures, line(f"Reference: {names}." if kept else "")
 
 
-def picker(sessions: Sessions, tab: str) -> tuple[gr.Gallery, gr.HTML]:
+Taker = Callable[["list[tuple[str, Path | bytes]]", "Session"], tuple[Any, Any]]
+
+
+def picker(sessions: Sessions, tab: str) -> tuple[gr.Gallery, gr.HTML, gr.File, Taker]:
     """Lay out uploads and examples.
 
     Returns:
         A gallery of the references, for the caller to render next to the images that are drawn
-        from them; and the line that names them.
+        from them; the line that names them; the uploads; and what makes files the references and
+        returns the new values of the first two.
     """
     upload = gr.File(
-        label="Reference images (several act as one): JPEG, PNG, WebP, BMP, AVIF",
+        label="Reference images (several act as one)",
         file_count="multiple",
         file_types=list(SUFFIXES),
-        height=130,
+        height=150,
         elem_id=f"{tab}-upload",
     )
     options: dict[str, Any] = {"format": "png", "allow_preview": False, "interactive": False}
@@ -209,4 +214,4 @@ def picker(sessions: Sessions, tab: str) -> tuple[gr.Gallery, gr.HTML]:
     for happens in (upload.upload, upload.delete, upload.clear):
         happens(on_upload, upload, outputs, queue=False, **PRIVATE)
     examples.select(on_example, None, [*outputs, upload], queue=False, **PRIVATE)
-    return shown, told
+    return shown, told, upload, take

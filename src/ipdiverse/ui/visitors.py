@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ipdiverse.ui.queue import Job, Turns
+from ipdiverse.ui.queue import PROGRAMS, Job, Turns
 from ipdiverse.ui.safety import MAX_UPLOAD, Refused
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 MAX_VISITORS = 1000
 MAX_SESSIONS = 8
@@ -36,17 +36,15 @@ _LEAST = 2**18
 """What a small file counts for, so that their number is bounded too."""
 _BROKEN = 30.0
 """Seconds without growth after which a piece of an upload is left over: see `server.SILENCE`."""
-_SHARE = 600.0
-"""Seconds after which half of what somebody has drawn no longer counts."""
 
 
 @dataclass(eq=False)
 class Visitor:
-    """Somebody, and how much of the machine they have had.
+    """Somebody, and what is kept for them.
 
     Args:
         folder: For references and results.
-        known: By a cookie.
+        name: Under which they take turns: the cookie, or `PROGRAMS`.
         chosen: The last references of each tab: a list of `Upload`.
         sessions: Open pages, the one used last at the end.
         requests: So far.
@@ -54,27 +52,18 @@ class Visitor:
     """
 
     folder: Path
-    known: bool
+    name: str
     chosen: dict[str, Any] = field(default_factory=dict)
     sessions: dict[str, Session] = field(default_factory=dict)
     requests: int = 0
     bytes: int = 0
     reading: threading.Lock = field(default_factory=threading.Lock)
-    since: float = field(default_factory=time.monotonic)
     seen: float = field(default_factory=time.monotonic)
-    _used: float = 0.0
-    _at: float = field(default_factory=time.monotonic)
 
     @property
-    def used(self) -> float:
-        """Denoising steps times images, lately."""
-        now = time.monotonic()
-        self._used, self._at = self._used * 0.5 ** ((now - self._at) / _SHARE), now
-        return self._used
-
-    def charge(self, steps: float) -> None:
-        """Count what was drawn, or asked for too often."""
-        self._used = self.used + steps
+    def known(self) -> bool:
+        """Whether it is a browser, which comes back with its cookie."""
+        return self.name != PROGRAMS
 
     def weigh(self) -> None:
         """Look at how much is on disk."""
@@ -95,13 +84,17 @@ class Session:
     Args:
         folder: For results.
         visitor: Whose it is.
+        listens: Whether the page waits for messages.
         jobs: The last one of each tab.
+        earlier: Sets of the first tab, the newest first; what they have drawn is kept.
         chosen: The references of each tab.
     """
 
     folder: Path
     visitor: Visitor
+    listens: Callable[[], bool]
     jobs: dict[str, Job] = field(default_factory=dict)
+    earlier: list[Job] = field(default_factory=list)
     chosen: dict[str, Any] = field(default_factory=dict)
 
 
@@ -113,8 +106,10 @@ class Sessions:
         waiting: How many drawings may wait for their turn.
     """
 
-    def __init__(self, folder: Path, waiting: int = 8) -> None:
+    def __init__(self, folder: Path, waiting: int = 5) -> None:
         self.turns = Turns(waiting)
+        self.streams: Counter[str] = Counter()
+        """Open streams of messages, by session: who has none would not see what is drawn."""
         self._folder = folder
         self._lock = threading.RLock()
         self._visitors: dict[str, Visitor] = {}
@@ -123,9 +118,11 @@ class Sessions:
         """A page's session; a new one for a new page."""
         name = _folder_name(key)
         with self._lock:
-            owner = self._visitor(visitor or f"session {name}", visitor is not None)
+            owner = self._visitor(visitor or f"session {name}", visitor or PROGRAMS)
             if name not in owner.sessions:
-                owner.sessions[name] = Session(owner.folder / name, owner)
+                owner.sessions[name] = Session(
+                    owner.folder / name, owner, lambda: self.streams[str(key)] > 0
+                )
             owner.sessions[name] = session = owner.sessions.pop(name)
             session.folder.mkdir(parents=True, exist_ok=True)
             while len(owner.sessions) > MAX_SESSIONS:
@@ -142,15 +139,11 @@ class Sessions:
         with self._lock:
             return [one for owner in self._visitors.values() for one in owner.sessions.values()]
 
-    def visitor(self, key: str | None, visitor: str | None) -> Visitor | None:
-        """Who somebody is, if they are known already; their visit is not counted."""
-        return self._visitors.get(_folder_name(visitor or f"session {_folder_name(key)}"))
-
     def leave(self, key: str | None, visitor: str | None = None) -> None:
         """A page was closed: stop its jobs and delete its files; a browser may come back."""
         name = _folder_name(key)
         with self._lock:
-            owner = self.visitor(key, visitor)
+            owner = self._visitors.get(_folder_name(visitor or f"session {name}"))
             if owner is not None:
                 self._close(owner, name)
                 if not owner.known:
@@ -162,10 +155,10 @@ class Sessions:
             for name in list(self._visitors):
                 self._forget(name)
 
-    def _visitor(self, key: str, known: bool) -> Visitor:
+    def _visitor(self, key: str, called: str) -> Visitor:
         name = _folder_name(key)
         if name not in self._visitors:
-            self._visitors[name] = Visitor(self._folder / name, known)
+            self._visitors[name] = Visitor(self._folder / name, called)
         found = self._visitors[name]
         found.requests, found.seen = found.requests + 1, time.monotonic()
         return found

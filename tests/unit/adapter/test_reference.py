@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -39,11 +40,8 @@ def test_one_reference_is_itself_however_it_is_combined() -> None:
     ("parts", "message"),
     [
         ({}, "reference: is empty"),
-        (
-            {"images": ["red.png"]},
-            r"is not an image; expected PIL images; found str\. Open files with",
-        ),
-        ({"images": [RED], "masks": [3]}, "is not an image; expected PIL images; found int"),
+        ({"images": [3]}, "reference: is not an image; expected a PIL image, .*; found int"),
+        ({"images": [RED], "masks": [3]}, "masks: is not an image; expected PIL im.*; found int"),
         ({"images": [RED], "combine": "mix"}, "combine: is unknown; expected concat"),
         ({"images": [RED], "weights": [1.0]}, "combine='weighted' and weights: go together"),
         ({"images": [RED], "combine": "weighted"}, "combine='weighted' and weights: go together"),
@@ -82,7 +80,87 @@ def test_files_are_references_too(tmp_path: Path) -> None:
         as_reference(tmp_path / "gone.png")
 
 
-@pytest.mark.parametrize("given", [None, 3, EMBEDS, [RED, 3]])
+PICTURE = np.asarray(models.picture(1, 16))
+FRACTIONS = torch.from_numpy(PICTURE.copy()) / 255
+SAME = {
+    "HWC": PICTURE,
+    "CHW": PICTURE.transpose(2, 0, 1),
+    "a tensor in 0..1": FRACTIONS,
+    "a tensor in 0..1, CHW": FRACTIONS.permute(2, 0, 1),
+    "that needs a gradient": FRACTIONS.clone().requires_grad_(),
+    "of double precision": FRACTIONS.double().numpy(),
+    "fractions in 0..255": FRACTIONS * 255,
+    "whole numbers": torch.from_numpy(PICTURE.astype(np.int64)),
+}
+BATCHES = {
+    "NHWC": np.stack([PICTURE, PICTURE]),
+    "NCHW": FRACTIONS.permute(2, 0, 1)[None].repeat(2, 1, 1, 1),
+    "a list": [PICTURE, FRACTIONS],
+}
+
+
+@pytest.mark.parametrize("given", SAME.values(), ids=SAME)
+def test_an_array_is_its_picture(given: Any) -> None:
+    (image,) = as_reference(given).images
+    assert np.array_equal(np.asarray(image), PICTURE)
+
+
+def test_half_precision_is_read_as_well_as_it_can_tell() -> None:
+    (image,) = as_reference(FRACTIONS.bfloat16()).images
+    assert np.abs(np.asarray(image).astype(int) - PICTURE).max() <= 1
+
+
+def test_grey_and_transparent_arrays_are_pictures_too() -> None:
+    grey, alpha = PICTURE[..., 0], np.dstack([PICTURE, PICTURE[..., :1]])
+    for given in (grey, grey[None], grey[..., None]):
+        assert as_reference(given).images[0].tobytes() == grey.tobytes()
+    assert as_reference(grey > 128).images[0].getextrema() == (0, 255)
+    assert as_reference(alpha).images[0].mode == "RGBA"
+    assert as_reference(np.zeros((16, 16, 3), np.uint8)).images[0].getextrema() == ((0, 0),) * 3
+
+
+@pytest.mark.parametrize("given", BATCHES.values(), ids=BATCHES)
+def test_a_batch_is_several_images_or_one_for_each_item(given: Any) -> None:
+    assert as_reference(given).count() == Reference(given).count() == 2
+    pipe = models.pipeline("sd1")
+    with attach(pipe, models.adapter("base", pipe.unet)) as prompt:
+        prompt.set_reference(given)
+        assert [one.count() for one in prompt.references()] == [1, 1]
+
+
+def test_one_reference_can_be_for_all_adapters() -> None:
+    pipe = models.pipeline("sd1")
+    with attach(pipe, *(models.adapter(k, pipe.unet) for k in ("base", "plus"))) as prompt:
+        prompt.set_reference(RED, adapter=None)
+        assert prompt.references(0) == prompt.references(1) != []
+
+
+WHITE = "does not say which number is white; expected fractions in 0..1, or numbers in 0..255"
+BAD_ARRAYS = {
+    "prepared": (FRACTIONS * 2 - 1, WHITE),
+    "a little above 1": (FRACTIONS * 1.01 / FRACTIONS.max(), WHITE),
+    "prepared, bright": (FRACTIONS + 1.1, WHITE),
+    "sixteen bits": (PICTURE.astype(np.uint16) * 257, rf"{WHITE}; found uint16, \d+ to 6\d+"),
+    "0 and 1 in whole numbers": ((PICTURE > 128).astype(np.uint8), WHITE),
+    "NaN": (FRACTIONS * torch.nan, WHITE),
+    "text": (np.full((16, 16, 3), "a"), WHITE),
+    "two channels": (PICTURE[..., :2], r"axes that are not an image's; .*found \(16, 16, 2\)"),
+    "either layout": (PICTURE[:3], r"axes that are not an image's; .*found \(3, 16, 3\)"),
+    "one axis": (PICTURE[0, 0], r"axes that are not an image's; .*found \(3,\)"),
+    "five axes": (PICTURE[None, None], r"axes that are not an image's"),
+    "nothing": (PICTURE[:0], r"axes that are not an image's; .*found \(0, 16, 3\)"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ARRAYS)
+def test_an_array_that_may_be_anything_is_one_line(case: str) -> None:
+    given, message = BAD_ARRAYS[case]
+    with pytest.raises(ArgumentError, match=message) as error:
+        as_reference(given)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("given", [None, 3, [RED, 3]])
 def test_what_is_no_image_is_one_error(given: Any) -> None:
     with pytest.raises(
         ArgumentError, match="reference: is not an image; expected a PIL image, an im"

@@ -65,7 +65,10 @@ def test_a_folder_opens_and_draws_what_stock_draws(name: str, folder: Path) -> N
         width=64,
         height=64,
     ).images[0]
-    np.testing.assert_array_equal(np.asarray(image), np.asarray(stock))
+    drawn, expected = (np.asarray(one).astype(int) for one in (image, stock))
+    assert expected.std() > 0
+    # weights that were read lie elsewhere in memory, and kernels round by how they are aligned
+    assert np.abs(drawn - expected).max() <= 1
 
 
 @pytest.mark.parametrize("name", TENSORS)

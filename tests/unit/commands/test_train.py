@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
@@ -13,9 +14,6 @@ from ipdiverse.commands.train import Train, as_flags, read_run
 from ipdiverse.data.prepare import PrepareOptions
 from ipdiverse.errors import ArgumentError
 from ipdiverse.training.config import RENAMED, CacheConfig, TrainConfig
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def toml(folder: Path, text: str) -> Path:
@@ -32,7 +30,7 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     def keep(command: Any) -> None:
         found.append(command)
 
-    for kind in (cli.Train, cli.Embed, cli.Prepare):
+    for kind in (cli.Train, cli.Embed, cli.Prepare, cli.Fit):
         monkeypatch.setattr(kind, "run", keep)
     return found
 
@@ -189,3 +187,33 @@ def test_a_flag_overrides_what_would_replace_it_in_the_file(tmp_path: Path) -> N
     file = toml(tmp_path, "epochs = 3\nprocess_batch = 2\nseed = 1\n")
     flags = as_flags(["--config", str(file), "--steps", "9", "--batch", "8"])
     assert flags == ["--seed", "1", "--steps", "9", "--batch", "8"]
+
+
+RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*.toml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=[file.stem for file in RECIPES])
+def test_every_recipe_is_a_command(recipe: Path, parsed: list[Any]) -> None:
+    kind, _, preset = recipe.stem.partition("-")
+    if kind == "fit":
+        assert main(["fit", "data/subjects", "--config", str(recipe), "--bank", "7"]) == 0
+        [command] = parsed
+        assert (command.folder, command.fit.bank, command.cache.changed) == ("data/subjects", 7, 0)
+        assert (command.cache.base, command.adapter) == (preset, preset)
+    else:
+        assert main(["train", "--config", str(recipe)]) == 0
+        [command] = parsed
+        config = command.training
+        assert (config.base, config.init_from, config.fusion) == (preset, preset, "generative")
+    assert len(RECIPES) == 6
+
+
+def test_a_file_for_fit_is_held_to_its_options(
+    tmp_path: Path, parsed: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = toml(tmp_path, 'bank = "many"\nfolder = "data"\nout = 3\ncache_dtype = "int8"')
+    assert main(["fit", "data", "--config", str(wrong)]) == 2
+    said = capsys.readouterr().err
+    for part in ("bank is 'many'", "unknown key 'folder'", "out is 3", "cache_dtype is 'int8'"):
+        assert part in said
+    assert not parsed

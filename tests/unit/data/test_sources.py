@@ -221,6 +221,45 @@ def test_without_datasets_only_its_own_sources_are_refused(
         items("someone/data", "hub")
 
 
+def test_pairs_in_one_picture_are_two_pictures_of_a_subject(tmp_path: Path) -> None:
+    """Subjects200K: two pictures of 512 with borders of 8, whose middle one they share."""
+    import datasets
+
+    whole = Image.new("RGB", (2 * 20 + 3 * 2, 20 + 2 * 2), "white")
+    whole.paste((250, 0, 0), (2, 2, 22, 22))
+    whole.paste((0, 0, 250), (24, 2, 44, 22))
+    kinds = ("compositeStructure", "objectConsistency", "imageQuality")
+    told = {"item": "a cup", "description_0": "red", "description_1": "blue", "category": "things"}
+    rows = {
+        "image": [whole] * 4 + [whole.crop((0, 0, 30, 24))],
+        "collection": ["collection_2"] * 5,
+        "quality_assessment": [dict.fromkeys(kinds, 5)] * 2
+        + [dict.fromkeys(kinds, 5) | {"imageQuality": 4}]
+        + [dict.fromkeys(kinds, 5)] * 2,
+        "description": [{**told, "description_valid": number != 1} for number in range(5)],
+    }
+    (tmp_path / "data").mkdir()
+    table = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    table.to_parquet(tmp_path / "data" / "train-00000-of-00001.parquet")
+    source = open_source(str(tmp_path), SourceOptions())
+    found = list(source.items())
+    assert source.count == len(found) == 6
+    assert [*source.notes] == ["left out 2 of 5 pairs, which are noted as poor"]
+    assert [(item.text, item.subject) for item in found[1:4]] == [
+        ("blue", "row-0000000"),
+        ("red", "row-0000003"),
+        ("blue", "row-0000003"),
+    ]
+    for item, colour in zip(found[:4], [(250, 0, 0), (0, 0, 250)] * 2, strict=True):
+        picture = load_image_bytes(item.load())
+        assert picture.size == (20, 20)
+        assert picture.getcolors() == [(400, colour)]
+    with pytest.raises(DataError, match=r"row-0000004-0: does not show two pictures.*30 x 24"):
+        found[4].load()
+    as_they_are = items(tmp_path, "hub", text_column="collection")
+    assert [load_image_bytes(item.load()).size for item in as_they_are[:1]] == [(46, 24)]
+
+
 def test_a_table_that_names_files_elsewhere_reaches_none(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq

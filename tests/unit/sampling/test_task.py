@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from ipdiverse.base.bases import Base
+from ipdiverse.base.bases import Base, load_base
+from ipdiverse.critters.render import render
+from ipdiverse.critters.scene import sample_scene
 from ipdiverse.errors import ArgumentError, ImageError, ModelError
 from ipdiverse.sampling.request import Request
-from ipdiverse.sampling.task import LastBase, Pictures, decoded, task_for
+from ipdiverse.sampling.task import LastBase, Pictures, decoded, is_far, task_for
 from tests import models
 
 if TYPE_CHECKING:
@@ -176,3 +178,39 @@ def test_the_last_base_stays_open_for_requests_that_can_share_it(
     assert bases.open(Request(dtype="float32")) is not first
     assert bases.open(Request(adapter="plus")) is not first, "one is kept, not two"
     assert len(opened) == 3
+
+
+def photograph(seed: int) -> Image.Image:
+    """A picture with the smooth light and the fine grain that photographs have, and no outlines."""
+    rng = np.random.default_rng(seed)
+    light = Image.fromarray(rng.integers(40, 220, (3, 3, 3), dtype=np.uint8)).resize((256, 256))
+    grain = rng.normal(0, 12, (256, 256, 3))
+    return Image.fromarray((np.asarray(light) + grain).clip(0, 255).astype(np.uint8))
+
+
+def test_what_is_beyond_the_bundled_model_is_one_note_that_names_the_base_to_take() -> None:
+    base, rng = load_base(), np.random.default_rng(50)
+    critters = [Image.fromarray(render(sample_scene(rng), number)) for number in range(20)]
+    assert sum(is_far(base, one) for one in critters) <= 1
+    assert not is_far(base, critters[0].resize((512, 512)))
+    assert sum(is_far(base, photograph(seed)) for seed in range(10)) >= 9
+
+    def notes(image: Image.Image, *prompts: str) -> list[str]:
+        request = Request(image=("a.png",), prompt=prompts)
+        return task_for(base, request, Pictures({"a.png": image}, {})).notes
+
+    begun = "the bundled model draws critters alone, and "
+    ended = "; base sd15-plus draws photos"
+    assert notes(critters[0], "a blue critter, in the snow", "") == []
+    assert notes(critters[0], "A dog on the beach", "a dog and a dogma") == [
+        f"{begun}it does not know dog, dogma{ended}"
+    ]
+    assert notes(photograph(3), "") == [f"{begun}the reference looks like none{ended}"]
+    assert notes(photograph(3), "a dog") == [
+        f"{begun}the reference looks like none and it does not know dog{ended}"
+    ]
+
+
+def test_another_base_is_not_measured_by_critters(base: Base) -> None:
+    request = Request(image=("a.png",), prompt=("a dog",))
+    assert task_for(base, request, Pictures({"a.png": photograph(3)}, {})).notes == []

@@ -15,6 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ipdiverse.critters.make import example
+from ipdiverse.critters.render import render
+from ipdiverse.critters.scene import ATTRIBUTES, IDENTITY
 from ipdiverse.errors import ArgumentError, IpdiverseError
 from ipdiverse.sampling.request import Request
 from ipdiverse.ui import Installed, closeness, find_installed, page, results, status, uploads
@@ -138,8 +141,6 @@ def test_summaries_read_as_sentences() -> None:
 
 def test_bands_tell_rendered_critters_apart(references: list[Image.Image]) -> None:
     from ipdiverse.base.bases import load_base
-    from ipdiverse.critters.make import example
-    from ipdiverse.critters.render import render
 
     pipe = load_base().pipe
     attachment: Any = SimpleNamespace(
@@ -224,6 +225,33 @@ def test_errors_cannot_carry_markup() -> None:
     assert "<script" not in status.problem("<script>alert(1)</script>")
 
 
+def test_what_lost_an_attribute_is_never_called_close() -> None:
+    """Held-out renders; the encoder alone calls most of such pairs close, and many copies."""
+    made = [example(index, 13, "test") for index in range(12)]
+    references = [Image.fromarray(render(one.scene, one.seed)) for one in made]
+    for name in IDENTITY:
+        other = [next(v for v in ATTRIBUTES[name] if v != getattr(m.scene, name)) for m in made]
+        changed = [replace(m.scene, **{name: v}) for m, v in zip(made, other, strict=True)]
+        images = [Image.fromarray(render(one, n)) for n, one in enumerate(changed)]
+        lost = closeness._lost(images, references, np.arange(12))
+        assert lost == ((name,),) * 12
+        seen = Closeness((0.99,) * 12, None, None, CRITTER_BANDS, lost)
+        assert {seen.words(n) for n in range(12)} == {f"another {name}"}
+        assert seen.summary() == f"All 12 have another {name}."
+        assert 'class="lost"' in closeness.plot(seen)
+    kept = closeness._lost(references, references, np.arange(12))
+    assert kept == ((),) * 12
+    some = Closeness((0.5, 0.9, 0.9), None, None, CRITTER_BANDS, ((), (), IDENTITY))
+    assert [some.words(n) for n in range(3)] == [
+        "the same critter",
+        "almost a copy of the reference",
+        "another critter",
+    ]
+    assert "1 is another critter" in some.summary()
+    photo = [Image.effect_noise((64, 64), 90).convert("RGB")]
+    assert closeness._lost(references, photo, np.zeros(12, int)) is None
+
+
 def test_critters_and_its_adapters_are_always_there(tmp_path: Path) -> None:
     found = find_installed()
     assert found.bases["critters"] == "critters"
@@ -272,6 +300,7 @@ def asked(**changes: Any) -> Request:
         "prompt": "p",
         "negative": "",
         "seed": 1,
+        "keep": True,
         "steps": 4,
         "guidance": 3.0,
         "base": "critters",
@@ -287,6 +316,8 @@ def asked(**changes: Any) -> Request:
 def test_what_was_set_becomes_a_request() -> None:
     request = asked()
     assert (request.image, request.n, request.seed) == (("kept.png",), 2, 1)
+    drawn = {asked(keep=keep).seed for keep in (False, None, "yes") for _ in range(5)}
+    assert len(drawn) > 10, "a new one unless it is kept"
 
 
 @pytest.mark.parametrize(

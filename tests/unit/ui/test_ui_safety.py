@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -238,16 +239,28 @@ def test_bad_options_are_one_line(
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("origin", "command"),
+    [
+        (None, "pip install 'ipdiverse[ui]'"),
+        ('{"url": "file:///a/b", "dir_info": {"editable": true}}', "pip install -e '/a/b[ui]'"),
+        ('{"url": "file:///a%20b", "dir_info": {}}', "pip install '/a b[ui]'"),
+        ('{"url": "file:///a/i.whl", "archive_info": {}}', "pip install '/a/i.whl[ui]'"),
+    ],
+)
 def test_without_gradio_the_command_says_what_to_install(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    origin: str | None,
+    command: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """By how it was installed: from an index, a checkout, a copy, a wheel (PEP 610)."""
+    installed = SimpleNamespace(read_text={"direct_url.json": origin}.get)
     monkeypatch.setattr("ipdiverse.commands.generate.find_spec", lambda name: None)
+    monkeypatch.setattr("ipdiverse.commands.generate.distribution", lambda name: installed)
     assert main(["ui"]) == 2
     error = capsys.readouterr().err
-    assert error == (
-        "ipdiverse: ui: needs gradio, which is not installed. "
-        "Run `pip install -e '.[ui]'` in your copy of ipdiverse.\n"
-    )
+    assert error == f"ipdiverse: ui: needs gradio, which is not installed. Run `{command}`.\n"
 
 
 def test_the_cache_is_private_and_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+import torch
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from diffusers.hooks import HookRegistry
 
@@ -34,7 +35,7 @@ from ipdiverse.adapter.model import (
     check_layers,
     layer_widths,
 )
-from ipdiverse.adapter.reference import Reference, as_reference
+from ipdiverse.adapter.reference import Reference, as_reference, split_batch
 from ipdiverse.adapter.scale import Scale, resolve_scale, unet_layers
 from ipdiverse.base.pipelines import denoiser_of
 from ipdiverse.errors import ArgumentError, ModelError, check_range, check_whole
@@ -53,6 +54,7 @@ Made = TypeVar("Made", bound="Attachment")
 _HOOK = "ipdiverse.image_prompt"
 LEVERS_HOOK = "ipdiverse.levers"
 """Outside the other: decides which branches the UNet is called with."""
+_MOVING = ("Motion", "3D", "SpatioTemporal", "I2VGen")  # UNets of AnimateDiff and its like
 _SEVERAL_PROMPTS = ("LEdits", "CycleDiffusion")  # pipelines with a source and a target prompt
 
 
@@ -85,29 +87,29 @@ class Attachment:
         self,
         references: ImageLike | Reference | Sequence[ImageLike | Reference],
         *,
-        adapter: int = 0,
+        adapter: int | None = 0,
         negative: ImageLike | Reference | None = None,
     ) -> None:
         """Prompt with images.
 
         Args:
-            references: Images or their files. One for all outputs, or a list: one for each prompt
-                or each output of the next call, in order. Several images for one output are one
-                `Reference`.
-            adapter: Which adapter, when several are attached.
+            references: Images (PIL, files, arrays, tensors; see `as_reference`). One for all
+                outputs, or a list or batch: one for each prompt or each output of the next call,
+                in order. Several images for one output are one `Reference`.
+            adapter: Which adapter, when several are attached; None is all.
             negative: The unconditional branch's image; None is no image.
 
         Raises:
             ArgumentError: References that do not fit together or this adapter.
             ImageError: A file cannot be read.
         """
-        many: list[Any] = [*references] if isinstance(references, (list, tuple)) else [references]
+        many = [as_reference(item) for item in split_batch(references)]
         if not many:
             raise ArgumentError("is empty", where="references", fix="Give at least one.")
-        self._numbers(adapter)
         against = None if negative is None else as_reference(negative)
-        self._given[adapter] = ([as_reference(item) for item in many], against)
-        self._encode(adapter)
+        for number in self._numbers(adapter):
+            self._given[number] = many, against
+            self._encode(number)
 
     def _encode(self, adapter: int) -> None:
         prompt, (references, negative) = self.hook.prompts[adapter], self._given[adapter]
@@ -205,6 +207,24 @@ class Attachment:
         for number in self._numbers(adapter):
             self.hook.prompts[number].fusion_strength = float(strength)
         self.hook.changed()
+
+    def set_words(self, words: Tensor | None, negative: Tensor | None = None) -> None:
+        """Say which tokens of `prompt_embeds` are words, for adapters with a fusion.
+
+        Prompts that are given as text need none of this: the pipeline's tokenizer knows.
+
+        Args:
+            words: The tokenizer's `attention_mask` of the prompts, (prompts, tokens); None forgets.
+            negative: The same of `negative_prompt_embeds`.
+        """
+        both = (words, negative)
+        given = [None if mask is None else torch.as_tensor(mask).bool() for mask in both]
+        for mask in given:
+            if mask is not None and mask.ndim != 2:
+                what, expected = "has the wrong shape", "(prompts, tokens)"
+                found = tuple(mask.shape)
+                raise ArgumentError(what, where="set_words", expected=expected, found=found)
+        self.hook.words.positive, self.hook.words.negative = given
 
     def set_seeds(self, seeds: Sequence[int] | None) -> None:
         """Seeds of the next calls' images, for adapters whose fusion draws; None numbers them."""
@@ -307,8 +327,8 @@ def attach(
     with inside_offloading(unet):
         HookRegistry.check_if_exists_or_initialize(unet).register_hook(hook, _HOOK)
     # words are for fusion alone: finding them tokenizes every prompt once more
-    words = any(adapter.fusion is not None for adapter in adapters)
-    watch_prompts(pipe, hook.encoded, words=words)
+    fuses = any(adapter.fusion is not None for adapter in adapters)
+    watch_prompts(pipe, hook.encoded, hook.words if fuses else None)
     return made(pipe, hook, encoding)
 
 
@@ -325,7 +345,9 @@ def detach(pipe: Any) -> None:
     for undo in reversed(hook.on_detach):
         undo()
     forget_prompts(pipe)
-    denoiser.set_attn_processor(dict(hook.before))
+    for name, processor in hook.before.items():
+        # one by one: stock counts the layers of a projection that was loaded meanwhile too
+        denoiser.get_submodule(name.removesuffix(".processor")).set_processor(processor)
     with inside_offloading(denoiser):
         registry = HookRegistry.check_if_exists_or_initialize(denoiser)
         if registry.get_hook(LEVERS_HOOK) is not None:
@@ -381,6 +403,13 @@ def checked_unet(pipe: Any) -> Any:
             "has no UNet with attention processors",
             where=type(pipe).__name__,
             expected="a pipeline of Stable Diffusion 1.x, 2.x, XL or 3.x, of Kolors or Flux.1",
+        )
+    if any(word in type(unet).__name__ for word in _MOVING):
+        raise ModelError(
+            "draws videos, and image prompts have no place in its layers of motion",
+            where=type(pipe).__name__,
+            fix="Draw images with a Stable Diffusion pipeline; AnimateDiff has a load_ip_adapter "
+            "of its own, which goes on without variety.",
         )
     if type(pipe).__name__.startswith(_SEVERAL_PROMPTS):
         raise ModelError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -142,8 +143,19 @@ def _unknown(pipe: Any, unclear: bool) -> ArgumentError:
     return ArgumentError(what, where=type(pipe).__name__, expected=expected, found=found, fix=fix)
 
 
-def watch_prompts(pipe: Any, encoded: deque[EncodedPrompt], *, words: bool) -> None:
-    """Note every prompt that the pipeline encodes, and its words if they are needed."""
+@dataclass(eq=False)
+class GivenWords:
+    """What users say of embeddings that they bring: True where a token is a word, or None."""
+
+    positive: Tensor | None = None  # (prompts, tokens)
+    negative: Tensor | None = None
+    missed: bool = False  # said already
+
+
+def watch_prompts(
+    pipe: Any, encoded: deque[EncodedPrompt], words: GivenWords | None = None
+) -> None:
+    """Note every prompt that the pipeline encodes, and its words if somebody needs them."""
     if name := _watched(pipe):
         original = getattr(pipe, name)
         pipe.__dict__[name] = _Watching(pipe, name, original, encoded, words)
@@ -167,7 +179,12 @@ class _Watching:
     """A pipeline's `encode_prompt` that also notes what it returns."""
 
     def __init__(
-        self, pipe: Any, name: str, original: Any, encoded: deque[EncodedPrompt], words: bool
+        self,
+        pipe: Any,
+        name: str,
+        original: Any,
+        encoded: deque[EncodedPrompt],
+        words: GivenWords | None,
     ) -> None:
         functools.update_wrapper(self, original)
         self.pipe, self.original, self.encoded, self.words = pipe, original, encoded, words
@@ -180,8 +197,16 @@ class _Watching:
         bound.apply_defaults()
         positive, negative = self._sides(returned, bound.arguments)
         if isinstance(positive, Tensor) and positive.ndim == 3:
-            words = text_mask(self.pipe, bound.arguments) if self.words else None
             negative = negative if isinstance(negative, Tensor) else None
+            known = self.words
+            words = None if known is None else text_mask(self.pipe, bound.arguments, known)
+            if words is not None and words.shape[1] != positive.shape[1]:
+                raise ArgumentError(
+                    "does not fit the embeddings",
+                    where="set_words",
+                    expected=f"{positive.shape[1]} tokens",
+                    found=words.shape[1],
+                )
             texts = _texts(bound.arguments.get("prompt"), len(positive))
             alone = self._alone()
             self.encoded.append(EncodedPrompt(positive, negative, words, texts, alone))
@@ -214,31 +239,39 @@ def _texts(prompt: Any, items: int) -> tuple[str, ...]:
     return tuple(text for text in texts for _ in range(items // len(texts)))
 
 
-def text_mask(pipe: Any, arguments: dict[str, Any]) -> Tensor | None:
+def text_mask(
+    pipe: Any, arguments: dict[str, Any], given: GivenWords | None = None
+) -> Tensor | None:
     """True where a token is a word or a mark of begin or end, so that fusion skips padding.
 
-    (branches × items, tokens), unconditional items first; None when embeddings were given.
+    (branches × items, tokens), unconditional items first; None when embeddings came without.
     """
-    prompt = arguments.get("prompt")
-    if prompt is None:
-        return None
     if hasattr(pipe, "tokenizer_3"):
         return None  # SD 3's text is of three encoders: fusion reads all of it
-    if hasattr(pipe, "transformer"):  # T5 reads it, as long as the call says
-        length = arguments.get("max_sequence_length")
-        mask = _words(pipe, prompt, pipe.tokenizer_2, length)
-        return mask.repeat_interleave(arguments.get("num_images_per_prompt") or 1, 0)
-    tokenizer = pipe.tokenizer if getattr(pipe, "tokenizer", None) else pipe.tokenizer_2
-    # Kolors reads as far as its call says: ChatGLM's tokenizer names no limit of its own
-    length = arguments.get("max_sequence_length")
-    masks = [_words(pipe, prompt, tokenizer, length)]
+    given = given or GivenWords()
+    prompt, against = arguments.get("prompt"), arguments.get("negative_prompt") or ""
+    # Flux' T5 and Kolors' ChatGLM read as far as the call says: their tokenizers name no limit
+    joint, length = hasattr(pipe, "transformer"), arguments.get("max_sequence_length")
+    first = None if joint else getattr(pipe, "tokenizer", None)
+    tokenizer = first or pipe.tokenizer_2
+    masks = [given.positive if prompt is None else _words(pipe, prompt, tokenizer, length)]
     if arguments.get("do_classifier_free_guidance"):
-        if arguments.get("negative_prompt_embeds") is not None:
-            return None
-        mask = _words(pipe, arguments.get("negative_prompt") or "", tokenizer, length)
-        masks.insert(0, mask.expand(len(masks[0]), -1) if len(mask) == 1 else mask)
-    repeats = arguments.get("num_images_per_prompt") or 1
-    return torch.cat([mask.repeat_interleave(repeats, 0) for mask in masks])
+        embedded = arguments.get("negative_prompt_embeds") is not None
+        negative = given.negative if embedded else _words(pipe, against, tokenizer, length)
+        masks.insert(0, negative)
+    known = [mask for mask in masks if mask is not None]
+    if len(known) < len(masks):
+        if not given.missed:
+            warnings.warn(
+                "prompt_embeds come without words, so the fusion reads their padding too and the "
+                "images differ: give attachment.set_words the tokenizer's attention_mask",
+                stacklevel=3,
+            )
+        given.missed = True
+        return None
+    repeats, rows = arguments.get("num_images_per_prompt") or 1, max(map(len, known))
+    each = [mask.expand(rows, -1) if len(mask) == 1 else mask for mask in known]
+    return torch.cat([mask.repeat_interleave(repeats, 0) for mask in each])
 
 
 def _words(

@@ -87,8 +87,10 @@ class ImageEncoding:
             raise ModelError(
                 "has no image encoder",
                 where="pipeline",
-                fix="Name one with --image-encoder; in Python give attach an image_encoder and an "
-                "image_processor, or references as embeds.",
+                fix="Name one with --image-encoder. In Python: attach(…, image_encoder="
+                "CLIPVisionModelWithProjection.from_pretrained('h94/IP-Adapter', subfolder="
+                "'models/image_encoder'), image_processor=CLIPImageProcessor()), or references as "
+                "embeds.",
             )
         return self
 

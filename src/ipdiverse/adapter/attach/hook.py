@@ -12,7 +12,7 @@ import torch
 from diffusers.hooks import ModelHook
 from torch import Tensor
 
-from ipdiverse.adapter.attach.branches import KEPT_PROMPTS, Told, tell_branches
+from ipdiverse.adapter.attach.branches import KEPT_PROMPTS, GivenWords, Told, tell_branches
 from ipdiverse.adapter.attach.joint import is_transformer, latent_grid
 from ipdiverse.adapter.attention import BOTH, NOTHING, DecoupledAttention, Slot, TokenGroup
 from ipdiverse.adapter.model import interpolated, placed, state_of
@@ -154,6 +154,7 @@ class ImagePromptHook(ModelHook):
         self.pipe, self.prompts, self.layers = pipe, prompts, layers
         self.processors, self.before = processors, before
         self.encoded: deque[EncodedPrompt] = deque(maxlen=KEPT_PROMPTS)
+        self.words = GivenWords()
         self.on_detach: list[Callable[[], object]] = []
         self.layout: Layout | None = None
         self._told: tuple[Tensor, Told] | None = None
@@ -268,7 +269,11 @@ class ImagePromptHook(ModelHook):
 
     def _check_references(self) -> None:
         if not all(prompt.references for prompt in self.prompts):
-            raise ArgumentError("no reference was set", where="adapter", fix="Call set_reference.")
+            raise ArgumentError(
+                "no reference was set",
+                where="adapter",
+                fix="Call set_reference, or give the pipeline an ip_adapter_image.",
+            )
 
     def _check_processors(self) -> None:
         for attention, mine in self.processors:
@@ -277,8 +282,9 @@ class ImagePromptHook(ModelHook):
                     "an attention processor was replaced while an adapter is attached",
                     where="pipeline",
                     found=type(attention.processor).__name__,
-                    fix="Attention slicing and fused projections do not work with image prompts: "
-                    "switch them off, detach and attach again.",
+                    fix="Attention slicing, fused projections and load_ip_adapter on another "
+                    "pipeline with this UNet do not go with image prompts: undo them, detach and "
+                    "attach again.",
                 )
 
     def _prepare_tokens(self, text: Tensor, timestep: Any) -> Layout:

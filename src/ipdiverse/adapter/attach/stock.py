@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ipdiverse.adapter.attach.attach import detach
 from ipdiverse.adapter.model import attention_layers
 from ipdiverse.adapter.reference import Reference, as_reference
 from ipdiverse.errors import ArgumentError, ModelError
@@ -178,17 +179,33 @@ class StockCalls:
         attachment: An `Attachment` of one adapter or several.
     """
 
-    shadowed = ("prepare_ip_adapter_image_embeds", "set_ip_adapter_scale", "load_ip_adapter")
+    shadowed = (
+        "prepare_ip_adapter_image_embeds",
+        "set_ip_adapter_scale",
+        "load_ip_adapter",
+        "unload_ip_adapter",
+    )
 
     def __init__(self, attachment: Any) -> None:
         self.attachment, pipe = attachment, attachment.pipe
         known = [name for name in self.shadowed if hasattr(pipe, name)]
         self._undo = [shadow(pipe, name, getattr(self, name)) for name in known]
+        if pipe.unet.encoder_hid_proj is None:
+            pipe.unet.encoder_hid_proj = _Elsewhere()
+
+    @classmethod
+    def of(cls, pipe: Any) -> StockCalls | None:
+        """What answers a pipeline's methods, if something is attached to it."""
+        answers = getattr(getattr(pipe, "__dict__", {}).get("set_ip_adapter_scale"), "__self__", 0)
+        return answers if isinstance(answers, cls) else None
 
     def release(self) -> None:
         """Give the pipeline its own methods back."""
         for undo in self._undo:
             undo()
+        unet = self.attachment.pipe.unet
+        if isinstance(unet.encoder_hid_proj, _Elsewhere):
+            unet.encoder_hid_proj = None
 
     def prepare_ip_adapter_image_embeds(
         self, ip_adapter_image: Any, ip_adapter_image_embeds: Any, *_: Any, **__: Any
@@ -205,7 +222,7 @@ class StockCalls:
             raise ArgumentError(
                 "does not fit the attached adapters",
                 where="ip_adapter_image",
-                expected=f"{count} entries, one for each adapter; several images of one are a list",
+                expected=f"one entry for each of {count}; several images of one are a list in it",
                 found=len(given),
             )
         for number, one in enumerate(given):
@@ -215,7 +232,7 @@ class StockCalls:
     def _reference(self, given: Any, number: int) -> Reference:
         """One adapter's images or embeddings, as stock reads them."""
         adapter = self.attachment.adapters[number]
-        if isinstance(given, Tensor):  # stock hands tensors to the encoder as they are
+        if _prepared(given):  # stock hands tensors to the encoder as they are
             hidden = "hidden" in adapter.reads
             embeds, _ = self.attachment.pipe.encode_image(given, given.device, 1, hidden)
             return Reference(embeds=[embeds])
@@ -237,7 +254,7 @@ class StockCalls:
             raise ArgumentError(
                 "does not fit the attached adapters",
                 where="set_ip_adapter_scale",
-                expected=f"1 scale, or {len(adapters)}",
+                expected=f"one scale for all, or one for each of {len(adapters)}",
                 found=len(given),
             )
         try:
@@ -263,6 +280,43 @@ class StockCalls:
             where="load_ip_adapter",
             fix="Call ipdiverse.detach(pipe) first, or load first and then ipdiverse.diversify.",
         )
+
+    def unload_ip_adapter(self) -> None:
+        """Take ours off too; where stock had loaded none, there is nothing to unload."""
+        pipe = self.attachment.pipe
+        if not self.attachment.stock_layers:
+            raise ModelError(
+                "an adapter of ipdiverse is attached, and none of stock diffusers is loaded",
+                where="unload_ip_adapter",
+                fix="Call ipdiverse.detach(pipe).",
+            )
+        detach(pipe)
+        pipe.unload_ip_adapter()
+
+
+class _Elsewhere(torch.nn.Module):
+    """Stands where stock looks for its projections, so that it says what is the matter.
+
+    The pipeline that ours is attached to never looks; another that shares its UNet does.
+    """
+
+    @property
+    def image_projection_layers(self) -> None:
+        raise ModelError(
+            "an adapter of ipdiverse is attached to another pipeline with this UNet",
+            where="ip_adapter_image",
+            fix="Call that pipeline, or ipdiverse.detach(it) first.",
+        )
+
+
+def _prepared(given: Any) -> bool:
+    """Whether a tensor is what the image encoder reads, and not a picture in 0..1 or 0..255.
+
+    Stock takes every tensor for the former, and draws nonsense of a picture.
+    """
+    if not isinstance(given, Tensor) or given.ndim != 4 or not given.is_floating_point():
+        return False
+    return bool(given.min() < 0 or 1 < given.max() <= 3)
 
 
 def _of_layer(name: str, scales: Mapping[str, float]) -> float:

@@ -378,9 +378,5 @@ def test_unsupported_models_are_refused(references: list[Image.Image]) -> None:
     pipe.unet.fuse_qkv_projections()
     with pytest.raises(ModelError, match=r"are fused\. Call unet.unfuse_qkv_projections"):
         attach(pipe, adapter)
-    pipe = random_pipeline()
-    pipe.unet.register_to_config(encoder_hid_dim_type="ip_image_proj")
-    with pytest.raises(ModelError, match=r"load_ip_adapter.*diversify.*unload_ip_adapter"):
-        attach(pipe, adapter)
     with pytest.raises(ModelError, match="no adapter is attached"):
         detach(object())

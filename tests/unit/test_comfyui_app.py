@@ -1,0 +1,290 @@
+"""The nodes in ComfyUI itself: stock, ours, and ComfyUI_IPAdapter_plus on the same random models.
+
+`IPDIVERSE_COMFYUI` names ComfyUI's sources (0.3.64 was used), `IPDIVERSE_COMFYUI_PYTHON` a Python
+that can run them, this one if it is not set, and `IPDIVERSE_COMFYUI_IPADAPTER_PLUS` the sources of
+that pack. Without the first all are skipped, without the last those that need that pack.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from tests import comfyui
+
+COMFYUI = os.environ.get("IPDIVERSE_COMFYUI", "")
+OTHER = os.environ.get("IPDIVERSE_COMFYUI_IPADAPTER_PLUS", "")
+PYTHON = os.environ.get("IPDIVERSE_COMFYUI_PYTHON", sys.executable)
+EXAMPLES = sorted((comfyui.FOLDER / "examples").glob("*_api.json"))
+Workflow = dict[str, Any]
+
+pytestmark = pytest.mark.skipif(not COMFYUI, reason="IPDIVERSE_COMFYUI names no sources")
+beside = pytest.mark.skipif(not OTHER, reason="IPDIVERSE_COMFYUI_IPADAPTER_PLUS names no sources")
+
+
+def node(kind: str, /, **inputs: Any) -> dict[str, Any]:
+    return {"class_type": kind, "inputs": inputs}
+
+
+def stock(kind: str = "sd1", images: int = 1) -> Workflow:
+    sampling = {"sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
+    return {
+        "base": node("TinyCheckpoint", kind=kind),
+        "positive": node("CLIPTextEncode", clip=["base", 1], text="a red dog in the snow"),
+        "negative": node("CLIPTextEncode", clip=["base", 1], text="blurry"),
+        "empty": node("EmptyLatentImage", width=64, height=64, batch_size=images),
+        "image": node("EmptyImage", width=64, height=64, batch_size=1, color=0x80A0F0),
+        "vision": node("TinyClipVision"),
+        "sampler": node(
+            "KSampler",
+            model=["base", 0],
+            seed=1,
+            steps=2,
+            cfg=4.0,
+            **sampling,
+            positive=["positive", 0],
+            negative=["negative", 0],
+            latent_image=["empty", 0],
+        ),
+        "save": node("SaveTensor", samples=["sampler", 0], name=""),
+    }
+
+
+def ours(workflow: Workflow, adapter: str = "base", name: str = "ours", **inputs: Any) -> Workflow:
+    """The workflow with our node before the sampler."""
+    made, model = copy.deepcopy(workflow), workflow["sampler"]["inputs"]["model"]
+    file = f"{made['base']['inputs']['kind']}_{adapter}.safetensors"
+    made[f"{name}_file"] = node("IpdiverseLoadAdapter", adapter_name=file)
+    how = {"scale": 0.8, "preset": "linear", "start_at": 0.0, "end_at": 1.0, **inputs}
+    files = {"adapter": [f"{name}_file", 0], "clip_vision": ["vision", 0], "image": ["image", 0]}
+    made[name] = node("IpdiverseApplyAdapter", model=model, **files, **how)
+    made["sampler"]["inputs"]["model"] = [name, 0]
+    return made
+
+
+def theirs(
+    workflow: Workflow, adapter: str = "base", name: str = "theirs", **inputs: Any
+) -> Workflow:
+    """The same with that pack's node."""
+    made, model = copy.deepcopy(workflow), workflow["sampler"]["inputs"]["model"]
+    file = f"{made['base']['inputs']['kind']}_{adapter}.safetensors"
+    made[f"{name}_file"] = node("IPAdapterModelLoader", ipadapter_file=file)
+    how = {"weight": 0.8, "weight_type": "linear", "combine_embeds": "concat"}
+    how |= {"embeds_scaling": "V only", "start_at": 0.0, "end_at": 1.0, **inputs}
+    files = {"ipadapter": [f"{name}_file", 0], "clip_vision": ["vision", 0], "image": ["image", 0]}
+    made[name] = node("IPAdapterAdvanced", model=model, **files, **how)
+    made["sampler"]["inputs"]["model"] = [name, 0]
+    return made
+
+
+def from_image(workflow: Workflow) -> Workflow:
+    made = copy.deepcopy(workflow)
+    made["picture"] = node("EmptyImage", width=64, height=64, batch_size=1, color=0x30F010)
+    made["empty"] = node("VAEEncode", pixels=["picture", 0], vae=["base", 2])
+    made["sampler"]["inputs"] |= {"denoise": 0.6, "steps": 3}
+    return made
+
+
+def advanced(workflow: Workflow, *ends: int) -> Workflow:
+    """With one advanced sampler for each part of the steps."""
+    made, before, latents = copy.deepcopy(workflow), 0, ["empty", 0]
+    given = made["sampler"]["inputs"]
+    same = {name: given[name] for name in ("model", "cfg", "positive", "negative")}
+    same |= {"noise_seed": 1, "steps": ends[-1], "sampler_name": "euler", "scheduler": "normal"}
+    for end in ends:
+        made["sampler" if end == ends[-1] else f"until {end}"] = node(
+            "KSamplerAdvanced",
+            **same,
+            latent_image=latents,
+            start_at_step=before,
+            end_at_step=end,
+            add_noise="disable" if before else "enable",
+            return_with_leftover_noise="disable" if end == ends[-1] else "enable",
+        )
+        before, latents = end, [f"until {end}", 0]
+    return made
+
+
+def dialled(workflow: Workflow, **inputs: Any) -> Workflow:
+    """Our node with the dial at 1."""
+    made = copy.deepcopy(workflow)
+    dial = {"adapter": ["ours_file", 0], "diversity": 1.0, "seed": 3, **inputs}
+    made["dial"] = node("IpdiverseDiversity", **dial)
+    made["ours"]["inputs"]["diversity"] = ["dial", 0]
+    return made
+
+
+def once(workflow: Workflow) -> Workflow:
+    """With both texts given once."""
+    made = copy.deepcopy(workflow)
+    texts = {"text": "a red dog in the snow", "negative_text": "blurry"}
+    made["texts"] = node("IpdiverseEncodePrompts", clip=["base", 1], **texts)
+    made["sampler"]["inputs"] |= {"positive": ["texts", 0], "negative": ["texts", 1]}
+    made["ours"]["inputs"]["prompts"] = ["texts", 2]
+    return made
+
+
+def in_scenes(workflow: Workflow) -> Workflow:
+    made = dialled(once(workflow), space=["space", 0])
+    file = {"adapter": ["ours_file", 0], "space_name": "tiny.safetensors"}
+    made["space"] = node("IpdiverseLoadSpace", **file)
+    return made
+
+
+def three_branches(workflow: Workflow) -> Workflow:
+    made = copy.deepcopy(workflow)
+    model = made["sampler"]["inputs"]["model"]
+    conds = {"cond1": ["positive", 0], "cond2": ["negative", 0], "negative": ["negative", 0]}
+    weights = {"cfg_conds": 4.0, "cfg_cond2_negative": 3.0, "style": "regular"}
+    made["guider"] = node("DualCFGGuider", model=model, **conds, **weights)
+    made["noise"] = node("RandomNoise", noise_seed=1)
+    made["method"] = node("KSamplerSelect", sampler_name="euler")
+    made["sigmas"] = node("BasicScheduler", model=model, scheduler="normal", steps=2, denoise=1.0)
+    made["sampler"] = node(
+        "SamplerCustomAdvanced",
+        noise=["noise", 0],
+        guider=["guider", 0],
+        sampler=["method", 0],
+        sigmas=["sigmas", 0],
+        latent_image=["empty", 0],
+    )
+    return made
+
+
+def example(file: Path) -> Workflow:
+    """An example with random models in place of files."""
+    tiny = {
+        "CheckpointLoaderSimple": node("TinyCheckpoint", kind="sd1"),
+        "CLIPVisionLoader": node("TinyClipVision"),
+        "LoadImage": node("EmptyImage", width=64, height=64, batch_size=1, color=0x80A0F0),
+    }
+    smaller: dict[str, dict[str, Any]] = {
+        "IpdiverseLoadAdapter": {"adapter_name": "sd1_base.safetensors"},
+        "IpdiverseLoadSpace": {"space_name": "tiny.safetensors"},
+        "EmptyLatentImage": {"width": 64, "height": 64, "batch_size": 1},
+        "KSampler": {"steps": 1},
+    }
+    made = {name: tiny.get(o["class_type"], o) for name, o in json.loads(file.read_text()).items()}
+    for one in made.values():
+        one["inputs"] |= smaller.get(one["class_type"], {})
+    return made
+
+
+def workflows() -> dict[str, Workflow]:
+    made: dict[str, Workflow] = {}
+    for kind in ("sd1", "sdxl"):
+        made[f"{kind} stock"] = stock(kind)
+        made[f"{kind} at 0"] = ours(stock(kind), scale=0.0)
+        made[f"{kind} ours"] = ours(stock(kind))
+        made[f"{kind} plus, ours"] = ours(stock(kind), "plus", no_image="black")
+        if OTHER:
+            made[f"{kind} theirs"] = theirs(stock(kind))
+            made[f"{kind} plus, theirs"] = theirs(stock(kind), "plus")
+            both = theirs(theirs(stock(kind)), "plus", name="second")
+            made[f"{kind} both theirs"] = both
+            made[f"{kind} theirs after ours"] = theirs(ours(stock(kind)), "plus")
+            made[f"{kind} ours after theirs"] = ours(theirs(stock(kind), "plus"))
+    window = {"start_at": 0.5, "end_at": 0.8}
+    made["image to image, ours"] = from_image(ours(stock(), **window))
+    if OTHER:
+        made["image to image, theirs"] = from_image(theirs(stock(), **window))
+    cads = dialled(ours(stock(), start_at=0.2, end_at=0.6))
+    made["4 steps"], made["2 and 2 steps"] = advanced(cads, 4), advanced(cads, 2, 4)
+    made["fused"], made["fused, once"] = ours(stock(), "fused"), once(ours(stock(), "fused"))
+    made["plain"], made["in scenes"] = ours(stock(images=2)), in_scenes(ours(stock(images=2)))
+    made["first in a scene"] = in_scenes(ours(stock()))
+    made["three branches"] = three_branches(ours(stock()))
+    for name, workflow in made.items():
+        workflow["save"]["inputs"]["name"] = name
+    return made | {f"example {file.stem}": example(file) for file in EXAMPLES}
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Latents, or an error, of every workflow: one start of ComfyUI for all."""
+    folder = tmp_path_factory.mktemp("comfyui")
+    (folder / "workflows.json").write_text(json.dumps(workflows()))
+    script = Path(__file__).parents[1] / "comfyui_app.py"
+    packs = [OTHER] if OTHER else []
+    command = [PYTHON, str(script), COMFYUI, str(folder), *packs]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads((folder / "results.json").read_text())
+    found: dict[str, Any] = {}
+    for name, result in results.items():
+        found[name] = result["error"]
+        if not result["error"]:
+            file = folder / "output" / result["files"][0].lstrip("/")
+            tensors = file.suffix == ".safetensors"
+            found[name] = load_file(file)["samples"] if tensors else file.read_bytes()
+    return found
+
+
+def assert_close(one: Any, other: Any) -> None:
+    """Closer than one step of 8 bits by far: 1/255 is .004 of the range."""
+    assert not isinstance(one, str), one
+    assert not isinstance(other, str), other
+    assert (one - other).abs().max() < 1e-4 * other.abs().max()
+
+
+def assert_differ(one: Any, other: Any) -> None:
+    assert (one - other).abs().max() > 1e-2 * other.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_scale_0_is_stock_to_the_bit(drawn: dict[str, Any], kind: str) -> None:
+    assert drawn[f"{kind} at 0"].equal(drawn[f"{kind} stock"])
+    assert_differ(drawn[f"{kind} ours"], drawn[f"{kind} stock"])
+
+
+@beside
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+@pytest.mark.parametrize("adapter", ["", " plus,"])
+def test_both_packs_draw_the_same(drawn: dict[str, Any], kind: str, adapter: str) -> None:
+    assert_close(drawn[f"{kind}{adapter} ours"], drawn[f"{kind}{adapter} theirs"])
+
+
+@beside
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+@pytest.mark.parametrize("order", ["theirs after ours", "ours after theirs"])
+def test_both_packs_add_up_in_either_order(drawn: dict[str, Any], kind: str, order: str) -> None:
+    assert_close(drawn[f"{kind} {order}"], drawn[f"{kind} both theirs"])
+
+
+def test_two_samplers_are_one(drawn: dict[str, Any]) -> None:
+    assert_close(drawn["2 and 2 steps"], drawn["4 steps"])
+
+
+@beside
+def test_a_window_is_one_of_the_whole_schedule(drawn: dict[str, Any]) -> None:
+    assert_close(drawn["image to image, ours"], drawn["image to image, theirs"])
+
+
+def test_texts_given_once_take_the_padding_from_a_fusion(drawn: dict[str, Any]) -> None:
+    assert_differ(drawn["fused, once"], drawn["fused"])
+
+
+def test_each_image_has_a_scene_of_its_own(drawn: dict[str, Any]) -> None:
+    for image in range(2):
+        assert_differ(drawn["in scenes"][image], drawn["plain"][image])
+    assert_close(drawn["first in a scene"][0], drawn["in scenes"][0])
+
+
+def test_three_branches_are_refused_in_one_line(drawn: dict[str, Any]) -> None:
+    expected = "guidance: has more than two branches; expected cond and uncond"
+    assert drawn["three branches"].startswith(expected)
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
+def test_examples_draw(drawn: dict[str, Any], file: Path) -> None:
+    found = drawn[f"example {file.stem}"]
+    assert isinstance(found, bytes), found
+    assert found.startswith(b"\x89PNG")
