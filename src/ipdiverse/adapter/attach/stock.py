@@ -190,8 +190,9 @@ class StockCalls:
         self.attachment, pipe = attachment, attachment.pipe
         known = [name for name in self.shadowed if hasattr(pipe, name)]
         self._undo = [shadow(pipe, name, getattr(self, name)) for name in known]
-        if pipe.unet.encoder_hid_proj is None:
-            pipe.unet.encoder_hid_proj = _Elsewhere()
+        unet = getattr(pipe, "unet", None)  # a transformer has no such place
+        if unet is not None and unet.encoder_hid_proj is None:
+            unet.encoder_hid_proj = _Elsewhere()
 
     @classmethod
     def of(cls, pipe: Any) -> StockCalls | None:
@@ -203,8 +204,8 @@ class StockCalls:
         """Give the pipeline its own methods back."""
         for undo in self._undo:
             undo()
-        unet = self.attachment.pipe.unet
-        if isinstance(unet.encoder_hid_proj, _Elsewhere):
+        unet = getattr(self.attachment.pipe, "unet", None)
+        if unet is not None and isinstance(unet.encoder_hid_proj, _Elsewhere):
             unet.encoder_hid_proj = None
 
     def prepare_ip_adapter_image_embeds(
