@@ -29,7 +29,7 @@ KINDS = {
     "sdxl": "base",
     "sdxl-plus": "plus",
 }
-"""Kind of each preset's adapter."""
+"""Presets that are there, and the kind of each one's adapter."""
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 """Of what is pinned nowhere."""
 
@@ -45,15 +45,15 @@ def place(cache: Path, file: HubFile) -> Path:
 
 
 def fill(cache: Path, scratch: Path) -> None:
-    """Everything that all presets need."""
+    """Everything that the presets of `KINDS` need."""
     for name, architecture in (("sd15", "sd1"), ("sdxl", "sdxl")):
         base_of(PRESETS[name], architecture, cache, scratch / name)
     models.image_encoder().half().save_pretrained(scratch / "encoder")
     for file in PRESETS["sd15"].encoder_files():
         copied(scratch / "encoder" / file.name.rpartition("/")[2], place(cache, file))
-    for name, preset in PRESETS.items():
-        adapter_of(preset, KINDS[name], cache)
-    for repository in {r for preset in PRESETS.values() for r in preset.repositories()}:
+    for name, kind in KINDS.items():
+        adapter_of(PRESETS[name], kind, cache)
+    for repository in {r for name in KINDS for r in PRESETS[name].repositories()}:
         refs = folder_of(cache, repository).parents[1] / "refs"
         refs.mkdir()
         (refs / "main").write_text(repository.revision)

@@ -1,4 +1,4 @@
-"""Random models with the real architectures in small: SD 1.x, SD 2.x and SDXL."""
+"""Random models with the real architectures in small: SD 1.x, SD 2.x, SDXL and Kolors."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import functools
 import inspect
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -51,6 +52,11 @@ _UNETS: dict[str, dict[str, Any]] = {
         "projection_class_embeddings_input_dim": 64 + 6 * 8,
     },
 }
+
+
+# SDXL's, with a layer that narrows the wider text of a language model
+_UNETS["kolors"] = _UNETS["sdxl"] | {"encoder_hid_dim": 160, "encoder_hid_dim_type": "text_proj"}
+_UNETS["kolors"]["projection_class_embeddings_input_dim"] = 160 + 6 * 8
 
 
 def unet(name: str, **changes: Any) -> Any:
@@ -111,6 +117,62 @@ def text_encoder(
     return (CLIPTextModelWithProjection if projects else CLIPTextModel)(config).eval()
 
 
+class _Letters:
+    """In place of sentencepiece, which is a package of its own: each letter is a token."""
+
+    role_special_token_expression = ""
+
+    def __init__(self, _: str) -> None:
+        roles = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
+        marks = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", *roles)
+        self.special_tokens = {mark: 128 + number for number, mark in enumerate(marks)}
+        self.index_special_tokens = {number: mark for mark, number in self.special_tokens.items()}
+        self.n_words, self.bos_id, self.eos_id, self.pad_id = 128 + len(marks), 1, 2, 0
+
+    def tokenize(self, text: str, encode_special_tokens: bool = False) -> list[str]:
+        return [] if encode_special_tokens else list(text)
+
+    def convert_token_to_id(self, token: str) -> int:
+        return self.special_tokens.get(token, ord(token[0]) % 128)
+
+    def convert_id_to_token(self, number: int) -> str:
+        return self.index_special_tokens.get(number) or chr(number)
+
+    def decode_tokens(self, tokens: list[str]) -> str:
+        return "".join(tokens)
+
+
+def letters_for_sentencepiece() -> Any:
+    """Lets ChatGLM's own tokenizer open without sentencepiece; a context manager."""
+    return mock.patch("diffusers.pipelines.kolors.tokenizer.SPTokenizer", _Letters)
+
+
+def language_model() -> tuple[Any, Any]:
+    """ChatGLM and its tokenizer, which read Kolors' prompts."""
+    from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel
+    from diffusers.pipelines.kolors.tokenizer import ChatGLMTokenizer
+
+    torch.manual_seed(3)
+    config = ChatGLMConfig(
+        num_layers=2,
+        padded_vocab_size=160,
+        hidden_size=160,
+        ffn_hidden_size=64,
+        kv_channels=40,
+        num_attention_heads=4,
+        seq_length=256,
+        multi_query_attention=True,
+        multi_query_group_num=2,
+        original_rope=True,
+        use_cache=False,
+    )
+    model = ChatGLMModel(config).eval()
+    for name, parameter in model.named_parameters():  # diffusers leaves the memory as it finds it
+        torch.nn.init.normal_(parameter, float("norm" in name), 0.1)
+    with letters_for_sentencepiece():
+        return model.requires_grad_(False), ChatGLMTokenizer(__file__)  # any file will do
+
+
 def image_encoder() -> Any:
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -165,6 +227,9 @@ def _components(name: str) -> dict[str, Any]:
             "text_encoder_2": text_encoder(64, words, projects=True),
             "tokenizer_2": tokenizer,
         }
+    if name == "kolors":
+        language, common["tokenizer"] = language_model()
+        return common | {"text_encoder": language}
     width = _UNETS[name]["cross_attention_dim"]
     return common | {"text_encoder": text_encoder(width, words), "safety_checker": None}
 
@@ -173,16 +238,20 @@ def pipeline(name: str, task: str = "", *, fresh: bool = False, **others: Any) -
     """A pipeline of one architecture. Pipelines share their models, as detaching leaves no trace.
 
     Args:
-        name: One of `ARCHITECTURES`.
+        name: One of `ARCHITECTURES`, or `kolors`.
         task: What stands before `Pipeline` in its class's name; empty is text-to-image.
         fresh: Copy the models, for a test that changes them.
         others: Components to replace or to add.
     """
     import diffusers
+    from diffusers.pipelines import kolors
 
-    prefix = "" if task.startswith("Latent") else "StableDiffusion"
+    # by its own module, as diffusers itself offers Kolors only where sentencepiece is installed
+    library: Any = kolors if name == "kolors" else diffusers
+    plain = "Kolors" if name == "kolors" else "StableDiffusion"
+    prefix = "" if task.startswith("Latent") else plain
     kind = "XL" if name == "sdxl" else ""
-    build: Any = getattr(diffusers, f"{prefix}{kind}{task}Pipeline")
+    build: Any = getattr(library, f"{prefix}{kind}{task}Pipeline")
     takes = inspect.signature(build).parameters
     parts = {**_components(name), "add_watermarker": False, "requires_safety_checker": False}
     kept = {key: part for key, part in parts.items() if key in takes}

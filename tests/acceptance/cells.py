@@ -19,6 +19,7 @@ TITLES = {
     "sd1": "SD 1.x",
     "sd2": "SD 2.x",
     "sdxl": "SDXL",
+    "kolors": "Kolors",
     "flux": "Flux.1",
     "sd3": "SD 3.5",
 }
@@ -63,8 +64,15 @@ _COMPILED = (
     "output = eager"
 )
 _CONTROL = "the control picture matters"
-_LEFT_OUT = ("sd2-inpaint-4", "sd2-controlnet-pose", "sd2-t2i-adapter", "sdxl-controlnet-pose")
-"""As on the others; there is no T2I-Adapter for SD 2.x."""
+_LEFT_OUT = (
+    *(f"kolors-{task}" for task in ("inpaint-9", "inpaint-4", "controlnet-pose")),
+    *(f"kolors-{task}" for task in ("controlnet-depth", "t2i-adapter")),
+    "sd2-inpaint-4",
+    "sd2-controlnet-pose",
+    "sd2-t2i-adapter",
+    "sdxl-controlnet-pose",
+)
+"""As on the others; there is no T2I-Adapter for SD 2.x, and Kolors' pipelines are two."""
 
 _SCHEDULERS = {
     "lcm": ("LCMScheduler", 1.0),
@@ -169,7 +177,7 @@ _OWN = [
     ),
     *(
         cell
-        for a in ("sd1", "sdxl")
+        for a in ("sd1", "sdxl", "kolors")
         for cell in (
             _own(
                 f"{a}-outputs",
@@ -208,7 +216,11 @@ _OWN = [
                 lambda a=a: features.fused(a),
             ),
         )
-        if cell.name not in ("sdxl-adapters", "sdxl-negative", "sdxl-window")
+        if cell.name
+        not in (
+            *("sdxl-adapters", "sdxl-negative", "sdxl-window"),
+            *("kolors-adapters", "kolors-negative", "kolors-window", "kolors-masks"),
+        )
     ),
     _own("sd1-faceid", "FaceID", f"{FIVE}, by face", lambda: features.faces("faceid")),
     _own(

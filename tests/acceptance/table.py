@@ -34,7 +34,7 @@ _TAIL = """
 ## Equal to stock diffusers
 
 `tests/parity` compares latents with stock diffusers' own IP-Adapter, in fp32, with and without
-guidance, on all three architectures: base, plus, full-face, FaceID (with and without its LoRA),
+guidance, on all four architectures: base, plus, full-face, FaceID (with and without its LoRA),
 FaceID-Plus 1 and 2. The difference is at most 1e-5 of the larger of 1 and the largest latent. The
 full SD 1.5 architecture with random weights is marked `slow`.
 

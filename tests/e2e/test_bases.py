@@ -83,7 +83,7 @@ def pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", hub.KINDS)
 def test_one_word_picks_base_adapter_and_encoder(
     name: str, cache: Path, reference: str, faces: str
 ) -> None:
@@ -337,7 +337,7 @@ def test_bases_lists_sizes_licences_and_what_is_cached(
     hub.place(own_cache, file).unlink()
     assert main(["bases", "--json"]) == 0
     listed = {p["name"]: p for p in json.loads(capsys.readouterr().out)["presets"]}
-    assert [name for name, preset in listed.items() if preset["cached"]] == list(PRESETS)[:-1]
+    assert [name for name, preset in listed.items() if preset["cached"]] == [*hub.KINDS][:-1]
     assert listed["sdxl-plus"]["files_missing"] == [f"h94/IP-Adapter/{file.name}"]
     assert listed["sdxl-plus"]["bytes_missing"] == file.size
     repositories = listed["sd15-plus"]["repositories"]

@@ -40,12 +40,12 @@ def loaded(name: str, kinds: list[str], folder: Path) -> Any:
     return pipe
 
 
-def run(pipe: Any, n: int = 1, **options: Any) -> np.ndarray:
+def run(pipe: Any, n: int = 1, guidance_scale: float = 4.0, **options: Any) -> np.ndarray:
     generators = [torch.Generator().manual_seed(seed) for seed in range(n)]
     return pipe(
         prompt="a red critter in a forest",
         num_inference_steps=3,
-        guidance_scale=4.0,
+        guidance_scale=guidance_scale,
         num_images_per_prompt=n,
         generator=generators,
         output_type="latent",
@@ -58,7 +58,7 @@ def equal(found: np.ndarray, expected: np.ndarray) -> None:
     assert np.abs(found - expected).max() <= TOLERANCE * max(1.0, np.abs(expected).max())
 
 
-@pytest.mark.parametrize("name", models.ARCHITECTURES)
+@pytest.mark.parametrize("name", [*models.ARCHITECTURES, "kolors"])
 @pytest.mark.parametrize("kind", ["base", "plus", "full-face"])
 def test_at_0_it_draws_what_stock_draws_and_undo_puts_stock_back(
     name: str, kind: str, tmp_path: Path
@@ -72,6 +72,48 @@ def test_at_0_it_draws_what_stock_draws_and_undo_puts_stock_back(
     equal(run(pipe, 2, ip_adapter_image=IMAGES[0]), before)
     diversified.undo()
     assert np.array_equal(run(pipe, 2, ip_adapter_image=IMAGES[0]), before)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_kolors_draws_what_stock_draws_and_projects_its_text_as_before(
+    guidance: float, tmp_path: Path
+) -> None:
+    theirs = loaded("kolors", ["plus"], tmp_path)
+    theirs.set_ip_adapter_scale(0.7)
+    options = {"guidance_scale": guidance}
+    expected = run(theirs, ip_adapter_image=IMAGES[0], **options)
+    pipe = models.pipeline("kolors")
+    before = run(pipe, **options)
+    with ipdiverse.attach(pipe, tmp_path / "0.safetensors") as prompt:
+        prompt.set_scale(0.7)
+        prompt.set_reference(IMAGES[0])
+        equal(run(pipe, **options), expected)
+        prompt.set_scale(0.0)
+        assert np.array_equal(run(pipe, **options), before)
+    assert pipe.unet.config.encoder_hid_dim_type == "text_proj"
+    assert np.array_equal(run(pipe, **options), before)
+
+
+def test_a_fusion_reads_the_text_that_kolors_layers_read(tmp_path: Path) -> None:
+    pipe = models.pipeline("kolors")
+    adapter = models.adapter("plus", pipe.unet)
+    adapter.fusion, read = BlendFusion(adapter.token_width), []
+    plain = adapter.fusion.forward
+    adapter.fusion.forward = lambda tokens, text, mask, *rest: (  # type: ignore[method-assign]
+        read.append((text, mask)) or plain(tokens, text, mask, *rest)
+    )
+    with ipdiverse.attach(pipe, adapter) as prompt:
+        prompt.set_reference(IMAGES[0])
+        run(pipe)
+    (text, mask), *_ = read
+    assert text.shape == (2, 256, adapter.token_width)
+    with torch.no_grad():
+        states = pipe.encode_prompt("a red critter in a forest")[0]
+        assert torch.equal(text[1:], pipe.unet.encoder_hid_proj(states))
+    # left of the words is padding: one token a letter here, and two marks
+    assert mask.sum(1).tolist() == [2, 2 + len("a red critter in a forest")]
+    assert mask[1, -1]
+    assert not mask[1, 0]
 
 
 def test_two_adapters_with_scales_by_block(tmp_path: Path) -> None:

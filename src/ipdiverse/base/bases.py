@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,16 @@ from ipdiverse.base.memory import (
     sizes_of,
     this_device,
 )
-from ipdiverse.base.pipelines import CRITTERS, CRITTERS_BASE, Opening, clip_processor, open_pipeline
+from ipdiverse.base.pipelines import (
+    CRITTERS,
+    CRITTERS_BASE,
+    SUPPORTED,
+    Opening,
+    clip_processor,
+    denoiser_of,
+    is_transformer,
+    open_pipeline,
+)
 from ipdiverse.base.presets import PRESETS
 from ipdiverse.errors import ArgumentError, ModelError
 from ipdiverse.loading import loading, one_line, quiet
@@ -109,7 +118,10 @@ def load_base(
         what, fix = "always runs in float32 on the CPU", "Leave dtype, offload and tiling out."
         raise ArgumentError(what, where=name, fix=fix)
     device = None if embedded or memory is None else this_device()
-    dtype = "float32" if device is None or memory is None else plan_dtype(device, memory.dtype)
+    # Flux and SD 3 leave float16's range
+    half = "bfloat16" if is_transformer(name) else "float16"
+    placed = None if device is None or memory is None else (device, memory.dtype, half)
+    dtype = "float32" if placed is None else plan_dtype(*placed)
     opening = Opening(local_files_only, revision, safety_checker, encoder, dtype, unet)
     pipe, plan = open_pipeline(name, opening), None
     with one_line("cannot be used", name):
@@ -119,22 +131,24 @@ def load_base(
         if device is not None and memory is not None:
             # the adapter is opened later, and has to fit too
             adapter = PRESETS[name].weights[1] if name in PRESETS else 0
-            plan = plan_memory(device, sizes_of(pipe, adapter), memory)
+            plan = plan_memory(device, sizes_of(pipe, adapter), replace(memory, dtype=dtype))
             arrange(pipe, plan)
     usual, batch = defaults_of(name), 4 if embedded else 1
     return Base(name, pipe, usual.guidance_scale, batch, usual.steps, usual.scale, plan)
 
 
-_KINDS = "Stable Diffusion 1.x, 2.x or XL"
-_NEEDED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+_NEEDED = ("vae", "text_encoder", "tokenizer", "scheduler")
 
 
 def _check_parts(name: str, pipe: Any) -> None:
     """Refuse a pipeline that opened and cannot draw, or draws nonsense."""
-    if lacking := [part for part in _NEEDED if getattr(pipe, part, None) is None]:
-        what = f"has no {'UNet' if lacking[0] == 'unet' else lacking[0]}"
-        raise ModelError(what, where=name, expected=_KINDS, found=type(pipe).__name__)
-    for suffix in ("", "_2"):
+    lacking = ["UNet or transformer"] if denoiser_of(pipe) is None else []
+    lacking += [part for part in _NEEDED if getattr(pipe, part, None) is None]
+    if lacking:
+        what = f"has no {lacking[0]}"
+        raise ModelError(what, where=name, expected=SUPPORTED, found=type(pipe).__name__)
+    read = signature(type(pipe).__call__).parameters.get("max_sequence_length")
+    for suffix in ("", "_2", "_3"):
         encoder = getattr(pipe, f"text_encoder{suffix}", None)
         tokenizer = getattr(pipe, f"tokenizer{suffix}", None)
         if encoder is None or tokenizer is None:
@@ -146,7 +160,8 @@ def _check_parts(name: str, pipe: Any) -> None:
             fix = f"Copy every file of tokenizer{suffix} again: vocab.json and merges.txt."
             raise ModelError(what, where=name, expected=wanted, found=words, fix=fix)
         # without its config it believes that a text may have any length
-        longest = encoder.config.max_position_embeddings
+        # T5 and ChatGLM have no limit of their own: the pipeline says how far it reads
+        longest = getattr(encoder.config, "max_position_embeddings", read and read.default)
         tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
 
 
@@ -161,7 +176,7 @@ def _as_text_to_image(name: str, pipe: Any) -> Any:
             made: Any = AutoPipelineForText2Image.from_pipe(pipe)
     except (ValueError, TypeError) as error:
         what, kind = "is a pipeline of another task", type(pipe).__name__
-        raise ModelError(what, where=name, expected=_KINDS, found=kind) from error
+        raise ModelError(what, where=name, expected=SUPPORTED, found=kind) from error
     if hasattr(pipe, "unet_later"):
         made.unet_later = pipe.unet_later
     return made
@@ -187,7 +202,8 @@ def load_part(kind: str, source: str, base: Base, *, local_files_only: bool = Fa
         pipe: Any = base.pipe
         if not hasattr(part, "parameters"):
             return part
-        return part.to(pipe.vae.device, pipe.unet.dtype).eval()  # the UNet may be left for later
+        # not the denoiser's device: its weights may be left for later
+        return part.to(pipe.vae.device, denoiser_of(pipe).dtype).eval()
 
 
 def check_part(source: str) -> None:
@@ -222,7 +238,7 @@ def any_latents(pipe: Any) -> Iterator[None]:
     refuses others. A UNet that takes just the VAE's latents, as the embedded one with 16 channels,
     is of the second kind, so its config says 4 meanwhile.
     """
-    inpaints = "Inpaint" in type(pipe).__name__
+    inpaints = "Inpaint" in type(pipe).__name__ and getattr(pipe, "unet", None) is not None
     channels = pipe.unet.config.in_channels if inpaints else 4
     if channels in (4, 9) or channels != pipe.vae.config.latent_channels:
         yield

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from ipdiverse.base.pipelines import native_side
 from ipdiverse.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -101,15 +102,15 @@ class Plan:
         return f"{self.device} ({self.memory / 2**30:.1f} GiB), {self.dtype}, {offload}, {tiles}"
 
 
-def plan_dtype(device: Device, wanted: str = "auto") -> str:
-    """Half precision where the device computes in it: float16, or on a CPU bfloat16."""
+def plan_dtype(device: Device, wanted: str = "auto", half: str = "float16") -> str:
+    """Half precision where the device computes in it: `half`, or on a CPU bfloat16."""
     if wanted == "float16" and device.kind == "cpu":
         fix = "Leave it out, or choose float32 or bfloat16."
         raise ArgumentError("is not computed in on a CPU", where="dtype", found=wanted, fix=fix)
     if wanted != "auto":
         return wanted
     if device.kind != "cpu":
-        return "float16"
+        return half
     return "bfloat16" if device.bfloat16 else "float32"
 
 
@@ -190,12 +191,13 @@ def sizes_of(pipe: Any, adapter: int = 0) -> Sizes:
         for name, part in pipe.components.items()
         if isinstance(part, torch.nn.Module)
     }
-    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    side = native_side(pipe)
+    denoiser = "transformer" if getattr(pipe, "unet", None) is None else "unet"
     # diffusers' default is True, also for SD 1.x, but only SDXL's pipelines look at it
     forced = getattr(pipe.vae.config, "force_upcast", False) and "XL" in type(pipe).__name__
-    rest = [size for name, size in parts.items() if name not in ("unet", "vae")]
+    rest = [size for name, size in parts.items() if name not in (denoiser, "vae")]
     return Sizes(
-        unet=parts["unet"] + adapter,
+        unet=parts[denoiser] + adapter,
         vae=parts["vae"],
         largest_other=max(rest, default=0),
         total=sum(parts.values()) + adapter,

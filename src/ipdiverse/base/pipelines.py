@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ipdiverse.base.downloads import HUB_ID, cannot_be_opened, fetch, first_line, snapshot
+from ipdiverse.base.downloads import (
+    HUB_ID,
+    cached,
+    cannot_be_opened,
+    fetch,
+    first_line,
+    snapshot,
+)
 from ipdiverse.base.presets import PRESETS, Preset
 from ipdiverse.errors import ArgumentError, ModelError
 from ipdiverse.loading import WHOLE_BASE, loading, what_is
@@ -16,8 +24,53 @@ from ipdiverse.loading import WHOLE_BASE, loading, what_is
 if TYPE_CHECKING:
     import torch
 
+    from ipdiverse.base.presets import HubFile
+
 CRITTERS = "critters"
 CRITTERS_BASE = Path(__file__).parents[1] / "critters" / "weights" / "base"
+
+
+SUPPORTED = "Stable Diffusion 1.x, 2.x, XL, 3.x, Kolors or Flux.1"
+_FAMILIES = ("StableDiffusion", "Kolors", "Flux", "LatentConsistency")
+_NOT_THOSE = ("Flux2", "StableDiffusion3D")
+
+
+def denoiser_of(pipe: Any) -> Any:
+    """A pipeline's UNet or transformer; None if it has neither."""
+    unet = getattr(pipe, "unet", None)
+    return getattr(pipe, "transformer", None) if unet is None else unet
+
+
+def native_side(pipe: Any) -> int:
+    """Height and width in pixels that a pipeline draws unless it is asked for others."""
+    # Flux' transformer has no size of its own, and its pipeline says which
+    latents = getattr(pipe, "default_sample_size", None) or denoiser_of(pipe).config.sample_size
+    return latents * pipe.vae_scale_factor
+
+
+def is_transformer(name: str) -> bool:
+    """Whether a base's denoiser is a transformer, as far as is known before it is opened."""
+    if name in PRESETS:
+        return PRESETS[name].variant is None
+    return "transformer" in _index(name)
+
+
+def _index(name: str) -> dict[str, Any]:
+    """What a folder says of the pipeline in it; empty for anything else."""
+    file = Path(name) / "model_index.json"
+    try:
+        found = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    except ValueError:
+        return {}  # diffusers says what is wrong with it
+    return found if isinstance(found, dict) else {}
+
+
+def _check_family(name: str) -> None:
+    """Refuse a folder of another architecture before its gigabytes are read."""
+    kind = str(_index(name).get("_class_name", _FAMILIES[0]))
+    if not kind.startswith(_FAMILIES) or kind.startswith(_NOT_THOSE):
+        what = "is a base of an unknown architecture"
+        raise ModelError(what, where=name, expected=SUPPORTED, found=kind)
 
 
 @dataclass(frozen=True)
@@ -45,6 +98,7 @@ def open_pipeline(name: str, opening: Opening) -> Any:
             "has no revisions", where=name, found=opening.revision, fix="Leave revision out."
         )
     if (source / "model_index.json").is_file():
+        _check_family(str(source))
         pipe = _opened(name, str(source), opening, local_files_only=True)
     elif source.is_file():
         pipe = _single_file(source, opening)
@@ -76,7 +130,8 @@ def _open_preset(preset: Preset, opening: Opening) -> Any:
     found = fetch(files, preset.name, local_files_only=opening.local_files_only)
     # opened as a folder: given the hub id, diffusers would ask the hub for its list of files
     folder = snapshot(found[0], files[0])
-    pipe = _opened(preset.name, str(folder), opening, local_files_only=True, variant="fp16")
+    variant = {"variant": preset.variant} if preset.variant else {}
+    pipe = _opened(preset.name, str(folder), opening, local_files_only=True, **variant)
     import diffusers
 
     kind = getattr(diffusers, preset.scheduler)
@@ -87,15 +142,16 @@ def _open_preset(preset: Preset, opening: Opening) -> Any:
 
 def _with_encoder(pipe: Any, opening: Opening, encoder_of: str) -> Any:
     """The pipeline, with a preset's image encoder in place of its own."""
-    files = PRESETS[encoder_of].encoder_files() if encoder_of in PRESETS else []
-    if not files:
+    wanted = PRESETS[encoder_of].encoder if encoder_of in PRESETS else None
+    if wanted is None:
         return pipe
+    files = wanted.files()
     found = fetch(files, encoder_of, local_files_only=opening.local_files_only)
     with loading():
         import torch
         import transformers
 
-        kind: Any = transformers.CLIPVisionModelWithProjection
+        kind: Any = getattr(transformers, wanted.kind)
         try:
             dtype = getattr(torch, opening.dtype)
             encoder = kind.from_pretrained(found[0].parent, dtype=dtype, local_files_only=True)
@@ -105,16 +161,44 @@ def _with_encoder(pipe: Any, opening: Opening, encoder_of: str) -> Any:
         parts = {"image_encoder": encoder.eval()}
         if getattr(pipe, "feature_extractor", None) is None:
             parts["feature_extractor"] = clip_processor(encoder)
+        if wanted.text:  # of the encoder, so that it stays with it whichever pipeline takes it
+            encoder.text_half = cache(partial(_text_half, wanted.text))
     pipe.register_modules(**parts)
     return pipe
 
 
+def _text_half(files: tuple[HubFile, ...]) -> tuple[Any, Any] | None:
+    """Tokenizer and text encoder of these files, in float32 on the CPU; None if one is missing.
+
+    Never downloaded by itself: only variation spaces ask for it, and their captions serve too.
+    """
+    found = [cached(file) for file in files]
+    paths = [path for path in found if path is not None]
+    if len(paths) < len(files):
+        return None
+    with loading():
+        from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+        variant = {"variant": "fp16"} if ".fp16." in files[0].name else {}
+        encoder = CLIPTextModelWithProjection.from_pretrained(
+            paths[0].parent, dtype="float32", local_files_only=True, **variant
+        )
+        tokenizer = CLIPTokenizer.from_pretrained(paths[-1].parent, local_files_only=True)
+    longest = encoder.config.max_position_embeddings
+    tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
+    return tokenizer, encoder.eval()
+
+
 def clip_processor(encoder: Any) -> Any:
-    """CLIP's own preprocessing at the encoder's size, for encoders published without."""
+    """CLIP's or SigLIP's own preprocessing at the encoder's size, where none was published."""
     # Pillow's resampling, as in training; the default of transformers 5, torchvision's, differs
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     side = encoder.config.image_size
+    if "Siglip" in type(encoder).__name__:
+        from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+        return SiglipImageProcessorPil(size={"height": side, "width": side})
     crop = {"height": side, "width": side}
     return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=crop)
 

@@ -202,7 +202,11 @@ def _described(preset: Preset) -> dict[str, Any]:
     files = preset.all_files()
     lacking = missing(files)
     encoder = preset.encoder_files()
-    parts = {"base": preset.base, "adapter": preset.adapter, "image_encoder": preset.encoder}
+    parts = {
+        "base": preset.base,
+        "adapter": preset.adapter,
+        "image_encoder": preset.encoder and preset.encoder.repository,
+    }
     return {
         "name": preset.name,
         "about": preset.about,
@@ -217,6 +221,7 @@ def _described(preset: Preset) -> dict[str, Any]:
         },
         "adapter": preset.weights[0],
         "image_encoder": encoder[0].name.rpartition("/")[0] if encoder else None,
+        "reads": reads(preset),
         "scheduler": preset.scheduler,
         "resolution": preset.resolution,
         "steps": preset.steps,
@@ -224,6 +229,12 @@ def _described(preset: Preset) -> dict[str, Any]:
         "scale": preset.scale,
         "reads_faces": preset.faces,
     }
+
+
+def reads(preset: Preset) -> str:
+    """What an adapter is shown the picture by."""
+    faces = ["face embeddings of insightface"] if preset.faces else []
+    return " and ".join([*faces, *([preset.encoder.name] if preset.encoder else [])])
 
 
 def _listed(preset: dict[str, Any]) -> str:
@@ -236,6 +247,7 @@ def _listed(preset: dict[str, Any]) -> str:
             f"  {as_size(preset['bytes'])}, {state}; {preset['resolution']} px, "
             f"{preset['steps']} steps, guidance {preset['guidance_scale']:g}, "
             f"scale {preset['scale']:g}",
+            f"  reads {preset['reads']}" if preset["reads"] else "  has no adapter of its own",
             *(f"  {r['link']} ({r['license']})" for r in repositories),
         ]
     )

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from ipdiverse.adapter.attach.attach import LEVERS_HOOK, inside_offloading
 from ipdiverse.adapter.attach.hook import argument_names
-from ipdiverse.adapter.attach.joint import denoiser_of
 from ipdiverse.adapter.attention import BOTH, NOTHING, TEXT
 from ipdiverse.adapter.model import interpolated
+from ipdiverse.base.pipelines import denoiser_of
 from ipdiverse.errors import ArgumentError, ModelError
 from ipdiverse.levers import StepContext
 from ipdiverse.sampling.fast import Fast, level_of

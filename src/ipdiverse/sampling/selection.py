@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from ipdiverse.adapter.attach.encoding import text_embeds, text_tower
 from ipdiverse.base.memory import full_range
 from ipdiverse.sampling.sample import preview
 
@@ -144,21 +145,5 @@ def _standard_pairs(apart: Tensor) -> Tensor:
 @torch.no_grad()
 def joint_text(pipe: Any, texts: list[str], width: int) -> Tensor | None:
     """Texts in the space of an image encoder, (texts, width); None if no text encoder is in it."""
-    for suffix in ("", "_2"):
-        encoder = getattr(pipe, f"text_encoder{suffix}", None)
-        if encoder is None:
-            continue
-        projects = hasattr(encoder, "text_projection")
-        if not projects and not getattr(encoder.config, "pooled_in_image_space", False):
-            continue
-        found = _pooled(encoder, getattr(pipe, f"tokenizer{suffix}"), texts)
-        if found.shape[1] == width:
-            return found
-    return None
-
-
-def _pooled(encoder: Any, tokenizer: Any, texts: list[str]) -> Tensor:
-    tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
-    output = encoder(tokens.input_ids.to(encoder.device))
-    projected = getattr(output, "text_embeds", None)
-    return (output.pooler_output if projected is None else projected).float()
+    tower = text_tower(pipe, width)
+    return None if tower is None else text_embeds(pipe, tower, texts)

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from ipdiverse.base.adapters import default_adapter
 from ipdiverse.base.bases import Base, load_base, load_part
 from ipdiverse.base.memory import arrange
-from ipdiverse.base.pipelines import CRITTERS
+from ipdiverse.base.pipelines import CRITTERS, native_side
 from ipdiverse.base.presets import PRESETS, preset_files
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import sample_scene
@@ -113,7 +113,9 @@ def task_for(base: Base, request: Request, pictures: Pictures) -> Task:
 
 def _cut_words(base: Any, name: str, prompt: str) -> list[str]:
     """A note if a prompt is longer than the text encoder reads."""
-    tokenizer = base.pipe.tokenizer
+    tokenizers = [getattr(base.pipe, f"tokenizer{end}", None) for end in ("", "_2", "_3")]
+    # where there are several, no word is lost that one of them reads
+    tokenizer = max(filter(None, tokenizers), key=lambda one: one.model_max_length)
     limit = tokenizer.model_max_length
     with quiet():
         ids = tokenizer(prompt).input_ids
@@ -161,8 +163,14 @@ def is_far(base: Base, image: Image.Image) -> bool:
 def image_size(base: Base, request: Request) -> tuple[int, int]:
     """Width and height of what is made, in pixels."""
     pipe: Any = base.pipe
-    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    return request.width or side, request.height or side
+    side = native_side(pipe)
+    size = (request.width or side, request.height or side)
+    # transformers read latents in squares of two by two, and Flux cuts what is left over
+    step = 2 * pipe.vae_scale_factor if getattr(pipe, "unet", None) is None else 1
+    for name, pixels in zip(("width", "height"), size, strict=True):
+        if pixels % step:
+            raise ArgumentError(f"is not a multiple of {step}", where=name, found=pixels)
+    return size
 
 
 def steps_of(base: Base, request: Request) -> int:
@@ -185,6 +193,8 @@ def _check_strength(base: Base, request: Request) -> None:
 def _check_channels(base: Base, request: Request) -> None:
     """Refuse a UNet that is given more than latents, unless inpainting gives it that."""
     pipe: Any = base.pipe
+    if getattr(pipe, "unet", None) is None:
+        return
     takes, latents = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
     if takes == latents or (request.mask_image and takes == 2 * latents + 1):
         return

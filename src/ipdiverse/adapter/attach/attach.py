@@ -24,7 +24,6 @@ from ipdiverse.adapter.attach.hook import ActiveAdapter, ImagePromptHook, check_
 from ipdiverse.adapter.attach.joint import (
     check_fits,
     checked_transformer,
-    denoiser_of,
     joint_processors,
     transformer_layers,
 )
@@ -38,6 +37,7 @@ from ipdiverse.adapter.model import (
 )
 from ipdiverse.adapter.reference import Reference, as_reference, split_batch
 from ipdiverse.adapter.scale import Scale, resolve_scale, unet_layers
+from ipdiverse.base.pipelines import denoiser_of
 from ipdiverse.errors import ArgumentError, ModelError, check_range, check_whole
 
 if TYPE_CHECKING:
@@ -402,7 +402,7 @@ def checked_unet(pipe: Any) -> Any:
         raise ModelError(
             "has no UNet with attention processors",
             where=type(pipe).__name__,
-            expected="a pipeline of Stable Diffusion 1.x, 2.x, XL or 3.x, or of Flux.1",
+            expected="a pipeline of Stable Diffusion 1.x, 2.x, XL or 3.x, of Kolors or Flux.1",
         )
     if any(word in type(unet).__name__ for word in _MOVING):
         raise ModelError(
@@ -426,7 +426,8 @@ def checked_unet(pipe: Any) -> Any:
             where="pipeline",
             fix="ipdiverse.diversify(pipe) takes it over; or call pipe.unload_ip_adapter() first.",
         )
-    if projected is not None:
+    # Kolors' own narrows ChatGLM's text, which has nothing to do with images
+    if projected not in (None, "text_proj"):
         raise ModelError(
             "already projects another prompt",
             where="UNet",

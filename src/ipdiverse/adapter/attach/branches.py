@@ -248,16 +248,17 @@ def text_mask(
     """
     if hasattr(pipe, "tokenizer_3"):
         return None  # SD 3's text is of three encoders: fusion reads all of it
-    second = hasattr(pipe, "transformer") or not getattr(pipe, "tokenizer", None)
-    tokenizer = pipe.tokenizer_2 if second else pipe.tokenizer
-    # of a transformer's text: T5 reads as many tokens as the call says
-    length = arguments.get("max_sequence_length") if hasattr(pipe, "transformer") else None
     given = given or GivenWords()
     prompt, against = arguments.get("prompt"), arguments.get("negative_prompt") or ""
+    # Flux' T5 and Kolors' ChatGLM read as far as the call says: their tokenizers name no limit
+    joint, length = hasattr(pipe, "transformer"), arguments.get("max_sequence_length")
+    first = None if joint else getattr(pipe, "tokenizer", None)
+    tokenizer = first or pipe.tokenizer_2
     masks = [given.positive if prompt is None else _words(pipe, prompt, tokenizer, length)]
     if arguments.get("do_classifier_free_guidance"):
         embedded = arguments.get("negative_prompt_embeds") is not None
-        masks.insert(0, given.negative if embedded else _words(pipe, against, tokenizer))
+        negative = given.negative if embedded else _words(pipe, against, tokenizer, length)
+        masks.insert(0, negative)
     known = [mask for mask in masks if mask is not None]
     if len(known) < len(masks):
         if not given.missed:

@@ -111,14 +111,20 @@ def text_tower(pipe: Any, width: int) -> tuple[Any, Any] | None:
         )
         if shared and getattr(config, "projection_dim", None) == width:
             return getattr(pipe, f"tokenizer{suffix}"), encoder
-    return None
+    # a preset's image encoder names the other half of its CLIP, if its files are at hand
+    half = getattr(getattr(pipe, "image_encoder", None), "text_half", None)
+    found = None if half is None else half()
+    return found if found and found[1].config.projection_dim == width else None
 
 
 @torch.no_grad()
 def text_embeds(pipe: Any, tower: tuple[Any, Any] | None, texts: Sequence[str]) -> Tensor:
     """One embedding of each text, (texts, width); without a tower, of the base's own encoder."""
     tokenizer, encoder = tower or (pipe.tokenizer, pipe.text_encoder)
-    device, found = getattr(pipe, "_execution_device", None) or encoder.device, []
+    own = any(encoder is part for part in pipe.components.values())
+    # an encoder of the pipeline may be offloaded, and move itself to the device it executes on
+    device = (getattr(pipe, "_execution_device", None) if own else None) or encoder.device
+    found = []
     for text in texts:  # one by one, so that a text's embedding never depends on the others
         read = tokenizer(
             text,

@@ -398,7 +398,9 @@ class ImagePromptHook(ModelHook):
         layout: Layout,
     ) -> Tensor:
         """Fuse each reference of each item with that item's text."""
-        references = tokens.shape[1]
+        references, narrowed = tokens.shape[1], self._text_projection()
+        if narrowed is not None:
+            text = narrowed(text)
         told = self._told[1] if self._told else Told(layout)
         words = told.words_of(layout, len(text) // len(layout), text.shape[1])
         seeds = prompt.seeds if prompt.seeds is not None else range(len(text))
@@ -410,6 +412,12 @@ class ImagePromptHook(ModelHook):
             [seed for seed in seeds for _ in range(references)],  # one scene for all of an item's
         )
         return fused.unflatten(0, (-1, references))
+
+    def _text_projection(self) -> torch.nn.Module | None:
+        """What a UNet does to the text before its layers read it; Kolors alone has one."""
+        unet = getattr(self.pipe, "unet", None)
+        kind = getattr(getattr(unet, "config", None), "encoder_hid_dim_type", None)
+        return unet.encoder_hid_proj if kind == "text_proj" else None
 
     def _set_scales(self, timestep: Any, batch: int, layout: Layout) -> None:
         scales = [

@@ -144,12 +144,6 @@ def _sd3_key_value(
     return torch.cat([own, key], dim=2), torch.cat([own_value, value], dim=2)
 
 
-def denoiser_of(pipe: Any) -> Any:
-    """A pipeline's UNet or transformer; None if it has neither."""
-    unet = getattr(pipe, "unet", None)
-    return getattr(pipe, "transformer", None) if unet is None else unet
-
-
 def is_transformer(denoiser: Any) -> bool:
     """Whether it is one of those that image prompts know."""
     return bool(_styles(denoiser))

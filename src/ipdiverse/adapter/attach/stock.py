@@ -75,7 +75,9 @@ def stock_adapters(unet: Any) -> list[StockAdapter]:
     layers = getattr(unet.encoder_hid_proj, "image_projection_layers", None)
     if layers is None:
         return []
-    processors = dict(enumerate(unet.attn_processors.values()))
+    # the resampler's own attention counts in diffusers' list, and in Kolors comes first
+    own = (p for n, p in unet.attn_processors.items() if not n.startswith("encoder_hid_proj."))
+    processors = dict(enumerate(own))
     branched = {n: p for n, p in processors.items() if hasattr(p, "to_k_ip")}
     found = []
     for index, layer in enumerate(layers):
@@ -188,7 +190,7 @@ class StockCalls:
         self.attachment, pipe = attachment, attachment.pipe
         known = [name for name in self.shadowed if hasattr(pipe, name)]
         self._undo = [shadow(pipe, name, getattr(self, name)) for name in known]
-        unet = getattr(pipe, "unet", None)
+        unet = getattr(pipe, "unet", None)  # a transformer has no such place
         if unet is not None and unet.encoder_hid_proj is None:
             unet.encoder_hid_proj = _Elsewhere()
 
