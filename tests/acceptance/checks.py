@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ipdiverse.adapter.attach.attach import attach, detach
-from ipdiverse.adapter.attach.joint import denoiser_of
+from ipdiverse.base.pipelines import denoiser_of
 from ipdiverse.dial import Levers
 from ipdiverse.sampling.denoiser import release, steer
 from tests import joint_models, models

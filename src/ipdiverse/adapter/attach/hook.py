@@ -13,12 +13,13 @@ from diffusers.hooks import ModelHook
 from torch import Tensor
 
 from ipdiverse.adapter.attach.branches import KEPT_PROMPTS, GivenWords, Told, tell_branches
-from ipdiverse.adapter.attach.joint import denoiser_of, is_transformer, latent_grid
+from ipdiverse.adapter.attach.joint import is_transformer, latent_grid
 from ipdiverse.adapter.attach.redux import with_image_tokens
 from ipdiverse.adapter.attention import BOTH, NOTHING, Slot, TokenGroup
 from ipdiverse.adapter.model import interpolated, placed, state_of
 from ipdiverse.adapter.reference import RegionMask
 from ipdiverse.adapter.scale import checked_items, checked_number
+from ipdiverse.base.pipelines import denoiser_of
 from ipdiverse.errors import ArgumentError, ModelError
 
 if TYPE_CHECKING:
