@@ -159,6 +159,12 @@ class VariationSpace:
         centred = embeds.to(self.key_means) - self.key_means[0 if prompts else 1]
         return normalize(centred @ self.key_directions, dim=-1)
 
+    def outside(self, embeds: Tensor) -> Tensor:
+        """Share of pictures' embeddings that lies outside the directions of those it has seen."""
+        centred = embeds.to(self.key_means) - self.key_means[1]
+        inside = centred @ self.key_directions @ self.key_directions.T
+        return (centred - inside).norm(dim=-1) / centred.norm(dim=-1)
+
     def drawn(self, query: Tensor | None, seed: int) -> tuple[Tensor, float]:
         """A scene for an image, by its own seed alone, and how much of it may be imposed."""
         found, share = self.bank.candidates(query)

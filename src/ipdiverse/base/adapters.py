@@ -32,7 +32,7 @@ ADAPTERS = {
     "base": "ip-adapter_critters",
 }
 """Short names of adapters in the package."""
-DEFAULT_ADAPTER = "diverse"
+DEFAULT_ADAPTER = "plus"
 """What prompts critters unless something else is asked for."""
 
 PUBLISHED = "ip-adapter.safetensors"
