@@ -21,9 +21,9 @@ from ipdiverse.base.adapters import adapter_file
 from ipdiverse.base.bases import CRITTERS
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import sample_scene
+from ipdiverse.provenance import generator
 from ipdiverse.sampling.denoiser import release, steer
 from ipdiverse.sampling.sample import dial_for
-from ipdiverse.seeding import generator
 
 PROMPT, IMAGES, STEPS = "a critter in the snow", 4, 25
 

@@ -18,7 +18,7 @@ import ipdiverse
 from ipdiverse.adapter.attach.face_embeddings import load_face_embeddings
 from ipdiverse.adapter.model import layer_widths
 from ipdiverse.adapter.projection import FaceIDProjection
-from ipdiverse.seeding import generator
+from ipdiverse.provenance import generator
 
 FACE_DIM = 512  # of the recognition model (ArcFace)
 

@@ -17,7 +17,7 @@ from ipdiverse.base.adapters import adapter_file
 from ipdiverse.base.bases import any_latents
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import sample_scene
-from ipdiverse.seeding import generator
+from ipdiverse.provenance import generator
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ import ipdiverse
 from ipdiverse.base.adapters import adapter_file
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import sample_scene
-from ipdiverse.seeding import generator
+from ipdiverse.provenance import generator
 
 
 def main() -> None:

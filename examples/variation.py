@@ -17,7 +17,7 @@ from ipdiverse.contact_sheet import contact_sheet
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import sample_scene
 from ipdiverse.image_io import load_image
-from ipdiverse.seeding import generator
+from ipdiverse.provenance import generator
 
 
 def main() -> None:

@@ -23,8 +23,7 @@ from torch.nn import functional as F
 from ipdiverse.adapter.files.checkpoint import load_adapter, read_spec
 from ipdiverse.adapter.fusion import BlendFusion, GatedFusion
 from ipdiverse.base.bases import load_base
-from ipdiverse.critters.caption import WORDINGS, caption
-from ipdiverse.critters.scene import ATTRIBUTES, IDENTITY
+from ipdiverse.critters.scene import ATTRIBUTES, IDENTITY, WORDINGS, caption
 from ipdiverse.errors import CheckpointError
 from ipdiverse.evaluation.pairs import Pair, study_pairs
 from ipdiverse.evaluation.report import as_bytes

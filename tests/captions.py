@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 
-from ipdiverse.critters.caption import WORDINGS
-from ipdiverse.critters.scene import ATTRIBUTES, COLOURS
+from ipdiverse.critters.scene import ATTRIBUTES, COLOURS, WORDINGS
 
 
 def parse(text: str) -> dict[str, str]:

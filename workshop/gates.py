@@ -14,10 +14,9 @@ from PIL import Image
 from ipdiverse.adapter.files.checkpoint import load_adapter
 from ipdiverse.base.adapters import adapter_file
 from ipdiverse.base.bases import CRITTERS, Base, load_base
-from ipdiverse.critters.caption import caption, mentioned
 from ipdiverse.critters.oracle import Oracle, Reading, read
 from ipdiverse.critters.render import render
-from ipdiverse.critters.scene import ATTRIBUTES, IDENTITY, Scene, conditional
+from ipdiverse.critters.scene import ATTRIBUTES, IDENTITY, Scene, caption, conditional, mentioned
 from ipdiverse.evaluation.images import sample_array
 from ipdiverse.evaluation.metrics import entropy_miller_madow, expected_entropy
 from ipdiverse.evaluation.pairs import held_out_scenes, shipped_oracle

@@ -249,7 +249,7 @@ class ImagePrompt:
 
     def seeds(self, items: int) -> tuple[int, ...]:
         """One for each image of a batch, the same as `ipdiverse generate` takes."""
-        from ipdiverse.seeding import derived_seed
+        from ipdiverse.provenance import derived_seed
 
         return tuple(derived_seed(self.setting.seed, item, "levers") for item in range(items))
 

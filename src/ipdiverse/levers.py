@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from ipdiverse.errors import ArgumentError, check_range
-from ipdiverse.seeding import noise
+from ipdiverse.provenance import noise
 
 if TYPE_CHECKING:
     from torch import Tensor

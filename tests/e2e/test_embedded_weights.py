@@ -16,10 +16,10 @@ from ipdiverse.base.bases import CRITTERS_BASE, CRITTERS_PROVENANCE, load_base
 from ipdiverse.critters.oracle import read
 from ipdiverse.critters.render import render
 from ipdiverse.evaluation.pairs import held_out_scenes, shipped_oracle
+from ipdiverse.provenance import generator
 from ipdiverse.sampling.request import Request
 from ipdiverse.sampling.sample import Job, attached, sampled
 from ipdiverse.sampling.task import Task
-from ipdiverse.seeding import generator
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -39,8 +39,8 @@ from ipdiverse.adapter.scale import PRESETS, unet_layers
 from ipdiverse.dial import OFF, Dial, Levers, default_dial
 from ipdiverse.errors import IpdiverseError, ModelError
 from ipdiverse.levers import LEVERS
+from ipdiverse.provenance import derived_seed
 from ipdiverse.sampling.denoiser import steer
-from ipdiverse.seeding import derived_seed
 from tests import comfyui, models
 from tests.comfyui import COND, UNCOND
 

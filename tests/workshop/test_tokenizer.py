@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from ipdiverse.critters.caption import caption, vocabulary
-from ipdiverse.critters.scene import sample_scene
+from ipdiverse.critters.scene import caption, sample_scene, vocabulary
 from workshop.base.architecture import MAX_TOKENS
 from workshop.base.tokenizer import build_tokenizer, word_merges
 

@@ -18,8 +18,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ipdiverse.base.memory import autocast
-from ipdiverse.critters.caption import caption, mentioned
-from ipdiverse.critters.scene import ATTRIBUTES
+from ipdiverse.critters.scene import ATTRIBUTES, caption, mentioned
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection

@@ -13,7 +13,7 @@ import torch
 from ipdiverse.base.memory import autocast
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import ATTRIBUTES, Scene, sample_scene
-from ipdiverse.seeding import derived_seed
+from ipdiverse.provenance import derived_seed
 from workshop.base.architecture import IMAGE_SIZE
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from ipdiverse.base.memory import autocast
 from ipdiverse.critters.oracle import PLACEMENT, placement_of
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import Scene, sample_scene
-from ipdiverse.seeding import derived_seed
+from ipdiverse.provenance import derived_seed
 from workshop.base.corpus import save_array, to_pixels
 from workshop.base.faults import TRAINED, faulty
 from workshop.base.oracle import jitter, round_trip

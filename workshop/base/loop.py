@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
-from ipdiverse.seeding import derived_seed
+from ipdiverse.provenance import derived_seed
 from workshop.base.optimizer import MuonAdamW
 
 if TYPE_CHECKING:

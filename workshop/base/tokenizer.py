@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ipdiverse.critters.caption import vocabulary
+from ipdiverse.critters.scene import vocabulary
 from workshop.base.architecture import MAX_TOKENS
 
 if TYPE_CHECKING:

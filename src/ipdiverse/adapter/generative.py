@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ipdiverse.seeding import noise
+from ipdiverse.provenance import noise
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -22,7 +22,7 @@ from torch.nn.functional import normalize
 from ipdiverse.adapter.files.containers import open_checkpoint
 from ipdiverse.base.adapters import CRITTERS_SPACES
 from ipdiverse.errors import CheckpointError, ModelError
-from ipdiverse.seeding import derived_seed
+from ipdiverse.provenance import derived_seed
 from ipdiverse.writing import safetensors_bytes, tensors_hash, write_bytes_atomic
 
 if TYPE_CHECKING:

@@ -179,7 +179,7 @@ def _text_half(files: tuple[HubFile, ...]) -> tuple[Any, Any] | None:
     with loading():
         from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-        variant = {"variant": "fp16"} if ".fp16." in files[0].name else {}
+        variant: dict[str, Any] = {"variant": "fp16"} if ".fp16." in files[0].name else {}
         encoder = CLIPTextModelWithProjection.from_pretrained(
             paths[0].parent, dtype="float32", local_files_only=True, **variant
         )

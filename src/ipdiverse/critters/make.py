@@ -18,11 +18,18 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ipdiverse.critters.caption import caption, mentioned
 from ipdiverse.critters.render import render
-from ipdiverse.critters.scene import SPLITS, Scene, edited, pair_of, sample_scene
+from ipdiverse.critters.scene import (
+    SPLITS,
+    Scene,
+    caption,
+    edited,
+    mentioned,
+    pair_of,
+    sample_scene,
+)
 from ipdiverse.errors import ArgumentError, OutputError, check_range
-from ipdiverse.seeding import derived_seed
+from ipdiverse.provenance import derived_seed
 from ipdiverse.writing import ensure_writable_folder, only_one, write_text_atomic, writing
 
 _CHUNK = 250  # scenes that a process is given at once: enough that handing them over costs little

@@ -12,15 +12,22 @@ from PIL import Image
 
 from ipdiverse.base.bases import CRITTERS_ORACLE
 from ipdiverse.config import decoded
-from ipdiverse.critters.caption import caption
 from ipdiverse.critters.oracle import PLACEMENT, load_oracle, placement_bins, placement_of
 from ipdiverse.critters.render import render
-from ipdiverse.critters.scene import ATTRIBUTES, IDENTITY, Scene, conditional, edited, sample_scene
+from ipdiverse.critters.scene import (
+    ATTRIBUTES,
+    IDENTITY,
+    Scene,
+    caption,
+    conditional,
+    edited,
+    sample_scene,
+)
 from ipdiverse.errors import ArgumentError, DataError, ModelError
 from ipdiverse.evaluation.sets import Placement, Sets
 from ipdiverse.image_io import load_image
 from ipdiverse.image_io.files import OTHER_SUFFIXES, SUFFIXES
-from ipdiverse.seeding import derived_seed
+from ipdiverse.provenance import derived_seed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

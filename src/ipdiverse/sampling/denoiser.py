@@ -61,7 +61,7 @@ def steer(
     context = _context(attachment, seeds, prompts)
     _check(levers, attachment, len(seeds))
     hook, unet = attachment.hook, denoiser_of(attachment.pipe)
-    level = level_of(fast)
+    level = level_of(fast) if fast else None
     if level is not None and hook.transformer:
         raise ModelError(
             "is for UNets",

@@ -19,10 +19,10 @@ from ipdiverse.adapter.model import ImagePromptAdapter
 from ipdiverse.base.adapters import adapter_file
 from ipdiverse.dial import OFF
 from ipdiverse.errors import ArgumentError, ModelError, check_range
+from ipdiverse.provenance import derived_seed
 from ipdiverse.sampling.denoiser import release, steer
 from ipdiverse.sampling.fast import level_of
 from ipdiverse.sampling.sample import dial_for, space_of
-from ipdiverse.seeding import derived_seed
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -12,8 +12,8 @@ from ipdiverse.base.bases import Base, any_latents, load_image_encoder
 from ipdiverse.dial import OFF, Dial, Levers, default_dial, dial_of
 from ipdiverse.errors import DataError, ModelError, quoted
 from ipdiverse.loading import one_line
+from ipdiverse.provenance import derived_seed
 from ipdiverse.sampling.task import Task, steps_of
-from ipdiverse.seeding import derived_seed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -214,7 +214,7 @@ def _denoise(
 
     With `last`, nothing is denoised after that step, and the images are latents.
     """
-    from ipdiverse.seeding import generator
+    from ipdiverse.provenance import generator
 
     pipe: Any = task.base.pipe
     stopped: list[Exception] = []

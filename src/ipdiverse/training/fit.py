@@ -20,7 +20,7 @@ from ipdiverse.adapter.attach.encoding import text_embeds, text_tower
 from ipdiverse.adapter.imagine import SceneBank, VariationSpace, projection_hash
 from ipdiverse.adapter.model import check_encoder
 from ipdiverse.errors import DataError, ModelError
-from ipdiverse.seeding import derived_seed
+from ipdiverse.provenance import derived_seed
 from ipdiverse.training.config import FitOptions
 from ipdiverse.training.embed import EmbeddedPictures, Stored
 

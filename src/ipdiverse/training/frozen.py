@@ -21,7 +21,7 @@ from ipdiverse.base.bases import load_base, load_image_encoder
 from ipdiverse.base.pipelines import is_transformer, load_unet
 from ipdiverse.data.references import augment
 from ipdiverse.errors import ModelError, check_range
-from ipdiverse.seeding import derived_seed
+from ipdiverse.provenance import derived_seed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

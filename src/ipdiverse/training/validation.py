@@ -14,7 +14,7 @@ from PIL import Image
 from ipdiverse.contact_sheet import contact_sheet
 from ipdiverse.data.files import picture_below
 from ipdiverse.data.references import References
-from ipdiverse.seeding import generator
+from ipdiverse.provenance import generator
 from ipdiverse.writing import ensure_writable_folder, write_bytes_atomic
 
 if TYPE_CHECKING:

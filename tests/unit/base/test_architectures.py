@@ -19,11 +19,11 @@ from ipdiverse.base.memory import Device, plan_dtype, sizes_of
 from ipdiverse.base.pipelines import is_transformer
 from ipdiverse.base.presets import PRESETS, VIT_H
 from ipdiverse.cli import main
+from ipdiverse.provenance import generator
 from ipdiverse.sampling.request import Request
 from ipdiverse.sampling.sample import Job, sampled
 from ipdiverse.sampling.selection import joint_text
 from ipdiverse.sampling.task import Pictures, task_for
-from ipdiverse.seeding import generator
 from ipdiverse.training.frozen import open_encoders
 from tests import joint_models, models
 

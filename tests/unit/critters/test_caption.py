@@ -5,14 +5,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipdiverse.critters.caption import (
+from ipdiverse.critters.scene import (
+    ATTRIBUTES,
     NOUNS,
     WORDINGS,
     caption,
     mentioned,
+    sample_scene,
     with_article,
 )
-from ipdiverse.critters.scene import ATTRIBUTES, sample_scene
 from tests.captions import parse
 
 STATED = st.fixed_dictionaries(

@@ -8,8 +8,8 @@ import torch
 
 from ipdiverse.data.manifest import Record
 from ipdiverse.data.references import References
+from ipdiverse.training.build import Samples
 from ipdiverse.training.config import TrainConfig
-from ipdiverse.training.samples import Samples
 
 
 class _OneImage:

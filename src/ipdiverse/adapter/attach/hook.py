@@ -13,8 +13,7 @@ from diffusers.hooks import ModelHook
 from torch import Tensor
 
 from ipdiverse.adapter.attach.branches import KEPT_PROMPTS, GivenWords, Told, tell_branches
-from ipdiverse.adapter.attach.joint import is_transformer, latent_grid
-from ipdiverse.adapter.attach.redux import with_image_tokens
+from ipdiverse.adapter.attach.joint import is_transformer, latent_grid, with_image_tokens
 from ipdiverse.adapter.attention import BOTH, NOTHING, Slot, TokenGroup
 from ipdiverse.adapter.model import interpolated, placed, state_of
 from ipdiverse.adapter.reference import RegionMask
@@ -416,7 +415,7 @@ class ImagePromptHook(ModelHook):
 
     def _text_projection(self) -> torch.nn.Module | None:
         """What a UNet does to the text before its layers read it; Kolors alone has one."""
-        unet = getattr(self.pipe, "unet", None)
+        unet: Any = getattr(self.pipe, "unet", None)
         kind = getattr(getattr(unet, "config", None), "encoder_hid_dim_type", None)
         return unet.encoder_hid_proj if kind == "text_proj" else None
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ipdiverse.adapter import model
-from ipdiverse.adapter.files.containers import Contents, open_checkpoint
+from ipdiverse.adapter.files.containers import Contents, first_of, open_checkpoint
 from ipdiverse.adapter.files.layouts import (
     BASE_WEIGHTS,
     OLD_BASE_WEIGHTS,
@@ -28,7 +28,6 @@ from ipdiverse.adapter.files.layouts import (
     normalise,
     with_base_weights,
 )
-from ipdiverse.adapter.files.pickles import first_of
 from ipdiverse.adapter.files.publishing import (
     CURVE,
     Stated,

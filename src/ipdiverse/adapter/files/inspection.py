@@ -10,9 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from ipdiverse.adapter.files.checkpoint import spec_of
-from ipdiverse.adapter.files.containers import Contents, open_checkpoint
+from ipdiverse.adapter.files.containers import Contents, first_of, open_checkpoint
 from ipdiverse.adapter.files.layouts import BASE_WEIGHTS, normalise, recognise, with_base_weights
-from ipdiverse.adapter.files.pickles import first_of
 from ipdiverse.adapter.files.structure import describe, dtype_name, misfits, skeleton
 from ipdiverse.adapter.model import ImagePromptAdapter
 from ipdiverse.errors import CheckpointError

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch._utils import _rebuild_tensor_v2
 
-from ipdiverse.adapter.files import pickles
+from ipdiverse.adapter.files import containers
 from ipdiverse.adapter.files.containers import open_checkpoint
 from ipdiverse.errors import CheckpointError
 from tests.checkpoint_files import assert_equal
@@ -302,7 +302,7 @@ def test_a_legacy_storage_that_lies_is_refused_before_it_is_allocated(tmp_path: 
 
 
 def test_a_pickle_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pickles, "MAX_PICKLE_BYTES", 100)
+    monkeypatch.setattr(containers, "MAX_PICKLE_BYTES", 100)
     refused(write("torch zip", tmp_path / "a.bin"), "holds too many tensors; expected at most")
 
 
