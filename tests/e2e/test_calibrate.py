@@ -62,7 +62,7 @@ def test_the_path_is_climbed_until_variety_or_copies_no_longer_gain(
     path, dial = calibrated.report["path"], dial_of(load_adapter(calibrated.target).spec, "x")
     assert dial is not None
     assert calibrated.report["dial"] == dial.as_spec()
-    assert calibrated.errors.count("interpolation ") == len(path) - 1 >= 3, "a line for every rung"
+    assert calibrated.errors.count("interpolation ") == len(path) - 1 >= 2, "a line for every rung"
     rungs = [point["interpolation"] for point in path]
     assert rungs == sorted(set(rungs))
     assert set(rungs) <= set(LEVERS["interpolation"].ladder)

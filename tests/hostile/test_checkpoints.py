@@ -189,7 +189,7 @@ CLAIMS: dict[str, dict[str, list[int]]] = {
     | {k.replace(".0.", f".{n}.", 1): s for n in range(1500) for k, s in LAYER.items()},
     "layers": PLUS | {f"ip_adapter.{n}.to_k_ip.weight": [32, 64] for n in range(9_000)},
     "tokens": PLUS | {"image_proj.latents": [1, 10**6, 64]},
-    "6 GB": PLUS | {"ip_adapter.1.to_k_ip.weight": [1_500_000, 1000]},
+    "17 GB": PLUS | {"ip_adapter.1.to_k_ip.weight": [4_300_000, 1000]},
     "20 GB": PLUS | {"ip_adapter.1.to_k_ip.weight": [5_000_000, 1000]},
     "20 GB elsewhere": PLUS | {"x.y": [5_000_000, 1000]},
     "20 GB of base weights": PLUS | {"base_weights.ip_adapter.1.to_k_ip.weight": [5_000_000, 1000]},

@@ -197,9 +197,9 @@ class ImagePromptHook(ModelHook):
             given = self._take_masks(given)
             layout = self._prepare_tokens(text, timestep)
         else:  # the UNet may pool the text itself, so it must not get the image tokens with it
-            text, given = text
+            text, references = text
             layout = (BOTH,)
-            for prompt, tokens in zip(self.prompts, given, strict=True):
+            for prompt, tokens in zip(self.prompts, references, strict=True):
                 prompt.act_as_is()
                 prompt.slot.groups = [
                     TokenGroup(tokens.flatten(1, 2) if tokens.ndim == 4 else tokens)
