@@ -13,16 +13,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from PIL import Image, PngImagePlugin
-
 from ipdiverse.errors import ArgumentError, ImageError, OutputError, quoted
-from ipdiverse.image_io.files import PNG_SIGNATURE, opened, png_chunks
 from ipdiverse.writing import AnyPath, write_bytes_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     import torch
+    from PIL import Image
 
 
 def derived_seed(*parts: int | str) -> int:
@@ -86,7 +84,9 @@ def save_png(image: Image.Image, path: AnyPath, record: Mapping[str, Any]) -> No
             found=Path(path).suffix or "no extension",
             fix="Change the extension.",
         )
-    chunks = PngImagePlugin.PngInfo()
+    from PIL.PngImagePlugin import PngInfo  # here, so that a seed does not need Pillow
+
+    chunks = PngInfo()
     chunks.add_itxt(RECORD_KEY, _as_json(record))
     chunks.add_itxt(SUMMARY_KEY, _summary(record))
     buffer = io.BytesIO()  # in memory first: the file is then written whole or not at all
@@ -109,6 +109,8 @@ def read_provenance(path: AnyPath) -> dict[str, Any]:
     Raises:
         ImageError: The file cannot be read, is not a PNG, is broken, or has no valid record.
     """
+    from ipdiverse.image_io.files import opened
+
     with opened(path) as file:
         text = _find_record(file, path)
     if text is None:
@@ -185,6 +187,8 @@ def _find_record(file: IO[bytes], path: AnyPath) -> bytes | None:
     Not Pillow's `Image.text`: it decodes all pixels for a record that follows them, and fails on
     any other tool's text of over 1 MiB.
     """
+    from ipdiverse.image_io.files import PNG_SIGNATURE, png_chunks
+
     if file.read(len(PNG_SIGNATURE)) != PNG_SIGNATURE:
         raise ImageError(
             "this is not a PNG file",

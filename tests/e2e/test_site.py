@@ -17,6 +17,7 @@ import pytest
 
 import ipdiverse
 from ipdiverse.cli import COMMANDS
+from ipdiverse.commands.cluster import Spread
 from ipdiverse.commands.generate import Generate
 from ipdiverse.evaluation.report import write_report
 from ipdiverse.evaluation.running import Runner
@@ -107,8 +108,8 @@ def test_the_command_line_is_that_of_the_parsers(site: Path) -> None:
     assert "generate" in COMMANDS
     for name in COMMANDS:
         assert f"usage: ipdiverse {name} [-h]" in html, name
-    names = [field.name for field in (*fields(Request), *fields(Generate))]
-    for name in {*names, *LEVERS} - {"request", "levers"}:
+    names = [field.name for kind in (Request, Generate, Spread) for field in fields(kind)]
+    for name in {*names, *LEVERS} - {"request", "levers", "spread"}:
         assert f"--{name.replace('_', '-')}" in html, name
 
 

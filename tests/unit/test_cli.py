@@ -19,6 +19,7 @@ import ipdiverse
 from ipdiverse import cli
 from ipdiverse.cli import COMMANDS, main
 from ipdiverse.commands.checkpoints import Bases
+from ipdiverse.commands.cluster import Spread
 from ipdiverse.commands.evaluate import Calibrate
 from ipdiverse.commands.generate import Generate
 from ipdiverse.errors import ArgumentError, Interrupted
@@ -191,7 +192,8 @@ def test_help_lists_requests_as_they_are_and_levers_last(
     with pytest.raises(SystemExit):
         main(["generate", "--help"])
     flags = re.findall(r"^[^\w-]*--([a-z][a-z-]*)", capsys.readouterr().out, re.M)
-    own = [field.name for field in fields(Generate) if field.name != "request"]
+    own = [field.name for field in fields(Generate) if field.name not in ("request", "spread")]
+    own += [field.name for field in fields(Spread)]
     request = [field.name for field in fields(Request) if field.name != "levers"]
     expected = [name.replace("_", "-") for name in (*own, *request, *LEVERS)]
     assert flags == expected

@@ -106,9 +106,9 @@ def test_the_default_follows_base_weights_that_ship_anew(
     monkeypatch.setattr(arms, "CRITTERS_ADAPTERS", package)
     trained = load_adapter(package / "ip-adapter-plus_critters.safetensors")
     trained.state_dict()["image_proj.latents"].add_(1)
-    (tmp_path / "self-none-seed0").mkdir()
-    save_adapter(trained, tmp_path / "self-none-seed0" / "adapter.safetensors", {}, torch.float32)
-    ship_arm("self-none", tmp_path)
+    (tmp_path / "plain-seed0").mkdir()
+    save_adapter(trained, tmp_path / "plain-seed0" / "adapter.safetensors", {}, torch.float32)
+    ship_arm("plain", tmp_path)
     default = package / "ip-adapter-diverse_critters.safetensors"
     latents = load_adapter(default).base_weights["image_proj.latents"]
     torch.testing.assert_close(latents, trained.state_dict()["image_proj.latents"].half().float())

@@ -182,9 +182,9 @@ def test_readings_of_version_0_1_are_found_under_the_names_of_today(
 
 
 @pytest.mark.parametrize("name", ["steps", "ends"])
-def test_this_repositorys_readings_are_still_taken(name: str, tmp_path: Path) -> None:
-    """Hashes of the shipped base and adapters, and names of levers, are still theirs."""
+def test_readings_of_weights_that_no_longer_ship_are_not_taken(name: str, tmp_path: Path) -> None:
+    """The studies were drawn with earlier weights: nothing of today is told by them."""
     published = read_study(ROOT / "studies" / f"{name}.toml")
     folder = ROOT / "docs" / "study" / name / "readings"
     runner = RecordedRunner(published, tmp_path, folder, partial=True)
-    assert all(runner.recorded(arm, 0) for arm in published.arms)
+    assert not any(runner.recorded(arm, 0) for arm in published.arms)

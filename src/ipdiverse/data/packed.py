@@ -34,7 +34,6 @@ from ipdiverse.data.files import (
 from ipdiverse.data.lists import TEXT_COLUMNS, matching
 from ipdiverse.data.manifest import Item, Source
 from ipdiverse.errors import DataError
-from ipdiverse.image_io import load_image_bytes
 from ipdiverse.image_io.files import MAX_FILE_BYTES, SUFFIXES
 
 if TYPE_CHECKING:
@@ -157,6 +156,8 @@ def _half(stored: Any, name: str, roots: tuple[Path, ...], half: int) -> bytes:
     Borders are shared, so that with pictures of s and borders of b pixels the whole has 2s + 3b by
     s + 2b: its size tells both.
     """
+    from ipdiverse.image_io import load_image_bytes  # here: help needs no Pillow
+
     whole = load_image_bytes(_bytes(stored, name, roots), name)
     border = 2 * whole.height - whole.width
     edge = whole.height - 2 * border

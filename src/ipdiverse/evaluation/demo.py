@@ -17,7 +17,7 @@ from ipdiverse.critters.scene import Scene
 from ipdiverse.evaluation.report import inline, render_page
 from ipdiverse.provenance import save_png
 from ipdiverse.sampling.request import Request
-from ipdiverse.sampling.sample import Job, attached, dial_for, sampled
+from ipdiverse.sampling.sample import Job, attached, dial_for, sampled, space_of
 from ipdiverse.sampling.task import Task
 from ipdiverse.writing import ensure_writable_folder, write_text_atomic
 
@@ -91,10 +91,11 @@ def _turned(base: Base, reference: Image.Image) -> tuple[dict[float, list[str]],
     """Images at each setting of the default adapter's dial, and the dial."""
     images = {}
     with attached(base, adapter_file(CRITTERS, DEFAULT_ADAPTER)) as attachment:
+        attachment.set_space(space_of("", attachment.adapters[0]))
         for setting in DIAL:
             request = Request(n=1, guidance_scale=base.guidance_scale, diversity=setting)
             images[setting] = _drawn(base, reference, request, attachment)
-        return images, dial_for(attachment.adapters[0])
+        return images, dial_for(attachment.adapters[0], attachment.scenes is not None)
 
 
 def _scaled(base: Base, reference: Image.Image) -> dict[float, list[str]]:

@@ -40,10 +40,15 @@ class Job:
 
 
 def dial_for(adapter: ImagePromptAdapter, has_space: bool = False) -> Dial:
-    """An adapter's own dial, or the default one if it was not calibrated."""
+    """An adapter's own dial, or the default one if it has none, or none that can act here."""
     calibrated, fused = dial_of(adapter.spec, "adapter"), adapter.fusion is not None
-    has_weights = bool(adapter.base_weights)
-    return calibrated or default_dial(fused, has_weights, has_space, adapter.draws)
+    if calibrated is not None and (has_space or not _recombines(calibrated)):
+        return calibrated
+    return default_dial(fused, bool(adapter.base_weights), has_space, adapter.draws)
+
+
+def _recombines(dial: Dial) -> bool:
+    return any(levers.recombine for _, levers in dial.points)
 
 
 def levers_of(
@@ -65,7 +70,8 @@ def space_of(named: str, adapter: ImagePromptAdapter) -> VariationSpace | None:
 def imagine(attachment: Attachment, request: Request) -> list[str]:
     """Give an adapter a request's space and scenes; what the user should know of them."""
     adapter = attachment.adapters[0]
-    dialled = bool(request.diversity) and dial_of(adapter.spec, "adapter") is None
+    calibrated = dial_of(adapter.spec, "adapter")
+    dialled = bool(request.diversity) and (calibrated is None or _recombines(calibrated))
     if not (dialled or request.space or request.scenes or request.levers.recombine):
         return []  # a calibrated dial needs no space, and finding one takes a hash of the weights
     attachment.set_space(space_of(request.space, adapter))

@@ -118,7 +118,7 @@ def test_an_image_without_an_encoder_says_what_to_give(
     pipe.image_encoder = None
     with attach(pipe, adapter) as prompt:
         with pytest.raises(
-            ModelError, match=r"no image encoder\. Name one with --image-encoder; in"
+            ModelError, match=r"no image encoder\. Name one with --image-encoder\. In"
         ):
             prompt.set_reference(references[0])
         prompt.set_reference(Reference(embeds=[torch.zeros(1, 128)]))

@@ -25,7 +25,7 @@ PLUS = CRITTERS_ADAPTERS / "ip-adapter-plus_critters.safetensors"
 
 def test_names_of_the_package_and_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert adapter_file("critters") == adapter_file("critters", "diverse")
+    assert adapter_file("critters") == adapter_file("critters", "plus")
     for name, file in ADAPTERS.items():
         assert adapter_file("critters", name) == CRITTERS_ADAPTERS / f"{file}.safetensors"
     assert adapter_file("critters", PLUS.stem) == PLUS

@@ -255,7 +255,7 @@ def test_what_lost_an_attribute_is_never_called_close() -> None:
 def test_critters_and_its_adapters_are_always_there(tmp_path: Path) -> None:
     found = find_installed()
     assert found.bases["critters"] == "critters"
-    assert list(found.adapters_of("critters")) == ["diverse", "plus", "base"]
+    assert list(found.adapters_of("critters")) == ["plus", "diverse", "base"]
     mine = tmp_path / "mine.safetensors"
     mine.write_bytes(b"")
     (tmp_path / "model_index.json").touch()
