@@ -185,7 +185,7 @@ def dial_of(spec: Mapping[str, Any], where: object) -> Dial | None:
 _RECOMBINE = ((0.05, 0.2), (0.14, 0.3), (0.39, 0.4), (0.72, 0.5), (0.94, 0.6), (1.0, 1.0))
 """Settings of the dial, and strengths of `recombine`: between two scenes variety rises as a
 sigmoid does, so settings are placed where it was measured to rise evenly on both plain adapters of
-critters, alike (docs/study/imagined.json)."""
+critters, alike (docs/study/imagined/results.json)."""
 
 
 def default_dial(

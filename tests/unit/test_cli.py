@@ -193,9 +193,9 @@ def test_help_lists_requests_as_they_are_and_levers_last(
         main(["generate", "--help"])
     flags = re.findall(r"^[^\w-]*--([a-z][a-z-]*)", capsys.readouterr().out, re.M)
     own = [field.name for field in fields(Generate) if field.name not in ("request", "spread")]
-    own += [field.name for field in fields(Spread)]
     request = [field.name for field in fields(Request) if field.name != "levers"]
-    expected = [name.replace("_", "-") for name in (*own, *request, *LEVERS)]
+    spread = [field.name for field in fields(Spread)]
+    expected = [name.replace("_", "-") for name in (*own, *request, *LEVERS, *spread)]
     assert flags == expected
     assert request[:4] == ["image", "prompt", "diversity", "n"]
 
