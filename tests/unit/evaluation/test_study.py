@@ -140,36 +140,68 @@ def test_an_arm_without_adapters_takes_the_default() -> None:
 
 SCORES = {
     "prompt obeyed": "prompt_accuracy",
+    "prompt": "prompt_accuracy",
     "where it contradicts the reference": "contradict_accuracy",
+    "contradicting": "contradict_accuracy",
     "identity kept": "retention",
+    "identity": "retention",
+    "its worst attribute": "retention_worst",
+    "asked for": "asked_for",
     "variety": "entropy",
     "leak": "leak",
     "copies": "copy_rate",
     "broken": "invalid_rate",
+    "faulty": "invalid_rate",
 }
 """Columns of the pages' tables."""
 ANCHORS = {"text alone": "text only", "the renderer": "renderer", "pixel copies": "pixel copy"}
+BEFORE = "docs/study/results.json"
+IMAGINED = "docs/study/imagined/results.json"
+OF_IMAGINED = {
+    "text alone": "plain, scale: scale 0",
+    "switched on after 20": "image prompt switched on late: start_at 0.2",
+    "switched on after 40": "image prompt switched on late: start_at 0.4",
+    "preset by block": "presets by block: style",
+    "`cads` 0.8": "cads 0.8",
+    "plain `base`": "base, plain",
+    "`base`, `--diversity 1`": "base, dial 1",
+    "`diverse`": "diverse, dial: diversity 1",
+    "the renderer": "renderer",
+}
+"""Arms by how their rows begin; others are of `plus`, and end in a scale or a setting."""
+
+
+def _arm_of(label: str, results: str) -> str:
+    last = label.strip("`").split()[-1].strip("`")
+    if results == BEFORE:
+        arm = next((name for start, name in ANCHORS.items() if label.startswith(start)), "")
+        plain = f"plain, λ × guidance: scale {last}, guidance_scale 3"
+        return arm or (plain if "plain" in label else f"dial: diversity {last}")
+    arm = next((name for start, name in OF_IMAGINED.items() if label.startswith(start)), "")
+    plain = "plain" if last == "1" else f"plain, scale: scale {last}"
+    return arm or (plain if "scale" in label else f"dial: diversity {last}")
 
 
 @pytest.mark.parametrize(
-    ("page", "heading", "rows"),
-    [("README.md", "## Results", 6), ("docs/study/index.md", "## The dial in numbers", 12)],
+    ("page", "heading", "results", "rows"),
+    [
+        ("README.md", "## Results", IMAGINED, 6),
+        ("docs/study/index.md", "## Imagined references", IMAGINED, 15),
+        ("docs/study/index.md", "## The dial in numbers", BEFORE, 12),
+    ],
 )
-def test_pages_state_what_the_study_found(page: str, heading: str, rows: int) -> None:
-    found = json.loads((ROOT / "docs" / "study" / "results.json").read_text())["arms"]
-    scores = {arm["name"]: arm["scores"] for arm in found}
+def test_pages_state_what_the_study_found(page: str, heading: str, results: str, rows: int) -> None:
+    scores = {
+        arm["name"]: arm["scores"] for arm in json.loads((ROOT / results).read_text())["arms"]
+    }
     section = (ROOT / page).read_text().split(f"{heading}\n")[1].split("\n## ")[0]
     lines = [line.strip("| ").split(" | ") for line in section.splitlines() if line[:2] == "| "]
     columns, *table = lines
     assert len(table) == rows
     for label, *cells in table:
-        words = label.strip("`").split()
-        arm = next((name for start, name in ANCHORS.items() if label.startswith(start)), "")
-        if not arm:
-            plain = f"plain, λ × guidance: scale {words[-1]}, guidance_scale 3"
-            arm = plain if "plain" in words else f"dial: diversity {words[-1]}"
+        arm = _arm_of(label, results)
         expected = [round(scores[arm][SCORES[column]][0], 3) for column in columns]
-        assert [float(cell) for cell in cells] == pytest.approx(expected, abs=5e-4), label
+        assert [float(cell) for cell in cells] == pytest.approx(expected, abs=6e-4), label
 
 
 def test_what_is_left_open_is_the_bases_own() -> None:
