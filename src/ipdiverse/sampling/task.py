@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 _HALF = 128
 """From this grey on, pipelines repaint (`VaeImageProcessor` with `do_binarize`)."""
 
-_FAR = 0.076
-"""Critters that references are compared with, and a distance of mean hidden states (`is_far`)."""
+_FAR = 0.074
+"""Share of an embedding outside the directions of critters' own (`is_far`)."""
 _SMALL_WORDS = {"and", "are", "as", "by", "for", "from", "is", "it", "or", "that", "to", "under"}
 """Nobody misses these, known or not."""
 
@@ -139,9 +139,9 @@ def _beyond_critters(base: Base, request: Request, pictures: Pictures) -> list[s
 def is_far(base: Base, image: Image.Image) -> bool:
     """Whether a picture is unlike all critters, by the encoder that reads references.
 
-    Far is what has more outside the directions of critters' embeddings than 99 of 100 held-out
-    critters (4 of 300; 2 of 100 scaled or saved as JPEG, 2 of 72 that the model drew); of 103
-    photographs of 20 things, 97 have.
+    Far is what has more outside the directions of critters' embeddings than nearly all held-out
+    critters (7 of 300; 5 of 200 scaled or saved as JPEG, 3 of 72 that the model drew); of 103
+    photographs of 20 things, 99 have.
     """
     from ipdiverse.adapter.attach.encoding import ImageEncoding
     from ipdiverse.adapter.imagine import load_space

@@ -145,38 +145,48 @@ class Made:
     ) -> None:
         """When an image, an earlier set or a button is clicked."""
 
-        def last(request: gr.Request) -> Job:
-            job = sessions.asking(request).jobs.get("vary")
-            if job is None or not job.sheets:
-                raise ArgumentError("nothing is drawn yet", fix="Press Draw first.")
-            return job
-
-        def choose(request: gr.Request, event: gr.SelectData) -> dict[Any, Any]:
-            job = last(request)
+        def choose(request: gr.Request, event: gr.SelectData) -> Any:
+            job = _last(sessions.asking(request))
+            if job is None:
+                return gr.skip()
             job.chosen = event.index % job.images
             return self._choice(job)
 
-        def mark(request: gr.Request) -> dict[Any, Any]:
-            job = last(request)
+        def mark(request: gr.Request) -> Any:
+            job = _last(sessions.asking(request))
+            if job is None:
+                return gr.skip()
             if job.chosen is not None:
                 job.starred ^= {job.chosen}
             return {**self._choice(job), self.gallery: _pictures(job, "vary-images")}
 
-        def use(request: gr.Request) -> tuple[Any, ...]:
-            job = last(request)
+        buttons = [self.reference, self.star, self.starred]
+        self.gallery.select(choose, None, buttons, queue=False, **PRIVATE)
+        self.star.click(mark, None, [*buttons, self.gallery], queue=False, **PRIVATE)
+        self._say_what_else(sessions, references, take)
+
+    def _say_what_else(
+        self, sessions: Sessions, references: list[Any], take: Callable[..., tuple[Any, Any]]
+    ) -> None:
+        """When an image becomes the reference, and when an earlier set is put beside this one."""
+
+        def use(request: gr.Request) -> Any:
+            job = _last(sessions.asking(request))
+            if job is None:
+                return gr.skip()
             file = job.files["out"][job.chosen or 0]
             name = f"seed-{job.sheets['out'].request.seed}-image-{(job.chosen or 0) + 1}.png"
             return *take([(name, file)], sessions.asking(request)), None
 
-        def compare(request: gr.Request, event: gr.SelectData) -> dict[Any, Any]:
-            session, job = sessions.asking(request), last(request)
+        def compare(request: gr.Request, event: gr.SelectData) -> Any:
+            session = sessions.asking(request)
+            job = _last(session)
+            if job is None:
+                return gr.skip()
             if session.earlier:
                 job.beside = session.earlier[event.index % len(session.earlier)]
             return self.shown(session)
 
-        buttons = [self.reference, self.star, self.starred]
-        self.gallery.select(choose, None, buttons, queue=False, **PRIVATE)
-        self.star.click(mark, None, [*buttons, self.gallery], queue=False, **PRIVATE)
         self.reference.click(use, None, references, queue=False, **PRIVATE)
         self.earlier.select(compare, None, self.all(), queue=False, **PRIVATE)
 
@@ -224,6 +234,12 @@ def _gallery(elem_id: str, look: Sequence[str] = ("images",), **others: Any) -> 
     options: dict[str, Any] = {"format": "png", "interactive": False, "object_fit": "contain"}
     options |= {"columns": 4, "height": "auto", "buttons": ["download", "fullscreen"]}
     return gr.Gallery(elem_id=elem_id, elem_classes=list(look), **options | others)
+
+
+def _last(session: Session) -> Job | None:
+    """A visitor's last job with images; None for a program that clicks what the page hides."""
+    job = session.jobs.get("vary")
+    return job if job is not None and job.sheets else None
 
 
 def _pictures(job: Job, elem_id: str) -> Any:

@@ -193,7 +193,7 @@ def test_what_is_beyond_the_bundled_model_is_one_note_that_names_the_base_to_tak
     critters = [Image.fromarray(render(sample_scene(rng), number)) for number in range(20)]
     assert sum(is_far(base, one) for one in critters) <= 1
     assert not is_far(base, critters[0].resize((512, 512)))
-    assert sum(is_far(base, photograph(seed)) for seed in range(10)) >= 8
+    assert sum(is_far(base, photograph(seed)) for seed in range(10)) >= 9
 
     def notes(image: Image.Image, *prompts: str) -> list[str]:
         request = Request(image=("a.png",), prompt=prompts)
