@@ -40,9 +40,9 @@ def build(sessions: Sessions, installed: Installed, reports: Sequence[Path]) -> 
     ) as page:
         gr.Markdown("# ipdiverse\nImage prompts with variety, without losing what you asked for.")
         with gr.Tab("Vary", elem_id="tab-vary"):
-            vary_tab(sessions, installed)
-        with gr.Tab("Grid", elem_id="tab-grid"):
-            grid_tab(sessions, installed)
+            prompt = vary_tab(sessions, installed)
+        with gr.Tab("Grid", elem_id="tab-grid") as opened:
+            grid_tab(sessions, installed, opened, prompt)
         with gr.Tab("Reports", elem_id="tab-reports") as opened:
             _reports_tab(opened, reports)
 
