@@ -9,6 +9,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
+from gradio.context import Context
 
 from ipdiverse.errors import IpdiverseError
 from ipdiverse.ui.closeness import plot
@@ -75,7 +76,7 @@ def answered(handler: Callable[..., Any]) -> Callable[..., Any]:
 
 def on_load(handler: Callable[..., Any], inputs: Any, outputs: Any) -> None:
     """Let something happen when the page that is being built is opened, or reloaded."""
-    page: Any = gr.context.Context.root_block  # it is there inside `gr.Blocks`
+    page: Any = Context.root_block  # it is there inside `gr.Blocks`
     page.load(handler, inputs, outputs, queue=False, **PRIVATE)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
 
 import gradio as gr
+from gradio.processing_utils import save_file_to_cache
 from PIL import Image
 
 from ipdiverse.base.bases import defaults_of
@@ -81,15 +82,8 @@ def vary_tab(sessions: Sessions, installed: Installed) -> gr.Textbox:
             made = _made(references)
             results = Results(progress, told, *recipe_parts("vary"))
 
-    def requests_of(
-        session: Session,
-        prompt: str,
-        negative: str,
-        diversity: float,
-        n: int,
-        scale: float,
-        *others: Any,
-    ) -> dict[str, Request]:
+    def requests_of(session: Session, *values: Any) -> dict[str, Request]:
+        prompt, negative, diversity, n, scale, *others = values
         own: dict[str, Any] = {"diversity": diversity, "n": n, "scale": scale}
         for one in session.chosen.get("scenes", []):
             own["scenes"] = one.file
@@ -324,14 +318,8 @@ def grid_tab(sessions: Sessions, installed: Installed, opened: gr.Tab, theirs: g
     over.click(take_over, theirs, taken, queue=False, **PRIVATE)
     opened.select(on_opened, [theirs, prompt], taken, queue=False, **PRIVATE)
 
-    def requests_of(
-        session: Session,
-        prompt: str,
-        negative: str,
-        across: list[str],
-        down: list[str],
-        *others: Any,
-    ) -> dict[str, Request]:
+    def requests_of(session: Session, *values: Any) -> dict[str, Request]:
+        prompt, negative, across, down, *others = values
         given = session.chosen.get("grid", [])
         one = request_from(installed, given, prompt, negative, *others, n=1)  # of one seed for all
         return cells(
@@ -398,7 +386,7 @@ def as_table(job: Job, cache: str) -> str:
 def _cell(job: Job, inside: str, cache: str) -> tuple[str, str]:
     """What stands in a cell, and what it opens: the image large, to look at and to save."""
     request, sheet, name = job.requests[inside], job.sheets.get(inside), Path(inside).name
-    file = quote(gr.processing_utils.save_file_to_cache(job.files[inside][0], cache))
+    file = quote(save_file_to_cache(job.files[inside][0], cache))
     words = f"diversity {request.diversity:g}, scale {request.scale:g}"
     said = sheet.closeness.words(0) if sheet is not None and sheet.closeness is not None else ""
     alt = escape(f"{words}: {said}" if said else words)

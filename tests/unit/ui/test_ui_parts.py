@@ -303,7 +303,7 @@ def test_previews_are_few_and_change_no_pixel(tmp_path: Path) -> None:
     final = drawn[1][0].astype(float)
     far = [np.abs(np.asarray(one[0]) - final).mean() for one in looks]
     assert far[2] < far[0], "nearer and nearer to the image"
-    pipe = turns.base(request).pipe
+    pipe = turns.base(REQUEST).pipe
     assert not pipe.unet._forward_hooks
 
 
