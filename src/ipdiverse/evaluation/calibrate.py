@@ -9,9 +9,11 @@ then places each point so that the dial is linear in the variety that was achiev
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from scipy.optimize import isotonic_regression
 
@@ -26,10 +28,6 @@ from ipdiverse.evaluation.running import Runner
 from ipdiverse.evaluation.study import Arm, Study
 from ipdiverse.levers import LEVERS
 from ipdiverse.writing import only_one
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from pathlib import Path
 
 KEPT = 0.95
 """Share of the retention at 0 that every setting must keep."""

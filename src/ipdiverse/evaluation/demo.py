@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import json
 import shlex
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from ipdiverse.adapter.attach.attach import Attachment
 from ipdiverse.base.adapters import DEFAULT_ADAPTER, adapter_file, copier_report
-from ipdiverse.base.bases import CRITTERS, load_base
+from ipdiverse.base.bases import CRITTERS, Base, load_base
 from ipdiverse.contact_sheet import labelled_points
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import Scene
+from ipdiverse.dial import Dial
 from ipdiverse.evaluation.report import inline, render_page
 from ipdiverse.provenance import save_png
 from ipdiverse.sampling.request import Request
 from ipdiverse.sampling.sample import Job, attached, dial_for, sampled, space_of
 from ipdiverse.sampling.task import Task
 from ipdiverse.writing import ensure_writable_folder, write_text_atomic
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from ipdiverse.adapter.attach.attach import Attachment
-    from ipdiverse.base.bases import Base
-    from ipdiverse.dial import Dial
 
 DIAL = (0.0, 0.5, 1.0)
 SCALES = (0.25, 0.5, 1.0)

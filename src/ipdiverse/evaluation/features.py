@@ -11,13 +11,15 @@ Any other name is a folder or hub id of a CLIP, or of a vision model that transf
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 from ipdiverse.errors import ArgumentError, DataError, ModelError
@@ -32,11 +34,6 @@ from ipdiverse.evaluation.pairs import (
 from ipdiverse.evaluation.sets import PairSums
 from ipdiverse.image_io import load_image
 from ipdiverse.loading import loading
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
-
-    from PIL import Image
 
 ENCODERS = {
     "clip": "openai/clip-vit-large-patch14",

@@ -5,27 +5,33 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import lru_cache
 from io import BytesIO
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
+from ipdiverse.adapter.attach.attach import Attachment
 from ipdiverse.adapter.files.checkpoint import load_adapter, weights_hash
 from ipdiverse.base.adapters import adapter_file
-from ipdiverse.base.bases import CRITTERS
+from ipdiverse.base.bases import CRITTERS, Base
 from ipdiverse.base.memory import autocast
 from ipdiverse.base.pipelines import fingerprint
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import IDENTITY, sample_scene
 from ipdiverse.errors import DataError
-from ipdiverse.evaluation.study import Arm
+from ipdiverse.evaluation.pairs import FolderPair, Pair
+from ipdiverse.evaluation.study import Arm, Study
 from ipdiverse.image_io import content_hash
 from ipdiverse.levers import LEVERS
 from ipdiverse.parts import WHOLE, Part
 from ipdiverse.sampling.draw import versions
+from ipdiverse.sampling.request import Request
 from ipdiverse.sampling.sample import (
     Job,
     attached,
@@ -38,18 +44,6 @@ from ipdiverse.sampling.sample import (
 from ipdiverse.sampling.selection import chosen
 from ipdiverse.sampling.task import Task
 from ipdiverse.writing import ensure_writable_folder, write_bytes_atomic
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-    from pathlib import Path
-
-    from PIL import Image
-
-    from ipdiverse.adapter.attach.attach import Attachment
-    from ipdiverse.base.bases import Base
-    from ipdiverse.evaluation.pairs import FolderPair, Pair
-    from ipdiverse.evaluation.study import Study
-    from ipdiverse.sampling.request import Request
 
 CHUNK = 8
 """Pairs whose images are kept in one file."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from ipdiverse.evaluation.bootstrap import (
     difference,
@@ -17,15 +19,8 @@ from ipdiverse.evaluation.bootstrap import (
     leak_interval,
     resampled,
 )
-from ipdiverse.evaluation.sets import RETENTION_OF, placement_leaked
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
-    from PIL import Image
-
-    from ipdiverse.evaluation.sets import PairSums, Sets
-    from ipdiverse.evaluation.study import Arm, Study
+from ipdiverse.evaluation.sets import RETENTION_OF, PairSums, Sets, placement_leaked
+from ipdiverse.evaluation.study import Arm, Study
 
 SHOWN_PAIRS, SHOWN_IMAGES = 3, 8
 """How many pairs of an arm a report shows, and how many images of each."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 from io import BytesIO
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -15,19 +17,15 @@ from ipdiverse.evaluation.measured import (
     LABELS,
     NOT_SUMS,
     WORST,
+    Done,
+    Measured,
     axes_of,
     by_family,
     check_dials,
 )
 from ipdiverse.evaluation.sets import RETENTION_OF
+from ipdiverse.evaluation.study import Study
 from ipdiverse.writing import write_bytes_atomic, write_text_atomic
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
-
-    from ipdiverse.evaluation.measured import Done, Measured
-    from ipdiverse.evaluation.study import Study
 
 TITLE = "Variety against fidelity"
 """The heading by which reports are recognised."""

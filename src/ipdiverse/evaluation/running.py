@@ -9,16 +9,18 @@ OUT/report.html, *.svg      for people
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from ipdiverse.base.adapters import adapter_file, check_adapter
-from ipdiverse.base.bases import CRITTERS, check_part, load_image_encoder
+from ipdiverse.base.bases import CRITTERS, Base, check_part, load_image_encoder
 from ipdiverse.base.pipelines import fingerprint
-from ipdiverse.base.presets import PRESETS
+from ipdiverse.base.presets import PRESETS, HubFile
 from ipdiverse.critters.oracle import Reading, read
 from ipdiverse.errors import ArgumentError
 from ipdiverse.evaluation.features import feature_sums, open_encoder
@@ -32,8 +34,9 @@ from ipdiverse.evaluation.measured import (
     hypervolumes,
 )
 from ipdiverse.evaluation.pairs import critters_sets, pairs_of, shipped_oracle
-from ipdiverse.evaluation.sets import PairSums, concatenated, pair_sums
-from ipdiverse.parts import forget_parts, holding_parts, part_of
+from ipdiverse.evaluation.sets import PairSums, Sets, concatenated, pair_sums
+from ipdiverse.evaluation.study import Arm, Study
+from ipdiverse.parts import Part, forget_parts, holding_parts, part_of
 from ipdiverse.sampling import task
 from ipdiverse.sampling.draw import versions
 from ipdiverse.sampling.request import Request
@@ -44,18 +47,8 @@ from ipdiverse.writing import (
     write_text_atomic,
 )
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
-    from pathlib import Path
-
-    from ipdiverse.base.bases import Base
-    from ipdiverse.base.presets import HubFile
-    from ipdiverse.evaluation.sets import Sets
-    from ipdiverse.evaluation.study import Arm, Study
-    from ipdiverse.parts import Part
-
-    Scored = tuple[dict[str, PairSums], Reading | None, np.ndarray | None]
-    """Sums of every score, what was read, and images for the report."""
+Scored = tuple[dict[str, PairSums], Reading | None, np.ndarray | None]
+"""Sums of every score, what was read, and images for the report."""
 
 
 def needed_files(study: Study) -> list[HubFile]:

@@ -8,8 +8,9 @@ sums and are computed again for every draw: the distance from the world (`distan
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -31,9 +32,6 @@ from ipdiverse.evaluation.metrics import (
     normalised_entropy,
     plug_in_entropy,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 RETENTION_OF = "retention "
 """Begins the name of an identity attribute's own retention."""

@@ -6,27 +6,22 @@ prompt, b how far two previews are apart. Only the first steps of a candidate ar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from ipdiverse.adapter.attach.attach import Attachment
 from ipdiverse.adapter.attach.encoding import text_embeds, text_tower
 from ipdiverse.base.memory import full_range
-from ipdiverse.sampling.sample import preview
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from PIL import Image
-
-    from ipdiverse.adapter.attach.attach import Attachment
-    from ipdiverse.sampling.request import Request
-    from ipdiverse.sampling.sample import Job
-    from ipdiverse.sampling.task import Task
+from ipdiverse.sampling.request import Request
+from ipdiverse.sampling.sample import Job, preview
+from ipdiverse.sampling.task import Task
 
 EARLY = 0.3
 """Share of the steps that a preview takes."""

@@ -10,14 +10,17 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ipdiverse.adapter.files.checkpoint import load_adapter, weights_hash
@@ -26,27 +29,16 @@ from ipdiverse.adapter.generative import GenerativeFusion
 from ipdiverse.adapter.model import ImagePromptAdapter, new_adapter
 from ipdiverse.base.adapters import adapter_file
 from ipdiverse.base.pipelines import fingerprint
+from ipdiverse.data.manifest import Record
 from ipdiverse.data.references import References, parse_references
 from ipdiverse.errors import ArgumentError
 from ipdiverse.loading import building
 from ipdiverse.provenance import derived_seed
 from ipdiverse.training.checkpoints import ADAPTER, finished
-from ipdiverse.training.embed import Embedded, Online, Stored, embed
+from ipdiverse.training.config import TrainConfig
+from ipdiverse.training.embed import Embedded, Online, Stored, TrainingData, embed
 from ipdiverse.training.fit import fit_directions
-from ipdiverse.training.frozen import Preprocessing
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from contextlib import AbstractContextManager
-
-    from accelerate import Accelerator
-    from torch import Tensor, nn
-
-    from ipdiverse.data.manifest import Record
-    from ipdiverse.data.references import References
-    from ipdiverse.training.config import TrainConfig
-    from ipdiverse.training.embed import TrainingData
-    from ipdiverse.training.frozen import FrozenEncoders
+from ipdiverse.training.frozen import FrozenEncoders, Preprocessing
 
 
 class Samples(Dataset[dict[str, Any]]):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from ipdiverse.adapter.attach.attach import attach
 from ipdiverse.adapter.files.checkpoint import save_adapter
 from ipdiverse.errors import ArgumentError, Interrupted, ModelError
 from ipdiverse.training import build, checkpoints
+from ipdiverse.training.config import TrainConfig
 from ipdiverse.training.frozen import FrozenEncoders, open_encoders
 from ipdiverse.training.loss import (
     PromptedUnet,
@@ -26,11 +28,6 @@ from ipdiverse.training.loss import (
 )
 from ipdiverse.training.validation import Validation
 from ipdiverse.writing import ensure_writable_folder, only_one
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from ipdiverse.training.config import TrainConfig
 
 _PARTS = {"projection": "image_proj", "layers": "ip_adapter", "fusion": "fusion"}
 

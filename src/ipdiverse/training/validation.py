@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
+from ipdiverse.adapter.attach.attach import Attachment
 from ipdiverse.contact_sheet import contact_sheet
 from ipdiverse.data.files import picture_below
+from ipdiverse.data.manifest import Record
 from ipdiverse.data.references import References
 from ipdiverse.provenance import generator
+from ipdiverse.training.config import TrainConfig
+from ipdiverse.training.frozen import FrozenEncoders
 from ipdiverse.writing import ensure_writable_folder, write_bytes_atomic
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from ipdiverse.adapter.attach.attach import Attachment
-    from ipdiverse.data.manifest import Record
-    from ipdiverse.training.config import TrainConfig
-    from ipdiverse.training.frozen import FrozenEncoders
 
 FOLDER = "validation"
 _GRID = 16
