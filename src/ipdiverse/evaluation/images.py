@@ -114,15 +114,6 @@ class StudyImages:
             for number, start in enumerate(every[::CHUNK])
         }
 
-    def _jobs(self, numbers: range, each: int) -> list[Job]:
-        """Every image of some pairs; noise depends on pair and number alone, not on the arm."""
-        seed = self.study.seed * 1_000_003  # so that pairs of two studies share no seed
-        return [
-            Job(self.pairs[number].prompt, seed + number, index, self.references[number])
-            for number in numbers
-            for index in range(each)
-        ]
-
     def _draw(
         self, arm: Arm, weights: Path, missing: dict[Path, range], progress: Callable[[int], None]
     ) -> None:
@@ -133,7 +124,13 @@ class StudyImages:
             set_scale(attachment, self.base, request)
             imagine(attachment, request)
             for file, numbers in missing.items():
-                jobs = self._jobs(numbers, request.candidates or self.study.images)
+                # noise depends on pair and number alone, not on the arm; two studies share no seed
+                seed, each = self.study.seed * 1_000_003, request.candidates or self.study.images
+                jobs = [
+                    Job(self.pairs[number].prompt, seed + number, index, self.references[number])
+                    for number in numbers
+                    for index in range(each)
+                ]
                 with fast:
                     if request.candidates is not None:
                         group = replace(request, n=self.study.images)
@@ -242,18 +239,7 @@ def _models(base: Base) -> list[str]:
     return [*(fingerprint(one) for one in modules if one is not None), scheduler, *placed]
 
 
-def anchors(
-    pairs: Sequence[Any], references: list[Image.Image], images: int, known: bool, side: int
-) -> list[tuple[Arm, Iterator[np.ndarray]]]:
-    """What bounds every arm: the renderer above, where critters are `known`; copies below.
-
-    Images come as `StudyImages.chunks` yields them, of height and width `side`.
-    """
-    found = [(Arm(RENDERER, "anchor"), _rendered(pairs, images))] if known else []
-    return [*found, (Arm(COPY, "anchor"), _copied(references, images, side))]
-
-
-def _rendered(pairs: Sequence[Pair], images: int) -> Iterator[np.ndarray]:
+def rendered(pairs: Sequence[Pair], images: int) -> Iterator[np.ndarray]:
     """What a perfect model would draw: identity and prompt kept, the rest from the prior."""
     rng = np.random.default_rng(0)  # one for all chunks, whose size then changes nothing
     for start in range(0, len(pairs), CHUNK):
@@ -265,8 +251,8 @@ def _rendered(pairs: Sequence[Pair], images: int) -> Iterator[np.ndarray]:
         yield np.stack(outputs)
 
 
-def _copied(references: Sequence[Image.Image], images: int, side: int) -> Iterator[np.ndarray]:
-    """The reference again and again, at the size of the output."""
+def copied(references: Sequence[Image.Image], images: int, side: int) -> Iterator[np.ndarray]:
+    """The reference again and again, at the height and width of the output."""
     for start in range(0, len(references), CHUNK):
         part = references[start : start + CHUNK]
         shown = [np.asarray(image.convert("RGB").resize((side, side))) for image in part]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
@@ -42,7 +43,8 @@ def write_report(study: Study, done: Done, out: Path) -> Path:
     """Write `report.html`, whose path is returned, and its plots as PNG and SVG."""
     measured, plots = done.measured, []
     for across, up in axes_of(measured):
-        figure, stem = tradeoff(measured, across, up), f"{_slug(across)}-{_slug(up)}"
+        stem = re.sub(r"[\W_]+", "-", f"{across} {up}".lower()).strip("-")
+        figure = tradeoff(measured, across, up)
         png = as_bytes(figure, "png")
         write_bytes_atomic(out / f"{stem}.png", png)
         write_bytes_atomic(out / f"{stem}.svg", as_bytes(figure, "svg"))
@@ -72,9 +74,8 @@ def write_report(study: Study, done: Done, out: Path) -> Path:
 
 def render_page(template: str, **values: Any) -> str:
     """A template of this package with values; their text is escaped."""
-    loader = PackageLoader("ipdiverse.evaluation")
     environment = Environment(
-        loader=loader,
+        loader=PackageLoader("ipdiverse.evaluation"),
         autoescape=True,
         undefined=StrictUndefined,  # a value that is missing fails rather than shows as nothing
         trim_blocks=True,
@@ -100,13 +101,30 @@ def as_bytes(figure: Any, kind: str) -> bytes:
     return buffer.getvalue()
 
 
-def tradeoff(measured: Sequence[Measured], across: str, up: str) -> Any:
-    """Plot a score over another: every family with its intervals, and anchors."""
+def inline_figure(figure: Any) -> str:
+    """A figure as `inline` has images."""
+    return _png_address(as_bytes(figure, "png"))
+
+
+def new_axes(width: float, height: float) -> Any:
+    """Axes that fill a new figure of a size in inches."""
     from matplotlib.figure import Figure
 
     # not pyplot: it keeps every figure in memory, and may look for a display
-    figure = Figure(figsize=(8.5, 5), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
+    axes = Figure(figsize=(width, height), dpi=150, layout="constrained").add_subplot()
+    axes.grid(alpha=0.25)
+    return axes
+
+
+def with_legend(axes: Any) -> Any:
+    """The figure of axes, with a legend right of them."""
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    return axes.figure
+
+
+def tradeoff(measured: Sequence[Measured], across: str, up: str) -> Any:
+    """Plot a score over another: every family with its intervals, and anchors."""
+    axes = new_axes(8.5, 5)
     families = by_family(measured)
     anchors = families.pop("anchor", [])
     for number, (family, arms) in enumerate(families.items()):
@@ -117,15 +135,14 @@ def tradeoff(measured: Sequence[Measured], across: str, up: str) -> Any:
         axes.annotate(one.arm.name, (x, y), (6, 5), textcoords="offset points", fontsize=8)
     axes.set_xlabel(LABELS.get(across, across))
     axes.set_ylabel(LABELS.get(up, up))
-    axes.grid(alpha=0.25)
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-    return figure
+    return with_legend(axes)
 
 
 def _draw_family(
     axes: Any, family: str, arms: Sequence[Measured], across: str, up: str, number: int
 ) -> None:
-    colour, mark = _look(number)
+    again, nth = divmod(number, len(_COLOURS))
+    colour, mark = _COLOURS[nth], _MARKS[again % len(_MARKS)]
     placed = all(one.arm.at is not None for one in arms)
     ordered = sorted(arms, key=lambda one: one.arm.at or 0.0) if placed else arms
     xs = [interval(one.sums(across)) for one in ordered]
@@ -158,12 +175,6 @@ def _draw_family(
             axes.annotate(words, at, (3, 3), textcoords="offset points", fontsize=6, color=colour)
 
 
-def _look(number: int) -> tuple[str, str]:
-    """Colour and mark of a family."""
-    again, colour = divmod(number, len(_COLOURS))
-    return _COLOURS[colour], _MARKS[again % len(_MARKS)]
-
-
 def _chosen(study: Study, measured: Sequence[Measured]) -> list[tuple[Measured, np.ndarray]]:
     """Arms to show, with their images: the baseline first, the best of each family, anchors.
 
@@ -189,10 +200,8 @@ def _set(one: Measured, images: np.ndarray, references: Sequence[Image.Image]) -
     """An arm's images of a few pairs, with its main scores in words."""
     names = dict.fromkeys(name for pair in axes_of([one]) for name in pair)
     words = [f"{LABELS.get(name, name)} {estimate(one.sums(name)):.2f}" for name in names]
-    strips = [
-        inline(_strip(reference, drawn))
-        for reference, drawn in zip(references, images, strict=False)
-    ]
+    pairs = zip(references, images, strict=False)
+    strips = [inline(_strip(reference, drawn)) for reference, drawn in pairs]
     return {"name": one.arm.name, "words": ", ".join(words), "strips": strips}
 
 
@@ -245,20 +254,13 @@ def _table(study: Study, measured: Sequence[Measured]) -> tuple[list[str], list[
         for row, one in zip(rows, measured, strict=True):
             row.append({"found": _known(getattr(one, name)), "less": None})
     heads = [LABELS.get(name, name) for name in names]
-    named = zip(measured, rows, strict=True)
-    return heads, [
-        {"name": one.arm.name, "seeds": len(one.runs), "cells": row} for one, row in named
-    ]
+    arms = [{"name": one.arm.name, "seeds": len(one.runs)} for one in measured]
+    return heads, [arm | {"cells": row} for arm, row in zip(arms, rows, strict=True)]
 
 
 def _known(found: tuple[float, float, float] | None) -> tuple[float, float, float] | None:
     """An interval; None where nothing could be measured."""
     return None if found is None or np.isnan(found[0]) else found
-
-
-def _slug(name: str) -> str:
-    kept = "".join(c if c.isalnum() else "-" for c in name.lower())
-    return "-".join(part for part in kept.split("-") if part)
 
 
 def _png_address(content: bytes) -> str:

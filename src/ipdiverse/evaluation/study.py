@@ -19,7 +19,7 @@ guidance_scale = [1.0, 3.0, 7.5]
 from __future__ import annotations
 
 import warnings
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -147,10 +147,6 @@ class Study:
         """Every adapter that an arm names, once."""
         return list(dict.fromkeys(source for arm in self.arms for source in arm.sources))
 
-    def settings(self) -> dict[str, Any]:
-        """Everything but the arms, for reports."""
-        return {name: value for name, value in asdict(self).items() if name != "arms"}
-
 
 def read_study(file: Path) -> Study:
     """Read a study.
@@ -234,7 +230,10 @@ def _swept(entry: dict[str, Any], file: Path) -> list[dict[str, Any]]:
     found = []
     for values in product(*varied.values()):
         chosen = dict(zip(varied, values, strict=True))
-        words = ", ".join(f"{key} {_as_text(value)}" for key, value in chosen.items())
+        words = ", ".join(
+            f"{key} {value:g}" if isinstance(value, (int, float)) else f"{key} {value}"
+            for key, value in chosen.items()
+        )
         one = entry | chosen | {"name": f"{family}: {words}"}
         # arms that differ in one number lie on a line, and the report joins them
         if len(varied) == 1 and isinstance(values[0], (int, float)):
@@ -248,7 +247,3 @@ def _varies(key: str, value: Any) -> bool:
     if not isinstance(value, list) or key == "adapters":
         return False
     return key != "interval" or bool(value and isinstance(value[0], list))
-
-
-def _as_text(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, (int, float)) else str(value)

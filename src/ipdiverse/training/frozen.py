@@ -66,10 +66,8 @@ class Preprocessing:
 
     def reference(self, image: Image.Image, sha256: str, change: int) -> Image.Image:
         """One picture to prompt with: 0 is the image itself, the others are changed."""
-        if change == 0:
-            return image
         rng = np.random.default_rng(derived_seed(self.seed, sha256, "reference", change))
-        return augment(image, rng)
+        return augment(image, rng) if change else image
 
 
 class FrozenEncoders:

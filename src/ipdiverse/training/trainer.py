@@ -75,10 +75,9 @@ class Trainer:
         self.adapter.to(device, self.pipe.unet.dtype)
         attachment = None
         if with_unet:
-            reader = (encoders.images.encoder, encoders.images.processor)
-            attachment = attach(
-                self.pipe, self.adapter, image_encoder=reader[0], image_processor=reader[1]
-            )
+            encoder, processor = encoders.images.encoder, encoders.images.processor
+            both = {"image_encoder": encoder, "image_processor": processor}
+            attachment = attach(self.pipe, self.adapter, **both)
         # after the adapter took the UNet's type: it learns in float32
         hold_as_computed(self.pipe.unet, config.mixed_precision)
         if config.gradient_checkpointing:
@@ -226,8 +225,8 @@ class Trainer:
             if self.ema is not None:  # else the adapter's file has the weights
                 tensors["weights"] = dict(zip(self.names, self.parameters, strict=True))
                 tensors["average"] = dict(zip(self.names, self.ema.shadow_params, strict=True))
-            counters: dict[str, Any] = {"skipped": self.skipped, "bad": self.bad}
-            counters["micro"] = self.micro
+            counters: dict[str, Any]
+            counters = {"skipped": self.skipped, "bad": self.bad, "micro": self.micro}
             if self.accelerator.scaler is not None:
                 counters["scaler"] = self.accelerator.scaler.state_dict()
             state = checkpoints.State(self.step, tensors, counters)

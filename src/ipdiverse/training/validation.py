@@ -49,13 +49,12 @@ class Validation:
         self.config, self.encoders, self.attachment = config, encoders, attachment
         # a trace of `self`, as `paired` alone refuses data in which nothing has a partner
         partners = References(records, {"paired": 1, "self": 1e-9})
-        self.cases = [self._case(records, partners, index) for index in held_out]
-
-    def _case(self, records: Sequence[Record], partners: References, index: int) -> Case:
-        record, folder = records[index], Path(self.config.data)
-        choice = partners.choose(index, np.random.default_rng(self.config.seed))
-        names = (record.file_name, choice.file_name)
-        return Case(record.text, *(picture_below(folder, name) for name in names))
+        self.cases = list[Case]()
+        for index in held_out:
+            choice = partners.choose(index, np.random.default_rng(config.seed))
+            names = (records[index].file_name, choice.file_name)
+            shown = (picture_below(Path(config.data), name) for name in names)
+            self.cases.append(Case(records[index].text, *shown))
 
     def run(self, step: int, out: Path) -> dict[str, float]:
         """Draw every case, write the sheet `OUT/validation/STEP.png`, and measure.
