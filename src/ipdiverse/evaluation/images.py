@@ -30,17 +30,9 @@ from ipdiverse.evaluation.study import Arm, Study
 from ipdiverse.image_io import content_hash
 from ipdiverse.levers import LEVERS
 from ipdiverse.parts import WHOLE, Part
+from ipdiverse.sampling import sample
 from ipdiverse.sampling.draw import versions
 from ipdiverse.sampling.request import Request
-from ipdiverse.sampling.sample import (
-    Job,
-    attached,
-    imagine,
-    levers_of,
-    sampled,
-    set_scale,
-    space_of,
-)
 from ipdiverse.sampling.selection import chosen
 from ipdiverse.sampling.task import Task
 from ipdiverse.writing import ensure_writable_folder, write_bytes_atomic
@@ -120,15 +112,15 @@ class StudyImages:
         request = self.request(arm)
         # other bases have the precision that their placement chose
         fast = autocast() if self.study.base == CRITTERS else nullcontext()
-        with attached(self.base, weights, self._reader or "") as attachment:
-            set_scale(attachment, self.base, request)
-            imagine(attachment, request)
+        with sample.attached(self.base, weights, self._reader or "") as attachment:
+            sample.set_scale(attachment, self.base, request)
+            sample.imagine(attachment, request)
             for file, numbers in missing.items():
                 # noise depends on pair and number alone, not on the arm; two studies share no seed
                 seed, each = self.study.seed * 1_000_003, request.candidates or self.study.images
                 jobs = [
-                    Job(self.pairs[number].prompt, seed + number, index, self.references[number])
-                    for number in numbers
+                    sample.Job(self.pairs[n].prompt, seed + n, index, self.references[n])
+                    for n in numbers
                     for index in range(each)
                 ]
                 with fast:
@@ -156,7 +148,7 @@ def kept(file: Path) -> np.ndarray:
 
 def sample_array(
     base: Base,
-    jobs: list[Job],
+    jobs: list[sample.Job],
     request: Request,
     attachment: Attachment | None = None,
     progress: bool | None = None,
@@ -167,7 +159,7 @@ def sample_array(
     """
     size = MEASURING_BATCH if base.name == CRITTERS else base.batch
     wide = replace(base, batch=min(size, len(jobs)))
-    images = sampled(Task(wide), jobs, request, attachment, progress=progress)
+    images = sample.sampled(Task(wide), jobs, request, attachment, progress=progress)
     return np.stack([np.asarray(image) for image in images])
 
 
@@ -193,7 +185,7 @@ def what_decides(request: Request, weights: Path | None) -> dict[str, Any]:
     left_out = {"adapter", "diversity", "space", *LEVERS}
     settings = {name: value for name, value in request.stated().items() if name not in left_out}
     if weights is None:
-        on = _rounded(dict(levers_of(request, None))) if request.diversity is None else None
+        on = _rounded(dict(sample.levers_of(request, None))) if request.diversity is None else None
         return {"settings": settings, "levers": on, "adapter": None}
     stat = weights.stat()
     on, hashed, space = _of_file(weights, request, stat.st_ino, stat.st_mtime_ns, stat.st_size)
@@ -210,8 +202,8 @@ def _of_file(weights: Path, request: Request, *stamp: int) -> tuple[dict[str, An
     """
     needed = request.diversity is not None or request.levers.recombine
     adapter = load_adapter(weights) if needed else None
-    space = None if adapter is None else space_of(request.space, adapter)
-    levers = levers_of(request, adapter, space is not None)
+    space = None if adapter is None else sample.space_of(request.space, adapter)
+    levers = sample.levers_of(request, adapter, space is not None)
     acts = space.sha256 if space and levers.recombine else ""
     return _rounded(dict(levers)), _hash_of_file(weights, *stamp), acts
 

@@ -10,15 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ipdiverse.evaluation.bootstrap import (
-    difference,
-    estimate,
-    hypervolume,
-    interval,
-    js_interval,
-    leak_interval,
-    resampled,
-)
+from ipdiverse.evaluation import bootstrap
 from ipdiverse.evaluation.sets import RETENTION_OF, PairSums, Sets, placement_leaked
 from ipdiverse.evaluation.study import Arm, Study
 
@@ -66,25 +58,25 @@ class Measured:
     @cached_property
     def leak(self) -> tuple[float, float, float] | None:
         """In nats with its interval, on critters."""
-        return None if self.sets is None else leak_interval(self.sets)
+        return None if self.sets is None else bootstrap.leak_interval(self.sets)
 
     @cached_property
     def js(self) -> tuple[float, float, float] | None:
         """Distance from the world's own scenes with its interval, on critters."""
-        return None if self.sets is None else js_interval(self.sets)
+        return None if self.sets is None else bootstrap.js_interval(self.sets)
 
     @cached_property
     def placement_leak(self) -> tuple[float, float, float] | None:
         """In nats with its interval, where placement was read."""
         if self.sets is None or self.sets.placement is None:
             return None
-        return leak_interval(self.sets, of=placement_leaked)
+        return bootstrap.leak_interval(self.sets, of=placement_leaked)
 
     @cached_property
     def worst(self) -> str | None:
         """The score of the identity attribute that is kept least, if attributes are known."""
         names = [name for name in self.runs[0] if name.startswith(RETENTION_OF)]
-        return min(names, key=lambda name: estimate(self.sums(name)), default=None)
+        return min(names, key=lambda name: bootstrap.estimate(self.sums(name)), default=None)
 
     @property
     def names(self) -> list[str]:
@@ -101,7 +93,7 @@ class Measured:
 
     def row(self) -> dict[str, Any]:
         """For JSON: each score with its interval."""
-        scores: dict[str, Any] = {n: interval(self.sums(n)) for n in self.runs[0]}
+        scores: dict[str, Any] = {n: bootstrap.interval(self.sums(n)) for n in self.runs[0]}
         whole = {name: getattr(self, name) for name in NOT_SUMS}
         scores |= {name: found for name, found in whole.items() if found is not None}
         if self.worst is not None:
@@ -178,7 +170,9 @@ def hypervolumes(study: Study, measured: Sequence[Measured]) -> list[dict[str, A
     for across, up in axes_of(measured):
         corner = (1.0 if across.startswith("vendi") else 0.0, 0.0)
         areas = {
-            name: hypervolume([(one.sums(across), one.sums(up)) for one in members], corner)
+            name: bootstrap.hypervolume(
+                [(one.sums(across), one.sums(up)) for one in members], corner
+            )
             for name, members in families.items()
         }
         base, base_drawn = areas[study.baseline_arm.family]
@@ -201,11 +195,11 @@ def check_dials(measured: Sequence[Measured]) -> list[DialCheck]:
         if len(arms) < 3 or settings[0] != 0:
             continue
         variety, fidelity = axes_of(arms)[0]
-        reached = np.array([estimate(one.sums(variety)) for one in arms])
+        reached = np.array([bootstrap.estimate(one.sums(variety)) for one in arms])
         # one draw of pairs for all settings: what pairs have in common does not bend the line
-        drawn = np.stack([resampled(one.sums(variety)) for one in arms])
+        drawn = np.stack([bootstrap.resampled(one.sums(variety)) for one in arms])
         low = np.quantile([straightness(settings, draw) for draw in drawn.T], 0.025)
-        kept = [estimate(one.sums(fidelity)) for one in arms]
+        kept = [bootstrap.estimate(one.sums(fidelity)) for one in arms]
         points = tuple(settings.tolist()), tuple(reached.tolist())
         least, change = min(kept) / kept[0], _worst_change(arms)
         found.append(
@@ -227,7 +221,7 @@ def _worst_change(arms: Sequence[Measured]) -> tuple[float, float, float] | None
     obeyed = next((n for n in names if n == "prompt_accuracy" or n.startswith("text ")), None)
     if obeyed is None:
         return None
-    changes = [difference(one.sums(obeyed), arms[0].sums(obeyed)) for one in arms[1:]]
+    changes = [bootstrap.difference(one.sums(obeyed), arms[0].sums(obeyed)) for one in arms[1:]]
     least = min(changes, key=lambda change: change.estimate)
     return (least.estimate, least.low, least.high)
 

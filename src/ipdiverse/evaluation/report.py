@@ -145,14 +145,13 @@ def _draw_family(
     colour, mark = _COLOURS[nth], _MARKS[again % len(_MARKS)]
     placed = all(one.arm.at is not None for one in arms)
     ordered = sorted(arms, key=lambda one: one.arm.at or 0.0) if placed else arms
-    xs = [interval(one.sums(across)) for one in ordered]
-    ys = [interval(one.sums(up)) for one in ordered]
+    # estimates, low and high ends of each arm
+    x, y = (np.array([interval(one.sums(name)) for one in ordered]).T for name in (across, up))
     joined = "-" if len(arms) > 1 and placed else ""
     axes.errorbar(
-        [x.estimate for x in xs],
-        [y.estimate for y in ys],
-        xerr=[[x.estimate - x.low for x in xs], [x.high - x.estimate for x in xs]],
-        yerr=[[y.estimate - y.low for y in ys], [y.high - y.estimate for y in ys]],
+        *(x[0], y[0]),
+        xerr=[x[0] - x[1], x[2] - x[0]],
+        yerr=[y[0] - y[1], y[2] - y[0]],
         fmt=f"{mark}{joined}",
         color=colour,
         markersize=4,
@@ -161,18 +160,10 @@ def _draw_family(
         label=family,
     )
     if joined:
-        axes.fill_between(
-            [x.estimate for x in xs],
-            [y.low for y in ys],
-            [y.high for y in ys],
-            color=colour,
-            alpha=0.1,
-            linewidth=0,
-        )
-        for one, x, y in zip(ordered, xs, ys, strict=True):
-            words = f"{one.arm.at:g}"
-            at = (x.estimate, y.estimate)
-            axes.annotate(words, at, (3, 3), textcoords="offset points", fontsize=6, color=colour)
+        axes.fill_between(x[0], y[1], y[2], color=colour, alpha=0.1, linewidth=0)
+        small = {"textcoords": "offset points", "fontsize": 6, "color": colour}
+        for one, at in zip(ordered, zip(x[0], y[0], strict=True), strict=True):
+            axes.annotate(f"{one.arm.at:g}", at, (3, 3), **small)
 
 
 def _chosen(study: Study, measured: Sequence[Measured]) -> list[tuple[Measured, np.ndarray]]:
@@ -244,7 +235,7 @@ def _table(study: Study, measured: Sequence[Measured]) -> tuple[list[str], list[
         less = {m.arm.name: difference(m.sums(name), baseline.sums(name)) for m in compared}
         held = dict(zip(less, holm([one.p for one in less.values()]), strict=True))
         for row, one in zip(rows, measured, strict=True):
-            found = _known(interval(one.sums(name))) if name in one.names else None
+            found = interval(one.sums(name)) if name in one.names else None
             apart = less.get(one.arm.name)
             row.append({"found": found, "less": apart, "holds": held.get(one.arm.name, False)})
             if name == WORST and one.worst is not None:
@@ -252,15 +243,10 @@ def _table(study: Study, measured: Sequence[Measured]) -> tuple[list[str], list[
     for name in NOT_SUMS if any(one.sets is not None for one in measured) else ():
         names.append(name)
         for row, one in zip(rows, measured, strict=True):
-            row.append({"found": _known(getattr(one, name)), "less": None})
+            row.append({"found": getattr(one, name), "less": None})
     heads = [LABELS.get(name, name) for name in names]
     arms = [{"name": one.arm.name, "seeds": len(one.runs)} for one in measured]
     return heads, [arm | {"cells": row} for arm, row in zip(arms, rows, strict=True)]
-
-
-def _known(found: tuple[float, float, float] | None) -> tuple[float, float, float] | None:
-    """An interval; None where nothing could be measured."""
-    return None if found is None or np.isnan(found[0]) else found
 
 
 def _png_address(content: bytes) -> str:

@@ -166,7 +166,9 @@ def score_sets(sets: Sets) -> SetScores:
     found = pools(sets)
     wide = [pool for pool in found if metrics.plug_in_entropy(pool.prior) > 0]
     scores = {name: part.estimate for name, part in pair_sums(sets).items()}
-    by = {n.removeprefix(RETENTION_OF): scores.pop(n) for n in [*scores] if _of_attribute(n)}
+    by = {
+        n.removeprefix(RETENTION_OF): scores.pop(n) for n in [*scores] if n.startswith(RETENTION_OF)
+    }
     spread = [metrics.normalised_entropy(np.sum(pool.counts, 0), pool.prior) for pool in wide]
     return SetScores(
         **scores,
@@ -228,11 +230,6 @@ def _of_validity(invalid: Bools, shows: Bools, keeps: Bools, sets: Sets) -> dict
         "asked_for": PairSums(whole.sum(1).astype(float), images),
         "invalid_rate": PairSums(invalid.sum(1).astype(float), images),
     }
-
-
-def _of_attribute(name: str) -> bool:
-    """Whether a score is the retention of one identity attribute."""
-    return name.startswith(RETENTION_OF)
 
 
 def pools(sets: Sets) -> list[Pool]:
