@@ -31,7 +31,7 @@ class Sets:
 
     Args:
         outputs: Values that the oracle reads, (groups, images, attributes).
-        invalid: Images that are no valid scene, (groups, images); None if nobody looked.
+        invalid: Images that are not valid scenes, (groups, images); None if nobody looked.
         references: The reference's values, (groups, attributes).
         stated: The mask S, (groups, attributes).
         wanted: The prompt's values, read only in S, (groups, attributes).
@@ -122,7 +122,7 @@ class SetScores:
             0 is ideal; blind to collapse within groups, which `entropy` and `leak` show.
         leak: Information of U about the reference's U, nats, mean over attributes; 0 is ideal.
         copy_rate: Share of images that repeat all of U, minus chance.
-        invalid_rate: Share of images that are no valid scene. They count in every other score.
+        invalid_rate: Share of images that are not valid scenes. They count in every other score.
         n: Number of images, over all groups.
         asked_for: Share of images that are valid and show all of S and all of R at once.
         retention_worst: `retention` of the identity attribute that is kept least.

@@ -239,7 +239,7 @@ def _swept(entry: dict[str, Any], file: Path) -> list[dict[str, Any]]:
 
 
 def _varies(key: str, value: Any) -> bool:
-    """Whether a key of a sweep holds values to try; one interval or all adapters are no such."""
+    """Whether a key of a sweep holds values to try; one interval or all adapters are not."""
     if not isinstance(value, list) or key == "adapters":
         return False
     return key != "interval" or bool(value and isinstance(value[0], list))
