@@ -24,6 +24,7 @@ from ipdiverse.base.memory import autocast
 from ipdiverse.base.pipelines import fingerprint
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import IDENTITY, sample_scene
+from ipdiverse.dial import Levers
 from ipdiverse.errors import DataError
 from ipdiverse.evaluation.pairs import FolderPair, Pair
 from ipdiverse.evaluation.study import Arm, Study
@@ -185,7 +186,7 @@ def what_decides(request: Request, weights: Path | None) -> dict[str, Any]:
     left_out = {"adapter", "diversity", "space", *LEVERS}
     settings = {name: value for name, value in request.stated().items() if name not in left_out}
     if weights is None:
-        on = _rounded(dict(sample.levers_of(request, None))) if request.diversity is None else None
+        on = _rounded(sample.levers_of(request, None)) if request.diversity is None else None
         return {"settings": settings, "levers": on, "adapter": None}
     stat = weights.stat()
     on, hashed, space = _of_file(weights, request, stat.st_ino, stat.st_mtime_ns, stat.st_size)
@@ -205,7 +206,7 @@ def _of_file(weights: Path, request: Request, *stamp: int) -> tuple[dict[str, An
     space = None if adapter is None else sample.space_of(request.space, adapter)
     levers = sample.levers_of(request, adapter, space is not None)
     acts = space.sha256 if space and levers.recombine else ""
-    return _rounded(dict(levers)), _hash_of_file(weights, *stamp), acts
+    return _rounded(levers), _hash_of_file(weights, *stamp), acts
 
 
 @lru_cache(maxsize=256)
@@ -213,13 +214,10 @@ def _hash_of_file(weights: Path, *_: int) -> str:
     return weights_hash(weights)
 
 
-def _rounded(value: Any) -> Any:
+def _rounded(levers: Levers) -> dict[str, Any]:
     """Numbers to nine digits: between two points of a dial the last ones differ by machine."""
-    if isinstance(value, dict):
-        return {name: _rounded(one) for name, one in value.items()}
-    if isinstance(value, tuple):
-        return [_rounded(one) for one in value]
-    return float(f"{value:.9g}") if isinstance(value, float) else value
+    text = json.dumps(dict(levers))
+    return json.loads(text, parse_float=lambda number: float(f"{float(number):.9g}"))
 
 
 def _models(base: Base) -> list[str]:

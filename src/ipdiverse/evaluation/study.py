@@ -21,7 +21,8 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from ipdiverse.base.adapters import DEFAULT_ADAPTER, default_adapter
 from ipdiverse.base.bases import CRITTERS, defaults_of
@@ -30,9 +31,6 @@ from ipdiverse.dial import DROPPED_LEVERS
 from ipdiverse.errors import ArgumentError, IpdiverseError, check_range
 from ipdiverse.levers import LEVERS
 from ipdiverse.sampling.request import MAX_IMAGES, MAX_STEPS, RENAMED, Request
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 SETTINGS = (
     *("adapter", "scale", "preset", "start_at", "end_at", "guidance_scale", "diversity"),
