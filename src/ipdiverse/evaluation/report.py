@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ipdiverse.evaluation.bootstrap import difference, estimate, holm, interval
 from ipdiverse.evaluation.measured import (
@@ -26,6 +26,7 @@ from ipdiverse.evaluation.measured import (
 )
 from ipdiverse.evaluation.sets import RETENTION_OF
 from ipdiverse.evaluation.study import Study
+from ipdiverse.sampling.draw import side_by_side
 from ipdiverse.writing import write_bytes_atomic, write_text_atomic
 
 TITLE = "Variety against fidelity"
@@ -214,11 +215,9 @@ def _sets_figure(
 def _strip(reference: Image.Image, images: np.ndarray) -> Image.Image:
     """A reference and its set side by side, enlarged where they are as small as critters."""
     _, height, width, _ = images.shape
-    gap = max(4, height // 12)
-    whole = Image.new("RGB", ((len(images) + 1) * (width + gap), height), "white")
-    first = reference.convert("RGB").resize((width, height))
-    for position, picture in enumerate([first, *map(Image.fromarray, images)]):
-        whole.paste(picture, (position * (width + gap), 0))
+    shown = [reference.convert("RGB").resize((width, height)), *map(Image.fromarray, images)]
+    gap = (0, 0, max(4, height // 12), 0)
+    whole = side_by_side([ImageOps.expand(one, gap, "white") for one in shown])
     larger = (whole.width * 2, whole.height * 2)
     return whole.resize(larger, Image.Resampling.NEAREST) if height <= 96 else whole
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,10 @@ from ipdiverse.contact_sheet import contact_sheet
 from ipdiverse.data.files import picture_below
 from ipdiverse.data.manifest import Record
 from ipdiverse.data.references import References
-from ipdiverse.provenance import generator
+from ipdiverse.provenance import generator, save_png
 from ipdiverse.training.config import TrainConfig
 from ipdiverse.training.frozen import FrozenEncoders
-from ipdiverse.writing import ensure_writable_folder, write_bytes_atomic
+from ipdiverse.writing import ensure_writable_folder
 
 FOLDER = "validation"
 _GRID = 16
@@ -73,11 +72,9 @@ class Validation:
                 sheets.append(contact_sheet(case.reference, images, [""] * len(images), prompt))
             layout.append(_excess(drawn[0], case, layout_similarity))
             clip.append(_excess(drawn[0], case, self._clip_similarity))
-        buffer = BytesIO()
         # one under the other: with the same number of images, all sheets have the same width
-        Image.fromarray(np.vstack([np.asarray(sheet) for sheet in sheets])).save(buffer, "PNG")
-        folder = ensure_writable_folder(out / FOLDER)
-        write_bytes_atomic(folder / f"{step:08d}.png", buffer.getvalue())
+        whole = Image.fromarray(np.vstack([np.asarray(sheet) for sheet in sheets]))
+        save_png(whole, ensure_writable_folder(out / FOLDER) / f"{step:08d}.png", {"step": step})
         return {"copy_layout": float(np.mean(layout)), "copy_clip": float(np.mean(clip))}
 
     @torch.no_grad()
