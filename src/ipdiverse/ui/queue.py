@@ -369,7 +369,7 @@ class Job:
             named = replace(work.request, image=self.names)
             if self._saved is None:  # not one that goes on after others had their turn
                 self._saved = Run(out, fingerprint(named), request.n)
-                self._saved.begin(replace(work, request=named).record(inside))
+                self._saved.begin(replace(work, request=named).finished([]).record(inside))
             run, ended = self._saved, None
             try:
                 for number, image in work.images(skip, progress=False, on_step=self._step):
