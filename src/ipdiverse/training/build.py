@@ -41,7 +41,7 @@ from ipdiverse.training.fit import fit_directions
 from ipdiverse.training.frozen import FrozenEncoders, Preprocessing
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Samples(Dataset[dict[str, Any]]):
     """Sample number to tensors: `latents`, `noise`, `timestep`, text and image embeddings.
 
