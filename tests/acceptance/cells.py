@@ -194,7 +194,7 @@ _OWN = [
             _own(
                 f"{a}-masks",
                 "several references with masks",
-                "white is no mask, black no reference; order does not matter, place does",
+                "white acts as no mask, black as no reference; order does not matter, place does",
                 lambda a=a: features.masked_references(a),
             ),
             _own(
@@ -266,7 +266,7 @@ _JOINT = [
             _own(
                 f"{a}-masks",
                 "several references with masks",
-                "white is no mask, black no reference; order does not matter, place does",
+                "white acts as no mask, black as no reference; order does not matter, place does",
                 lambda a=a: features.masked_references(a),
             ),
             _own(

@@ -189,7 +189,7 @@ def _on_ray(command: Parted) -> None:
             ray.init(address=spread.ray, log_to_driver=False)
         except (ConnectionError, ValueError, RuntimeError) as error:
             fix = "Start one with `ray start --head`, or use --ray local."
-            raise ArgumentError("is no cluster", where=spread.ray, found=error, fix=fix) from error
+            raise ArgumentError("not a cluster", where=spread.ray, found=error, fix=fix) from error
     there = ray.cluster_resources()
     gpus = min(1.0, there.get("GPU", 0.0)) if spread.ray_gpus is None else spread.ray_gpus
     room = there.get("GPU", 0.0) / gpus if gpus else there.get("CPU", 1.0)

@@ -28,7 +28,7 @@ def say(text: str) -> None:
 
 
 def note(text: object) -> None:
-    """Say what the user should know, beside the output."""
+    """Say what the user should know, on standard error."""
     sys.stderr.write(f"note: {quoted(text, MAX_SENTENCE)}\n")
 
 

@@ -7,8 +7,9 @@ variant: number v of an image is always the same, so it can be stored.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -22,12 +23,7 @@ from ipdiverse.base.pipelines import is_transformer, load_unet
 from ipdiverse.data.references import augment
 from ipdiverse.errors import ModelError, check_range
 from ipdiverse.provenance import derived_seed
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from typing import Self
-
-    from ipdiverse.training.config import CacheConfig
+from ipdiverse.training.config import CacheConfig
 
 
 @dataclass(frozen=True)
@@ -70,10 +66,8 @@ class Preprocessing:
 
     def reference(self, image: Image.Image, sha256: str, change: int) -> Image.Image:
         """One picture to prompt with: 0 is the image itself, the others are changed."""
-        if change == 0:
-            return image
         rng = np.random.default_rng(derived_seed(self.seed, sha256, "reference", change))
-        return augment(image, rng)
+        return augment(image, rng) if change else image
 
 
 class FrozenEncoders:
