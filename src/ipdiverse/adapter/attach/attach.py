@@ -5,6 +5,8 @@ While attached, each attention layer has another processor, and the denoiser one
 
 from __future__ import annotations
 
+from collections import ChainMap
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -41,7 +43,7 @@ from ipdiverse.base.pipelines import denoiser_of
 from ipdiverse.errors import ArgumentError, ModelError, check_range, check_whole
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
     from PIL import Image
     from torch import Tensor
@@ -72,9 +74,10 @@ class Attachment:
     stock_layers: Sequence[Any] = ()  # projections that stock had loaded; FaceID Plus reads them
 
     def __init__(self, pipe: Any, hook: ImagePromptHook, encoding: ImageEncoding) -> None:
-        self.pipe, self.hook, self._encoding = pipe, hook, encoding
+        self.pipe, self.hook, self.encoding = pipe, hook, encoding
         self.image_encoder, self.image_processor = encoding.encoder, encoding.processor
-        self._given: dict[int, tuple[list[Reference], Reference | None]] = {}
+        # of the call of the pipeline that runs, and else of set_reference
+        self._given = ChainMap[int, tuple[Sequence[Reference], Reference | None]]({}, {})
         self._change: EmbedChange | None = None
         self.scenes: Scenes | None = None
 
@@ -107,15 +110,30 @@ class Attachment:
         if not many:
             raise ArgumentError("is empty", where="references", fix="Give at least one.")
         against = None if negative is None else as_reference(negative)
+        self.set_call(())
         for number in self._numbers(adapter):
-            self._given[number] = many, against
+            self._given.maps[1][number] = many, against
             self._encode(number)
+
+    def set_call(self, references: Sequence[Reference]) -> None:
+        """Prompt one call of the pipeline; for the next, `set_reference` holds again.
+
+        Args:
+            references: One for each adapter; none ends what an earlier call brought.
+        """
+        ended = self._given.maps[0]
+        self._given.maps[0] = {number: ([one], None) for number, one in enumerate(references)}
+        for number in {*ended, *self._given.maps[0]}:
+            self.hook.prompts[number].references = []
+            if number in self._given:
+                self._encode(number)
+        self.hook.changed()
 
     def _encode(self, adapter: int) -> None:
         prompt, (references, negative) = self.hook.prompts[adapter], self._given[adapter]
         prompt.refresh()
         prompt.references = encode_references(
-            references, negative, prompt.acting, self._encoding, self._change
+            references, negative, prompt.acting, self.encoding, self._change
         )
         self.hook.changed()
 
@@ -149,7 +167,7 @@ class Attachment:
             ModelError: No variation space was set.
         """
         scenes = self._with_space()
-        bank = scenes.bank_of(images, captions, self.adapters[0], self._encoding)
+        bank = scenes.bank_of(images, captions, self.adapters[0], self.encoding)
         self.set_space(replace(scenes.space, bank=bank))
 
     def recombined(

@@ -7,19 +7,21 @@ back with `detach`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ipdiverse.adapter.attach.attach import detach
+from ipdiverse.adapter.files.checkpoint import adapter_from_tensors
 from ipdiverse.adapter.model import attention_layers
 from ipdiverse.adapter.reference import Reference, as_reference
 from ipdiverse.errors import ArgumentError, ModelError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    from ipdiverse.adapter.model import ImagePromptAdapter
 
 _RENAMED = {
     "ImageProjection": {"image_embeds.": "proj."},
@@ -45,33 +47,11 @@ _BLOCK = {
 """The same within one layer of a resampler; `attn.to_k` and `attn.to_v` are one matrix there."""
 
 
-@dataclass(frozen=True)
-class StockAdapter:
-    """An adapter that `load_ip_adapter` has loaded.
+def stock_adapters(unet: Any) -> list[tuple[ImagePromptAdapter, dict[int, float]]]:
+    """What `load_ip_adapter` has loaded into a UNet, in its order, with scales by layer number.
 
-    Args:
-        tensors: Under the names of published files; they share memory with the pipeline's.
-        scales: By layer number.
-        shortcut: Of FaceID Plus: version 2.
+    The adapters share memory with the pipeline's.
     """
-
-    tensors: dict[str, Tensor]
-    scales: dict[int, float]
-    shortcut: bool = False
-
-
-@dataclass(frozen=True)
-class StockState:
-    """What `take_off` took off, to be put back."""
-
-    processors: Mapping[str, Any]
-    projection: Any
-    kind: str | None
-    text_projection: Any
-
-
-def stock_adapters(unet: Any) -> list[StockAdapter]:
-    """What `load_ip_adapter` has loaded into a UNet, in its order; empty if nothing."""
     layers = getattr(unet.encoder_hid_proj, "image_projection_layers", None)
     if layers is None:
         return []
@@ -88,7 +68,9 @@ def stock_adapters(unet: Any) -> list[StockAdapter]:
                 tensors[name] = getattr(processor, part)[index].weight
         scales = {number: processor.scale[index] for number, processor in branched.items()}
         # FaceID's low-rank changes are LoRAs of the UNet by now, and stay there
-        found.append(StockAdapter(tensors, scales, bool(getattr(layer, "shortcut", False))))
+        version_2 = bool(getattr(layer, "shortcut", False))
+        name = "IP-Adapter of the pipeline"
+        found.append((adapter_from_tensors(tensors, name, face_id_plus_v2=version_2), scales))
     return found
 
 
@@ -123,37 +105,30 @@ def _begun_otherwise(name: str, renamed: Mapping[str, str]) -> str:
     return name
 
 
-def take_off(unet: Any) -> StockState:
-    """Take stock's adapters off a UNet, as `unload_ip_adapter` does, but so that they come back.
+def take_off(unet: Any) -> Callable[[], None]:
+    """Take stock's adapters off a UNet, as `unload_ip_adapter` does; what is returned undoes it.
 
     The image encoder stays: it is what reads the references.
     """
     from diffusers.models.attention_processor import AttnProcessor2_0
 
-    text = getattr(unet, "text_encoder_hid_proj", None)
-    kind = getattr(unet.config, "encoder_hid_dim_type", None)
-    state = StockState(dict(unet.attn_processors), unet.encoder_hid_proj, kind, text)
-    unet.set_attn_processor(
-        {
-            name: AttnProcessor2_0() if hasattr(processor, "to_k_ip") else processor
-            for name, processor in state.processors.items()
-        }
-    )
+    text, processors = getattr(unet, "text_encoder_hid_proj", None), dict(unet.attn_processors)
+    projection, kind = unet.encoder_hid_proj, getattr(unet.config, "encoder_hid_dim_type", None)
+    plain = {n: AttnProcessor2_0() if hasattr(p, "to_k_ip") else p for n, p in processors.items()}
+    unet.set_attn_processor(plain)
     # Kolors projects its text there, and stock moves that aside while it has an adapter
     unet.encoder_hid_proj = text
     unet.config.encoder_hid_dim_type = None if text is None else "text_proj"
     if text is not None:
         unet.text_encoder_hid_proj = None
-    return state
 
+    def put_back() -> None:
+        unet.encoder_hid_proj, unet.config.encoder_hid_dim_type = projection, kind
+        if text is not None:
+            unet.text_encoder_hid_proj = text
+        unet.set_attn_processor(dict(processors))
 
-def put_back(unet: Any, state: StockState) -> None:
-    """Undo `take_off`, exactly."""
-    unet.encoder_hid_proj = state.projection
-    unet.config.encoder_hid_dim_type = state.kind
-    if state.text_projection is not None:
-        unet.text_encoder_hid_proj = state.text_projection
-    unet.set_attn_processor(dict(state.processors))
+    return put_back
 
 
 def shadow(pipe: Any, name: str, ours: Any) -> Callable[[], None]:
@@ -180,6 +155,7 @@ class StockCalls:
     """
 
     shadowed = (
+        "check_inputs",
         "prepare_ip_adapter_image_embeds",
         "set_ip_adapter_scale",
         "load_ip_adapter",
@@ -189,6 +165,7 @@ class StockCalls:
     def __init__(self, attachment: Any) -> None:
         self.attachment, pipe = attachment, attachment.pipe
         known = [name for name in self.shadowed if hasattr(pipe, name)]
+        self._check_inputs: Any = getattr(pipe, "check_inputs", None)
         self._undo = [shadow(pipe, name, getattr(self, name)) for name in known]
         unet = getattr(pipe, "unet", None)  # a transformer has no such place
         if unet is not None and unet.encoder_hid_proj is None:
@@ -208,10 +185,23 @@ class StockCalls:
         if unet is not None and isinstance(unet.encoder_hid_proj, _Elsewhere):
             unet.encoder_hid_proj = None
 
+    def check_inputs(self, *given: Any, **named: Any) -> Any:
+        """What every call of the pipeline begins with: references of the one before are over."""
+        self.attachment.set_call(())
+        return self._check_inputs(*given, **named)
+
     def prepare_ip_adapter_image_embeds(
-        self, ip_adapter_image: Any, ip_adapter_image_embeds: Any, *_: Any, **__: Any
+        self,
+        ip_adapter_image: Any = None,
+        ip_adapter_image_embeds: Any = None,
+        device: Any = None,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = True,
     ) -> list[Tensor]:
-        """Take the references of a call; the UNet gets them from our hook, so nothing is left."""
+        """Take the references of a call. The UNet gets them from our hook, not from this list.
+
+        The list is for scripts that encode once, and bring embeddings to many calls.
+        """
         if self.attachment.hook.transformer:
             # Flux asks for the negative ones by the same call, SD 3 only where stock has loaded one
             raise ArgumentError(
@@ -233,9 +223,25 @@ class StockCalls:
                 expected=f"one entry for each of {count}; several images of one are a list in it",
                 found=len(given),
             )
-        for number, one in enumerate(given):
-            self.attachment.set_reference(self._reference(one, number), adapter=number)
-        return []
+        references = [self._reference(one, number) for number, one in enumerate(given)]
+        self.attachment.set_call(references)
+        if ip_adapter_image_embeds is not None:
+            return list(ip_adapter_image_embeds)
+        guided = do_classifier_free_guidance
+        return [
+            self._embeds(one, number, guided, num_images_per_prompt).to(device)
+            for number, one in enumerate(references)
+        ]
+
+    def _embeds(self, reference: Reference, number: int, guided: bool, items: int) -> Tensor:
+        """A reference as stock encodes it, (2 · items, count, …), the negative ones first."""
+        name, encoding = self.attachment.adapters[number].reads[0], self.attachment.encoding
+        seen = reference.embeds[0] if reference.embeds else reference.faces
+        if seen is None:
+            seen = torch.cat([encoding.image(one)[name] for one in reference.images])
+        none = encoding.zero_image() if name == "hidden" else torch.zeros_like(seen)
+        sides = [none.expand_as(seen), seen] if guided else [seen]
+        return torch.cat([side[None].expand(items, *side.shape) for side in sides])
 
     def _reference(self, given: Any, number: int) -> Reference:
         """One adapter's images or embeddings, as stock reads them."""
@@ -254,51 +260,41 @@ class StockCalls:
 
     def set_ip_adapter_scale(self, scale: Any) -> None:
         """Numbers, or dicts by block, for all adapters or one for each, as in stock."""
-        from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
-
-        adapters = self.attachment.adapters
-        if self.attachment.hook.transformer:
-            self._set_joint_scale(scale)
-            return
-        unet = self.attachment.pipe.unet
+        count, joint = len(self.attachment.adapters), self.attachment.hook.transformer
         given = scale if isinstance(scale, list) else [scale]
-        if len(given) not in (1, len(adapters)):
+        several = len(given) == count > 1 or any(isinstance(one, list) for one in given)
+        if joint and not several:  # a number for each layer, if it is a list
+            given = [scale]
+        if len(given) not in (1, count):
             raise ArgumentError(
                 "does not fit the attached adapters",
                 where="set_ip_adapter_scale",
-                expected=f"one scale for all, or one for each of {len(adapters)}",
+                expected=f"one scale for all, or one for each of {count}",
                 found=len(given),
             )
+        given = given if joint else self._by_layer(given)
+        for number in range(count):
+            self.attachment.set_scale(given[number % len(given)], adapter=number)
+
+    def _by_layer(self, scales: list[Any]) -> list[Any]:
+        """Scales of a UNet, with dicts by block as a number for each layer."""
+        from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
+
+        unet, layers = self.attachment.pipe.unet, self.attachment.hook.layers
         try:
-            expanded = _maybe_expand_lora_scales(unet, given, default_scale=0.0)
+            expanded: list[Any] = _maybe_expand_lora_scales(unet, scales, default_scale=0.0)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ArgumentError(
                 "names a block that this UNet does not have, or not its layers",
                 where="set_ip_adapter_scale",
                 found=error,
             ) from error
-        names = attention_layers(unet)
-        for number in range(len(adapters)):
-            one = expanded[number % len(expanded)]
+        for number, one in enumerate(expanded):
             if isinstance(one, dict):
-                layers = self.attachment.hook.layers
-                one = [_of_layer(names[layer.number], one) for layer in layers]
-            self.attachment.set_scale(one, adapter=number)
-
-    def _set_joint_scale(self, scale: Any) -> None:
-        """A number, one for each layer, or one of these for each adapter, as in stock."""
-        count = len(self.attachment.adapters)
-        each = isinstance(scale, list) and (
-            len(scale) == count > 1 or any(isinstance(one, list) for one in scale)
-        )
-        given = scale if each else [scale] * count
-        if len(given) != count:
-            expected = f"1 scale, or {count}"
-            where = "set_ip_adapter_scale"
-            what = "does not fit the attached adapters"
-            raise ArgumentError(what, where=where, expected=expected, found=len(given))
-        for number, one in enumerate(given):
-            self.attachment.set_scale(one, adapter=number)
+                names = [attention_layers(unet)[layer.number] for layer in layers]
+                begins = [[s for at, s in one.items() if name.startswith(at)] for name in names]
+                expanded[number] = [float(found[0]) if found else 0.0 for found in begins]
+        return expanded
 
     def load_ip_adapter(self, *_: Any, **__: Any) -> None:
         """Refuse: stock's processors would take the place of ours."""
@@ -344,8 +340,3 @@ def _prepared(given: Any) -> bool:
     if not isinstance(given, Tensor) or given.ndim != 4 or not given.is_floating_point():
         return False
     return bool(given.min() < 0 or 1 < given.max() <= 3)
-
-
-def _of_layer(name: str, scales: Mapping[str, float]) -> float:
-    """The scale of an attention layer by stock's names of places in the UNet."""
-    return next((float(s) for place, s in scales.items() if name.startswith(place)), 0.0)
