@@ -13,7 +13,9 @@ from ipdiverse.adapter.reference import Reference
 from ipdiverse.dial import Levers
 from ipdiverse.errors import ModelError
 from ipdiverse.sampling.denoiser import steer
+from ipdiverse.sampling.diversify import diversify
 from tests import joint_models, models
+from tests.acceptance.scenes import depth, flux_controlnet, half
 
 PARITY = 1e-5
 """Of the largest latent."""
@@ -35,6 +37,24 @@ def run(pipe: Any, **given: Any) -> np.ndarray:
 def equal(found: np.ndarray, expected: np.ndarray) -> None:
     assert np.isfinite(expected).all()
     assert np.abs(found - expected).max() <= PARITY * np.abs(expected).max()
+
+
+TASKS: dict[str, dict[str, Any]] = {
+    "flux": {},
+    "flux-Img2Img": {"image": models.picture(20), "strength": 0.7},
+    "flux-Inpaint": {"image": models.picture(20), "mask_image": half(), "strength": 0.7},
+    "flux-ControlNet": {"control_image": depth(0)},
+    "flux-Kontext": {"image": models.picture(20), "max_area": 64**2, "_auto_resize": False},
+    "sd3": {},
+    "sd3-Img2Img": {"image": models.picture(20), "strength": 0.7},
+}
+"""Pipelines of stock that take an adapter, and what their calls need."""
+
+
+def task_pipeline(task: str) -> Any:
+    name, _, kind = task.partition("-")
+    others = {"controlnet": flux_controlnet().pipe.controlnet} if kind == "ControlNet" else {}
+    return joint_models.pipeline(name, kind, fresh=True, **others)
 
 
 TRUE_CFG = {"negative_prompt": "a blue house", "true_cfg_scale": 3.0}
@@ -219,3 +239,32 @@ def test_guidance_in_two_calls_obeys_levers() -> None:
         with pytest.raises(ModelError, match="fast: is for UNets"):
             steer(attachment, Levers(), [3], fast=1)
     handle.remove()
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_pipeline_with_stocks_adapter_is_diversified(task: str) -> None:
+    """The same call of the same script: at 0 stock's latents, above it others, undone stock."""
+    pipe, given = task_pipeline(task), TASKS[task]
+    flux = task.startswith("flux")
+    if flux:
+        pipe.load_ip_adapter(joint_models.nested(joint_models.xlabs_tensors()), weight_name="")
+        pipe.set_ip_adapter_scale([0.9, 0.4])
+        given = {**given, **TRUE_CFG, "negative_ip_adapter_image": models.picture(11)}
+    else:
+        nested = joint_models.nested(joint_models.sd3_tensors())
+        pipe.register_modules(image_encoder=joint_models.siglip())
+        pipe.load_ip_adapter(nested)
+        pipe.set_ip_adapter_scale(0.7)
+        given = {**given, "guidance_scale": 4.0}
+    given["ip_adapter_image"] = models.picture(10)
+    stock, kind = run(pipe, **given), type(pipe)
+    with diversify(pipe, 0.0) as diversified:
+        equal(run(pipe, **given), stock)
+        pipe.set_ip_adapter_scale(0.0)
+        plain = run(pipe, **given)
+        assert np.abs(stock - plain).max() > 1e-2 * np.abs(stock).max()
+        pipe.set_ip_adapter_scale([0.9, 0.4] if flux else 0.7)
+        diversified.set_diversity(1.0)
+        assert np.abs(run(pipe, **given) - stock).max() > 1e-3 * np.abs(stock).max()
+    assert type(pipe) is kind
+    np.testing.assert_array_equal(run(pipe, **given), stock)

@@ -14,6 +14,7 @@ from ipdiverse.adapter.projection import (
     FaceIDPlusProjection,
     FaceIDProjection,
     FullFaceProjection,
+    GivenTokens,
     LinearProjection,
     PooledProjection,
     ReduxProjection,
@@ -38,6 +39,7 @@ Projection = (
     | FaceIDPlusProjection
     | PooledProjection
     | ReduxProjection
+    | GivenTokens
     | TimeResamplerProjection
 )
 

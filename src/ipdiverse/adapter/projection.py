@@ -12,6 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ipdiverse.errors import ArgumentError
+
 
 class LinearProjection(nn.Module):
     """Projection `base`: the pooled embedding to a few tokens (arXiv:2308.06721, section 3.2.1)."""
@@ -266,6 +268,27 @@ class ReduxProjection(nn.Module):
     ) -> Float[Tensor, "batch patches width"]:
         """Project each state."""
         return self.redux_down(F.silu(self.redux_up(last)))
+
+
+class GivenTokens(nn.Module):
+    """In place of a projection, where image tokens stand behind a prompt's text (Flux Redux).
+
+    Args:
+        num_tokens: How many there are; stock's prior pipeline gives 729.
+    """
+
+    kind = "redux"
+    reads = ()
+    clip_dim = face_dim = None
+
+    def __init__(self, token_width: int, num_tokens: int = 729) -> None:
+        super().__init__()
+        self.token_width, self.num_tokens = token_width, num_tokens
+
+    def forward(self, *_: Tensor) -> Tensor:
+        """Refuse: no image is read."""
+        fix = "Put Flux Redux on with attach, or give the prompt_embeds of stock's prior pipeline."
+        raise ArgumentError("is read from the prompt", where="reference", fix=fix)
 
 
 class TimeEmbedding(nn.Module):

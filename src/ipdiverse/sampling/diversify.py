@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ipdiverse.adapter.attach.attach import Attachment, checked_unet, detach
+from ipdiverse.adapter.attach.attach import Attachment, detach
 from ipdiverse.adapter.attach.attach import attach as attach_adapters
 from ipdiverse.adapter.attach.stock import StockCalls, put_back, shadow, stock_adapters, take_off
 from ipdiverse.adapter.files.checkpoint import adapter_from_tensors, load_adapter
 from ipdiverse.adapter.imagine import VariationSpace
 from ipdiverse.adapter.model import ImagePromptAdapter
 from ipdiverse.base.adapters import adapter_file
+from ipdiverse.base.pipelines import denoiser_of
 from ipdiverse.dial import OFF
 from ipdiverse.errors import ArgumentError, ModelError, check_range
 from ipdiverse.provenance import derived_seed
@@ -43,10 +44,10 @@ def attach(
     `IPAdapterMaskProcessor` act as in stock while it is attached; `detach` puts everything back.
 
     Args:
-        pipe: A Stable Diffusion pipeline of diffusers: 1.x, 2.x or XL, of any task.
-        adapters: One or several whose layers have the UNet's sizes, or what names them: a file, a
-            folder, or a hub id with the file's path behind it.
-        image_encoder: A CLIP vision model with projection; None takes the pipeline's.
+        pipe: A pipeline of diffusers, of any task: Stable Diffusion 1.x, 2.x, XL or 3.5, Flux.1.
+        adapters: One or several whose layers have the denoiser's sizes, or what names them: a
+            file, a folder, or a hub id with the file's path behind it.
+        image_encoder: A CLIP vision model with projection, or SigLIP's; None takes the pipeline's.
         image_processor: Its preprocessing; None takes the pipeline's.
 
     Raises:
@@ -148,7 +149,10 @@ class _Steered:
                 where="prompts",
                 fix="Call the pipeline that the adapter is attached to.",
             )
-        items, texts = len(encoded[-1].positive), encoded[-1].texts
+        # Flux encodes the negative prompt after the prompt; neither has reached the denoiser yet
+        new = [one for one in encoded if one.alone and one.branch is None]
+        texts = (new[-2:] or [encoded[-1]])[0].texts
+        items = len(encoded[-1].positive)
         seeds = seeds_of(bound.arguments.get("generator"), items)
         steer(self.attachment, self.levers, seeds, texts or None, self.fast)
         return self.original(*args, **kwargs)
@@ -201,7 +205,7 @@ def diversify(
             pipe("in the snow", ip_adapter_image=photo, num_images_per_prompt=8)
 
     Args:
-        pipe: A Stable Diffusion pipeline (1.x, 2.x, XL) with one or several adapters.
+        pipe: A pipeline of Stable Diffusion or Flux.1 with one or several adapters.
         diversity: 0..1; 0 draws what stock draws.
         space: As `DialedAttachment.set_diversity` takes it.
 
@@ -216,8 +220,8 @@ def diversify(
     if answering is not None:  # a notebook's cell that is run again
         answering.attachment.set_diversity(diversity, space=space)
         return Diversified(answering.attachment)
-    unet = getattr(pipe, "unet", None)
-    loaded = [] if unet is None else stock_adapters(unet)
+    denoiser: Any = denoiser_of(pipe)
+    loaded = [] if denoiser is None else stock_adapters(denoiser)
     if not loaded:
         raise ModelError(
             "has no IP-Adapter",
@@ -230,13 +234,12 @@ def diversify(
         )
         for one in loaded
     ]
-    state = take_off(unet)
+    state = take_off(denoiser)
     try:
-        checked_unet(pipe)
         attachment = attach(pipe, *adapters)
-        attachment.stock_layers = list(state.projection.image_projection_layers)
+        attachment.stock_layers = list(state.layers)
         attachment.hook.before = dict(state.processors)
-        attachment.on_detach(lambda: put_back(unet, state))
+        attachment.on_detach(lambda: put_back(denoiser, state))
         for number, one in enumerate(loaded):
             layers = attachment.hook.layers
             attachment.set_scale([one.scales[layer.number] for layer in layers], adapter=number)
@@ -244,6 +247,6 @@ def diversify(
     except BaseException:
         with suppress(ModelError):  # it may not be attached yet
             detach(pipe)
-        put_back(unet, state)
+        put_back(denoiser, state)
         raise
     return Diversified(attachment)

@@ -10,16 +10,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ipdiverse.adapter.attach.attach import detach
 from ipdiverse.adapter.model import attention_layers
 from ipdiverse.adapter.reference import Reference, as_reference
+from ipdiverse.base.pipelines import denoiser_of
 from ipdiverse.errors import ArgumentError, ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
 _RENAMED = {
     "ImageProjection": {"image_embeds.": "proj."},
@@ -31,16 +33,22 @@ _RENAMED = {
     "IPAdapterFaceIDImageProjection": {"ff.net.0.proj.": "proj.0.", "ff.net.2.": "proj.2."},
     "IPAdapterPlusImageProjection": {},
     "IPAdapterFaceIDPlusImageProjection": {"proj.net.0.proj.": "proj.0.", "proj.net.2.": "proj.2."},
+    "IPAdapterTimeImageProjection": {},
 }
 """Stock's projections, and how their keys begin in published files."""
 _BLOCK = {
     "ln0.": "0.norm1.",
     "ln1.": "0.norm2.",
     "attn.to_q.": "0.to_q.",
+    "attn.to_kv.": "0.to_kv.",
     "attn.to_out.0.": "0.to_out.",
+    "adaln_norm.": "1.0.",
+    "adaln_proj.": "2.1.",
     "ff.0.": "1.0.",
     "ff.1.net.0.proj.": "1.1.",
     "ff.1.net.2.": "1.3.",
+    "ff.net.0.proj.": "1.1.",
+    "ff.net.2.": "1.3.",
 }
 """The same within one layer of a resampler; `attn.to_k` and `attn.to_v` are one matrix there."""
 
@@ -69,27 +77,46 @@ class StockState:
     kind: str | None
     text_projection: Any
 
+    @property
+    def layers(self) -> Sequence[Any]:
+        """Each adapter's projection."""
+        return _projections(self.projection)
 
-def stock_adapters(unet: Any) -> list[StockAdapter]:
-    """What `load_ip_adapter` has loaded into a UNet, in its order; empty if nothing."""
-    layers = getattr(unet.encoder_hid_proj, "image_projection_layers", None)
-    if layers is None:
-        return []
+
+def _projections(home: Any) -> Sequence[Any]:
+    """SD 3 has one adapter at most, and its projection stands alone."""
+    several = getattr(home, "image_projection_layers", None)
+    return several or ([home] if type(home).__name__ in _RENAMED else [])
+
+
+def stock_adapters(denoiser: Any) -> list[StockAdapter]:
+    """What `load_ip_adapter` has loaded into a denoiser, in its order; empty if nothing."""
+    layers = _projections(getattr(denoiser, _home(denoiser), None))
     # the resampler's own attention counts in diffusers' list, and in Kolors comes first
-    own = (p for n, p in unet.attn_processors.items() if not n.startswith("encoder_hid_proj."))
-    processors = dict(enumerate(own))
-    branched = {n: p for n, p in processors.items() if hasattr(p, "to_k_ip")}
+    processors = denoiser.attn_processors.items() if layers else ()
+    own = enumerate(p for name, p in processors if not name.startswith("encoder_hid_proj."))
+    branched = {number: p for number, p in own if hasattr(p, "to_k_ip")}
     found = []
     for index, layer in enumerate(layers):
         tensors = {f"image_proj.{name}": one for name, one in _published(layer).items()}
+        scales, mine = dict[int, float](), f".{index}."
         for number, processor in branched.items():
-            for part in ("to_k_ip", "to_v_ip"):
-                name = f"ip_adapter.{number}.{part}.weight"
-                tensors[name] = getattr(processor, part)[index].weight
-        scales = {number: processor.scale[index] for number, processor in branched.items()}
+            # SD 3's has one adapter and one scale, the others a list of each
+            several = isinstance(processor.scale, list)
+            scales[number] = processor.scale[index] if several else processor.scale
+            tensors |= {
+                f"ip_adapter.{number}.{name.replace(mine, '.')}": tensor
+                for name, tensor in processor.state_dict().items()
+                if mine in name or not several
+            }
         # FaceID's low-rank changes are LoRAs of the UNet by now, and stay there
         found.append(StockAdapter(tensors, scales, bool(getattr(layer, "shortcut", False))))
     return found
+
+
+def _home(denoiser: Any) -> str:
+    """Where stock keeps the projections of a denoiser's adapters."""
+    return "image_proj" if getattr(denoiser, "image_proj", None) else "encoder_hid_proj"
 
 
 def _published(layer: Any) -> dict[str, Tensor]:
@@ -124,21 +151,26 @@ def _begun_otherwise(name: str, renamed: Mapping[str, str]) -> str:
 
 
 def take_off(unet: Any) -> StockState:
-    """Take stock's adapters off a UNet, as `unload_ip_adapter` does, but so that they come back.
+    """Take stock's adapters off a denoiser, as `unload_ip_adapter` does, but to come back.
 
     The image encoder stays: it is what reads the references.
     """
-    from diffusers.models.attention_processor import AttnProcessor2_0
+    from diffusers.models.attention_processor import AttnProcessor2_0, JointAttnProcessor2_0
 
     text = getattr(unet, "text_encoder_hid_proj", None)
     kind = getattr(unet.config, "encoder_hid_dim_type", None)
-    state = StockState(dict(unet.attn_processors), unet.encoder_hid_proj, kind, text)
-    unet.set_attn_processor(
-        {
-            name: AttnProcessor2_0() if hasattr(processor, "to_k_ip") else processor
-            for name, processor in state.processors.items()
-        }
-    )
+    home = _home(unet)
+    state = StockState(dict(unet.attn_processors), getattr(unet, home), kind, text)
+    usual = JointAttnProcessor2_0 if home == "image_proj" else AttnProcessor2_0
+    processors = {}
+    for name, processor in state.processors.items():
+        attention = unet.get_submodule(name.removesuffix(".processor"))
+        plain: Any = getattr(attention, "_default_processor_cls", usual)  # Flux's own names it
+        processors[name] = plain() if hasattr(processor, "to_k_ip") else processor
+    unet.set_attn_processor(processors)
+    if home == "image_proj":
+        unet.image_proj = None
+        return state
     # Kolors projects its text there, and stock moves that aside while it has an adapter
     unet.encoder_hid_proj = text
     unet.config.encoder_hid_dim_type = None if text is None else "text_proj"
@@ -149,8 +181,11 @@ def take_off(unet: Any) -> StockState:
 
 def put_back(unet: Any, state: StockState) -> None:
     """Undo `take_off`, exactly."""
-    unet.encoder_hid_proj = state.projection
-    unet.config.encoder_hid_dim_type = state.kind
+    if hasattr(unet, "image_proj"):
+        unet.image_proj = state.projection
+    else:
+        unet.encoder_hid_proj = state.projection
+        unet.config.encoder_hid_dim_type = state.kind
     if state.text_projection is not None:
         unet.text_encoder_hid_proj = state.text_projection
     unet.set_attn_processor(dict(state.processors))
@@ -190,9 +225,11 @@ class StockCalls:
         self.attachment, pipe = attachment, attachment.pipe
         known = [name for name in self.shadowed if hasattr(pipe, name)]
         self._undo = [shadow(pipe, name, getattr(self, name)) for name in known]
-        unet = getattr(pipe, "unet", None)  # a transformer has no such place
-        if unet is not None and unet.encoder_hid_proj is None:
-            unet.encoder_hid_proj = _Elsewhere()
+        self._undo += [_active(pipe)] if hasattr(pipe, "is_ip_adapter_active") else []
+        self._denoiser: Any = denoiser_of(pipe)
+        if getattr(self._denoiser, "encoder_hid_proj", None) is None:
+            self._denoiser.encoder_hid_proj = _Elsewhere(len(attachment.adapters))
+        self._prompt: Any = None  # of the call that has brought its references
 
     @classmethod
     def of(cls, pipe: Any) -> StockCalls | None:
@@ -204,28 +241,24 @@ class StockCalls:
         """Give the pipeline its own methods back."""
         for undo in self._undo:
             undo()
-        unet = getattr(self.attachment.pipe, "unet", None)
-        if unet is not None and isinstance(unet.encoder_hid_proj, _Elsewhere):
-            unet.encoder_hid_proj = None
+        if isinstance(self._denoiser.encoder_hid_proj, _Elsewhere):
+            self._denoiser.encoder_hid_proj = None
 
     def prepare_ip_adapter_image_embeds(
         self, ip_adapter_image: Any, ip_adapter_image_embeds: Any, *_: Any, **__: Any
     ) -> list[Tensor]:
         """Take the references of a call; the UNet gets them from our hook, so nothing is left."""
-        if self.attachment.hook.transformer:
-            # Flux asks for the negative ones by the same call, SD 3 only where stock has loaded one
-            raise ArgumentError(
-                "is not taken from a call of this pipeline",
-                where="ip_adapter_image",
-                fix="Call set_reference on what attach returned.",
-            )
-        count = len(self.attachment.adapters)
+        hook, count = self.attachment.hook, len(self.attachment.adapters)
         if ip_adapter_image_embeds is None:
             # a list has an entry for each adapter, as in stock; one image serves all of them
             many = isinstance(ip_adapter_image, list)
             given = ip_adapter_image if many else [ip_adapter_image] * count
         else:
-            given = [Reference(embeds=[one]) for one in ip_adapter_image_embeds]
+            alone = isinstance(ip_adapter_image_embeds, Tensor)
+            given = [ip_adapter_image_embeds] if alone else ip_adapter_image_embeds
+            # SD 3's have no axis of images
+            bare = hook.prompts[0].timed
+            given = [Reference(embeds=[e[:, None] if bare else e]) for e in given]
         if len(given) != count:
             raise ArgumentError(
                 "does not fit the attached adapters",
@@ -233,8 +266,16 @@ class StockCalls:
                 expected=f"one entry for each of {count}; several images of one are a list in it",
                 found=len(given),
             )
+        # Flux asks for those of the negative prompt next, by the same call
+        against = hook.alone and self._prompt is hook.encoded[-1]
+        self._prompt = hook.encoded[-1] if hook.alone else None
         for number, one in enumerate(given):
-            self.attachment.set_reference(self._reference(one, number), adapter=number)
+            if not against:
+                self.attachment.set_reference(self._reference(one, number), adapter=number)
+            elif not _black(one):  # what stock gives where nobody gave one, and ours does anyway
+                references = self.attachment.references(number)
+                negative = self._reference(one, number)
+                self.attachment.set_reference(references, adapter=number, negative=negative)
         return []
 
     def _reference(self, given: Any, number: int) -> Reference:
@@ -324,8 +365,12 @@ class StockCalls:
 class _Elsewhere(torch.nn.Module):
     """Stands where stock looks for its projections, so that it says what is the matter.
 
-    The pipeline that ours is attached to never looks; another that shares its UNet does.
+    The pipeline that ours is attached to only counts; another that shares its UNet looks.
     """
+
+    def __init__(self, num_ip_adapters: int) -> None:
+        super().__init__()
+        self.num_ip_adapters = num_ip_adapters
 
     @property
     def image_projection_layers(self) -> None:
@@ -334,6 +379,23 @@ class _Elsewhere(torch.nn.Module):
             where="ip_adapter_image",
             fix="Call that pipeline, or ipdiverse.detach(it) first.",
         )
+
+
+def _active(pipe: Any) -> Callable[[], None]:
+    """Let SD 3's pipeline take an image, which it ignores unless stock's processors are on."""
+    kind = type(pipe)
+    own = {"is_ip_adapter_active": True, "__module__": kind.__module__}
+    pipe.__class__ = type(kind.__name__, (kind,), own)  # a property: no attribute can hide it
+
+    def undo() -> None:
+        pipe.__class__ = kind
+
+    return undo
+
+
+def _black(given: Any) -> bool:
+    """Whether it is what Flux's pipelines stand in for a negative image that nobody gave."""
+    return isinstance(given, np.ndarray) and not given.any()
 
 
 def _prepared(given: Any) -> bool:
