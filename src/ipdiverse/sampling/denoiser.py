@@ -18,7 +18,14 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from jaxtyping import Float
 from torch import Tensor
 
-from ipdiverse.adapter.attach.attach import LEVERS_HOOK, Attachment, attach, inside_offloading
+from ipdiverse.adapter.attach.attach import (
+    LEVERS_HOOK,
+    Attachment,
+    attach,
+    detach,
+    hook_of,
+    inside_offloading,
+)
 from ipdiverse.adapter.attach.hook import argument_names
 from ipdiverse.adapter.attach.joint import styles_of
 from ipdiverse.adapter.attention import BOTH, NOTHING, TEXT
@@ -58,8 +65,8 @@ def steer(
             pipe(**prompt)
 
     Args:
-        attachment: Of an adapter, its scale and reference set; or a pipeline of Flux.1 whose
-            `prompt_embeds` end with image tokens.
+        attachment: Of an adapter, its scale and reference set; or its pipeline; or one of Flux.1
+            whose `prompt_embeds` end with image tokens.
         levers: How strongly each acts.
         seeds: One for each item of the next calls; what is random about it depends on that alone.
         prompts: Each item's text, for levers that read it; one text serves all.
@@ -114,10 +121,9 @@ def _attachment_of(target: Any, image_tokens: int) -> Attachment:
     if isinstance(target, Attachment):
         return target
     denoiser: Any = denoiser_of(target)
-    registry = getattr(denoiser, "_diffusers_hook", None)
-    steering = None if registry is None else registry.get_hook(LEVERS_HOOK)
-    if isinstance(steering, Steering) and steering.attachment.hook.prompts[0].given == image_tokens:
-        return steering.attachment
+    hook = hook_of(denoiser)
+    if hook is not None and hook.prompts[0].given in (0, image_tokens):
+        return hook.attachment
     if "redux" not in styles_of(denoiser):
         raise ModelError(
             "reads no image tokens beside its text",
@@ -125,6 +131,8 @@ def _attachment_of(target: Any, image_tokens: int) -> Attachment:
             expected="a pipeline of Flux.1, or what attach returned",
         )
     check_range("image_tokens", image_tokens, 1, 100_000)
+    if hook is not None:
+        detach(target)
     given = GivenTokens(denoiser.config.joint_attention_dim, image_tokens)
     return attach(target, ImagePromptAdapter(given, {}, joint=Joint("redux")))
 
@@ -238,13 +246,9 @@ class Steering(ModelHook):
     def _returned(self, output: Tensor, given: dict[str, Any]) -> Any:
         if not given.get("return_dict", True):
             return (output,)
-        if self.attachment.hook.transformer:
-            from diffusers.models.modeling_outputs import Transformer2DModelOutput
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-            return Transformer2DModelOutput(sample=output)
-        from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
-
-        return UNet2DConditionOutput(sample=output)
+        return Transformer2DModelOutput(sample=output)  # a UNet's has the same fields
 
     def imagined(self, tokens: Tensor) -> Tensor:
         """Every item's tokens before fusion, (items, references, tokens, width)."""

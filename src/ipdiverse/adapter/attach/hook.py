@@ -176,7 +176,9 @@ class ImagePromptHook(ModelHook):
         self.words = GivenWords()
         self.on_detach: list[Callable[[], object]] = []
         self.layout: Layout | None = None
+        self.attachment: Any = None
         self._told: tuple[Tensor, Told] | None = None
+        self._newest: EncodedPrompt | None = None
         self._prepared: list[_Prepared] = []
         self._masks: Any = None  # of this call, as stock pipelines pass them
         self._names: list[str] = []
@@ -236,6 +238,7 @@ class ImagePromptHook(ModelHook):
 
     def layout_of(self, text: Tensor) -> Layout:
         """The branches of a call of the pipeline's own."""
+        self._forget_last_call()
         if self._told is None or self._told[0] is not text:
             self._told = text, tell_branches(self.pipe, text, self.encoded)
             self._take_given(text, self._told[1].layout)
@@ -261,6 +264,13 @@ class ImagePromptHook(ModelHook):
     def alone(self) -> bool:
         """Whether each call of the denoiser is one branch alone, as with Flux."""
         return bool(self.encoded) and self.encoded[-1].alone
+
+    def _forget_last_call(self) -> None:
+        """A text that comes again in another call may be on the other side: Flux takes any."""
+        newest = self.encoded[-1] if self.encoded else None
+        if newest is not self._newest:
+            self._newest = newest
+            self.changed()
 
     def changed(self) -> None:
         """A reference or the fusion changed: prepare again at the next call."""
@@ -324,6 +334,7 @@ class ImagePromptHook(ModelHook):
                 )
 
     def _prepare_tokens(self, text: Tensor, timestep: Any) -> Layout:
+        self._forget_last_call()
         time = self._set_time(timestep)
         version = 0 if text.is_inference() else text._version  # inference tensors count no changes
         # while gradients are recorded, each call needs a graph of its own
@@ -370,8 +381,10 @@ class ImagePromptHook(ModelHook):
         positive, negative = prompt.at_this_step(positive), prompt.at_this_step(negative)
         tokens = torch.cat([positive if branch == BOTH else negative for branch in layout])
         if prompt.acting.fusion is not None and prompt.strength:
-            fused = self._drawn if prompt.acting.draws else self._fused
-            tokens = fused(prompt, part, tokens, text, layout)
+            if prompt.acting.draws:
+                tokens = self._drawn(prompt, part, tokens, text, layout)
+            else:
+                tokens = self._fused(prompt, tokens, text, layout)
         if prompt.change is not None and BOTH in layout:
             parts = zip(layout, tokens.chunk(branches), strict=True)
             tokens = torch.cat([prompt.change(t) if b == BOTH else t for b, t in parts])
@@ -404,19 +417,12 @@ class ImagePromptHook(ModelHook):
         of = (prompt.acting, prompt.strength, prompt.seeds)
         known = part.drawn
         if known is None or known[0] != of or not all(map(torch.equal, known[1], (rows, given))):
-            drawn = self._fused(prompt, part, given, rows, (BOTH,))
+            drawn = self._fused(prompt, given, rows, (BOTH,))
             known = part.drawn = (of, (rows, given), drawn)
         parts = zip(layout, branches, strict=True)
         return torch.cat([known[2] if branch == BOTH else t for branch, t in parts])
 
-    def _fused(
-        self,
-        prompt: ActiveAdapter,
-        _: ReferenceTokens,
-        tokens: Tensor,
-        text: Tensor,
-        layout: Layout,
-    ) -> Tensor:
+    def _fused(self, prompt: ActiveAdapter, tokens: Tensor, text: Tensor, layout: Layout) -> Tensor:
         """Fuse each reference of each item with that item's text."""
         references, narrowed = tokens.shape[1], self._text_projection()
         if narrowed is not None:

@@ -236,22 +236,6 @@ def checked_transformer(pipe: Any) -> Any:
             expected="a pipeline of Stable Diffusion 1.x, 2.x, XL or 3.x, or of Flux.1",
             found=type(model).__name__,
         )
-    if any("IPAdapter" in type(one).__name__ for one in model.attn_processors.values()):
-        raise ModelError(
-            "has an adapter of load_ip_adapter",
-            where="pipeline",
-            fix="Load the pipeline again without it, and attach the adapter's file.",
-        )
-    if model.device.type == "meta":
-        raise ModelError(
-            "is offloaded layer by layer",
-            where="transformer",
-            fix="Call enable_model_cpu_offload in place of enable_sequential_cpu_offload.",
-        )
-    for name in attention_layers(model).values():
-        if getattr(model.get_submodule(name), "fused_projections", False):
-            fix = "Call transformer.unfuse_qkv_projections()."
-            raise ModelError("query, key and value are fused", where=name, fix=fix)
     return model
 
 
