@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from ipdiverse.adapter.files.checkpoint import ImagePromptAdapter, adapter_from_tensors
+from ipdiverse.adapter.files.checkpoint import adapter_from_tensors
 from ipdiverse.adapter.files.layouts import normalise
 from ipdiverse.adapter.generative import GenerativeFusion
 from ipdiverse.adapter.imagine import SceneBank, VariationSpace, projection_hash
+from ipdiverse.adapter.model import ImagePromptAdapter
 from ipdiverse.data.manifest import Record
 from ipdiverse.training.fit import fit_directions
 from tests import models

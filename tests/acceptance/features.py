@@ -257,8 +257,10 @@ def call_with_image(name: str) -> None:
     from ipdiverse.sampling.diversify import attach as attach_public
 
     scene, adapter, encoder = _on(name)
-    negative = {"negative_prompt": ["a stone"], "true_cfg_scale": 2.0}
-    given = negative | {"negative_ip_adapter_image": REFERENCES[1]} if name == "flux" else {}
+    negative: dict[str, Any] = {"negative_prompt": ["a stone"], "true_cfg_scale": 2.0}
+    given: dict[str, Any] = (
+        negative | {"negative_ip_adapter_image": REFERENCES[1]} if name == "flux" else {}
+    )
     with attach(scene.pipe, adapter, image_encoder=encoder) as attachment:
         against = REFERENCES[1] if name == "flux" else None
         attachment.set_reference(REFERENCES[0], negative=against)

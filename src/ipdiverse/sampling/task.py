@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -100,7 +99,7 @@ def task_for(base: Base, request: Request, pictures: Pictures) -> Task:
         fitted[name] = _fitted("control image", picture, size, request.fit, notes)
     notes += [note for text in request.prompt for note in _cut_words(base, "prompt", text)]
     notes += _cut_words(base, "negative prompt", request.negative_prompt)
-    if request.negative_prompt and _distilled(base.pipe):
+    if request.negative_prompt and type(base.pipe).__name__.startswith("Flux"):
         notes.append("the negative prompt has no effect: Flux.1 is guided without one")
     notes += [f"memory: {base.plan.line()}"] if base.plan else []
     if base.name == CRITTERS:
@@ -108,11 +107,6 @@ def task_for(base: Base, request: Request, pictures: Pictures) -> Task:
     if kind == "Text2Image" and not extra:
         return Task(base, fitted, settings, notes)
     return Task(replace(base, pipe=_pipeline(kind, base, extra)), fitted, settings, notes)
-
-
-def _distilled(pipe: Any) -> bool:
-    """Whether it guides without a second call, unless it is told a weight of that call."""
-    return "true_cfg_scale" in inspect.signature(type(pipe).__call__).parameters
 
 
 def _cut_words(base: Any, name: str, prompt: str) -> list[str]:

@@ -295,23 +295,29 @@ class StockCalls:
 
     def set_ip_adapter_scale(self, scale: Any) -> None:
         """Numbers, or dicts by block, for all adapters or one for each, as in stock."""
-        from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
-
-        adapters = self.attachment.adapters
-        if self.attachment.hook.transformer:
-            self._set_joint_scale(scale)
-            return
-        unet = self.attachment.pipe.unet
-        given = scale if isinstance(scale, list) else [scale]
-        if len(given) not in (1, len(adapters)):
+        count, hook = len(self.attachment.adapters), self.attachment.hook
+        each = isinstance(scale, list)
+        if hook.transformer and each:  # there a list is one for each layer, unless it holds lists
+            each = len(scale) == count > 1 or any(isinstance(one, list) for one in scale)
+        given = scale if each else [scale]
+        if len(given) not in (1, count):
             raise ArgumentError(
                 "does not fit the attached adapters",
                 where="set_ip_adapter_scale",
-                expected=f"one scale for all, or one for each of {len(adapters)}",
+                expected=f"one scale for all, or one for each of {count}",
                 found=len(given),
             )
+        expanded = given if hook.transformer else self._expanded(given)
+        for number in range(count):
+            self.attachment.set_scale(expanded[number % len(expanded)], adapter=number)
+
+    def _expanded(self, scales: list[Any]) -> list[Any]:
+        """Scales of a UNet, dicts by block as one number for each layer."""
+        from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
+
+        unet, layers = self.attachment.pipe.unet, self.attachment.hook.layers
         try:
-            expanded = _maybe_expand_lora_scales(unet, given, default_scale=0.0)
+            expanded = _maybe_expand_lora_scales(unet, scales, default_scale=0.0)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ArgumentError(
                 "names a block that this UNet does not have, or not its layers",
@@ -319,27 +325,12 @@ class StockCalls:
                 found=error,
             ) from error
         names = attention_layers(unet)
-        for number in range(len(adapters)):
-            one = expanded[number % len(expanded)]
-            if isinstance(one, dict):
-                layers = self.attachment.hook.layers
-                one = [_of_layer(names[layer.number], one) for layer in layers]
-            self.attachment.set_scale(one, adapter=number)
-
-    def _set_joint_scale(self, scale: Any) -> None:
-        """A number, one for each layer, or one of these for each adapter, as in stock."""
-        count = len(self.attachment.adapters)
-        each = isinstance(scale, list) and (
-            len(scale) == count > 1 or any(isinstance(one, list) for one in scale)
-        )
-        given = scale if each else [scale] * count
-        if len(given) != count:
-            expected = f"1 scale, or {count}"
-            where = "set_ip_adapter_scale"
-            what = "does not fit the attached adapters"
-            raise ArgumentError(what, where=where, expected=expected, found=len(given))
-        for number, one in enumerate(given):
-            self.attachment.set_scale(one, adapter=number)
+        return [
+            [_of_layer(names[layer.number], one) for layer in layers]
+            if isinstance(one, dict)
+            else one
+            for one in expanded
+        ]
 
     def load_ip_adapter(self, *_: Any, **__: Any) -> None:
         """Refuse: stock's processors would take the place of ours."""
