@@ -12,8 +12,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ipdiverse.errors import ArgumentError
-
 
 class Projection(nn.Module):
     """What all have: a kind, what they read, in order, and its widths; None where they do not."""
@@ -286,11 +284,6 @@ class GivenTokens(Projection):
     def __init__(self, token_width: int, num_tokens: int = 729) -> None:
         super().__init__()
         self.token_width, self.num_tokens = token_width, num_tokens
-
-    def forward(self, *_: Tensor) -> Tensor:
-        """Refuse: no image is read."""
-        fix = "Put Flux Redux on with attach, or give the prompt_embeds of stock's prior pipeline."
-        raise ArgumentError("is read from the prompt", where="reference", fix=fix)
 
 
 class TimeEmbedding(nn.Module):

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ipdiverse.adapter.attach.attach import Attachment, detach
+from ipdiverse.adapter.attach.attach import Attachment, checked_denoiser, detach
 from ipdiverse.adapter.attach.attach import attach as attach_adapters
-from ipdiverse.adapter.attach.stock import StockCalls, put_back, shadow, stock_adapters, take_off
-from ipdiverse.adapter.files.checkpoint import adapter_from_tensors, load_adapter
+from ipdiverse.adapter.attach.stock import (
+    StockCalls,
+    projections,
+    shadow,
+    stock_adapters,
+    take_off,
+)
+from ipdiverse.adapter.files.checkpoint import load_adapter
 from ipdiverse.adapter.imagine import VariationSpace
 from ipdiverse.adapter.model import ImagePromptAdapter
 from ipdiverse.base.adapters import adapter_file
@@ -83,6 +90,10 @@ class DialedAttachment(Attachment):
         self._unshadow: Callable[[], None] | None = None
         self.on_detach(self._unwatch)
 
+    def undo(self) -> None:
+        """Put the pipeline back as it was, to the bit, as `ipdiverse.detach` does."""
+        detach(self.pipe)
+
     def set_diversity(
         self,
         diversity: float,
@@ -118,44 +129,45 @@ class DialedAttachment(Attachment):
 
     def _watch(self, levers: Levers, fast: int) -> None:
         """Steer each call of the pipeline as soon as its noise is drawn."""
-        if not hasattr(self.pipe, "prepare_latents"):
+        original = getattr(self.pipe, "prepare_latents", None)
+        if original is None:
             raise ArgumentError(
                 "does not say which noise an image starts from",
                 where=type(self.pipe).__name__,
                 fix="Use `ipdiverse.steer` with seeds of your own.",
             )
-        self._unshadow = shadow(self.pipe, "prepare_latents", _Steered(self, levers, fast))
+        signature = inspect.signature(original)
+
+        @functools.wraps(original)
+        def steered(*args: Any, **kwargs: Any) -> Any:
+            self._steer(signature.bind(*args, **kwargs).arguments.get("generator"), levers, fast)
+            return original(*args, **kwargs)
+
+        self._unshadow = shadow(self.pipe, "prepare_latents", steered)
 
     def _unwatch(self) -> None:
         if self._unshadow is not None:
             self._unshadow()
 
-
-class _Steered:
-    """A pipeline's `prepare_latents` that first gives the levers this call's seeds and prompts."""
-
-    def __init__(self, attachment: DialedAttachment, levers: Levers, fast: int) -> None:
-        self.original = attachment.pipe.prepare_latents
-        self.attachment, self.levers, self.fast = attachment, levers, fast
-        self.signature = inspect.signature(self.original)
-        functools.update_wrapper(self, self.original)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        bound = self.signature.bind(*args, **kwargs)
-        encoded = self.attachment.hook.encoded
-        if not encoded:
+    def _steer(self, generators: Any, levers: Levers, fast: int) -> None:
+        """Give the levers the seeds and the prompts of the call that has begun."""
+        if not self.hook.encoded:
             raise ArgumentError(
                 "were not encoded by this pipeline",
                 where="prompts",
                 fix="Call the pipeline that the adapter is attached to.",
             )
         # Flux encodes the negative prompt after the prompt; neither has reached the denoiser yet
-        new = [one for one in encoded if one.alone and one.branch is None]
-        texts = (new[-2:] or [encoded[-1]])[0].texts
-        items = len(encoded[-1].positive)
-        seeds = seeds_of(bound.arguments.get("generator"), items)
-        steer(self.attachment, self.levers, seeds, texts or None, self.fast)
-        return self.original(*args, **kwargs)
+        new = [one for one in self.hook.encoded if one.alone and one.branch is None]
+        now = (new[-2:] or [self.hook.encoded[-1]])[0]
+        if levers.recombine and not now.texts:
+            warnings.warn(
+                "prompt_embeds come without their text, so scenes are drawn whether they fit it or "
+                "not: give the prompt as text, or several to ipdiverse.steer",
+                stacklevel=5,
+            )
+        seeds = seeds_of(generators, len(now.positive))
+        steer(self, levers, seeds, now.texts or None, fast)
 
 
 def seeds_of(generators: Any, items: int) -> list[int]:
@@ -171,30 +183,9 @@ def seeds_of(generators: Any, items: int) -> list[int]:
     return [derived_seed(key, number) for number in range(items)]
 
 
-class Diversified:
-    """What `diversify` did to a pipeline; `undo` puts stock back, to the bit."""
-
-    def __init__(self, attachment: DialedAttachment) -> None:
-        self.attachment = attachment
-
-    def set_diversity(self, diversity: float, **options: Any) -> None:
-        """As `DialedAttachment.set_diversity`."""
-        self.attachment.set_diversity(diversity, **options)
-
-    def undo(self) -> None:
-        """Put the adapters back as stock diffusers had loaded them; `detach` does the same."""
-        detach(self.attachment.pipe)
-
-    def __enter__(self) -> Diversified:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.undo()
-
-
 def diversify(
     pipe: Any, diversity: float = 0.5, *, space: VariationSpace | str | Path | None = None
-) -> Diversified:
+) -> DialedAttachment:
     """Give variety to a pipeline on which `load_ip_adapter` was called; nothing else changes.
 
     Example:
@@ -219,34 +210,30 @@ def diversify(
     answering = StockCalls.of(pipe)
     if answering is not None:  # a notebook's cell that is run again
         answering.attachment.set_diversity(diversity, space=space)
-        return Diversified(answering.attachment)
+        return answering.attachment
     denoiser: Any = denoiser_of(pipe)
-    loaded = [] if denoiser is None else stock_adapters(denoiser)
+    loaded = stock_adapters(denoiser)
     if not loaded:
+        checked_denoiser(pipe)  # another load_ip_adapter would not help a pipeline of another kind
         raise ModelError(
             "has no IP-Adapter",
             where=type(pipe).__name__,
             fix="Call pipe.load_ip_adapter first, or ipdiverse.attach with an adapter.",
         )
-    adapters = [
-        adapter_from_tensors(
-            one.tensors, "IP-Adapter of the pipeline", face_id_plus_v2=one.shortcut
-        )
-        for one in loaded
-    ]
-    state = take_off(denoiser)
+    layers, processors = projections(denoiser), denoiser.attn_processors
+    put_back = take_off(denoiser)
     try:
-        attachment = attach(pipe, *adapters)
-        attachment.stock_layers = list(state.layers)
-        attachment.hook.before = dict(state.processors)
-        attachment.on_detach(lambda: put_back(denoiser, state))
-        for number, one in enumerate(loaded):
-            layers = attachment.hook.layers
-            attachment.set_scale([one.scales[layer.number] for layer in layers], adapter=number)
+        attachment = attach(pipe, *[adapter for adapter, _ in loaded])
+        attachment.stock_layers = layers
+        attachment.hook.before = dict(processors)
+        attachment.on_detach(put_back)
+        for number, (_, scales) in enumerate(loaded):
+            by_layer = [scales[layer.number] for layer in attachment.hook.layers]
+            attachment.set_scale(by_layer, adapter=number)
         attachment.set_diversity(diversity, space=space)
     except BaseException:
         with suppress(ModelError):  # it may not be attached yet
             detach(pipe)
-        put_back(denoiser, state)
+        put_back()
         raise
-    return Diversified(attachment)
+    return attachment

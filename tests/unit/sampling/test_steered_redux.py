@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from ipdiverse.sampling.denoiser import steer
 from tests import joint_models, models
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from ipdiverse.adapter.model import ImagePromptAdapter
 
@@ -63,6 +64,14 @@ def redux() -> dict[str, torch.Tensor]:
         text, pooled, _ = pipe.encode_prompt(list(PROMPTS), None, max_sequence_length=12)
         tokens = adapter.tokens(encoder(pixels).last_hidden_state)
     return {"text": text, "both": torch.cat([text, tokens], dim=1), "pooled": pooled}
+
+
+@pytest.fixture(autouse=True)
+def _detached() -> Iterator[None]:
+    """A test that fails must not leave the others' pipeline steered."""
+    yield
+    with suppress(ModelError):
+        detach(joint_models.pipeline("flux"))
 
 
 def drawn(pipe: Any, redux: dict[str, torch.Tensor], items: Sequence[int], **given: Any) -> Any:
@@ -132,6 +141,6 @@ def test_what_cannot_be_steered_so_is_refused_in_one_line(redux: dict[str, torch
     with pytest.raises(ModelError, match="other: changes an image's embeddings, and the prompt"):
         steer(pipe, Levers(other=0.5), SEEDS, image_tokens=IMAGE_TOKENS)  # pyright: ignore[reportCallIssue]
     steering = steer(pipe, Levers(), SEEDS, image_tokens=IMAGE_TOKENS)
-    with pytest.raises(ArgumentError, match="reference: is read from the prompt"):
+    with pytest.raises(ArgumentError, match="reference: is read from prompt_embeds. Call detach"):
         steering.attachment.set_reference(PICTURES[0])
     detach(pipe)

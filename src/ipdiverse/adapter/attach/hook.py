@@ -272,6 +272,11 @@ class ImagePromptHook(ModelHook):
             self._newest = newest
             self.changed()
 
+    def forget_unread(self) -> None:
+        """Drop prompts of a call that ended before the denoiser read them."""
+        for prompt in [one for one in self.encoded if one.alone and one.branch is None]:
+            self.encoded.remove(prompt)
+
     def changed(self) -> None:
         """A reference or the fusion changed: prepare again at the next call."""
         self._prepared, self._told = [], None

@@ -7,7 +7,6 @@ back with `detach`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ipdiverse.adapter.attach.attach import detach
+from ipdiverse.adapter.files.checkpoint import adapter_from_tensors
 from ipdiverse.adapter.model import attention_layers
 from ipdiverse.adapter.reference import Reference, as_reference
 from ipdiverse.base.pipelines import denoiser_of
@@ -22,6 +22,8 @@ from ipdiverse.errors import ArgumentError, ModelError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+
+    from ipdiverse.adapter.model import ImagePromptAdapter
 
 _RENAMED = {
     "ImageProjection": {"image_embeds.": "proj."},
@@ -53,50 +55,28 @@ _BLOCK = {
 """The same within one layer of a resampler; `attn.to_k` and `attn.to_v` are one matrix there."""
 
 
-@dataclass(frozen=True)
-class StockAdapter:
-    """An adapter that `load_ip_adapter` has loaded.
-
-    Args:
-        tensors: Under the names of published files; they share memory with the pipeline's.
-        scales: By layer number.
-        shortcut: Of FaceID Plus: version 2.
-    """
-
-    tensors: dict[str, Tensor]
-    scales: dict[int, float]
-    shortcut: bool = False
-
-
-@dataclass(frozen=True)
-class StockState:
-    """What `take_off` took off, to be put back."""
-
-    processors: Mapping[str, Any]
-    projection: Any
-    kind: str | None
-    text_projection: Any
-
-    @property
-    def layers(self) -> Sequence[Any]:
-        """Each adapter's projection."""
-        return _projections(self.projection)
-
-
-def _projections(home: Any) -> Sequence[Any]:
-    """SD 3 has one adapter at most, and its projection stands alone."""
+def projections(denoiser: Any) -> Sequence[Any]:
+    """Of each adapter that stock has loaded; SD 3 has one at most, whose projection is alone."""
+    home = getattr(denoiser, _home(denoiser), None)
     several = getattr(home, "image_projection_layers", None)
-    return several or ([home] if type(home).__name__ in _RENAMED else [])
+    return list(several or ([home] if type(home).__name__ in _RENAMED else []))
 
 
-def stock_adapters(denoiser: Any) -> list[StockAdapter]:
-    """What `load_ip_adapter` has loaded into a denoiser, in its order; empty if nothing."""
-    layers = _projections(getattr(denoiser, _home(denoiser), None))
+def _home(denoiser: Any) -> str:
+    """Where stock keeps them."""
+    return "image_proj" if getattr(denoiser, "image_proj", None) else "encoder_hid_proj"
+
+
+def stock_adapters(denoiser: Any) -> list[tuple[ImagePromptAdapter, dict[int, float]]]:
+    """What `load_ip_adapter` has loaded, in its order, with scales by layer number.
+
+    The adapters share memory with the pipeline's.
+    """
+    layers, found = projections(denoiser), []
     # the resampler's own attention counts in diffusers' list, and in Kolors comes first
     processors = denoiser.attn_processors.items() if layers else ()
     own = enumerate(p for name, p in processors if not name.startswith("encoder_hid_proj."))
     branched = {number: p for number, p in own if hasattr(p, "to_k_ip")}
-    found = []
     for index, layer in enumerate(layers):
         tensors = {f"image_proj.{name}": one for name, one in _published(layer).items()}
         scales, mine = dict[int, float](), f".{index}."
@@ -110,13 +90,10 @@ def stock_adapters(denoiser: Any) -> list[StockAdapter]:
                 if mine in name or not several
             }
         # FaceID's low-rank changes are LoRAs of the UNet by now, and stay there
-        found.append(StockAdapter(tensors, scales, bool(getattr(layer, "shortcut", False))))
+        version_2 = bool(getattr(layer, "shortcut", False))
+        name = "IP-Adapter of the pipeline"
+        found.append((adapter_from_tensors(tensors, name, face_id_plus_v2=version_2), scales))
     return found
-
-
-def _home(denoiser: Any) -> str:
-    """Where stock keeps the projections of a denoiser's adapters."""
-    return "image_proj" if getattr(denoiser, "image_proj", None) else "encoder_hid_proj"
 
 
 def _published(layer: Any) -> dict[str, Tensor]:
@@ -150,45 +127,36 @@ def _begun_otherwise(name: str, renamed: Mapping[str, str]) -> str:
     return name
 
 
-def take_off(unet: Any) -> StockState:
-    """Take stock's adapters off a denoiser, as `unload_ip_adapter` does, but to come back.
+def take_off(unet: Any) -> Callable[[], None]:
+    """Take stock's adapters off, as `unload_ip_adapter` does; what is returned undoes it.
 
     The image encoder stays: it is what reads the references.
     """
     from diffusers.models.attention_processor import AttnProcessor2_0, JointAttnProcessor2_0
 
-    text = getattr(unet, "text_encoder_hid_proj", None)
+    home, processors, plain = _home(unet), dict(unet.attn_processors), dict[str, Any]()
+    text, projection = getattr(unet, "text_encoder_hid_proj", None), getattr(unet, home)
     kind = getattr(unet.config, "encoder_hid_dim_type", None)
-    home = _home(unet)
-    state = StockState(dict(unet.attn_processors), getattr(unet, home), kind, text)
     usual = JointAttnProcessor2_0 if home == "image_proj" else AttnProcessor2_0
-    processors = {}
-    for name, processor in state.processors.items():
+    for name, processor in processors.items():
         attention = unet.get_submodule(name.removesuffix(".processor"))
-        plain: Any = getattr(attention, "_default_processor_cls", usual)  # Flux's own names it
-        processors[name] = plain() if hasattr(processor, "to_k_ip") else processor
-    unet.set_attn_processor(processors)
-    if home == "image_proj":
-        unet.image_proj = None
-        return state
+        make: Any = getattr(attention, "_default_processor_cls", usual)  # Flux's own names it
+        plain[name] = make() if hasattr(processor, "to_k_ip") else processor
+    unet.set_attn_processor(plain)
     # Kolors projects its text there, and stock moves that aside while it has an adapter
-    unet.encoder_hid_proj = text
+    setattr(unet, home, text)
     unet.config.encoder_hid_dim_type = None if text is None else "text_proj"
     if text is not None:
         unet.text_encoder_hid_proj = None
-    return state
 
+    def put_back() -> None:
+        setattr(unet, home, projection)
+        unet.config.encoder_hid_dim_type = kind
+        if text is not None:
+            unet.text_encoder_hid_proj = text
+        unet.set_attn_processor(dict(processors))
 
-def put_back(unet: Any, state: StockState) -> None:
-    """Undo `take_off`, exactly."""
-    if hasattr(unet, "image_proj"):
-        unet.image_proj = state.projection
-    else:
-        unet.encoder_hid_proj = state.projection
-        unet.config.encoder_hid_dim_type = state.kind
-    if state.text_projection is not None:
-        unet.text_encoder_hid_proj = state.text_projection
-    unet.set_attn_processor(dict(state.processors))
+    return put_back
 
 
 def shadow(pipe: Any, name: str, ours: Any) -> Callable[[], None]:
@@ -215,6 +183,7 @@ class StockCalls:
     """
 
     shadowed = (
+        "check_inputs",
         "prepare_ip_adapter_image_embeds",
         "set_ip_adapter_scale",
         "load_ip_adapter",
@@ -224,12 +193,13 @@ class StockCalls:
     def __init__(self, attachment: Any) -> None:
         self.attachment, pipe = attachment, attachment.pipe
         known = [name for name in self.shadowed if hasattr(pipe, name)]
+        self._check_inputs: Any = getattr(pipe, "check_inputs", None)
         self._undo = [shadow(pipe, name, getattr(self, name)) for name in known]
         self._undo += [_active(pipe)] if hasattr(pipe, "is_ip_adapter_active") else []
         self._denoiser: Any = denoiser_of(pipe)
         if getattr(self._denoiser, "encoder_hid_proj", None) is None:
             self._denoiser.encoder_hid_proj = _Elsewhere(len(attachment.adapters))
-        self._prompt: Any = None  # of the call that has brought its references
+        self._called: Sequence[Reference] = ()  # what the call that runs has brought
 
     @classmethod
     def of(cls, pipe: Any) -> StockCalls | None:
@@ -244,21 +214,35 @@ class StockCalls:
         if isinstance(self._denoiser.encoder_hid_proj, _Elsewhere):
             self._denoiser.encoder_hid_proj = None
 
+    def check_inputs(self, *given: Any, **named: Any) -> Any:
+        """What every call of the pipeline begins with: references of the one before are over."""
+        self._called = ()
+        self.attachment.set_call(())
+        self.attachment.hook.forget_unread()
+        return self._check_inputs(*given, **named)
+
     def prepare_ip_adapter_image_embeds(
-        self, ip_adapter_image: Any, ip_adapter_image_embeds: Any, *_: Any, **__: Any
-    ) -> list[Tensor]:
-        """Take the references of a call; the UNet gets them from our hook, so nothing is left."""
+        self,
+        ip_adapter_image: Any = None,
+        ip_adapter_image_embeds: Any = None,
+        device: Any = None,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = True,
+    ) -> list[Tensor] | Tensor:
+        """Take the references of a call. The UNet gets them from our hook, not from this list.
+
+        The list is for scripts that encode once, and bring embeddings to many calls.
+        """
         hook, count = self.attachment.hook, len(self.attachment.adapters)
+        bare = hook.prompts[0].timed  # SD 3's embeddings have no axis of images
         if ip_adapter_image_embeds is None:
             # a list has an entry for each adapter, as in stock; one image serves all of them
             many = isinstance(ip_adapter_image, list)
             given = ip_adapter_image if many else [ip_adapter_image] * count
         else:
             alone = isinstance(ip_adapter_image_embeds, Tensor)
-            given = [ip_adapter_image_embeds] if alone else ip_adapter_image_embeds
-            # SD 3's have no axis of images
-            bare = hook.prompts[0].timed
-            given = [Reference(embeds=[e[:, None] if bare else e]) for e in given]
+            each = [ip_adapter_image_embeds] if alone else ip_adapter_image_embeds
+            given = [Reference(embeds=[one[:, None] if bare else one]) for one in each]
         if len(given) != count:
             raise ArgumentError(
                 "does not fit the attached adapters",
@@ -266,17 +250,34 @@ class StockCalls:
                 expected=f"one entry for each of {count}; several images of one are a list in it",
                 found=len(given),
             )
-        # Flux asks for those of the negative prompt next, by the same call
-        against = hook.alone and self._prompt is hook.encoded[-1]
-        self._prompt = hook.encoded[-1] if hook.alone else None
-        for number, one in enumerate(given):
-            if not against:
-                self.attachment.set_reference(self._reference(one, number), adapter=number)
-            elif not _black(one):  # what stock gives where nobody gave one, and ours does anyway
-                references = self.attachment.references(number)
-                negative = self._reference(one, number)
-                self.attachment.set_reference(references, adapter=number, negative=negative)
-        return []
+        references = [self._reference(one, number) for number, one in enumerate(given)]
+        if hook.alone and self._called:  # Flux asks for those of its negative prompt next
+            black = [isinstance(one, np.ndarray) and not one.any() for one in given]
+            # which is what it gives where nobody gave one, and what ours is without
+            negatives = [None if b else one for b, one in zip(black, references, strict=True)]
+            self.attachment.set_call(self._called, negatives)
+        else:
+            self._called = references
+            self.attachment.set_call(references)
+        if ip_adapter_image_embeds is not None:
+            return ip_adapter_image_embeds
+        guided = do_classifier_free_guidance and (bare or not hook.transformer)
+        embeds = [
+            self._embeds(one, number, guided, num_images_per_prompt).to(device)
+            for number, one in enumerate(references)
+        ]
+        return embeds[0][:, 0] if bare else embeds
+
+    def _embeds(self, reference: Reference, number: int, guided: bool, items: int) -> Tensor:
+        """A reference as stock encodes it, (2 · items, count, …), the negative ones first."""
+        name, encoding = self.attachment.adapters[number].reads[0], self.attachment.encoding
+        seen = reference.embeds[0] if reference.embeds else reference.faces
+        if seen is None:
+            seen = torch.cat([encoding.image(one)[name] for one in reference.images])
+        black = name == "hidden" and not self.attachment.hook.transformer
+        none = encoding.zero_image() if black else torch.zeros_like(seen)
+        sides = [none.expand_as(seen), seen] if guided else [seen]
+        return torch.cat([side[None].expand(items, *side.shape) for side in sides])
 
     def _reference(self, given: Any, number: int) -> Reference:
         """One adapter's images or embeddings, as stock reads them."""
@@ -295,11 +296,11 @@ class StockCalls:
 
     def set_ip_adapter_scale(self, scale: Any) -> None:
         """Numbers, or dicts by block, for all adapters or one for each, as in stock."""
-        count, hook = len(self.attachment.adapters), self.attachment.hook
-        each = isinstance(scale, list)
-        if hook.transformer and each:  # there a list is one for each layer, unless it holds lists
-            each = len(scale) == count > 1 or any(isinstance(one, list) for one in scale)
-        given = scale if each else [scale]
+        count, joint = len(self.attachment.adapters), self.attachment.hook.transformer
+        given = scale if isinstance(scale, list) else [scale]
+        several = len(given) == count > 1 or any(isinstance(one, list) for one in given)
+        if joint and not several:  # a number for each layer, if it is a list
+            given = [scale]
         if len(given) not in (1, count):
             raise ArgumentError(
                 "does not fit the attached adapters",
@@ -307,30 +308,29 @@ class StockCalls:
                 expected=f"one scale for all, or one for each of {count}",
                 found=len(given),
             )
-        expanded = given if hook.transformer else self._expanded(given)
+        given = given if joint else self._by_layer(given)
         for number in range(count):
-            self.attachment.set_scale(expanded[number % len(expanded)], adapter=number)
+            self.attachment.set_scale(given[number % len(given)], adapter=number)
 
-    def _expanded(self, scales: list[Any]) -> list[Any]:
-        """Scales of a UNet, dicts by block as one number for each layer."""
+    def _by_layer(self, scales: list[Any]) -> list[Any]:
+        """Scales of a UNet, with dicts by block as a number for each layer."""
         from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
 
         unet, layers = self.attachment.pipe.unet, self.attachment.hook.layers
         try:
-            expanded = _maybe_expand_lora_scales(unet, scales, default_scale=0.0)
+            expanded: list[Any] = _maybe_expand_lora_scales(unet, scales, default_scale=0.0)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ArgumentError(
                 "names a block that this UNet does not have, or not its layers",
                 where="set_ip_adapter_scale",
                 found=error,
             ) from error
-        names = attention_layers(unet)
-        return [
-            [_of_layer(names[layer.number], one) for layer in layers]
-            if isinstance(one, dict)
-            else one
-            for one in expanded
-        ]
+        for number, one in enumerate(expanded):
+            if isinstance(one, dict):
+                names = [attention_layers(unet)[layer.number] for layer in layers]
+                begins = [[s for at, s in one.items() if name.startswith(at)] for name in names]
+                expanded[number] = [float(found[0]) if found else 0.0 for found in begins]
+        return expanded
 
     def load_ip_adapter(self, *_: Any, **__: Any) -> None:
         """Refuse: stock's processors would take the place of ours."""
@@ -384,11 +384,6 @@ def _active(pipe: Any) -> Callable[[], None]:
     return undo
 
 
-def _black(given: Any) -> bool:
-    """Whether it is what Flux's pipelines stand in for a negative image that nobody gave."""
-    return isinstance(given, np.ndarray) and not given.any()
-
-
 def _prepared(given: Any) -> bool:
     """Whether a tensor is what the image encoder reads, and not a picture in 0..1 or 0..255.
 
@@ -397,8 +392,3 @@ def _prepared(given: Any) -> bool:
     if not isinstance(given, Tensor) or given.ndim != 4 or not given.is_floating_point():
         return False
     return bool(given.min() < 0 or 1 < given.max() <= 3)
-
-
-def _of_layer(name: str, scales: Mapping[str, float]) -> float:
-    """The scale of an attention layer by stock's names of places in the UNet."""
-    return next((float(s) for place, s in scales.items() if name.startswith(place)), 0.0)
