@@ -427,8 +427,8 @@ def test_videos_are_refused_as_videos() -> None:
         ipdiverse.diversify(pipe)
 
 
-def test_transformers_are_sent_to_attach() -> None:
-    with pytest.raises(ModelError, match=r"FluxPipeline: draws with a transformer.*ipdiverse\.att"):
+def test_transformers_without_an_adapter_are_sent_to_load_ip_adapter() -> None:
+    with pytest.raises(ModelError, match=r"FluxPipeline: has no IP-Adapter.*ipdiverse\.attach"):
         ipdiverse.diversify(joint_models.pipeline("flux"))
 
 

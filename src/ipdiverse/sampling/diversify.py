@@ -11,13 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ipdiverse.adapter.attach.attach import Attachment, checked_unet, detach
+from ipdiverse.adapter.attach.attach import Attachment, checked_denoiser, detach
 from ipdiverse.adapter.attach.attach import attach as attach_adapters
-from ipdiverse.adapter.attach.stock import StockCalls, shadow, stock_adapters, take_off
+from ipdiverse.adapter.attach.stock import (
+    StockCalls,
+    projections,
+    shadow,
+    stock_adapters,
+    take_off,
+)
 from ipdiverse.adapter.files.checkpoint import load_adapter
 from ipdiverse.adapter.imagine import VariationSpace
 from ipdiverse.adapter.model import ImagePromptAdapter
 from ipdiverse.base.adapters import adapter_file
+from ipdiverse.base.pipelines import denoiser_of
 from ipdiverse.dial import OFF
 from ipdiverse.errors import ArgumentError, ModelError, check_range
 from ipdiverse.provenance import derived_seed
@@ -44,10 +51,10 @@ def attach(
     `IPAdapterMaskProcessor` act as in stock while it is attached; `detach` puts everything back.
 
     Args:
-        pipe: A Stable Diffusion pipeline of diffusers: 1.x, 2.x or XL, of any task.
-        adapters: One or several whose layers have the UNet's sizes, or what names them: a file, a
-            folder, or a hub id with the file's path behind it.
-        image_encoder: A CLIP vision model with projection; None takes the pipeline's.
+        pipe: A pipeline of diffusers, of any task: Stable Diffusion 1.x, 2.x, XL or 3.5, Flux.1.
+        adapters: One or several whose layers have the denoiser's sizes, or what names them: a
+            file, a folder, or a hub id with the file's path behind it.
+        image_encoder: A CLIP vision model with projection, or SigLIP's; None takes the pipeline's.
         image_processor: Its preprocessing; None takes the pipeline's.
 
     Raises:
@@ -150,7 +157,9 @@ class DialedAttachment(Attachment):
                 where="prompts",
                 fix="Call the pipeline that the adapter is attached to.",
             )
-        now = self.hook.encoded[-1]
+        # Flux encodes the negative prompt after the prompt; neither has reached the denoiser yet
+        new = [one for one in self.hook.encoded if one.alone and one.branch is None]
+        now = (new[-2:] or [self.hook.encoded[-1]])[0]
         if levers.recombine and not now.texts:
             warnings.warn(
                 "prompt_embeds come without their text, so scenes are drawn whether they fit it or "
@@ -187,7 +196,7 @@ def diversify(
             pipe("in the snow", ip_adapter_image=photo, num_images_per_prompt=8)
 
     Args:
-        pipe: A Stable Diffusion pipeline (1.x, 2.x, XL) with one or several adapters.
+        pipe: A pipeline of Stable Diffusion or Flux.1 with one or several adapters.
         diversity: 0..1; 0 draws what stock draws.
         space: As `DialedAttachment.set_diversity` takes it.
 
@@ -202,32 +211,25 @@ def diversify(
     if answering is not None:  # a notebook's cell that is run again
         answering.attachment.set_diversity(diversity, space=space)
         return answering.attachment
-    if hasattr(pipe, "transformer"):
-        raise ModelError(
-            "draws with a transformer, whose adapters cannot be taken over",
-            where=type(pipe).__name__,
-            fix="Call pipe.unload_ip_adapter if one is on, then ipdiverse.attach with its file.",
-        )
-    unet: Any = getattr(pipe, "unet", None)
-    loaded = stock_adapters(unet) if unet is not None else []
+    denoiser: Any = denoiser_of(pipe)
+    loaded = stock_adapters(denoiser)
     if not loaded:
-        checked_unet(pipe)  # another load_ip_adapter would not help a pipeline of another kind
+        checked_denoiser(pipe)  # another load_ip_adapter would not help a pipeline of another kind
         raise ModelError(
             "has no IP-Adapter",
             where=type(pipe).__name__,
             fix="Call pipe.load_ip_adapter first, or ipdiverse.attach with an adapter.",
         )
-    projection, processors = pipe.unet.encoder_hid_proj, pipe.unet.attn_processors
-    put_back = take_off(unet)
+    layers, processors = projections(denoiser), denoiser.attn_processors
+    put_back = take_off(denoiser)
     try:
-        checked_unet(pipe)
         attachment = attach(pipe, *[adapter for adapter, _ in loaded])
-        attachment.stock_layers = list(projection.image_projection_layers)
+        attachment.stock_layers = layers
         attachment.hook.before = dict(processors)
         attachment.on_detach(put_back)
         for number, (_, scales) in enumerate(loaded):
-            layers = attachment.hook.layers
-            attachment.set_scale([scales[layer.number] for layer in layers], adapter=number)
+            by_layer = [scales[layer.number] for layer in attachment.hook.layers]
+            attachment.set_scale(by_layer, adapter=number)
         attachment.set_diversity(diversity, space=space)
     except BaseException:
         with suppress(ModelError):  # it may not be attached yet

@@ -60,7 +60,7 @@ def fit_space(
     Args:
         folder: As `prepare` wrote it, with subjects of several pictures or with pairs.
         encoders: Of a base that the adapter fits.
-        adapter: Of kind `base` or `plus`.
+        adapter: Of any kind that reads no faces.
         preprocessing: As the cache of `embed` was made with; one that is not there is made.
         options: How; None takes the defaults.
         about: What else its file should say.
@@ -71,7 +71,9 @@ def fit_space(
     """
     check_kind(adapter)
     check_encoder(adapter, encoders.images.encoder)
-    tower = text_tower(encoders.pipe, encoders.images.encoder.config.projection_dim)
+    # SigLIP has no projection, and no base its text encoder
+    width = getattr(encoders.images.encoder.config, "projection_dim", 0)
+    tower = text_tower(encoders.pipe, width)
     reads = "both" if tower and adapter.reads == ("hidden",) else adapter.reads[0]
     pictures = EmbeddedPictures(folder, encoders, preprocessing, Stored(reads))  # type: ignore[arg-type]
     groups = _subjects(pictures.records, folder)
@@ -126,7 +128,7 @@ def _fitted(
 
 def check_kind(adapter: ImagePromptAdapter) -> None:
     """Refuse adapters whose tokens are not a picture's alone."""
-    if adapter.kind not in ("base", "plus"):
+    if adapter.kind not in ("base", "plus", "pooled", "redux", "time-resampler"):
         raise ModelError(
             "has no variation space",
             where=f"a {adapter.kind} adapter",
@@ -169,6 +171,8 @@ class _Tokens:
         self.pictures, self.adapter, self.groups = pictures, adapter, groups
         self.pairs = sum(len(group) - 1 for group in groups.values())
         self.count = len({name for files in groups.values() for name in files})
+        # an encoder says how many tokens Redux has, and the kept states of SD 3.5's adapter
+        self.width = self.of([next(iter(groups.values()))[0]]).shape[1]
 
     def subjects(self) -> Iterator[list[tuple[str, list[str], Tensor]]]:
         """Some at a time: subject, its files, and their tokens, (files, tokens · width)."""
@@ -198,8 +202,7 @@ def _principal(
     tokens: _Tokens, options: FitOptions, pairs: int
 ) -> tuple[Tensor, Tensor, Tensor, float]:
     """Mean, principal directions, the deviation along each, and the share that they explain."""
-    num, width = tokens.adapter.image_proj.num_tokens or 0, tokens.adapter.token_width
-    if num * width <= _EXACT:
+    if tokens.width <= _EXACT:
         mean, variances, vectors, whole = _exact(tokens)
     else:
         mean, variances, vectors, whole = _sampled(tokens)
@@ -213,7 +216,7 @@ def _principal(
 
 
 def _exact(tokens: _Tokens) -> tuple[Tensor, Tensor, Tensor, float]:
-    width = (tokens.adapter.image_proj.num_tokens or 0) * tokens.adapter.token_width
+    width = tokens.width
     total, squares = torch.zeros(width).double(), torch.zeros(width, width).double()
     origin, count = None, 0
     for some in tokens.subjects():

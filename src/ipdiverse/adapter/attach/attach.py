@@ -115,14 +115,18 @@ class Attachment:
             self._given.maps[1][number] = many, against
             self._encode(number)
 
-    def set_call(self, references: Sequence[Reference]) -> None:
+    def set_call(
+        self, references: Sequence[Reference], negatives: Sequence[Reference | None] = ()
+    ) -> None:
         """Prompt one call of the pipeline; for the next, `set_reference` holds again.
 
         Args:
             references: One for each adapter; none ends what an earlier call brought.
+            negatives: As many, of the unconditional branch; none is no image.
         """
-        ended = self._given.maps[0]
-        self._given.maps[0] = {number: ([one], None) for number, one in enumerate(references)}
+        ended, against = self._given.maps[0], negatives or [None] * len(references)
+        both = enumerate(zip(references, against, strict=True))
+        self._given.maps[0] = {number: ([one], none) for number, (one, none) in both}
         for number in {*ended, *self._given.maps[0]}:
             self.hook.prompts[number].references = []
             if number in self._given:
@@ -131,6 +135,9 @@ class Attachment:
 
     def _encode(self, adapter: int) -> None:
         prompt, (references, negative) = self.hook.prompts[adapter], self._given[adapter]
+        if not prompt.adapter.reads:
+            fix = "Call detach, then attach with Flux Redux' file."
+            raise ArgumentError("is read from prompt_embeds", where="reference", fix=fix)
         prompt.refresh()
         prompt.references = encode_references(
             references, negative, prompt.acting, self.encoding, self._change
@@ -314,8 +321,8 @@ def attach(
         ModelError: The model is of another kind, something is attached already, sizes differ, or
             attention is sliced or fused.
     """
-    unet, joint = _checked(pipe)
-    if _hook_of(unet) is not None:
+    unet, joint = checked_denoiser(pipe)
+    if hook_of(unet) is not None:
         raise ModelError(
             "an adapter is attached already", where="pipeline", fix="Call detach first."
         )
@@ -347,7 +354,8 @@ def attach(
     # words are for fusion alone: finding them tokenizes every prompt once more
     fuses = any(adapter.fusion is not None for adapter in adapters)
     watch_prompts(pipe, hook.encoded, hook.words if fuses else None)
-    return made(pipe, hook, encoding)
+    hook.attachment = attachment = made(pipe, hook, encoding)
+    return attachment
 
 
 def detach(pipe: Any) -> None:
@@ -357,7 +365,7 @@ def detach(pipe: Any) -> None:
         ModelError: Nothing is attached.
     """
     denoiser = denoiser_of(pipe)
-    hook = _hook_of(denoiser)
+    hook = hook_of(denoiser)
     if hook is None:
         raise ModelError("no adapter is attached", where="pipeline")
     for undo in reversed(hook.on_detach):
@@ -391,7 +399,8 @@ def inside_offloading(unet: Any) -> Iterator[None]:
         add_hook_to_module(unet, offloading)
 
 
-def _hook_of(unet: Any) -> ImagePromptHook | None:
+def hook_of(unet: Any) -> ImagePromptHook | None:
+    """What hands a denoiser its image tokens, if something is attached."""
     registry = getattr(unet, "_diffusers_hook", None)
     hook = None if registry is None else registry.get_hook(_HOOK)
     return hook if isinstance(hook, ImagePromptHook) else None
@@ -407,13 +416,36 @@ def _processors(unet: Any, slots: list[Slot]) -> dict[str, DecoupledAttention]:
     }
 
 
-def _checked(pipe: Any) -> tuple[Any, bool]:
+def checked_denoiser(pipe: Any) -> tuple[Any, bool]:
     """The denoiser of a pipeline, and whether it is a transformer."""
     joint = getattr(pipe, "unet", None) is None and hasattr(pipe, "transformer")
-    return (checked_transformer(pipe) if joint else checked_unet(pipe)), joint
+    denoiser, named = (
+        (checked_transformer(pipe), "transformer") if joint else (_checked_unet(pipe), "UNet")
+    )
+    if any(hasattr(processor, "to_k_ip") for processor in denoiser.attn_processors.values()):
+        raise ModelError(
+            "has an adapter of load_ip_adapter",
+            where="pipeline",
+            fix="ipdiverse.diversify(pipe) takes it over; or call pipe.unload_ip_adapter() first.",
+        )
+    if denoiser.device.type == "meta":
+        raise ModelError(
+            "is offloaded layer by layer",
+            where=named,
+            fix="Call enable_model_cpu_offload in place of enable_sequential_cpu_offload.",
+        )
+    check_caches(denoiser)
+    for name in attention_layers(denoiser).values():
+        attention = denoiser.get_submodule(name)
+        if getattr(attention, "fused_projections", False):
+            fix = f"Call {named.lower()}.unfuse_qkv_projections()."
+            raise ModelError("query, key and value are fused", where=name, fix=fix)
+        if not joint:
+            _check_attention(attention, name)
+    return denoiser, joint
 
 
-def checked_unet(pipe: Any) -> Any:
+def _checked_unet(pipe: Any) -> Any:
     """The UNet of a pipeline, of a kind that adapters can be attached to."""
     unet = getattr(pipe, "unet", None)
     if unet is None or not hasattr(unet, "attn_processors"):
@@ -435,31 +467,16 @@ def checked_unet(pipe: Any) -> Any:
             where=type(pipe).__name__,
             fix="Use a text-to-image, image-to-image or inpainting pipeline.",
         )
-    # load_ip_adapter sets it to ip_image_proj, and the UNet then asks for image_embeds at each call
     # an attribute: diffusers sets it without the entry of the config
     projected = getattr(unet.config, "encoder_hid_dim_type", None)
-    if projected == "ip_image_proj":
-        raise ModelError(
-            "has an adapter of load_ip_adapter",
-            where="pipeline",
-            fix="ipdiverse.diversify(pipe) takes it over; or call pipe.unload_ip_adapter() first.",
-        )
-    # Kolors' own narrows ChatGLM's text, which has nothing to do with images
-    if projected not in (None, "text_proj"):
+    # Kolors' own narrows ChatGLM's text, which has nothing to do with images; load_ip_adapter's
+    # goes with its processors
+    if projected not in (None, "text_proj", "ip_image_proj"):
         raise ModelError(
             "already projects another prompt",
             where="UNet",
             found=f"encoder_hid_dim_type {projected!r}",
         )
-    if unet.device.type == "meta":
-        raise ModelError(
-            "is offloaded layer by layer",
-            where="UNet",
-            fix="Call enable_model_cpu_offload in place of enable_sequential_cpu_offload.",
-        )
-    check_caches(unet)
-    for name in attention_layers(unet).values():
-        _check_attention(unet.get_submodule(name), name)
     return unet
 
 
@@ -469,10 +486,6 @@ def _check_attention(attention: Any, name: str) -> None:
             "attention is sliced",
             where=name,
             fix="Call pipe.disable_attention_slicing(), then attach.",
-        )
-    if getattr(attention, "fused_projections", False):
-        raise ModelError(
-            "query, key and value are fused", where=name, fix="Call unet.unfuse_qkv_projections()."
         )
     # stock processors handle these; ours would silently leave them out
     unusual = [

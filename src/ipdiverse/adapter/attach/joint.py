@@ -31,7 +31,7 @@ TEXT_LAYER = Layer(-1, "text", 0, 1)
 
 
 def with_image_tokens(
-    given: dict[str, Any], slots: Sequence[Slot], layout: Sequence[str]
+    given: dict[str, Any], slots: Sequence[Slot], layout: Sequence[str], own: int = 0
 ) -> dict[str, Any]:
     """A call of Flux with image tokens behind its text.
 
@@ -42,7 +42,11 @@ def with_image_tokens(
         given: The call's arguments by name.
         slots: Of adapters that are Redux.
         layout: The branches of its rows; only those with an image see the tokens.
+        own: How many tokens at the text's end are image tokens as they came, to be replaced.
     """
+    if own:
+        text, ids = given["encoder_hidden_states"][:, :-own], given["txt_ids"][..., :-own, :]
+        given = given | {"encoder_hidden_states": text, "txt_ids": ids}
     text, parts, weights = given["encoder_hidden_states"], [], []
     for slot in slots:
         scale = _by_row(slot.scales.get(TEXT_LAYER.number, 1.0), layout, text)
@@ -212,10 +216,11 @@ def _sd3_key_value(
 
 def is_transformer(denoiser: Any) -> bool:
     """Whether it is one of those that image prompts know."""
-    return bool(_styles(denoiser))
+    return bool(styles_of(denoiser))
 
 
-def _styles(denoiser: Any) -> tuple[str, ...]:
+def styles_of(denoiser: Any) -> tuple[str, ...]:
+    """The kinds of adapters (`model.Joint`) that fit its architecture; none for a UNet."""
     inner = getattr(denoiser, "_orig_mod", denoiser)
     names = [kind.__name__ for kind in type(inner).__mro__]
     return next((_STYLES[name] for name in names if name in _STYLES), ())
@@ -231,28 +236,12 @@ def checked_transformer(pipe: Any) -> Any:
             expected="a pipeline of Stable Diffusion 1.x, 2.x, XL or 3.x, or of Flux.1",
             found=type(model).__name__,
         )
-    if any("IPAdapter" in type(one).__name__ for one in model.attn_processors.values()):
-        raise ModelError(
-            "has an adapter of load_ip_adapter",
-            where="pipeline",
-            fix="Load the pipeline again without it, and attach the adapter's file.",
-        )
-    if model.device.type == "meta":
-        raise ModelError(
-            "is offloaded layer by layer",
-            where="transformer",
-            fix="Call enable_model_cpu_offload in place of enable_sequential_cpu_offload.",
-        )
-    for name in attention_layers(model).values():
-        if getattr(model.get_submodule(name), "fused_projections", False):
-            fix = "Call transformer.unfuse_qkv_projections()."
-            raise ModelError("query, key and value are fused", where=name, fix=fix)
     return model
 
 
 def check_fits(adapter: ImagePromptAdapter, model: Any) -> None:
     """Refuse an adapter for another architecture, or with layers of other sizes."""
-    known, style = _styles(model), None if adapter.joint is None else adapter.joint.style
+    known, style = styles_of(model), None if adapter.joint is None else adapter.joint.style
     if style not in known:
         raise ModelError(
             "does not fit this transformer",

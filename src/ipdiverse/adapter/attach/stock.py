@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,10 +17,11 @@ from ipdiverse.adapter.attach.attach import detach
 from ipdiverse.adapter.files.checkpoint import adapter_from_tensors
 from ipdiverse.adapter.model import attention_layers
 from ipdiverse.adapter.reference import Reference, as_reference
+from ipdiverse.base.pipelines import denoiser_of
 from ipdiverse.errors import ArgumentError, ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from ipdiverse.adapter.model import ImagePromptAdapter
 
@@ -33,40 +35,60 @@ _RENAMED = {
     "IPAdapterFaceIDImageProjection": {"ff.net.0.proj.": "proj.0.", "ff.net.2.": "proj.2."},
     "IPAdapterPlusImageProjection": {},
     "IPAdapterFaceIDPlusImageProjection": {"proj.net.0.proj.": "proj.0.", "proj.net.2.": "proj.2."},
+    "IPAdapterTimeImageProjection": {},
 }
 """Stock's projections, and how their keys begin in published files."""
 _BLOCK = {
     "ln0.": "0.norm1.",
     "ln1.": "0.norm2.",
     "attn.to_q.": "0.to_q.",
+    "attn.to_kv.": "0.to_kv.",
     "attn.to_out.0.": "0.to_out.",
+    "adaln_norm.": "1.0.",
+    "adaln_proj.": "2.1.",
     "ff.0.": "1.0.",
     "ff.1.net.0.proj.": "1.1.",
     "ff.1.net.2.": "1.3.",
+    "ff.net.0.proj.": "1.1.",
+    "ff.net.2.": "1.3.",
 }
 """The same within one layer of a resampler; `attn.to_k` and `attn.to_v` are one matrix there."""
 
 
-def stock_adapters(unet: Any) -> list[tuple[ImagePromptAdapter, dict[int, float]]]:
-    """What `load_ip_adapter` has loaded into a UNet, in its order, with scales by layer number.
+def projections(denoiser: Any) -> Sequence[Any]:
+    """Of each adapter that stock has loaded; SD 3 has one at most, whose projection is alone."""
+    home = getattr(denoiser, _home(denoiser), None)
+    several = getattr(home, "image_projection_layers", None)
+    return list(several or ([home] if type(home).__name__ in _RENAMED else []))
+
+
+def _home(denoiser: Any) -> str:
+    """Where stock keeps them."""
+    return "image_proj" if getattr(denoiser, "image_proj", None) else "encoder_hid_proj"
+
+
+def stock_adapters(denoiser: Any) -> list[tuple[ImagePromptAdapter, dict[int, float]]]:
+    """What `load_ip_adapter` has loaded, in its order, with scales by layer number.
 
     The adapters share memory with the pipeline's.
     """
-    layers = getattr(unet.encoder_hid_proj, "image_projection_layers", None)
-    if layers is None:
-        return []
+    layers, found = projections(denoiser), []
     # the resampler's own attention counts in diffusers' list, and in Kolors comes first
-    own = (p for n, p in unet.attn_processors.items() if not n.startswith("encoder_hid_proj."))
-    processors = dict(enumerate(own))
-    branched = {n: p for n, p in processors.items() if hasattr(p, "to_k_ip")}
-    found = []
+    processors = denoiser.attn_processors.items() if layers else ()
+    own = enumerate(p for name, p in processors if not name.startswith("encoder_hid_proj."))
+    branched = {number: p for number, p in own if hasattr(p, "to_k_ip")}
     for index, layer in enumerate(layers):
         tensors = {f"image_proj.{name}": one for name, one in _published(layer).items()}
+        scales, mine = dict[int, float](), f".{index}."
         for number, processor in branched.items():
-            for part in ("to_k_ip", "to_v_ip"):
-                name = f"ip_adapter.{number}.{part}.weight"
-                tensors[name] = getattr(processor, part)[index].weight
-        scales = {number: processor.scale[index] for number, processor in branched.items()}
+            # SD 3's has one adapter and one scale, the others a list of each
+            several = isinstance(processor.scale, list)
+            scales[number] = processor.scale[index] if several else processor.scale
+            tensors |= {
+                f"ip_adapter.{number}.{name.replace(mine, '.')}": tensor
+                for name, tensor in processor.state_dict().items()
+                if mine in name or not several
+            }
         # FaceID's low-rank changes are LoRAs of the UNet by now, and stay there
         version_2 = bool(getattr(layer, "shortcut", False))
         name = "IP-Adapter of the pipeline"
@@ -106,24 +128,30 @@ def _begun_otherwise(name: str, renamed: Mapping[str, str]) -> str:
 
 
 def take_off(unet: Any) -> Callable[[], None]:
-    """Take stock's adapters off a UNet, as `unload_ip_adapter` does; what is returned undoes it.
+    """Take stock's adapters off, as `unload_ip_adapter` does; what is returned undoes it.
 
     The image encoder stays: it is what reads the references.
     """
-    from diffusers.models.attention_processor import AttnProcessor2_0
+    from diffusers.models.attention_processor import AttnProcessor2_0, JointAttnProcessor2_0
 
-    text, processors = getattr(unet, "text_encoder_hid_proj", None), dict(unet.attn_processors)
-    projection, kind = unet.encoder_hid_proj, getattr(unet.config, "encoder_hid_dim_type", None)
-    plain = {n: AttnProcessor2_0() if hasattr(p, "to_k_ip") else p for n, p in processors.items()}
+    home, processors, plain = _home(unet), dict(unet.attn_processors), dict[str, Any]()
+    text, projection = getattr(unet, "text_encoder_hid_proj", None), getattr(unet, home)
+    kind = getattr(unet.config, "encoder_hid_dim_type", None)
+    usual = JointAttnProcessor2_0 if home == "image_proj" else AttnProcessor2_0
+    for name, processor in processors.items():
+        attention = unet.get_submodule(name.removesuffix(".processor"))
+        make: Any = getattr(attention, "_default_processor_cls", usual)  # Flux's own names it
+        plain[name] = make() if hasattr(processor, "to_k_ip") else processor
     unet.set_attn_processor(plain)
     # Kolors projects its text there, and stock moves that aside while it has an adapter
-    unet.encoder_hid_proj = text
+    setattr(unet, home, text)
     unet.config.encoder_hid_dim_type = None if text is None else "text_proj"
     if text is not None:
         unet.text_encoder_hid_proj = None
 
     def put_back() -> None:
-        unet.encoder_hid_proj, unet.config.encoder_hid_dim_type = projection, kind
+        setattr(unet, home, projection)
+        unet.config.encoder_hid_dim_type = kind
         if text is not None:
             unet.text_encoder_hid_proj = text
         unet.set_attn_processor(dict(processors))
@@ -167,9 +195,11 @@ class StockCalls:
         known = [name for name in self.shadowed if hasattr(pipe, name)]
         self._check_inputs: Any = getattr(pipe, "check_inputs", None)
         self._undo = [shadow(pipe, name, getattr(self, name)) for name in known]
-        unet = getattr(pipe, "unet", None)  # a transformer has no such place
-        if unet is not None and unet.encoder_hid_proj is None:
-            unet.encoder_hid_proj = _Elsewhere()
+        self._undo += [_active(pipe)] if hasattr(pipe, "is_ip_adapter_active") else []
+        self._denoiser: Any = denoiser_of(pipe)
+        if getattr(self._denoiser, "encoder_hid_proj", None) is None:
+            self._denoiser.encoder_hid_proj = _Elsewhere(len(attachment.adapters))
+        self._called: Sequence[Reference] = ()  # what the call that runs has brought
 
     @classmethod
     def of(cls, pipe: Any) -> StockCalls | None:
@@ -181,13 +211,14 @@ class StockCalls:
         """Give the pipeline its own methods back."""
         for undo in self._undo:
             undo()
-        unet = getattr(self.attachment.pipe, "unet", None)
-        if unet is not None and isinstance(unet.encoder_hid_proj, _Elsewhere):
-            unet.encoder_hid_proj = None
+        if isinstance(self._denoiser.encoder_hid_proj, _Elsewhere):
+            self._denoiser.encoder_hid_proj = None
 
     def check_inputs(self, *given: Any, **named: Any) -> Any:
         """What every call of the pipeline begins with: references of the one before are over."""
+        self._called = ()
         self.attachment.set_call(())
+        self.attachment.hook.forget_unread()
         return self._check_inputs(*given, **named)
 
     def prepare_ip_adapter_image_embeds(
@@ -197,25 +228,21 @@ class StockCalls:
         device: Any = None,
         num_images_per_prompt: int = 1,
         do_classifier_free_guidance: bool = True,
-    ) -> list[Tensor]:
+    ) -> list[Tensor] | Tensor:
         """Take the references of a call. The UNet gets them from our hook, not from this list.
 
         The list is for scripts that encode once, and bring embeddings to many calls.
         """
-        if self.attachment.hook.transformer:
-            # Flux asks for the negative ones by the same call, SD 3 only where stock has loaded one
-            raise ArgumentError(
-                "is not taken from a call of this pipeline",
-                where="ip_adapter_image",
-                fix="Call set_reference on what attach returned.",
-            )
-        count = len(self.attachment.adapters)
+        hook, count = self.attachment.hook, len(self.attachment.adapters)
+        bare = hook.prompts[0].timed  # SD 3's embeddings have no axis of images
         if ip_adapter_image_embeds is None:
             # a list has an entry for each adapter, as in stock; one image serves all of them
             many = isinstance(ip_adapter_image, list)
             given = ip_adapter_image if many else [ip_adapter_image] * count
         else:
-            given = [Reference(embeds=[one]) for one in ip_adapter_image_embeds]
+            alone = isinstance(ip_adapter_image_embeds, Tensor)
+            each = [ip_adapter_image_embeds] if alone else ip_adapter_image_embeds
+            given = [Reference(embeds=[one[:, None] if bare else one]) for one in each]
         if len(given) != count:
             raise ArgumentError(
                 "does not fit the attached adapters",
@@ -224,14 +251,22 @@ class StockCalls:
                 found=len(given),
             )
         references = [self._reference(one, number) for number, one in enumerate(given)]
-        self.attachment.set_call(references)
+        if hook.alone and self._called:  # Flux asks for those of its negative prompt next
+            black = [isinstance(one, np.ndarray) and not one.any() for one in given]
+            # which is what it gives where nobody gave one, and what ours is without
+            negatives = [None if b else one for b, one in zip(black, references, strict=True)]
+            self.attachment.set_call(self._called, negatives)
+        else:
+            self._called = references
+            self.attachment.set_call(references)
         if ip_adapter_image_embeds is not None:
-            return list(ip_adapter_image_embeds)
-        guided = do_classifier_free_guidance
-        return [
+            return ip_adapter_image_embeds
+        guided = do_classifier_free_guidance and (bare or not hook.transformer)
+        embeds = [
             self._embeds(one, number, guided, num_images_per_prompt).to(device)
             for number, one in enumerate(references)
         ]
+        return embeds[0][:, 0] if bare else embeds
 
     def _embeds(self, reference: Reference, number: int, guided: bool, items: int) -> Tensor:
         """A reference as stock encodes it, (2 · items, count, …), the negative ones first."""
@@ -239,7 +274,8 @@ class StockCalls:
         seen = reference.embeds[0] if reference.embeds else reference.faces
         if seen is None:
             seen = torch.cat([encoding.image(one)[name] for one in reference.images])
-        none = encoding.zero_image() if name == "hidden" else torch.zeros_like(seen)
+        black = name == "hidden" and not self.attachment.hook.transformer
+        none = encoding.zero_image() if black else torch.zeros_like(seen)
         sides = [none.expand_as(seen), seen] if guided else [seen]
         return torch.cat([side[None].expand(items, *side.shape) for side in sides])
 
@@ -320,8 +356,12 @@ class StockCalls:
 class _Elsewhere(torch.nn.Module):
     """Stands where stock looks for its projections, so that it says what is the matter.
 
-    The pipeline that ours is attached to never looks; another that shares its UNet does.
+    The pipeline that ours is attached to only counts; another that shares its UNet looks.
     """
+
+    def __init__(self, num_ip_adapters: int) -> None:
+        super().__init__()
+        self.num_ip_adapters = num_ip_adapters
 
     @property
     def image_projection_layers(self) -> None:
@@ -330,6 +370,18 @@ class _Elsewhere(torch.nn.Module):
             where="ip_adapter_image",
             fix="Call that pipeline, or ipdiverse.detach(it) first.",
         )
+
+
+def _active(pipe: Any) -> Callable[[], None]:
+    """Let SD 3's pipeline take an image, which it ignores unless stock's processors are on."""
+    kind = type(pipe)
+    own = {"is_ip_adapter_active": True, "__module__": kind.__module__}
+    pipe.__class__ = type(kind.__name__, (kind,), own)  # a property: no attribute can hide it
+
+    def undo() -> None:
+        pipe.__class__ = kind
+
+    return undo
 
 
 def _prepared(given: Any) -> bool:
