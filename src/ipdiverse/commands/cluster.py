@@ -33,12 +33,15 @@ class Spread:
         ray_workers: Processes on the cluster, each with a model of its own; 0 is one for each GPU,
             or for each CPU core where there is none.
         ray_gpus: GPUs of each process; None takes one where the cluster has any.
+        ray_install: What pip installs on the workers first, such as `ipdiverse[ray]` or the address
+            of a wheel. Without it they have ipdiverse already.
     """
 
     part: str = ""
     ray: str = ""
     ray_workers: int = 0
     ray_gpus: float | None = None
+    ray_install: str = ""
 
     def chosen(self) -> Part:
         """The part of this process."""
@@ -104,6 +107,7 @@ def merge(folder: Path) -> str:
     home = next((one for one in (folder, folder / "embedded") if part_folders(one)), folder)
     about = finished(home)
     merges = {"batch": _batch, "prepare": _prepared, "embed": _embedded, "evaluate": _measured}
+    merges["fit"] = _fitted
     if about.get("kind") not in merges:
         raise DataError("holds parts of an unknown command", where=home, found=about.get("kind"))
     return merges[about["kind"]](folder, about)
@@ -112,7 +116,17 @@ def merge(folder: Path) -> str:
 def _batch(folder: Path, about: Mapping[str, Any]) -> str:
     from ipdiverse.sampling.batch import merge_batch
 
-    return f"merged {merge_batch(folder, about['rows'])} images of {about['rows']} jobs in {folder}"
+    rows, parquet = about["rows"], about.get("parquet", False)
+    if parquet:
+        check_parquet()
+    return f"merged {merge_batch(folder, rows, parquet=parquet)} images of {rows} jobs in {folder}"
+
+
+def check_parquet() -> None:
+    """Refuse `--parquet` before anything is drawn, where its library is missing."""
+    if find_spec("pyarrow") is None:
+        fix = "Run `pip install pyarrow`, or leave it out: results.jsonl says the same."
+        raise ArgumentError("needs pyarrow, which is not installed", where="--parquet", fix=fix)
 
 
 def _prepared(folder: Path, about: Mapping[str, Any]) -> str:
@@ -127,6 +141,18 @@ def _embedded(folder: Path, about: Mapping[str, Any]) -> str:
     from ipdiverse.training.embed import merge_embedded
 
     merge_embedded(folder, about)
+    return f"merged the cache in {folder / 'embedded'}"
+
+
+def _fitted(folder: Path, about: Mapping[str, Any]) -> str:
+    from ipdiverse.commands.evaluate import Fit
+    from ipdiverse.training.config import CacheConfig, FitOptions
+    from ipdiverse.training.embed import merge_embedded
+
+    merge_embedded(folder, about)
+    asked = about["fit"]
+    cache, fit = CacheConfig(**asked["cache"]), FitOptions(**asked["fit"])
+    Fit(**{**asked, "folder": str(folder), "cache": cache, "fit": fit}).summed_up()
     return f"merged the cache in {folder / 'embedded'}"
 
 
@@ -186,7 +212,8 @@ def _on_ray(command: Parted) -> None:
     check_range("ray_gpus", spread.ray_gpus or 0, 0, 64)
     if not ray.is_initialized():
         try:
-            ray.init(address=spread.ray, log_to_driver=False)
+            workers_have = {"pip": [spread.ray_install]} if spread.ray_install else None
+            ray.init(address=spread.ray, log_to_driver=False, runtime_env=workers_have)
         except (ConnectionError, ValueError, RuntimeError) as error:
             fix = "Start one with `ray start --head`, or use --ray local."
             raise ArgumentError("is no cluster", where=spread.ray, found=error, fix=fix) from error

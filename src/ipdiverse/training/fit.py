@@ -8,6 +8,7 @@ and the bank is kept, so memory does not grow with the number of pictures.
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from itertools import chain
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from ipdiverse.adapter.model import check_encoder
 from ipdiverse.errors import DataError, ModelError
 from ipdiverse.provenance import derived_seed
 from ipdiverse.training.config import FitOptions
-from ipdiverse.training.embed import EmbeddedPictures, Stored
+from ipdiverse.training.embed import EmbeddedPictures, Stored, embed
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from ipdiverse.adapter.model import ImagePromptAdapter
     from ipdiverse.data.manifest import Record
+    from ipdiverse.parts import Part
     from ipdiverse.training.embed import TrainingData
     from ipdiverse.training.frozen import FrozenEncoders, Preprocessing
 
@@ -69,11 +71,8 @@ def fit_space(
         DataError: There are too few subjects with several pictures.
         ModelError: The adapter is of another kind, or does not fit the image encoder.
     """
-    check_kind(adapter)
-    check_encoder(adapter, encoders.images.encoder)
-    tower = text_tower(encoders.pipe, encoders.images.encoder.config.projection_dim)
-    reads = "both" if tower and adapter.reads == ("hidden",) else adapter.reads[0]
-    pictures = EmbeddedPictures(folder, encoders, preprocessing, Stored(reads))  # type: ignore[arg-type]
+    tower, stored = _reads(encoders, adapter)
+    pictures = EmbeddedPictures(folder, encoders, preprocessing, stored)
     groups = _subjects(pictures.records, folder)
     tokens = _Tokens(pictures, adapter, groups)
     options = options or FitOptions()
@@ -98,6 +97,37 @@ def fit_space(
         **about,
     }
     return VariationSpace(mean, directions, deviations, scene, bank, keys[1], keys[2], spec)
+
+
+def embed_part(
+    folder: Path,
+    encoders: FrozenEncoders,
+    adapter: ImagePromptAdapter,
+    preprocessing: Preprocessing,
+    part: Part,
+    about: Mapping[str, Any],
+) -> None:
+    """Embed a part of the pictures that `fit_space` reads; takes and raises what that does.
+
+    The sums are not split: those of another order differ in their last digits. They cost little,
+    as of each picture only the projection of its embeddings is computed for them.
+
+    Args:
+        about: What `merge` needs to know of the fit.
+    """
+    stored = replace(_reads(encoders, adapter)[1], rows=("pictures",))
+    embed(folder, encoders, preprocessing, stored, part, about)
+
+
+def _reads(
+    encoders: FrozenEncoders, adapter: ImagePromptAdapter
+) -> tuple[tuple[Any, Any] | None, Stored]:
+    """The text tower that goes with the image encoder, and which embeddings are needed."""
+    check_kind(adapter)
+    check_encoder(adapter, encoders.images.encoder)
+    tower = text_tower(encoders.pipe, encoders.images.encoder.config.projection_dim)
+    both = tower and adapter.reads == ("hidden",)
+    return tower, Stored("both" if both else adapter.reads[0])  # type: ignore[arg-type]
 
 
 def fit_directions(
