@@ -270,8 +270,10 @@ def merge_batch(out: Path, rows: int, *, parquet: bool = False) -> int:
                 continue
             jobs.keep(number, position, True, text)
             if number != at:
-                at, request = number, Request.of(_current(line["request"]))
-                images = request.n * len(request.prompt)
+                at, request = number, _current(line["request"])
+                prompts = request.get("prompt", "")
+                several = len(prompts) if isinstance(prompts, list) else 1
+                images = request.get("n", Request.n) * max(1, several)
                 jobs.db.execute("replace into jobs values (?, '', '', ?)", (number, images))
         lost = [number for number, *_ in jobs.db.execute(_WAITING)]
         if lost:
