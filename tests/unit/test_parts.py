@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 import tracemalloc
 from contextlib import contextmanager
 from pathlib import Path
@@ -258,9 +259,7 @@ def test_another_job_file_is_refused_even_by_a_part_that_shares_nothing(painter:
     file = Path("jobs.jsonl")
     before = file.read_text()
     file.write_text(before.replace('"row ', '"another '))
-    with pytest.raises(
-        ArgumentError, match=r"jobs\.sha256: holds results of other jobs"
-    ):
+    with pytest.raises(ArgumentError, match=r"jobs\.sha256: holds results of other jobs"):
         draw(Part(2, 3))
     assert not Path("out", PARTS, "2-of-3").exists()
     lines = before.splitlines()
@@ -388,6 +387,71 @@ def test_preparing_goes_on_with_another_number_of_parts(
     merge(Path("out"))
     assert len(decoded) == 31 + 1, "one line was lost"
     assert tree(Path("out")) == tree(Path("alone"))
+
+
+@pytest.fixture
+def stored(pictures: str) -> Iterator[str]:
+    """The same pictures in an object store, with a list and an archive beside them."""
+    import fsspec
+
+    store = fsspec.filesystem("memory")
+    store.put(f"{pictures}/", "/bucket/pictures", recursive=True)
+    rows = [{"file_name": f"pictures/subject 0/{n}.png", "text": f"picture {n}"} for n in (0, 3)]
+    store.pipe("/bucket/list.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+    with tarfile.open("some.tar", "w") as archive:
+        archive.add("in/subject 1/4.png", "4.png")
+    store.put("some.tar", "/bucket/some.tar")
+    yield "memory://bucket"
+    store.rm("/bucket", recursive=True)
+
+
+def test_a_source_in_an_object_store_is_as_one_on_a_disk(pictures: str, stored: str) -> None:
+    prepare(pictures, Path("alone"), PrepareOptions())
+    for part in all_parts(3):
+        prepare(f"{stored}/pictures", Path("out"), PrepareOptions(), part)
+    merge(Path("out"))
+    prepare(f"{stored}/pictures", Path("again"), PrepareOptions())
+    assert tree(Path("out")) == tree(Path("again"))
+    made, wanted = tree(Path("out")), tree(Path("alone"))
+    images = {name for name in wanted if name.startswith("images")}
+    assert len(images) > 20
+    for name in (*images, "metadata.jsonl", "quarantine.jsonl"):
+        assert made[name] == wanted[name]
+    assert str(Path.cwd()) not in made["report.json"].decode()
+
+
+def test_lists_and_archives_are_read_where_they_are_stored(stored: str) -> None:
+    assert prepare(f"{stored}/list.jsonl", Path("listed"), PrepareOptions())["kind"] == "metadata"
+    texts = [json.loads(x)["text"] for x in Path("listed/metadata.jsonl").read_text().splitlines()]
+    assert texts == ["picture 0", "picture 3"]
+    assert prepare(f"{stored}/some.tar", Path("packed"), PrepareOptions())["kind"] == "webdataset"
+    assert len(list(Path("packed/images").rglob("*.png"))) == 1
+
+
+def test_what_is_not_in_a_store_is_said_in_a_line(stored: str) -> None:
+    with pytest.raises(DataError, match="does not exist"):
+        prepare(f"{stored}/nothing", Path("out"), PrepareOptions())
+    with pytest.raises(DataError, match="no-such://a/b: cannot be opened"):
+        prepare("no-such://a/b", Path("out"), PrepareOptions())
+
+
+def test_what_was_merged_is_copied_to_a_store(pictures: str, stored: str) -> None:
+    import fsspec
+
+    store = fsspec.filesystem("memory")
+    for part in all_parts(2):
+        prepare(pictures, Path("out"), PrepareOptions(), part)
+    words = ["merge", "out", "--to", f"{stored}/data"]
+    assert main(words) == 0
+    wanted = tree(Path("out"))
+    there = lambda: {n.removeprefix("/bucket/data/") for n in store.find("/bucket/data")}  # noqa: E731
+    assert there() == wanted.keys()
+    assert all(store.cat(f"/bucket/data/{name}") == held for name, held in wanted.items())
+    lost = next(name for name in wanted if name.startswith("images"))
+    store.rm(f"/bucket/data/{lost}")
+    assert main(words) == 0, "no parts are left, and what is missing is copied"
+    assert there() == wanted.keys()
+    assert main(["merge", "out", "--to", "somewhere"]) == 2
 
 
 def test_parts_of_another_source_are_refused(pictures: str) -> None:

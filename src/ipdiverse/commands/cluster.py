@@ -14,6 +14,7 @@ import tyro
 from ipdiverse.commands.console import note, say
 from ipdiverse.errors import ArgumentError, DataError, IpdiverseError, check_range
 from ipdiverse.parts import Part, finished, part_folders
+from ipdiverse.writing import LOCK, writing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -93,13 +94,40 @@ class Merge:
 
     Args:
         folder: The folder that the parts wrote into.
+        to: Then copy the folder to this address, such as `s3://bucket/out`; one without parts too.
     """
 
     folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    to: str = ""
 
     def run(self) -> None:
         """Merge and say what there is."""
-        say(merge(Path(self.folder)))
+        home = Path(self.folder)
+        if not self.to or any(map(part_folders, (home, home / "embedded"))):
+            say(merge(home))
+        if self.to:
+            say(f"copied {copied(home, self.to)} files to {self.to}")
+
+
+def copied(folder: Path, to: str) -> int:
+    """Copy a finished folder to an object store; the number of files that were not there yet."""
+    from ipdiverse.data.files import remote
+
+    there, count = remote(Path(to)), 0
+    if there is None:
+        raise ArgumentError("is no address", where="--to", expected="s3://bucket/out", found=to)
+    files = [file for file in folder.rglob("*") if file.is_file() and file.name != LOCK]
+    if not files:
+        raise DataError("holds no files", where=folder)
+    # the records come last: what they name is there
+    for file in sorted(files, key=lambda one: (-len(one.parts), one)):
+        name = f"{there[1]}/{file.relative_to(folder).as_posix()}"
+        with writing(name):
+            stored = file.parent != folder and there[0].exists(name)
+            if not stored or there[0].size(name) != file.stat().st_size:
+                there[0].put_file(str(file), name)
+                count += 1
+    return count
 
 
 def merge(folder: Path) -> str:
@@ -125,7 +153,7 @@ def _batch(folder: Path, about: Mapping[str, Any]) -> str:
 def check_parquet() -> None:
     """Refuse `--parquet` before anything is drawn, where its library is missing."""
     if find_spec("pyarrow") is None:
-        fix = "Run `pip install pyarrow`, or leave it out: results.jsonl says the same."
+        fix = "Run `pip install 'ipdiverse[parquet]'`, or leave it out."
         raise ArgumentError("needs pyarrow, which is not installed", where="--parquet", fix=fix)
 
 
