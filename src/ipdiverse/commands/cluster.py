@@ -191,15 +191,10 @@ def _measured(folder: Path, about: Mapping[str, Any]) -> str:
 
     file = about["config"]
     study = quick_study() if file is None else read_study(Path(file))
-    if study_words(study) != about["study"]:
+    if repr(study) != about["study"]:
         fix = "Run the parts again, or give the file its old content."
         raise DataError("has changed since its images were drawn", where=file, fix=fix)
     return f"open {write_report(study, Runner(study, folder).run(), folder)}"
-
-
-def study_words(study: object) -> str:
-    """Everything of a study as text, to compare."""
-    return repr(study)
 
 
 class _Worker:

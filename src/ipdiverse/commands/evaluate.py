@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from ipdiverse.base.bases import CRITTERS
-from ipdiverse.commands.cluster import Spread, in_parts, study_words
+from ipdiverse.commands.cluster import Spread, in_parts
 from ipdiverse.commands.console import (
     agree_to_encoders,
     agree_to_study,
@@ -84,7 +84,7 @@ class Evaluate:
 
         study = self._read()
         config = None if self.config is None else str(Path(self.config).absolute())
-        about = {"kind": "evaluate", "config": config, "study": study_words(study)}
+        about = {"kind": "evaluate", "config": config, "study": repr(study)}
         runner = Runner(study, self.home)
         return lambda part: runner.draw(part, about)
 

@@ -368,34 +368,29 @@ def _bank(
     captions = tuple(texts[name] for name in names)
     told = [i for i, caption in enumerate(captions) if caption]
     some = told[:: max(1, len(told) // _PROMPTS)]
+
+    def found_by(keys: Tensor, means: Tensor, directions: Tensor, tower: Any) -> SceneBank:
+        """The bank, with the similarities of halves of captions, as users write less."""
+        short = [half for i in some for half in _halves(captions[i])]
+        asked = text_embeds(encoders.pipe, tower, short)
+        similar = normalize((asked - means[0]) @ directions, dim=-1) @ keys.T
+        return SceneBank(scenes, keys, captions, _near(similar, some))
+
     if tower is not None and some:
         images = torch.stack([pictures[name]["pooled"] for name in names])
         prompts = text_embeds(encoders.pipe, tower, [captions[i] for i in some])
         keys, means, directions = _keys(images, prompts)
-        queries = normalize((prompts - means[0]) @ directions, dim=-1)
-        similar = queries @ keys.T
+        similar = normalize((prompts - means[0]) @ directions, dim=-1) @ keys.T
         own = similar[range(len(some)), some]
         if float((similar < own[:, None]).float().mean()) > _FOUND:
-            short = [half for i in some for half in _halves(captions[i])]
-            asked = text_embeds(encoders.pipe, tower, short)
-            queries = normalize((asked - means[0]) @ directions, dim=-1)
-            bank = SceneBank(scenes, keys, captions, _near(queries @ keys.T, some))
-            return bank, ("image", means, directions)
-    width = encoders.pipe.text_encoder.config.hidden_size
+            return found_by(keys, means, directions, tower), ("image", means, directions)
     if len(told) < len(captions):  # a key for a part of them would leave the others out for good
-        keys, means, directions = (
-            torch.zeros(len(names), 0),
-            torch.zeros(2, width),
-            torch.zeros(width, 0),
-        )
-        return SceneBank(scenes, keys, captions), ("caption", means, directions)
+        width = encoders.pipe.text_encoder.config.hidden_size
+        none = torch.zeros(2, width), torch.zeros(width, 0)
+        return SceneBank(scenes, torch.zeros(len(names), 0), captions), ("caption", *none)
     embeds = text_embeds(encoders.pipe, None, captions)
     keys, means, directions = _keys(embeds, embeds)
-    short = [half for i in some for half in _halves(captions[i])]
-    asked = text_embeds(encoders.pipe, None, short)
-    queries = normalize((asked - means[0]) @ directions, dim=-1)
-    bank = SceneBank(scenes, keys, captions, _near(queries @ keys.T, some))
-    return bank, ("caption", means, directions)
+    return found_by(keys, means, directions, None), ("caption", means, directions)
 
 
 def _keys(pictures: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -408,7 +403,7 @@ def _keys(pictures: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _halves(caption: str) -> list[str]:
-    """Held-out prompts: users write less than a caption says."""
+    """Held-out prompts."""
     words = caption.split()
     return [" ".join(words[: len(words) // 2 or 1]), " ".join(words[len(words) // 2 :])]
 
