@@ -272,7 +272,7 @@ class Fit:
         """Open encoders and adapter, and embed any part of the pictures."""
         from ipdiverse.training.fit import embed_part
 
-        _, *read = self._open()
+        _, read = self._open()
         asked = asdict(replace(self, out=str(Path(self.out).absolute())))
         about = {"kind": "fit", "fit": {k: v for k, v in asked.items() if k != "spread"}}
         return lambda part: embed_part(self.home, *read, part, about)
@@ -287,7 +287,7 @@ class Fit:
         from ipdiverse.adapter.imagine import as_text, save_space
         from ipdiverse.training.fit import fit_space
 
-        named, *read = self._open()
+        named, read = self._open()
         about = {"base": self.cache.base, "adapter": named}
         space = fit_space(self.home, *read, self.fit, about)
         save_space(space, Path(self.out))
@@ -298,7 +298,7 @@ class Fit:
         if space.spec["pairs"] < _FEW:
             note(f"fitted on {space.spec['pairs']} pairs; from {_FEW} on more of a subject is kept")
 
-    def _open(self) -> tuple[str, FrozenEncoders, ImagePromptAdapter, Preprocessing]:
+    def _open(self) -> tuple[str, tuple[FrozenEncoders, ImagePromptAdapter, Preprocessing]]:
         """The adapter's name, the encoders, the adapter, and how pictures are shown to them."""
         from ipdiverse.adapter.files.checkpoint import load_adapter
         from ipdiverse.base.adapters import adapter_file, default_adapter
@@ -315,7 +315,7 @@ class Fit:
         adapter = load_adapter(file)
         check_kind(adapter)
         encoders = open_encoders(base, encoder, local_files_only=self.local_files_only, unet=False)
-        return named, encoders, adapter, Preprocessing.of(self.cache, encoders.resolution)
+        return named, (encoders, adapter, Preprocessing.of(self.cache, encoders.resolution))
 
 
 def read_fit(file: Path) -> dict[str, Any]:
