@@ -56,7 +56,7 @@ def main() -> None:
     if "workers" in asked.cells:
         found["workers"] = workers()
     if "model" in asked.cells:
-        found["model"] = model(found["workers"]["images_a_second"]["1"], found["driver"]["rows"])
+        found["model"] = model(found["driver"]["rows"])
     TARGET.write_text(json.dumps(found, indent=2) + "\n")
 
 
@@ -153,14 +153,14 @@ def _all_landed(rows: int) -> None:
             record.write(json.dumps(_line(row, 0, f"row {row}", stated)) + "\n")
 
 
-def _batch(folder: Path) -> Path:
+def _batch(folder: Path, jobs: int = JOBS) -> Path:
     """A job file for the bundled model."""
     from ipdiverse.critters.make import make_dataset
 
     make_dataset(folder / "refs", 2)
     file = folder / "jobs.jsonl"
     image = str(folder / "refs" / "images" / "0000000.png")
-    lines = [{"image": image, "prompt": f"a critter in the snow, {row}"} for row in range(JOBS)]
+    lines = [{"image": image, "prompt": f"a critter in the snow, {row}"} for row in range(jobs)]
     more = {"n": EACH, "steps": STEPS}
     file.write_text("".join(json.dumps(line | more) + "\n" for line in lines))
     return file
@@ -196,14 +196,17 @@ def workers() -> dict[str, Any]:
 
 
 def counted() -> dict[str, float]:
-    """File operations and bytes that an image costs, counted as a batch is drawn."""
+    """Time, file operations and bytes that an image costs, as a batch is drawn by a warm model."""
     from ipdiverse.sampling.batch import read_jobs, run_batch
     from ipdiverse.sampling.request import Request
+    from ipdiverse.sampling.task import LastBase
 
     seen, sync = Counter[str](), os.fsync
     events = {"open", "os.mkdir", "os.rename", "os.remove", "os.listdir", "os.scandir"}
     with tempfile.TemporaryDirectory() as name:
-        out, jobs = Path(name, "out"), read_jobs(_batch(Path(name)), Request())
+        out, bases = Path(name, "out"), LastBase()
+        jobs = read_jobs(_batch(Path(name), 4), Request())
+        run_batch(jobs, Path(name, "warm"), bases=bases)
 
         def hook(event: str, given: tuple[Any, ...]) -> None:
             if event in events and str(given[0]).startswith(str(out)):
@@ -215,25 +218,28 @@ def counted() -> dict[str, float]:
 
         sys.addaudithook(hook)
         os.fsync = counts  # type: ignore[assignment]
-        drawn = run_batch(jobs, out)
+        started = time.process_time()
+        drawn = run_batch(jobs, out, bases=bases)
+        spent = time.process_time() - started
         os.fsync = sync
         size = sum(one.stat().st_size for one in out.rglob("*") if one.is_file())
     return {
         "images": drawn,
+        "cpu_seconds_an_image": round(spent / drawn, 3),
         "operations_an_image": round(sum(seen.values()) / drawn, 2),
         "bytes_an_image": round(size / drawn),
         **{f"{event}_an_image": round(count / drawn, 2) for event, count in sorted(seen.items())},
     }
 
 
-def model(rate: float, driven: list[dict[str, Any]]) -> dict[str, Any]:
+def model(driven: list[dict[str, Any]]) -> dict[str, Any]:
     """How busy each shared thing is by number of workers, and which is full first."""
     from ipdiverse.base.presets import preset_files, total
 
     cost, largest = counted(), next(one for one in driven if one["rows"] == CHECKED)
     merged = largest["rows"] / largest["merge_cpu_seconds"]
     sizes = {
-        "critters on a core": (rate, cost["bytes_an_image"], 0),
+        "critters on a core": (1 / cost["cpu_seconds_an_image"], cost["bytes_an_image"], 0),
         "SD 1.5 on a GPU, 30 steps": (
             ASSUMED["images_a_second_of_a_gpu"],
             400_000,  # a PNG of 512 px
