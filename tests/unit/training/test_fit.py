@@ -211,7 +211,11 @@ def test_a_fit_in_parts_is_that_of_one_process(
     assert main(["merge", str(tmp_path / "data")]) == 2, "two are missing"
     assert not space.exists()
     assert main([*words, "1/3"]) == main([*words, "3/3"]) == 0
-    monkeypatch.setattr(embed_module, "_encoded", None)  # every shard is there
+
+    def fail(*_: object) -> None:
+        raise AssertionError("encoded again")
+
+    monkeypatch.setattr(embed_module, "_encoded", fail)
     assert main(["merge", str(tmp_path / "data")]) == 0
     assert space.read_bytes() == out.read_bytes()
     assert not (tmp_path / "data" / "embedded" / "parts").exists()
