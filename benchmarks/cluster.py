@@ -258,11 +258,12 @@ def model(driven: list[dict[str, Any]]) -> dict[str, Any]:
                 "driver, merging as fast as images come": images / merged,
             }
             first = max(busy, key=lambda one: busy[one])
+            images /= max(1.0, busy[first])
             cells.append(
                 {
                     "worker": name,
                     "workers": count,
-                    "images_a_second": round(images / max(1.0, busy[first]), 1),
+                    "images_a_second": round(images, 1),
                     "busy": {one: round(share, 4) for one, share in busy.items()},
                     "first": first,
                     "hub_seconds_without_a_shared_cache": round(
