@@ -173,7 +173,7 @@ def open_encoders(
     unet: bool = True,
 ) -> FrozenEncoders:
     """The encoders of a base; without `unet`, its weights are left for `load_unet`."""
-    if is_transformer(base):
+    if is_transformer(base, local_files_only=local_files_only):
         what, wanted = "cannot be trained for", "a base with a UNet"
         raise ModelError(what, where=base, expected=wanted, found="a transformer")
     options: dict[str, Any] = {"local_files_only": local_files_only}

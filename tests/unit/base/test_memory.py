@@ -118,6 +118,16 @@ def test_what_is_stated_holds() -> None:
     assert plan_dtype(large, "bfloat16") == "bfloat16"
 
 
+def test_four_bits_do_not_move_layer_by_layer() -> None:
+    small, nf4 = Device("cuda", 2 * GIB), MemoryOptions(quantize="nf4")
+    plan = plan_memory(small, SDXL, nf4)
+    assert (plan.offload, plan.tiling, plan.quantize) == ("model", True, "nf4")
+    assert plan.line() == "cuda (2.0 GiB), float16 with nf4 weights, models offloaded, VAE in tiles"
+    assert plan_memory(small, SDXL, MemoryOptions(quantize="int8")).offload == "sequential"
+    with pytest.raises(ArgumentError, match="offload: sequential does not go with nf4"):
+        plan_memory(small, SDXL, MemoryOptions(offload="sequential", quantize="nf4"))
+
+
 @pytest.mark.parametrize("kind", ["cpu", "mps"])
 def test_there_is_nothing_to_offload_from_without_cuda(kind: str) -> None:
     with pytest.raises(ArgumentError, match=f"offload: needs a CUDA device; found {kind}"):
@@ -129,6 +139,7 @@ def test_there_is_nothing_to_offload_from_without_cuda(kind: str) -> None:
     [
         ({"dtype": "half"}, r"dtype: is unknown; expected auto \| float32 .*; found half"),
         ({"offload": "disk"}, r"offload: is unknown; expected auto \| none .*; found disk"),
+        ({"quantize": "fp8"}, r"quantize: is unknown; expected none \| int8 \| nf4; found fp8"),
     ],
 )
 def test_unknown_words_are_named(options: dict[str, Any], message: str) -> None:
