@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -297,3 +299,27 @@ def test_an_image_prompt_on_eight_bits(name: str, offload: str, folder: Path) ->
         attachment.set_scale(0.0)
         assert torch.equal(drawn(), plain)
     assert torch.equal(drawn(), plain)
+
+
+def test_transformers_are_not_imported_until_one_is_opened() -> None:
+    """Modules are counted; diffusers' UNet brings its transformer models along by itself."""
+    code = (
+        "import sys\n"
+        "if sys.argv[1] == 'ours':\n"
+        "    import ipdiverse\n"
+        "    from ipdiverse.base.adapters import adapter_file\n"
+        "    ipdiverse.attach(ipdiverse.load_base().pipe, adapter_file('critters'))\n"
+        "else:\n"
+        "    from diffusers import StableDiffusionPipeline\n"
+        "names = ('diffusers.models.transformers.', 'diffusers.pipelines.flux',"
+        " 'diffusers.pipelines.stable_diffusion_3', 'transformers.models.t5')\n"
+        "found = [name for name in sys.modules if name.startswith(names)]\n"
+        "print(len(found), sum('models.transformers.' not in name for name in found))"
+    )
+    counts = []
+    for whose in ("ours", "stock"):
+        argv = [sys.executable, "-c", code, whose]
+        done = subprocess.run(argv, capture_output=True, check=True, text=True)
+        counts.append(tuple(map(int, done.stdout.split()[-2:])))
+    (ours, pipelines_of_ours), (stock, _) = counts
+    assert (ours, pipelines_of_ours) == (stock, 0)
