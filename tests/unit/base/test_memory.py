@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,6 +26,7 @@ from ipdiverse.base.memory import (
     sizes_of,
     this_device,
 )
+from ipdiverse.base.presets import PRESETS
 from ipdiverse.errors import ArgumentError
 from tests import models
 
@@ -126,6 +128,37 @@ def test_four_bits_do_not_move_layer_by_layer() -> None:
     assert plan_memory(small, SDXL, MemoryOptions(quantize="int8")).offload == "sequential"
     with pytest.raises(ArgumentError, match="offload: sequential does not go with nf4"):
         plan_memory(small, SDXL, MemoryOptions(offload="sequential", quantize="nf4"))
+
+
+def _published(name: str, quantize: str) -> Sizes:
+    """Sizes of a preset from those of its files; nf4 has a number for every 64 weights too."""
+    preset = PRESETS[name]
+    parts: dict[str, float] = {"image_encoder": preset.encoder.weights[1] / 2}  # published in fp32
+    for file, size in preset.files:
+        part = file.partition("/")[0]
+        parts[part] = parts.get(part, 0) + size
+    for part in ("transformer", "text_encoder_2" if "flux" in name else "text_encoder_3"):
+        parts[part] *= {"none": 1, "int8": 0.5, "nf4": 0.28}[quantize]
+    texts = [size for part, size in parts.items() if "encoder" in part]
+    adapter = preset.weights[1]
+    total = int(sum(parts.values()) + adapter)
+    unet = int(parts["transformer"] + adapter)
+    return Sizes(unet, int(parts["vae"]), int(max(texts)), total, preset.resolution**2)
+
+
+def test_the_guide_has_the_plans_of_large_presets() -> None:
+    words = {"none": "all on the device", "model": "models offloaded"}
+    guide = (Path(__file__).parents[3] / "docs" / "bases.md").read_text("utf-8")
+    for gib in (48, 24, 16, 12):
+        row = f"| {gib} GiB |"
+        for name in ("flux-dev", "sd35-large"):
+            for kind in ("none", "int8", "nf4"):
+                sizes, device = _published(name, kind), Device("cuda", gib * GIB, bfloat16=True)
+                plan = plan_memory(device, sizes, MemoryOptions("bfloat16", quantize=kind))
+                assert bytes_needed(sizes, plan.offload, plan.tiling) <= gib * GIB
+                tiles = ", VAE in tiles" if plan.tiling else ""
+                row += f" {words.get(plan.offload, 'layers offloaded')}{tiles} |"
+        assert row in guide
 
 
 @pytest.mark.parametrize("kind", ["cpu", "mps"])
