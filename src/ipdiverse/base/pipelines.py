@@ -249,13 +249,15 @@ def _quantization(opening: Opening) -> Any:
     kind, given = "BitsAndBytesConfig", {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     given["bnb_4bit_compute_dtype"] = getattr(torch, opening.dtype)
     if opening.quantize == "int8":
-        from torchao.quantization import Int8WeightOnlyConfig
+        from torchao.quantization import (  # pyright: ignore[reportMissingImports]
+            Int8WeightOnlyConfig,
+        )
 
         kind, given = "TorchAoConfig", {"quant_type": Int8WeightOnlyConfig()}
-    homes = {"transformer": diffusers, "text_encoder_2": transformers}
-    homes["text_encoder_3"] = transformers
     # one by one: by a backend's name it is refused where both libraries' classes differ (torchao's)
-    mapping: dict[str, Any] = {part: getattr(home, kind)(**given) for part, home in homes.items()}
+    mapping: dict[str, Any] = {"transformer": getattr(diffusers, kind)(**given)}
+    for part in ("text_encoder_2", "text_encoder_3"):
+        mapping[part] = getattr(transformers, kind)(**given)
     return PipelineQuantizationConfig(quant_mapping=mapping)
 
 

@@ -279,15 +279,15 @@ def scale_references(
         ArgumentError: A number is out of range.
         ModelError: The pipeline is of another kind.
     """
-    model = getattr(pipe, "transformer", None)
+    model: Any = getattr(pipe, "transformer", None)
     if type(getattr(model, "_orig_mod", model)).__name__ not in _READ_REFERENCES:
         expected, kind = "a pipeline of Flux.1 Kontext or Flux.2", type(pipe).__name__
         raise ModelError("reads no references", where=kind, expected=expected)
     scales = torch.as_tensor(scale, dtype=torch.float32).flatten()
     for number in checked_items(scales).tolist():
         check_range("scale", number, 0, 10)
-    check_range("start_at", start_at, 0, 1)
-    check_range("end_at", end_at, 0, 1)
+    for name, share in (("start_at", start_at), ("end_at", end_at)):
+        check_range(name, share, 0, 1)
     registry = HookRegistry.check_if_exists_or_initialize(model)
     with inside_offloading(model):
         if registry.get_hook(_REFERENCES) is not None:  # diffusers refuses a second of one name
@@ -302,12 +302,7 @@ class _ScaledReferences(ModelHook):
     def __init__(self, pipe: Any, scales: torch.Tensor, window: tuple[float, float]) -> None:
         super().__init__()
         self.pipe, self.scales, self.window = pipe, scales, window
-        self._names: list[str] = []
-
-    def initialize_hook(self, module: torch.nn.Module) -> torch.nn.Module:
-        """Note the names of the transformer's arguments."""
-        self._names = argument_names(module)
-        return module
+        self._names = argument_names(pipe.transformer)
 
     @torch.compiler.disable
     def pre_forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -327,10 +322,8 @@ class _ScaledReferences(ModelHook):
         if own == states.shape[1]:
             return (), given
         if len(states) % len(self.scales):
-            expected = f"1, or one for each of {len(states)} images"
-            raise ArgumentError(
-                "has the wrong length", where="scale", expected=expected, found=len(self.scales)
-            )
+            what, expected = "has the wrong length", f"1, or one for each of {len(states)} images"
+            raise ArgumentError(what, where="scale", expected=expected, found=len(self.scales))
         scales = self.scales * (self.window[0] <= self._progress() < self.window[1])
         if not scales.any():
             return (), given | {"hidden_states": states[:, :own], "img_ids": ids[..., :own, :]}
@@ -343,8 +336,8 @@ class _ScaledReferences(ModelHook):
         if attention.get("attention_mask") is not None:
             what = "is given already, and scaled references need one"
             raise ArgumentError(what, where="attention_mask", fix="Set the scale to 1.")
-        mask = {"attention_mask": bias.to(states)[:, None, None]}
-        return (), given | {"joint_attention_kwargs": {**attention, **mask}}
+        attention = {**attention, "attention_mask": bias.to(states)[:, None, None]}
+        return (), given | {"joint_attention_kwargs": attention}
 
     def _progress(self) -> float:
         """Share of the steps that are done."""

@@ -228,7 +228,7 @@ QUANTIZED = {"int8": "torchao", "nf4": "bitsandbytes"}
 
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_a_quantising_library_that_is_missing_is_one_line(
-    kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    kind: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(memory, "find_spec", lambda _: None)
     library = QUANTIZED[kind]
@@ -248,10 +248,11 @@ def test_what_cannot_be_quantised_is_one_line(
 ) -> None:
     monkeypatch.setattr(memory, "find_spec", lambda _: object())
     monkeypatch.setattr(memory, "this_device", lambda: Device("cpu", 2**34))
-    for base, kind, message in (
+    cases: tuple[tuple[str, Any, str], ...] = (
         ("sd15", "int8", "quantize: is for Flux.1 and Stable Diffusion 3.5; found sd15"),
         ("flux-dev", "nf4", "quantize: nf4 needs a CUDA device; found cpu"),
-    ):
+    )
+    for base, kind, message in cases:
         with pytest.raises(ipdiverse.IpdiverseError, match=message):
             Request(("a.png",), ("a",), base=base, quantize=kind).check()
 
