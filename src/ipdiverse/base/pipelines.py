@@ -59,6 +59,13 @@ def is_transformer(name: str, revision: str = "", *, local_files_only: bool = Fa
     return "transformer" in _index(name, revision, local_files_only=local_files_only)
 
 
+def check_trainable(name: str, *, local_files_only: bool = False) -> None:
+    """Refuse a base that adapters cannot be trained for, before it is opened."""
+    if is_transformer(name, local_files_only=local_files_only):
+        what, wanted = "cannot be trained for", "a base with a UNet"
+        raise ModelError(what, where=name, expected=wanted, found="a transformer")
+
+
 def _index(name: str, revision: str, *, local_files_only: bool) -> dict[str, Any]:
     """What a folder or a repository says of the pipeline in it; empty for anything else."""
     file = Path(name) / "model_index.json"

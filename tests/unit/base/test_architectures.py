@@ -98,6 +98,14 @@ def test_training_on_a_transformer_is_one_line(folder: Path) -> None:
         open_encoders("base")
 
 
+def test_training_on_a_preset_with_a_transformer_offers_no_download(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--base", "sd35-large", "--data", ".", "--out", "run"]) == 2
+    line = "sd35-large: cannot be trained for; expected a base with a UNet; found a transformer"
+    assert capsys.readouterr().err.splitlines()[-1] == f"ipdiverse: {line}"
+
+
 @pytest.mark.parametrize("kind", ["PixArtSigmaPipeline", "SanaPipeline", "HunyuanDiTPipeline"])
 def test_an_unknown_architecture_is_one_line(kind: str, folder: Path) -> None:
     (folder / "base").mkdir()
