@@ -290,3 +290,42 @@ def siglip() -> Any:
         patch_size=8,
     )
     return SiglipVisionModel(config).eval()
+
+
+def flux2_pipeline() -> Any:
+    """Flux.2 klein without its text encoder: give it `prompt_embeds`."""
+    import diffusers
+
+    torch.manual_seed(31)
+    build: Any = diffusers.Flux2Transformer2DModel
+    transformer = build(
+        in_channels=16,
+        num_layers=DOUBLE,
+        num_single_layers=SINGLE,
+        attention_head_dim=HEAD_DIM,
+        num_attention_heads=HEADS,
+        joint_attention_dim=TEXT_WIDTH,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    )
+    for name, parameter in transformer.named_parameters():
+        if "modulation" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    kind: Any = diffusers.AutoencoderKLFlux2
+    make: Any = diffusers.Flux2KleinPipeline
+    pipe = make(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=kind(
+            block_out_channels=(8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            norm_num_groups=4,
+            latent_channels=4,
+        ).eval(),
+        text_encoder=None,
+        tokenizer=None,
+        transformer=transformer.eval(),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -53,6 +53,8 @@ def sites_of(model: Any) -> list[Site]:
             where="model",
             expected="Stable Diffusion 1.x, 2.x or XL",
             found=type(unet).__name__,
+            fix="These nodes are for models with a UNet; Flux.1 and SD 3.5 are drawn by "
+            "`ipdiverse generate --base flux-dev` or sd35-large.",
         )
     found = list(_transformers(unet))
     blocks = [

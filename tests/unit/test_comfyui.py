@@ -339,6 +339,18 @@ def test_layers_are_those_of_diffusers_in_its_order(architecture: str) -> None:
         assert site.widths == (theirs.to_k.in_features, theirs.to_q.out_features)
 
 
+def test_a_model_without_a_unet_is_told_where_it_can_be_drawn() -> None:
+    flux = type("Flux", (), {})()
+    model: Any = types.SimpleNamespace(model=types.SimpleNamespace(diffusion_model=flux))
+    with pytest.raises(ModelError) as error:
+        SITES.sites_of(model)
+    assert str(error.value) == (
+        "model: has no UNet with cross-attention; expected Stable Diffusion 1.x, 2.x or XL; found "
+        "Flux. These nodes are for models with a UNet; Flux.1 and SD 3.5 are drawn by "
+        "`ipdiverse generate --base flux-dev` or sd35-large."
+    )
+
+
 def test_blocks_have_comfyuis_well_known_names() -> None:
     """The tables that every ComfyUI user of SD 1.x and SDXL knows."""
     sd1 = [site.block for site in SITES.sites_of(model_of("sd1"))]

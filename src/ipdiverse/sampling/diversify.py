@@ -1,4 +1,7 @@
-"""Variety in pipelines that users call themselves: `attach`, `diversify`, and their dial."""
+"""Variety in pipelines that users call themselves: `attach`, `diversify`, and their dial.
+
+Also `scale_references`, for models that read references without an adapter.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers.hooks import HookRegistry, ModelHook
+from torch.nn import functional as F
 
-from ipdiverse.adapter.attach.attach import Attachment, checked_denoiser, detach
+from ipdiverse.adapter.attach.attach import Attachment, checked_denoiser, detach, inside_offloading
 from ipdiverse.adapter.attach.attach import attach as attach_adapters
+from ipdiverse.adapter.attach.hook import argument_names
 from ipdiverse.adapter.attach.stock import (
     StockCalls,
     projections,
@@ -23,6 +29,7 @@ from ipdiverse.adapter.attach.stock import (
 from ipdiverse.adapter.files.checkpoint import load_adapter
 from ipdiverse.adapter.imagine import VariationSpace
 from ipdiverse.adapter.model import ImagePromptAdapter
+from ipdiverse.adapter.scale import checked_items
 from ipdiverse.base.adapters import adapter_file
 from ipdiverse.base.pipelines import denoiser_of
 from ipdiverse.dial import OFF
@@ -33,9 +40,12 @@ from ipdiverse.sampling.fast import level_of
 from ipdiverse.sampling.sample import dial_for, space_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from ipdiverse.dial import Levers
+
+_REFERENCES = "ipdiverse.references"
+_READ_REFERENCES = ("FluxTransformer2DModel", "Flux2Transformer2DModel")
 
 
 def attach(
@@ -237,3 +247,92 @@ def diversify(
         put_back()
         raise
     return attachment
+
+
+def scale_references(
+    pipe: Any, scale: float | Sequence[float], *, start_at: float = 0.0, end_at: float = 1.0
+) -> None:
+    """How strongly Flux Kontext or Flux.2 reads the pictures it is given; no adapter is needed.
+
+    Both read references as latents in the same sequence as what they draw. Acts on every call until
+    it is called again; `scale_references(pipe, 1)` puts stock back. Memory-efficient attention
+    computes it; kernels that take no mask, such as FlashAttention's, refuse.
+
+    Args:
+        pipe: A pipeline of Flux.1 Kontext or Flux.2.
+        scale: The references' share of each attention before it is normalised, 0..10, or one for
+            each image of the calls. 1 is stock, and 0 stock without a reference, both to the bit.
+        start_at: Share of the steps before which it is 0, so that the prompt decides the layout.
+        end_at: Share of the steps from which it is 0.
+
+    Raises:
+        ArgumentError: A number is out of range.
+        ModelError: The pipeline is of another kind.
+    """
+    model: Any = getattr(pipe, "transformer", None)
+    if type(getattr(model, "_orig_mod", model)).__name__ not in _READ_REFERENCES:
+        expected, kind = "a pipeline of Flux.1 Kontext or Flux.2", type(pipe).__name__
+        raise ModelError("reads no references", where=kind, expected=expected)
+    scales = torch.as_tensor(scale, dtype=torch.float32).flatten()
+    for number in checked_items(scales).tolist():
+        check_range("scale", number, 0, 10)
+    for name, share in (("start_at", start_at), ("end_at", end_at)):
+        check_range(name, share, 0, 1)
+    registry = HookRegistry.check_if_exists_or_initialize(model)
+    with inside_offloading(model):
+        if registry.get_hook(_REFERENCES) is not None:  # diffusers refuses a second of one name
+            registry.remove_hook(_REFERENCES, recurse=False)
+        if bool((scales != 1).any()) or (start_at, end_at) != (0, 1):
+            registry.register_hook(_ScaledReferences(pipe, scales, (start_at, end_at)), _REFERENCES)
+
+
+class _ScaledReferences(ModelHook):
+    """Adds log s to the logits of the references' tokens, or leaves them out at 0 (ADR 17)."""
+
+    def __init__(self, pipe: Any, scales: torch.Tensor, window: tuple[float, float]) -> None:
+        super().__init__()
+        self.pipe, self.scales, self.window = pipe, scales, window
+        self._names = argument_names(pipe.transformer)
+
+    @torch.compiler.disable
+    def pre_forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        module: torch.nn.Module,  # noqa: ARG002 - diffusers' interface
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """The call with its references scaled; any other call as it is."""
+        given = dict(zip(self._names, args, strict=False)) | kwargs
+        if given.get("kv_cache_mode"):
+            what, fix = "keeps its references in a cache", "Use Flux2KleinPipeline."
+            raise ModelError(what, where=type(self.pipe).__name__, fix=fix)
+        states, ids = given["hidden_states"], given["img_ids"]
+        # the first column numbers the pictures: 0 is what is drawn, and comes first
+        own = int(((ids[0] if ids.ndim == 3 else ids)[:, 0] == 0).sum())
+        if own == states.shape[1]:
+            return (), given
+        if len(states) % len(self.scales):
+            what, expected = "has the wrong length", f"1, or one for each of {len(states)} images"
+            raise ArgumentError(what, where="scale", expected=expected, found=len(self.scales))
+        scales = self.scales * (self.window[0] <= self._progress() < self.window[1])
+        if not scales.any():
+            return (), given | {"hidden_states": states[:, :own], "img_ids": ids[..., :own, :]}
+        if bool((scales == 1).all()):
+            return (), given
+        rows = scales.repeat_interleave(len(states) // len(scales)).log()
+        before = given["encoder_hidden_states"].shape[1] + own  # text, then what is drawn
+        bias = F.pad(rows[:, None].expand(-1, states.shape[1] - own), (before, 0))
+        attention = given.get("joint_attention_kwargs") or {}
+        if attention.get("attention_mask") is not None:
+            what = "is given already, and scaled references need one"
+            raise ArgumentError(what, where="attention_mask", fix="Set the scale to 1.")
+        attention = {**attention, "attention_mask": bias.to(states)[:, None, None]}
+        return (), given | {"joint_attention_kwargs": attention}
+
+    def _progress(self) -> float:
+        """Share of the steps that are done."""
+        scheduler = self.pipe.scheduler
+        first = scheduler.begin_index or 0
+        # the scheduler counts from its first step on
+        now = first if scheduler.step_index is None else scheduler.step_index
+        return (now - first) / self.pipe.num_timesteps

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ipdiverse.adapter.attach.attach import Attachment
     from ipdiverse.adapter.reference import Reference
 
-_HOW_OPENED = ("revision", "safety_checker", "dtype", "offload", "tiling")
+_HOW_OPENED = ("revision", "safety_checker", "dtype", "offload", "tiling", "quantize")
 """Fields that say how a base is opened."""
 _LARGE_SHEET = 200
 """Above this many images a contact sheet has smaller cells."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from ipdiverse.adapter.attach.branches import text_mask
 from ipdiverse.adapter.attach.encoding import ImageEncoding
 from ipdiverse.base.bases import load_base, load_image_encoder
-from ipdiverse.base.pipelines import is_transformer, load_unet
+from ipdiverse.base.pipelines import check_trainable, load_unet
 from ipdiverse.data.references import augment
 from ipdiverse.errors import ModelError, check_range
 from ipdiverse.provenance import derived_seed
@@ -167,9 +167,7 @@ def open_encoders(
     unet: bool = True,
 ) -> FrozenEncoders:
     """The encoders of a base; without `unet`, its weights are left for `load_unet`."""
-    if is_transformer(base):
-        what, wanted = "cannot be trained for", "a base with a UNet"
-        raise ModelError(what, where=base, expected=wanted, found="a transformer")
+    check_trainable(base, local_files_only=local_files_only)
     options: dict[str, Any] = {"local_files_only": local_files_only}
     own = None if image_encoder is None else ""  # a preset's encoder is not fetched in vain
     opened = load_base(base, safety_checker=False, encoder=own, unet=unet, **options)

@@ -58,8 +58,12 @@ def with_image_tokens(
                 raise ArgumentError("have no place in Flux Redux", where="masks", fix=fix)
             parts.append(group.tokens.to(text))
             weights.append(scale[:, None].expand(-1, group.tokens.shape[1]))
+    own = given.get("joint_attention_kwargs") or {}
     if not parts:
         return given
+    if own.get("attention_mask") is not None:
+        what, fix = "is given already, and has no place for Redux", "Detach Flux Redux, or drop it."
+        raise ArgumentError(what, where="attention_mask", fix=fix)
     ids = given["txt_ids"]
     more = torch.cat(parts, dim=1)
     places = ids.new_zeros(*ids.shape[:-2], more.shape[1], ids.shape[-1])  # as the text's own
@@ -71,7 +75,8 @@ def with_image_tokens(
     if not bool((weight == 1).all()):
         after = given["hidden_states"].shape[1]
         bias = torch.nn.functional.pad(weight.log(), (text.shape[1], after))
-        extended["joint_attention_kwargs"] = _biased(given, bias.to(text)[:, None, None])
+        mask = {"attention_mask": bias.to(text)[:, None, None]}
+        extended["joint_attention_kwargs"] = {**own, **mask}
     return given | extended
 
 
@@ -82,16 +87,6 @@ def _by_row(scale: float | Tensor, layout: Sequence[str], text: Tensor) -> Tenso
         raise ArgumentError("must not be negative with Flux Redux", where="scale")
     acts = torch.tensor([float(branch == BOTH) for branch in layout], device=text.device)
     return rows * acts.repeat_interleave(len(text) // len(layout))
-
-
-def _biased(given: dict[str, Any], bias: Tensor) -> dict[str, Any]:
-    """The arguments of every attention, with a bias of its logits."""
-    own = given.get("joint_attention_kwargs") or {}
-    mask = own.get("attention_mask")
-    if mask is not None:
-        what = "is given by the pipeline already, and Flux Redux needs one"
-        raise ArgumentError(what, where="attention_mask", fix="Set the scale to 1.")
-    return {**own, "attention_mask": bias}
 
 
 # by name: importing a transformer's class costs a second, and most pipelines have none
