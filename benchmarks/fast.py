@@ -35,6 +35,7 @@ from ipdiverse.sampling.denoiser import release, steer
 from ipdiverse.sampling.fast import LEVELS, Fast
 
 COUNTED_STEPS, GUIDANCE = 50, 7.5
+_SCORES = ("prompt_accuracy", "retention", "entropy", "invalid_rate")
 
 
 def sd15_unet() -> Any:
@@ -149,6 +150,38 @@ def timed(rounds: int) -> list[dict[str, Any]]:
         }
         for level in range(len(LEVELS))
     ]
+
+
+def losses(pairs: int, images: int, folder: Path) -> dict[str, Any]:
+    """Scores at level 0, and how far each level is from them, pair by pair.
+
+    Args:
+        pairs: Held-out (prompt, reference) pairs of critters.
+        images: Of each.
+        folder: Where drawn images are kept; the same call goes on there.
+    """
+    from ipdiverse.evaluation.bootstrap import difference
+    from ipdiverse.evaluation.running import Runner
+    from ipdiverse.evaluation.study import Arm, Study
+
+    settings: dict[str, Any] = {"adapter": "plus", "diversity": 1.0}
+    arms = tuple(Arm(f"fast {n}", "fast", settings | {"fast": n}) for n in range(len(LEVELS)))
+    runner = Runner(Study(arms, pairs=pairs, images=images, steps=STEPS), folder, progress=False)
+    with runner:
+        exact, *fast = [runner.measure(arm) for arm in arms]
+    names = [name for name in exact.runs[0] if name.startswith(_SCORES)]
+    found: dict[str, Any] = {"what": f"{pairs} pairs x {images} images, plus, dial at 1"}
+    found["level 0"] = {name: exact.row()["scores"][name][0] for name in names}
+    found["changes"] = [
+        {
+            "level": level,
+            "scores": {
+                name: list(difference(one.sums(name), exact.sums(name))[:3]) for name in names
+            },
+        }
+        for level, one in enumerate(fast, 1)
+    ]
+    return found
 
 
 def main() -> None:

@@ -7,8 +7,10 @@ the original authors' examples for steps, scale and scheduler (github.com/tencen
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from ipdiverse.errors import ArgumentError
 
 SITE = "https://huggingface.co"
 _MB = 1_000_000
@@ -475,6 +477,97 @@ _ALL = (
 )
 PRESETS: dict[str, Preset] = {preset.name: preset for preset in _ALL}
 """Every preset by its name."""
+
+
+@dataclass(frozen=True)
+class FewSteps:
+    """A LoRA that was distilled to draw in few steps, and what has to be set with it.
+
+    Args:
+        lora: Its file.
+        scheduler: Class in diffusers; it takes the base's own settings, and these.
+        settings: Of the scheduler.
+        steps: That it was made for.
+        guidance_scale: The same; 1 is none, which its teacher's is distilled into.
+        weight: Of the LoRA.
+        call: What the pipeline is called with.
+    """
+
+    lora: HubFile
+    scheduler: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    steps: int = 4
+    guidance_scale: float = 1.0
+    weight: float = 1.0
+    call: dict[str, Any] = field(default_factory=dict)
+
+
+def _few(
+    repository: Repository, name: str, megabytes: int, scheduler: str, **more: Any
+) -> FewSteps:
+    return FewSteps(HubFile(repository, name, megabytes * _MB), scheduler, **more)
+
+
+_LORA, _RAIL = "pytorch_lora_weights.safetensors", "openrail++"
+_LCM_SD15 = Repository("latent-consistency/lcm-lora-sdv1-5", "main", _RAIL)
+_LCM_SDXL = Repository("latent-consistency/lcm-lora-sdxl", "main", _RAIL)
+_LIGHTNING = Repository(
+    "ByteDance/SDXL-Lightning", "c9a24f48e1c025556787b0c58dd67a091ece2e44", _RAIL
+)
+_HYPER = Repository("ByteDance/Hyper-SD", "a08b9c3da8dc3be0a6e79b04721bf237241403f9", _RAIL)
+_TCD_SD15 = Repository("h1t/TCD-SD15-LoRA", "449a99f6bbded2bdbbc66386b2a4fbf8db8d3807", "mit")
+_TCD_SDXL = Repository("h1t/TCD-SDXL-LoRA", "main", "mit")
+_LAST: dict[str, Any] = {"settings": {"timestep_spacing": "trailing"}}  # begins at the last one
+_GAMMA: dict[str, Any] = {"call": {"eta": 0.3}}  # the paper's: the noise that a step adds again
+# Flux is told its guidance, at no cost
+_HYPER_FLUX: dict[str, Any] = {"steps": 8, "guidance_scale": 3.5, "weight": 0.125}
+_EULER, _DDIM, _FLOW = (
+    f"{name}Scheduler" for name in ("EulerDiscrete", "DDIM", "FlowMatchEulerDiscrete")
+)
+_ON_SD15, _ON_SDXL = _SD15.base.id, _SDXL.base.id
+FEW_STEPS: dict[str, dict[str, FewSteps]] = {
+    "lcm": {
+        _ON_SD15: _few(_LCM_SD15, _LORA, 135, "LCMScheduler"),
+        _ON_SDXL: _few(_LCM_SDXL, _LORA, 394, "LCMScheduler"),
+    },
+    "lightning": {
+        _ON_SDXL: _few(_LIGHTNING, "sdxl_lightning_4step_lora.safetensors", 394, _EULER, **_LAST),
+    },
+    "hyper": {
+        _ON_SD15: _few(_HYPER, "Hyper-SD15-4steps-lora.safetensors", 269, _DDIM, **_LAST),
+        _ON_SDXL: _few(_HYPER, "Hyper-SDXL-4steps-lora.safetensors", 787, _DDIM, **_LAST),
+        _FLUX.base.id: _few(
+            _HYPER, "Hyper-FLUX.1-dev-8steps-lora.safetensors", 1388, _FLOW, **_HYPER_FLUX
+        ),
+    },
+    "tcd": {
+        _ON_SD15: _few(_TCD_SD15, _LORA, 135, "TCDScheduler", **_GAMMA),
+        _ON_SDXL: _few(_TCD_SDXL, _LORA, 394, "TCDScheduler", **_GAMMA),
+    },
+}
+"""By name and by the base's repository. Sources: their model cards."""
+
+
+def few_steps_of(name: str, base: str) -> FewSteps | None:
+    """What a name means on a preset; None without a name.
+
+    Raises:
+        ArgumentError: The name is unknown, or nobody published such a LoRA for this base.
+    """
+    if not name:
+        return None
+    if name not in FEW_STEPS:
+        expected = " | ".join(FEW_STEPS)
+        raise ArgumentError("is unknown", where="few_steps", expected=expected, found=name)
+    found = FEW_STEPS[name].get(PRESETS[base].base.id) if base in PRESETS else None
+    if found is None:
+        raise ArgumentError(
+            f"has no LoRA of {name}",
+            where=f"base {base}",
+            expected=", ".join(n for n, one in PRESETS.items() if one.base.id in FEW_STEPS[name]),
+            fix="Take one of these, another of " + ", ".join(FEW_STEPS) + ", or --fast 1 to 3.",
+        )
+    return found
 
 
 def preset_files(

@@ -13,7 +13,7 @@ from ipdiverse.base.adapters import check_adapter
 from ipdiverse.base.bases import CRITTERS, check_part
 from ipdiverse.base.memory import USUAL, Dtype, MemoryOptions, Offload
 from ipdiverse.base.pipelines import check_known
-from ipdiverse.base.presets import PRESETS
+from ipdiverse.base.presets import PRESETS, few_steps_of
 from ipdiverse.config import renamed
 from ipdiverse.dial import OFF, RENAMED_LEVERS, Levers, current_names
 from ipdiverse.errors import ArgumentError, check_range, check_whole
@@ -92,6 +92,8 @@ class Request:
         negative_prompt: Text that guidance moves away from.
         fast: 0 to 3: how much of the work to leave out, at a small loss. 0 is none, exactly; the
             table in `docs/inference.md` has what each level saves and loses.
+        few_steps: `lcm`, `lightning`, `hyper` or `tcd`: draw in 4 to 8 steps with the preset's LoRA
+            of that name, its scheduler, steps and guidance. Empty draws without.
         levers: What changes sampling to gain variety.
 
     Raises:
@@ -136,6 +138,7 @@ class Request:
     guidance_scale: float | None = None
     negative_prompt: str = ""
     fast: int = 0
+    few_steps: str = ""
     levers: Levers = field(default=OFF)
 
     @classmethod
@@ -216,6 +219,7 @@ class Request:
         self._check_needs(USED_WITH)
         if not opened:
             check_known(self.base)
+        few_steps_of(self.few_steps, self.base)
         check_adapter(self.base, self.adapter)
         for part in (self.image_encoder, self.controlnet):
             if part:
