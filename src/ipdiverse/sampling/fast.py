@@ -55,7 +55,7 @@ class Level:
         return step == 0 or now > before
 
 
-LEVELS = (None, Level(2, power=2), Level(3, 3, power=2), Level(4, 4, 0.5, power=2))
+LEVELS = (None, Level(2, power=2), Level(3, power=2), Level(4, 2, 0.5, power=2))
 """By the number that `--fast` takes; 0 is off. `docs/inference.md` has what each loses."""
 
 
@@ -191,7 +191,9 @@ class Fast:
         step, self._progress, self._shape = self._step, progress, shape
         self._step += 1
         known = BOTH in weights and weights.keys() <= {*self._differences, BOTH}
-        steps = step / progress if progress else 1.0  # calls, which schedulers may make twice a step
+        steps = (
+            step / progress if progress else 1.0
+        )  # calls, which schedulers may make twice a step
         guided = self.level.computed(step, steps, self.level.guide_every)
         wanted = (BOTH,) if known and not guided else tuple(weights)
         self._features.branches = self._outputs.branches = wanted
