@@ -1,12 +1,12 @@
 """What each level of fast mode saves: operations on SD 1.5's architecture, time on critters.
 
-    python benchmarks/fast.py [--rounds 15] [--sizes 256 512] [--losses FOLDER]
-        [--out FILE.json] [--narrow 2] [--steps-size 256]
+    python benchmarks/fast.py [--rounds 15] [--sizes 256 512] [--parts losses]
+        [--out FILE.json]
 
 Operations are counted without computing (device "meta"): all steps of a call, with a plus adapter
 of 16 tokens, against stock diffusers' own processors. Times are those of the embedded base with the
 plain plus adapter, against stock with the same file, alternating in one process. Steps of SD 1.5's
-architecture are timed one by one, at half its width. `--losses` also draws and scores held-out
+architecture are timed one by one, at half its width. `--parts losses` draws and scores held-out
 pairs at every level, which takes a quarter of an hour.
 """
 
@@ -231,35 +231,47 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512])
-    parser.add_argument("--losses", type=Path, help="folder of drawn images; leave it out for none")
+    parser.add_argument("--losses", type=Path, default=Path("out/fast"), help="keeps what is drawn")
+    parser.add_argument("--parts", nargs="+", default=["sd15", "sd15 steps", "critters"])
     parser.add_argument("--pairs", type=int, default=40)
     parser.add_argument("--steps-rounds", type=int, default=15)
     parser.add_argument("--steps-size", type=int, default=256)
     parser.add_argument("--narrow", type=int, default=2)
     parser.add_argument("--out", type=Path)
     chosen = parser.parse_args()
-    report: dict[str, Any] = {
+    before = chosen.out.read_text() if chosen.out and chosen.out.is_file() else "{}"
+    report: dict[str, Any] = json.loads(before)
+    report |= {
         "peer": "stock diffusers' IP-Adapter, the same weights",
         "levels": [None if one is None else vars(one) for one in LEVELS],
-        "sd15": {"steps": COUNTED_STEPS, "guidance": GUIDANCE, "cells": counted(chosen.sizes)},
     }
-    for cell in report["sd15"]["cells"]:
-        print(json.dumps(cell), flush=True)
-    report["critters"] = {"steps": STEPS, "images": IMAGES, "rounds": chosen.rounds, **machine()}
-    report["critters"]["cells"] = timed(chosen.rounds)
-    about = "SD 1.5's architecture, random weights"
-    report["sd15 steps"] = {
-        "what": f"{about}, {chosen.narrow} times narrower; composed of single steps",
-        "rounds": chosen.steps_rounds,
-        **machine(),
-        "cells": composed(chosen.steps_size, chosen.steps_rounds, chosen.narrow),
+    measured: dict[str, Callable[[], dict[str, Any]]] = {
+        "sd15": lambda: {
+            "steps": COUNTED_STEPS,
+            "guidance": GUIDANCE,
+            "counted": counted(chosen.sizes),
+        },
+        "sd15 steps": lambda: {
+            "what": "SD 1.5's architecture, random weights, "
+            f"{chosen.narrow} times narrower; composed of single steps",
+            "rounds": chosen.steps_rounds,
+            **machine(),
+            "cells": composed(chosen.steps_size, chosen.steps_rounds, chosen.narrow),
+        },
+        "critters": lambda: {
+            "what": f"critters, {STEPS} steps, {IMAGES} images, recombine at 1",
+            "rounds": chosen.rounds,
+            **machine(),
+            "cells": timed(chosen.rounds),
+        },
+        "losses": lambda: losses(chosen.pairs, 8, chosen.losses),
     }
-    if chosen.losses:
-        report["losses"] = losses(chosen.pairs, 8, chosen.losses)
-    if chosen.out:
-        chosen.out.write_text(json.dumps(report, indent=2) + "\n")
+    for part in chosen.parts:
+        report[part] = measured[part]()
+        if chosen.out:  # part by part, as all of them take long
+            chosen.out.write_text(json.dumps(report, indent=1) + "\n")
     print("| level | stock / ours | 95 % | operations, stock / ours |\n|---|---|---|---|")
-    for cell in report["critters"]["cells"]:
+    for cell in report.get("critters", {}).get("cells", []):
         print(
             f"| {cell['level']} | {cell['ratio']:.2f} | {cell['low']:.2f} to {cell['high']:.2f} "
             f"| {cell['operations_ratio']:.2f} |"

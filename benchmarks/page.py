@@ -84,6 +84,46 @@ def _label(row: dict[str, Any]) -> str:
     return ": ".join(str(word) for word in dict.fromkeys(words) if word)
 
 
+SCORES = {
+    "prompt_accuracy": "prompt",
+    "retention": "identity",
+    "worst attribute": "its worst attribute",
+    "entropy": "variety",
+    "invalid_rate": "invalid",
+}
+
+
+def fast_table(report: dict[str, Any]) -> str:
+    """What each level of fast mode saves and loses, of `benchmarks/fast.py`'s report."""
+    counted = {(one["size"], one["level"]): one for one in report["sd15"]["counted"]}
+    steps = {one["level"]: one for one in report.get("sd15 steps", {}).get("cells", [])}
+    critters = {one["level"]: one for one in report.get("critters", {}).get("cells", [])}
+    lines = [
+        "| level | 256 px, counted | 512 px, counted | 256 px, timed | critters, timed | "
+        + " | ".join(SCORES.values())
+        + " |",
+        "|---" * (5 + len(SCORES)) + "|",
+    ]
+    for change in report["losses"]["changes"]:
+        level, scores = change["level"], change["scores"]
+        kept = {name: one for name, one in scores.items() if name.startswith("retention ")}
+        worst = min(kept, key=lambda name: kept[name][0])
+        shown = scores | {"worst attribute": kept[worst]}
+        cells = [f"{level}"]
+        cells += [f"{counted[size, level]['operations_ratio']:.2f}" for size in (256, 512)]
+        cells += [_with_interval(one.get(level)) for one in (steps, critters)]
+        cells += [
+            f"{shown[name][0]:+.3f} ({shown[name][1]:+.3f} to {shown[name][2]:+.3f})"
+            for name in SCORES
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _with_interval(cell: dict[str, Any] | None) -> str:
+    return "" if cell is None else f"{cell['ratio']:.2f} ({cell['low']:.2f} to {cell['high']:.2f})"
+
+
 def page(found: list[dict[str, Any]]) -> str:
     """Markdown."""
     lines = []

@@ -32,12 +32,11 @@ class Level:
     """How much is taken from steps before.
 
     Args:
-        every: Deep features are computed at one step in so many.
-        guide_every: So are the branches that guidance needs besides text with image; 1 is at
-            every step.
+        every: Deep features are computed at one step in so many, at most at each.
+        guide_every: So are the branches that guidance needs besides text with image.
         attention_from: Fraction of the steps after which outputs of cross-attention are kept.
-        power: Where these steps are: evenly at 1; above it early, where the image changes most
-            (arXiv:2312.00858, section 3.3).
+        power: Where these steps are: evenly at 1; at 2 the i-th is at i² / N, as the image changes
+            most early (arXiv:2312.00858, section 3.3). Late, even 1 in 1 then leaves some out.
     """
 
     every: int
