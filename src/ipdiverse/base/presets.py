@@ -502,49 +502,41 @@ class FewSteps:
     call: dict[str, Any] = field(default_factory=dict)
 
 
-def _few(
-    repository: Repository, name: str, megabytes: int, scheduler: str, **more: Any
-) -> FewSteps:
-    return FewSteps(HubFile(repository, name, megabytes * _MB), scheduler, **more)
-
-
 _LORA, _RAIL = "pytorch_lora_weights.safetensors", "openrail++"
-_LCM_SD15 = Repository("latent-consistency/lcm-lora-sdv1-5", "main", _RAIL)
-_LCM_SDXL = Repository("latent-consistency/lcm-lora-sdxl", "main", _RAIL)
-_LIGHTNING = Repository(
-    "ByteDance/SDXL-Lightning", "c9a24f48e1c025556787b0c58dd67a091ece2e44", _RAIL
-)
 _HYPER = Repository("ByteDance/Hyper-SD", "a08b9c3da8dc3be0a6e79b04721bf237241403f9", _RAIL)
-_TCD_SD15 = Repository("h1t/TCD-SD15-LoRA", "449a99f6bbded2bdbbc66386b2a4fbf8db8d3807", "mit")
-_TCD_SDXL = Repository("h1t/TCD-SDXL-LoRA", "main", "mit")
-_LAST: dict[str, Any] = {"settings": {"timestep_spacing": "trailing"}}  # begins at the last one
-_GAMMA: dict[str, Any] = {"call": {"eta": 0.3}}  # the paper's: the noise that a step adds again
-# Flux is told its guidance, at no cost
-_HYPER_FLUX: dict[str, Any] = {"steps": 8, "guidance_scale": 3.5, "weight": 0.125}
-_EULER, _DDIM, _FLOW = (
-    f"{name}Scheduler" for name in ("EulerDiscrete", "DDIM", "FlowMatchEulerDiscrete")
-)
+_LIGHTNING = "sdxl_lightning_4step_lora.safetensors"
+_LAST = {"timestep_spacing": "trailing"}  # they begin at the very last timestep
+_ETA = {"eta": 0.3}  # the paper's gamma: the noise that a step adds again
 _ON_SD15, _ON_SDXL = _SD15.base.id, _SDXL.base.id
+
+
+def _few(
+    home: Repository | str, file: str, size: int, kind: str, rail: str = _RAIL, **more: Any
+) -> FewSteps:
+    home = Repository(home, "main", rail) if isinstance(home, str) else home
+    return FewSteps(HubFile(home, file, size * _MB), f"{kind}Scheduler", **more)
+
+
 FEW_STEPS: dict[str, dict[str, FewSteps]] = {
     "lcm": {
-        _ON_SD15: _few(_LCM_SD15, _LORA, 135, "LCMScheduler"),
-        _ON_SDXL: _few(_LCM_SDXL, _LORA, 394, "LCMScheduler"),
+        _ON_SD15: _few("latent-consistency/lcm-lora-sdv1-5", _LORA, 135, "LCM"),
+        _ON_SDXL: _few("latent-consistency/lcm-lora-sdxl", _LORA, 394, "LCM"),
     },
     "lightning": {
-        _ON_SDXL: _few(_LIGHTNING, "sdxl_lightning_4step_lora.safetensors", 394, _EULER, **_LAST),
+        _ON_SDXL: _few("ByteDance/SDXL-Lightning", _LIGHTNING, 394, "EulerDiscrete", settings=_LAST)
     },
     "hyper": {
-        _ON_SD15: _few(_HYPER, "Hyper-SD15-4steps-lora.safetensors", 269, _DDIM, **_LAST),
-        _ON_SDXL: _few(_HYPER, "Hyper-SDXL-4steps-lora.safetensors", 787, _DDIM, **_LAST),
-        _FLUX.base.id: _few(
-            _HYPER, "Hyper-FLUX.1-dev-8steps-lora.safetensors", 1388, _FLOW, **_HYPER_FLUX
-        ),
+        _ON_SD15: _few(_HYPER, "Hyper-SD15-4steps-lora.safetensors", 269, "DDIM", settings=_LAST),
+        _ON_SDXL: _few(_HYPER, "Hyper-SDXL-4steps-lora.safetensors", 787, "DDIM", settings=_LAST),
     },
     "tcd": {
-        _ON_SD15: _few(_TCD_SD15, _LORA, 135, "TCDScheduler", **_GAMMA),
-        _ON_SDXL: _few(_TCD_SDXL, _LORA, 394, "TCDScheduler", **_GAMMA),
+        _ON_SD15: _few("h1t/TCD-SD15-LoRA", _LORA, 135, "TCD", "mit", call=_ETA),
+        _ON_SDXL: _few("h1t/TCD-SDXL-LoRA", _LORA, 394, "TCD", "mit", call=_ETA),
     },
 }
+_FLUX_FEW = _few(_HYPER, "Hyper-FLUX.1-dev-8steps-lora.safetensors", 1388, "FlowMatchEulerDiscrete")
+# Flux is told its guidance, at no cost
+FEW_STEPS["hyper"][_FLUX.base.id] = replace(_FLUX_FEW, steps=8, guidance_scale=3.5, weight=0.125)
 """By name and by the base's repository. Sources: their model cards."""
 
 
