@@ -49,7 +49,7 @@ def sd15_unet(narrow: int = 1) -> Any:
         sample_size=64,
         cross_attention_dim=768,
         attention_head_dim=8,
-        block_out_channels=[width // narrow for width in (320, 640, 1280, 1280)],
+        block_out_channels=tuple(width // narrow for width in (320, 640, 1280, 1280)),
     )
 
 

@@ -73,10 +73,10 @@ def pixels(made: ipdiverse.Generation) -> np.ndarray:
 def test_lora_scheduler_steps_and_guidance_come_together(
     name: str, base: str, cache: Path, reference: str
 ) -> None:
-    given: dict[str, Any] = {"n": 1, "seed": 3}
     opened = ipdiverse.load_base(base)
+    given: dict[str, Any] = {"n": 1, "seed": 3}
     usual, pipe = opened.pipe.scheduler, opened.pipe
-    before = pixels(ipdiverse.generate(reference, "a cat", loaded=opened, steps=2, **given))
+    before = pixels(ipdiverse.generate(reference, "a cat", loaded=opened, **given | {"steps": 2}))
     seen: list[Any] = []
 
     def note(module: Any, _: Any) -> None:
@@ -91,7 +91,7 @@ def test_lora_scheduler_steps_and_guidance_come_together(
     assert (made.request.steps, made.request.guidance_scale) == (4, 1.0)
     assert pipe.scheduler is usual
     assert not any("lora" in layer for layer, _ in pipe.unet.named_modules())
-    after = ipdiverse.generate(reference, "a cat", loaded=opened, steps=2, **given)
+    after = ipdiverse.generate(reference, "a cat", loaded=opened, **given | {"steps": 2})
     np.testing.assert_array_equal(pixels(after), before, "off again, to the bit")
 
 

@@ -534,10 +534,10 @@ FEW_STEPS: dict[str, dict[str, FewSteps]] = {
         _ON_SDXL: _few("h1t/TCD-SDXL-LoRA", _LORA, 394, "TCD", "mit", call=_ETA),
     },
 }
+"""By name and by the base's repository. Sources: their model cards."""
 _FLUX_FEW = _few(_HYPER, "Hyper-FLUX.1-dev-8steps-lora.safetensors", 1388, "FlowMatchEulerDiscrete")
 # Flux is told its guidance, at no cost
 FEW_STEPS["hyper"][_FLUX.base.id] = replace(_FLUX_FEW, steps=8, guidance_scale=3.5, weight=0.125)
-"""By name and by the base's repository. Sources: their model cards."""
 
 
 def few_steps_of(name: str, base: str) -> FewSteps | None:

@@ -104,8 +104,8 @@ def attended(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, backend: Any = None
 ) -> Tensor:
     """Attention by diffusers' backend, None is the active one, which wants heads third."""
-    heads_third = (one.transpose(1, 2) for one in (query, key, value))
-    return dispatch_attention_fn(*heads_third, attn_mask, backend=backend).transpose(1, 2)
+    query, key, value = (one.transpose(1, 2) for one in (query, key, value))
+    return dispatch_attention_fn(query, key, value, attn_mask, backend=backend).transpose(1, 2)
 
 
 class JointAttention:
