@@ -26,7 +26,7 @@ from ipdiverse import generate, load_base
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import sample_scene
 
-ROUNDS = 7
+ROUNDS = 3
 IMAGES = 8
 STEPS = 25
 

@@ -76,7 +76,7 @@ def test_lora_scheduler_steps_and_guidance_come_together(
     opened = ipdiverse.load_base(base)
     given: dict[str, Any] = {"n": 1, "seed": 3}
     usual, pipe = opened.pipe.scheduler, opened.pipe
-    before = pixels(ipdiverse.generate(reference, "a cat", loaded=opened, **given | {"steps": 2}))
+    before = pixels(ipdiverse.generate(reference, "a cat", loaded=opened, **{**given, "steps": 2}))
     seen: list[Any] = []
 
     def note(module: Any, _: Any) -> None:
@@ -91,7 +91,7 @@ def test_lora_scheduler_steps_and_guidance_come_together(
     assert (made.request.steps, made.request.guidance_scale) == (4, 1.0)
     assert pipe.scheduler is usual
     assert not any("lora" in layer for layer, _ in pipe.unet.named_modules())
-    after = ipdiverse.generate(reference, "a cat", loaded=opened, **given | {"steps": 2})
+    after = ipdiverse.generate(reference, "a cat", loaded=opened, **{**given, "steps": 2})
     np.testing.assert_array_equal(pixels(after), before, "off again, to the bit")
 
 
@@ -108,7 +108,7 @@ def test_the_lora_acts_and_the_record_repeats_it(
     for number, image in enumerate(made.images):
         again = Image.open(sorted((tmp_path / "again").glob("0*.png"))[number])
         np.testing.assert_array_equal(np.asarray(again), np.asarray(image))
-    one = ipdiverse.generate(reference, "a cat", **given | {"n": 1})
+    one = ipdiverse.generate(reference, "a cat", **{**given, "n": 1})
     np.testing.assert_array_equal(pixels(one)[0], pixels(made)[0], "image i never depends on n")
     monkeypatch.setattr(fast, "LEVELS", (None, fast.Level(2)))
     quicker = ipdiverse.generate(reference, "a cat", **given, fast=1)
