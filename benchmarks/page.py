@@ -50,6 +50,8 @@ def rows(found: Any, part: str, context: dict[str, Any]) -> Iterator[dict[str, A
         numbers = {name: found[name] for name in ("ratio", "low", "high")}
         yield {"part": part, **context, **about, **numbers, **counted(found)}
     for name, one in found.items():
+        if name.startswith("of_"):  # against another of our own, not the peer
+            continue
         inner = context
         if isinstance(one, dict):
             inner = context | {"name": " ".join(filter(None, [str(context.get("name", "")), name]))}
