@@ -27,7 +27,7 @@ _HEAD = """# Benchmarks
 
 Ratios of times, peer / ours: above 1 ours is faster. Each is the median of rounds that alternate
 in one process, with a 95 % bootstrap interval; "operations" is the same ratio of operations.
-`make benchmarks` measures all of it anew, on a CPU or a GPU, and writes this page. Other work ran
+`make benchmarks` measures all of it anew, on a CPU, and writes this page. Other work ran
 beside some of it, which ratios bear better than seconds do.
 
 | what | ratio | 95 % | operations | rounds | peer | machine |
