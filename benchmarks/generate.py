@@ -102,7 +102,8 @@ def main() -> None:
         "rounds": chosen.rounds,
         "cells": [
             {
-                "what": "critters, first image after a warm request over its denoiser calls (1 is best)",
+                "what": "critters, first image after a warm request over its "
+                "denoiser calls (1 is best)",
                 "peer": "the denoiser's own calls in it",
                 **ratio_of(*(np.array([one[k] for one in first]) for k in ("total", "denoiser"))),
             }
