@@ -40,7 +40,7 @@ def test_the_table_of_fast_mode_is_what_was_measured(page: Any) -> None:
 
 def test_a_ratio_is_found_wherever_it_stands(page: Any) -> None:
     cell = {"ratio": 2.0, "low": 1.5, "high": 2.5, "size": 64}
-    report = {"machine": "here", "rounds": 3, "cells": {"a": [cell | {"operations": 0.5}]}}
+    report = {"machine": "here", "rounds": 3, "cells": {"a": cell | {"operations": 0.5}}}
     (row,) = page.rows(report, "dial", {"peer": "stock"})
     assert (row["name"], row["operations_ratio"], row["peer"]) == ("cells a", 2.0, "stock")
     assert "| dial: cells a: 64 px | 2.00 | 1.50 to 2.50 | 2.00 | 3 | stock | here |" in page.page(
