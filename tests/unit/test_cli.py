@@ -336,7 +336,7 @@ def test_generate_loads_only_what_runs(tmp_path: Path) -> None:
         # peft and Flux come with diffusers' own pipeline, wherever they are installed
         "idle = {'gradio', 'datasets', 'ray', 'wandb', 'pandas', 'matplotlib',\n"
         "    'ipdiverse.training.trainer', 'ipdiverse.evaluation.running', 'ipdiverse.ui.page',\n"
-        "    'ipdiverse.adapter.files.publishing', 'ipdiverse.sampling.selection',\n"
+        "    'ipdiverse.sampling.selection',\n"
         "    'ipdiverse.sampling.batch'}\n"
         "sys.exit(f'{code} {sorted(idle & sys.modules.keys())}')"
     )
