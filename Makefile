@@ -73,15 +73,14 @@ fmt: $(STAMP) ## format, and mend what can be mended
 	$(BIN)/ruff format
 
 # --small is the embedded base; what docs/inference.md tells of Stable Diffusion 1.5 takes far longer.
-benchmarks: $(STAMP) ## time rendering, generation, the dial, image prompts, attention and training
+benchmarks: $(STAMP) ## time rendering, generation, the dial, fast mode, attention, training; out/benchmarks.md
+	mkdir -p out/benchmarks
 	$(BIN)/python benchmarks/render.py
-	$(BIN)/python benchmarks/generate.py
-	$(BIN)/python benchmarks/dial.py
-	$(BIN)/python benchmarks/fast.py
-	$(BIN)/python benchmarks/inference.py --small
-	$(BIN)/python benchmarks/attention.py
-	$(BIN)/python benchmarks/training.py
+	for part in generate dial fast attention training; do \
+		$(BIN)/python benchmarks/$$part.py --out out/benchmarks/$$part.json || exit 1; done
+	$(BIN)/python benchmarks/inference.py --small --out out/benchmarks/inference.json
 	$(BIN)/python benchmarks/cluster.py
+	$(BIN)/python benchmarks/page.py out/benchmarks --json out/benchmarks.json --page out/benchmarks.md
 
 study-quick: $(STAMP) ## a coarse curve of variety against fidelity, in minutes
 	$(BIN)/ipdiverse evaluate --quick --out out/study-quick

@@ -1,6 +1,6 @@
 """PyTorch's plain attention against its fused one on this CPU, forward and backward.
 
-    python benchmarks/attention.py [--rounds 7]
+    python benchmarks/attention.py [--rounds 7] [--out FILE.json]
 
 `training.loss.fast_backward` chooses by these ratios. Above 1 the fused one is faster.
 """
@@ -8,6 +8,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+from pathlib import Path
 
 import torch
 from timing import machine, ratio
@@ -29,7 +31,9 @@ def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=7)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--out", type=Path)
+    chosen = parser.parse_args()
+    rounds, cells = chosen.rounds, []
     print(machine())
     print("| tokens | type | plain / fused | 95 % |\n|---|---|---|---|")
     for dtype in (torch.float32, torch.bfloat16):
@@ -43,7 +47,11 @@ def main() -> None:
             )
             name = str(dtype).removeprefix("torch.")
             spread = f"{found['low']:.2f} to {found['high']:.2f}"
+            cells.append({"what": f"{shape[2]} tokens, {name}, both ways", **found})
             print(f"| {shape[2]} | {name} | {found['ratio']:.2f} | {spread} |", flush=True)
+    if chosen.out:
+        report = {**machine(), "rounds": rounds, "cells": cells}
+        chosen.out.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

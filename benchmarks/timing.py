@@ -40,6 +40,8 @@ def alternating(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, n
         for name in list(runs)[:: 1 if index % 2 == 0 else -1]:
             started = time.perf_counter()
             runs[name]()
+            if torch.cuda.is_available():  # which answers before it has computed
+                torch.cuda.synchronize()
             times[name].append(time.perf_counter() - started)
     return {name: np.array(taken) for name, taken in times.items()}
 
@@ -72,8 +74,10 @@ def flops(run: Callable[[], Any]) -> int:
 
 def machine() -> dict[str, Any]:
     """Machine, threads and torch version, on which times depend."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "machine": torch.cpu.get_capabilities().get("cpu_name") or platform.machine(),
+        "machine": gpu or torch.cpu.get_capabilities().get("cpu_name") or platform.machine(),
+        "instructions": None if gpu else torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }

@@ -325,3 +325,22 @@ def test_what_is_only_read_loads_little(words: str) -> None:
 def test_every_public_name_can_be_imported() -> None:
     for name in ipdiverse.__all__:
         assert getattr(ipdiverse, name) is not None
+
+
+def test_generate_loads_only_what_runs(tmp_path: Path) -> None:
+    """Modules are counted, as seconds differ by machine; nothing of other tasks is among them."""
+    Image.new("RGB", (64, 64), (200, 90, 30)).save(tmp_path / "a.png")
+    code = (
+        "import sys; from ipdiverse.cli import main\n"
+        "code = main(sys.argv[1:])\n"
+        # peft and Flux come with diffusers' own pipeline, wherever they are installed
+        "idle = {'gradio', 'datasets', 'ray', 'wandb', 'pandas', 'matplotlib',\n"
+        "    'ipdiverse.training.trainer', 'ipdiverse.evaluation.running', 'ipdiverse.ui.page',\n"
+        "    'ipdiverse.sampling.selection',\n"
+        "    'ipdiverse.sampling.batch'}\n"
+        "sys.exit(f'{code} {sorted(idle & sys.modules.keys())}')"
+    )
+    words = ["generate", "--image", str(tmp_path / "a.png"), "-n", "1", "--steps", "1"]
+    argv = [sys.executable, "-c", code, *words, "--out", str(tmp_path / "out")]
+    done = subprocess.run(argv, capture_output=True, check=False, text=True)
+    assert done.stderr.splitlines()[-1] == "0 []", done.stderr

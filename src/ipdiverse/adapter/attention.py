@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -13,11 +15,13 @@ from torch.nn import functional as F
 from ipdiverse.errors import ShapeError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
 
     from ipdiverse.adapter.model import LayerWeights
     from ipdiverse.adapter.reference import RegionMask
 
+Attend = Callable[..., Tensor]
+"""PyTorch's `scaled_dot_product_attention`, or what stands in for it."""
 NOTHING, TEXT, BOTH = "nothing", "text", "both"
 """Branches of guidance: neither prompt, the text alone, text and image."""
 
@@ -37,19 +41,21 @@ def decoupled_cross_attention(
     text_value: Float[Tensor, "batch heads text head_dim"],
     images: Iterable[ImageBranch],
     text_mask: Tensor | None = None,
+    attend: Attend = F.scaled_dot_product_attention,
 ) -> Float[Tensor, "batch heads pixels head_dim"]:
     """Attend to the text and to each group of image tokens separately, then add.
 
     Args:
         images: The image branches; without any, or at a scale of 0, the text result exactly.
         text_mask: Added to the text branch's attention logits; None attends to every token.
+        attend: What computes one attention.
 
     Source:
         arXiv:2308.06721, section 3.2 (λ is a branch's `scale`).
     """
-    mixed = F.scaled_dot_product_attention(query, text_key, text_value, attn_mask=text_mask)
+    mixed = attend(query, text_key, text_value, attn_mask=text_mask)
     for image in images:
-        mixed = add_image(mixed, query, image)
+        mixed = add_image(mixed, query, image, attend)
     return mixed
 
 
@@ -57,6 +63,7 @@ def add_image(
     mixed: Float[Tensor, "batch heads pixels head_dim"],
     query: Float[Tensor, "batch heads pixels head_dim"],
     branch: ImageBranch,
+    attend: Attend = F.scaled_dot_product_attention,
 ) -> Float[Tensor, "batch heads pixels head_dim"]:
     """Add one image branch to what the text, and other images, gave."""
     key, value, scale, region = branch
@@ -72,7 +79,7 @@ def add_image(
         return mixed  # to the bit; 0 · NaN would not be
     if isinstance(scale, Tensor):
         scale = scale.to(query.device, query.dtype).view(-1, 1, 1, 1)
-    image = F.scaled_dot_product_attention(query, key, value)
+    image = attend(query, key, value)
     if region is not None:
         image = image * region.to(query.device, query.dtype)[:, None, :, None]
     return mixed + scale * image
@@ -134,10 +141,14 @@ class DecoupledAttention:
     What does not change during a call is computed once: keys and values of the text, and of each
     group of image tokens. They are recognised by identity, as pipelines pass the same tensor at
     every step; nothing is kept while gradients are recorded or `torch.compile` traces.
+
+    Args:
+        attend: Takes a `backend` too, which diffusers' `set_attention_backend` sets.
     """
 
-    def __init__(self, number: int, slots: list[Slot]) -> None:
-        self.number, self.slots = number, slots
+    def __init__(self, number: int, slots: list[Slot], attend: Attend) -> None:
+        self.number, self.slots, self.attend = number, slots, attend
+        self._attention_backend: Any = None
         self._text = Once()
         self._images: dict[tuple[int, int], Once] = {}
         self.outputs: Any = None  # fast mode's `Kept`, while it keeps whole outputs
@@ -178,7 +189,8 @@ class DecoupledAttention:
             key, value = self._text.get(text, lambda: self._key_value(attn, text, layers))
         mask = _mask(attn, attention_mask, text)
         images = self._branches(attn, pixels=query.shape[2])
-        mixed = decoupled_cross_attention(query, key, value, images, mask)
+        attend = partial(self.attend, backend=self._attention_backend)
+        mixed = decoupled_cross_attention(query, key, value, images, mask, attend)
         merged = mixed.transpose(1, 2).flatten(2)
         # no residual: transformer blocks add it themselves; to_out is a linear layer and a dropout
         return attn.to_out[1](_project(attn.to_out[0], merged, layers, "to_out_lora"))

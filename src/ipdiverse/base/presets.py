@@ -7,8 +7,10 @@ the original authors' examples for steps, scale and scheduler (github.com/tencen
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from ipdiverse.errors import ArgumentError
 
 SITE = "https://huggingface.co"
 _MB = 1_000_000
@@ -427,6 +429,89 @@ _ALL = (
 )
 PRESETS: dict[str, Preset] = {preset.name: preset for preset in _ALL}
 """Every preset by its name."""
+
+
+@dataclass(frozen=True)
+class FewSteps:
+    """A LoRA that was distilled to draw in few steps, and what has to be set with it.
+
+    Args:
+        lora: Its file.
+        scheduler: Class in diffusers; it takes the base's own settings, and these.
+        settings: Of the scheduler.
+        steps: That it was made for.
+        guidance_scale: The same; 1 is none, which its teacher's is distilled into.
+        weight: Of the LoRA.
+        call: What the pipeline is called with.
+    """
+
+    lora: HubFile
+    scheduler: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    steps: int = 4
+    guidance_scale: float = 1.0
+    weight: float = 1.0
+    call: dict[str, Any] = field(default_factory=dict)
+
+
+_LORA, _RAIL = "pytorch_lora_weights.safetensors", "openrail++"
+_HYPER = Repository("ByteDance/Hyper-SD", "a08b9c3da8dc3be0a6e79b04721bf237241403f9", _RAIL)
+_LIGHTNING = "sdxl_lightning_4step_lora.safetensors"
+_LAST = {"timestep_spacing": "trailing"}  # they begin at the very last timestep
+_ETA = {"eta": 0.3}  # the paper's gamma: the noise that a step adds again
+_ON_SD15, _ON_SDXL = _SD15.base.id, _SDXL.base.id
+
+
+def _few(
+    home: Repository | str, file: str, size: int, kind: str, rail: str = _RAIL, **more: Any
+) -> FewSteps:
+    home = Repository(home, "main", rail) if isinstance(home, str) else home
+    return FewSteps(HubFile(home, file, size * _MB), f"{kind}Scheduler", **more)
+
+
+FEW_STEPS: dict[str, dict[str, FewSteps]] = {
+    "lcm": {
+        _ON_SD15: _few("latent-consistency/lcm-lora-sdv1-5", _LORA, 135, "LCM"),
+        _ON_SDXL: _few("latent-consistency/lcm-lora-sdxl", _LORA, 394, "LCM"),
+    },
+    "lightning": {
+        _ON_SDXL: _few("ByteDance/SDXL-Lightning", _LIGHTNING, 394, "EulerDiscrete", settings=_LAST)
+    },
+    "hyper": {
+        _ON_SD15: _few(_HYPER, "Hyper-SD15-4steps-lora.safetensors", 269, "DDIM", settings=_LAST),
+        _ON_SDXL: _few(_HYPER, "Hyper-SDXL-4steps-lora.safetensors", 787, "DDIM", settings=_LAST),
+    },
+    "tcd": {
+        _ON_SD15: _few("h1t/TCD-SD15-LoRA", _LORA, 135, "TCD", "mit", call=_ETA),
+        _ON_SDXL: _few("h1t/TCD-SDXL-LoRA", _LORA, 394, "TCD", "mit", call=_ETA),
+    },
+}
+"""By name and by the base's repository. Sources: their model cards."""
+_FLUX_FEW = _few(_HYPER, "Hyper-FLUX.1-dev-8steps-lora.safetensors", 1388, "FlowMatchEulerDiscrete")
+# Flux is told its guidance, at no cost
+FEW_STEPS["hyper"][_FLUX.base.id] = replace(_FLUX_FEW, steps=8, guidance_scale=3.5, weight=0.125)
+
+
+def few_steps_of(name: str, base: str) -> FewSteps | None:
+    """What a name means on a preset; None without a name.
+
+    Raises:
+        ArgumentError: The name is unknown, or nobody published such a LoRA for this base.
+    """
+    if not name:
+        return None
+    if name not in FEW_STEPS:
+        expected = " | ".join(FEW_STEPS)
+        raise ArgumentError("is unknown", where="few_steps", expected=expected, found=name)
+    found = FEW_STEPS[name].get(PRESETS[base].base.id) if base in PRESETS else None
+    if found is None:
+        raise ArgumentError(
+            f"has no LoRA of {name}",
+            where=f"base {base}",
+            expected=", ".join(n for n, one in PRESETS.items() if one.base.id in FEW_STEPS[name]),
+            fix="Take one of these, another of " + ", ".join(FEW_STEPS) + ", or --fast 1 to 3.",
+        )
+    return found
 
 
 def preset_files(

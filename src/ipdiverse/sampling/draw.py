@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ipdiverse.base.adapters import adapter_file, default_adapter
 from ipdiverse.base.bases import Base
+from ipdiverse.base.presets import few_steps_of
 from ipdiverse.errors import ArgumentError, Interrupted
 from ipdiverse.image_io import content_hash
 from ipdiverse.loading import quiet
@@ -170,8 +171,16 @@ def drawing(
     request = settled(request, base)
     task = task_for(base, request, pictures)
     negative = pictures.images[request.negative_image] if request.negative_image else None
+    from ipdiverse.sampling.fast import few_steps
+
+    few = few_steps_of(request.few_steps, request.base)
     # on the task's pipeline: image-to-image, inpainting and ControlNets have their own
-    with quiet(), attached(task.base, weights, request.image_encoder) as attachment:
+    with (
+        quiet(),
+        few_steps(task.base.pipe, few, request.base) as settings,
+        attached(task.base, weights, request.image_encoder) as attachment,
+    ):
+        task.settings.update(settings)
         if "face" in attachment.adapters[0].reads:
             faces = _faces_in(reference.images) if reference.faces is None else reference.faces
             reference = replace(reference, faces=faces)

@@ -16,10 +16,15 @@ from torch import Tensor
 
 from ipdiverse.adapter.attach.stock import shadow
 from ipdiverse.adapter.attention import BOTH
+from ipdiverse.base.downloads import fetch
+from ipdiverse.base.pipelines import denoiser_of
 from ipdiverse.errors import ModelError, check_range, check_whole
+from ipdiverse.loading import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+
+    from ipdiverse.base.presets import FewSteps
 
 
 @dataclass(frozen=True)
@@ -27,18 +32,29 @@ class Level:
     """How much is taken from steps before.
 
     Args:
-        every: Deep features are computed at one step in so many.
-        guide_every: So are the branches that guidance needs besides text with image; 1 is at
-            every step.
+        every: Deep features are computed at one step in so many, at most at each.
+        guide_every: So are the branches that guidance needs besides text with image.
         attention_from: Fraction of the steps after which outputs of cross-attention are kept.
+        power: Where these steps are: evenly at 1; at 2 the i-th is at i² / N, as the image changes
+            most early (arXiv:2312.00858, section 3.3). Late, even 1 in 1 then leaves some out.
     """
 
     every: int
     guide_every: int = 1
     attention_from: float = 1.0
+    power: float = 1.0
+
+    def computed(self, step: int, steps: float, every: int) -> bool:
+        """Whether one of so many steps is among the one in `every` that compute."""
+        # a count that grows as progress^(1/power), and reaches steps / every at the end
+        before, now = (
+            int(one ** (1 / self.power) * steps ** (1 - 1 / self.power) / every)
+            for one in (max(step - 1, 0), step)
+        )
+        return step == 0 or now > before
 
 
-LEVELS = (None, Level(2), Level(3, 3), Level(4, 4))
+LEVELS = (None, Level(2, power=2), Level(3, power=2), Level(4, 2, 0.5, power=2))
 """By the number that `--fast` takes; 0 is off. `docs/inference.md` has what each loses."""
 
 
@@ -47,6 +63,48 @@ def level_of(number: int) -> Level | None:
     check_whole("fast", number)
     check_range("fast", number, 0, len(LEVELS) - 1)
     return LEVELS[number]
+
+
+_NAME = "ipdiverse"
+
+
+@contextmanager
+def few_steps(pipe: Any, chosen: FewSteps | None, base: str) -> Iterator[dict[str, Any]]:
+    """A distilled LoRA with its scheduler on a pipeline, and off again exactly.
+
+    Args:
+        pipe: Without a LoRA.
+        chosen: What to put on; None leaves the pipeline as it is.
+        base: Its name, for errors.
+
+    Yields:
+        What the pipeline is called with.
+
+    Raises:
+        ModelError: The pipeline has a LoRA already, or the file is of another base.
+    """
+    if chosen is None:
+        yield {}
+        return
+    if getattr(denoiser_of(pipe), "peft_config", None):
+        fix = "Call pipe.unload_lora_weights(), or leave few_steps out."
+        raise ModelError("has a LoRA already, which was made for many steps", where=base, fix=fix)
+    import diffusers
+
+    [file] = fetch([chosen.lora], base)
+    before = pipe.scheduler
+    try:
+        with one_line("cannot be put on this base", chosen.lora.name):
+            pipe.load_lora_weights(
+                str(file.parent), weight_name=file.name, adapter_name=_NAME, local_files_only=True
+            )
+            pipe.set_adapters(_NAME, chosen.weight)
+            kind = getattr(diffusers, chosen.scheduler)
+            pipe.scheduler = kind.from_config(before.config, **chosen.settings)
+        yield chosen.call
+    finally:
+        pipe.scheduler = before
+        pipe.unload_lora_weights()
 
 
 class Kept:
@@ -132,9 +190,14 @@ class Fast:
         step, self._progress, self._shape = self._step, progress, shape
         self._step += 1
         known = BOTH in weights and weights.keys() <= {*self._differences, BOTH}
-        wanted = (BOTH,) if known and step % self.level.guide_every else tuple(weights)
+        steps = (
+            step / progress if progress else 1.0
+        )  # calls, which schedulers may make twice a step
+        guided = self.level.computed(step, steps, self.level.guide_every)
+        wanted = (BOTH,) if known and not guided else tuple(weights)
         self._features.branches = self._outputs.branches = wanted
-        self.deep = step % self.level.every == 0 or self._features.find("deep") is None
+        due = self.level.computed(step, steps, self.level.every)
+        self.deep = due or self._features.find("deep") is None
         return wanted
 
     def completed(

@@ -13,7 +13,7 @@ from ipdiverse.base.adapters import check_adapter
 from ipdiverse.base.bases import CRITTERS, check_part
 from ipdiverse.base.memory import Dtype, MemoryOptions, Offload, Quantize, check_quantize
 from ipdiverse.base.pipelines import check_known, is_transformer
-from ipdiverse.base.presets import PRESETS
+from ipdiverse.base.presets import PRESETS, few_steps_of
 from ipdiverse.config import renamed
 from ipdiverse.dial import OFF, RENAMED_LEVERS, Levers, current_names
 from ipdiverse.errors import ArgumentError, check_range, check_whole
@@ -93,6 +93,8 @@ class Request:
         negative_prompt: Text that guidance moves away from.
         fast: 0 to 3: how much of the work to leave out, at a small loss. 0 is none, exactly; the
             table in `docs/inference.md` has what each level saves and loses.
+        few_steps: `lcm`, `lightning`, `hyper` or `tcd`: draw in 4 to 8 steps with the preset's LoRA
+            of that name, its scheduler, steps and guidance. Empty draws without.
         levers: What changes sampling to gain variety.
 
     Raises:
@@ -138,6 +140,7 @@ class Request:
     guidance_scale: float | None = None
     negative_prompt: str = ""
     fast: int = 0
+    few_steps: str = ""
     levers: Levers = field(default=OFF)
 
     @classmethod
@@ -219,6 +222,7 @@ class Request:
             check_known(self.base)
             if self.base in PRESETS:  # before gigabytes are downloaded
                 check_quantize(self.quantize, self.base, transformer=is_transformer(self.base))
+        few_steps_of(self.few_steps, self.base)
         check_adapter(self.base, self.adapter)
         for part in (self.image_encoder, self.controlnet):
             if part:

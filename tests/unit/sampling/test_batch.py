@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from ipdiverse.dial import Levers
 from ipdiverse.errors import ArgumentError, DataError, OutputError
+from ipdiverse.sampling import task
 from ipdiverse.sampling.batch import RESULTS, read_jobs, run_batch
 from ipdiverse.sampling.request import Request
 from ipdiverse.writing import only_one
@@ -229,3 +231,22 @@ def test_a_job_is_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(Request, "check", lambda self, **_: checked.append(self))
     assert run_batch(read_jobs(file, Request()), tmp_path / "out") == 1
     assert len(checked) == 1
+
+
+def test_one_base_serves_all_jobs_and_the_next_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted: a batch opens its base once, and a page, which hands its bases on, not again."""
+    opened: list[str] = []
+    stock = task.load_base
+
+    def load(name: str, **options: Any) -> Any:
+        opened.append(name)
+        return stock(name, **options)
+
+    monkeypatch.setattr(task, "load_base", load)
+    models.picture(1).save(tmp_path / "a.png")
+    job = Request.of({"image": str(tmp_path / "a.png"), "n": 1, "steps": 1})
+    jobs, bases = {"line 1": job, "line 2": replace(job, seed=1)}, task.LastBase()
+    assert [run_batch(jobs, tmp_path / out, bases=bases) for out in ("one", "two")] == [2, 2]
+    assert opened == ["critters"]

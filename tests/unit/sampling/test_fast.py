@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers.hooks import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
+from diffusers import hooks
+from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
 
+from ipdiverse.adapter.attach import joint
 from ipdiverse.adapter.attach.attach import attach
 from ipdiverse.adapter.attention import BOTH, NOTHING
 from ipdiverse.dial import Levers
@@ -227,18 +229,138 @@ def test_what_cannot_be_is_refused(sd1: Any) -> None:
             sd1.unet = unet
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_a_cache_of_diffusers_is_refused_in_one_line(when: str) -> None:
-    pipe = models.pipeline("sd1", fresh=True)
-    asked = PyramidAttentionBroadcastConfig(
+def taylor(unet: Any) -> None:
+    hooks.apply_taylorseer_cache(unet, hooks.TaylorSeerCacheConfig(cache_identifiers=[r".*attn2"]))
+
+
+def faster(unet: Any) -> None:
+    hooks.apply_faster_cache(unet, hooks.FasterCacheConfig(current_timestep_callback=lambda: 500))
+
+
+def broadcast(unet: Any) -> None:
+    asked = hooks.PyramidAttentionBroadcastConfig(
         cross_attention_block_skip_range=2, current_timestep_callback=lambda: 500
     )
+    hooks.apply_pyramid_attention_broadcast(unet, asked)
+
+
+def text_kv(unet: Any) -> None:
+    hooks.apply_text_kv_cache(unet, hooks.TextKVCacheConfig())
+
+
+CACHES = {
+    "pyramid_attention_broadcast": broadcast,
+    "faster_cache": faster,
+    "text_kv_cache": text_kv,
+    "taylorseer_cache": taylor,
+}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("name", CACHES)
+def test_a_cache_of_diffusers_is_refused_in_one_line(name: str, when: str) -> None:
+    pipe = models.pipeline("sd1", fresh=True, unet=models.two_levels())
     if when == "before":
-        apply_pyramid_attention_broadcast(pipe.unet, asked)
+        CACHES[name](pipe.unet)
     else:
         prompted(pipe)
-        apply_pyramid_attention_broadcast(pipe.unet, asked)
-    refused = r"pyramid_attention_broadcast.*--fast"
-    with pytest.raises(ModelError, match=refused) as raised:
+        CACHES[name](pipe.unet)
+    with pytest.raises(ModelError, match=rf"{name}.*--fast") as raised:
         (prompted if when == "before" else draw)(pipe)
     assert "\n" not in str(raised.value)
+
+
+def test_caches_that_find_no_place_in_a_unet_change_nothing() -> None:
+    """MagCache warns and hooks nothing; FirstBlockCache and SeaCache raise, all in diffusers."""
+    pipe = models.pipeline("sd1", fresh=True, unet=models.two_levels())
+    with prompted(pipe):
+        before = draw(pipe, num_inference_steps=3)
+        asked = hooks.MagCacheConfig(num_inference_steps=3, mag_ratios=[1.0] * 3)
+        hooks.apply_mag_cache(pipe.unet, asked)
+        for refused in (
+            lambda: hooks.apply_first_block_cache(pipe.unet, hooks.FirstBlockCacheConfig()),
+            lambda: hooks.apply_sea_cache(pipe.unet, hooks.SeaCacheConfig()),
+        ):
+            with pytest.raises((IndexError, ValueError)):
+                refused()
+        np.testing.assert_array_equal(draw(pipe, num_inference_steps=3), before)
+
+
+def test_a_controlnet_acts_in_fast_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it adds on the way down reaches deep steps; shallow ones read what those left."""
+    from diffusers import ControlNetModel
+
+    torch.manual_seed(3)
+    plain = models.pipeline("sd1")
+    build: Any = ControlNetModel.from_unet
+    net = build(plain.unet, conditioning_embedding_out_channels=(4, 4, 8)).eval()
+    for block in (*net.controlnet_down_blocks, net.controlnet_mid_block):
+        torch.nn.init.normal_(block.weight, std=0.3)  # they begin at zero, and would do nothing
+    pipe = models.pipeline("sd1", "ControlNet", controlnet=net)
+    given = {"image": [models.picture(2)] * 2, "num_inference_steps": 8}
+    with prompted(pipe) as attachment:
+        exact = draw(pipe, **given)
+        monkeypatch.setattr(fast, "LEVELS", (None, fast.Level(1), fast.Level(4, 2)))
+        steer(attachment, Levers(), SEEDS, fast=1)
+        np.testing.assert_array_equal(draw(pipe, **given), exact, "every step is computed")
+        steer(attachment, Levers(), SEEDS, fast=2)
+        with Rows(pipe.unet.down_blocks[0].resnets[0]) as deep:
+            found = draw(pipe, **given)
+        assert deep == [4, 4]
+        without = draw(pipe, **given, controlnet_conditioning_scale=0.0)
+        assert np.abs(found - without).max() > 1e-2 * np.abs(found).max(), "it acts"
+        release(attachment)
+        np.testing.assert_array_equal(draw(pipe, **given), exact)
+
+
+def test_steps_are_computed_mostly_early() -> None:
+    def chosen(level: fast.Level, steps: int) -> list[int]:
+        return [s for s in range(steps) if level.computed(s, steps, level.every)]
+
+    assert chosen(fast.Level(4, power=2), 25) == [0, 1, 3, 6, 11, 16, 24]
+    assert chosen(fast.Level(4), 12) == [0, 4, 8]
+
+
+def test_compiled_blocks_are_not_compiled_again_while_the_dial_moves() -> None:
+    """`compile_repeated_blocks` compiles transformer blocks, and ours are inside of them."""
+    pipe = models.pipeline("sd1", fresh=True, unet=models.two_levels())
+    few: dict[str, Any] = {"num_inference_steps": 3}
+    with prompted(pipe) as attachment:
+        steer(attachment, Levers(cads=0.2), SEEDS)
+        plain = draw(pipe, **few)
+        torch.compiler.reset()
+        counters.clear()
+        pipe.unet.compile_repeated_blocks(backend="eager")
+        steer(attachment, Levers(cads=0.2), SEEDS)
+        np.testing.assert_allclose(draw(pipe, **few), plain, atol=1e-4 * np.abs(plain).max())
+        compiled = counters["stats"]["unique_graphs"]
+        assert compiled > 0
+        for strength, scale in ((0.5, 1.0), (0.9, 0.7), (0.1, 0.4)):
+            attachment.set_scale(scale)
+            steer(attachment, Levers(cads=strength), SEEDS)
+            draw(pipe, **few)
+        assert counters["stats"]["unique_graphs"] == compiled, "of scales and levers, nothing new"
+    torch.compiler.reset()
+
+
+def test_an_attention_backend_reaches_the_layers(sd1: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    stock = joint.dispatch_attention_fn
+
+    def note(*given: Any, backend: Any = None, **more: Any) -> Any:
+        seen.append(backend)
+        return stock(*given, backend=backend, **more)
+
+    monkeypatch.setattr(joint, "dispatch_attention_fn", note)
+    with prompted(sd1):
+        before = draw(sd1, num_inference_steps=2)
+        assert set(seen) == {None}, "the active one"
+        seen.clear()
+        try:
+            sd1.unet.set_attention_backend("_native_math")
+            found = draw(sd1, num_inference_steps=2)
+        finally:
+            sd1.unet.reset_attention_backend()
+            sd1.unet.set_attention_backend("native")
+    assert {one.value for one in seen} == {"_native_math"}
+    np.testing.assert_allclose(found, before, atol=1e-3 * np.abs(before).max())

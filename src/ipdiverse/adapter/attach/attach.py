@@ -24,6 +24,7 @@ from ipdiverse.adapter.attach.encoding import (
 )
 from ipdiverse.adapter.attach.hook import ActiveAdapter, ImagePromptHook, check_caches
 from ipdiverse.adapter.attach.joint import (
+    attended,
     check_fits,
     checked_transformer,
     joint_processors,
@@ -410,7 +411,7 @@ def _processors(unet: Any, slots: list[Slot]) -> dict[str, DecoupledAttention]:
     """A processor for each layer that has an image branch or a low-rank change."""
     touched = {number for slot in slots for number in slot.weights}
     return {
-        f"{name}.processor": DecoupledAttention(number, slots)
+        f"{name}.processor": DecoupledAttention(number, slots, attended)
         for number, name in attention_layers(unet).items()
         if number in touched
     }

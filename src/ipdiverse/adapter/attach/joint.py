@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -97,6 +99,14 @@ _STYLES = {
 _BLOCKS = {"transformer_blocks": "double", "single_transformer_blocks": "single"}
 
 
+def attended(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, backend: Any = None
+) -> Tensor:
+    """Attention by diffusers' backend, None is the active one, which wants heads third."""
+    query, key, value = (one.transpose(1, 2) for one in (query, key, value))
+    return dispatch_attention_fn(query, key, value, attn_mask, backend=backend).transpose(1, 2)
+
+
 class JointAttention:
     """Attention processor of one layer: stock's own attention, then each adapter's image branch.
 
@@ -116,6 +126,14 @@ class JointAttention:
     def forget(self) -> None:
         """Drop what was kept: weights changed."""
         self._images = {}
+
+    @property
+    def _attention_backend(self) -> Any:  # where `set_attention_backend` looks for it
+        return self.before._attention_backend
+
+    @_attention_backend.setter
+    def _attention_backend(self, backend: Any) -> None:
+        self.before._attention_backend = backend
 
     def __call__(
         self,
@@ -154,7 +172,9 @@ class JointAttention:
             outside = weights.joint.style == "xlabs"
             mixed = sums.get(outside)
             mixed = torch.zeros_like(query) if mixed is None else mixed
-            sums[outside] = add_image(mixed, query, ImageBranch(key, value, scale, region))
+            attend = partial(attended, backend=getattr(self.before, "_attention_backend", None))
+            branch = ImageBranch(key, value, scale, region)
+            sums[outside] = add_image(mixed, query, branch, attend)
         merged = {where: t.transpose(1, 2).flatten(2).to(states) for where, t in sums.items()}
         return merged.get(False), merged.get(True)
 
