@@ -9,14 +9,14 @@ then places each point so that the dial is linear in the variety that was achiev
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from scipy.optimize import isotonic_regression
 
 from ipdiverse.adapter.files.checkpoint import load_adapter
-from ipdiverse.adapter.files.conversion import copy_with_spec
+from ipdiverse.adapter.files.conversion import copy_with_spec, store_base_weights
 from ipdiverse.base.adapters import adapter_file
 from ipdiverse.config import renamed
 from ipdiverse.dial import OFF, RENAMED_LEVERS, Achieved, Dial, Levers, current_names
@@ -58,6 +58,7 @@ def calibrate(
     levers: Sequence[str] = (),
     say: Callable[[str], None] = lambda _: None,
     target: Path | None = None,
+    base_weights: str | None = None,
 ) -> tuple[Dial, list[dict[str, Any]]]:
     """Find the path of an adapter: its dial, and every point with what it achieved.
 
@@ -66,10 +67,17 @@ def calibrate(
             at the same time is refused.
         levers: Those that the dial may move; empty is all that the adapter has.
         target: A copy of the adapter that gets the dial, or its own file; None writes none.
+        base_weights: The adapter that this one was fine-tuned from, to be stored in the target.
     """
     [adapter] = study.sources
-    start, ladders = _movable(study, adapter, levers)
+    levers = _known(levers)
     with only_one(out, *([] if target is None else [target])):
+        if base_weights is not None and target is not None:
+            files = [adapter_file(study.base, one) for one in (adapter, base_weights)]
+            store_base_weights(*files, target)
+            adapter = str(target)
+            study = replace(study, arms=calibration_study(adapter).arms)
+        start, ladders = _movable(study.base, adapter, levers)
         runner = Runner(study, out, progress=False)
         path = climb(start, ladders, partial(_measured, runner, adapter), say)
         if len(path) < 2:
@@ -85,11 +93,8 @@ def calibrate(
     return dial, [{**levers, **asdict(scores)} for levers, scores in path]
 
 
-def _movable(
-    study: Study, adapter: str, levers: Sequence[str]
-) -> tuple[Levers, dict[str, tuple[Any, ...]]]:
-    """Where the dial starts, and the ladders of the levers that it may move."""
-    # by their names of today
+def _known(levers: Sequence[str]) -> tuple[str, ...]:
+    """Those that a dial can move, by their names of today."""
     asked = levers
     levers = tuple(current_names(renamed(dict.fromkeys(levers), RENAMED_LEVERS, "--levers")))
     movable = [name for name, lever in LEVERS.items() if lever.ladder]
@@ -101,7 +106,14 @@ def _movable(
             expected=", ".join(movable),
             found=", ".join(unknown),
         )
-    start, ladders = _ladders(adapter, study.base)
+    return levers
+
+
+def _movable(
+    base: str, adapter: str, levers: Sequence[str]
+) -> tuple[Levers, dict[str, tuple[Any, ...]]]:
+    """Where the dial starts, and the ladders of the levers that it may move."""
+    start, ladders = _ladders(adapter, base)
     if lacking := sorted(set(levers) - ladders.keys()):
         raise ArgumentError(
             "does not have this lever",
