@@ -39,8 +39,8 @@ _LIST_NAMES = ("metadata", "captions")
 _TEXTS = (".txt", ".caption", ".text", ".json")
 _ARCHIVES = (".tar", ".zip", ".gz", ".tgz", ".xz", ".zst", ".7z", ".rar", ".parquet", ".arrow")
 _SPLITS = ("train", "test", "val", "valid", "validation", "dev", "eval")
-_NO_SUBJECTS = (*_SPLITS, "images", "image", "imgs", "img", "pictures", "photos", "data")
-"""Folders whose name says nothing of what their images show."""
+_NO_SUBJECTS = (*_SPLITS, "images", "image", "imgs", "img", "pictures", "photos", "data", "reg")
+"""Folders whose name says nothing of what their images show; kohya's `reg` lies beside `img`."""
 _KOHYA = re.compile(r"(\d{1,4})_(.*\S.*)")
 """kohya's trainers repeat the images of a folder `10_corgi dog` ten times."""
 
@@ -178,7 +178,7 @@ class Folder:
                     continue
                 if not text and subject:
                     # the name of a subject may mean nothing to CLIP; that of its class does
-                    text = f"a photo of a {classes.get(home) or subject_class(subject)}"
+                    text = _caption_from(classes.get(home) or subject_class(subject))
                     if not any(note.startswith("Captions are made") for note in notes):
                         notes[_made(text, name)] = None
                 yield file_item(self.root, name, text=text, **about)
@@ -274,6 +274,12 @@ class Folder:
                 if comma and subject.strip() in homes - {""}:
                     found[subject.strip()] = words.strip()
         return found
+
+
+def _caption_from(words: str) -> str:
+    """A caption of a class, or of a name that is a caption already."""
+    whole = re.match(r"(an?|the) |\w+ of ", words, re.IGNORECASE)
+    return words if whole else f"a photo of a {words}"
 
 
 def _made(text: str, name: str) -> str:

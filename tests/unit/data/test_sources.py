@@ -430,6 +430,24 @@ def test_folders_of_kohya_give_repeats_and_subjects(tmp_path: Path) -> None:
     ]
 
 
+def test_the_usual_layout_of_kohya_and_names_that_are_captions(tmp_path: Path) -> None:
+    for name in ("img/10_sks dog/a.png", "reg/1_dog/b.png", "img/2_a photo of a cat/c.png"):
+        put(tmp_path / name, png())
+    source = open_source(str(tmp_path), SourceOptions())
+    assert {item.text: (item.subject, item.repeats) for item in source.items()} == {
+        "a photo of a sks dog": ("sks dog", 10),
+        "a photo of a cat": ("a photo of a cat", 2),
+        "a photo of a dog": ("dog", 1),
+    }
+
+
+def test_a_first_line_that_names_the_delimiter_is_no_header(tmp_path: Path) -> None:
+    put(tmp_path / "a.png", png())
+    put(tmp_path / "l.csv", b"sep=;\r\nfile_name;text\r\na.png;one, two\r\n")
+    (item,) = open_source(str(tmp_path / "l.csv"), SourceOptions()).items()
+    assert (item.name, item.text) == ("a.png#3", "one, two")
+
+
 def tar(file: Path, *members: tuple[str, bytes]) -> bytes:
     with tarfile.open(file, "w") as archive:
         for name, data in members:
