@@ -314,6 +314,10 @@ def test_an_empty_folder_is_no_source(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no data set of a known kind"):
         kind_of(str(tmp_path))
     assert kind_of("someone/some-data") == "hub"
+    with pytest.raises(
+        DataError, match=r"^https://x\.y/z: is an address; expected a folder, a file"
+    ):
+        kind_of("https://x.y/z")
 
 
 def test_captions_by_every_usual_name(tmp_path: Path) -> None:
