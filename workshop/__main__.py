@@ -207,9 +207,34 @@ class Study:
         say(f"open {page}")
 
 
+@dataclass(frozen=True)
+class Dose:
+    """Fit variation spaces on pairs that share scenes, and predict what leaks through them.
+
+    Args:
+        folder: Working folder for pairs and spaces, which `studies/dose.toml` draws with.
+        images: Pairs to fit each on.
+        out: Also write the predictions to this file.
+    """
+
+    folder: str = "runs/dose"
+    images: int = 2000
+    out: str | None = None
+
+    def run(self) -> None:
+        """Fit, predict and print."""
+        from workshop.dose import dose_response
+
+        check_target(self.out)
+        report = dose_response(Path(self.folder), self.images)
+        say_json(report)
+        write_json(self.out, report)
+
+
 Command = (
     Annotated[TrainBase, tyro.conf.subcommand("train-base")]
     | Annotated[TrainAdapters, tyro.conf.subcommand("train-adapters")]
+    | Annotated[Dose, tyro.conf.subcommand("dose")]
     | Annotated[Gates, tyro.conf.subcommand("gates")]
     | Annotated[Copier, tyro.conf.subcommand("copier")]
     | Annotated[Study, tyro.conf.subcommand("study")]

@@ -11,21 +11,26 @@ weights of `diverse`, whose dial leads from these to its own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from ipdiverse.adapter.files.checkpoint import as_safetensors, load_adapter, save_adapter
 from ipdiverse.adapter.files.layouts import PACKED, pack_base_weights
 from ipdiverse.adapter.files.structure import describe
+from ipdiverse.adapter.fusion import GatedFusion
 from ipdiverse.adapter.model import ImagePromptAdapter, remember_base_weights
 from ipdiverse.base.adapters import ADAPTERS, CRITTERS_ADAPTERS, SHIPPED_ADAPTERS, adapter_file
 from ipdiverse.base.bases import CRITTERS
 from ipdiverse.base.memory import bf16_is_fast
+from ipdiverse.critters import make
+from ipdiverse.critters.scene import SCENE, Scene, pair_of
 from ipdiverse.data.prepare import PrepareOptions, prepare
 from ipdiverse.errors import ArgumentError, ModelError, check_range
 from ipdiverse.training.checkpoints import ADAPTER
@@ -42,8 +47,11 @@ class Arm:
     Args:
         reference: What prompts a target.
         fusion: Text-image fusion; `generative` learns alone, and of embeddings.
-        fusion_learns: False keeps its random weights, as the fusion's first publication did.
+        learns: What is trained; `all but fusion` keeps the fusion's random weights, as its first
+            publication did.
+        shuffled: The fusion reads the text of another image of the batch while it learns.
         adapter: `plus` (16 tokens) or `base` (4).
+        shared: Chance that the reference has a scene attribute of the target (`shared_scenes`).
         edits: Share of references that contradict the caption in one attribute of identity.
         init_from: The arm that it starts from; None learns from random weights.
         steps: Optimizer steps of 64 samples.
@@ -52,8 +60,10 @@ class Arm:
 
     reference: Literal["self", "augmented", "paired"]
     fusion: Literal["none", "blend", "gated", "generative"]
-    fusion_learns: bool = True
+    learns: Literal["all", "all but fusion", "fusion", "projection"] = "all"
+    shuffled: bool = False
     adapter: Literal["plus", "base"] = "plus"
+    shared: float = 0.0
     edits: float = 0.0
     init_from: str | None = "plain"
     steps: int = 500
@@ -65,11 +75,21 @@ def _arms() -> dict[str, Arm]:
     arms = {"plain": plain, "base-plain": replace(plain, adapter="base", steps=1200)}
     for reference in ("self", "augmented", "paired"):
         arms[f"{reference}-none"] = Arm(reference, "none")
-        arms[f"{reference}-blend-random"] = Arm(reference, "blend", fusion_learns=False)
+        arms[f"{reference}-blend-random"] = Arm(reference, "blend", learns="all but fusion")
         arms[f"{reference}-blend"] = Arm(reference, "blend")
         arms[f"{reference}-gated"] = Arm(reference, "gated")
     for fusion in ("none", "gated"):  # what only a fusion could tell: which part the text replaces
         arms[f"edited-{fusion}"] = Arm("paired", fusion, edits=0.5)
+    # A gate moves by about the learning rate a step: at the other arms' rate it could not get past
+    # tanh(.13) in 500 steps, and "the gate stayed shut" would say nothing about the fusion.
+    alone = Arm("paired", "gated", learns="fusion", learning_rate=3e-3)
+    for reference in ("self", "augmented", "paired"):
+        for fusion in ("blend", "gated"):
+            arms[f"alone-{reference}-{fusion}"] = replace(alone, reference=reference, fusion=fusion)
+    arms["alone-paired-shuffled"] = replace(alone, shuffled=True)
+    arms["alone-paired-projection"] = replace(alone, fusion="none", learns="projection")
+    for percent in (0, 25, 50, 75, 100):
+        arms[f"shared-{percent}"] = Arm("paired", "none", shared=percent / 100, steps=300)
     arms["diverse"] = Arm("paired", "gated", init_from="paired-gated", steps=1500)
     arms["self-none-short"] = arms["self-none"]
     trained = arms["paired-gated"].steps + arms["diverse"].steps
@@ -77,6 +97,13 @@ def _arms() -> dict[str, Arm]:
     arms["generative"] = Arm("paired", "generative", steps=4000, learning_rate=1e-3)
     return arms
 
+
+_FROZEN: dict[str, tuple[Literal["projection", "layers", "fusion"], ...]] = {
+    "all": (),
+    "all but fusion": ("fusion",),
+    "fusion": ("projection", "layers"),
+    "projection": ("layers",),
+}
 
 ARMS = _arms()
 """By name."""
@@ -106,7 +133,7 @@ def arm_config(name: str, folder: Path, steps: int | None, seed: int) -> TrainCo
         if arm.init_from is None
         else str(folder / f"{arm.init_from}-seed{_init_seed(arm, seed)}" / ADAPTER),
         fusion=arm.fusion,
-        frozen=() if arm.fusion_learns else ("fusion",),
+        frozen=_FROZEN[arm.learns],
         reference=arm.reference,
         cache_images="both",  # one cache serves every arm
         cache_dtype="float16",
@@ -124,7 +151,8 @@ def arm_config(name: str, folder: Path, steps: int | None, seed: int) -> TrainCo
 
 
 def _data(arm: Arm) -> str:
-    return "data-edited" if arm.edits else "data"
+    shared = f"-shared-{100 * arm.shared:.0f}" if arm.shared else ""
+    return "data" + ("-edited" if arm.edits else "") + shared
 
 
 def _init_seed(arm: Arm, seed: int) -> int:
@@ -156,8 +184,50 @@ def train_arm(
         before = ARMS[name].init_from or ""
         train_arm(before, folder, steps, _init_seed(ARMS[name], seed), images)
     arm = ARMS[name]
-    prepare(CRITTERS, folder / _data(arm), PrepareOptions(n=images, edits=arm.edits))
-    return train(config)
+    with shared_scenes(arm.shared):
+        prepare(CRITTERS, folder / _data(arm), PrepareOptions(n=images, edits=arm.edits))
+    with shuffled_text() if arm.shuffled else nullcontext():
+        return train(config)
+
+
+@contextmanager
+def shared_scenes(chance: float) -> Iterator[None]:
+    """Pairs of critters made meanwhile share each scene attribute with a chance beyond luck."""
+
+    def partner(scene: Scene, rng: np.random.Generator) -> Scene:
+        other = pair_of(scene, rng)
+        same = [name for name in SCENE if chance and rng.random() < chance]
+        return replace(other, **{name: getattr(scene, name) for name in same})
+
+    make.pair_of = partner
+    try:
+        yield
+    finally:
+        make.pair_of = pair_of
+
+
+@contextmanager
+def shuffled_text() -> Iterator[None]:
+    """Gated fusions that learn read the text of the next sample of the batch."""
+    forward = GatedFusion.forward
+
+    def shuffled(
+        self: GatedFusion,
+        image_tokens: Tensor,
+        text: Tensor,
+        text_mask: Tensor | None = None,
+        strength: float = 1.0,
+    ) -> Tensor:
+        if self.training:
+            text = text.roll(1, 0)
+            text_mask = None if text_mask is None else text_mask.roll(1, 0)
+        return forward(self, image_tokens, text, text_mask, strength)
+
+    GatedFusion.forward = shuffled
+    try:
+        yield
+    finally:
+        GatedFusion.forward = forward
 
 
 def ship_arm(name: str, folder: Path, steps: int | None = None, seed: int = 0) -> Path | None:

@@ -12,21 +12,31 @@ from ipdiverse.adapter.files.checkpoint import load_adapter, read_spec, save_ada
 from ipdiverse.adapter.fusion import GatedFusion
 from ipdiverse.base.adapters import SHIPPED_ADAPTERS, adapter_file
 from ipdiverse.base.bases import CRITTERS
+from ipdiverse.critters.make import Example, example
+from ipdiverse.critters.scene import marginal
 from ipdiverse.errors import ArgumentError
 from workshop import arms
 from workshop.__main__ import main as workshop
-from workshop.arms import ARMS, arm_config, ship_arm
+from workshop.arms import ARMS, arm_config, ship_arm, train_arm
 
 
 def test_every_reference_meets_every_fusion_and_no_two_arms_are_alike(tmp_path: Path) -> None:
-    plus = [arm for arm in ARMS.values() if arm.adapter == "plus"]
-    kinds = {(arm.reference, arm.fusion, arm.fusion_learns) for arm in plus}
-    fusions = {("none", True), ("blend", False), ("blend", True), ("gated", True)}
-    crossed = {(r, *f) for r in ("self", "augmented", "paired") for f in fusions}
-    assert kinds == crossed | {("paired", "generative", True)}
+    plus = [arm for arm in ARMS.values() if arm.adapter == "plus" and arm.learns != "fusion"]
+    kinds = {(arm.reference, arm.fusion, arm.learns) for arm in plus}
+    fusions = {("none", "all"), ("blend", "all but fusion"), ("blend", "all"), ("gated", "all")}
+    references = ("self", "augmented", "paired")
+    crossed = {(r, *f) for r in references for f in fusions}
+    projection = ("paired", "none", "projection")
+    assert kinds == crossed | {("paired", "generative", "all"), projection}
+    alone = [arm for arm in ARMS.values() if arm.learns == "fusion" and not arm.shuffled]
+    assert {(arm.reference, arm.fusion) for arm in alone} == {
+        (r, f) for r in references for f in ("blend", "gated")
+    }
+    assert [arm.shared for arm in ARMS.values() if arm.shared] == [0.25, 0.5, 0.75, 1.0]
     configs = [asdict(arm_config(name, tmp_path, None, 0)) for name in ARMS]
     runs = [str({k: v for k, v in c.items() if k != "out"}) for c in configs]
-    assert len(set(runs)) == len(ARMS)
+    # a shuffled arm differs by what its fusion reads, which no option of the trainer says
+    assert len(set(runs)) == len(ARMS) - 1
     assert set(SHIPPED_ADAPTERS.values()) <= ARMS.keys()
 
 
@@ -116,3 +126,44 @@ def test_the_default_follows_base_weights_that_ship_anew(
     assert read_spec(default)["dial"] == before.spec["dial"]
     own = load_adapter(default).state_dict()
     assert all(torch.equal(own[name], tensor) for name, tensor in before.state_dict().items())
+
+
+def test_fusion_alone_leaves_the_adapter_as_it_is(tmp_path: Path) -> None:
+    file = train_arm("alone-paired-gated", tmp_path, steps=2, images=4)
+    plain = load_file(tmp_path / "plain-seed0" / "adapter.safetensors")
+    found = load_file(file)
+    assert all(torch.equal(found[name], plain[name]) for name in plain)
+    gates = [value for name, value in found.items() if name.endswith("gate")]
+    assert len(gates) == 1
+    assert gates[0].abs().min() > 0  # it starts shut
+
+
+def test_a_shuffled_fusion_learns_of_the_text_of_others_and_only_while_it_learns() -> None:
+    fusion, tokens, text = GatedFusion(8, 2, heads=2), torch.randn(3, 2, 8), torch.randn(3, 5, 8)
+    torch.nn.init.ones_(fusion.gate)
+    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2, [True] * 4 + [False]])
+    plain = fusion(tokens, text, mask)
+    with arms.shuffled_text():
+        assert torch.equal(fusion.train()(tokens, text.roll(-1, 0), mask.roll(-1, 0)), plain)
+        assert torch.equal(fusion.eval()(tokens, text, mask), plain)
+    assert torch.equal(fusion.train()(tokens, text, mask), plain)
+
+
+def test_pairs_share_scenes_by_chance_and_always_their_subject() -> None:
+    counts = {}
+    for chance in (0.0, 0.5, 1.0):
+        with arms.shared_scenes(chance):
+            made = [example(i, 0, "train") for i in range(300)]
+        assert all(one.scene.subject == one.other.subject for one in made)
+        counts[chance] = sum(one.scene.position == one.other.position for one in made)
+    assert [example(i, 0, "train") for i in range(9)] == _unpatched(9)
+    assert counts[1.0] == 300
+    luck = sum(marginal("position") ** 2)
+    for chance in (0.0, 0.5):  # within 4 standard deviations
+        expected = chance + (1 - chance) * luck
+        assert abs(counts[chance] / 300 - expected) < 4 * (expected * (1 - expected) / 300) ** 0.5
+
+
+def _unpatched(count: int) -> list[Example]:
+    with arms.shared_scenes(0.0):
+        return [example(i, 0, "train") for i in range(count)]

@@ -135,7 +135,7 @@ class Convert(Source):
 
 @dataclass(frozen=True)
 class Push(Source):
-    """Publish an adapter on the hub with a model card: what it is, how to use it, its dial's curve.
+    """Publish an adapter or a variation space on the hub, with a card of what it is and its use.
 
     Args:
         repo_id: The repository, `owner/name`; made if need be.
@@ -160,20 +160,38 @@ class Push(Source):
     def run(self) -> None:
         """Upload, or write what would be."""
         from ipdiverse.adapter.files.checkpoint import load_adapter, stored_dtype
-        from ipdiverse.adapter.files.publishing import Stated, check_repository
+        from ipdiverse.adapter.files.containers import open_checkpoint
+        from ipdiverse.adapter.files.publishing import (
+            Stated,
+            check_repository,
+            push_files,
+            save_files,
+            space_files,
+        )
+        from ipdiverse.adapter.imagine import is_space
 
         check_repository(self.repo_id)
-        Stated(self.license, self.base_model)  # refuses bad names before a large file is opened
+        told = Stated(self.license, self.base_model)  # refused before a large file is opened
         file = self.find()
+        if is_space(open_checkpoint(file).metadata):
+            files = space_files(file, self.repo_id, told)
+            if self.dry_run:
+                self._say_dry(save_files(Path(self.out), files))
+                return
+            say(f"published {push_files(self.repo_id, lambda: files, private=self.private)}")
+            return
         adapter = load_adapter(file, face_id_plus_v2=self.face_id_plus_v2)
         dtype = stored_dtype(file)  # what is published is as exact as the file, and no larger
         stated: dict[str, Any] = {"license": self.license, "base_model": self.base_model}
         if self.dry_run:
             names = adapter.save_pretrained(self.out, dtype, repo_id=self.repo_id, **stated)
-            say(f"wrote {', '.join(names)} into {self.out}; nothing was uploaded")
+            self._say_dry(names)
             return
         address = adapter.push_to_hub(self.repo_id, private=self.private, dtype=dtype, **stated)
         say(f"published {address}")
+
+    def _say_dry(self, names: list[str]) -> None:
+        say(f"wrote {', '.join(names)} into {self.out}; nothing was uploaded")
 
 
 @dataclass(frozen=True)

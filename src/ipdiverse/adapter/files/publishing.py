@@ -1,6 +1,7 @@
-"""Publish an adapter: its model card (`card.md`), the dial's curve, and the upload.
+"""Publish an adapter or a variation space: the card, the dial's curve, and the upload.
 
-The card repeats what the file says of itself. Where the file says nothing, the card says that.
+The card (`card.md`, `space_card.md`) repeats what the file says of itself. Where the file says
+nothing, the card says that.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ipdiverse.adapter.files.structure import base_family, describe, stock_notes
-from ipdiverse.base.adapters import PUBLISHED
+from ipdiverse.base.adapters import PUBLISHED, PUBLISHED_SPACE
 from ipdiverse.base.pipelines import HUB_ID
 from ipdiverse.base.presets import PRESETS
 from ipdiverse.contact_sheet import labelled_points
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
 CURVE = "dial.png"
 """The picture of the dial's curve, in the folder of the card."""
-_CARD = Path(__file__).with_name("card.md")
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
 _SHORT = {"SD 1.x": "sd15", "SDXL": "sdxl"}
 _AUTHORS = "h94/IP-Adapter"
@@ -61,8 +61,6 @@ class Stated:
 
 def model_card(adapter: ImagePromptAdapter, repo_id: str, stated: Stated | None = None) -> str:
     """What a page about this adapter should say (`card.md`), with the hub's metadata."""
-    from jinja2 import StrictUndefined, Template
-
     stated = stated or Stated()
     base, own = stated.base_model or _known_base(adapter), _own_base(adapter)
     folder = _ENCODERS.get((adapter.reads[-1], adapter.clip_dim or 0))
@@ -78,15 +76,8 @@ def model_card(adapter: ImagePromptAdapter, repo_id: str, stated: Stated | None 
         "base weights": "stored" if adapter.base_weights else "not stored",
         "license": stated.license or "not stated",
     }
-    # not escaped: it is Markdown, and what others wrote stands in a fence that it cannot close
-    template = Template(
-        _CARD.read_text("utf-8"),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        undefined=StrictUndefined,
-    )
-    return template.render(
+    return _rendered(
+        "card.md",
         metadata=_metadata(stated.license, base),
         family=family,
         facts=facts,
@@ -105,6 +96,46 @@ def model_card(adapter: ImagePromptAdapter, repo_id: str, stated: Stated | None 
         curve=CURVE,
         origin=_origin(adapter.spec),
     )
+
+
+def _rendered(template: str, **values: Any) -> str:
+    """A card; not escaped: it is Markdown, and what others wrote stands in a closed fence."""
+    from jinja2 import StrictUndefined, Template
+
+    return Template(
+        Path(__file__).with_name(template).read_text("utf-8"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=StrictUndefined,
+    ).render(**values)
+
+
+def space_files(file: Path, repo_id: str, stated: Stated) -> dict[str, bytes | None]:
+    """What a repository of a variation space holds, by name: the file as it is, and a card."""
+    from ipdiverse.adapter.imagine import as_text, load_space
+
+    spec = load_space(file).spec
+    as_text(spec)  # refuses a file that does not say how it was fitted
+    base = stated.base_model or (PRESETS[spec["base"]].base.id if spec["base"] in PRESETS else None)
+    facts = {
+        "fits": f"every adapter with the projection {spec['projection'][:12]}…",
+        "subjects, pairs": f"{spec['subjects']}, {spec['pairs']}",
+        "identity kept, held-out pairs": f"{100 * spec['held_out']['identity_kept']:.0f} %",
+        "scene replaced, held-out pairs": f"{100 * spec['held_out']['scene_replaced']:.0f} %",
+        "scenes": spec["bank"],
+        "license": stated.license or "not stated",
+    }
+    named = {name: re.sub(r"[^\w./-]", "?", str(spec[name])) for name in ("base", "adapter")}
+    card = _rendered(
+        "space_card.md",
+        metadata=_metadata(stated.license, base),
+        spec=named,
+        facts=facts,
+        repo_id=repo_id,
+        origin=_fenced(spec),
+    )
+    return {PUBLISHED_SPACE: file.read_bytes(), "README.md": card.encode("utf-8", "replace")}
 
 
 def _metadata(licensed: str | None, base: str | None) -> str:
@@ -243,7 +274,7 @@ def push_files(
             api.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,
-                commit_message=commit_message or "Upload an image prompt adapter with ipdiverse",
+                commit_message=commit_message or "Upload with ipdiverse",
                 create_pr=create_pr,
             )
         except Exception as error:  # whatever the hub's library or the network raises

@@ -22,9 +22,10 @@ from ipdiverse.adapter import model
 from ipdiverse.adapter.files.checkpoint import load_adapter, read_spec
 from ipdiverse.adapter.files.publishing import Stated, curve_png, model_card
 from ipdiverse.adapter.fusion import GatedFusion
+from ipdiverse.adapter.imagine import load_space
 from ipdiverse.adapter.model import interpolated, new_adapter
 from ipdiverse.adapter.projection import LinearProjection
-from ipdiverse.base.adapters import CRITTERS_ADAPTERS
+from ipdiverse.base.adapters import CRITTERS_ADAPTERS, space_file
 from ipdiverse.base.presets import PRESETS
 from ipdiverse.cli import main
 from ipdiverse.dial import OFF, Achieved, Dial, Levers
@@ -358,3 +359,21 @@ def test_inspect_reads_what_was_pushed(hub: FolderHub, capsys: pytest.CaptureFix
     capsys.readouterr()
     assert main(["inspect", "me/mine", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["kind"] == "plus"
+
+
+def test_a_space_is_pushed_with_a_card_and_found_by_its_repository(
+    hub: FolderHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = CRITTERS_ADAPTERS.parent / "spaces" / "plus.safetensors"
+    words = ["push", str(file), "me/scenes", "--license", "apache-2.0"]
+    out = tmp_path / "out"
+    assert main([*words, "--dry-run", "--out", str(out)]) == 0
+    assert "wrote space.safetensors, README.md" in capsys.readouterr().out
+    assert not hub.root.exists()
+    card = (out / "README.md").read_text()
+    assert metadata(card)["license"] == "apache-2.0"
+    assert "--space me/scenes" in card
+    assert load_space(file).spec["projection"] in card
+    assert main(words) == 0
+    assert capsys.readouterr().out == "published https://huggingface.co/me/scenes\n"
+    assert space_file("me/scenes").read_bytes() == file.read_bytes()
