@@ -94,8 +94,7 @@ def read_rows(root: Path, name: str, encoding: str = "utf-8") -> Iterator[tuple[
     with open_below(root, name, LIST_BYTES) as file:
         lines = text_lines(file, where, encoding)
         # Excel writes a first line `sep=;`, which is no header
-        said = (line for line in lines if not re.fullmatch(r"(sep=.)?\s*", line[1], re.IGNORECASE))
-        first = next(said, None)
+        first = next((one for one in lines if not re.match(r"(?i)(sep=.)?\s*$", one[1])), None)
         if first is None:
             return
         lines = itertools.chain([first], lines)

@@ -168,9 +168,8 @@ class Folder:
                 subject = kohya[2] if kohya and repeats == int(kohya[1]) else home
                 about: dict[str, Any] = {"subject": subject or None, "repeats": repeats}
                 if repeats > 1:
-                    notes[f"Each image of {home!r} is shown {repeats} times, as its name says."] = (
-                        None
-                    )
+                    note = f"Each image of {home!r} is shown {repeats} times, as its name says."
+                    notes[note] = None
                 try:
                     text = self._caption(name)
                 except DataError as error:
@@ -178,7 +177,9 @@ class Folder:
                     continue
                 if not text and subject:
                     # the name of a subject may mean nothing to CLIP; that of its class does
-                    text = _caption_from(classes.get(home) or subject_class(subject))
+                    words = classes.get(home) or subject_class(subject)
+                    is_caption = re.match(r"(an?|the) |\w+ of ", words, re.IGNORECASE)
+                    text = words if is_caption else f"a photo of a {words}"
                     if not any(note.startswith("Captions are made") for note in notes):
                         notes[_made(text, name)] = None
                 yield file_item(self.root, name, text=text, **about)
@@ -274,12 +275,6 @@ class Folder:
                 if comma and subject.strip() in homes - {""}:
                     found[subject.strip()] = words.strip()
         return found
-
-
-def _caption_from(words: str) -> str:
-    """A caption of a class, or of a name that is a caption already."""
-    whole = re.match(r"(an?|the) |\w+ of ", words, re.IGNORECASE)
-    return words if whole else f"a photo of a {words}"
 
 
 def _made(text: str, name: str) -> str:

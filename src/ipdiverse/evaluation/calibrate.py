@@ -70,14 +70,15 @@ def calibrate(
         base_weights: The adapter that this one was fine-tuned from, to be stored in the target.
     """
     [adapter] = study.sources
-    levers = _known(levers)
+    # before a folder is made; levers may need the base weights
+    found = None if base_weights else _movable(study, adapter, levers)
     with only_one(out, *([] if target is None else [target])):
         if base_weights is not None and target is not None:
             files = [adapter_file(study.base, one) for one in (adapter, base_weights)]
             store_base_weights(*files, target)
             adapter = str(target)
             study = replace(study, arms=calibration_study(adapter).arms)
-        start, ladders = _movable(study.base, adapter, levers)
+        start, ladders = found or _movable(study, adapter, levers)
         runner = Runner(study, out, progress=False)
         path = climb(start, ladders, partial(_measured, runner, adapter), say)
         if len(path) < 2:
@@ -93,8 +94,11 @@ def calibrate(
     return dial, [{**levers, **asdict(scores)} for levers, scores in path]
 
 
-def _known(levers: Sequence[str]) -> tuple[str, ...]:
-    """Those that a dial can move, by their names of today."""
+def _movable(
+    study: Study, adapter: str, levers: Sequence[str]
+) -> tuple[Levers, dict[str, tuple[Any, ...]]]:
+    """Where the dial starts, and the ladders of the levers that it may move."""
+    # by their names of today
     asked = levers
     levers = tuple(current_names(renamed(dict.fromkeys(levers), RENAMED_LEVERS, "--levers")))
     movable = [name for name, lever in LEVERS.items() if lever.ladder]
@@ -106,14 +110,7 @@ def _known(levers: Sequence[str]) -> tuple[str, ...]:
             expected=", ".join(movable),
             found=", ".join(unknown),
         )
-    return levers
-
-
-def _movable(
-    base: str, adapter: str, levers: Sequence[str]
-) -> tuple[Levers, dict[str, tuple[Any, ...]]]:
-    """Where the dial starts, and the ladders of the levers that it may move."""
-    start, ladders = _ladders(adapter, base)
+    start, ladders = _ladders(adapter, study.base)
     if lacking := sorted(set(levers) - ladders.keys()):
         raise ArgumentError(
             "does not have this lever",

@@ -160,8 +160,7 @@ class Turns:
         return next((job for job in self._jobs() if job.ready), None)
 
     def _count(self, visitor: str) -> None:
-        # to the end, behind those who came during the turn
-        self._line[visitor] = self._line.pop(visitor)
+        self._line[visitor] = self._line.pop(visitor)  # to the end, after who came meanwhile
         self._had[visitor] += 1
         if self._had.total() >= _MEMORY:
             self._had = Counter({who: had // 2 for who, had in self._had.items() if had > 1})
