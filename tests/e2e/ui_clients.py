@@ -55,9 +55,9 @@ class Client:
 
     @property
     def config(self) -> dict[str, Any]:
-        if self._config is None:
-            self._config = self.http.get("/config").raise_for_status().json()
-        return self._config
+        found = self._config or self.http.get("/config").raise_for_status().json()
+        self._config = found
+        return found
 
     def event(self, element: str, kind: str) -> dict[str, Any]:
         """The event of an element, by the id it has on the page."""

@@ -74,8 +74,8 @@ def calibrate(
     found = None if base_weights else _movable(study, adapter, levers)
     with only_one(out, *([] if target is None else [target])):
         if base_weights is not None and target is not None:
-            files = [adapter_file(study.base, one) for one in (adapter, base_weights)]
-            store_base_weights(*files, target)
+            own, before = (adapter_file(study.base, one) for one in (adapter, base_weights))
+            store_base_weights(own, before, target)
             adapter = str(target)
             study = replace(study, arms=calibration_study(adapter).arms)
         start, ladders = found or _movable(study, adapter, levers)
