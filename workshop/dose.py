@@ -17,6 +17,7 @@ says what that does.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from ipdiverse.adapter.imagine import VariationSpace, load_space
 from ipdiverse.base.adapters import adapter_file
 from ipdiverse.base.bases import CRITTERS
 from ipdiverse.commands.evaluate import Fit
-from ipdiverse.critters.make import example
+from ipdiverse.critters.make import example, png
 from ipdiverse.critters.scene import ATTRIBUTES, SCENE, Scene, marginal
 from ipdiverse.data.prepare import PrepareOptions, prepare
 from ipdiverse.evaluation.metrics import leak
@@ -38,6 +39,7 @@ from ipdiverse.training.config import CacheConfig
 from ipdiverse.training.embed import EmbeddedPictures, Stored
 from ipdiverse.training.fit import IS_SCENE
 from ipdiverse.training.frozen import Preprocessing, open_encoders
+from ipdiverse.writing import ensure_writable_folder, write_bytes_atomic, write_text_atomic
 from workshop.arms import shared_scenes
 
 CHANCES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -48,12 +50,32 @@ def fit_spaces(folder: Path, images: int) -> list[Path]:
     files = list[Path]()
     for chance in CHANCES:
         name = f"{100 * chance:.0f}"
-        with shared_scenes(chance):
-            prepare(CRITTERS, folder / f"pairs-{name}", PrepareOptions(n=images))
+        data = folder / f"pairs-{name}"
+        _write_pairs(folder / f"renders-{name}", images, chance)
+        prepare(str(folder / f"renders-{name}"), data, PrepareOptions())
         files.append(folder / f"space-{name}.safetensors")
         if not files[-1].exists():
-            Fit(str(folder / f"pairs-{name}"), str(files[-1]), "plus").run()
+            Fit(str(data), str(files[-1]), "plus").run()
     return files
+
+
+def _write_pairs(folder: Path, images: int, chance: float) -> None:
+    """Pairs without the names of their subjects.
+
+    The same creature is in other pairs too, with which it would share nothing.
+    """
+    if (folder / "metadata.jsonl").exists():
+        return
+    ensure_writable_folder(folder)
+    with shared_scenes(chance):
+        made = [example(i, 0, "train") for i in range(images)]
+    rows = list[dict[str, str]]()
+    for index, one in enumerate(made):
+        row = {"file_name": f"{index:07d}.png", "reference": f"{index:07d}-reference.png"}
+        write_bytes_atomic(folder / row["file_name"], png(one.scene, one.seed))
+        write_bytes_atomic(folder / row["reference"], png(one.other, one.other_seed))
+        rows.append(row | {"text": one.text})
+    write_text_atomic(folder / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def trained_leak(chance: float) -> float:
@@ -98,7 +120,7 @@ class World:
             return space.reduce(tokens).double()
 
         records = pictures.records
-        made = [example(i, PrepareOptions().seed, "train") for i in range(len(records))]
+        made = [example(int(r.source[:7]), 0, "train") for r in records]
         sides = [r.file_name for r in records], [str(r.reference) for r in records]
         labels = [e.scene for e in made], [e.other for e in made]
         return cls(space, tuple(map(reduced, sides)), tuple(map(_indices, labels)))  # type: ignore[arg-type]

@@ -6,12 +6,14 @@ import io
 import os
 import re
 import shlex
+import shutil
 import struct
 import subprocess
 import sys
 import time
 import zipfile
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +22,8 @@ import pytest
 from PIL import Image
 
 from ipdiverse.cli import main
+from ipdiverse.critters.make import example
+from ipdiverse.critters.render import render
 from ipdiverse.evaluation.report import inline
 from ipdiverse.provenance import read_provenance
 from tests.e2e.ui_clients import CHROMIUM, FLAGS, PATIENCE, Client, free_port, until, waiting_job
@@ -42,6 +46,23 @@ ROOT = Path(__file__).parents[2]
 PICTURES = ROOT / "docs" / "images"
 PASSWORD = "correct horse"  # noqa: S105 - of the test's own page
 SHOOTS = os.environ.get("IPDIVERSE_SCREENSHOTS") == "1"
+STUDY = """
+[[arm]]
+name = "scale 1"
+family = "plain, scale"
+adapter = "plus"
+at = 1.0
+
+[[sweep]]
+family = "plain, scale"
+adapter = "plus"
+scale = [0.5, 0.0]
+
+[[sweep]]
+family = "dial"
+adapter = "plus"
+diversity = [0.5, 1.0]
+"""
 REPORT = (
     "<!doctype html><title>r</title><h1>Variety against fidelity</h1>"
     "<script>parent.document.title = 'taken over'</script><p id=told>all of it</p>"
@@ -259,6 +280,91 @@ def test_a_reload_keeps_prompt_settings_and_reference(
     assert "phone" not in stranger.inner_text("#vary-references-told")
 
 
+def test_a_reload_keeps_what_was_drawn(visit: Callable[..., Page], tmp_path: Path) -> None:
+    page = visit()
+    take_example(page)
+    configure(page, "a critter", steps=1, count=2)
+    for _ in range(2):
+        page.click("#vary-go")
+        says(page, "#vary-status", "Drawing")
+        says(page, "#vary-status", "Done: 2 images.")
+    before, seed = shown_images(page), page.input_value("#vary-seed input")
+    page.reload()
+    page.wait_for_selector("#vary-go")
+    says(page, "#vary-status", f"Done: 2 images. Seed {seed}.")
+    for shown, image in zip(shown_images(page), before, strict=True):
+        np.testing.assert_array_equal(shown, image)
+    assert page.locator("#vary-earlier .thumbnail-item").count() == 1
+    assert f"--seed={seed}" in copied(page, "command")
+    first = pixels(downloaded(page, tmp_path) / "out")
+    for shown, image in zip(first.values(), before, strict=True):
+        np.testing.assert_array_equal(shown, image)
+
+
+def test_scenes_of_ones_own_are_drawn_and_repeated(
+    visit: Callable[..., Page], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = []
+    for number, place in enumerate(("snow", "moon", "beach")):
+        made = example(number, 77, "train")
+        file = tmp_path / f"my scene {number}.png"
+        Image.fromarray(render(replace(made.scene, place=place), made.seed)).save(file)
+        file.with_suffix(".txt").write_text(f"a critter, {place}")
+        files += [file, file.with_suffix(".txt")]
+    page = visit()
+    take_example(page)
+    configure(page, "a critter", steps=2, count=2)
+    page.get_by_role("button", name="Scenes of your own").click()
+    drop = "#vary-scenes input[type=file]"
+    page.set_input_files(drop, [str(files[0])])
+    says(page, "#vary-scenes-told", "Give 2 or more pictures, or none.")
+    page.get_by_role("button", name="Clear").locator("visible=true").click()
+    says(page, "#vary-scenes-told", "")
+    page.set_input_files(drop, [str(file) for file in files])
+    says(page, "#vary-scenes-told", "Scenes are drawn from 3 pictures.")
+    page.click("#vary-go")
+    says(page, "#vary-status", "Done: 2 images.")
+    unpacked = downloaded(page, tmp_path)
+    names = sorted(file.name for file in (unpacked / "scenes").iterdir())
+    assert names == [f"my_scene_{n}.{kind}" for n in range(3) for kind in ("png", "txt")]
+    assert (unpacked / "scenes" / "my_scene_1.txt").read_text() == "a critter, moon"
+    first = pixels(unpacked / "out")
+    record = read_provenance(unpacked / "out" / "0000.png")
+    assert record["request"]["scenes"] == "scenes"
+    assert "/tmp" not in str(record), "a record tells nothing of the machine"  # noqa: S108
+    monkeypatch.chdir(unpacked)
+    shutil.rmtree("out")
+    assert main(shlex.split(copied(page, "command"))[1:]) == 0
+    assert_equal(pixels(Path("out")), first)
+    page.reload()
+    page.wait_for_selector("#vary-go")
+    page.get_by_role("button", name="Scenes of your own").click()
+    says(page, "#vary-scenes-told", "Scenes are drawn from 3 pictures.")
+
+
+def test_what_is_being_drawn_is_shown_before_it_is_finished(visit: Callable[..., Page]) -> None:
+    page = visit()
+    take_example(page)
+    configure(page, "a critter", steps=8, count=2)
+    page.click("#vary-go")
+    says(page, "#vary-images", "2: being drawn")
+    page.wait_for_function(
+        "() => document.querySelector('#vary-images .thumbnail-item img')?.naturalWidth === 64"
+    )
+    says(page, "#vary-status", "Done: 2 images.")
+    assert "being drawn" not in page.inner_text("#vary-images")
+
+
+def test_a_draw_that_waits_says_its_place(visit: Callable[..., Page], served: Served) -> None:
+    page = visit()
+    take_example(page)
+    configure(page, "", steps=1, count=1)
+    with served.sessions.turns.turn(lambda: None):
+        page.click("#vary-go")
+        says(page, "#vary-status", "Drawing 1 image. Others come first: 1 before you.")
+    says(page, "#vary-status", "Done: 1 image.")
+
+
 @pytest.mark.slow
 def test_images_appear_as_they_finish_and_cancelling_keeps_them(
     visit: Callable[..., Page], tmp_path: Path, served: Served, monkeypatch: pytest.MonkeyPatch
@@ -362,6 +468,42 @@ def test_the_grid(
     assert main(shlex.split(lines[-1])[1:]) == 0
     exec(compile(copied(page, "python", "grid"), "recipe", "exec"), {})  # noqa: S102
     assert_equal(pixels(Path("out")), first)
+
+
+def test_the_grid_takes_over_and_its_cells_open_and_save(
+    visit: Callable[..., Page], tmp_path: Path
+) -> None:
+    page = visit()
+    take_example(page, number=2)
+    page.fill("#vary-prompt textarea", "a critter on the moon")
+    page.get_by_role("tab", name="Grid").click()
+    says(page, "#grid-references-told", "Reference: critter-3.png.")
+    assert page.input_value("#grid-prompt textarea") == "a critter on the moon"
+    for name, kept in (("diversities", "0.5"), ("scales", "1")):
+        boxes = page.locator(f"#grid-{name}").get_by_role("checkbox")
+        for box in boxes.all():
+            box.set_checked(False)
+        page.locator(f"#grid-{name}").get_by_label(kept, exact=True).check()
+    configure(page, "a critter in the desert", steps=1, count=1, tab="grid")
+    page.click("#grid-go")
+    says(page, "#grid-status", "Done: 1 image.")
+    page.locator("#grid-table td button").focus()
+    page.keyboard.press("Enter")
+    save = page.get_by_role("link", name="Save this image")
+    save.wait_for()
+    with page.expect_download() as waiting:
+        save.click()
+    waiting.value.save_as(tmp_path / "saved.png")
+    assert "a critter in the desert" in read_provenance(tmp_path / "saved.png")["command"]
+    page.keyboard.press("Escape")
+    save.wait_for(state="hidden")
+    page.get_by_role("tab", name="Vary").click()
+    take_example(page, number=0)
+    page.get_by_role("tab", name="Grid").click()
+    assert page.input_value("#grid-prompt textarea") == "a critter in the desert", "kept"
+    page.click("#grid-over")
+    says(page, "#grid-references-told", "Reference: critter-1.png.")
+    assert page.input_value("#grid-prompt textarea") == "a critter on the moon"
 
 
 def widths(frame: FrameLocator) -> list[int]:
@@ -535,6 +677,48 @@ def test_hands_and_eyes_are_not_needed(visit: Callable[..., Page]) -> None:
     assert "common." not in page.inner_text("body"), "an untranslated word of gradio's"
 
 
+_COVERED = """() => {
+  const seen = e => e.checkVisibility() && e.getBoundingClientRect();
+  const meet = (a, b) => a && b && a.left < b.right - 1 && b.left < a.right - 1
+    && a.top < b.bottom - 1 && b.top < a.bottom - 1;
+  return [...document.querySelectorAll('[data-testid=block-label]')].flatMap(label =>
+    [...label.closest('.block').querySelectorAll('button, a')].filter(
+      button => !/drop files/.test(button.ariaLabel)  // all of the block
+      && meet(seen(label), seen(button))).map(
+      button => `${label.innerText} under ${button.getAttribute('aria-label')}`));
+}"""
+
+
+def heard(page: Page) -> list[tuple[str, str]]:
+    """Role and name of all that a screen reader finds."""
+    tree = page.context.new_cdp_session(page).send("Accessibility.getFullAXTree")
+    told = [node for node in tree["nodes"] if not node["ignored"]]
+    return [(one["role"]["value"], one.get("name", {}).get("value", "")) for one in told]
+
+
+_SPOKEN = {"button", "checkbox", "combobox", "image", "link", "slider", "spinbutton", "tab"}
+_SPOKEN |= {"textbox", "listbox", "radio", "Iframe"}
+
+
+@pytest.mark.parametrize("width", [390, 768, 1366, 2560])
+def test_every_width_in_light_and_dark(visit: Callable[..., Page], width: int) -> None:
+    page = visit(width=width)
+    take_example(page)
+    page.get_by_role("button", name="Scenes of your own").click()
+    configure(page, "a critter in the snow", steps=25 if SHOOTS else 1, count=2)
+    page.click("#vary-go")
+    says(page, "#vary-status", "Done: 2 images.")
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+        for tab in ("Vary", "Grid", "Reports"):
+            page.get_by_role("tab", name=tab).click()
+            assert page.evaluate("() => document.documentElement.scrollWidth") <= width
+            assert page.evaluate(_COVERED) == []
+            spoken = heard(page)
+            assert [role for role, name in spoken if role in _SPOKEN and not name] == []
+            assert [name for _, name in spoken if "common." in name] == []
+
+
 def test_narrow_screens_do_not_scroll_sideways(visit: Callable[..., Page]) -> None:
     page = visit(width=390, height=844)
     take_example(page)
@@ -623,14 +807,13 @@ def test_every_image_is_told_of_and_can_be_repeated(visit: Callable[..., Page]) 
 
 
 @pytest.mark.slow
-def test_the_report_of_the_shipped_study_is_shown_whole(
+def test_the_report_of_a_study_is_shown_whole(
     browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    study, readings = ROOT / "studies" / "variety.toml", ROOT / "docs" / "study" / "readings"
-    command = [sys.executable, "-m", "workshop", "study", str(study), "--partial"]
-    out = str(tmp_path / "out" / "study")
-    subprocess.run([*command, "--readings", str(readings), "--out", out], check=True, cwd=ROOT)
+    size = "pairs = 6\nimages = 4\nsteps = 8" if SHOOTS else "pairs = 2\nimages = 2\nsteps = 1"
+    Path("study.toml").write_text(f"{size}\n{STUDY}")
+    assert main(["evaluate", "--config=study.toml", "--out=out/study"]) == 0
     with opened_page(Options(port=free_port(), reports=("out",))) as served:
         page = browser.new_page(viewport={"width": 1280, "height": 1100})
         page.goto(served.url)

@@ -50,6 +50,8 @@ def fingerprint(request: Request) -> str:
         value = decides[name]
         several = value if isinstance(value, tuple) else (value,)
         decides[name] = [_content(one) for one in several]
+    for name, value in decides.items():  # a browser says 1 where the command line says 1.0
+        decides[name] = int(value) if isinstance(value, float) and value.is_integer() else value
     # another torch or diffusers may draw other pixels, so that its images do not complete a set
     text = json.dumps([decides, versions()], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]

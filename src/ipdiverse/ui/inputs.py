@@ -10,10 +10,9 @@ from __future__ import annotations
 import math
 import re
 import secrets
-from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as short
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gradio as gr
 
@@ -22,7 +21,7 @@ from ipdiverse.base.presets import PRESETS
 from ipdiverse.errors import ArgumentError, check_range
 from ipdiverse.sampling.request import Request
 from ipdiverse.ui import Installed
-from ipdiverse.ui.status import PRIVATE, line
+from ipdiverse.ui.status import PRIVATE, line, on_load
 from ipdiverse.ui.uploads import Upload, shown_of
 
 if TYPE_CHECKING:
@@ -171,9 +170,8 @@ def text_inputs(tab: str) -> tuple[gr.Textbox, gr.Textbox]:
     return prompt, negative
 
 
-@dataclass(frozen=True)
-class Advanced:
-    """Settings of both tabs, as components."""
+class Advanced(NamedTuple):
+    """Settings of both tabs, as components, in the order of `request_from`."""
 
     seed: gr.Number
     keep: gr.Checkbox
@@ -182,13 +180,6 @@ class Advanced:
     base: gr.Dropdown
     adapter: gr.Dropdown
     combine: gr.Dropdown
-
-    def all(self) -> list[Any]:
-        """In the order of `request_from`."""
-        return [
-            *(self.seed, self.keep, self.steps, self.guidance),
-            *(self.base, self.adapter, self.combine),
-        ]
 
 
 def models(installed: Installed, tab: str) -> tuple[gr.Dropdown, gr.Dropdown, gr.HTML]:
@@ -291,9 +282,7 @@ def remembered(
         chosen = session.chosen[tab] = session.visitor.chosen.get(tab, [])
         return [*_restored(fields, more, values or [], installed), *shown_of(chosen)]
 
-    gr.context.Context.root_block.load(  # type: ignore[union-attr] - it is there inside `Blocks`
-        restore, kept, [*fields, *references], queue=False, **PRIVATE
-    )
+    on_load(restore, kept, [*fields, *references])
 
 
 def _restored(

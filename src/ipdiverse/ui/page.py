@@ -30,6 +30,15 @@ MAX_BYTES = 64 * 2**20
 _NAME = "report.html"
 _MARK = f"<h1>{report.TITLE}</h1>"
 _HEAD_BYTES = 4096
+# gradio states no language, and a screen reader would read English with its user's voice; nor does
+# it hide its icons, each of which would be a picture without a name
+_SPOKEN = """() => {
+  document.documentElement.lang = 'en';
+  const hide = () => document.querySelectorAll('svg:not([role], [aria-hidden])').forEach(
+    icon => icon.setAttribute('aria-hidden', 'true'));
+  new MutationObserver(hide).observe(document.body, {childList: true, subtree: true});
+  hide();
+}"""
 _NO_REPORTS = "None found. `ipdiverse evaluate --quick` writes one; --reports names other folders."
 
 
@@ -40,9 +49,9 @@ def build(sessions: Sessions, installed: Installed, reports: Sequence[Path]) -> 
     ) as page:
         gr.Markdown("# ipdiverse\nImage prompts with variety, without losing what you asked for.")
         with gr.Tab("Vary", elem_id="tab-vary"):
-            vary_tab(sessions, installed)
-        with gr.Tab("Grid", elem_id="tab-grid"):
-            grid_tab(sessions, installed)
+            prompt = vary_tab(sessions, installed)
+        with gr.Tab("Grid", elem_id="tab-grid") as opened:
+            grid_tab(sessions, installed, opened, prompt)
         with gr.Tab("Reports", elem_id="tab-reports") as opened:
             _reports_tab(opened, reports)
 
@@ -73,8 +82,7 @@ def look() -> dict[str, Any]:
         slider_color="#c2410c",
     )
     style = (Path(__file__).parent / "style.css").read_text("utf-8")
-    # gradio states no language, and a screen reader would read English with its user's voice
-    return {"theme": theme, "css": style, "js": "() => { document.documentElement.lang = 'en'; }"}
+    return {"theme": theme, "css": style, "js": _SPOKEN}
 
 
 def find_reports(folders: Sequence[Path]) -> dict[str, Path]:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ipdiverse.dial import dial_of
 from ipdiverse.errors import ArgumentError, IpdiverseError
@@ -48,6 +48,10 @@ _UNHEARD = 15.0
 """Seconds after which a job is dropped whose page does not wait for it."""
 _WAIT, _LOOK = 0.1, 0.2
 """Seconds between two tries for a turn, and between two looks at a job."""
+_SIGHTS, _SIGHT = 4, 32
+"""Previews come so often for each batch, less one, of latents scaled down to this side."""
+SCENES = "scenes"
+"""What recipes and archives call the folder of a visitor's own scenes."""
 
 
 class Turns:
@@ -197,6 +201,50 @@ class GaveWay(Exception):  # noqa: N818 - an event, not an error
     """Somebody else is to draw first; the job goes on afterwards."""
 
 
+@contextmanager
+def watched(base: Base) -> Iterator[Callable[[int], list[Image.Image]]]:
+    """What a UNet's batch looks like so far: small pictures of its first images, when called.
+
+    A guess of the clean latents, decoded. It only reads what the UNet is given and gives, so the
+    images stay the same to the bit. There are no pictures where a base cannot show them.
+    """
+    pipe: Any = base.pipe
+    called: list[Any] = []
+
+    def note(_: object, given: tuple[Any, ...], output: Any) -> None:
+        called[:] = *given[:2], output[0]
+
+    def guessed(images: int) -> list[Image.Image]:
+        if not called:
+            return []
+        import torch
+
+        from ipdiverse.sampling.denoiser import clean_guess
+
+        (sample, timestep, predicted), vae, schedule = called, pipe.vae, pipe.scheduler
+        if pipe.do_classifier_free_guidance:
+            without, within = predicted.chunk(2)
+            predicted = without + pipe.guidance_scale * (within - without)
+        alpha, kind = schedule.alphas_cumprod[int(timestep)], schedule.config.prediction_type
+        clean = clean_guess(kind, sample[:images], predicted[:images], float(alpha))
+        if (side := max(clean.shape[-2:])) > _SIGHT:  # a decoder's time grows with the area
+            clean = torch.nn.functional.interpolate(clean, scale_factor=_SIGHT / side, mode="area")
+        with torch.no_grad():
+            seen = vae.decode(clean.to(vae.dtype) / vae.config.scaling_factor).sample
+        # half precision overflows in some VAEs
+        return pipe.image_processor.postprocess(seen) if seen.isfinite().all() else []
+
+    # offloaded, the VAE would push the UNet out; others have no UNet, or latents of other kinds
+    offloaded = base.plan is not None and base.plan.offload != "none"
+    usable = hasattr(pipe, "unet") and not offloaded
+    hook = pipe.unet.register_forward_hook(note) if usable else None
+    try:
+        yield guessed
+    finally:
+        if hook is not None:
+            hook.remove()
+
+
 @dataclass(frozen=True)
 class Sheet:
     """The images of one request.
@@ -252,6 +300,9 @@ class Job:
         self.files: dict[str, list[Path]] = {}
         self.error: IpdiverseError | None = None
         self._turns = turns
+        self.previews: list[Image.Image] = []
+        """What the batch that is being drawn looks like so far."""
+        self._guessed: Callable[[int], list[Image.Image]] = lambda _: []
         self._drawn: list[Image.Image] = []  # of the request that is being drawn
         self._saved: Run | None = None
         self._finished = self._turn_from = 0  # steps times images
@@ -364,11 +415,15 @@ class Job:
     def _draw(self, inside: str, request: Request) -> None:
         """Draw a request's images, those that are left, or until it is somebody else's turn."""
         out = ensure_writable_folder(self.folder / inside)
-        with drawing(request, self._turns.base(request)) as work:
+        with (
+            drawing(request, self._turns.base(request)) as work,
+            watched(work.task.base) as self._guessed,
+        ):
             files, skip = self.files.setdefault(inside, []), range(len(self._drawn))
-            named = replace(work.request, image=self.names)
+            named = replace(work.request, image=self.names, scenes=request.scenes and SCENES)
             if self._saved is None:  # not one that goes on after others had their turn
-                self._saved = Run(out, fingerprint(named), request.n)
+                # of the files and not of their names: in an unpacked set, the command finds its own
+                self._saved = Run(out, fingerprint(work.request), request.n)
                 self._saved.begin(replace(work, request=named).record(inside))
             run, ended = self._saved, None
             try:
@@ -376,9 +431,10 @@ class Job:
                     file = run.add(number, image)
                     self._drawn.append(image)
                     self._finished += request.steps or 0
+                    self.previews = []
                     files.append(file)  # only now: the page's thread shows what is in this list
             except (Stopped, GaveWay) as error:
-                ended = error
+                ended, self.previews = error, []
                 self.done = self._finished  # what was begun is drawn again, or never
             if self._drawn:
                 sheet = partial(_sheet, work, named, self._drawn, files, inside, run)
@@ -397,6 +453,10 @@ class Job:
         self._check()
         if further and self._turns.others_wait(self):
             raise GaveWay
+        steps = self.total // self.wanted
+        done, gap = (self.done - self._finished) // images, max(1, steps // _SIGHTS)
+        if done % gap == 0 and done + gap <= steps:
+            self.previews = self._guessed(images)
 
     def _check(self) -> None:
         now = time.monotonic()

@@ -12,21 +12,20 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gradio as gr
 
 from ipdiverse.errors import ArgumentError, IpdiverseError
 from ipdiverse.ui import status
-from ipdiverse.ui.queue import Job
-from ipdiverse.ui.status import LIVE, PRIVATE
+from ipdiverse.ui.queue import SCENES, Job
+from ipdiverse.ui.status import LIVE, PRIVATE, on_load
 from ipdiverse.writing import write_bytes_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
 
     from ipdiverse.sampling.request import Request
-    from ipdiverse.ui.uploads import Upload
     from ipdiverse.ui.visitors import Session, Sessions
 
 _PATIENCE = 60.0
@@ -35,8 +34,7 @@ _EARLIER = 8
 """Sets of a visit that are kept besides the last one."""
 
 
-@dataclass(frozen=True)
-class Results:
+class Results(NamedTuple):
     """Components that both tabs fill; screen readers hear `told`."""
 
     progress: gr.HTML
@@ -44,10 +42,6 @@ class Results:
     command: gr.Code
     python: gr.Code
     download: gr.DownloadButton
-
-    def all(self) -> list[Any]:
-        """Every one of them."""
-        return [self.progress, self.told, self.command, self.python, self.download]
 
     def emptied(self) -> dict[Any, Any]:
         """Nothing of the last job is left."""
@@ -107,64 +101,92 @@ _COPY = """async (text) => {
 }"""
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """How one tab draws: its handlers, of which each answers with what changes on the page.
+
+    Args:
+        tab: Its name.
+        sessions: Its visitors'.
+        results: Components that this fills.
+        seed: Shows the seed that was drawn.
+        requests_of: Makes requests of a session and the values of the tab's inputs.
+        shown: What else there is to see, as it is now.
+    """
+
+    tab: str
+    sessions: Sessions
+    results: Results
+    seed: gr.Number
+    requests_of: Callable[..., Mapping[str, Request]]
+    shown: Callable[[Session], dict[Any, Any]]
+
+    def start(self, request: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
+        """A new set."""
+
+        def ask(session: Session) -> Any:
+            names = tuple(one.name for one in session.chosen.get(self.tab, []))
+            return self.requests_of(session, *values), names
+
+        yield from self._run(request, ask)
+
+    def start_again(self, request: gr.Request, diversity: float) -> Iterator[dict[Any, Any]]:
+        """The last set's seeds at another diversity."""
+        yield from self._run(request, lambda one: _again(one.jobs.get(self.tab), diversity))
+
+    def stop(self, request: gr.Request) -> dict[Any, Any]:
+        """Cancel: gradio closes the generator at once, so its last word has to be said here."""
+        session = self.sessions.asking(request)
+        if (job := session.jobs.get(self.tab)) is None:
+            told = status.line("Cancelled; nothing to stop.")
+            return {self.results.progress: "", self.results.told: told}
+        job.stop()
+        return self._ended(session, job) if job.wait(_PATIENCE) else gr.skip()
+
+    def restore(self, request: gr.Request) -> dict[Any, Any]:
+        """After a reload; what was drawing then ends with the step that is at work."""
+        session = self.sessions.asking(request)
+        job = session.jobs.get(self.tab)
+        known = job is not None and job.wait(_PATIENCE)
+        return self._ended(session, job) if job and known else gr.skip()
+
+    def _run(self, request: gr.Request, ask: Callable[[Session], Any]) -> Iterator[dict[Any, Any]]:
+        session, results = self.sessions.asking(request), self.results
+        self.sessions.turns.arrived(session.visitor.name)
+        try:
+            job = _new_job(self.sessions, session, self.tab, *ask(session))
+        except IpdiverseError as error:
+            yield {results.told: status.problem(str(error)), results.progress: ""}
+            return
+        told = {self.seed: first_of(job).seed, results.told: status.going(job)}
+        yield {**self.shown(session), **told, **results.emptied()}
+        yield from _watched(job, results, lambda: self.shown(session))
+        yield self._ended(session, job)
+        session.visitor.weigh()
+
+    def _ended(self, session: Session, job: Job) -> dict[Any, Any]:
+        return {**self.shown(session), **_last_words(job, self.results)}
+
+
 def draw_on(
+    drawn: Drawn,
     triggers: Sequence[Any],
     cancel: gr.Button,
     inputs: Sequence[Any],
     outputs: Sequence[Any],
-    results: Results,
-    *,
-    tab: str,
-    sessions: Sessions,
-    seed: gr.Number,
-    requests_of: Callable[..., Mapping[str, Request]],
-    shown: Callable[[Session], dict[Any, Any]],
     again: tuple[Any, gr.Slider] | None = None,
 ) -> None:
-    """Say what happens when a visitor draws, draws the same seeds `again`, and cancels."""
-
-    def run(request: gr.Request, ask: Callable[[Session], Any]) -> Iterator[dict[Any, Any]]:
-        session = sessions.asking(request)
-        sessions.turns.arrived(session.visitor.name)
-        try:
-            job = _new_job(sessions, session, tab, *ask(session))
-        except IpdiverseError as error:
-            yield {results.told: status.problem(str(error)), results.progress: ""}
-            return
-        drawn = next(iter(job.requests.values())).seed
-        told = {seed: drawn, results.told: status.going(job)}
-        yield {**shown(session), **told, **results.emptied()}
-        yield from _watched(job, results, lambda: shown(session))
-        yield {**shown(session), **_ended(job, results)}
-        session.visitor.weigh()
-
-    def start(request: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
-        def ask(session: Session) -> Any:
-            uploads: Sequence[Upload] = session.chosen.get(tab, [])
-            return requests_of(uploads, *values), tuple(one.name for one in uploads)
-
-        yield from run(request, ask)
-
-    def start_again(request: gr.Request, diversity: float) -> Iterator[dict[Any, Any]]:
-        yield from run(request, lambda session: _again(session.jobs.get(tab), diversity))
-
-    def stop(request: gr.Request) -> dict[Any, Any]:
-        session = sessions.asking(request)
-        if (job := session.jobs.get(tab)) is None:
-            return {results.progress: "", results.told: status.line("Cancelled; nothing to stop.")}
-        job.stop()
-        # gradio closes the generator of a cancelled event: its last word has to be said here
-        return {**shown(session), **_ended(job, results)} if job.wait(_PATIENCE) else {}
-
-    every = [*outputs, seed, *results.all()]
+    """Say what happens when a visitor draws, draws the same seeds `again`, cancels, and reloads."""
+    every = [*outputs, drawn.seed, *drawn.results]
     # no limit of gradio's: its queue is first come, first served; `Turns` decides who draws
     options = PRIVATE | {"concurrency_id": "drawing", "concurrency_limit": None}
-    drawing = [trigger(start, list(inputs), every, **options) for trigger in triggers]
+    drawing = [trigger(drawn.start, list(inputs), every, **options) for trigger in triggers]
     if again is not None:
-        drawing.append(again[0](start_again, again[1], every, **options))
+        drawing.append(again[0](drawn.start_again, again[1], every, **options))
     for one in drawing:
-        one.then(None, None, None, js=_INTO_VIEW % tab, **PRIVATE)
-    cancel.click(stop, None, every, cancels=drawing, queue=False, **PRIVATE)
+        one.then(None, None, None, js=_INTO_VIEW % drawn.tab, **PRIVATE)
+    cancel.click(drawn.stop, None, every, cancels=drawing, queue=False, **PRIVATE)
+    on_load(drawn.restore, None, every)
 
 
 # on a phone the images are below all settings
@@ -172,6 +194,11 @@ _INTO_VIEW = """() => {
   const status = document.querySelector('#%s-status');
   setTimeout(() => innerWidth < 768 && status.scrollIntoView(), 300);
 }"""
+
+
+def first_of(job: Job) -> Request:
+    """The first of a job's requests: its images differ from the others' in numbers alone."""
+    return next(iter(job.requests.values()))
 
 
 def _again(last: Job | None, diversity: float) -> tuple[dict[str, Request], tuple[str, ...], Job]:
@@ -212,20 +239,20 @@ def _watched(
     job: Job, results: Results, shown: Callable[[], dict[Any, Any]]
 ) -> Iterator[dict[Any, Any]]:
     """What changes while a job runs. When its visitor leaves, gradio closes this: the job stops."""
-    images, line = -1, ""
+    seen, line = (-1, job.previews), ""
     with closing(job.watch()) as looks:
         for _ in looks:
             update: dict[Any, Any] = {results.progress: status.bar(job)}
             if status.going(job) != line:
                 line = status.going(job)
                 update[results.told] = line
-            if job.images != images:
-                images = job.images
+            if (now := (job.images, job.previews)) != seen:
+                seen = now
                 update |= shown()
             yield update
 
 
-def _ended(job: Job, results: Results) -> dict[Any, Any]:
+def _last_words(job: Job, results: Results) -> dict[Any, Any]:
     """The status and the recipes of a job that has ended."""
     update = {results.progress: "", results.told: status.ended(job)}
     if not job.sheets:
@@ -241,12 +268,13 @@ def _ended(job: Job, results: Results) -> dict[Any, Any]:
 def archive_of(job: Job, only: Collection[int] | None = None) -> str:
     """Write a job's set as a zip, or only some of its images; the file."""
     requests = {inside: sheet.request for inside, sheet in job.sheets.items()}
-    first = next(iter(requests.values()))
+    first, asked = next(iter(requests.values())), first_of(job)
     words = re.sub(r"[^a-z0-9]+", "-", first.prompt[0].lower())[:40].strip("-")
     starred = "" if only is None else "-starred"
     stem = f"ipdiverse-{words or 'set'}-seed-{first.seed}{starred}"
-    sources = next(iter(job.requests.values())).image
-    files = dict(zip(job.names, map(Path, sources), strict=True))
+    files = dict(zip(job.names, map(Path, asked.image), strict=True))
+    if asked.scenes:
+        files |= {f"{SCENES}/{file.name}": file for file in Path(asked.scenes).iterdir()}
     archive = job.folder / f"{stem}.zip"
     write_bytes_atomic(archive, packed(job.folder, files, requests, stem, only))
     return str(archive)

@@ -9,6 +9,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
+from gradio.context import Context
 
 from ipdiverse.errors import IpdiverseError
 from ipdiverse.ui.closeness import plot
@@ -71,6 +72,12 @@ def answered(handler: Callable[..., Any]) -> Callable[..., Any]:
             return handler(*args)
 
     return at_once
+
+
+def on_load(handler: Callable[..., Any], inputs: Any, outputs: Any) -> None:
+    """Let something happen when the page that is being built is opened, or reloaded."""
+    page: Any = Context.root_block  # it is there inside `gr.Blocks`
+    page.load(handler, inputs, outputs, queue=False, **PRIVATE)
 
 
 def bar(job: Job) -> str:
@@ -137,7 +144,8 @@ def report(sheet: Sheet) -> str:
         causes = why_alike(sheet.request, sheet.calibrated, sheet.usual_guidance)
         listed = "".join(f"<li>{escape(text)}</li>" for text in causes)
         hints = f'<div class="hint"><h3>Why are these alike?</h3><ul>{listed}</ul></div>'
-    told = f"<div><h3>How close they are</h3><p>{escape(seen.summary())}</p></div>"
+    rests = f'<p class="small">These words rest on {escape(seen.rests_on)}.</p>'
+    told = f"<div><h3>How close they are</h3><p>{escape(seen.summary())}</p>{rests}</div>"
     return f'<div class="report">{told}{plot(seen)}{hints}</div>'
 
 

@@ -6,18 +6,19 @@ one reference, the same noise in every cell.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import quote
 
 import gradio as gr
+from gradio.processing_utils import save_file_to_cache
 from PIL import Image
 
 from ipdiverse.base.bases import defaults_of
 from ipdiverse.errors import ArgumentError
-from ipdiverse.evaluation.report import inline
 from ipdiverse.ui.inputs import (
     MAX_SET,
     advanced,
@@ -28,9 +29,17 @@ from ipdiverse.ui.inputs import (
     slider,
     text_inputs,
 )
-from ipdiverse.ui.results import Results, archive_of, draw_on, progress_parts, recipe_parts
+from ipdiverse.ui.results import (
+    Drawn,
+    Results,
+    archive_of,
+    draw_on,
+    first_of,
+    progress_parts,
+    recipe_parts,
+)
 from ipdiverse.ui.status import PRIVATE, report
-from ipdiverse.ui.uploads import picker
+from ipdiverse.ui.uploads import choose, picker, reading, scenes_picker, shown_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -42,14 +51,12 @@ if TYPE_CHECKING:
 
 DIVERSITIES = (0.0, 0.25, 0.5, 0.75, 1.0)
 SCALES = (0.25, 0.5, 0.75, 1.0, 1.25)
-_CELL_SIDE = 256
-"""Pixels of a picture in the grid: it is inlined into the table."""
 _SMALL = 128
 """Pictures up to this side are shown with hard pixels."""
 
 
-def vary_tab(sessions: Sessions, installed: Installed) -> None:
-    """Lay the first tab out and say what its buttons do."""
+def vary_tab(sessions: Sessions, installed: Installed) -> gr.Textbox:
+    """Lay the first tab out and say what its buttons do; its prompt."""
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=300):
             model = models(installed, "vary")
@@ -68,43 +75,39 @@ def vary_tab(sessions: Sessions, installed: Installed) -> None:
                 info = "How strongly the images follow the reference."
                 scale = slider("vary-scale", "Adapter scale", (0, 2, 0.05), usual, info)
                 more = advanced(installed, "vary", seed, model)
+            with gr.Accordion("Scenes of your own", open=False, elem_id="vary-own-scenes"):
+                scenes_picker(sessions)
         with gr.Column(scale=3, min_width=300):
             progress, told = progress_parts("vary")
             made = _made(references)
             results = Results(progress, told, *recipe_parts("vary"))
 
-    def requests_of(
-        given: Any, prompt: str, negative: str, diversity: float, n: int, scale: float, *others: Any
-    ) -> dict[str, Request]:
+    def requests_of(session: Session, *values: Any) -> dict[str, Request]:
+        prompt, negative, diversity, n, scale, *others = values
         own: dict[str, Any] = {"diversity": diversity, "n": n, "scale": scale}
+        for one in session.chosen.get("scenes", []):
+            own["scenes"] = one.file
+        given = session.chosen.get("vary", [])
         return {"out": request_from(installed, given, prompt, negative, *others, **own)}
 
     def on_base(label: str) -> float:
         return defaults_of(installed.bases[label]).scale
 
     more.base.input(on_base, more.base, scale, queue=False, **PRIVATE)
-    fields = [prompt, negative, diversity, count, scale, *more.all()]
+    fields = [prompt, negative, diversity, count, scale, *more]
     remembered(sessions, installed, "vary", fields, more, [references, named])
     made.say_what_happens(sessions, [references, named, uploaded], take)
-    draw_on(
-        [draw.click, prompt.submit],
-        cancel,
-        fields,
-        made.all(),
-        results,
-        tab="vary",
-        sessions=sessions,
-        seed=more.seed,
-        requests_of=requests_of,
-        shown=made.shown,
-        again=(made.again.click, made.other),
-    )
+    drawn = Drawn("vary", sessions, results, more.seed, requests_of, made.shown)
+    again = (made.again.click, made.other)
+    draw_on(drawn, [draw.click, prompt.submit], cancel, fields, made.all(), again)
+    return prompt
 
 
-@dataclass(frozen=True)
-class Made:
+class Made(NamedTuple):
     """What the first tab has drawn, and what can be done with it, as components."""
 
+    other: gr.Slider
+    again: gr.Button
     gallery: gr.Gallery
     beside: gr.Column
     compared: gr.Gallery
@@ -112,17 +115,12 @@ class Made:
     reference: gr.Button
     star: gr.Button
     starred: gr.DownloadButton
-    other: gr.Slider
-    again: gr.Button
     described: gr.HTML
     earlier: gr.Gallery
 
     def all(self) -> list[Any]:
         """Every one that changes with a drawing."""
-        return [
-            *(self.gallery, self.beside, self.compared, self.actions, self.reference, self.star),
-            *(self.starred, self.described, self.earlier),
-        ]
+        return list(self[2:])
 
     def shown(self, session: Session) -> dict[Any, Any]:
         """All of it, as it is now."""
@@ -225,7 +223,7 @@ def _made(references: gr.Gallery) -> Made:
     described = gr.HTML(elem_id="vary-report")
     earlier = _gallery("vary-earlier", ["small-pictures"], visible=False, allow_preview=False)
     return Made(
-        *(gallery, beside, compared, actions, reference, star, starred, other, again),
+        *(other, again, gallery, beside, compared, actions, reference, star, starred),
         *(described, earlier),
     )
 
@@ -243,7 +241,7 @@ def _last(session: Session) -> Job | None:
 
 
 def _pictures(job: Job, elem_id: str) -> Any:
-    """The images so far; once they are compared, each with how close it is."""
+    """The images so far, and previews; once they are compared, each with how close it is."""
     files = [file for found in job.files.values() for file in found]
     sheet = next(iter(job.sheets.values()), None)
     seen = None if sheet is None else sheet.closeness
@@ -253,14 +251,16 @@ def _pictures(job: Job, elem_id: str) -> Any:
         else f"image {number + 1}"
         for number in range(len(files))
     ]
-    pictures = list(zip(map(str, files), captions, strict=True))
+    pictures: list[Any] = list(zip(map(str, files), captions, strict=True))
+    for number, preview in enumerate(job.previews, len(files) + 1):
+        pictures.append((preview, f"{number}: being drawn"))
     look = ["images", "pixels"] if _are_small(files) else ["images"]
     return gr.Gallery(value=pictures, label=_title(job), elem_classes=look, elem_id=elem_id)
 
 
 def _title(job: Job) -> str:
     """As `Diversity 0.5, seed 12`."""
-    first = next(iter(job.requests.values()))
+    first = first_of(job)
     return f"Diversity {first.diversity or 0:g}, seed {first.seed}"
 
 
@@ -277,12 +277,13 @@ def _are_small(files: Sequence[Path]) -> bool:
         return max(image.size) <= _SMALL
 
 
-def grid_tab(sessions: Sessions, installed: Installed) -> None:
-    """Lay the second tab out and say what its buttons do."""
+def grid_tab(sessions: Sessions, installed: Installed, opened: gr.Tab, theirs: gr.Textbox) -> None:
+    """Lay the second tab out and say what its buttons do; `theirs` is the first tab's prompt."""
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=300):
             model = models(installed, "grid")
-            references, named, *_ = picker(sessions, "grid")
+            over = gr.Button("Take over reference and prompt", size="sm", elem_id="grid-over")
+            references, named, uploaded, _ = picker(sessions, "grid")
             prompt, negative = text_inputs("grid")
             diversities = _choice("Diversity, across", "diversities", DIVERSITIES, (0, 0.5, 1))
             scales = _choice("Adapter scale, down", "scales", SCALES, (0.5, 1))
@@ -302,9 +303,24 @@ def grid_tab(sessions: Sessions, installed: Installed) -> None:
                     table = gr.HTML(elem_id="grid-table")
             results = Results(progress, told, *recipe_parts("grid"))
 
-    def requests_of(
-        given: Any, prompt: str, negative: str, across: list[str], down: list[str], *others: Any
-    ) -> dict[str, Request]:
+    def take_over(request: gr.Request, prompt: str) -> Any:
+        session = sessions.asking(request)
+        with reading(session.visitor):
+            choose(session, "grid", list(session.chosen.get("vary", [])))
+        return *shown_of(session.chosen["grid"]), None, prompt
+
+    def on_opened(request: gr.Request, prompt: str, own: str) -> Any:
+        if sessions.asking(request).chosen.get("grid"):
+            return gr.skip()
+        return take_over(request, own or prompt)
+
+    taken = [references, named, uploaded, prompt]
+    over.click(take_over, theirs, taken, queue=False, **PRIVATE)
+    opened.select(on_opened, [theirs, prompt], taken, queue=False, **PRIVATE)
+
+    def requests_of(session: Session, *values: Any) -> dict[str, Request]:
+        prompt, negative, across, down, *others = values
+        given = session.chosen.get("grid", [])
         one = request_from(installed, given, prompt, negative, *others, n=1)  # of one seed for all
         return cells(
             _numbers("diversity", across, DIVERSITIES),
@@ -312,20 +328,14 @@ def grid_tab(sessions: Sessions, installed: Installed) -> None:
             partial(replace, one),
         )
 
-    fields = [prompt, negative, diversities, scales, *more.all()]
+    fields = [prompt, negative, diversities, scales, *more]
     remembered(sessions, installed, "grid", fields, more, [references, named])
-    draw_on(
-        [draw.click],
-        cancel,
-        fields,
-        [table],
-        results,
-        tab="grid",
-        sessions=sessions,
-        seed=more.seed,
-        requests_of=requests_of,
-        shown=lambda session: {table: as_table(session.jobs["grid"])},
-    )
+
+    def shown(session: Session) -> dict[Any, Any]:
+        return {table: as_table(session.jobs["grid"], table.GRADIO_CACHE)}
+
+    drawn = Drawn("grid", sessions, results, more.seed, requests_of, shown)
+    draw_on(drawn, [draw.click], cancel, fields, [table])
 
 
 def _choice(
@@ -348,39 +358,47 @@ def cells(diversities: Sequence[float], scales: Sequence[float], ask: Any) -> di
     }
 
 
-def as_table(job: Job) -> str:
-    """A table with a heading for each row and column; cells are empty until they are drawn."""
+def as_table(job: Job, cache: str) -> str:
+    """A table with a heading for each row and column; cells are empty until they are drawn.
+
+    Args:
+        job: Whose requests are the cells.
+        cache: Folder from which gradio serves files.
+    """
     requests = list(job.requests.items())
     across = list(dict.fromkeys(request.diversity for _, request in requests))
     down = list(dict.fromkeys(request.scale for _, request in requests))
     heads = "".join(f'<th scope="col">{value:g}</th>' for value in across)
+    drawn = {inside: _cell(job, inside, cache) for inside, _ in requests if job.files.get(inside)}
     rows = ""
     for scale in down:
-        row = "".join(_cell(job, inside) for inside, one in requests if one.scale == scale)
-        rows += f'<tr><th scope="row">{scale:g}</th>{row}</tr>'
+        row = [inside for inside, one in requests if one.scale == scale]
+        shown = "".join(f"<td>{drawn[one][0] if one in drawn else ''}</td>" for one in row)
+        rows += f'<tr><th scope="row">{scale:g}</th>{shown}</tr>'
     return (
         '<div class="wide" tabindex="0" role="region" aria-label="grid of diversity and scale">'
-        "<table><caption>Diversity across, adapter scale down; the same noise in every cell"
-        f'</caption><tr><th scope="col">scale</th>{heads}</tr>{rows}</table></div>'
+        "<table><caption>Diversity across, adapter scale down; the same noise in every cell. Press "
+        f'an image to see it large.</caption><tr><th scope="col">scale</th>{heads}</tr>{rows}'
+        f"</table></div>{''.join(large for _, large in drawn.values())}"
     )
 
 
-def _cell(job: Job, inside: str) -> str:
-    files = job.files.get(inside)
-    if not files:
-        return "<td></td>"
-    request, sheet = job.requests[inside], job.sheets.get(inside)
+def _cell(job: Job, inside: str, cache: str) -> tuple[str, str]:
+    """What stands in a cell, and what it opens: the image large, to look at and to save."""
+    request, sheet, name = job.requests[inside], job.sheets.get(inside), Path(inside).name
+    file = quote(save_file_to_cache(job.files[inside][0], cache))
     words = f"diversity {request.diversity:g}, scale {request.scale:g}"
     said = sheet.closeness.words(0) if sheet is not None and sheet.closeness is not None else ""
     alt = escape(f"{words}: {said}" if said else words)
-    return f'<td><img src="{_thumbnail(files[0])}" alt="{alt}"><small>{escape(said)}</small></td>'
-
-
-def _thumbnail(file: Path) -> str:
-    with Image.open(file) as image:
-        small = image.convert("RGB")
-    small.thumbnail((_CELL_SIDE, _CELL_SIDE))
-    return inline(small)
+    look = "pixels" if _are_small(job.files[inside]) else ""
+    image = f'<img src="gradio_api/file={file}" alt="{alt}">'
+    target = f'popovertarget="{name}"'
+    return (
+        f'<button type="button" {target}>{image}</button><small>{escape(said)}</small>',
+        f'<div popover id="{name}" class="large {look}">{image}<p>{alt}</p>'
+        f'<p><a href="gradio_api/file={file}" download>Save this image</a> '
+        f'<button type="button" {target} popovertargetaction="hide">Close</button></p></div>',
+    )
 
 
 def _numbers(name: str, chosen: Sequence[str], offered: Sequence[float]) -> list[float]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+import shutil
 import threading
+import uuid
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -22,15 +24,18 @@ from ipdiverse.errors import ArgumentError, ImageError
 from ipdiverse.image_io import MAX_FILE_BYTES, load_image_bytes
 from ipdiverse.image_io.files import SUFFIXES
 from ipdiverse.ui.safety import MAX_REFERENCES
-from ipdiverse.ui.status import LIVE, PRIVATE, line, problem
+from ipdiverse.ui.status import LIVE, PRIVATE, line, on_load, problem
 from ipdiverse.writing import write_bytes_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from ipdiverse.ui.visitors import Session, Sessions
+    from ipdiverse.ui.visitors import Session, Sessions, Visitor
 
 EXAMPLES = 6
+MAX_SCENES = 32
+_MOST_WORDS = 2000
+_KEPT = "references"
 _SHOWN_SIDE = 512
 _LONGEST_NAME = 80
 # a small file may decode to 40 megapixels: a crowd that uploads at once must not fill the memory
@@ -75,17 +80,17 @@ def example_files() -> tuple[tuple[str, bytes], ...]:
 
 
 def accept(
-    files: Sequence[tuple[str, Path | bytes]], folder: Path
+    files: Sequence[tuple[str, Path | bytes]], folder: Path, most: int = MAX_REFERENCES
 ) -> tuple[list[Upload], list[str]]:
-    """Decode what somebody sent, one picture at a time, and keep it.
+    """Decode what somebody sent, one picture at a time, and keep at most so many.
 
     Returns:
         What was kept, and a line for each file that was refused.
     """
     kept: list[Upload] = []
-    refused = [f"Only the first {MAX_REFERENCES} are used."] if len(files) > MAX_REFERENCES else []
+    refused = [f"Only the first {most} are used."] if len(files) > most else []
     folder.mkdir(parents=True, exist_ok=True)
-    for name, source in files[:MAX_REFERENCES]:
+    for name, source in files[:most]:
         called = safe_name(name, [one.name for one in kept])
         try:
             with _slot():
@@ -126,7 +131,7 @@ def choose(session: Session, tab: str, kept: list[Upload]) -> None:
     """Make references those of a tab, and delete the visitor's that no page uses any more."""
     owner = session.visitor
     session.chosen[tab] = owner.chosen[tab] = kept
-    pages = list(owner.sessions.values())
+    pages = owner.pages
     used = {one.file for page in (owner, *pages) for some in page.chosen.values() for one in some}
     # a job that still draws reads its references once, at the start of each turn
     used |= {
@@ -134,12 +139,29 @@ def choose(session: Session, tab: str, kept: list[Upload]) -> None:
         for page in pages
         for job in (*page.jobs.values(), *page.earlier)
         for request in job.requests.values()
-        for file in request.image
+        for file in (*request.image, request.scenes)
     }
-    for file in (owner.folder / "references").iterdir():
-        if not any(Path(name).stem == file.stem.removesuffix("-shown") for name in used):
+    for file in (owner.folder / _KEPT).iterdir():
+        if any(Path(name).stem == file.stem.removesuffix("-shown") for name in used):
+            continue
+        if file.is_dir():  # of scenes
+            shutil.rmtree(file, ignore_errors=True)
+        else:
             file.unlink(missing_ok=True)
     owner.weigh()
+
+
+@contextmanager
+def reading(owner: Visitor) -> Iterator[Path]:
+    """The folder of a visitor's pictures, which one event at a time may change."""
+    if not owner.reading.acquire(blocking=False):
+        raise ArgumentError("your other pictures are still being read")
+    try:
+        folder = owner.folder / _KEPT
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+    finally:
+        owner.reading.release()
 
 
 def shown_of(kept: Sequence[Upload]) -> tuple[list[tuple[str, str]], str]:
@@ -189,13 +211,9 @@ def picker(sessions: Sessions, tab: str) -> tuple[gr.Gallery, gr.HTML, gr.File, 
     )
 
     def take(files: list[tuple[str, Path | bytes]], session: Session) -> tuple[Any, Any]:
-        if not session.visitor.reading.acquire(blocking=False):
-            raise ArgumentError("your other pictures are still being read")
-        try:
-            kept, refused = accept(files, session.visitor.folder / "references")
+        with reading(session.visitor) as folder:
+            kept, refused = accept(files, folder)
             choose(session, tab, kept)
-        finally:
-            session.visitor.reading.release()
         pictures, words = shown_of(kept)
         return pictures, words + "".join(map(problem, refused))
 
@@ -211,3 +229,62 @@ def picker(sessions: Sessions, tab: str) -> tuple[gr.Gallery, gr.HTML, gr.File, 
         happens(on_upload, upload, outputs, queue=False, **PRIVATE)
     examples.select(on_example, None, [*outputs, upload], queue=False, **PRIVATE)
     return shown, told, upload, take
+
+
+def scenes_picker(sessions: Sessions) -> None:
+    """Lay out a place for pictures whose scenes are drawn in place of the adapter's own."""
+    gr.Markdown(
+        "Give 2 or more pictures: their scenes are drawn in place of the adapter's own. A text "
+        "file of the same name is a picture's caption. At diversity 0 they have no effect."
+    )
+    given = gr.File(
+        label="Pictures of scenes",
+        file_count="multiple",
+        file_types=[*SUFFIXES, ".txt"],
+        height=120,
+        elem_id="vary-scenes",
+    )
+    told = gr.HTML(elem_id="vary-scenes-told", js_on_load=LIVE)
+
+    def say(session: Session) -> str:
+        kept = session.chosen.get("scenes")
+        return line(f"Scenes are drawn from {kept[0].name}.") if kept else ""
+
+    def on_upload(files: list[Any] | None, request: gr.Request) -> str:
+        session, refused = sessions.asking(request), []
+        with reading(session.visitor) as folder:
+            kept, refused = keep_scenes([Path(one["path"]) for one in files or []], folder)
+            choose(session, "scenes", kept)
+        return say(session) + "".join(map(problem, refused))
+
+    def restore(request: gr.Request) -> str:
+        session = sessions.asking(request)
+        session.chosen["scenes"] = session.visitor.chosen.get("scenes", [])
+        return say(session)
+
+    for happens in (given.upload, given.delete, given.clear):
+        happens(on_upload, given, told, queue=False, **PRIVATE)
+    on_load(restore, None, told)
+
+
+def keep_scenes(files: Sequence[Path], folder: Path) -> tuple[list[Upload], list[str]]:
+    """Pictures and captions as a folder of their own, as `--scenes` reads it.
+
+    Returns:
+        The folder, if there are enough, and a line for each file that was refused.
+    """
+    if not files:
+        return [], []
+    own = folder / uuid.uuid4().hex
+    texts = [file for file in files if file.suffix.lower() == ".txt"]
+    found: list[Any] = [(file.name, file) for file in files if file not in texts]
+    kept, refused = accept(found, own, MAX_SCENES)
+    for one in kept:
+        Path(one.file).rename(own / one.name)
+        Path(one.shown).unlink()
+    for file in texts:
+        caption = own / f"{Path(safe_name(f'{file.stem}.png')).stem}.txt"
+        write_bytes_atomic(caption, file.read_bytes()[:_MOST_WORDS])
+    if len(kept) > 1:
+        return [Upload(f"{len(kept)} pictures", str(own))], refused
+    return [], [*refused, "Give 2 or more pictures, or none."]

@@ -1,7 +1,7 @@
 """Visitors: what each has chosen and drawn, and who is forgotten when there are too many.
 
 A visitor is a browser, known by its cookie; a program without one is a visitor for each session. A
-session is one open page: a reload begins a new one, and finds the visitor's references again.
+session is one open page. A reload closes it and opens another, which takes over what it left.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class Visitor:
         name: Under which they take turns: the cookie, or `PROGRAMS`.
         chosen: The last references of each tab: a list of `Upload`.
         sessions: Open pages, the one used last at the end.
+        left: What the page that was closed last has drawn, until another page takes it over.
         requests: So far.
         bytes: On disk.
     """
@@ -55,6 +56,7 @@ class Visitor:
     name: str
     chosen: dict[str, Any] = field(default_factory=dict)
     sessions: dict[str, Session] = field(default_factory=dict)
+    left: Session | None = None
     requests: int = 0
     bytes: int = 0
     reading: threading.Lock = field(default_factory=threading.Lock)
@@ -73,8 +75,13 @@ class Visitor:
     @property
     def worth(self) -> tuple[bool, bool, bool, float]:
         """Who is kept longer: browsers, who has results, who came more than once, who came last."""
-        drawn = any(session.jobs for session in self.sessions.values())
+        drawn = any(page.jobs for page in self.pages)
         return self.known, drawn, self.requests > 1, self.seen
+
+    @property
+    def pages(self) -> list[Session]:
+        """Open ones, and the one that was closed last."""
+        return [*self.sessions.values(), *([self.left] if self.left else [])]
 
 
 @dataclass(eq=False)
@@ -92,7 +99,7 @@ class Session:
 
     folder: Path
     visitor: Visitor
-    listens: Callable[[], bool]
+    listens: Callable[[], bool] = lambda: False
     jobs: dict[str, Job] = field(default_factory=dict)
     earlier: list[Job] = field(default_factory=list)
     chosen: dict[str, Any] = field(default_factory=dict)
@@ -119,11 +126,11 @@ class Sessions:
         name = _folder_name(key)
         with self._lock:
             owner = self._visitor(visitor or f"session {name}", visitor or PROGRAMS)
-            if name not in owner.sessions:
-                owner.sessions[name] = Session(
-                    owner.folder / name, owner, lambda: self.streams[str(key)] > 0
-                )
-            owner.sessions[name] = session = owner.sessions.pop(name)
+            session = owner.sessions.pop(name, None)
+            if session is None:  # a new page, or a reload
+                session = owner.left or Session(owner.folder / name, owner)
+                session.listens, owner.left = lambda: self.streams[str(key)] > 0, None
+            owner.sessions[name] = session
             session.folder.mkdir(parents=True, exist_ok=True)
             while len(owner.sessions) > MAX_SESSIONS:
                 self._close(owner, next(iter(owner.sessions)))
@@ -140,12 +147,12 @@ class Sessions:
             return [one for owner in self._visitors.values() for one in owner.sessions.values()]
 
     def leave(self, key: str | None, visitor: str | None = None) -> None:
-        """A page was closed: stop its jobs and delete its files; a browser may come back."""
+        """A page was closed: its jobs stop. What it drew is kept for a browser: it may reload."""
         name = _folder_name(key)
         with self._lock:
             owner = self._visitors.get(_folder_name(visitor or f"session {name}"))
             if owner is not None:
-                self._close(owner, name)
+                self._close(owner, name, kept=owner.known)
                 if not owner.known:
                     self._forget(_folder_name(f"session {name}"))
 
@@ -178,12 +185,18 @@ class Sessions:
         held = sum(one.bytes for one in self._visitors.values())
         return len(self._visitors) > MAX_VISITORS or held > MAX_BYTES
 
-    def _close(self, owner: Visitor, name: str) -> None:
+    def _close(self, owner: Visitor, name: str, *, kept: bool = False) -> None:
+        """Stop a page's jobs and delete their files, unless a page that has drawn may come back."""
         session = owner.sessions.pop(name, None)
-        if session is not None:
-            for job in session.jobs.values():
-                job.stop()
-            shutil.rmtree(session.folder, ignore_errors=True)
+        if session is None:
+            return
+        for job in session.jobs.values():
+            job.stop()
+        gone: Session | None = session
+        if kept and session.jobs:
+            gone, owner.left = owner.left, session
+        if gone is not None:
+            shutil.rmtree(gone.folder, ignore_errors=True)
 
     def _forget(self, name: str) -> None:
         owner = self._visitors.pop(name)

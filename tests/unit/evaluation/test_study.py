@@ -157,6 +157,15 @@ SCORES = {
 ANCHORS = {"text alone": "text only", "the renderer": "renderer", "pixel copies": "pixel copy"}
 BEFORE = "docs/study/results.json"
 IMAGINED = "docs/study/imagined/results.json"
+ALONE = "docs/study/alone/results.json"
+OF_ALONE = {
+    "plain": "plain",
+    "fusion alone, `gated`, paired": "fusion, paired, gated",
+    "fusion alone, `blend`": "fusion, paired, blend",
+    "fusion alone, `gated`, self": "fusion, self, gated",
+    "the same": "fusion of shuffled text, paired",
+    "projection alone": "projection, paired",
+}
 OF_IMAGINED = {
     "text alone": "plain, scale: scale 0",
     "switched on after 20": "image prompt switched on late: start_at 0.2",
@@ -172,6 +181,8 @@ OF_IMAGINED = {
 
 
 def _arm_of(label: str, results: str) -> str:
+    if results == ALONE:
+        return next(name for start, name in OF_ALONE.items() if label.startswith(start))
     last = label.strip("`").split()[-1].strip("`")
     if results == BEFORE:
         arm = next((name for start, name in ANCHORS.items() if label.startswith(start)), "")
@@ -187,6 +198,7 @@ def _arm_of(label: str, results: str) -> str:
     [
         ("README.md", "## Results", IMAGINED, 6),
         ("docs/study/index.md", "## Imagined references", IMAGINED, 15),
+        ("docs/study/index.md", "## Fusion alone", ALONE, 6),
         ("docs/study/index.md", "## The dial in numbers", BEFORE, 12),
     ],
 )

@@ -6,6 +6,7 @@ import ast
 import io
 import shlex
 import zipfile
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -250,6 +251,96 @@ def test_what_lost_an_attribute_is_never_called_close() -> None:
     assert "1 is another critter" in some.summary()
     photo = [Image.effect_noise((64, 64), 90).convert("RGB")]
     assert closeness._lost(references, photo, np.zeros(12, int)) is None
+
+
+def test_of_photos_less_is_said_and_it_is_said_why() -> None:
+    from ipdiverse.base.bases import load_base
+
+    pipe = load_base().pipe
+    attachment: Any = SimpleNamespace(
+        pipe=pipe, image_encoder=pipe.image_encoder, image_processor=pipe.feature_extractor
+    )
+    made = example(200, 0, "train")
+    critter = [Image.fromarray(render(made.scene, made.seed))]
+    photo = [Image.effect_noise((64, 64), 90).convert("RGB")]
+    request = Request(image=("x",), prompt=("",))
+    for reference, bands, rests in (
+        (critter, CRITTER_BANDS, "2,000 rendered pairs"),
+        (photo, BANDS, "103 photos of 20 subjects, seen by the small model's image encoder"),
+    ):
+        found = closeness.judged(attachment, critter, reference, request)
+        assert found is not None
+        assert found.bands is bands
+        assert rests in found.rests_on
+    other = closeness.judged(attachment, critter, photo, replace(request, base="sd15"))
+    assert other is not None
+    assert "set with another image encoder" in other.rests_on
+
+
+def test_previews_are_few_and_change_no_pixel(tmp_path: Path) -> None:
+    from ipdiverse.ui import queue
+
+    name, data = uploads.example_files()[0]
+    (tmp_path / name).write_bytes(data)
+    turns, looks, drawn = queue.Turns(), [], []
+    for number in range(2):
+        request = replace(REQUEST, image=(str(tmp_path / name),), steps=8, prompt=("a critter",))
+        job = queue.Job(turns, {"out": request}, (name,), tmp_path / str(number))
+        look = queue.watched
+
+        def counted(base: Any, look: Any = look, number: int = number) -> Any:
+            return watching(look(base), looks) if number else nullcontext(lambda _: [])
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(queue, "watched", counted)
+            job.start()
+            assert job.wait(300)
+        assert job.error is None
+        assert job.previews == []
+        drawn.append([np.asarray(Image.open(file)) for file in job.files["out"]])
+    np.testing.assert_array_equal(*drawn)
+    assert [len(one) for one in looks] == [2, 2, 2], "after 2, 4 and 6 of 8 steps"
+    final = drawn[1][0].astype(float)
+    far = [np.abs(np.asarray(one[0]) - final).mean() for one in looks]
+    assert far[2] < far[0], "nearer and nearer to the image"
+    pipe = turns.base(REQUEST).pipe
+    assert not pipe.unet._forward_hooks
+
+
+@contextmanager
+def watching(opened: Any, looks: list[Any]) -> Any:
+    with opened as guessed:
+
+        def look(images: int) -> Any:
+            looks.append(guessed(images))
+            return looks[-1]
+
+        yield look
+
+
+def test_a_page_that_was_closed_leaves_its_results_to_the_next(tmp_path: Path) -> None:
+    from ipdiverse.ui.visitors import Sessions
+
+    sessions = Sessions(tmp_path)
+    first, cookie = sessions.of("first", "cookie"), "cookie"
+    job: Any = SimpleNamespace(stop=lambda: None)
+    first.jobs["vary"] = job
+    (first.folder / "0000.png").touch()
+    second = sessions.of("second", cookie)
+    assert second.jobs == {}, "another page that is open"
+    sessions.leave("second", cookie)
+    assert not second.folder.exists(), "nothing was drawn"
+    sessions.leave("first", cookie)
+    again = sessions.of("again", cookie)
+    assert again.jobs == {"vary": job}
+    assert (again.folder / "0000.png").exists()
+    assert sessions.of("third", cookie).jobs == {}, "one page takes it over"
+    assert sessions.of("stranger", "other").jobs == {}
+    program = sessions.of("program")
+    program.jobs["vary"] = job
+    sessions.leave("program")
+    assert sessions.of("program").jobs == {}
+    assert not (program.folder / "0000.png").exists()
 
 
 def test_critters_and_its_adapters_are_always_there(tmp_path: Path) -> None:
