@@ -81,6 +81,7 @@ benchmarks: $(STAMP) ## time rendering, generation, the dial, image prompts, att
 	$(BIN)/python benchmarks/inference.py --small
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/cluster.py
 
 study-quick: $(STAMP) ## a coarse curve of variety against fidelity, in minutes
 	$(BIN)/ipdiverse evaluate --quick --out out/study-quick

@@ -12,6 +12,7 @@ import copy
 import importlib.util
 import sys
 import types
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     import pytest
 
@@ -50,6 +51,10 @@ def install(monkeypatch: pytest.MonkeyPatch, models: Path) -> None:
     attention.optimized_attention = optimized_attention
     for name in ("comfy", "comfy.ldm", "comfy.ldm.modules"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    lora: Any = types.ModuleType("comfy.lora")
+    lora.load_lora = load_lora
+    monkeypatch.setitem(sys.modules, lora.__name__, lora)
+    sys.modules["comfy"].lora = lora  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, attention.__name__, attention)
     folders: Any = types.ModuleType("folder_paths")
     folders.models_dir = str(models)
@@ -85,6 +90,29 @@ def optimized_attention(
 ) -> Tensor:
     q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+def load_lora(lora: dict[str, Tensor], to_load: dict[str, str]) -> dict[str, Any]:
+    """Changes by the weight that they are of."""
+    assert {name.partition(".lora_")[0] for name in lora} == to_load.keys()
+    return {
+        key: (lora[f"{name}.lora_up.weight"], lora[f"{name}.lora_down.weight"])
+        for name, key in to_load.items()
+    }
+
+
+@contextmanager
+def patched_weights(patcher: ModelPatcher) -> Iterator[None]:
+    """The model with the changes of its weights."""
+    weights = dict(patcher.model.diffusion_model.named_parameters())
+    before = {}
+    for key, (up, down) in patcher.patches.items():
+        weight = weights[key.removeprefix("diffusion_model.")]
+        before[key] = weight, weight.data
+        weight.data = weight.data + (up @ down).view_as(weight)
+    yield
+    for weight, data in before.values():
+        weight.data = data
 
 
 class CrossAttention(nn.Module):
@@ -298,11 +326,16 @@ class ModelPatcher:
     def __init__(self, model: BaseModel) -> None:
         self.model = model
         self.model_options: dict[str, Any] = {"transformer_options": {}}
+        self.patches: dict[str, tuple[Tensor, Tensor]] = {}
 
     def clone(self) -> ModelPatcher:
         made = ModelPatcher(self.model)
         made.model_options = copy.deepcopy(self.model_options)
+        made.patches = dict(self.patches)
         return made
+
+    def add_patches(self, patches: dict[str, Any]) -> None:
+        self.patches |= patches
 
     def get_model_object(self, name: str) -> Any:
         return getattr(self.model, name)
@@ -360,7 +393,8 @@ def predict(
                 for name in more[0]
             }
         rows, sigmas = torch.cat([x] * len(chunk)), sigma.expand(len(x) * len(chunk))
-        output = patcher.model.apply_model(rows, sigmas, text, y, options)
+        with patched_weights(patcher):
+            output = patcher.model.apply_model(rows, sigmas, text, y, options)
         found |= dict(zip(chunk, output.chunk(len(chunk)), strict=True))
     return [found[i] for i in range(len(conds))]
 

@@ -18,7 +18,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PACK = ROOT / "integrations/comfyui"
-CLIP_WIDTH, CLIP_DIM = 32, 48
+CLIP_WIDTH, CLIP_DIM, FACE_WIDTH = 32, 48, 24
 
 
 def main(comfyui: Path, folder: Path, others: list[Path]) -> None:
@@ -49,8 +49,46 @@ def main(comfyui: Path, folder: Path, others: list[Path]) -> None:
     nodes.NODE_CLASS_MAPPINGS.update(TINY)
     make_adapters(folder / "models/ipadapter")
     workflows = json.loads((folder / "workflows.json").read_text())
+    for file in sorted((PACK / "examples").glob("*_api.json")):
+        page = json.loads(file.with_name(file.name.replace("_api", "")).read_text())
+        told = {"page": as_api(page), "api": json.loads(file.read_text())}
+        (folder / file.name).write_text(json.dumps(told))
     results = {name: run(workflow) for name, workflow in workflows.items()}
     (folder / "results.json").write_text(json.dumps(results))
+
+
+def as_api(page: dict[str, Any]) -> dict[str, Any]:
+    """A workflow of the page as the page itself sends it, by what ComfyUI's nodes say they take."""
+    import nodes
+
+    links = {link[0]: [str(link[1]), link[2]] for link in page["links"]}
+    made = {}
+    for one in page["nodes"]:
+        kind = nodes.NODE_CLASS_MAPPINGS[one["type"]]
+        wires = {part["name"]: part for part in one["inputs"]}
+        values, inputs = list(one["widgets_values"]), dict[str, Any]()
+        for name, (type_, *more) in [
+            entry for part in ("required", "optional") for entry in _entries(kind, part)
+        ]:
+            box = isinstance(type_, (list, tuple)) or type_ in {"INT", "FLOAT", "STRING", "COMBO"}
+            if box:
+                inputs[name] = values.pop(0)
+                if name in ("seed", "noise_seed") and kind.__module__ == "nodes":
+                    values.pop(0)  # what becomes of it after a run
+                elif values[:1] == ["fixed"]:
+                    values.pop(0)
+                if more and more[0].get("image_upload"):
+                    values.pop(0)  # the button
+            elif wires[name]["type"] != type_:
+                inputs[name] = f"a wire of {wires[name]['type']}, not of {type_}"
+            elif wires[name]["link"] is not None:
+                inputs[name] = links[wires[name]["link"]]
+        made[str(one["id"])] = {"class_type": one["type"], "inputs": inputs, "left": values}
+    return made
+
+
+def _entries(kind: Any, part: str) -> Any:
+    return kind.INPUT_TYPES().get(part, {}).items()
 
 
 class Server:
@@ -288,6 +326,23 @@ def _diffusers_names(model: Any) -> dict[str, str]:
     return {theirs: name.removesuffix(".weight") for name, theirs in names.items()}
 
 
+class TinyFaces:
+    """Stands in for ipdiverse Encode faces, which asks for insightface and its models."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("EMBEDS", "EMBEDS"), "encode", "test"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """Nothing."""
+        return {"required": {}}
+
+    def encode(self) -> tuple[Any, Any]:
+        """A face, and none."""
+        import torch
+
+        return torch.ones(1, FACE_WIDTH), torch.zeros(1, FACE_WIDTH)
+
+
 class SaveTensor:
     """Saves a LATENT as it is, which an image of 8 bits would not tell."""
 
@@ -310,7 +365,7 @@ class SaveTensor:
 
 TINY = {
     one.__name__: one
-    for one in (TinyCheckpoint, TinyClipVision, TinyControlNet, TinyLora, SaveTensor)
+    for one in (TinyCheckpoint, TinyClipVision, TinyControlNet, TinyLora, TinyFaces, SaveTensor)
 }
 
 
@@ -348,6 +403,44 @@ def make_adapters(folder: Path) -> None:
             save_adapter(adapter, folder / f"{kind}_{name}.safetensors", {}, torch.float32)
             if (kind, name) == ("sd1", "base"):
                 make_space(adapter, folder.parent / "ipdiverse_spaces")
+        if kind == "sd1":
+            make_face_adapter(sites, folder)
+
+
+def make_face_adapter(sites: list[Any], folder: Path) -> None:
+    """A FaceID adapter whose tokens do nothing, with the changes that `TinyLora` makes."""
+    import torch
+
+    from ipdiverse.adapter.files.checkpoint import save_adapter
+    from ipdiverse.adapter.model import ImagePromptAdapter
+    from ipdiverse.adapter.projection import FaceIDProjection
+
+    places = {
+        f"{site.path}.attn2.{part}{'.0' if part == 'to_out' else ''}.weight": (site, part)
+        for site in sites
+        for part in ("to_q", "to_k", "to_v", "to_out")
+    }
+    unet = TinyCheckpoint().load("sd1")[0].model.diffusion_model
+    weights = {name: one for name, one in unet.named_parameters() if "attn2" in name}
+    shapes: dict[int, dict[str, tuple[int, int, int]]] = {}
+    for name, (site, part) in places.items():
+        rows, columns = weights[name].shape
+        shapes.setdefault(site.layer.number, {})[f"{part}_lora"] = (columns, 2, rows)
+    widths = {site.layer.number: site.widths for site in sites}
+    adapter = ImagePromptAdapter(FaceIDProjection(FACE_WIDTH, 768), widths, lora=shapes)
+    source = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for layer in adapter.layers().values():
+            torch.nn.init.zeros_(layer.to_v_ip.weight)
+        for name, weight in weights.items():
+            if not name.endswith("weight"):
+                continue
+            site, part = places[name]
+            change = getattr(adapter.layers()[site.layer.number], f"{part}_lora")
+            rows, columns = weight.shape
+            change.up.weight.copy_(torch.randn(rows, 2, generator=source) * 0.05)
+            change.down.weight.copy_(torch.randn(2, columns, generator=source) * 0.05)
+    save_adapter(adapter, folder / "sd1_face.safetensors", {}, torch.float32)
 
 
 def make_space(adapter: Any, folder: Path) -> None:

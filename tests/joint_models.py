@@ -5,12 +5,18 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from ipdiverse.adapter.files.checkpoint import ImagePromptAdapter, adapter_from_tensors
+from ipdiverse.adapter.files.checkpoint import adapter_from_tensors
 from ipdiverse.adapter.files.layouts import normalise
+from ipdiverse.adapter.generative import GenerativeFusion
+from ipdiverse.adapter.imagine import SceneBank, VariationSpace, projection_hash
+from ipdiverse.adapter.model import ImagePromptAdapter
+from ipdiverse.data.manifest import Record
+from ipdiverse.training.fit import fit_directions
 from tests import models
 from workshop.base.tokenizer import build_tokenizer
 
@@ -228,6 +234,36 @@ def nested(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor
     return found
 
 
+def space(adapter: ImagePromptAdapter) -> VariationSpace:
+    """A space of random embeddings, two of each subject, and scenes of random tokens."""
+    torch.manual_seed(31)
+    shape = (models.CLIP_DIM,) if adapter.reads == ("pooled",) else (16, models.CLIP_WIDTH)
+    rows, read = torch.randn(48, *shape), adapter.reads[0]
+    data: Any = {f"{i}.png": {read: row} for i, row in enumerate(rows)}
+    records = [Record(n, "", str(i // 2), None, "0" * 64, 8, 8, n) for i, n in enumerate(data)]
+    mean, directions, deviations, scene = fit_directions(data, records, adapter, Path("random"))
+    with torch.no_grad():
+        tokens = adapter.tokens(rows[:20]).flatten(1)
+    scenes = (tokens - mean) @ directions / deviations
+    bank = SceneBank(scenes, torch.zeros(20, 0), ("",) * 20)
+    keys = torch.zeros(2, 4), torch.zeros(4, 0)
+    spec = {"projection": projection_hash(adapter)}
+    return VariationSpace(mean, directions, deviations, scene, bank, *keys, spec)
+
+
+def flow(adapter: ImagePromptAdapter, directions: int = 5) -> GenerativeFusion:
+    """A generative fusion whose weights do something; its image encoder has 16 states."""
+    tokens, width = adapter.image_proj.num_tokens or 16, adapter.token_width
+    fusion = GenerativeFusion(width, tokens, directions, depth=1, steps=2, text_width=TEXT_WIDTH)
+    torch.manual_seed(0)
+    for parameter in fusion.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    basis = torch.linalg.qr(torch.randn(tokens * width, directions))[0]
+    scale = 2 * torch.ones(directions)
+    fusion.variation.set(torch.zeros(tokens * width), basis, scale, torch.eye(directions))
+    return fusion.requires_grad_(False)
+
+
 def redux_tensors(seed: int = 8) -> dict[str, torch.Tensor]:
     """Flux Redux, as published."""
     torch.manual_seed(seed)
@@ -254,3 +290,42 @@ def siglip() -> Any:
         patch_size=8,
     )
     return SiglipVisionModel(config).eval()
+
+
+def flux2_pipeline() -> Any:
+    """Flux.2 klein without its text encoder: give it `prompt_embeds`."""
+    import diffusers
+
+    torch.manual_seed(31)
+    build: Any = diffusers.Flux2Transformer2DModel
+    transformer = build(
+        in_channels=16,
+        num_layers=DOUBLE,
+        num_single_layers=SINGLE,
+        attention_head_dim=HEAD_DIM,
+        num_attention_heads=HEADS,
+        joint_attention_dim=TEXT_WIDTH,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    )
+    for name, parameter in transformer.named_parameters():
+        if "modulation" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    kind: Any = diffusers.AutoencoderKLFlux2
+    make: Any = diffusers.Flux2KleinPipeline
+    pipe = make(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=kind(
+            block_out_channels=(8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            norm_num_groups=4,
+            latent_channels=4,
+        ).eval(),
+        text_encoder=None,
+        tokenizer=None,
+        transformer=transformer.eval(),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

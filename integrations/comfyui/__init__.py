@@ -5,7 +5,7 @@ ipdiverse is imported when a node runs.
 """
 
 from .loading import EncodePrompts, FindModels, LoadAdapter, LoadSpace, Scenes
-from .nodes import ApplyAdapter, ApplyEmbeds, Diversity, EncodeImages
+from .nodes import ApplyAdapter, ApplyEmbeds, Diversity, EncodeFaces, EncodeImages
 
 NODE_CLASS_MAPPINGS = {
     "IpdiverseLoadAdapter": LoadAdapter,
@@ -14,6 +14,7 @@ NODE_CLASS_MAPPINGS = {
     "IpdiverseDiversity": Diversity,
     "IpdiverseEncodePrompts": EncodePrompts,
     "IpdiverseEncodeImages": EncodeImages,
+    "IpdiverseEncodeFaces": EncodeFaces,
     "IpdiverseApplyEmbeds": ApplyEmbeds,
     "IpdiverseLoadSpace": LoadSpace,
     "IpdiverseScenes": Scenes,
@@ -25,6 +26,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "IpdiverseDiversity": "ipdiverse Diversity",
     "IpdiverseEncodePrompts": "ipdiverse Encode prompts",
     "IpdiverseEncodeImages": "ipdiverse Encode images",
+    "IpdiverseEncodeFaces": "ipdiverse Encode faces",
     "IpdiverseApplyEmbeds": "Apply ipdiverse embeddings",
     "IpdiverseLoadSpace": "Load ipdiverse variation space",
     "IpdiverseScenes": "ipdiverse Scenes",

@@ -56,9 +56,15 @@ def no_image(adapter: ImagePromptAdapter, clip_vision: Any, kind: str) -> Tensor
     """
     if _reads(adapter) == "pooled":
         return torch.zeros(1, adapter.clip_dim or 0)
-    size = getattr(clip_vision, "image_size", 224)
     if kind == "black":
+        size = getattr(clip_vision, "image_size", 224)
         return encoded(adapter, clip_vision, torch.zeros(1, size, size, 3)).embeds
+    return _states_of_zeros(clip_vision)
+
+
+def _states_of_zeros(clip_vision: Any) -> Tensor:
+    """Hidden states of zeros in place of pixels, (1, patches, width)."""
+    size = getattr(clip_vision, "image_size", 224)
     nothing = torch.zeros(1, 3, size, size, device=clip_vision.load_device)
     return _cpu(clip_vision.model(pixel_values=nothing, intermediate_output=-2)[1])
 
@@ -75,16 +81,80 @@ def checked_embeds(
     from ipdiverse.errors import ModelError
 
     axes = _AXES[_reads(adapter)]
-    if embeds.ndim != axes:
+    if getattr(embeds, "ndim", None) != axes:  # FaceID-Plus has two
         raise ModelError(
             f"a {adapter.kind} adapter cannot read them",
             where="embeddings",
             expected="(images, width)" if axes == 2 else "(images, patches, width)",
-            found=tuple(embeds.shape),
+            found=tuple(getattr(embeds, "shape", ())) or "embeddings of FaceID-Plus",
             fix="Encode the images with ipdiverse Encode images and this adapter.",
         )
     check_embeddings(adapter, embeds.shape[-1], named)
     return _cpu(embeds)
+
+
+def face_embeds(
+    adapter: ImagePromptAdapter, faces: Tensor, clip_vision: Any, image: Tensor
+) -> tuple[Any, Any]:
+    """Faces as an adapter reads them, and no face: FaceID-Plus looks at their images too.
+
+    Args:
+        adapter: Reads faces.
+        faces: Embeddings, (images, width).
+        clip_vision: ComfyUI's CLIP_VISION; None where the adapter reads faces alone.
+        image: (images, height, width, 3), 0..1.
+
+    Raises:
+        ModelError: The adapter reads images alone, or CLIP vision is missing or of another width.
+    """
+    from ipdiverse.errors import ModelError
+
+    if "face" not in adapter.reads:
+        raise ModelError(
+            "reads images, not faces",
+            where=f"a {adapter.kind} adapter",
+            fix="Use ipdiverse Encode images.",
+        )
+    nobody = torch.zeros(1, faces.shape[-1])
+    if adapter.reads == ("face",):
+        return _parts(adapter, faces)[0], nobody
+    if clip_vision is None:
+        raise ModelError(
+            "reads images too", where=f"a {adapter.kind} adapter", fix="Connect clip_vision."
+        )
+    states = _cpu(clip_vision.encode_image(image)["penultimate_hidden_states"])
+    return _parts(adapter, (faces, states)), (nobody, _states_of_zeros(clip_vision))
+
+
+def parts(adapter: ImagePromptAdapter, embeds: Any) -> tuple[Tensor, ...]:
+    """Embeddings of all that an adapter reads, in its order.
+
+    Raises:
+        ModelError: The adapter reads others.
+    """
+    if "face" in adapter.reads:
+        return _parts(adapter, embeds)
+    return (checked_embeds(adapter, embeds),)
+
+
+def _parts(adapter: ImagePromptAdapter, embeds: Any) -> tuple[Tensor, ...]:
+    from ipdiverse.errors import ModelError
+
+    given = embeds if isinstance(embeds, tuple) else (embeds,)
+    known = {"face": (2, adapter.image_proj.face_dim), "hidden": (3, adapter.clip_dim)}
+    wanted = [known[name] for name in adapter.reads]
+    if [(one.ndim, one.shape[-1]) for one in given] != wanted:
+        raise ModelError(
+            f"a {adapter.kind} adapter cannot read them",
+            where="embeddings",
+            expected=" and ".join(
+                f"{name} of width {width}"
+                for name, (_, width) in zip(adapter.reads, wanted, strict=True)
+            ),
+            found=" and ".join(str(tuple(one.shape)) for one in given),
+            fix="Encode the images with ipdiverse Encode faces and this adapter.",
+        )
+    return tuple(_cpu(one) for one in given)
 
 
 def combined(embeds: Tensor, how: str) -> Tensor:
@@ -104,9 +174,9 @@ def _reads(adapter: ImagePromptAdapter) -> str:
 
     if adapter.reads not in (("pooled",), ("hidden",)):
         raise ModelError(
-            "reads faces, which these nodes do not support",
+            "reads faces, which these nodes do not look for in the image of this one",
             where=f"a {adapter.kind} adapter",
-            fix="Use it from Python.",
+            fix="Use ipdiverse Encode faces, and Apply ipdiverse embeddings.",
         )
     return adapter.reads[0]
 

@@ -242,6 +242,35 @@ class EncodePrompts:
         return (*encoded, Prompts(words, known, text))
 
 
+def faces_of(images: Any) -> Any:
+    """Embeddings of the largest face of each image, (images, width).
+
+    Models are looked for where other packs keep them, in `models/insightface`.
+
+    Raises:
+        ModelError: insightface is not installed, or has no models.
+        ArgumentError: An image shows no face.
+    """
+    import torch
+    from PIL import Image
+
+    from ipdiverse.adapter.attach.face_embeddings import detect_face
+    from ipdiverse.errors import ModelError
+
+    try:
+        import insightface.app  # noqa: F401 # pyright: ignore[reportMissingImports] - optional
+    except ImportError as error:
+        raise ModelError(
+            "is not installed in ComfyUI's Python",
+            where="insightface",
+            fix="Run python -m pip install insightface onnxruntime there; the base and plus "
+            "adapters need none of it.",
+        ) from error
+    root = Path(folder_paths().models_dir) / "insightface"
+    pixels = (images.detach().cpu() * 255).round().clamp(0, 255).to(torch.uint8).numpy()
+    return torch.cat([detect_face(Image.fromarray(one), root) for one in pixels])
+
+
 def _opened(file: Path) -> Any:
     from ipdiverse.adapter.files.checkpoint import load_adapter
 

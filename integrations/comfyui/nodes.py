@@ -220,11 +220,47 @@ class EncodeImages:
         return embeds, inputs.no_image(adapter, clip_vision, no_image)
 
 
+class EncodeFaces:
+    """Faces as embeddings, for FaceID adapters."""
+
+    CATEGORY = "ipdiverse"
+    DESCRIPTION = (
+        "Embeddings of the largest face of each image, by insightface, for FaceID adapters; "
+        "connect both outputs to Apply ipdiverse embeddings."
+    )
+    RETURN_TYPES = ("EMBEDS", "EMBEDS")
+    RETURN_NAMES = ("embeds", "negative_embeds")
+    FUNCTION = "encode"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 - ComfyUI's interface
+        """Adapter and photographs; the encoder for FaceID-Plus."""
+        photos = {"tooltip": "Photographs of one person, each with the face in sight."}
+        encoder = {"tooltip": "The image encoder, for FaceID-Plus alone."}
+        return {
+            "required": {"adapter": _ADAPTER, "image": ("IMAGE", photos)},
+            "optional": {"clip_vision": ("CLIP_VISION", encoder)},
+        }
+
+    def encode(self, adapter: Any, image: Any, clip_vision: Any = None) -> tuple[Any, Any]:
+        """Both embeddings.
+
+        Raises:
+            ModelError: insightface is not installed, or the adapter reads no faces.
+            ArgumentError: An image shows no face.
+        """
+        require_ipdiverse()
+        from .inputs import face_embeds
+        from .loading import faces_of
+
+        return face_embeds(adapter, faces_of(image), clip_vision, image)
+
+
 class ApplyEmbeds:
     """Prompts a model with embeddings of images."""
 
     CATEGORY = "ipdiverse"
-    DESCRIPTION = "Prompts a model with embeddings: of ipdiverse Encode images, or loaded."
+    DESCRIPTION = "Prompts a model with embeddings: of images or faces encoded, or loaded."
     RETURN_TYPES = ("MODEL",)
     FUNCTION = "apply"
 
@@ -269,7 +305,7 @@ class ApplyEmbeds:
         from ipdiverse.adapter.scale import resolve_scale
         from ipdiverse.levers import StepContext
 
-        from .inputs import checked_embeds
+        from .inputs import parts
         from .prompting import Given, ImagePrompt, Setting, prompted
         from .schedule import Schedule
         from .sites import sites_of
@@ -285,7 +321,7 @@ class ApplyEmbeds:
         strength = setting.levers.change("scale", strength, StepContext((), layers=layers))
         mask = None if attn_mask is None else RegionMask(_flat(attn_mask), mode="bilinear")
         schedule = Schedule(model.get_model_object("model_sampling"), start_at, end_at)
-        positive, negative = (checked_embeds(adapter, one) for one in (embeds, negative_embeds))
+        positive, negative = (parts(adapter, one) for one in (embeds, negative_embeds))
         given = Given(positive, negative, strength, schedule, setting, prompts, mask)
         prompt = ImagePrompt(adapter, given)
         if prompt.scenes is not None and (share := prompt.scenes.share) < 1:

@@ -62,7 +62,7 @@ class Given:
     """What an image prompt is made of.
 
     Args:
-        embeds: Of the references, (references, …).
+        embeds: Of the references, (references, …), one tensor for each that the adapter reads.
         negative: Of the unconditional branch, (1, …) or as many.
         scale: How strongly it acts, by layer.
         schedule: When it acts.
@@ -71,8 +71,8 @@ class Given:
         mask: Where it acts; None is everywhere.
     """
 
-    embeds: Tensor
-    negative: Tensor
+    embeds: tuple[Tensor, ...]
+    negative: tuple[Tensor, ...]
     scale: Scale
     schedule: Schedule
     setting: Setting
@@ -105,8 +105,8 @@ class ImagePrompt:
             self.scenes = Scenes(self.setting.space, given.prompts)
         self.adapter = adapter = interpolated(adapter, levers.interpolation)
         with torch.no_grad():
-            self._positive = adapter.tokens(given.embeds)
-            self._negative = adapter.tokens(given.negative)
+            self._positive = adapter.tokens(*given.embeds)
+            self._negative = adapter.tokens(*given.negative)
         self._placed: tuple[torch.device, torch.dtype, ImagePromptAdapter] | None = None
         self._known: tuple[Tensor, Any, Tensor] | None = None
         self._drawn: tuple[Tensor, Tensor] | None = None
@@ -285,6 +285,7 @@ def prompted(model: Any, sites: Sequence[Site], prompt: ImagePrompt) -> Any:
     _check_fit(prompt, sites)
     patched = model.clone()
     patched.set_model_attn2_patch(_pass_text_on)
+    _change_layers(patched, prompt.adapter, sites)
     there = patched.model_options["transformer_options"].get("patches_replace", {})
     before = dict(there.get("attn2", {}))
     for site in sites:
@@ -296,6 +297,26 @@ def prompted(model: Any, sites: Sequence[Site], prompt: ImagePrompt) -> Any:
     if prompt.setting.levers.acting("guidance"):
         patched.set_model_sampler_post_cfg_function(_guided(prompt))
     return patched
+
+
+def _change_layers(patched: Any, adapter: ImagePromptAdapter, sites: Sequence[Site]) -> None:
+    """Change the UNet's own projections where the adapter does: FaceID's files hold a LoRA."""
+    changes, names = {}, {}
+    for site in sites:
+        for attention, number in (("attn1", site.layer.number - 1), ("attn2", site.layer.number)):
+            weights = adapter.layers().get(number)
+            for part in ("to_q", "to_k", "to_v", "to_out"):
+                change = getattr(weights, f"{part}_lora", None)
+                if change is None:
+                    continue
+                place = f"{site.path}.{attention}.{part}{'.0' if part == 'to_out' else ''}"
+                names[place] = f"diffusion_model.{place}.weight"
+                changes[f"{place}.lora_up.weight"] = change.up.weight.detach()
+                changes[f"{place}.lora_down.weight"] = change.down.weight.detach()
+    if changes:
+        import comfy.lora  # pyright: ignore[reportMissingImports] - ComfyUI's
+
+        patched.add_patches(comfy.lora.load_lora(changes, names))
 
 
 def _key(site: Site, before: Mapping[Any, Any]) -> tuple[Any, ...]:

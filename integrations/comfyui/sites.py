@@ -22,6 +22,7 @@ class Site:
         index: Its place in the block's transformer.
         layer: Its number and place in diffusers.
         widths: Widths of its tokens and of its queries.
+        path: Of its transformer block in ComfyUI's UNet, with the self-attention beside it.
         alone: Whether its block has no other.
     """
 
@@ -29,6 +30,7 @@ class Site:
     index: int
     layer: Layer
     widths: tuple[int, int]
+    path: str
     alone: bool = False
 
 
@@ -51,25 +53,27 @@ def sites_of(model: Any) -> list[Site]:
             where="model",
             expected="Stable Diffusion 1.x, 2.x or XL",
             found=type(unet).__name__,
+            fix="These nodes are for models with a UNet; Flux.1 and SD 3.5 are drawn by "
+            "`ipdiverse generate --base flux-dev` or sd35-large.",
         )
     found = list(_transformers(unet))
     blocks = [
-        (at, index) for at, (_, _, blocks) in enumerate(found) for index in range(len(blocks))
+        (at, index) for at, (_, _, _, blocks) in enumerate(found) for index in range(len(blocks))
     ]
     by_file = sorted(blocks, key=lambda one: _FILE_ORDER[found[one[0]][0][0]])
     numbers = {one: 2 * place + 1 for place, one in enumerate(by_file)}
     sites = []
     for at, index in blocks:
-        block, name, inner = found[at]
+        block, name, path, inner = found[at]
         attention = inner[index].attn2
         widths = (attention.to_k.weight.shape[1], attention.to_q.weight.shape[0])
         layer = Layer(numbers[at, index], name, at, len(found))
-        sites.append(Site(block, index, layer, widths, len(inner) == 1))
+        sites.append(Site(block, index, layer, widths, f"{path}.{index}", len(inner) == 1))
     return sites
 
 
-def _transformers(unet: Any) -> Iterator[tuple[tuple[str, int], str, Any]]:
-    """Each transformer's block in ComfyUI, its block in diffusers, and its transformer blocks."""
+def _transformers(unet: Any) -> Iterator[tuple[tuple[str, int], str, str, Any]]:
+    """Each transformer: its block in ComfyUI and in diffusers, its path, its own blocks."""
     for name, part, blocks, turn in (
         ("input", "down", unet.input_blocks, "Downsample"),
         ("middle", "mid", [unet.middle_block], ""),
@@ -77,8 +81,10 @@ def _transformers(unet: Any) -> Iterator[tuple[tuple[str, int], str, Any]]:
     ):
         level = 0
         for number, block in enumerate(blocks):
-            for module in block:
+            for at, module in enumerate(block):
                 if hasattr(module, "transformer_blocks"):
                     place = part if part == "mid" else f"{part}.{level}"
-                    yield (name, number), place, module.transformer_blocks
+                    home = "middle_block" if part == "mid" else f"{name}_blocks.{number}"
+                    path = f"{home}.{at}.transformer_blocks"
+                    yield (name, number), place, path, module.transformer_blocks
             level += any(type(module).__name__ == turn for module in block)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ipdiverse.errors import IpdiverseError
     from ipdiverse.levers import Lever, StepContext, register_lever
     from ipdiverse.sampling.denoiser import release, steer
-    from ipdiverse.sampling.diversify import attach, diversify
+    from ipdiverse.sampling.diversify import attach, diversify, scale_references
     from ipdiverse.sampling.draw import Generation, generate
     from ipdiverse.sampling.request import Request
     from ipdiverse.training.fit import fit_space
@@ -29,7 +29,7 @@ _HOMES = {
     "errors": ("IpdiverseError",),
     "levers": ("Lever", "StepContext", "register_lever"),
     "sampling.denoiser": ("release", "steer"),
-    "sampling.diversify": ("attach", "diversify"),
+    "sampling.diversify": ("attach", "diversify", "scale_references"),
     "sampling.draw": ("Generation", "generate"),
     "sampling.request": ("Request",),
     "training.fit": ("fit_space",),
@@ -57,6 +57,7 @@ __all__ = [
     "release",
     "save_adapter",
     "save_space",
+    "scale_references",
     "steer",
 ]
 

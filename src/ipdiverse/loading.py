@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _ADAPTER = ("image_proj", "ip_adapter", "to_k_ip", "adapter_modules", "redux_up.")
-WHOLE_BASE = "a whole Stable Diffusion model"
+AS_BASE = "Give it with --base."
+"""What to do with a file that is a base."""
 _LORA = "Load it into the pipeline, by `pipe.load_lora_weights`; an adapter goes on top of that."
 _PART = "It is a part of a base: give the base's folder or hub id with --base."
 _TRAINER = "Give the adapter's own file, which the trainer wrote in the same place."
@@ -30,12 +31,12 @@ _KINDS = (
         "Put it into a pipeline of diffusers, and attach the image prompt to that.",
         "adapter.body. body.0.in_conv body.0.block1 body.0.resnets",
     ),
-    (WHOLE_BASE, "Give it with --base.", "model.diffusion_model. cond_stage_model."),
     (
-        "a whole Flux model",
-        "ipdiverse prompts Stable Diffusion models.",
-        "double_blocks. single_transformer_blocks. context_embedder",
+        "a whole Stable Diffusion model",
+        AS_BASE,
+        "model.diffusion_model. cond_stage_model. joint_blocks.",
     ),
+    ("a whole Flux model", AS_BASE, "double_blocks. single_transformer_blocks. context_embedder"),
     (
         "a textual inversion",
         "Load it by `pipe.load_textual_inversion`.",

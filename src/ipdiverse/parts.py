@@ -52,7 +52,7 @@ class Part:
         """The part that a launcher gave this process: SLURM's array, or RANK of WORLD_SIZE.
 
         Raises:
-            ArgumentError: The variables are no numbers, or contradict each other.
+            ArgumentError: The variables are not numbers, or contradict each other.
         """
         number, count = "RANK", "WORLD_SIZE"
         if {"SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"} <= variables.keys():
@@ -64,7 +64,7 @@ class Part:
             first = int(variables.get("SLURM_ARRAY_TASK_MIN", 0)) if number != "RANK" else 0
             last = int(variables.get("SLURM_ARRAY_TASK_MAX", first + several - 1))
         except ValueError as error:
-            raise ArgumentError("is no number", where=f"{number}, {count}", found=error) from error
+            raise ArgumentError("not numbers", where=f"{number}, {count}", found=error) from error
         # ids of `--array=1-9:2` are 1, 3, 5, 7, 9
         step = max(1, (last - first) // max(1, several - 1)) if number != "RANK" else 1
         return cls.of(f"{(at - first) // step + 1}/{several}")

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,12 +38,13 @@ AnyPath = str | os.PathLike[str]
 
 
 def write_bytes_atomic(
-    path: AnyPath, data: bytes, check: Callable[[Path], None] | None = None
+    path: AnyPath, data: bytes | Iterable[bytes], check: Callable[[Path], None] | None = None
 ) -> None:
     """Write a file completely or not at all.
 
     Args:
         path: The target, in a folder that exists; an existing file is replaced.
+        data: The content, whole or in pieces.
         check: Called with the new file before it replaces the old; if it raises, the old one stays.
     """
     target = Path(path)
@@ -212,9 +213,9 @@ def safetensors_bytes(tensors: dict[str, Tensor], about: Mapping[str, str]) -> b
     return b"".join((len(text).to_bytes(8, "little"), text, whole[start:]))
 
 
-def _write_synced(path: Path, data: bytes) -> None:
+def _write_synced(path: Path, data: bytes | Iterable[bytes]) -> None:
     with path.open("xb") as file:
-        file.write(data)
+        file.writelines([data] if isinstance(data, bytes) else data)
         file.flush()
         os.fsync(file.fileno())
 

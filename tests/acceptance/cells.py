@@ -194,7 +194,7 @@ _OWN = [
             _own(
                 f"{a}-masks",
                 "several references with masks",
-                "white is no mask, black no reference; order does not matter, place does",
+                "white acts as no mask, black as no reference; order does not matter, place does",
                 lambda a=a: features.masked_references(a),
             ),
             _own(
@@ -231,6 +231,12 @@ _OWN = [
     ),
 ]
 
+_JOINT_KINDS = {
+    "flux": "XLabs",
+    "flux-instantx": "InstantX",
+    "flux-redux": "Redux",
+    "sd3": "InstantX",
+}
 _JOINT = [
     _five("flux-txt2img", "text-to-image, XLabs", "", lambda: scenes.text_to_image("flux")),
     _five("flux-true-cfg", "a negative prompt, in calls of its own", "", scenes.true_guidance),
@@ -250,6 +256,15 @@ _JOINT = [
         f"{FIVE}; a strength for each item",
         features.redux,
     ),
+    _own(
+        "flux-redux-stock",
+        "Redux of stock's prior pipeline, `steer` without attaching",
+        "strength 0 is the text alone and 1 stock, bit for bit; tokens are noised; an item is the "
+        "same alone; detaching is exact",
+        features.redux_of_stock,
+    ),
+    _own("flux-16-tokens", "XLabs' second adapter", FIVE, features.more_tokens),
+    _own("sd3-medium", "a second attention in a block", FIVE, features.second_attention),
     _five("sd3-txt2img", "text-to-image, InstantX", "", lambda: scenes.text_to_image("sd3")),
     _five("sd3-img2img", "image-to-image", "", lambda: scenes.image_to_image("sd3")),
     _five("sd3-inpaint", "inpainting", "", lambda: scenes.joint_inpainting("sd3")),
@@ -266,7 +281,7 @@ _JOINT = [
             _own(
                 f"{a}-masks",
                 "several references with masks",
-                "white is no mask, black no reference; order does not matter, place does",
+                "white acts as no mask, black as no reference; order does not matter, place does",
                 lambda a=a: features.masked_references(a),
             ),
             _own(
@@ -274,6 +289,36 @@ _JOINT = [
                 "scale in a part of the steps, image-to-image",
                 "first and second half of the steps taken each act, differently",
                 lambda a=a: features.scale_window(a),
+            ),
+            _own(
+                f"{a}-adapters",
+                "several adapters",
+                "one at scale 0 is absent, exactly; two halves are a whole",
+                lambda a=a: features.several_adapters(a),
+            ),
+            _own(
+                f"{a}-call",
+                "`ip_adapter_image=` of a call",
+                "as `set_reference`, exactly, a negative one too where the pipeline takes it",
+                lambda a=a: features.call_with_image(a),
+            ),
+        )
+    ),
+    *(
+        cell
+        for kind, named in _JOINT_KINDS.items()
+        for cell in (
+            _own(
+                f"{kind}-imagined",
+                f"imagined references, {named}",
+                "at 0 nothing, bit for bit; each item's scene is its own, the same alone",
+                lambda kind=kind: features.imagined(kind),
+            ),
+            _own(
+                f"{kind}-generative",
+                f"generative fusion, {named}",
+                "at 0 it is absent, bit for bit; each item's tokens are its own, the same alone",
+                lambda kind=kind: features.drawn_tokens(kind),
             ),
         )
     ),

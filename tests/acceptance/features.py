@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ipdiverse.adapter.attach.attach import detach
+from ipdiverse.adapter.attach.attach import attach, detach
 from ipdiverse.adapter.fusion import GatedFusion
 from ipdiverse.adapter.model import attention_layers
 from ipdiverse.adapter.reference import Reference
+from ipdiverse.dial import Levers
 from ipdiverse.loading import quiet
+from ipdiverse.sampling.denoiser import steer
 from tests import joint_models, models
 from tests.acceptance.checks import REFERENCES, adapter_of, differ, equal, put_on, the_five
 from tests.acceptance.scenes import (
@@ -193,11 +195,137 @@ def redux() -> None:
         scene.pipe.register_modules(image_encoder=models.image_encoder())
 
 
+_KINDS: dict[str, tuple[str, Callable[[], dict[str, torch.Tensor]]]] = {
+    "flux": ("flux", joint_models.xlabs_tensors),
+    "flux-instantx": ("flux", joint_models.instantx_tensors),
+    "flux-redux": ("flux", joint_models.redux_tensors),
+    "sd3": ("sd3", joint_models.sd3_tensors),
+}
+
+
+def _on(kind: str) -> tuple[Scene, Any, Any]:
+    """Text-to-image of a transformer, an adapter of a kind, and the image encoder it reads."""
+    name, tensors = _KINDS[kind]
+    scene = text_to_image(name)
+    encoder = joint_models.siglip() if kind in {"flux-redux", "sd3"} else scene.pipe.image_encoder
+    return scene, joint_models.adapter(tensors()), encoder
+
+
+def imagined(kind: str) -> None:
+    """Each item in a scene of its own, of a space that was fitted on random embeddings."""
+    scene, adapter, encoder = _on(kind)
+    seeds, space = (3, 4), joint_models.space(adapter)
+    assert 0 < space.scene.shape[1] <= len(space.deviations)
+    plain = scene.run([0, 1])
+    with attach(scene.pipe, adapter, image_encoder=encoder) as attachment:
+        attachment.set_space(space)
+        attachment.set_reference(REFERENCES)
+        before = scene.run([0, 1])
+        steer(attachment, Levers(recombine=0.0), seeds, PROMPTS)
+        np.testing.assert_array_equal(scene.run([0, 1]), before)
+        steer(attachment, Levers(recombine=1.0), seeds, PROMPTS)
+        together = scene.run([0, 1])
+        differ(together, before)
+        attachment.set_reference(REFERENCES[1])
+        steer(attachment, Levers(recombine=1.0), seeds[1:], PROMPTS[1:])
+        equal(scene.run([1])[0], together[1])
+    np.testing.assert_array_equal(scene.run([0, 1]), plain)
+
+
+def drawn_tokens(kind: str) -> None:
+    """A generative fusion: each item's tokens by its own seed; at strength 0 it is absent."""
+    scene, adapter, encoder = _on(kind)
+    with attach(scene.pipe, adapter, image_encoder=encoder) as attachment:
+        attachment.set_reference(REFERENCES)
+        before = scene.run([0, 1])
+    adapter.fusion = joint_models.flow(adapter)
+    with attach(scene.pipe, adapter, image_encoder=encoder) as attachment:
+        attachment.set_reference(REFERENCES)
+        attachment.set_seeds((3, 4))
+        together = scene.run([0, 1])
+        differ(together, before)
+        attachment.set_fusion_strength(0.0)
+        np.testing.assert_array_equal(scene.run([0, 1]), before)
+        attachment.set_fusion_strength(1.0)
+        attachment.set_reference(REFERENCES[1])
+        attachment.set_seeds((4,))
+        equal(scene.run([1])[0], together[1])
+
+
+def call_with_image(name: str) -> None:
+    """An image of the call itself, as stock's scripts give it: that of `set_reference`."""
+    from ipdiverse.sampling.diversify import attach as attach_public
+
+    scene, adapter, encoder = _on(name)
+    negative: dict[str, Any] = {"negative_prompt": ["a stone"], "true_cfg_scale": 2.0}
+    given: dict[str, Any] = (
+        negative | {"negative_ip_adapter_image": REFERENCES[1]} if name == "flux" else {}
+    )
+    with attach(scene.pipe, adapter, image_encoder=encoder) as attachment:
+        against = REFERENCES[1] if name == "flux" else None
+        attachment.set_reference(REFERENCES[0], negative=against)
+        expected = runner(scene.pipe, **(negative if given else {}))([0])
+    kind = type(scene.pipe)
+    with attach_public(scene.pipe, adapter, image_encoder=encoder):
+        found = runner(scene.pipe, ip_adapter_image=REFERENCES[0], **given)([0])
+    np.testing.assert_array_equal(found, expected)
+    assert type(scene.pipe) is kind
+
+
+def redux_of_stock() -> None:
+    """Image tokens that a prompt holds: at 0 the text alone, at 1 stock, both exactly."""
+    scene, adapter, encoder = _on("flux-redux")
+    pixels = models.image_processor()(REFERENCES, return_tensors="pt").pixel_values
+    with torch.no_grad():
+        text, pooled, _ = scene.pipe.encode_prompt(list(PROMPTS), None, max_sequence_length=12)
+        tokens = adapter.tokens(encoder(pixels).last_hidden_state)
+
+    def run(embeds: torch.Tensor, *items: int) -> np.ndarray:
+        rows = list(items)
+        own = {"prompt_embeds": embeds[rows], "pooled_prompt_embeds": pooled[rows]}
+        own["generator"] = [torch.Generator().manual_seed(item) for item in items]
+        fixed = {"num_inference_steps": 2, "output_type": "latent"}
+        return scene.pipe(**own, **fixed, **sizes(scene.pipe)).images.numpy()
+
+    both = torch.cat([text, tokens], dim=1)
+    stock, told = run(both, 0, 1), {"image_tokens": tokens.shape[1]}
+    for strength, expected in ((0.0, run(text, 0, 1)), (1.0, stock)):
+        steer(scene.pipe, Levers(), (3, 4), strength=strength, **told)
+        np.testing.assert_array_equal(run(both, 0, 1), expected)
+    steer(scene.pipe, Levers(cads=1.0), (3, 4), strength=0.5, **told)
+    together = run(both, 0, 1)
+    differ(together, stock)
+    steer(scene.pipe, Levers(cads=1.0), (4,), strength=0.5, **told)
+    equal(run(both, 1)[0], together[1])
+    detach(scene.pipe)
+    np.testing.assert_array_equal(run(both, 0, 1), stock)
+
+
+def second_attention() -> None:
+    """Stable Diffusion 3.5 medium's blocks have two attentions, and adapters count both."""
+    model = joint_models.sd3(dual_attention_layers=(1,))
+    pipe = pipeline("sd3", transformer=model)
+    tensors = joint_models.sd3_tensors(layers=joint_models.SD3_BLOCKS + 1)
+    the_five(Scene(pipe, runner(pipe)), joint_models.adapter(tensors))
+
+
+def more_tokens() -> None:
+    """XLabs' second adapter has 16 tokens."""
+    adapter = joint_models.adapter(joint_models.xlabs_tensors(num_tokens=16))
+    assert adapter.image_proj.num_tokens == 16
+    the_five(text_to_image("flux"), adapter)
+
+
 def several_adapters(name: str) -> None:
     """Two adapters: one at scale 0 is absent, exactly; two halves are a whole."""
     scene = text_to_image(name)
-    unet = scene.pipe.unet
-    plus, base = models.adapter("plus", unet), models.adapter("base", unet, seed=6)
+
+    def made(second: bool) -> Any:
+        if name in joint_models.ARCHITECTURES:
+            return joint_models.adapter(_KINDS[name][1](**({"seed": 11} if second else {})))
+        return models.adapter("base" if second else "plus", scene.pipe.unet, seed=5 + second)
+
+    plus, base = made(False), made(True)
     alone = _prompted(scene, plus)
     with put_on(scene.pipe, plus, base) as attachment:
         attachment.set_reference(REFERENCES[0], adapter=0)
@@ -206,7 +334,7 @@ def several_adapters(name: str) -> None:
         attachment.set_scale(0.0, adapter=1)
         np.testing.assert_array_equal(scene.run([0]), alone)
         differ(both, alone)
-    with put_on(scene.pipe, plus, models.adapter("plus", unet)) as attachment:
+    with put_on(scene.pipe, plus, made(False)) as attachment:
         for index in (0, 1):
             attachment.set_reference(REFERENCES[0], adapter=index)
         attachment.set_scale(0.5)

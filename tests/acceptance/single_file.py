@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors.torch import save_file
 
 if TYPE_CHECKING:
@@ -102,3 +103,51 @@ def _renamed(key: str, names: dict[str, str]) -> str:
     for mine, theirs in names.items():
         key = key.replace(f".{mine}.", f".{theirs}.")
     return key
+
+
+_SD3 = {
+    "pos_embed.pos_embed": "pos_embed",
+    "pos_embed.proj": "x_embedder.proj",
+    "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+    "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+    "context_embedder": "context_embedder",
+    "proj_out": "final_layer.linear",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+}
+_SD3_BLOCK = {
+    "attn.norm_q": "x_block.attn.ln_q",
+    "attn.norm_k": "x_block.attn.ln_k",
+    "attn.norm_added_q": "context_block.attn.ln_q",
+    "attn.norm_added_k": "context_block.attn.ln_k",
+    "attn.to_out.0": "x_block.attn.proj",
+    "attn.to_add_out": "context_block.attn.proj",
+    "norm1.linear": "x_block.adaLN_modulation.1",
+    "norm1_context.linear": "context_block.adaLN_modulation.1",
+    "ff.net.0.proj": "x_block.mlp.fc1",
+    "ff.net.2": "x_block.mlp.fc2",
+    "ff_context.net.0.proj": "context_block.mlp.fc1",
+    "ff_context.net.2": "context_block.mlp.fc2",
+}
+
+
+def write_sd3_transformer(transformer: Any, file: Path) -> None:
+    """Stable Diffusion 3's transformer alone, renamed to the original's keys."""
+    weights, state = transformer.state_dict(), {}
+    last = f"transformer_blocks.{transformer.config.num_layers - 1}.norm1_context."
+    for key, given in weights.items():
+        name, _, kind = key.rpartition(".")
+        swapped = name.startswith("norm_out.") or key.startswith(last)  # scale and shift
+        tensor = torch.cat(given.chunk(2)[::-1]) if swapped else given
+        if not name.startswith("transformer_blocks."):
+            state[_SD3[key] if key in _SD3 else f"{_SD3[name]}.{kind}"] = tensor
+        elif (inner := name.split(".", 2)[2]) in _SD3_BLOCK:
+            state[f"joint_blocks.{name.split('.')[1]}.{_SD3_BLOCK[inner]}.{kind}"] = tensor
+    for number in range(transformer.config.num_layers):
+        for block, names in (("x", "to_{}"), ("context", "add_{}_proj")):
+            for kind in ("weight", "bias"):
+                home = f"transformer_blocks.{number}.attn.{names}.{kind}"
+                parts = [weights[home.format(part)] for part in "qkv"]
+                state[f"joint_blocks.{number}.{block}_block.attn.qkv.{kind}"] = torch.cat(parts)
+    save_file({key: tensor.contiguous() for key, tensor in state.items()}, file)

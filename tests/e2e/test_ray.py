@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -85,6 +87,27 @@ def test_without_ray_the_fix_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     command: Any = type("Command", (), {"spread": cluster.Spread(ray="local"), "home": tmp_path})()
     with pytest.raises(ArgumentError, match=r"--ray: needs ray, which is not installed"):
         cluster.in_parts(command)
+
+
+def test_what_workers_lack_is_installed_by_the_runtime_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def init(**given: Any) -> None:
+        asked.append(given)
+        raise ConnectionError("nobody is there")
+
+    ray = SimpleNamespace(is_initialized=lambda: False, init=init)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setattr(cluster, "find_spec", lambda _: True)
+    for install in ("", "ipdiverse[ray]"):
+        spread = cluster.Spread(ray="10.0.0.1:6379", ray_install=install)
+        command: Any = SimpleNamespace(spread=spread, home=tmp_path)
+        with pytest.raises(ArgumentError, match=r"10\.0\.0\.1:6379: is no cluster; .*nobody"):
+            cluster.in_parts(command)
+    assert [one["runtime_env"] for one in asked] == [None, {"pip": ["ipdiverse[ray]"]}]
+    assert asked[0]["address"] == "10.0.0.1:6379"
 
 
 def test_a_worker_opens_once_and_says_what_failed(tmp_path: Path) -> None:

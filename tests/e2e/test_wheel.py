@@ -9,6 +9,7 @@ import sys
 import sysconfig
 import tomllib
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,11 @@ def test_a_wheel_draws_in_a_new_folder(tmp_path: Path) -> None:
     subprocess.run([str(word) for word in pip], check=True)
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.stat().st_size < MOST_MEGABYTES * 1e6
+    with zipfile.ZipFile(wheel) as opened:
+        (name,) = [n for n in opened.namelist() if n.endswith(".dist-info/METADATA")]
+        told = opened.read(name).decode("utf-8")
+    assert "Description-Content-Type: text/markdown" in told
+    assert not re.search(r"\]\((?!https://|#)", told), "a link that leads nowhere on an index"
     venv.create(tmp_path / "new", with_pip=True)
     home = tmp_path / "new" / "lib" / f"python{sysconfig.get_python_version()}" / "site-packages"
     (home / "shared.pth").write_text(sysconfig.get_path("purelib"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,9 +15,10 @@ from safetensors.torch import save_file
 
 import ipdiverse
 from ipdiverse.adapter.fusion import BlendFusion
+from ipdiverse.base.adapters import adapter_file
 from ipdiverse.errors import ArgumentError, ModelError
 from ipdiverse.loading import quiet
-from tests import models
+from tests import joint_models, models
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -295,6 +297,120 @@ def test_a_missing_image_is_one_line(tmp_path: Path) -> None:
             pipe.set_ip_adapter_scale([1, 2])
 
 
+def test_references_of_a_call_are_over_with_it(tmp_path: Path) -> None:
+    pipe = loaded("sd1", ["plus"], tmp_path)
+    with ipdiverse.diversify(pipe, 0.0):
+        run(pipe, ip_adapter_image=IMAGES[0])
+        with pytest.raises(ArgumentError, match="give the pipeline an ip_adapter_image"):
+            run(pipe)  # stock raises too, in its UNet
+    pipe = models.pipeline("sd1")
+    with ipdiverse.attach(pipe, tmp_path / "0.safetensors") as prompt:
+        prompt.set_reference(IMAGES[0])
+        before = run(pipe)
+        other = run(pipe, ip_adapter_image=IMAGES[1])
+        assert np.abs(other - before).max() > 10 * TOLERANCE
+        assert np.array_equal(run(pipe), before)
+        run(pipe, ip_adapter_image=IMAGES[0])
+        prompt.set_reference(IMAGES[1])
+        assert np.array_equal(run(pipe), other)
+    assert "check_inputs" not in vars(pipe)
+
+
+def test_a_prompt_encoded_on_the_way_does_not_end_the_call(tmp_path: Path) -> None:
+    pipe = loaded("sd1", ["plus"], tmp_path)
+
+    def told_again(pipe: Any, *_: Any) -> dict[str, Any]:
+        return {"prompt_embeds": torch.cat(pipe.encode_prompt("a red dog", "cpu", 1, True)[::-1])}
+
+    given = {"ip_adapter_image": IMAGES[0], "callback_on_step_end": told_again}
+    before = run(pipe, **given)
+    assert np.abs(before - run(pipe, ip_adapter_image=IMAGES[0])).max() > 10 * TOLERANCE
+    with ipdiverse.diversify(pipe, 0.0):
+        equal(run(pipe, **given), before)
+
+
+@pytest.mark.parametrize("kind", ["base", "plus"])
+@pytest.mark.parametrize("guided", [True, False])
+def test_scripts_may_encode_once_for_many_calls(kind: str, guided: bool, tmp_path: Path) -> None:
+    pipe = loaded("sdxl", [kind], tmp_path)
+    given = {
+        "ip_adapter_image": [IMAGES],
+        "ip_adapter_image_embeds": None,
+        "device": "cpu",
+        "num_images_per_prompt": 1,
+        "do_classifier_free_guidance": guided,
+    }
+    (theirs,) = pipe.prepare_ip_adapter_image_embeds(**given)
+    options = {"guidance_scale": 4.0 if guided else 1.0}
+    before = run(pipe, 2, **options, ip_adapter_image_embeds=[theirs])
+    with ipdiverse.diversify(pipe, 0.0):
+        (ours,) = pipe.prepare_ip_adapter_image_embeds(**given)
+        torch.testing.assert_close(ours, theirs)
+        for _ in range(2):
+            equal(run(pipe, 2, **options, ip_adapter_image_embeds=[ours]), before)
+
+
+def test_faces_may_come_in_a_call(tmp_path: Path) -> None:
+    pipe = models.pipeline("sd1")
+    faces = torch.randn(1, models.FACE_DIM, generator=torch.Generator().manual_seed(0))
+    with ipdiverse.attach(pipe, models.adapter("faceid", pipe.unet)) as prompt:
+        found = run(pipe, ip_adapter_image=ipdiverse.Reference(faces=faces))
+        prompt.set_reference(ipdiverse.Reference(faces=faces))
+        assert np.array_equal(run(pipe), found)
+
+
+def test_embeddings_without_text_get_any_scene_and_a_warning() -> None:
+    pipe = ipdiverse.load_base().pipe
+    adapter = ipdiverse.load_adapter(adapter_file("critters", "plus"))
+    embeds, against = pipe.encode_prompt("in the snow", "cpu", 1, True)
+    given = {"num_inference_steps": 1, "output_type": "latent"}
+    with ipdiverse.attach(pipe, adapter) as prompt:
+        prompt.set_diversity(1.0)
+        with pytest.warns(UserWarning, match="prompt_embeds come without their text, so scenes"):
+            pipe(
+                prompt_embeds=embeds,
+                negative_prompt_embeds=against,
+                ip_adapter_image=IMAGES[0],
+                **given,
+            )
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            pipe("in the snow", ip_adapter_image=IMAGES[0], **given)
+
+
+def test_what_users_bring_to_attach_acts_as_in_stock(tmp_path: Path) -> None:
+    """Two adapters with masks and a scale each, and a window of steps."""
+    left = np.zeros((64, 64), np.uint8)
+    left[:, :32] = 255
+    both = IPAdapterMaskProcessor().preprocess([left, 255 - left], height=64, width=64)
+    masks = [one.reshape(1, 1, *one.shape[-2:]) for one in both]
+    options = {
+        "ip_adapter_image": IMAGES,
+        "cross_attention_kwargs": {"ip_adapter_masks": masks},
+        "height": 64,
+        "width": 64,
+    }
+    pipe = loaded("sd1", ["plus", "base"], tmp_path)
+    pipe.set_ip_adapter_scale([0.7, {"up": 0.4}])
+    before = run(pipe, 2, **options)
+    embeds = pipe.prepare_ip_adapter_image_embeds(IMAGES, None, "cpu", 1, True)
+    pipe = models.pipeline("sd1")
+    plain = run(pipe, 2, height=64, width=64)
+    files = [tmp_path / "0.safetensors", str(tmp_path / "1.safetensors")]
+    with ipdiverse.attach(pipe, *files):
+        pipe.set_ip_adapter_scale([0.7, {"up": 0.4}])
+        equal(run(pipe, 2, **options), before)
+        options["ip_adapter_image"] = None
+        equal(run(pipe, 2, **options, ip_adapter_image_embeds=embeds), before)
+        callback = IPAdapterScaleCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=0)
+        cut = {"callback_on_step_end": callback}
+        assert not np.array_equal(
+            run(pipe, 2, **options, **cut, ip_adapter_image_embeds=embeds), before
+        )
+        again = run(pipe, 2, **options, ip_adapter_image_embeds=embeds)
+        assert np.array_equal(again, plain), "stock leaves the scale at 0 too"
+
+
 def test_videos_are_refused_as_videos() -> None:
     base = models.pipeline("sd1", fresh=True)
     motion: Any = MotionAdapter(
@@ -307,6 +423,13 @@ def test_videos_are_refused_as_videos() -> None:
     pipe = AnimateDiffPipeline(**parts, motion_adapter=motion)
     with pytest.raises(ModelError, match=r"AnimateDiffPipeline: draws videos.*of its own"):
         ipdiverse.attach(pipe, models.adapter("plus", base.unet))
+    with pytest.raises(ModelError, match="draws videos"):
+        ipdiverse.diversify(pipe)
+
+
+def test_transformers_without_an_adapter_are_sent_to_load_ip_adapter() -> None:
+    with pytest.raises(ModelError, match=r"FluxPipeline: has no IP-Adapter.*ipdiverse\.attach"):
+        ipdiverse.diversify(joint_models.pipeline("flux"))
 
 
 def test_what_cannot_be_diversified_is_refused() -> None:

@@ -7,13 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ipdiverse.adapter.attach.attach import attach, detach
 from ipdiverse.adapter.reference import Reference
 from ipdiverse.dial import Levers
 from ipdiverse.errors import ModelError
 from ipdiverse.sampling.denoiser import steer
+from ipdiverse.sampling.diversify import diversify
 from tests import joint_models, models
+from tests.acceptance.scenes import depth, flux_controlnet, half
 
 PARITY = 1e-5
 """Of the largest latent."""
@@ -35,6 +38,24 @@ def run(pipe: Any, **given: Any) -> np.ndarray:
 def equal(found: np.ndarray, expected: np.ndarray) -> None:
     assert np.isfinite(expected).all()
     assert np.abs(found - expected).max() <= PARITY * np.abs(expected).max()
+
+
+TASKS: dict[str, dict[str, Any]] = {
+    "flux": {},
+    "flux-Img2Img": {"image": models.picture(20), "strength": 0.7},
+    "flux-Inpaint": {"image": models.picture(20), "mask_image": half(), "strength": 0.7},
+    "flux-ControlNet": {"control_image": depth(0)},
+    "flux-Kontext": {"image": models.picture(20), "max_area": 64**2, "_auto_resize": False},
+    "sd3": {},
+    "sd3-Img2Img": {"image": models.picture(20), "strength": 0.7},
+}
+"""Pipelines of stock that take an adapter, and what their calls need."""
+
+
+def task_pipeline(task: str) -> Any:
+    name, _, kind = task.partition("-")
+    others = {"controlnet": flux_controlnet().pipe.controlnet} if kind == "ControlNet" else {}
+    return joint_models.pipeline(name, kind, fresh=True, **others)
 
 
 TRUE_CFG = {"negative_prompt": "a blue house", "true_cfg_scale": 3.0}
@@ -219,3 +240,201 @@ def test_guidance_in_two_calls_obeys_levers() -> None:
         with pytest.raises(ModelError, match="fast: is for UNets"):
             steer(attachment, Levers(), [3], fast=1)
     handle.remove()
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_pipeline_with_stocks_adapter_is_diversified(task: str) -> None:
+    """The same call of the same script: at 0 stock's latents, above it others, undone stock."""
+    pipe, given = task_pipeline(task), TASKS[task]
+    flux = task.startswith("flux")
+    if flux:
+        pipe.load_ip_adapter(joint_models.nested(joint_models.xlabs_tensors()), weight_name="")
+        pipe.set_ip_adapter_scale([0.9, 0.4])
+        given = {**given, **TRUE_CFG, "negative_ip_adapter_image": models.picture(11)}
+    else:
+        nested = joint_models.nested(joint_models.sd3_tensors())
+        pipe.register_modules(image_encoder=joint_models.siglip())
+        pipe.load_ip_adapter(nested)
+        pipe.set_ip_adapter_scale(0.7)
+        given = {**given, "guidance_scale": 4.0}
+    given["ip_adapter_image"] = models.picture(10)
+    stock, kind = run(pipe, **given), type(pipe)
+    with diversify(pipe, 0.0) as diversified:
+        equal(run(pipe, **given), stock)
+        pipe.set_ip_adapter_scale(0.0)
+        plain = run(pipe, **given)
+        assert np.abs(stock - plain).max() > 1e-2 * np.abs(stock).max()
+        pipe.set_ip_adapter_scale([0.9, 0.4] if flux else 0.7)
+        diversified.set_diversity(1.0)
+        assert np.abs(run(pipe, **given) - stock).max() > 1e-3 * np.abs(stock).max()
+    assert type(pipe) is kind
+    np.testing.assert_array_equal(run(pipe, **given), stock)
+
+
+def test_xlabs_second_adapter_of_16_tokens_equals_stock() -> None:
+    """Stock tells it by 65536 rows of its projection, so this one is of the published widths."""
+    width, tokens = 4096, 16
+    torch.manual_seed(12)
+    part = {"proj.weight": (width * tokens, models.CLIP_DIM), "proj.bias": (width * tokens,)}
+    names = {f"ip_adapter_proj_model.{name}": shape for name, shape in part.items()}
+    names |= {f"ip_adapter_proj_model.norm.{name}": (width,) for name in ("weight", "bias")}
+    for number in range(joint_models.DOUBLE):
+        for end in "kv":
+            key = f"double_blocks.{number}.processor.ip_adapter_double_stream_{end}_proj"
+            names |= {f"{key}.weight": (joint_models.WIDTH, width)}
+            names |= {f"{key}.bias": (joint_models.WIDTH,)}
+    tensors = {name: 0.02 * torch.randn(shape) for name, shape in names.items()}
+    tensors["ip_adapter_proj_model.norm.weight"] += 1
+    model = joint_models.flux(joint_attention_dim=width)
+    pipe = joint_models.pipeline("flux", fresh=True, transformer=model)
+    given = {
+        "prompt": None,
+        "prompt_embeds": torch.randn(1, 12, width),
+        "pooled_prompt_embeds": torch.randn(1, 64),
+    }
+    adapter = joint_models.adapter(tensors)
+    assert adapter.image_proj.num_tokens == tokens
+    plain = run(pipe, **given)
+    with attach(pipe, adapter) as attachment:
+        attachment.set_reference(models.picture(10))
+        ours = run(pipe, **given)
+    np.testing.assert_array_equal(run(pipe, **given), plain)
+    pipe.load_ip_adapter(joint_models.nested(tensors), weight_name="")
+    stock = run(pipe, ip_adapter_image=models.picture(10), **given)
+    assert np.abs(stock - plain).max() > 1e-2 * np.abs(stock).max()
+    equal(ours, stock)
+
+
+def test_scales_by_block_and_step_several_references_and_adapters_equal_stock() -> None:
+    tensors = [joint_models.xlabs_tensors(), joint_models.xlabs_tensors(seed=15)]
+    pictures = [[models.picture(10), models.picture(12)], [models.picture(11)]]
+    first, then = [[0.9, 0.2], [0.3, 0.6]], [[0.1, 0.5], [0.0, 1.1]]
+    pipe = joint_models.pipeline("flux", fresh=True)
+    given = {**TRUE_CFG, "num_inference_steps": 4}
+    plain = run(pipe, **given)
+    with attach(pipe, *map(joint_models.adapter, tensors)) as attachment:
+        for number, images in enumerate(pictures):
+            attachment.set_reference(Reference(images), adapter=number)
+            numbers = [layer.number for layer in attachment.hook.layers]
+            places = {layer: place for place, layer in enumerate(numbers)}
+            attachment.set_scale(
+                lambda layer, progress, n=number, at=places: (first, then)[progress >= 0.5][n][
+                    at[layer.number]
+                ],
+                adapter=number,
+            )
+        ours = run(pipe, **given)
+    np.testing.assert_array_equal(run(pipe, **given), plain)
+    pipe.load_ip_adapter([joint_models.nested(t) for t in tensors], weight_name=["", ""])
+    pipe.set_ip_adapter_scale(first)
+
+    def change(own: Any, step: int, _: Any, kept: dict[str, Any]) -> dict[str, Any]:
+        if step == 1:
+            own.set_ip_adapter_scale(then)
+        return kept
+
+    stock = run(pipe, ip_adapter_image=pictures, callback_on_step_end=change, **given)
+    assert np.abs(stock - plain).max() > 1e-2 * np.abs(stock).max()
+    equal(ours, stock)
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3"])
+def test_masks_of_a_call_act_where_stock_ignores_them(name: str) -> None:
+    """Each in its half, as given by `set_reference`; white is none, and black no reference."""
+    from diffusers.image_processor import IPAdapterMaskProcessor
+
+    tensors = joint_models.xlabs_tensors() if name == "flux" else joint_models.sd3_tensors()
+    pipe, pictures = joint_models.pipeline(name), [models.picture(10), models.picture(11)]
+    encoder = None if name == "flux" else joint_models.siglip()
+    left, right = half(0), half(1)
+    white = Image.new("L", left.size, 255)
+    black = Image.new("L", left.size)
+
+    def masked(*masks: Any) -> np.ndarray:
+        prepared: Any = IPAdapterMaskProcessor().preprocess(list(masks))
+        asked = [prepared.reshape(1, *prepared.shape[:1], *prepared.shape[2:])]
+        return run(pipe, joint_attention_kwargs={"ip_adapter_masks": asked})
+
+    plain = run(pipe)
+    with attach(pipe, joint_models.adapter(tensors), image_encoder=encoder) as attachment:
+        attachment.set_reference(pictures[0])
+        alone = run(pipe)
+        attachment.set_reference(Reference(pictures))
+        equal(masked(white, black), alone)
+        halves, turned = masked(left, right), masked(right, left)
+        assert np.abs(halves - turned).max() > 1e-3 * np.abs(halves).max()
+    np.testing.assert_array_equal(run(pipe), plain)
+
+
+def test_a_second_attention_of_sd35_medium_shifts_the_numbers() -> None:
+    """Stock numbers every attention, and so do adapters for it: four here in three blocks."""
+    tensors = joint_models.sd3_tensors(layers=joint_models.SD3_BLOCKS + 1)
+    model = joint_models.sd3(dual_attention_layers=(1,))
+    pipe = joint_models.pipeline("sd3", fresh=True, transformer=model)
+    states = torch.randn(1, 17, models.CLIP_WIDTH, generator=torch.Generator().manual_seed(8))
+    given: dict[str, Any] = {"guidance_scale": 4.0}
+    plain = run(pipe, **given)
+    with attach(pipe, joint_models.adapter(tensors)) as attachment:
+        blocks = [layer.block for layer in attachment.hook.layers]
+        assert blocks == ["double.0", "double.1", "double.1", "double.2"]
+        attachment.set_reference(Reference(embeds=[states]))
+        attachment.set_scale(0.7)
+        ours = run(pipe, **given)
+        attachment.set_scale(0.0)
+        np.testing.assert_array_equal(run(pipe, **given), plain)
+    pipe.transformer._load_ip_adapter_weights(joint_models.nested(tensors))
+    pipe.set_ip_adapter_scale(0.7)
+    embeds = torch.cat([torch.zeros_like(states), states])
+    stock = run(pipe, ip_adapter_image_embeds=embeds, **given)
+    assert np.abs(stock - plain).max() > 1e-2 * np.abs(stock).max()
+    equal(ours, stock)
+
+
+def test_sd3_takes_several_adapters_and_scales_by_layer() -> None:
+    """More than stock's one: at 0 an adapter is absent, and scales by layer are those of one."""
+    pipe, picture = joint_models.pipeline("sd3"), models.picture(10)
+    one, two = (joint_models.adapter(joint_models.sd3_tensors(seed=s)) for s in (7, 9))
+    encoder = joint_models.siglip()
+    with attach(pipe, one, image_encoder=encoder) as attachment:
+        attachment.set_reference(picture)
+        alone = run(pipe)
+        attachment.set_scale([1.0, 0.0, 0.0])
+        first = run(pipe)
+    with attach(pipe, one, two, image_encoder=encoder) as attachment:
+        attachment.set_reference(picture, adapter=None)
+        both = run(pipe)
+        attachment.set_scale(0.0, adapter=1)
+        np.testing.assert_array_equal(run(pipe), alone)
+        attachment.set_scale([1.0, 0.0, 0.0], adapter=0)
+        np.testing.assert_array_equal(run(pipe), first)
+    assert np.abs(both - alone).max() > 1e-3 * np.abs(alone).max()
+    assert np.abs(first - alone).max() > 1e-3 * np.abs(alone).max()
+
+
+def test_two_calls_of_one_step_are_told_apart_by_their_text() -> None:
+    """Also where the texts come as embeddings, and the next call swaps them."""
+    pipe = joint_models.pipeline("flux", fresh=True)
+    tensors, image = joint_models.xlabs_tensors(), models.picture(10)
+    with torch.no_grad():
+        (red, pooled, _), (blue, other, _) = (
+            pipe.encode_prompt(text, None, max_sequence_length=12)
+            for text in ("a red creature", "a blue house")
+        )
+    sides = ((red, pooled), (blue, other))
+    calls = [
+        {
+            "prompt": None,
+            "prompt_embeds": sides[at][0],
+            "pooled_prompt_embeds": sides[at][1],
+            "negative_prompt_embeds": sides[1 - at][0],
+            "negative_pooled_prompt_embeds": sides[1 - at][1],
+            "true_cfg_scale": 3.0,
+        }
+        for at in (0, 1)
+    ]
+    with attach(pipe, joint_models.adapter(tensors)) as attachment:
+        attachment.set_reference(image)
+        ours = [run(pipe, **call) for call in calls]
+    pipe.load_ip_adapter(joint_models.nested(tensors), weight_name="")
+    for found, call in zip(ours, calls, strict=True):
+        equal(found, run(pipe, ip_adapter_image=image, **call))

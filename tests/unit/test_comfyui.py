@@ -266,6 +266,7 @@ spec.loader.exec_module(pack)
 import pack.inputs, pack.nodes, pack.prompting, pack.scenes, pack.schedule, pack.sites
 for name in ("ApplyAdapter", "ApplyEmbeds", "Diversity", "EncodeImages", "EncodePrompts"):
     pack.NODE_CLASS_MAPPINGS["Ipdiverse" + name].INPUT_TYPES()
+pack.NODE_CLASS_MAPPINGS["IpdiverseEncodeFaces"].INPUT_TYPES()
 try:
     pack.NODE_CLASS_MAPPINGS["IpdiverseDiversity"]().turn(None, 0.5, 0)
 except RuntimeError as error:
@@ -284,6 +285,7 @@ import sys
 import numpy, PIL, safetensors.torch, torch  # ComfyUI's own
 before = set(sys.modules)
 import ipdiverse.adapter.attention, ipdiverse.adapter.files.checkpoint, ipdiverse.adapter.scale
+import ipdiverse.adapter.attach.face_embeddings
 import ipdiverse.adapter.files.inspection, ipdiverse.adapter.imagine, ipdiverse.adapter.reference
 import ipdiverse.dial, ipdiverse.levers, ipdiverse.sampling.sample
 files = {n: getattr(m, "__file__", "") or "" for n, m in sys.modules.items() if n not in before}
@@ -335,6 +337,18 @@ def test_layers_are_those_of_diffusers_in_its_order(architecture: str) -> None:
         theirs = unet.get_submodule(names[site.layer.number])
         assert mine.to_k is theirs.to_k
         assert site.widths == (theirs.to_k.in_features, theirs.to_q.out_features)
+
+
+def test_a_model_without_a_unet_is_told_where_it_can_be_drawn() -> None:
+    flux = type("Flux", (), {})()
+    model: Any = types.SimpleNamespace(model=types.SimpleNamespace(diffusion_model=flux))
+    with pytest.raises(ModelError) as error:
+        SITES.sites_of(model)
+    assert str(error.value) == (
+        "model: has no UNet with cross-attention; expected Stable Diffusion 1.x, 2.x or XL; found "
+        "Flux. These nodes are for models with a UNet; Flux.1 and SD 3.5 are drawn by "
+        "`ipdiverse generate --base flux-dev` or sd35-large."
+    )
 
 
 def test_blocks_have_comfyuis_well_known_names() -> None:
@@ -656,6 +670,92 @@ def test_an_adapters_own_path_is_taken(caplog: pytest.LogCaptureFixture, rivals:
     assert setting.levers == Levers(cads=0.8)
     for name in ("remove_stated", "image_guidance"):
         assert name in caplog.text, "what is left out is said"
+
+
+# --- faces -----------------------------------------------------------------------------------
+
+
+def found_faces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """insightface with its models: the upper left pixel tells whose face it is."""
+
+    class FaceAnalysis:
+        def __init__(self, name: str, root: str) -> None:
+            assert (name, root) == ("buffalo_l", str(tmp_path / "models" / "insightface"))
+
+        def prepare(self, **_: Any) -> None:
+            pass
+
+        def get(self, pixels: Any) -> list[Any]:
+            embedding = models.face(int(pixels[0, 0, 0]))[0].numpy()
+            return [types.SimpleNamespace(bbox=[0, 0, 9, 9], normed_embedding=embedding)]
+
+    app: Any = types.ModuleType("insightface.app")
+    app.FaceAnalysis = FaceAnalysis
+    monkeypatch.setitem(sys.modules, "insightface", types.ModuleType("insightface"))
+    monkeypatch.setitem(sys.modules, "insightface.app", app)
+
+
+@pytest.mark.parametrize("kind", ["faceid", "faceid-plus", "faceid-plus-v2"])
+@pytest.mark.parametrize("architecture", ["sd1", "sdxl"])
+def test_faces_and_the_lora_in_their_file_act_as_in_a_pipeline(
+    architecture: str, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found_faces(monkeypatch, tmp_path)
+    folders(tmp_path)
+    pipe, photos = pipeline(architecture), image(2, count=2)
+    adapter, vision = models.adapter(kind, pipe.unet, lora_rank=2), clip_vision()
+    encoder = None if kind == "faceid" else vision
+    with torch.inference_mode():
+        embeds = NODES["IpdiverseEncodeFaces"]().encode(adapter, photos, encoder)
+        (patched,) = NODES["IpdiverseApplyEmbeds"]().apply(
+            model_of(architecture), adapter, *embeds, **DEFAULTS
+        )
+        states = vision.encode_image(photos)["penultimate_hidden_states"]
+    faces = torch.cat([models.face(round(float(one[0, 0, 2]) * 255)) for one in photos])
+    given = [faces] if kind == "faceid" else [faces, states.clone()]
+    found = sampled(patched, architecture)
+    with attach(pipe, copy.deepcopy(adapter)) as prompt:
+        prompt.set_reference(Reference(embeds=given))
+        prompt.set_scale(0.8)
+        sizes = {"height": 64, "width": 64} if architecture == "sdxl" else {}
+        expected = pipe(
+            PROMPT,
+            negative_prompt=NEGATIVE,
+            num_inference_steps=3,
+            guidance_scale=GUIDANCE,
+            num_images_per_prompt=2,
+            latents=noise(),
+            output_type="latent",
+            **sizes,
+        ).images
+    assert_close(found, expected)
+    without = patched.clone()
+    without.patches = {}
+    assert_differ(found, sampled(without, architecture))
+
+
+def test_faces_that_cannot_be_read_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    encode, unet = NODES["IpdiverseEncodeFaces"]().encode, pipeline("sd1").unet
+    alone, both = models.adapter("faceid", unet), models.adapter("faceid-plus", unet)
+    monkeypatch.setitem(sys.modules, "insightface", None)
+    with pytest.raises(ModelError, match=r"insightface: is not installed in Comfy.*pip install"):
+        encode(alone, image())
+    found_faces(monkeypatch, tmp_path)
+    folders(tmp_path)
+    with pytest.raises(ModelError, match=r"a base adapter: reads images, not faces.*Encode images"):
+        encode(adapter_of("sd1"), image())
+    with pytest.raises(ModelError, match="a faceid-plus adapter: reads images too"):
+        encode(both, image())
+    apply, embeds = NODES["IpdiverseApplyEmbeds"]().apply, encode(alone, image())
+    with pytest.raises(ModelError, match=r"a faceid-plus.* cannot read them.*face of width 32 and"):
+        apply(model_of("sd1"), both, *embeds, **DEFAULTS)
+    with pytest.raises(ModelError, match="a plus adapter cannot read them"):
+        apply(model_of("sd1"), adapter_of("sd1", "plus"), *embeds, **DEFAULTS)
+    embeds = encode(both, image(), clip_vision())
+    with pytest.raises(ModelError, match=r"a plus adapter cannot.*found embeddings of FaceID-Plus"):
+        apply(model_of("sd1"), adapter_of("sd1", "plus"), *embeds, **DEFAULTS)
 
 
 # --- what cannot be --------------------------------------------------------------------------

@@ -139,6 +139,26 @@ def in_scenes(workflow: Workflow) -> Workflow:
     return made
 
 
+def lora(workflow: Workflow) -> Workflow:
+    made = copy.deepcopy(workflow)
+    made["lora"] = node("TinyLora", model=workflow["sampler"]["inputs"]["model"])
+    made["sampler"]["inputs"]["model"] = ["lora", 0]
+    return made
+
+
+def face(workflow: Workflow) -> Workflow:
+    """A FaceID adapter whose tokens do nothing, and whose LoRA is that of `lora`."""
+    made, model = copy.deepcopy(workflow), workflow["sampler"]["inputs"]["model"]
+    made["face_file"] = node("IpdiverseLoadAdapter", adapter_name="sd1_face.safetensors")
+    made["faces"] = node("TinyFaces")
+    embeds = {"embeds": ["faces", 0], "negative_embeds": ["faces", 1]}
+    how = {"scale": 1.0, "preset": "linear", "start_at": 0.0, "end_at": 1.0}
+    given = {"model": model, "adapter": ["face_file", 0]}
+    made["face"] = node("IpdiverseApplyEmbeds", **given, **embeds, **how)
+    made["sampler"]["inputs"]["model"] = ["face", 0]
+    return made
+
+
 def three_branches(workflow: Workflow) -> Workflow:
     made = copy.deepcopy(workflow)
     model = made["sampler"]["inputs"]["model"]
@@ -202,6 +222,8 @@ def workflows() -> dict[str, Workflow]:
     made["plain"], made["in scenes"] = ours(stock(images=2)), in_scenes(ours(stock(images=2)))
     made["first in a scene"] = in_scenes(ours(stock()))
     made["three branches"] = three_branches(ours(stock()))
+    made["both ours"] = ours(ours(stock()), "plus", name="second", no_image="black")
+    made["lora"], made["face"] = lora(stock()), face(stock())
     for name, workflow in made.items():
         workflow["save"]["inputs"]["name"] = name
     return made | {f"example {file.stem}": example(file) for file in EXAMPLES}
@@ -218,7 +240,9 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     results = json.loads((folder / "results.json").read_text())
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {
+        f"told {file.stem}": json.loads((folder / file.name).read_text()) for file in EXAMPLES
+    }
     for name, result in results.items():
         found[name] = result["error"]
         if not result["error"]:
@@ -257,6 +281,22 @@ def test_both_packs_draw_the_same(drawn: dict[str, Any], kind: str, adapter: str
 @pytest.mark.parametrize("order", ["theirs after ours", "ours after theirs"])
 def test_both_packs_add_up_in_either_order(drawn: dict[str, Any], kind: str, order: str) -> None:
     assert_close(drawn[f"{kind} {order}"], drawn[f"{kind} both theirs"])
+
+
+@beside
+def test_two_of_ours_add_up_as_two_of_that_pack(drawn: dict[str, Any]) -> None:
+    assert_close(drawn["both ours"], drawn["sd1 both theirs"])
+
+
+def test_the_lora_in_a_face_adapters_file_acts_as_comfyuis(drawn: dict[str, Any]) -> None:
+    assert_close(drawn["face"], drawn["lora"])
+    assert_differ(drawn["face"], drawn["sd1 stock"])
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
+def test_the_page_reads_an_example_as_the_api_does(drawn: dict[str, Any], file: Path) -> None:
+    page, api = drawn[f"told {file.stem}"].values()
+    assert page == {name: {**one, "left": []} for name, one in api.items()}
 
 
 def test_two_samplers_are_one(drawn: dict[str, Any]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import tarfile
+import tracemalloc
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from ipdiverse.cli import main
 from ipdiverse.commands import cluster
 from ipdiverse.commands.cluster import Spread, merge
 from ipdiverse.data.manifest import PrepareOptions
@@ -17,7 +20,7 @@ from ipdiverse.data.prepare import JOURNAL, prepare
 from ipdiverse.errors import ArgumentError, DataError, IpdiverseError, OutputError
 from ipdiverse.parts import PARTS, WHOLE, Part, finished, part_of
 from ipdiverse.sampling import batch
-from ipdiverse.sampling.batch import FAILED, RESULTS, read_jobs, run_batch
+from ipdiverse.sampling.batch import FAILED, FINGERPRINT, RESULTS, TABLE, read_jobs, run_batch
 from ipdiverse.sampling.request import Request
 from ipdiverse.writing import only_one
 from tests import models
@@ -144,7 +147,7 @@ def all_parts(count: int) -> Iterator[Part]:
 def test_a_batch_in_parts_ends_as_one_process_leaves_it(painter: Painter, count: int) -> None:
     wanted = alone(painter)
     assert all(draw(part) > 0 for part in all_parts(count))
-    assert painter.drawn == len(wanted) - 1, "each once"
+    assert painter.drawn == len(wanted) - 2, "each once"
     if count > 1:
         assert not Path("out", RESULTS).exists()
         assert merge(Path("out")) == f"merged {painter.drawn} images of {ROWS} jobs in out"
@@ -166,7 +169,7 @@ def test_killed_and_dealt_anew_nothing_is_drawn_twice(painter: Painter) -> None:
         draw(part)
     merge(Path("out"))
     assert tree(Path("out")) == wanted
-    assert painter.drawn == len(wanted) - 1
+    assert painter.drawn == len(wanted) - 2
 
 
 def test_a_part_reads_no_record_of_its_siblings(
@@ -178,6 +181,7 @@ def test_a_part_reads_no_record_of_its_siblings(
     text = batch._text
     monkeypatch.setattr(batch, "_text", lambda file: read.append(file.parent.name) or text(file))
     draw(Part(2, 3))
+    draw(Part(2, 3))  # its own is there now
     assert set(read) == {"1-of-2", "2-of-3"}
 
 
@@ -186,7 +190,7 @@ def test_one_process_takes_up_what_parts_left(painter: Painter) -> None:
     draw(Part(2, 3))
     assert draw(WHOLE) > 0
     assert tree(Path("out")) == wanted
-    assert painter.drawn == len(wanted) - 1
+    assert painter.drawn == len(wanted) - 2
 
 
 def test_a_lost_image_is_named_by_merge_and_drawn_by_its_part(painter: Painter) -> None:
@@ -230,6 +234,92 @@ def test_failed_jobs_are_listed_and_tried_again(painter: Painter) -> None:
     painter.broken = set()
     assert draw(WHOLE) > 0
     assert tree(Path("out")) == wanted
+
+
+def test_what_failed_is_tried_once_more_when_the_others_are_done(
+    painter: Painter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = alone(painter)
+    tried: list[int] = []
+
+    def opens(_: object, job: Request) -> None:
+        if "row 3" in job.prompt:
+            tried.append(painter.drawn)
+            painter.broken = {"row 3"} if len(tried) == 1 else set()
+
+    monkeypatch.setattr(batch.LastBase, "open", opens)
+    assert draw(WHOLE) == len(wanted) - 2
+    assert len(tried) == 2
+    assert tried[-1] > tried[0], "after the others"
+    assert tree(Path("out")) == wanted
+
+
+def test_another_job_file_is_refused_even_by_a_part_that_shares_nothing(painter: Painter) -> None:
+    draw(Part(1, 3))
+    file = Path("jobs.jsonl")
+    before = file.read_text()
+    file.write_text(before.replace('"row ', '"another '))
+    with pytest.raises(ArgumentError, match=r"jobs\.sha256: holds results of other jobs"):
+        draw(Part(2, 3))
+    assert not Path("out", PARTS, "2-of-3").exists()
+    lines = before.splitlines()
+    drawn = {int(one.name) for one in Path("out").glob("[0-9]*")}
+    free = next(number for number in range(ROWS) if number not in drawn)
+    lines[free] = lines[free].replace("row", "corrected row")
+    file.write_text("\n".join([*lines, json.dumps({"image": "a.png", "prompt": "one more"})]))
+    painter.drawn = 0
+    [draw(part) for part in all_parts(3)]
+    merge(Path("out"))
+    assert len(Path("out", FINGERPRINT).read_text().splitlines()) == ROWS + 1
+    file.write_text("\n".join(lines[:5]))
+    with pytest.raises(ArgumentError, match="holds results of other jobs; found job 5"):
+        draw(WHOLE)
+
+
+def test_memory_does_not_grow_with_the_rows(painter: Painter) -> None:
+    peaks = []
+    for rows in (100, 3000):
+        lines = (json.dumps({"image": "a.png", "prompt": f"row {n}"}) for n in range(rows))
+        Path("jobs.jsonl").write_text("\n".join(lines))
+        tracemalloc.start()
+        jobs = read_jobs(Path("jobs.jsonl"), Request())
+        draw_none = run_batch(jobs, Path(f"out {rows}"), part=Part(7, 100_000))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert draw_none == 0
+        assert len(jobs) == rows
+    # each row held would take 2 kB
+    assert peaks[1] - peaks[0] < 3000 * 100
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_record_is_a_table_too(painter: Painter, count: int) -> None:
+    table = pytest.importorskip("pyarrow.parquet")
+    for part in all_parts(count):
+        jobs = read_jobs(Path("jobs.jsonl"), Request())
+        run_batch(jobs, Path("out"), part=part, parquet=True)
+    if count > 1:
+        assert not Path("out", TABLE).exists()
+        merge(Path("out"))
+    rows = table.read_table(Path("out", TABLE)).to_pylist()
+    lines = [json.loads(line) for line in Path("out", RESULTS).read_text().splitlines()]
+    assert [(row["job"], row["image"]) for row in rows] == [(x["job"], x["image"]) for x in lines]
+    for name in ("request", "inputs", "notes"):
+        assert [json.loads(row[name]) for row in rows] == [line[name] for line in lines]
+    assert rows[0]["prompt"] == "row 0"
+    wanted = Path("out", TABLE).read_bytes()
+    run_batch(read_jobs(Path("jobs.jsonl"), Request()), Path("out"), parquet=True)
+    assert Path("out", TABLE).read_bytes() == wanted, "however it was dealt"
+
+
+def test_a_table_without_its_library_is_said_before_anything_is_drawn(
+    painter: Painter, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cluster, "find_spec", lambda _: None)
+    words = ["generate", "--batch", "jobs.jsonl", "--out", "out", "--parquet"]
+    assert main(words) == 2
+    assert "--parquet: needs pyarrow, which is not installed" in capsys.readouterr().err
+    assert not Path("out").exists()
 
 
 def test_a_part_with_failed_jobs_has_not_finished(painter: Painter) -> None:
@@ -297,6 +387,71 @@ def test_preparing_goes_on_with_another_number_of_parts(
     merge(Path("out"))
     assert len(decoded) == 31 + 1, "one line was lost"
     assert tree(Path("out")) == tree(Path("alone"))
+
+
+@pytest.fixture
+def stored(pictures: str) -> Iterator[str]:
+    """The same pictures in an object store, with a list and an archive beside them."""
+    import fsspec
+
+    store = fsspec.filesystem("memory")
+    store.put(f"{pictures}/", "/bucket/pictures", recursive=True)
+    rows = [{"file_name": f"pictures/subject 0/{n}.png", "text": f"picture {n}"} for n in (0, 3)]
+    store.pipe("/bucket/list.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+    with tarfile.open("some.tar", "w") as archive:
+        archive.add("in/subject 1/4.png", "4.png")
+    store.put("some.tar", "/bucket/some.tar")
+    yield "memory://bucket"
+    store.rm("/bucket", recursive=True)
+
+
+def test_a_source_in_an_object_store_is_as_one_on_a_disk(pictures: str, stored: str) -> None:
+    prepare(pictures, Path("alone"), PrepareOptions())
+    for part in all_parts(3):
+        prepare(f"{stored}/pictures", Path("out"), PrepareOptions(), part)
+    merge(Path("out"))
+    prepare(f"{stored}/pictures", Path("again"), PrepareOptions())
+    assert tree(Path("out")) == tree(Path("again"))
+    made, wanted = tree(Path("out")), tree(Path("alone"))
+    images = {name for name in wanted if name.startswith("images")}
+    assert len(images) > 20
+    for name in (*images, "metadata.jsonl", "quarantine.jsonl"):
+        assert made[name] == wanted[name]
+    assert str(Path.cwd()) not in made["report.json"].decode()
+
+
+def test_lists_and_archives_are_read_where_they_are_stored(stored: str) -> None:
+    assert prepare(f"{stored}/list.jsonl", Path("listed"), PrepareOptions())["kind"] == "metadata"
+    texts = [json.loads(x)["text"] for x in Path("listed/metadata.jsonl").read_text().splitlines()]
+    assert texts == ["picture 0", "picture 3"]
+    assert prepare(f"{stored}/some.tar", Path("packed"), PrepareOptions())["kind"] == "webdataset"
+    assert len(list(Path("packed/images").rglob("*.png"))) == 1
+
+
+def test_what_is_not_in_a_store_is_said_in_a_line(stored: str) -> None:
+    with pytest.raises(DataError, match="does not exist"):
+        prepare(f"{stored}/nothing", Path("out"), PrepareOptions())
+    with pytest.raises(DataError, match="no-such://a/b: cannot be opened"):
+        prepare("no-such://a/b", Path("out"), PrepareOptions())
+
+
+def test_what_was_merged_is_copied_to_a_store(pictures: str, stored: str) -> None:
+    import fsspec
+
+    store = fsspec.filesystem("memory")
+    for part in all_parts(2):
+        prepare(pictures, Path("out"), PrepareOptions(), part)
+    words = ["merge", "out", "--to", f"{stored}/data"]
+    assert main(words) == 0
+    wanted = tree(Path("out"))
+    there = lambda: {n.removeprefix("/bucket/data/") for n in store.find("/bucket/data")}  # noqa: E731
+    assert there() == wanted.keys()
+    assert all(store.cat(f"/bucket/data/{name}") == held for name, held in wanted.items())
+    lost = next(name for name in wanted if name.startswith("images"))
+    store.rm(f"/bucket/data/{lost}")
+    assert main(words) == 0, "no parts are left, and what is missing is copied"
+    assert there() == wanted.keys()
+    assert main(["merge", "out", "--to", "somewhere"]) == 2
 
 
 def test_parts_of_another_source_are_refused(pictures: str) -> None:

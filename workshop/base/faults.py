@@ -59,42 +59,33 @@ class Drawn:
     @property
     def centre(self) -> tuple[float, float, float]:
         """Middle and radius of the body."""
-        left, _, right, _ = self.parts["body"][0][0].bounds()
+        left, _, right, _ = self.parts["body"][0][0].bounds
         return (left + right) / 2, self.jitter.y, self.jitter.radius
 
 
-@dataclass(frozen=True, slots=True)
-class _Moved:
-    """A shape elsewhere."""
-
-    shape: shapes.Shape
-    dx: float
-    dy: float
-
-    def bounds(self) -> tuple[float, float, float, float]:
-        left, top, right, bottom = self.shape.bounds()
-        return left + self.dx, top + self.dy, right + self.dx, bottom + self.dy
-
-    def distance(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        return self.shape.distance(x - self.dx, y - self.dy)
-
-
 def _moved(layers: list[Layer], dx: float, dy: float) -> list[Layer]:
-    return [(_Moved(shape, dx, dy), colour) for shape, colour in layers]
+    """The same shapes elsewhere."""
+
+    def elsewhere(shape: shapes.Shape) -> shapes.Shape:
+        left, top, right, bottom = shape.bounds
+        bounds = left + dx, top + dy, right + dx, bottom + dy
+        return shapes.Shape(bounds, lambda x, y: shape.distance(x - dx, y - dy))
+
+    return [(elsewhere(shape), colour) for shape, colour in layers]
 
 
 def _sign(one: Drawn) -> int:
     return int(one.rng.choice((-1, 1)))
 
 
-def _half(one: Drawn, x: float, y: float) -> shapes.Box:
+def _half(one: Drawn, x: float, y: float) -> shapes.Shape:
     """All that lies on one side of a point: left, right, above or below."""
     side = _sign(one)
-    return shapes.Box(*((x + side, y) if one.rng.random() < 0.5 else (x, y + side)), 1.0, 1.0)
+    return shapes.box(*((x + side, y) if one.rng.random() < 0.5 else (x, y + side)), 1.0, 1.0)
 
 
 def _middle(layers: list[Layer]) -> tuple[float, float]:
-    bounds = np.array([shape.bounds() for shape, _ in layers])
+    bounds = np.array([shape.bounds for shape, _ in layers])
     return (
         float(bounds[:, 0].min() + bounds[:, 2].max()) / 2,
         float(bounds[:, 1].min() + bounds[:, 3].max()) / 2,
@@ -106,23 +97,15 @@ def _halved(one: Drawn, other: Drawn, *names: str) -> np.ndarray:
     half = _half(one, *_middle(one.parts[names[0]]))
     changed = {}
     for name in names:
-        own = [(shapes.clipped(shape, _Beyond(half)), c) for shape, c in one.parts[name]]
+        own = [(shapes.clipped(shape, _beyond(half)), c) for shape, c in one.parts[name]]
         others = [(shapes.clipped(shape, half), c) for shape, c in other.parts[name]]
         changed[name] = own + others
     return one.image(changed)
 
 
-@dataclass(frozen=True, slots=True)
-class _Beyond:
+def _beyond(shape: shapes.Shape) -> shapes.Shape:
     """All outside a shape."""
-
-    shape: shapes.Shape
-
-    def bounds(self) -> tuple[float, float, float, float]:
-        return -1.0, -1.0, 2.0, 2.0
-
-    def distance(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        return -self.shape.distance(x, y)
+    return shapes.Shape((-1.0, -1.0, 2.0, 2.0), lambda x, y: -shape.distance(x, y))
 
 
 def _no_eyes(one: Drawn) -> np.ndarray:

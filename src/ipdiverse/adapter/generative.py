@@ -121,7 +121,7 @@ class GenerativeFusion(nn.Module):
     part, and what lies outside the variation space, stay the reference's.
 
     Args:
-        token_width: Width of image and text tokens.
+        token_width: Width of image tokens.
         num_tokens: Image tokens of one reference.
         directions: Of the variation space.
         words: Tokens of the text that stands for no text, for guidance.
@@ -130,6 +130,7 @@ class GenerativeFusion(nn.Module):
         steps: Euler steps of an image.
         guidance: How far the text steers the drawing (arXiv:2207.12598): 1 is as it was trained;
             another number doubles the work.
+        text_width: Of text tokens; None is that of image tokens.
 
     Raises:
         ValueError: The width is not a multiple of 64.
@@ -148,17 +149,19 @@ class GenerativeFusion(nn.Module):
         depth: int = 4,
         steps: int = 8,
         guidance: float = 1.0,
+        text_width: int | None = None,
     ) -> None:
         super().__init__()
+        text_width = text_width or token_width
         width = width or min(1024, max(192, token_width // 2 // 64 * 64))
         if width % 64:
             raise ValueError(f"fusion: a width of {width} is not a multiple of 64")
         self.steps, self.guidance = steps, guidance
         self.variation = Variation(num_tokens * token_width, directions)
-        self.register_buffer("no_text", torch.zeros(words, token_width))
+        self.register_buffer("no_text", torch.zeros(words, text_width))
         self.image_in = nn.Linear(token_width, width)
         self.reference_in = nn.Linear(token_width, width)
-        self.text_in = nn.Sequential(nn.LayerNorm(token_width), nn.Linear(token_width, width))
+        self.text_in = nn.Sequential(nn.LayerNorm(text_width), nn.Linear(text_width, width))
         self.place = nn.Parameter(0.02 * torch.randn(num_tokens, width))
         self.time_in = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width))
         self.blocks = nn.ModuleList(_FlowBlock(width) for _ in range(depth))
@@ -171,7 +174,7 @@ class GenerativeFusion(nn.Module):
     def forward(
         self,
         image_tokens: Float[Tensor, "batch tokens width"],
-        text: Float[Tensor, "batch text width"],
+        text: Float[Tensor, "batch text text_width"],
         text_mask: Bool[Tensor, "batch text"] | None = None,
         strength: float = 1.0,
         seeds: Sequence[int] | None = None,
@@ -208,7 +211,7 @@ class GenerativeFusion(nn.Module):
         self,
         image_tokens: Float[Tensor, "batch tokens width"],
         target: Float[Tensor, "batch tokens width"],
-        text: Float[Tensor, "batch text width"],
+        text: Float[Tensor, "batch text text_width"],
         text_mask: Bool[Tensor, "batch text"] | None,
         noise: Float[Tensor, "batch 2 tokens width"],
         time: Float[Tensor, " batch"],

@@ -120,6 +120,9 @@ class VariationSpace:
     def check(self, adapter: ImagePromptAdapter, where: object = "space") -> None:
         """Refuse an adapter with another projection than it was fitted on."""
         wanted, found = self.spec["projection"], projection_hash(adapter)
+        own = (adapter.image_proj.num_tokens or 0) * adapter.token_width
+        if not adapter.reads and own == len(self.mean):
+            return  # of tokens that the prompt holds, nobody says which projection made them
         if wanted != found:
             raise ModelError(
                 "was fitted on another adapter's projection",

@@ -10,16 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ipdiverse.adapter.fusion import Fusion
-from ipdiverse.adapter.projection import (
-    FaceIDPlusProjection,
-    FaceIDProjection,
-    FullFaceProjection,
-    LinearProjection,
-    PooledProjection,
-    ReduxProjection,
-    ResamplerProjection,
-    TimeResamplerProjection,
-)
+from ipdiverse.adapter.projection import LinearProjection, Projection, ResamplerProjection
 from ipdiverse.errors import ModelError, check_range
 
 if TYPE_CHECKING:
@@ -29,17 +20,6 @@ if TYPE_CHECKING:
     from transformers import CLIPVisionModelWithProjection
 
 Kind = Literal["base", "plus"]
-
-Projection = (
-    LinearProjection
-    | ResamplerProjection
-    | FullFaceProjection
-    | FaceIDProjection
-    | FaceIDPlusProjection
-    | PooledProjection
-    | ReduxProjection
-    | TimeResamplerProjection
-)
 
 LoraShapes = dict[str, tuple[int, int, int]]
 """Projection name (`to_q_lora`, …) to its (input width, rank, output width)."""

@@ -13,12 +13,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class LinearProjection(nn.Module):
+class Projection(nn.Module):
+    """What all have: a kind, what they read, in order, and its widths; None where they do not."""
+
+    kind = ""
+    reads: tuple[str, ...] = ()
+    clip_dim: int | None = None
+    face_dim: int | None = None
+    num_tokens: int | None = None  # None is as many as the image encoder has states
+    token_width: int
+
+
+class LinearProjection(Projection):
     """Projection `base`: the pooled embedding to a few tokens (arXiv:2308.06721, section 3.2.1)."""
 
     kind = "base"
     reads = ("pooled",)
-    face_dim = None
 
     def __init__(self, clip_dim: int, token_width: int, num_tokens: int = 4) -> None:
         super().__init__()
@@ -67,7 +77,7 @@ class PerceiverAttention(nn.Module):
         )
 
 
-class Perceiver(nn.Module):
+class Perceiver(Projection):
     """Tokens read the image encoder's hidden states, in `depth` rounds."""
 
     def __init__(self, clip_dim: int, width: int, token_width: int, depth: int) -> None:
@@ -114,7 +124,6 @@ class ResamplerProjection(Perceiver):
 
     kind = "plus"
     reads = ("hidden",)
-    face_dim = None
 
     def __init__(
         self,
@@ -136,7 +145,7 @@ class ResamplerProjection(Perceiver):
         return self.read(self.latents.expand(len(image_embeds), -1, -1), image_embeds)
 
 
-class FullFaceProjection(nn.Module):
+class FullFaceProjection(Projection):
     """Projection `full-face`: every penultimate hidden state becomes a token.
 
     Args:
@@ -145,8 +154,6 @@ class FullFaceProjection(nn.Module):
 
     kind = "full-face"
     reads = ("hidden",)
-    face_dim = None
-    num_tokens = None  # as many as the image encoder has states
 
     def __init__(self, clip_dim: int, token_width: int, hidden_width: int | None = None) -> None:
         super().__init__()
@@ -166,7 +173,7 @@ class FullFaceProjection(nn.Module):
         return self.proj(hidden)
 
 
-class FaceIDProjection(nn.Module):
+class FaceIDProjection(Projection):
     """Projections `faceid` and `portrait`: a face embedding to a few tokens.
 
     Args:
@@ -176,7 +183,6 @@ class FaceIDProjection(nn.Module):
 
     kind = "faceid"
     reads = ("face",)
-    clip_dim = None
 
     def __init__(
         self, face_dim: int, token_width: int, num_tokens: int = 4, hidden_width: int | None = None
@@ -194,7 +200,7 @@ class FaceIDProjection(nn.Module):
         return tokens.flatten(1, 2) if tokens.ndim == 4 else tokens
 
 
-class FaceIDPlusProjection(nn.Module):
+class FaceIDPlusProjection(Projection):
     """Projection `faceid-plus`: a face's tokens, refined by what the face looks like.
 
     Args:
@@ -247,13 +253,11 @@ class PooledProjection(FaceIDProjection):
         self.clip_dim, self.face_dim = clip_dim, None
 
 
-class ReduxProjection(nn.Module):
+class ReduxProjection(Projection):
     """Projection `redux`: each last hidden state of SigLIP becomes a token of text (Flux Redux)."""
 
     kind = "redux"
     reads = ("last",)
-    face_dim = None
-    num_tokens = None  # as many as the image encoder has states
 
     def __init__(self, clip_dim: int, token_width: int, hidden_width: int) -> None:
         super().__init__()
@@ -266,6 +270,20 @@ class ReduxProjection(nn.Module):
     ) -> Float[Tensor, "batch patches width"]:
         """Project each state."""
         return self.redux_down(F.silu(self.redux_up(last)))
+
+
+class GivenTokens(Projection):
+    """In place of a projection, where image tokens stand behind a prompt's text (Flux Redux).
+
+    Args:
+        num_tokens: How many there are; stock's prior pipeline gives 729.
+    """
+
+    kind = "redux"
+
+    def __init__(self, token_width: int, num_tokens: int = 729) -> None:
+        super().__init__()
+        self.token_width, self.num_tokens = token_width, num_tokens
 
 
 class TimeEmbedding(nn.Module):
@@ -285,51 +303,34 @@ class TimeEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(waves)))
 
 
-class TimeResamplerProjection(nn.Module):
+class TimeResamplerProjection(ResamplerProjection):
     """Projection `time-resampler`: `plus`, told the timestep (InstantX for SD 3.5).
 
     Its tokens differ at each step: a reference is kept as hidden states, and `at` projects them.
 
     Args:
-        frequencies: Width of what the time embedding starts from.
+        frequencies: Width of what the time embedding starts from; 320 in the published checkpoint.
     """
 
     kind = "time-resampler"
-    reads = ("hidden",)
-    face_dim = None
 
     def __init__(
         self,
         clip_dim: int,
         token_width: int,
-        num_tokens: int = 64,
-        width: int = 1280,
-        depth: int = 4,
-        frequencies: int = 320,
+        num_tokens: int,
+        width: int,
+        depth: int,
+        frequencies: int,
     ) -> None:
-        super().__init__()
-        self.clip_dim, self.token_width, self.num_tokens = clip_dim, token_width, num_tokens
-        self.latents = nn.Parameter(torch.randn(1, num_tokens, width) / width**0.5)
-        self.proj_in = nn.Linear(clip_dim, width)
-        self.proj_out = nn.Linear(width, token_width)
-        self.norm_out = nn.LayerNorm(token_width)
+        super().__init__(clip_dim, token_width, num_tokens, width, depth)
         self.time_embedding = TimeEmbedding(frequencies, width)
-        self.layers = nn.ModuleList(
-            [
-                nn.ModuleList(
-                    [
-                        PerceiverAttention(width),
-                        feed_forward(width),
-                        nn.Sequential(nn.SiLU(), nn.Linear(width, 4 * width)),
-                    ]
-                )
-                for _ in range(depth)
-            ]
-        )
+        for layer in self.layers:
+            layer.append(nn.Sequential(nn.SiLU(), nn.Linear(width, 4 * width)))  # type: ignore[operator]
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, image_embeds: Tensor) -> Tensor:
         """The hidden states themselves: what of a reference holds at every step."""
-        return hidden
+        return image_embeds
 
     def at(
         self,

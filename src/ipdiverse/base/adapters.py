@@ -101,7 +101,7 @@ def space_file(space: str, *, local_files_only: bool = False) -> Path:
 def default_adapter(base: str) -> str:
     """What prompts a base unless something else is asked for: a preset has its own."""
     check_known(base)
-    if base in PRESETS:
+    if base in PRESETS and PRESETS[base].adapter:
         return base
     if base == CRITTERS:
         return DEFAULT_ADAPTER
@@ -125,10 +125,14 @@ def check_adapter(base: str, adapter: str) -> None:
             "a file, a folder, or a hub id",
             fix="Check the path.",
         )
-    if adapter in PRESETS and base in (CRITTERS, *PRESETS):
-        own = PRESETS[adapter].base
-        if base == CRITTERS or PRESETS[base].base != own:
-            raise _of_another(adapter, own.id, base)
+    if adapter not in PRESETS:
+        return
+    if PRESETS[adapter].adapter is None:
+        raise ModelError("has no adapter of its own", where=adapter, fix="Name one: --adapter.")
+    # of the same files is the same architecture: Flux.1 schnell takes what dev takes
+    fits = base in PRESETS and PRESETS[base].files == PRESETS[adapter].files
+    if base in (CRITTERS, *PRESETS) and not fits:
+        raise _of_another(adapter, PRESETS[adapter].base.id, base)
 
 
 def _shipped(adapter: str) -> Path | None:

@@ -14,6 +14,7 @@ from ipdiverse.base.memory import (
     MemoryOptions,
     Plan,
     arrange,
+    check_quantize,
     plan_dtype,
     plan_memory,
     sizes_of,
@@ -118,11 +119,13 @@ def load_base(
         what, fix = "always runs in float32 on the CPU", "Leave dtype, offload and tiling out."
         raise ArgumentError(what, where=name, fix=fix)
     device = None if embedded or memory is None else this_device()
-    # Flux and SD 3 leave float16's range
-    half = "bfloat16" if is_transformer(name) else "float16"
+    joint = is_transformer(name, revision, local_files_only=local_files_only)
+    half = "bfloat16" if joint else "float16"  # Flux and SD 3 leave float16's range
+    quantize = "none" if memory is None else memory.quantize
+    check_quantize(quantize, name, transformer=joint)
     placed = None if device is None or memory is None else (device, memory.dtype, half)
     dtype = "float32" if placed is None else plan_dtype(*placed)
-    opening = Opening(local_files_only, revision, safety_checker, encoder, dtype, unet)
+    opening = Opening(local_files_only, revision, safety_checker, encoder, dtype, unet, quantize)
     pipe, plan = open_pipeline(name, opening), None
     with one_line("cannot be used", name):
         _check_parts(name, pipe)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ipdiverse.base.pipelines import native_side
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 Offload = Literal["auto", "none", "model", "sequential"]
+Quantize = Literal["none", "int8", "nf4"]
 
+_LIBRARIES = {"int8": "torchao", "nf4": "bitsandbytes"}
 _KEPT_FREE = 0.1
 """Share of the memory left to others: fragments, the driver, other programs."""
 _TILE = 512
@@ -41,14 +44,18 @@ class MemoryOptions:
         offload: `none` keeps every model on the device; `model` moves each there while it runs;
             `sequential` moves layer by layer, which needs least and is slowest.
         tiling: Decode large images in tiles, one image after the other.
+        quantize: How Flux.1 and SD 3.5 keep their transformer and T5: `int8` takes half the memory
+            (torchao), `nf4` a quarter (bitsandbytes, on CUDA), both at a loss.
     """
 
     dtype: Dtype = "auto"
     offload: Offload = "auto"
     tiling: bool | None = None
+    quantize: Quantize = "none"
 
     def __post_init__(self) -> None:
-        for name, kind in (("dtype", Dtype), ("offload", Offload)):
+        kinds = {"dtype": Dtype, "offload": Offload, "quantize": Quantize}
+        for name, kind in kinds.items():
             known, found = get_args(kind), getattr(self, name)
             if found not in known:
                 words = " | ".join(known)
@@ -93,13 +100,15 @@ class Plan:
     offload: str
     tiling: bool
     memory: int
+    quantize: str = "none"
 
     def line(self) -> str:
         """All of it in one line for people."""
         moved = {"none": "no offloading", "model": "models offloaded"}
         offload = moved.get(self.offload, "layers offloaded")
         tiles = "VAE in tiles" if self.tiling else "VAE whole"
-        return f"{self.device} ({self.memory / 2**30:.1f} GiB), {self.dtype}, {offload}, {tiles}"
+        dtype = self.dtype + (f" with {self.quantize} weights" if self.quantize != "none" else "")
+        return f"{self.device} ({self.memory / 2**30:.1f} GiB), {dtype}, {offload}, {tiles}"
 
 
 def plan_dtype(device: Device, wanted: str = "auto", half: str = "float16") -> str:
@@ -114,6 +123,22 @@ def plan_dtype(device: Device, wanted: str = "auto", half: str = "float16") -> s
     return "bfloat16" if device.bfloat16 else "float32"
 
 
+def check_quantize(wanted: str, base: str, *, transformer: bool) -> None:
+    """Refuse weights that this base, this device or what is installed cannot have."""
+    if wanted == "none":
+        return
+    library = _LIBRARIES[wanted]
+    if not transformer:
+        what, fix = "is for Flux.1 and Stable Diffusion 3.5", "Leave it out."
+        raise ArgumentError(what, where="quantize", found=base, fix=fix)
+    if find_spec(library) is None:
+        fix = f"pip install {library}"
+        raise ArgumentError(f"{wanted} needs {library}", where="quantize", fix=fix)
+    if wanted == "nf4" and (kind := this_device().kind) != "cuda":
+        fix = "int8 is for every device."
+        raise ArgumentError("nf4 needs a CUDA device", where="quantize", found=kind, fix=fix)
+
+
 def plan_memory(device: Device, sizes: Sizes, options: MemoryOptions) -> Plan:
     """The fastest arrangement that fits: all on the device, model by model, or layer by layer."""
     accelerated = device.kind == "cuda"
@@ -123,6 +148,11 @@ def plan_memory(device: Device, sizes: Sizes, options: MemoryOptions) -> Plan:
         )
     # CPU and MPS compute in the main memory, so there is nothing to offload to
     kinds = ["none", "model", "sequential"] if accelerated else ["none"]
+    if options.quantize == "nf4":  # the scales of bitsandbytes' weights do not move layer by layer
+        if options.offload == "sequential":
+            fix = "Choose model, or int8."
+            raise ArgumentError("sequential does not go with nf4", where="offload", fix=fix)
+        kinds = ["none", "model"]
     ways = [  # from the fastest to the slowest; tiles cost less than moving models does
         (offload, tiling)
         for offload in (kinds if options.offload == "auto" else [options.offload])
@@ -132,7 +162,7 @@ def plan_memory(device: Device, sizes: Sizes, options: MemoryOptions) -> Plan:
     fitting = (way for way in ways if bytes_needed(sizes, *way) <= budget)
     offload, tiling = next(fitting, ways[-1])
     dtype = plan_dtype(device, options.dtype)
-    return Plan(device.kind, dtype, offload, tiling, device.memory)
+    return Plan(device.kind, dtype, offload, tiling, device.memory, options.quantize)
 
 
 def bytes_needed(sizes: Sizes, offload: str, tiling: bool) -> float:
@@ -187,7 +217,7 @@ def sizes_of(pipe: Any, adapter: int = 0) -> Sizes:
     import torch
 
     parts = {
-        name: sum(p.numel() * p.element_size() for p in part.parameters())
+        name: sum(map(_bytes, part.parameters()))
         for name, part in pipe.components.items()
         if isinstance(part, torch.nn.Module)
     }
@@ -204,6 +234,12 @@ def sizes_of(pipe: Any, adapter: int = 0) -> Sizes:
         pixels=side * side,
         decoded=4 if forced else next(pipe.vae.parameters()).element_size(),
     )
+
+
+def _bytes(weight: Any) -> int:
+    # torchao's tensors say the size that they would have unquantised
+    inner = weight.__tensor_flatten__()[0] if hasattr(weight, "__tensor_flatten__") else ()
+    return sum(getattr(weight, name).nbytes for name in inner) or weight.nbytes
 
 
 def arrange(pipe: Any, plan: Plan) -> None:

@@ -19,9 +19,11 @@ from ipdiverse.base.downloads import (
 )
 from ipdiverse.base.presets import PRESETS, Preset
 from ipdiverse.errors import ArgumentError, ModelError
-from ipdiverse.loading import WHOLE_BASE, loading, what_is
+from ipdiverse.loading import AS_BASE, loading, what_is
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import torch
 
     from ipdiverse.base.presets import HubFile
@@ -48,26 +50,41 @@ def native_side(pipe: Any) -> int:
     return latents * pipe.vae_scale_factor
 
 
-def is_transformer(name: str) -> bool:
+def is_transformer(name: str, revision: str = "", *, local_files_only: bool = False) -> bool:
     """Whether a base's denoiser is a transformer, as far as is known before it is opened."""
     if name in PRESETS:
         return PRESETS[name].variant is None
-    return "transformer" in _index(name)
+    if Path(name).suffix == ".safetensors" and Path(name).is_file():
+        return bool(_joint_preset(_tensor_names(Path(name))))
+    return "transformer" in _index(name, revision, local_files_only=local_files_only)
 
 
-def _index(name: str) -> dict[str, Any]:
-    """What a folder says of the pipeline in it; empty for anything else."""
+def check_trainable(name: str, *, local_files_only: bool = False) -> None:
+    """Refuse a base that adapters cannot be trained for, before it is opened."""
+    if is_transformer(name, local_files_only=local_files_only):
+        what, wanted = "cannot be trained for", "a base with a UNet"
+        raise ModelError(what, where=name, expected=wanted, found="a transformer")
+
+
+def _index(name: str, revision: str, *, local_files_only: bool) -> dict[str, Any]:
+    """What a folder or a repository says of the pipeline in it; empty for anything else."""
     file = Path(name) / "model_index.json"
     try:
-        found = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-    except ValueError:
-        return {}  # diffusers says what is wrong with it
+        if not Path(name).exists() and HUB_ID.fullmatch(name):
+            from huggingface_hub import hf_hub_download
+
+            given: dict[str, Any] = {"local_files_only": local_files_only}
+            file = Path(hf_hub_download(name, file.name, revision=revision or None, **given))
+        found = json.loads(file.read_text("utf-8"))
+    except Exception:  # diffusers says what is wrong with it, or the hub why it is not to be had
+        return {}
     return found if isinstance(found, dict) else {}
 
 
-def _check_family(name: str) -> None:
-    """Refuse a folder of another architecture before its gigabytes are read."""
-    kind = str(_index(name).get("_class_name", _FAMILIES[0]))
+def _check_family(name: str, opening: Opening) -> None:
+    """Refuse another architecture before its gigabytes are downloaded or read."""
+    index = _index(name, opening.revision, local_files_only=opening.local_files_only)
+    kind = str(index.get("_class_name", _FAMILIES[0]))
     if not kind.startswith(_FAMILIES) or kind.startswith(_NOT_THOSE):
         what = "is a base of an unknown architecture"
         raise ModelError(what, where=name, expected=SUPPORTED, found=kind)
@@ -83,6 +100,7 @@ class Opening:
     encoder: str | None
     dtype: str
     unet: bool = True
+    quantize: str = "none"
 
 
 def open_pipeline(name: str, opening: Opening) -> Any:
@@ -98,12 +116,13 @@ def open_pipeline(name: str, opening: Opening) -> Any:
             "has no revisions", where=name, found=opening.revision, fix="Leave revision out."
         )
     if (source / "model_index.json").is_file():
-        _check_family(str(source))
+        _check_family(str(source), opening)
         pipe = _opened(name, str(source), opening, local_files_only=True)
     elif source.is_file():
         pipe = _single_file(source, opening)
     else:
         check_known(name)
+        _check_family(name, opening)
         options = {"local_files_only": opening.local_files_only}
         revision = {"revision": opening.revision} if opening.revision else {}
         pipe = _opened(name, name, opening, **options, **revision)
@@ -214,6 +233,8 @@ def _opened(name: str, source: str, opening: Opening, **options: Any) -> Any:
         options |= {"dtype": getattr(torch, opening.dtype), "use_safetensors": True}
         without = {"safety_checker": None, "requires_safety_checker": False}
         parts: dict[str, Any] = {} if opening.safety_checker else without
+        if opening.quantize != "none":
+            parts["quantization_config"] = _quantization(opening)
         try:
             if not opening.unet:
                 parts["unet"] = _empty_unet(source, options)
@@ -223,6 +244,28 @@ def _opened(name: str, source: str, opening: Opening, **options: Any) -> Any:
             return pipe
         except Exception as error:  # whatever the libraries raise on a broken or absent source
             raise cannot_be_opened("cannot be opened", name, error) from error
+
+
+def _quantization(opening: Opening) -> Any:
+    """What makes diffusers quantise the transformer and T5 while it reads them."""
+    import diffusers
+    import torch
+    import transformers
+    from diffusers.quantizers import PipelineQuantizationConfig
+
+    kind, given = "BitsAndBytesConfig", {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    given["bnb_4bit_compute_dtype"] = getattr(torch, opening.dtype)
+    if opening.quantize == "int8":
+        from torchao.quantization import (  # pyright: ignore[reportMissingImports]
+            Int8WeightOnlyConfig,
+        )
+
+        kind, given = "TorchAoConfig", {"quant_type": Int8WeightOnlyConfig()}
+    # one by one: by a backend's name it is refused where both libraries' classes differ (torchao's)
+    mapping: dict[str, Any] = {"transformer": getattr(diffusers, kind)(**given)}
+    for part in ("text_encoder_2", "text_encoder_3"):
+        mapping[part] = getattr(transformers, kind)(**given)
+    return PipelineQuantizationConfig(quant_mapping=mapping)
 
 
 def _empty_unet(source: str, options: dict[str, Any]) -> Any:
@@ -248,41 +291,84 @@ def load_unet(pipe: Any) -> None:
             raise cannot_be_opened("its UNet cannot be opened", later.args[0], error) from error
 
 
+def _tensor_names(file: Path) -> list[str]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return list(opened.keys())
+    except SafetensorError as error:
+        raise ModelError("cannot be opened", where=file, found=first_line(error)) from error
+
+
+def _joint_preset(names: Iterable[str]) -> str:
+    """The preset with the architecture of a single file; empty for one with a UNet."""
+    text = "\n".join(names)
+    if "joint_blocks." in text:
+        return "sd35-large" if "joint_blocks.37." in text else "sd35-medium"
+    if "double_blocks." not in text and "single_transformer_blocks." not in text:
+        return ""
+    guided = "guidance_in." in text or "guidance_embedder." in text
+    return "flux-dev" if guided else "flux-schnell"
+
+
 def _single_file(file: Path, opening: Opening) -> Any:
     """A checkpoint in the original layout, as model sites publish them."""
     if file.suffix != ".safetensors":
         found = file.suffix or "no extension"
         fix = "Other single files are pickles, which can run code; look for a safetensors one."
         raise ModelError("is not a safetensors file", where=file, found=found, fix=fix)
+    names = _tensor_names(file)
+    kind = what_is(names)
+    if kind and kind[1] != AS_BASE:
+        raise ModelError(f"is {kind[0]}, not a base", where=file, fix=kind[1])
+    beside = file.with_suffix("")  # a folder of configs with the file's name, if there is one
+    joint = _joint_preset(names)
     with loading():
         import diffusers
         import torch
-        from safetensors import SafetensorError, safe_open
 
-        try:
-            with safe_open(file, framework="pt") as opened:
-                names = list(opened.keys())
-        except SafetensorError as error:
-            raise ModelError("cannot be opened", where=file, found=first_line(error)) from error
-        kind = what_is(names)
-        if kind and kind[0] != WHOLE_BASE:
-            raise ModelError(f"is {kind[0]}, not a base", where=file, fix=kind[1])
+        options: dict[str, Any] = {"torch_dtype": getattr(torch, opening.dtype)}
+        if joint:
+            return _with_transformer(file, joint, beside, opening, options)
         # the second text encoder, which of these only SDXL has, under the original layout's name
         large = any(key.startswith("conditioner.embedders.1.") for key in names)
         kind = "StableDiffusionXLPipeline" if large else "StableDiffusionPipeline"
-        beside = file.with_suffix("")  # a folder of configs with the file's name, if there is one
-        config = {"config": str(beside)} if beside.is_dir() else {}
+        options |= {"config": str(beside)} if beside.is_dir() else {}
         try:
             return getattr(diffusers, kind).from_single_file(
-                str(file),
-                torch_dtype=getattr(torch, opening.dtype),
-                local_files_only=opening.local_files_only,
-                **config,
+                str(file), local_files_only=opening.local_files_only, **options
             )
         except Exception as error:
             found = first_line(error)
             fix = f"Its configs come from the hub; offline, put them into {beside.name}/."
             raise ModelError("cannot be opened", where=file, found=found, fix=fix) from error
+
+
+def _with_transformer(
+    file: Path, joint: str, folder: Path, opening: Opening, options: dict[str, Any]
+) -> Any:
+    """Flux or SD 3 with a single file's transformer: most hold nothing else of their own.
+
+    The rest is that of the folder beside it, if there is one, or of the preset.
+    """
+    import diffusers
+
+    if not folder.is_dir():
+        files = PRESETS[joint].base_files(opening.revision)
+        files = [one for one in files if not (one.size and one.name.startswith("transformer/"))]
+        found = fetch(files, joint, local_files_only=opening.local_files_only)
+        folder = snapshot(found[0], files[0])
+    kind = "FluxTransformer2DModel" if joint.startswith("flux") else "SD3Transformer2DModel"
+    options |= {"config": str(folder), "subfolder": "transformer", "local_files_only": True}
+    if opening.quantize != "none":
+        options["quantization_config"] = _quantization(opening).quant_mapping["transformer"]
+    try:
+        transformer = getattr(diffusers, kind).from_single_file(str(file), **options)
+    except Exception as error:
+        raise ModelError("cannot be opened", where=file, found=first_line(error)) from error
+    given = {"local_files_only": True, "transformer": transformer}
+    return _opened(str(file), str(folder), opening, **given)
 
 
 def fingerprint(module: torch.nn.Module) -> str:

@@ -97,14 +97,14 @@ class Preset:
     about: str
     base: Repository
     files: tuple[tuple[str, int], ...]
-    checker: tuple[tuple[str, int], ...]
     adapter: Repository | None
     weights: tuple[str, int]
     encoder: Encoder | None
-    scheduler: str
-    resolution: int
     guidance_scale: float
-    scale: float
+    scheduler: str = "FlowMatchEulerDiscreteScheduler"
+    resolution: int = 1024
+    scale: float = 0.6
+    checker: tuple[tuple[str, int], ...] = ()
     steps: int = 30
     faces: bool = False
     variant: str | None = "fp16"
@@ -202,109 +202,100 @@ SIGLIP = Encoder(
 )
 
 
-def _model(folder: str, megabytes: int) -> tuple[tuple[str, int], ...]:
-    name = "diffusion_pytorch_model" if folder in ("unet", "vae") else "model"
-    weights = (f"{folder}/{name}.fp16.safetensors", megabytes * _MB)
-    return ((f"{folder}/config.json", 0), weights)
+_TOKENIZERS = {
+    "clip": _VOCABULARY,
+    "t5": ("special_tokens_map.json", "spiece.model", "tokenizer.json", "tokenizer_config.json"),
+    "chatglm": ("tokenizer.model", "tokenizer_config.json"),
+}
 
 
-def _shards(folder: str, *megabytes: int, variant: str = "") -> tuple[tuple[str, int], ...]:
-    """A model's files in bfloat16, or in several parts with their index."""
-    name = "model" if folder.startswith("text") else "diffusion_pytorch_model"
-    config, count = (f"{folder}/config.json", 0), len(megabytes)
-    if count == 1:
-        return (config, (f"{folder}/{name}.safetensors", megabytes[0] * _MB))
-    # transformers puts the variant before the numbers in a part's name, and last in the index's
-    index = f"{folder}/{name}.safetensors.index{variant}.json"
-    parts = [
-        (f"{folder}/{name}{variant}-{number:05}-of-{count:05}.safetensors", size * _MB)
-        for number, size in enumerate(megabytes, 1)
-    ]
-    return (config, (index, 0), *parts)
+def _files(folders: str, variant: str = "") -> tuple[tuple[str, int], ...]:
+    """A pipeline's files; a few kB count as nothing.
 
-
-_INDEX = (("model_index.json", 0), ("scheduler/scheduler_config.json", 0))
-_T5_VOCABULARY = ("special_tokens_map.json", "spiece.model", "tokenizer.json")
-
-
-def _tokenizer(home: str, *names: str) -> tuple[tuple[str, int], ...]:
-    return tuple((f"{home}/{name}", 0) for name in (*names, "tokenizer_config.json"))
-
-
-def _pipeline(**megabytes: int) -> tuple[tuple[str, int], ...]:
-    """A pipeline's files, from the size of each model's weights; a few kB count as nothing."""
-    files = [*_INDEX]
-    for folder, size in megabytes.items():
-        files += _model(folder, size)
-        if folder.startswith("text_encoder"):
-            home = folder.replace("text_encoder", "tokenizer")
-            files += [(f"{home}/{name}", _MB * (name == "vocab.json")) for name in _VOCABULARY]
+    Args:
+        folders: Each with a colon and a key of `_TOKENIZERS`, or the megabytes of its weights; of
+            several parts with a plus between.
+        variant: Stands before the numbers in a part's name, and last in the index's.
+    """
+    files = [("model_index.json", 0), ("scheduler/scheduler_config.json", 0)]
+    for folder, what in (one.split(":") for one in folders.split()):
+        if what in _TOKENIZERS:
+            files += [(f"{folder}/{name}", 0) for name in _TOKENIZERS[what]]
+            continue
+        other = folder.startswith(("text_encoder", "safety_checker"))
+        stem = f"{folder}/model" if other else f"{folder}/diffusion_pytorch_model"
+        sizes = [int(size) * _MB for size in what.split("+")]
+        files.append((f"{folder}/config.json", 0))
+        if len(sizes) == 1:
+            files.append((f"{stem}{variant}.safetensors", sizes[0]))
+            continue
+        files.append((f"{stem}.safetensors.index{variant}.json", 0))
+        for number, size in enumerate(sizes, 1):
+            name = f"{stem}{variant}-{number:05}-of-{len(sizes):05}.safetensors"
+            files.append((name, size))
     return tuple(files)
 
 
+_WHOLE = "4 image tokens: what the picture is about"
 _SD15 = Preset(
     name="sd15",
-    about="Stable Diffusion 1.5, 4 image tokens: what the picture is about",
+    about=f"Stable Diffusion 1.5, {_WHOLE}",
     base=Repository(
         "stable-diffusion-v1-5/stable-diffusion-v1-5",
         "451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
         "creativeml-openrail-m",
     ),
     files=(
-        *_pipeline(text_encoder=246, unet=1719, vae=167),
+        *_files("text_encoder:246 tokenizer:clip unet:1719 vae:167", ".fp16"),
         ("feature_extractor/preprocessor_config.json", 0),
     ),
-    checker=_model("safety_checker", 608),
+    checker=_files("safety_checker:608", ".fp16")[2:],
     adapter=_IP_ADAPTER,
     weights=("models/ip-adapter_sd15.safetensors", 45 * _MB),
     encoder=VIT_H,
     scheduler="DDIMScheduler",
     resolution=512,
     guidance_scale=7.5,
-    scale=0.6,
 )
 _SDXL = Preset(
     name="sdxl",
-    about="Stable Diffusion XL, 4 image tokens: what the picture is about",
+    about=f"Stable Diffusion XL, {_WHOLE}",
     base=_SDXL_BASE,
-    files=_pipeline(text_encoder=246, text_encoder_2=1389, unet=5135, vae=167),
-    checker=(),
+    files=_files(
+        "text_encoder:246 tokenizer:clip text_encoder_2:1389 tokenizer_2:clip unet:5135 vae:167",
+        ".fp16",
+    ),
     adapter=_IP_ADAPTER,
     # `vit-h`: the SDXL adapter without it reads another, larger encoder (OpenCLIP ViT-bigG/14)
     weights=("sdxl_models/ip-adapter_sdxl_vit-h.safetensors", 698 * _MB),
     encoder=VIT_H,
     scheduler="EulerDiscreteScheduler",
-    resolution=1024,
     guidance_scale=5.0,
-    scale=0.6,
 )
+_FLUX_LICENCE = "FLUX.1 [dev] non-commercial"
 _FLUX = Preset(
     name="flux-dev",
     about="Flux.1 dev, XLabs' adapter, 4 image tokens",
     base=Repository(
         "black-forest-labs/FLUX.1-dev",
         "3de623fc3c33e44ffbe2bad470d0f45bccf2eb21",
-        "FLUX.1 [dev] non-commercial; gated",
+        f"{_FLUX_LICENCE}; gated",
     ),
-    files=(
-        *_INDEX,
-        *_shards("text_encoder", 246),
-        *_shards("text_encoder_2", 4995, 4530),
-        *_tokenizer("tokenizer", *_VOCABULARY[:2], "vocab.json"),
-        *_tokenizer("tokenizer_2", *_T5_VOCABULARY),
-        *_shards("transformer", 9983, 9949, 3871),
-        *_shards("vae", 168),
+    files=_files(
+        "text_encoder:246 text_encoder_2:4995+4530 tokenizer:clip tokenizer_2:t5 "
+        "transformer:9983+9949+3871 vae:168"
     ),
-    checker=(),
-    adapter=Repository("XLabs-AI/flux-ip-adapter", "main", "FLUX.1 [dev] non-commercial"),
+    adapter=Repository("XLabs-AI/flux-ip-adapter", "main", _FLUX_LICENCE),
     weights=("ip_adapter.safetensors", 982 * _MB),
     encoder=CLIP_L,
-    scheduler="FlowMatchEulerDiscreteScheduler",
-    resolution=1024,
     guidance_scale=3.5,
     scale=1.0,
     steps=28,
     variant=None,
+)
+_SD35_TEXTS = (
+    "text_encoder:247 text_encoder_2:1390 text_encoder_3:4995+4530 "
+    "tokenizer:clip tokenizer_2:clip tokenizer_3:t5 vae:168 "
 )
 _SD35 = Preset(
     name="sd35-large",
@@ -314,18 +305,7 @@ _SD35 = Preset(
         "ceddf0a7fdf2064ea28e2213e3b84e4afa170a0f",
         "stabilityai-ai-community; gated",
     ),
-    files=(
-        *_INDEX,
-        *_shards("text_encoder", 247),
-        *_shards("text_encoder_2", 1390),
-        *_shards("text_encoder_3", 4995, 4530),
-        *_tokenizer("tokenizer", *_VOCABULARY[:2], "vocab.json"),
-        *_tokenizer("tokenizer_2", *_VOCABULARY[:2], "vocab.json"),
-        *_tokenizer("tokenizer_3", *_T5_VOCABULARY),
-        *_shards("transformer", 9990, 6306),
-        *_shards("vae", 168),
-    ),
-    checker=(),
+    files=_files(f"{_SD35_TEXTS} transformer:9990+6306"),
     adapter=Repository(
         "InstantX/SD3.5-Large-IP-Adapter",
         "f1f54ca369ae759f9278ae9c87d46def9f133c78",
@@ -333,10 +313,7 @@ _SD35 = Preset(
     ),
     weights=("ip-adapter.bin", 3360 * _MB),
     encoder=SIGLIP,
-    scheduler="FlowMatchEulerDiscreteScheduler",
-    resolution=1024,
     guidance_scale=3.5,
-    scale=0.6,
     steps=28,
     variant=None,
 )
@@ -346,28 +323,28 @@ _KOLORS = Preset(
     base=Repository(
         "Kwai-Kolors/Kolors-diffusers", "7e091c75199e910a26cd1b51ed52c28de5db3711", "apache-2.0"
     ),
-    files=(
-        *_INDEX,
-        *_shards("text_encoder", 4920, 4895, 2671, variant=".fp16"),
-        *_tokenizer("tokenizer", "tokenizer.model"),
-        *_model("unet", 5159),
-        *_model("vae", 167),
+    files=_files(
+        "text_encoder:4920+4895+2671 tokenizer:chatglm unet:5159 vae:167", variant=".fp16"
     ),
-    checker=(),
     adapter=_KOLORS_PLUS,
     weights=("ip_adapter_plus_general.safetensors", 1013 * _MB),
     encoder=CLIP_L_336,
     scheduler="EulerDiscreteScheduler",
-    resolution=1024,
     guidance_scale=5.0,
-    scale=0.6,
 )
 
 
 def _of(base: Preset, name: str, about: str, file: str, megabytes: int, **changes: Any) -> Preset:
-    """Another adapter on the same base."""
+    """Another adapter on the same base; the name is what follows the base's."""
     about = f"{base.about.partition(',')[0]}, {about}"
-    return replace(base, name=name, about=about, weights=(file, megabytes * _MB), **changes)
+    weights = (file, megabytes * _MB)
+    return replace(base, name=base.name + name, about=about, weights=weights, **changes)
+
+
+def _h94(base: Preset, name: str, about: str, end: str, megabytes: int, **changes: Any) -> Preset:
+    """Of h94/IP-Adapter."""
+    file = f"{base.weights[0].partition('/')[0]}/ip-adapter{end}.safetensors"
+    return _of(base, name, about, file, megabytes, **changes)
 
 
 def _face(base: Preset, name: str, about: str, file: str, megabytes: int, **more: Any) -> Preset:
@@ -376,69 +353,45 @@ def _face(base: Preset, name: str, about: str, file: str, megabytes: int, **more
     return _of(base, name, about, f"ip-adapter-{file}.bin", megabytes, **changes)
 
 
-_PLUS, _V1, _XL = "16 image tokens: closer to the picture", "models/ip-adapter", "sdxl_models/"
+_PLUS, _BIG = "16 image tokens: closer to the picture", "4 tokens of bigG"
 _FACE_TOKENS = "16 image tokens of a cropped face"
+_ALL_TOKENS = "257 image tokens of a cropped face"
 _EMBEDDING = "a face embedding: who it is, not the picture"
 _PLUS_V2 = "a face embedding and the face's picture"
 _PORTRAIT = "embeddings of several pictures of a face"
 _ALL = (
     _SD15,
-    _of(_SD15, "sd15-light", "4 image tokens, milder", f"{_V1}_sd15_light.safetensors", 45),
-    _of(
-        _SD15, "sd15-vit-g", "4 tokens of bigG", f"{_V1}_sd15_vit-G.safetensors", 46, encoder=BIG_G
-    ),
-    _of(_SD15, "sd15-plus", _PLUS, f"{_V1}-plus_sd15.safetensors", 98),
-    _of(_SD15, "sd15-plus-face", _FACE_TOKENS, f"{_V1}-plus-face_sd15.safetensors", 98, scale=0.7),
-    _of(
-        _SD15,
-        "sd15-full-face",
-        "257 image tokens of a cropped face",
-        f"{_V1}-full-face_sd15.safetensors",
-        44,
-        scale=0.7,
-    ),
-    _face(_SD15, "sd15-faceid", _EMBEDDING, "faceid_sd15", 97),
-    _face(_SD15, "sd15-faceid-plus", _PLUS_V2, "faceid-plus_sd15", 157, encoder=VIT_H),
-    _face(_SD15, "sd15-faceid-plusv2", _PLUS_V2, "faceid-plusv2_sd15", 157, encoder=VIT_H),
-    _face(_SD15, "sd15-faceid-portrait", _PORTRAIT, "faceid-portrait_sd15", 65),
+    _h94(_SD15, "-light", "4 image tokens, milder", "_sd15_light", 45),
+    _h94(_SD15, "-vit-g", _BIG, "_sd15_vit-G", 46, encoder=BIG_G),
+    _h94(_SD15, "-plus", _PLUS, "-plus_sd15", 98),
+    _h94(_SD15, "-plus-face", _FACE_TOKENS, "-plus-face_sd15", 98, scale=0.7),
+    _h94(_SD15, "-full-face", _ALL_TOKENS, "-full-face_sd15", 44, scale=0.7),
+    _face(_SD15, "-faceid", _EMBEDDING, "faceid_sd15", 97),
+    _face(_SD15, "-faceid-plus", _PLUS_V2, "faceid-plus_sd15", 157, encoder=VIT_H),
+    _face(_SD15, "-faceid-plusv2", _PLUS_V2, "faceid-plusv2_sd15", 157, encoder=VIT_H),
+    _face(_SD15, "-faceid-portrait", _PORTRAIT, "faceid-portrait_sd15", 65),
     _SDXL,
-    _of(
-        _SDXL,
-        "sdxl-vit-g",
-        "4 tokens of bigG",
-        f"{_XL}ip-adapter_sdxl.safetensors",
-        703,
-        encoder=BIG_G,
-    ),
-    _of(_SDXL, "sdxl-plus", _PLUS, f"{_XL}ip-adapter-plus_sdxl_vit-h.safetensors", 848),
-    _of(
-        _SDXL,
-        "sdxl-plus-face",
-        _FACE_TOKENS,
-        f"{_XL}ip-adapter-plus-face_sdxl_vit-h.safetensors",
-        848,
-        scale=0.7,
-    ),
-    _face(_SDXL, "sdxl-faceid", _EMBEDDING, "faceid_sdxl", 1071),
-    _face(_SDXL, "sdxl-faceid-plusv2", _PLUS_V2, "faceid-plusv2_sdxl", 1487, encoder=VIT_H),
-    _face(_SDXL, "sdxl-faceid-portrait", _PORTRAIT, "faceid-portrait_sdxl", 749),
+    _h94(_SDXL, "-vit-g", _BIG, "_sdxl", 703, encoder=BIG_G),
+    _h94(_SDXL, "-plus", _PLUS, "-plus_sdxl_vit-h", 848),
+    _h94(_SDXL, "-plus-face", _FACE_TOKENS, "-plus-face_sdxl_vit-h", 848, scale=0.7),
+    _face(_SDXL, "-faceid", _EMBEDDING, "faceid_sdxl", 1071),
+    _face(_SDXL, "-faceid-plusv2", _PLUS_V2, "faceid-plusv2_sdxl", 1487, encoder=VIT_H),
+    _face(_SDXL, "-faceid-portrait", _PORTRAIT, "faceid-portrait_sdxl", 749),
     _KOLORS,
     _FLUX,
-    _of(
+    replace(
         _FLUX,
-        "flux-dev-v2",
-        "XLabs' second adapter, 16 image tokens",
-        "ip_adapter.safetensors",
-        1057,
-        adapter=Repository("XLabs-AI/flux-ip-adapter-v2", "main", "FLUX.1 [dev] non-commercial"),
+        name="flux-dev-v2",
+        about="Flux.1 dev, XLabs' second adapter, 16 image tokens",
+        adapter=Repository("XLabs-AI/flux-ip-adapter-v2", "main", _FLUX_LICENCE),
+        weights=("ip_adapter.safetensors", 1057 * _MB),
     ),
-    _of(
+    replace(
         _FLUX,
-        "flux-dev-instantx",
-        "InstantX' adapter, 128 image tokens",
-        "ip-adapter.bin",
-        5290,
-        adapter=Repository("InstantX/FLUX.1-dev-IP-Adapter", "main", "FLUX.1 [dev] non-commercial"),
+        name="flux-dev-instantx",
+        about="Flux.1 dev, InstantX' adapter, 128 image tokens",
+        adapter=Repository("InstantX/FLUX.1-dev-IP-Adapter", "main", _FLUX_LICENCE),
+        weights=("ip-adapter.bin", 5290 * _MB),
         encoder=SIGLIP,
         scale=0.7,
     ),
@@ -464,8 +417,7 @@ _ALL = (
             "b940f670f0eda2d07fbb75229e779da1ad11eb80",
             "stabilityai-ai-community; gated",
         ),
-        files=tuple(f for f in _SD35.files if not f[0].startswith("transformer/"))
-        + _shards("transformer", 4940),
+        files=_files(f"{_SD35_TEXTS} transformer:4940"),
         adapter=None,
         weights=("", 0),
         encoder=None,

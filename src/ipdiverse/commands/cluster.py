@@ -14,6 +14,7 @@ import tyro
 from ipdiverse.commands.console import note, say
 from ipdiverse.errors import ArgumentError, DataError, IpdiverseError, check_range
 from ipdiverse.parts import Part, finished, part_folders
+from ipdiverse.writing import LOCK, writing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -33,12 +34,15 @@ class Spread:
         ray_workers: Processes on the cluster, each with a model of its own; 0 is one for each GPU,
             or for each CPU core where there is none.
         ray_gpus: GPUs of each process; None takes one where the cluster has any.
+        ray_install: What pip installs on the workers first, such as `ipdiverse[ray]` or the address
+            of a wheel. Without it they have ipdiverse already.
     """
 
     part: str = ""
     ray: str = ""
     ray_workers: int = 0
     ray_gpus: float | None = None
+    ray_install: str = ""
 
     def chosen(self) -> Part:
         """The part of this process."""
@@ -90,13 +94,40 @@ class Merge:
 
     Args:
         folder: The folder that the parts wrote into.
+        to: Then copy the folder to this address, such as `s3://bucket/out`; one without parts too.
     """
 
     folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    to: str = ""
 
     def run(self) -> None:
         """Merge and say what there is."""
-        say(merge(Path(self.folder)))
+        home = Path(self.folder)
+        if not self.to or any(map(part_folders, (home, home / "embedded"))):
+            say(merge(home))
+        if self.to:
+            say(f"copied {copied(home, self.to)} files to {self.to}")
+
+
+def copied(folder: Path, to: str) -> int:
+    """Copy a finished folder to an object store; the number of files that were not there yet."""
+    from ipdiverse.data.files import remote
+
+    there, count = remote(Path(to)), 0
+    if there is None:
+        raise ArgumentError("is no address", where="--to", expected="s3://bucket/out", found=to)
+    files = [file for file in folder.rglob("*") if file.is_file() and file.name != LOCK]
+    if not files:
+        raise DataError("holds no files", where=folder)
+    # the records come last: what they name is there
+    for file in sorted(files, key=lambda one: (-len(one.parts), one)):
+        name = f"{there[1]}/{file.relative_to(folder).as_posix()}"
+        with writing(name):
+            stored = file.parent != folder and there[0].exists(name)
+            if not stored or there[0].size(name) != file.stat().st_size:
+                there[0].put_file(str(file), name)
+                count += 1
+    return count
 
 
 def merge(folder: Path) -> str:
@@ -104,6 +135,7 @@ def merge(folder: Path) -> str:
     home = next((one for one in (folder, folder / "embedded") if part_folders(one)), folder)
     about = finished(home)
     merges = {"batch": _batch, "prepare": _prepared, "embed": _embedded, "evaluate": _measured}
+    merges["fit"] = _fitted
     if about.get("kind") not in merges:
         raise DataError("holds parts of an unknown command", where=home, found=about.get("kind"))
     return merges[about["kind"]](folder, about)
@@ -112,7 +144,17 @@ def merge(folder: Path) -> str:
 def _batch(folder: Path, about: Mapping[str, Any]) -> str:
     from ipdiverse.sampling.batch import merge_batch
 
-    return f"merged {merge_batch(folder, about['rows'])} images of {about['rows']} jobs in {folder}"
+    rows, parquet = about["rows"], about.get("parquet", False)
+    if parquet:
+        check_parquet()
+    return f"merged {merge_batch(folder, rows, parquet=parquet)} images of {rows} jobs in {folder}"
+
+
+def check_parquet() -> None:
+    """Refuse `--parquet` before anything is drawn, where its library is missing."""
+    if find_spec("pyarrow") is None:
+        fix = "Run `pip install 'ipdiverse[parquet]'`, or leave it out."
+        raise ArgumentError("needs pyarrow, which is not installed", where="--parquet", fix=fix)
 
 
 def _prepared(folder: Path, about: Mapping[str, Any]) -> str:
@@ -130,6 +172,18 @@ def _embedded(folder: Path, about: Mapping[str, Any]) -> str:
     return f"merged the cache in {folder / 'embedded'}"
 
 
+def _fitted(folder: Path, about: Mapping[str, Any]) -> str:
+    from ipdiverse.commands.evaluate import Fit
+    from ipdiverse.training.config import CacheConfig, FitOptions
+    from ipdiverse.training.embed import merge_embedded
+
+    merge_embedded(folder, about)
+    asked = about["fit"]
+    cache, fit = CacheConfig(**asked["cache"]), FitOptions(**asked["fit"])
+    Fit(**{**asked, "folder": str(folder), "cache": cache, "fit": fit}).summed_up()
+    return f"merged the cache in {folder / 'embedded'}"
+
+
 def _measured(folder: Path, about: Mapping[str, Any]) -> str:
     from ipdiverse.evaluation.report import write_report
     from ipdiverse.evaluation.running import Runner
@@ -137,15 +191,10 @@ def _measured(folder: Path, about: Mapping[str, Any]) -> str:
 
     file = about["config"]
     study = quick_study() if file is None else read_study(Path(file))
-    if study_words(study) != about["study"]:
+    if repr(study) != about["study"]:
         fix = "Run the parts again, or give the file its old content."
         raise DataError("has changed since its images were drawn", where=file, fix=fix)
     return f"open {write_report(study, Runner(study, folder).run(), folder)}"
-
-
-def study_words(study: object) -> str:
-    """Everything of a study as text, to compare."""
-    return repr(study)
 
 
 class _Worker:
@@ -186,10 +235,11 @@ def _on_ray(command: Parted) -> None:
     check_range("ray_gpus", spread.ray_gpus or 0, 0, 64)
     if not ray.is_initialized():
         try:
-            ray.init(address=spread.ray, log_to_driver=False)
+            workers_have = {"pip": [spread.ray_install]} if spread.ray_install else None
+            ray.init(address=spread.ray, log_to_driver=False, runtime_env=workers_have)
         except (ConnectionError, ValueError, RuntimeError) as error:
             fix = "Start one with `ray start --head`, or use --ray local."
-            raise ArgumentError("is no cluster", where=spread.ray, found=error, fix=fix) from error
+            raise ArgumentError("not a cluster", where=spread.ray, found=error, fix=fix) from error
     there = ray.cluster_resources()
     gpus = min(1.0, there.get("GPU", 0.0)) if spread.ray_gpus is None else spread.ray_gpus
     room = there.get("GPU", 0.0) / gpus if gpus else there.get("CPU", 1.0)

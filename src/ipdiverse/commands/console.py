@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ipdiverse.base.downloads import missing, not_cached, offline
+from ipdiverse.base.pipelines import check_trainable
 from ipdiverse.base.presets import PRESETS, as_size, preset_files, total
 from ipdiverse.errors import MAX_SENTENCE, ArgumentError, quoted
 from ipdiverse.writing import ensure_writable_folder, write_text_atomic
@@ -28,7 +29,7 @@ def say(text: str) -> None:
 
 
 def note(text: object) -> None:
-    """Say what the user should know, beside the output."""
+    """Say what the user should know, on standard error."""
     sys.stderr.write(f"note: {quoted(text, MAX_SENTENCE)}\n")
 
 
@@ -58,6 +59,7 @@ def agree_to_encoders(
         name: The base; only a preset is asked for.
         init_from: The adapter to start from; only a preset's is asked for.
     """
+    check_trainable(name, local_files_only=True)  # before gigabytes are downloaded in vain
     encoder = "" if image_encoder else name
     files = preset_files(name, init_from or "", encoder, checker=False)
     named = [one for one in (name, init_from) if one in PRESETS]

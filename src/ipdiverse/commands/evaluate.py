@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from ipdiverse.base.bases import CRITTERS
-from ipdiverse.commands.cluster import Spread, in_parts, study_words
+from ipdiverse.commands.cluster import Spread, in_parts
 from ipdiverse.commands.console import (
     agree_to_encoders,
     agree_to_study,
@@ -27,8 +27,10 @@ from ipdiverse.training.config import CacheConfig, FitOptions
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ipdiverse.adapter.model import ImagePromptAdapter
     from ipdiverse.evaluation.study import Study
     from ipdiverse.parts import Part
+    from ipdiverse.training.frozen import FrozenEncoders, Preprocessing
 
 _OF_IMAGES = ("references", "prompts", "features")
 MOVED = ("--publish", "--readings", "--partial")
@@ -82,7 +84,7 @@ class Evaluate:
 
         study = self._read()
         config = None if self.config is None else str(Path(self.config).absolute())
-        about = {"kind": "evaluate", "config": config, "study": study_words(study)}
+        about = {"kind": "evaluate", "config": config, "study": repr(study)}
         runner = Runner(study, self.home)
         return lambda part: runner.draw(part, about)
 
@@ -241,6 +243,7 @@ class Fit:
         adapter: Of kind base or plus: a name, a file, a folder, or a hub id followed by the path.
         cache: The base, its image encoder, and how pictures were embedded if they are already.
         fit: How it is fitted.
+        spread: How the embedding is spread over processes; `merge` then fits.
         local_files_only: Never connect.
         json: Print the report as JSON.
         yes: Download what a preset needs without asking.
@@ -251,31 +254,38 @@ class Fit:
     adapter: str = ""
     cache: CacheConfig = field(default_factory=CacheConfig)
     fit: FitOptions = field(default_factory=FitOptions)
+    spread: Spread = field(default_factory=Spread)
     local_files_only: bool = False
     json: bool = False
     yes: bool = False
 
+    @property
+    def home(self) -> Path:
+        """The folder of the data set."""
+        return Path(self.folder)
+
+    def opened(self) -> Callable[[Part], Any]:
+        """Open encoders and adapter, and embed any part of the pictures."""
+        from ipdiverse.training.fit import embed_part
+
+        _, read = self._open()
+        asked = asdict(replace(self, out=str(Path(self.out).absolute())))
+        about = {"kind": "fit", "fit": {k: v for k, v in asked.items() if k != "spread"}}
+        return lambda part: embed_part(self.home, *read, part, about)
+
     def run(self) -> None:
         """Fit, write and report."""
-        from ipdiverse.adapter.files.checkpoint import load_adapter
-        from ipdiverse.adapter.imagine import as_text, save_space
-        from ipdiverse.base.adapters import adapter_file, default_adapter
-        from ipdiverse.data.manifest import read_manifest
-        from ipdiverse.training.fit import check_kind, fit_space
-        from ipdiverse.training.frozen import Preprocessing, open_encoders
+        if not in_parts(self):
+            self.summed_up()
 
-        check_target(self.out)
-        read_manifest(Path(self.folder))
-        base, encoder = self.cache.base, self.cache.image_encoder
-        named = self.adapter or default_adapter(base)
-        agree_to_encoders(base, encoder, self.yes, named)
-        file = adapter_file(base, named, local_files_only=self.local_files_only)
-        adapter = load_adapter(file)
-        check_kind(adapter)
-        encoders = open_encoders(base, encoder, local_files_only=self.local_files_only, unet=False)
-        shown = Preprocessing.of(self.cache, encoders.resolution)
-        about = {"base": base, "adapter": named if file.name != named else file.name}
-        space = fit_space(Path(self.folder), encoders, adapter, shown, self.fit, about)
+    def summed_up(self) -> None:
+        """Fit what is embedded, and the rest too."""
+        from ipdiverse.adapter.imagine import as_text, save_space
+        from ipdiverse.training.fit import fit_space
+
+        named, read = self._open()
+        about = {"base": self.cache.base, "adapter": named}
+        space = fit_space(self.home, *read, self.fit, about)
         save_space(space, Path(self.out))
         if self.json:
             say_json(space.spec | {"file": self.out})
@@ -284,11 +294,30 @@ class Fit:
         if space.spec["pairs"] < _FEW:
             note(f"fitted on {space.spec['pairs']} pairs; from {_FEW} on more of a subject is kept")
 
+    def _open(self) -> tuple[str, tuple[FrozenEncoders, ImagePromptAdapter, Preprocessing]]:
+        """The adapter's name, the encoders, the adapter, and how pictures are shown to them."""
+        from ipdiverse.adapter.files.checkpoint import load_adapter
+        from ipdiverse.base.adapters import adapter_file, default_adapter
+        from ipdiverse.data.manifest import read_manifest
+        from ipdiverse.training.fit import check_kind
+        from ipdiverse.training.frozen import Preprocessing, open_encoders
+
+        check_target(self.out)
+        read_manifest(self.home)
+        base, encoder = self.cache.base, self.cache.image_encoder
+        named = self.adapter or default_adapter(base)
+        agree_to_encoders(base, encoder, self.yes, named)
+        file = adapter_file(base, named, local_files_only=self.local_files_only)
+        adapter = load_adapter(file)
+        check_kind(adapter)
+        encoders = open_encoders(base, encoder, local_files_only=self.local_files_only, unet=False)
+        return named, (encoders, adapter, Preprocessing.of(self.cache, encoders.resolution))
+
 
 def read_fit(file: Path) -> dict[str, Any]:
     """The options of `fit` in a TOML file."""
     content = read_toml(file)
-    own = Fit.__dataclass_fields__.keys() - {"folder", "cache", "fit"}
+    own = Fit.__dataclass_fields__.keys() - {"folder", "cache", "fit", "spread"}
     parts = {kind: kind.__dataclass_fields__.keys() for kind in (CacheConfig, FitOptions)}
     found = [
         line

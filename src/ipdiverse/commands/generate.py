@@ -8,6 +8,7 @@ import shlex
 import sys
 import warnings
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from importlib.metadata import distribution
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,8 +17,9 @@ from urllib.parse import unquote, urlsplit
 
 import tyro
 
+from ipdiverse.base.downloads import missing
 from ipdiverse.base.presets import PRESETS
-from ipdiverse.commands.cluster import Spread, in_parts
+from ipdiverse.commands.cluster import Spread, check_parquet, in_parts
 from ipdiverse.commands.console import agree, note, say, say_json
 from ipdiverse.errors import ArgumentError
 from ipdiverse.parts import WHOLE
@@ -44,6 +46,7 @@ class Generate:
         batch: File of JSON lines, one job each; a line's own fields override the flags. Images are
             written as they finish, and the same command continues a run that was stopped. A job
             that fails is listed in `failed.jsonl`, and the same command tries it again.
+        parquet: Write the record of a batch as `results.parquet` too.
         spread: How a batch is spread over processes.
         json: Print the record, which holds the exact command, as JSON.
         yes: Download what a preset needs without asking.
@@ -54,6 +57,7 @@ class Generate:
     out: str = "out"
     overwrite: bool = False
     batch: str = ""
+    parquet: bool = False
     spread: Spread = field(default_factory=Spread)
     json: bool = False
     yes: bool = False
@@ -64,8 +68,8 @@ class Generate:
             if not in_parts(self):
                 self.opened()(WHOLE)
             return
-        if self.spread.part or self.spread.ray:
-            raise ArgumentError("needs --batch", where="--part, --ray")
+        if self.spread.part or self.spread.ray or self.parquet:
+            raise ArgumentError("needs --batch", where="--part, --ray, --parquet")
         from ipdiverse.sampling.draw import draw_into
 
         record = draw_into(
@@ -103,19 +107,25 @@ class Generate:
         from ipdiverse.sampling.batch import read_jobs, run_batch
         from ipdiverse.sampling.task import LastBase, needed_files
 
+        if self.parquet:
+            check_parquet()
         jobs = read_jobs(Path(self.batch), self.request)
-        if any(needed_files(job) for job in jobs.values()):
+        # a job for each thing to open; there may be millions that share them
+        named = {files: job for job in jobs.values() if (files := tuple(needed_files(job)))}
+        if missing([file for files in named for file in files]):
             # a broken picture is named before gigabytes are downloaded
-            for file in dict.fromkeys(file for job in jobs.values() for file in job.picture_files):
-                load_image(Path(file))
-            for file in dict.fromkeys(file for job in jobs.values() for file in job.mask_files):
-                load_mask(Path(file))
-        self._agree(list(jobs.values()))
+            image, mask = lru_cache(load_image), lru_cache(load_mask)
+            for job in jobs.values():
+                for file in job.picture_files:
+                    image(Path(file))
+                for file in job.mask_files:
+                    mask(Path(file))
+        self._agree(list(named.values()))
         tell = (lambda line: say(json.dumps(line))) if self.json else (lambda _: None)
         bases = LastBase()
 
         def draw(part: Part) -> None:
-            drawn = run_batch(jobs, self.home, tell, part, bases)
+            drawn = run_batch(jobs, self.home, tell, part, bases, parquet=self.parquet)
             if not self.json:
                 say(f"wrote {drawn} images of {len(jobs)} jobs into {self.out}")
 

@@ -50,7 +50,8 @@ class Prepare:
     """Check a source of images and captions, and write what is good as one data set to train on.
 
     Args:
-        source: A folder, a list (.jsonl, .csv, .json), a .tar, a hub id, or `critters`.
+        source: A folder, a list (.jsonl, .csv, .json) or a .tar, here or at an address such as
+            `s3://bucket/folder`; a hub id, or `critters`.
         out: Target folder, new or of an interrupted run.
         data: How the source is read and what is kept of it.
         spread: How the work is spread over processes.

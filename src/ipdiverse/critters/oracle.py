@@ -6,22 +6,18 @@ conditions generation, so an adapter cannot score well by fooling its own encode
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ipdiverse.critters.render import Jitter, side_of
-from ipdiverse.critters.scene import ATTRIBUTES
+from ipdiverse.critters.scene import ATTRIBUTES, Scene
 from ipdiverse.loading import building
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
-    from ipdiverse.critters.scene import Scene
 
 PLACEMENT: Mapping[str, int] = MappingProxyType(
     {"x": 4, "height": 4, "size": 4, "horizon": 4, "item_side": 2}

@@ -8,32 +8,27 @@ from __future__ import annotations
 
 import hashlib
 import re
+import tomllib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
+from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
+WORLD: Mapping[str, Any] = MappingProxyType(
+    tomllib.loads(Path(__file__).with_name("world.toml").read_text("utf-8"))
+)
+"""Every table of `world.toml`, which says what each is."""
 
 ATTRIBUTES: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "shape": ("round", "square", "triangular", "tall", "star"),
-        "colour": COLOURS,
-        "pattern": ("plain", "striped", "spotted"),
-        "eyes": ("one", "two", "three"),
-        "headgear": ("none", "hat", "crown", "flower"),
-        "place": ("meadow", "desert", "snow", "beach", "city", "moon"),
-        "position": ("left", "middle", "right"),
-        "item": ("balloon", "umbrella", "flag", "gift"),
-        "item_colour": COLOURS,
-    }
+    {name: tuple(values) for name, values in WORLD["attributes"].items()}
 )
 """Every attribute and its values, identity first. The order is the oracle's order of heads."""
+
+COLOURS = ATTRIBUTES["colour"]
 
 IDENTITY = ("shape", "colour", "pattern", "eyes", "headgear")
 """Attributes that the image prompt should keep."""
@@ -51,26 +46,6 @@ NEW_PAIRS = (
 )
 """Values of identity that no scene of split `train` shows together. `test` and `validation` are by
 hash alone, so that they stay as they were published; a few of their identities have such a pair."""
-
-# The prior is deliberately not uniform: a model that merely spreads out then scores worse than one
-# that has learnt it.
-_MARGINALS: Mapping[str, tuple[float, ...]] = MappingProxyType(
-    {
-        "headgear": (0.34, 0.22, 0.22, 0.22),
-        "place": (0.22, 0.18, 0.18, 0.16, 0.14, 0.12),
-        "position": (0.3, 0.4, 0.3),
-    }
-)
-_ITEM_GIVEN_PLACE: Mapping[str, tuple[float, ...]] = MappingProxyType(
-    {
-        "meadow": (0.30, 0.20, 0.20, 0.30),
-        "desert": (0.20, 0.30, 0.30, 0.20),
-        "snow": (0.20, 0.20, 0.20, 0.40),
-        "beach": (0.20, 0.40, 0.20, 0.20),
-        "city": (0.25, 0.30, 0.15, 0.30),
-        "moon": (0.20, 0.15, 0.45, 0.20),
-    }
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +93,11 @@ def marginal(name: str) -> np.ndarray:
     marginal is Σ_place P(place) P(item | place).
     """
     if name == "item":
-        return marginal("place") @ np.array([_ITEM_GIVEN_PLACE[p] for p in ATTRIBUTES["place"]])
+        return marginal("place") @ np.array(
+            [WORLD["prior_of_item"][p] for p in ATTRIBUTES["place"]]
+        )
     count = len(ATTRIBUTES[name])
-    return np.array(_MARGINALS.get(name, (1 / count,) * count))
+    return np.array(WORLD["prior"].get(name, (1 / count,) * count))
 
 
 def conditional(name: str, given: Mapping[str, str]) -> np.ndarray:
@@ -128,10 +105,10 @@ def conditional(name: str, given: Mapping[str, str]) -> np.ndarray:
     if name in given:
         return np.array([float(value == given[name]) for value in ATTRIBUTES[name]])
     if name == "item" and "place" in given:
-        return np.array(_ITEM_GIVEN_PLACE[given["place"]])
+        return np.array(WORLD["prior_of_item"][given["place"]])
     if name == "place" and "item" in given:
         column = ATTRIBUTES["item"].index(given["item"])
-        joint = marginal("place") * [_ITEM_GIVEN_PLACE[p][column] for p in ATTRIBUTES["place"]]
+        joint = marginal("place") * [WORLD["prior_of_item"][p][column] for p in ATTRIBUTES["place"]]
         return joint / joint.sum()
     return marginal(name)  # of a scene's attributes, only place and item inform each other
 
@@ -200,46 +177,7 @@ def pair_of(scene: Scene, rng: np.random.Generator) -> Scene:
 
 NOUNS = ("critter", "creature", "monster")
 
-WORDINGS: Mapping[str, Mapping[str, tuple[str, ...]]] = MappingProxyType(
-    {
-        "shape": {
-            "round": ("round", "circular"),
-            "square": ("square", "boxy"),
-            "triangular": ("triangular", "triangle-shaped"),
-            "tall": ("tall", "elongated"),
-            "star": ("star-shaped", "starry"),
-        },
-        "pattern": {
-            "plain": ("plain", "unpatterned"),
-            "striped": ("striped", "stripy"),
-            "spotted": ("spotted", "dotted"),
-        },
-        "eyes": {
-            "one": ("one-eyed", "with one eye"),
-            "two": ("two-eyed", "with two eyes"),
-            "three": ("three-eyed", "with three eyes"),
-        },
-        "headgear": {
-            "none": ("bareheaded", "with nothing on its head"),
-            "hat": ("wearing a top hat", "in a hat"),
-            "crown": ("wearing a crown", "with a crown on its head"),
-            "flower": ("wearing a flower", "with a flower on its head"),
-        },
-        "place": {
-            "meadow": ("in a meadow", "on the grass"),
-            "desert": ("in the desert", "among sand dunes"),
-            "snow": ("in the snow", "on a snowy field"),
-            "beach": ("on the beach", "at the seaside"),
-            "city": ("in the city", "on a city street"),
-            "moon": ("on the moon", "in outer space"),
-        },
-        "position": {
-            "left": ("on the left", "at the left edge"),
-            "middle": ("in the middle", "at the center"),
-            "right": ("on the right", "at the right edge"),
-        },
-    }
-)
+WORDINGS: Mapping[str, Mapping[str, list[str]]] = MappingProxyType(WORLD["wordings"])
 """Wordings of each value. No wording is used for two values, so a caption can be parsed back."""
 
 _OPENINGS = ("", "", "a photo of ", "a picture of ", "a drawing of ")

@@ -6,95 +6,61 @@ makes a render cheap. Formulas: Inigo Quilez, "2D distance functions".
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
-if TYPE_CHECKING:
-    Bounds = tuple[float, float, float, float]
+Bounds = tuple[float, float, float, float]
 
 
-class Shape(Protocol):
-    """Anything with bounds and a signed distance."""
+class Shape(NamedTuple):
+    """A flat shape, in fractions of the image."""
 
-    def bounds(self) -> Bounds:
-        """Left, top, right and bottom, as fractions of the image."""
-        ...
-
-    def distance(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """Signed distance at these points, negative inside; x and y broadcast."""
-        ...
+    bounds: Bounds
+    """Left, top, right and bottom."""
+    distance: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    """Signed distance at points x and y, which broadcast; negative inside."""
 
 
-@dataclass(frozen=True, slots=True)
-class Ellipse:
+def ellipse(x: float, y: float, rx: float, ry: float) -> Shape:
     """Axis-aligned ellipse; the distance is first-order exact at the boundary."""
 
-    x: float
-    y: float
-    rx: float
-    ry: float
+    def distance(at_x: np.ndarray, at_y: np.ndarray) -> np.ndarray:
+        dx, dy = (at_x - x) / rx, (at_y - y) / ry
+        return (np.sqrt(dx * dx + dy * dy) - 1) * min(rx, ry)
 
-    def bounds(self) -> Bounds:
-        return self.x - self.rx, self.y - self.ry, self.x + self.rx, self.y + self.ry
-
-    def distance(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        dx, dy = (x - self.x) / self.rx, (y - self.y) / self.ry
-        return (np.sqrt(dx * dx + dy * dy) - 1) * min(self.rx, self.ry)
+    return Shape((x - rx, y - ry, x + rx, y + ry), distance)
 
 
-@dataclass(frozen=True, slots=True)
-class Box:
+def box(x: float, y: float, hx: float, hy: float) -> Shape:
     """Axis-aligned box of half sizes hx and hy."""
 
-    x: float
-    y: float
-    hx: float
-    hy: float
+    def distance(at_x: np.ndarray, at_y: np.ndarray) -> np.ndarray:
+        return np.maximum(np.abs(at_x - x) - hx, np.abs(at_y - y) - hy)
 
-    def bounds(self) -> Bounds:
-        return self.x - self.hx, self.y - self.hy, self.x + self.hx, self.y + self.hy
-
-    def distance(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        return np.maximum(np.abs(x - self.x) - self.hx, np.abs(y - self.y) - self.hy)
+    return Shape((x - hx, y - hy, x + hx, y + hy), distance)
 
 
-@dataclass(frozen=True, slots=True)
-class Capsule:
+def capsule(x0: float, y0: float, x1: float, y1: float, r: float) -> Shape:
     """A line from (x0, y0) to (x1, y1) with round ends of radius r."""
+    dx, dy = x1 - x0, y1 - y0
 
-    x0: float
-    y0: float
-    x1: float
-    y1: float
-    r: float
-
-    def bounds(self) -> Bounds:
-        (left, right), (top, bottom) = sorted((self.x0, self.x1)), sorted((self.y0, self.y1))
-        return left - self.r, top - self.r, right + self.r, bottom + self.r
-
-    def distance(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        dx, dy = self.x1 - self.x0, self.y1 - self.y0
-        px, py = x - self.x0, y - self.y0
+    def distance(at_x: np.ndarray, at_y: np.ndarray) -> np.ndarray:
+        px, py = at_x - x0, at_y - y0
         along = np.clip((px * dx + py * dy) / (dx * dx + dy * dy), 0, 1)
-        return np.hypot(px - along * dx, py - along * dy) - self.r
+        return np.hypot(px - along * dx, py - along * dy) - r
+
+    return Shape((min(x0, x1) - r, min(y0, y1) - r, max(x0, x1) + r, max(y0, y1) + r), distance)
 
 
-@dataclass(frozen=True, slots=True)
-class Polygon:
+def polygon(points: tuple[tuple[float, float], ...]) -> Shape:
     """A simple polygon, convex or not, clockwise or not."""
 
-    points: tuple[tuple[float, float], ...]
-
-    def bounds(self) -> Bounds:
-        xs, ys = zip(*self.points, strict=True)
-        return min(xs), min(ys), max(xs), max(ys)
-
-    def distance(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        start, edge, square = _edges(self.points)
-        px, py = x - start[0], y - start[1]
+    def distance(at_x: np.ndarray, at_y: np.ndarray) -> np.ndarray:
+        start, edge, square = _edges(points)
+        px, py = at_x - start[0], at_y - start[1]
         along = np.clip((px * edge[0] + py * edge[1]) / square, 0, 1)
         nearest = ((px - along * edge[0]) ** 2 + (py - along * edge[1]) ** 2).min(0)
         # inside, a ray to one side crosses an odd number of edges
@@ -102,6 +68,9 @@ class Polygon:
         crosses = crosses & ((px * edge[1] < py * edge[0]) == (edge[1] > 0))
         inside = np.logical_xor.reduce(crosses, axis=0)
         return np.where(inside, -1, 1).astype(nearest.dtype) * np.sqrt(nearest)
+
+    xs, ys = zip(*points, strict=True)
+    return Shape((min(xs), min(ys), max(xs), max(ys)), distance)
 
 
 @lru_cache(maxsize=64)
@@ -112,40 +81,18 @@ def _edges(points: tuple[tuple[float, float], ...]) -> tuple[np.ndarray, np.ndar
     return start.astype(np.float32), edge.astype(np.float32), (edge**2).sum(0).astype(np.float32)
 
 
-@dataclass(frozen=True, slots=True)
-class _Grown:
-    shape: Shape
-    by: float
-
-    def bounds(self) -> Bounds:
-        left, top, right, bottom = self.shape.bounds()
-        return left - self.by, top - self.by, right + self.by, bottom + self.by
-
-    def distance(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        return self.shape.distance(x, y) - self.by
-
-
-@dataclass(frozen=True, slots=True)
-class _Clipped:
-    shape: Shape
-    by: Shape
-
-    def bounds(self) -> Bounds:
-        a, b = self.shape.bounds(), self.by.bounds()
-        return max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])
-
-    def distance(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        return np.maximum(self.shape.distance(x, y), self.by.distance(x, y))
-
-
 def grown(shape: Shape, by: float) -> Shape:
     """The shape with its boundary moved outwards."""
-    return _Grown(shape, by)
+    left, top, right, bottom = shape.bounds
+    bounds = left - by, top - by, right + by, bottom + by
+    return Shape(bounds, lambda x, y: shape.distance(x, y) - by)
 
 
 def clipped(shape: Shape, by: Shape) -> Shape:
     """The intersection of two shapes."""
-    return _Clipped(shape, by)
+    a, b = shape.bounds, by.bounds
+    bounds = max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])
+    return Shape(bounds, lambda x, y: np.maximum(shape.distance(x, y), by.distance(x, y)))
 
 
 def star(x: float, y: float, outer: float, inner: float) -> tuple[tuple[float, float], ...]:
@@ -170,7 +117,7 @@ def paint(canvas: np.ndarray, shape: Shape, colour: tuple[float, float, float]) 
     Coverage falls linearly over one pixel at the shape's boundary.
     """
     size = canvas.shape[0]
-    left, top, right, bottom = shape.bounds()
+    left, top, right, bottom = shape.bounds
     x0, x1 = max(0, int(left * size - 1)), min(size, int(right * size + 2))
     y0, y1 = max(0, int(top * size - 1)), min(size, int(bottom * size + 2))
     if x0 >= x1 or y0 >= y1:

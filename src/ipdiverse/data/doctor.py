@@ -111,7 +111,7 @@ def _advice(report: dict[str, Any]) -> list[str]:
     images, captions, subjects = report["images"], report["captions"], report["subjects"]
     missing, long, single = captions["missing"], captions["long"], subjects["single"]
     copies, small = report["duplicates"]["images"], report["sizes"]["small"]
-    # where nothing can be paired, single subjects are no second problem
+    # where nothing can be paired, single subjects are not a second problem
     paired = bool(subjects["count"] > single or report["references"])
     alike = images > 1 and captions["distinct"] == 1 and not missing
     advice = {

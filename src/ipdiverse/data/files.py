@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from ipdiverse.config import MARKS, decoded
 from ipdiverse.errors import DataError
@@ -44,6 +46,37 @@ _ASCII_LINES = ("utf-16", "utf-32")
 """Encodings in which a line feed is more than one byte."""
 
 
+_ADDRESS = re.compile(r"(?!file:)([a-z][a-z0-9+.-]+):/+(.+)", re.IGNORECASE)
+"""An object store's, as a Path has it: of two slashes one is left."""
+
+
+@lru_cache(maxsize=256)
+def remote(place: Path) -> tuple[Any, str] | None:
+    """The file system of an address such as `s3://bucket/folder`, and the path there."""
+    found = _ADDRESS.fullmatch(place.as_posix())
+    if found is None or os.path.lexists(place):
+        return None
+    from fsspec.core import url_to_fs
+
+    address = "://".join(found.groups())
+    try:
+        return url_to_fs(address)
+    except (ImportError, ValueError) as error:  # which say what to install
+        raise DataError("cannot be opened", where=address, found=error) from error
+
+
+def is_file(place: Path) -> bool:
+    """Whether there is a file; False for a name that no system can have."""
+    there = remote(place)
+    return there[0].isfile(there[1]) if there else os.path.isfile(place)  # noqa: PTH113
+
+
+def is_folder(place: Path) -> bool:
+    """Whether there is a folder; False for a name that no system can have."""
+    there = remote(place)
+    return there[0].isdir(there[1]) if there else os.path.isdir(place)  # noqa: PTH112
+
+
 @dataclass(frozen=True)
 class Listing:
     """What a folder holds, with all its subfolders; hidden names are left out."""
@@ -55,8 +88,14 @@ class Listing:
 
 def list_files(root: Path) -> Listing:
     """Everything below a folder, but for links to folders and prepared data sets in it."""
-    if not os.path.isdir(root):  # noqa: PTH112
+    if not is_folder(root):
         raise DataError("is not a folder", where=root)
+    if there := remote(root):
+        system, home = there
+        names = [name.removeprefix(home).lstrip("/") for name in system.find(home)]
+        names = [n for n in names if not any(p[0] == "." or p in _JUNK for p in n.split("/"))]
+        check_budget(len(names), ENTRIES, root, "files")
+        return Listing(root, tuple(sorted(names, key=lambda name: name.split("/"))), {})
     files: list[str] = []
     skipped: dict[str, list[str]] = {}
 
@@ -98,7 +137,8 @@ def inside(root: Path, name: str) -> Path:
         )
     path = root.joinpath(*pure.parts)
     try:
-        _steps(root, path)
+        if not remote(root):
+            _steps(root, path)
     except ValueError as error:
         raise DataError("the path leaves its root through a link", where=name) from error
     return path
@@ -107,6 +147,8 @@ def inside(root: Path, name: str) -> Path:
 def open_below(root: Path, name: str, most: int) -> IO[bytes]:
     """Open a file below a root, which may have no more than `most` bytes."""
     path = inside(root, name)
+    if there := remote(path):
+        return _open_remote(*there, name, most)
     try:
         file = os.fdopen(_descriptor(root, path), "rb")
         found = os.fstat(file.fileno())
@@ -122,6 +164,16 @@ def open_below(root: Path, name: str, most: int) -> IO[bytes]:
         found = getattr(error, "strerror", None) if not looped else reason
         raise DataError("cannot be read", where=name, found=found or error) from error
     return file
+
+
+def _open_remote(system: Any, path: str, name: str, most: int) -> IO[bytes]:
+    try:
+        check_budget(system.size(path) or 0, most, name)
+        return system.open(path, "rb")
+    except FileNotFoundError as error:
+        raise DataError("does not exist", where=name) from error
+    except OSError as error:
+        raise DataError("cannot be read", where=name, found=error) from error
 
 
 def read_below(root: Path, name: str, most: int) -> bytes:
@@ -177,6 +229,8 @@ def text_lines(file: IO[bytes], where: object, encoding: str) -> Iterator[tuple[
 def stamp_of(root: Path, name: str) -> str:
     """A file's size and times: if they are the same, so is its content, unless somebody cheats."""
     try:
+        if there := remote(root / name):
+            return str(there[0].ukey(there[1]))
         found = (root / name).stat()
     except (OSError, ValueError):
         return "missing"

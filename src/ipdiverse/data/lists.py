@@ -11,7 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ipdiverse.data.files import LIST_BYTES, WHOLE_BYTES, check_budget, open_below, text_lines
+from ipdiverse.data.files import (
+    LIST_BYTES,
+    WHOLE_BYTES,
+    check_budget,
+    is_folder,
+    open_below,
+    remote,
+    text_lines,
+)
 from ipdiverse.data.manifest import Item, Row, Source, file_item, json_row, json_rows
 from ipdiverse.errors import DataError
 
@@ -39,11 +47,12 @@ def list_source(
 ) -> Source:
     """A list of images; all of it is read once, so what is broken is found before any work."""
     # the user may name a list through a link, but one found in a folder must lie in it
-    home, name = path.resolve().parent, path.resolve().name
+    place = path if remote(path) else path.resolve()
+    home, name = place.parent, place.name
     if found_in:
         home, name = found_in, path.relative_to(found_in).as_posix()
     root = Path(options.root) if options.root else path.parent
-    if not os.path.isdir(root):  # noqa: PTH112
+    if not is_folder(root):
         raise DataError("is not a folder", where=root, fix="Name the images' folder with --root.")
     first = list(itertools.islice(read_rows(home, name, options.encoding), 100))
     rows = [row for _, row in first if isinstance(row, dict)]

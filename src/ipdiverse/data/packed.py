@@ -376,7 +376,7 @@ def _members(file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
             yield member
         file.seek(archive.offset)
         if any(file.read(tarfile.BLOCKSIZE)):
-            raise tarfile.ReadError("what follows is no header")
+            raise tarfile.ReadError("what follows is not a header")
 
 
 def _split(name: str) -> tuple[str, str]:

@@ -16,14 +16,21 @@ What lies in a folder and is not used is counted and named.
 from __future__ import annotations
 
 import json
-import os
 import re
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from ipdiverse.config import decoded
-from ipdiverse.data.files import CAPTION_BYTES, Listing, list_files, read_below
+from ipdiverse.data.files import (
+    CAPTION_BYTES,
+    Listing,
+    is_file,
+    is_folder,
+    list_files,
+    read_below,
+    remote,
+)
 from ipdiverse.data.lists import IMAGE_COLUMNS, TEXT_COLUMNS, list_source, matching, read_rows
 from ipdiverse.data.manifest import MAX_REPEATS, Item, Source, SourceOptions, file_item
 from ipdiverse.data.packed import HUB_FILES, hub_files, hub_source, tar_files, webdataset
@@ -53,9 +60,9 @@ def open_source(source: str, options: SourceOptions) -> Source:
         return _critters(options)
     if kind == "hub":
         return _hub(source, options)
-    if not path.is_dir() and kind in ("metadata", "json"):
+    if kind in ("metadata", "json") and not is_folder(path):
         return list_source(path, options)
-    if not path.is_dir() and kind == "webdataset":
+    if kind == "webdataset" and not is_folder(path):
         return webdataset(path.parent, [path.name])
     folder = Folder(list_files(path), options)
     if kind in ("metadata", "json"):
@@ -68,8 +75,7 @@ def kind_of(source: str, split: str = "train") -> str:
     path = Path(source)
     if source == "critters" and not path.exists():
         return "critters"
-    # unlike those of Path, these are False for a name that no system can have
-    if os.path.isfile(path):  # noqa: PTH113
+    if is_file(path):
         suffix = path.suffix.lower()
         kinds = dict.fromkeys(_LISTS, "metadata") | {".json": "json", ".tar": "webdataset"}
         if suffix in kinds:
@@ -77,7 +83,7 @@ def kind_of(source: str, split: str = "train") -> str:
         expected, unpack = f"{', '.join(_LISTS)} or .tar", "Unpack it, and prepare the folder."
         fix = unpack if suffix in _ARCHIVES else None
         raise DataError("is not a data set", where=path, expected=expected, found=suffix, fix=fix)
-    if os.path.isdir(path):  # noqa: PTH112
+    if is_folder(path):
         return Folder(list_files(path), SourceOptions(split=split)).kind()
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
         return "hub"
@@ -106,7 +112,8 @@ class Folder:
             return "metadata"
         if tar_files(self.listing.files):
             return "webdataset"
-        if any(PurePosixPath(name).match(p) for name in self.listing.files for p in HUB_FILES):
+        packed = any(PurePosixPath(n).match(p) for n in self.listing.files for p in HUB_FILES)
+        if packed and not remote(self.root):
             return "hub"
         if self.pictures:
             at_top = any("/" not in name for name in self.pictures)
@@ -215,7 +222,7 @@ class Folder:
             return False
         columns = matching(row, IMAGE_COLUMNS)
         home = PurePosixPath(self.options.root or self.root, *PurePosixPath(name).parts[:-1])
-        return bool(columns) and os.path.isfile(Path(home, str(row[columns[0]]).strip()))  # noqa: PTH113
+        return bool(columns) and is_file(Path(home, str(row[columns[0]]).strip()))
 
     def _of_split(self) -> list[str]:
         """The images, of the split alone where the folder has nothing but splits."""

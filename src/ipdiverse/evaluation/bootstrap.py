@@ -9,21 +9,16 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import t as student
 
 from ipdiverse.errors import ArgumentError
-from ipdiverse.evaluation.metrics import Floats, hypervolume_2d, mean_or_nan
-from ipdiverse.evaluation.sets import PairSums, distance, leaked, pools
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from ipdiverse.evaluation.metrics import Ints
-    from ipdiverse.evaluation.sets import Sets
+from ipdiverse.evaluation.metrics import Floats, Ints, hypervolume_2d, mean_or_nan
+from ipdiverse.evaluation.sets import PairSums, Sets, distance, leaked, pools
 
 RESAMPLES = 2000
 _SLOW_RESAMPLES = 200  # of scores that are not sums and are computed again for every draw

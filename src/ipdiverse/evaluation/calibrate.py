@@ -8,10 +8,11 @@ then places each point so that the dial is linear in the variety that was achiev
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from scipy.optimize import isotonic_regression
 
@@ -26,10 +27,6 @@ from ipdiverse.evaluation.running import Runner
 from ipdiverse.evaluation.study import Arm, Study
 from ipdiverse.levers import LEVERS
 from ipdiverse.writing import only_one
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from pathlib import Path
 
 KEPT = 0.95
 """Share of the retention at 0 that every setting must keep."""
@@ -180,26 +177,21 @@ def _ladders(adapter: str, base: str) -> tuple[Levers, dict[str, tuple[Any, ...]
 
 
 def _measured(runner: Runner, adapter: str, levers: Levers) -> Achieved:
-    """What levers achieve on the pairs of a calibration."""
+    """What levers achieve on the pairs of a calibration: on critters, or as encoders see it."""
     on = dict(levers)
     name = ", ".join(f"{key} {value}" for key, value in on.items()) or "stock"
     measured = runner.measure(Arm(name, "path", {"adapter": adapter, **on}))
     found = {n: estimate(measured.sums(n)) for n in measured.runs[0]}
-    return _achieved(found, runner.study.images)
-
-
-def _achieved(found: dict[str, float], images: int) -> Achieved:
-    """Scores on critters, or by encoders: the first that compares images, the first that reads."""
     if "entropy" in found:
         names = ("entropy", "retention", "prompt_accuracy", "invalid_rate", "copy_rate")
         return Achieved(*(found[name] for name in names))
 
-    def first(kind: str) -> float:
-        return next((value for name, value in found.items() if name.startswith(kind)), math.nan)
+    def first(kind: str) -> Any:
+        return next((value for name, value in found.items() if name.startswith(kind)), None)
 
-    said = first("text")  # not every encoder reads text
-    accuracy = None if math.isnan(said) else said
-    return Achieved(first("vendi") / images, first("image"), accuracy, copies=first("copies"))
+    # the first encoder that compares images, and the first that reads text: not every one does
+    variety = first("vendi") / runner.study.images
+    return Achieved(variety, first("image"), first("text"), copies=first("copies"))
 
 
 def _best_rung(

@@ -11,13 +11,15 @@ Any other name is a folder or hub id of a CLIP, or of a vision model that transf
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 from ipdiverse.errors import ArgumentError, DataError, ModelError
@@ -32,11 +34,6 @@ from ipdiverse.evaluation.pairs import (
 from ipdiverse.evaluation.sets import PairSums
 from ipdiverse.image_io import load_image
 from ipdiverse.loading import loading
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
-
-    from PIL import Image
 
 ENCODERS = {
     "clip": "openai/clip-vit-large-patch14",
@@ -81,7 +78,15 @@ class FeatureEncoder:
             for start in range(0, len(images), _BATCH):
                 part = list(images[start : start + _BATCH])
                 pixels = self.processor(part, return_tensors="pt").pixel_values
-                rows.append(self._embed(pixels))
+                pixels = pixels.to(self.model.device, self.model.dtype)
+                if hasattr(self.model, "get_image_features"):
+                    found = self.model.get_image_features(pixel_values=pixels)
+                    rows.append(getattr(found, "pooler_output", found))
+                else:
+                    output = self.model(pixel_values=pixels)
+                    # without projected embeddings the class token, as DINO scores do
+                    embeds = getattr(output, "image_embeds", None)
+                    rows.append(output.last_hidden_state[:, 0] if embeds is None else embeds)
         return self._unit(torch.cat(rows))
 
     @torch.no_grad()
@@ -96,15 +101,6 @@ class FeatureEncoder:
             found = self.model.get_text_features(**tokens.to(self.model.device))
         # an output object in some versions of transformers, a tensor in others
         return self._unit(getattr(found, "pooler_output", found))
-
-    def _embed(self, pixels: torch.Tensor) -> torch.Tensor:
-        pixels = pixels.to(self.model.device, self.model.dtype)
-        if hasattr(self.model, "get_image_features"):
-            found = self.model.get_image_features(pixel_values=pixels)
-            return getattr(found, "pooler_output", found)
-        output = self.model(pixel_values=pixels)
-        embeds = getattr(output, "image_embeds", None)  # else the class token, as DINO scores do
-        return output.last_hidden_state[:, 0] if embeds is None else embeds
 
     def _unit(self, rows: torch.Tensor) -> np.ndarray:
         found = F.normalize(rows.float(), dim=1).cpu().numpy()

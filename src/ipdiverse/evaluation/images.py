@@ -5,51 +5,38 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import lru_cache
 from io import BytesIO
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
+from ipdiverse.adapter.attach.attach import Attachment
 from ipdiverse.adapter.files.checkpoint import load_adapter, weights_hash
 from ipdiverse.base.adapters import adapter_file
-from ipdiverse.base.bases import CRITTERS
+from ipdiverse.base.bases import CRITTERS, Base
 from ipdiverse.base.memory import autocast
 from ipdiverse.base.pipelines import fingerprint
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import IDENTITY, sample_scene
+from ipdiverse.dial import Levers
 from ipdiverse.errors import DataError
-from ipdiverse.evaluation.study import Arm
+from ipdiverse.evaluation.pairs import FolderPair, Pair
+from ipdiverse.evaluation.study import Arm, Study
 from ipdiverse.image_io import content_hash
 from ipdiverse.levers import LEVERS
 from ipdiverse.parts import WHOLE, Part
+from ipdiverse.sampling import sample
 from ipdiverse.sampling.draw import versions
-from ipdiverse.sampling.sample import (
-    Job,
-    attached,
-    imagine,
-    levers_of,
-    sampled,
-    set_scale,
-    space_of,
-)
+from ipdiverse.sampling.request import Request
 from ipdiverse.sampling.selection import chosen
 from ipdiverse.sampling.task import Task
 from ipdiverse.writing import ensure_writable_folder, write_bytes_atomic
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-    from pathlib import Path
-
-    from PIL import Image
-
-    from ipdiverse.adapter.attach.attach import Attachment
-    from ipdiverse.base.bases import Base
-    from ipdiverse.evaluation.pairs import FolderPair, Pair
-    from ipdiverse.evaluation.study import Study
-    from ipdiverse.sampling.request import Request
 
 CHUNK = 8
 """Pairs whose images are kept in one file."""
@@ -120,26 +107,23 @@ class StudyImages:
             for number, start in enumerate(every[::CHUNK])
         }
 
-    def _jobs(self, numbers: range, each: int) -> list[Job]:
-        """Every image of some pairs; noise depends on pair and number alone, not on the arm."""
-        seed = self.study.seed * 1_000_003  # so that pairs of two studies share no seed
-        return [
-            Job(self.pairs[number].prompt, seed + number, index, self.references[number])
-            for number in numbers
-            for index in range(each)
-        ]
-
     def _draw(
         self, arm: Arm, weights: Path, missing: dict[Path, range], progress: Callable[[int], None]
     ) -> None:
         request = self.request(arm)
         # other bases have the precision that their placement chose
         fast = autocast() if self.study.base == CRITTERS else nullcontext()
-        with attached(self.base, weights, self._reader or "") as attachment:
-            set_scale(attachment, self.base, request)
-            imagine(attachment, request)
+        with sample.attached(self.base, weights, self._reader or "") as attachment:
+            sample.set_scale(attachment, self.base, request)
+            sample.imagine(attachment, request)
             for file, numbers in missing.items():
-                jobs = self._jobs(numbers, request.candidates or self.study.images)
+                # noise depends on pair and number alone, not on the arm; two studies share no seed
+                seed, each = self.study.seed * 1_000_003, request.candidates or self.study.images
+                jobs = [
+                    sample.Job(self.pairs[n].prompt, seed + n, index, self.references[n])
+                    for n in numbers
+                    for index in range(each)
+                ]
                 with fast:
                     if request.candidates is not None:
                         group = replace(request, n=self.study.images)
@@ -165,7 +149,7 @@ def kept(file: Path) -> np.ndarray:
 
 def sample_array(
     base: Base,
-    jobs: list[Job],
+    jobs: list[sample.Job],
     request: Request,
     attachment: Attachment | None = None,
     progress: bool | None = None,
@@ -176,7 +160,7 @@ def sample_array(
     """
     size = MEASURING_BATCH if base.name == CRITTERS else base.batch
     wide = replace(base, batch=min(size, len(jobs)))
-    images = sampled(Task(wide), jobs, request, attachment, progress=progress)
+    images = sample.sampled(Task(wide), jobs, request, attachment, progress=progress)
     return np.stack([np.asarray(image) for image in images])
 
 
@@ -202,7 +186,7 @@ def what_decides(request: Request, weights: Path | None) -> dict[str, Any]:
     left_out = {"adapter", "diversity", "space", *LEVERS}
     settings = {name: value for name, value in request.stated().items() if name not in left_out}
     if weights is None:
-        on = _rounded(dict(levers_of(request, None))) if request.diversity is None else None
+        on = _rounded(sample.levers_of(request, None)) if request.diversity is None else None
         return {"settings": settings, "levers": on, "adapter": None}
     stat = weights.stat()
     on, hashed, space = _of_file(weights, request, stat.st_ino, stat.st_mtime_ns, stat.st_size)
@@ -219,10 +203,10 @@ def _of_file(weights: Path, request: Request, *stamp: int) -> tuple[dict[str, An
     """
     needed = request.diversity is not None or request.levers.recombine
     adapter = load_adapter(weights) if needed else None
-    space = None if adapter is None else space_of(request.space, adapter)
-    levers = levers_of(request, adapter, space is not None)
+    space = None if adapter is None else sample.space_of(request.space, adapter)
+    levers = sample.levers_of(request, adapter, space is not None)
     acts = space.sha256 if space and levers.recombine else ""
-    return _rounded(dict(levers)), _hash_of_file(weights, *stamp), acts
+    return _rounded(levers), _hash_of_file(weights, *stamp), acts
 
 
 @lru_cache(maxsize=256)
@@ -230,13 +214,10 @@ def _hash_of_file(weights: Path, *_: int) -> str:
     return weights_hash(weights)
 
 
-def _rounded(value: Any) -> Any:
+def _rounded(levers: Levers) -> dict[str, Any]:
     """Numbers to nine digits: between two points of a dial the last ones differ by machine."""
-    if isinstance(value, dict):
-        return {name: _rounded(one) for name, one in value.items()}
-    if isinstance(value, tuple):
-        return [_rounded(one) for one in value]
-    return float(f"{value:.9g}") if isinstance(value, float) else value
+    text = json.dumps(dict(levers))
+    return json.loads(text, parse_float=lambda number: float(f"{float(number):.9g}"))
 
 
 def _models(base: Base) -> list[str]:
@@ -248,18 +229,7 @@ def _models(base: Base) -> list[str]:
     return [*(fingerprint(one) for one in modules if one is not None), scheduler, *placed]
 
 
-def anchors(
-    pairs: Sequence[Any], references: list[Image.Image], images: int, known: bool, side: int
-) -> list[tuple[Arm, Iterator[np.ndarray]]]:
-    """What bounds every arm: the renderer above, where critters are `known`; copies below.
-
-    Images come as `StudyImages.chunks` yields them, of height and width `side`.
-    """
-    found = [(Arm(RENDERER, "anchor"), _rendered(pairs, images))] if known else []
-    return [*found, (Arm(COPY, "anchor"), _copied(references, images, side))]
-
-
-def _rendered(pairs: Sequence[Pair], images: int) -> Iterator[np.ndarray]:
+def rendered(pairs: Sequence[Pair], images: int) -> Iterator[np.ndarray]:
     """What a perfect model would draw: identity and prompt kept, the rest from the prior."""
     rng = np.random.default_rng(0)  # one for all chunks, whose size then changes nothing
     for start in range(0, len(pairs), CHUNK):
@@ -271,8 +241,8 @@ def _rendered(pairs: Sequence[Pair], images: int) -> Iterator[np.ndarray]:
         yield np.stack(outputs)
 
 
-def _copied(references: Sequence[Image.Image], images: int, side: int) -> Iterator[np.ndarray]:
-    """The reference again and again, at the size of the output."""
+def copied(references: Sequence[Image.Image], images: int, side: int) -> Iterator[np.ndarray]:
+    """The reference again and again, at the height and width of the output."""
     for start in range(0, len(references), CHUNK):
         part = references[start : start + CHUNK]
         shown = [np.asarray(image.convert("RGB").resize((side, side))) for image in part]

@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from ipdiverse.evaluation.bootstrap import (
-    difference,
-    estimate,
-    hypervolume,
-    interval,
-    js_interval,
-    leak_interval,
-    resampled,
-)
-from ipdiverse.evaluation.sets import RETENTION_OF, placement_leaked
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
-    from PIL import Image
-
-    from ipdiverse.evaluation.sets import PairSums, Sets
-    from ipdiverse.evaluation.study import Arm, Study
+from ipdiverse.evaluation import bootstrap
+from ipdiverse.evaluation.sets import RETENTION_OF, PairSums, Sets, placement_leaked
+from ipdiverse.evaluation.study import Arm, Study
 
 SHOWN_PAIRS, SHOWN_IMAGES = 3, 8
 """How many pairs of an arm a report shows, and how many images of each."""
@@ -71,25 +58,25 @@ class Measured:
     @cached_property
     def leak(self) -> tuple[float, float, float] | None:
         """In nats with its interval, on critters."""
-        return None if self.sets is None else leak_interval(self.sets)
+        return None if self.sets is None else bootstrap.leak_interval(self.sets)
 
     @cached_property
     def js(self) -> tuple[float, float, float] | None:
         """Distance from the world's own scenes with its interval, on critters."""
-        return None if self.sets is None else js_interval(self.sets)
+        return None if self.sets is None else bootstrap.js_interval(self.sets)
 
     @cached_property
     def placement_leak(self) -> tuple[float, float, float] | None:
         """In nats with its interval, where placement was read."""
         if self.sets is None or self.sets.placement is None:
             return None
-        return leak_interval(self.sets, of=placement_leaked)
+        return bootstrap.leak_interval(self.sets, of=placement_leaked)
 
     @cached_property
     def worst(self) -> str | None:
         """The score of the identity attribute that is kept least, if attributes are known."""
         names = [name for name in self.runs[0] if name.startswith(RETENTION_OF)]
-        return min(names, key=lambda name: estimate(self.sums(name)), default=None)
+        return min(names, key=lambda name: bootstrap.estimate(self.sums(name)), default=None)
 
     @property
     def names(self) -> list[str]:
@@ -106,14 +93,13 @@ class Measured:
 
     def row(self) -> dict[str, Any]:
         """For JSON: each score with its interval."""
-        scores: dict[str, Any] = {n: _rounded(interval(self.sums(n))) for n in self.runs[0]}
-        for name in NOT_SUMS:
-            if (found := getattr(self, name)) is not None:
-                scores[name] = _rounded(found)
+        scores: dict[str, Any] = {n: bootstrap.interval(self.sums(n)) for n in self.runs[0]}
+        whole = {name: getattr(self, name) for name in NOT_SUMS}
+        scores |= {name: found for name, found in whole.items() if found is not None}
         if self.worst is not None:
             scores[WORST] = scores[self.worst]
-        about = {"name": self.arm.name, "family": self.arm.family, "at": self.arm.at}
-        return {**about, "settings": self.arm.settings, "seeds": len(self.runs), "scores": scores}
+        about = {name: getattr(self.arm, name) for name in ("name", "family", "at", "settings")}
+        return about | {"seeds": len(self.runs), "scores": rounded(scores)}
 
 
 @dataclass(frozen=True)
@@ -150,16 +136,6 @@ class DialCheck:
     kept: float
     accuracy_change: tuple[float, float, float] | None
 
-    def as_json(self) -> dict[str, Any]:
-        """Rounded, for results."""
-        found = asdict(self)
-        for name, value in found.items():
-            if isinstance(value, tuple):
-                found[name] = [round(v, 4) for v in value]
-            elif isinstance(value, float):
-                found[name] = round(value, 4)
-        return found
-
 
 def axes_of(measured: Sequence[Measured]) -> list[tuple[str, str]]:
     """Which scores are set against each other: (variety, fidelity), the main pair first."""
@@ -194,24 +170,18 @@ def hypervolumes(study: Study, measured: Sequence[Measured]) -> list[dict[str, A
     for across, up in axes_of(measured):
         corner = (1.0 if across.startswith("vendi") else 0.0, 0.0)
         areas = {
-            name: hypervolume([(one.sums(across), one.sums(up)) for one in members], corner)
+            name: bootstrap.hypervolume(
+                [(one.sums(across), one.sums(up)) for one in members], corner
+            )
             for name, members in families.items()
         }
         base, base_drawn = areas[study.baseline_arm.family]
         # areas of one draw of pairs are compared, as `difference` does with scores
         for name, (area, drawn) in areas.items():
             low, high = np.quantile(drawn - base_drawn, [0.025, 0.975])
-            found.append(
-                {
-                    "axes": [across, up],
-                    "family": name,
-                    "area": round(area, 4),
-                    "more": round(area - base, 4),
-                    "more_low": round(float(low), 4),
-                    "more_high": round(float(high), 4),
-                }
-            )
-    return found
+            row = {"axes": [across, up], "family": name, "area": area, "more": area - base}
+            found.append(row | {"more_low": float(low), "more_high": float(high)})
+    return rounded(found)
 
 
 def check_dials(measured: Sequence[Measured]) -> list[DialCheck]:
@@ -221,8 +191,20 @@ def check_dials(measured: Sequence[Measured]) -> list[DialCheck]:
     found = []
     for family, arms in by_family(alone).items():
         arms.sort(key=lambda one: one.arm.settings["diversity"])
-        if len(arms) > 2 and arms[0].arm.settings["diversity"] == 0:
-            found.append(_check(family, arms))
+        settings = np.array([one.arm.settings["diversity"] for one in arms], float)
+        if len(arms) < 3 or settings[0] != 0:
+            continue
+        variety, fidelity = axes_of(arms)[0]
+        reached = np.array([bootstrap.estimate(one.sums(variety)) for one in arms])
+        # one draw of pairs for all settings: what pairs have in common does not bend the line
+        drawn = np.stack([bootstrap.resampled(one.sums(variety)) for one in arms])
+        low = np.quantile([straightness(settings, draw) for draw in drawn.T], 0.025)
+        kept = [bootstrap.estimate(one.sums(fidelity)) for one in arms]
+        points = tuple(settings.tolist()), tuple(reached.tolist())
+        least, change = min(kept) / kept[0], _worst_change(arms)
+        found.append(
+            DialCheck(family, *points, straightness(settings, reached), float(low), least, change)
+        )
     return found
 
 
@@ -233,36 +215,23 @@ def straightness(settings: np.ndarray, reached: np.ndarray) -> float:
     return float(np.corrcoef(settings, reached)[0, 1] ** 2)
 
 
-def _check(family: str, arms: Sequence[Measured]) -> DialCheck:
-    variety, fidelity = axes_of(arms)[0]
-    settings = np.array([one.arm.settings["diversity"] for one in arms], float)
-    reached = np.array([estimate(one.sums(variety)) for one in arms])
-    # one draw of pairs for all settings: what pairs have in common does not bend the line
-    drawn = np.stack([resampled(one.sums(variety)) for one in arms])
-    linear = [straightness(settings, draw) for draw in drawn.T]
-    kept = [estimate(one.sums(fidelity)) for one in arms]
-    return DialCheck(
-        family,
-        tuple(settings.tolist()),
-        tuple(reached.tolist()),
-        straightness(settings, reached),
-        float(np.quantile(linear, 0.025)),
-        min(kept) / kept[0],
-        _worst_change(arms),
-    )
-
-
 def _worst_change(arms: Sequence[Measured]) -> tuple[float, float, float] | None:
     """Of prompt accuracy, from the first arm to another; None where no score reads the prompt."""
     names = arms[0].runs[0]
     obeyed = next((n for n in names if n == "prompt_accuracy" or n.startswith("text ")), None)
     if obeyed is None:
         return None
-    changes = [difference(one.sums(obeyed), arms[0].sums(obeyed)) for one in arms[1:]]
+    changes = [bootstrap.difference(one.sums(obeyed), arms[0].sums(obeyed)) for one in arms[1:]]
     least = min(changes, key=lambda change: change.estimate)
     return (least.estimate, least.low, least.high)
 
 
-def _rounded(found: tuple[float, float, float]) -> list[float | None]:
-    """Estimate, low and high with four digits; None, which JSON knows, in place of NaN."""
-    return [None if np.isnan(value) else round(float(value), 4) for value in found]
+def rounded(value: Any) -> Any:
+    """Numbers to four digits, for JSON; None, which it knows, in place of NaN."""
+    if isinstance(value, dict):
+        return {name: rounded(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(one) for one in value]
+    if not isinstance(value, float):
+        return value
+    return None if np.isnan(value) else round(float(value), 4)

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice, product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from ipdiverse.base.bases import CRITTERS_ORACLE
 from ipdiverse.config import decoded
-from ipdiverse.critters.oracle import PLACEMENT, load_oracle, placement_bins, placement_of
+from ipdiverse.critters.oracle import (
+    PLACEMENT,
+    Oracle,
+    Reading,
+    load_oracle,
+    placement_bins,
+    placement_of,
+)
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import (
     ATTRIBUTES,
@@ -25,15 +33,10 @@ from ipdiverse.critters.scene import (
 )
 from ipdiverse.errors import ArgumentError, DataError, ModelError
 from ipdiverse.evaluation.sets import Placement, Sets
+from ipdiverse.evaluation.study import Study
 from ipdiverse.image_io import load_image
 from ipdiverse.image_io.files import OTHER_SUFFIXES, SUFFIXES
 from ipdiverse.provenance import derived_seed
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from ipdiverse.critters.oracle import Oracle, Reading
-    from ipdiverse.evaluation.study import Study
 
 MAX_PROMPTS_BYTES = 16 * 2**20
 

@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import base64
+import re
+from collections.abc import Sequence
 from io import BytesIO
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ipdiverse.evaluation.bootstrap import difference, estimate, holm, interval
 from ipdiverse.evaluation.measured import (
     LABELS,
     NOT_SUMS,
     WORST,
+    Done,
+    Measured,
     axes_of,
     by_family,
     check_dials,
 )
 from ipdiverse.evaluation.sets import RETENTION_OF
+from ipdiverse.evaluation.study import Study
+from ipdiverse.sampling.draw import side_by_side
 from ipdiverse.writing import write_bytes_atomic, write_text_atomic
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
-
-    from ipdiverse.evaluation.measured import Done, Measured
-    from ipdiverse.evaluation.study import Study
 
 TITLE = "Variety against fidelity"
 """The heading by which reports are recognised."""
@@ -44,7 +44,8 @@ def write_report(study: Study, done: Done, out: Path) -> Path:
     """Write `report.html`, whose path is returned, and its plots as PNG and SVG."""
     measured, plots = done.measured, []
     for across, up in axes_of(measured):
-        figure, stem = tradeoff(measured, across, up), f"{_slug(across)}-{_slug(up)}"
+        stem = re.sub(r"[\W_]+", "-", f"{across} {up}".lower()).strip("-")
+        figure = tradeoff(measured, across, up)
         png = as_bytes(figure, "png")
         write_bytes_atomic(out / f"{stem}.png", png)
         write_bytes_atomic(out / f"{stem}.svg", as_bytes(figure, "svg"))
@@ -74,9 +75,8 @@ def write_report(study: Study, done: Done, out: Path) -> Path:
 
 def render_page(template: str, **values: Any) -> str:
     """A template of this package with values; their text is escaped."""
-    loader = PackageLoader("ipdiverse.evaluation")
     environment = Environment(
-        loader=loader,
+        loader=PackageLoader("ipdiverse.evaluation"),
         autoescape=True,
         undefined=StrictUndefined,  # a value that is missing fails rather than shows as nothing
         trim_blocks=True,
@@ -102,13 +102,30 @@ def as_bytes(figure: Any, kind: str) -> bytes:
     return buffer.getvalue()
 
 
-def tradeoff(measured: Sequence[Measured], across: str, up: str) -> Any:
-    """Plot a score over another: every family with its intervals, and anchors."""
+def inline_figure(figure: Any) -> str:
+    """A figure as `inline` has images."""
+    return _png_address(as_bytes(figure, "png"))
+
+
+def new_axes(width: float, height: float) -> Any:
+    """Axes that fill a new figure of a size in inches."""
     from matplotlib.figure import Figure
 
     # not pyplot: it keeps every figure in memory, and may look for a display
-    figure = Figure(figsize=(8.5, 5), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
+    axes = Figure(figsize=(width, height), dpi=150, layout="constrained").add_subplot()
+    axes.grid(alpha=0.25)
+    return axes
+
+
+def with_legend(axes: Any) -> Any:
+    """The figure of axes, with a legend right of them."""
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    return axes.figure
+
+
+def tradeoff(measured: Sequence[Measured], across: str, up: str) -> Any:
+    """Plot a score over another: every family with its intervals, and anchors."""
+    axes = new_axes(8.5, 5)
     families = by_family(measured)
     anchors = families.pop("anchor", [])
     for number, (family, arms) in enumerate(families.items()):
@@ -119,25 +136,23 @@ def tradeoff(measured: Sequence[Measured], across: str, up: str) -> Any:
         axes.annotate(one.arm.name, (x, y), (6, 5), textcoords="offset points", fontsize=8)
     axes.set_xlabel(LABELS.get(across, across))
     axes.set_ylabel(LABELS.get(up, up))
-    axes.grid(alpha=0.25)
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-    return figure
+    return with_legend(axes)
 
 
 def _draw_family(
     axes: Any, family: str, arms: Sequence[Measured], across: str, up: str, number: int
 ) -> None:
-    colour, mark = _look(number)
+    again, nth = divmod(number, len(_COLOURS))
+    colour, mark = _COLOURS[nth], _MARKS[again % len(_MARKS)]
     placed = all(one.arm.at is not None for one in arms)
     ordered = sorted(arms, key=lambda one: one.arm.at or 0.0) if placed else arms
-    xs = [interval(one.sums(across)) for one in ordered]
-    ys = [interval(one.sums(up)) for one in ordered]
+    # estimates, low and high ends of each arm
+    x, y = (np.array([interval(one.sums(name)) for one in ordered]).T for name in (across, up))
     joined = "-" if len(arms) > 1 and placed else ""
     axes.errorbar(
-        [x.estimate for x in xs],
-        [y.estimate for y in ys],
-        xerr=[[x.estimate - x.low for x in xs], [x.high - x.estimate for x in xs]],
-        yerr=[[y.estimate - y.low for y in ys], [y.high - y.estimate for y in ys]],
+        *(x[0], y[0]),
+        xerr=[x[0] - x[1], x[2] - x[0]],
+        yerr=[y[0] - y[1], y[2] - y[0]],
         fmt=f"{mark}{joined}",
         color=colour,
         markersize=4,
@@ -146,24 +161,10 @@ def _draw_family(
         label=family,
     )
     if joined:
-        axes.fill_between(
-            [x.estimate for x in xs],
-            [y.low for y in ys],
-            [y.high for y in ys],
-            color=colour,
-            alpha=0.1,
-            linewidth=0,
-        )
-        for one, x, y in zip(ordered, xs, ys, strict=True):
-            words = f"{one.arm.at:g}"
-            at = (x.estimate, y.estimate)
-            axes.annotate(words, at, (3, 3), textcoords="offset points", fontsize=6, color=colour)
-
-
-def _look(number: int) -> tuple[str, str]:
-    """Colour and mark of a family."""
-    again, colour = divmod(number, len(_COLOURS))
-    return _COLOURS[colour], _MARKS[again % len(_MARKS)]
+        axes.fill_between(x[0], y[1], y[2], color=colour, alpha=0.1, linewidth=0)
+        small = {"textcoords": "offset points", "fontsize": 6, "color": colour}
+        for one, at in zip(ordered, zip(x[0], y[0], strict=True), strict=True):
+            axes.annotate(f"{one.arm.at:g}", at, (3, 3), **small)
 
 
 def _chosen(study: Study, measured: Sequence[Measured]) -> list[tuple[Measured, np.ndarray]]:
@@ -191,10 +192,8 @@ def _set(one: Measured, images: np.ndarray, references: Sequence[Image.Image]) -
     """An arm's images of a few pairs, with its main scores in words."""
     names = dict.fromkeys(name for pair in axes_of([one]) for name in pair)
     words = [f"{LABELS.get(name, name)} {estimate(one.sums(name)):.2f}" for name in names]
-    strips = [
-        inline(_strip(reference, drawn))
-        for reference, drawn in zip(references, images, strict=False)
-    ]
+    pairs = zip(references, images, strict=False)
+    strips = [inline(_strip(reference, drawn)) for reference, drawn in pairs]
     return {"name": one.arm.name, "words": ", ".join(words), "strips": strips}
 
 
@@ -216,11 +215,9 @@ def _sets_figure(
 def _strip(reference: Image.Image, images: np.ndarray) -> Image.Image:
     """A reference and its set side by side, enlarged where they are as small as critters."""
     _, height, width, _ = images.shape
-    gap = max(4, height // 12)
-    whole = Image.new("RGB", ((len(images) + 1) * (width + gap), height), "white")
-    first = reference.convert("RGB").resize((width, height))
-    for position, picture in enumerate([first, *map(Image.fromarray, images)]):
-        whole.paste(picture, (position * (width + gap), 0))
+    shown = [reference.convert("RGB").resize((width, height)), *map(Image.fromarray, images)]
+    gap = (0, 0, max(4, height // 12), 0)
+    whole = side_by_side([ImageOps.expand(one, gap, "white") for one in shown])
     larger = (whole.width * 2, whole.height * 2)
     return whole.resize(larger, Image.Resampling.NEAREST) if height <= 96 else whole
 
@@ -237,7 +234,7 @@ def _table(study: Study, measured: Sequence[Measured]) -> tuple[list[str], list[
         less = {m.arm.name: difference(m.sums(name), baseline.sums(name)) for m in compared}
         held = dict(zip(less, holm([one.p for one in less.values()]), strict=True))
         for row, one in zip(rows, measured, strict=True):
-            found = _known(interval(one.sums(name))) if name in one.names else None
+            found = interval(one.sums(name)) if name in one.names else None
             apart = less.get(one.arm.name)
             row.append({"found": found, "less": apart, "holds": held.get(one.arm.name, False)})
             if name == WORST and one.worst is not None:
@@ -245,22 +242,10 @@ def _table(study: Study, measured: Sequence[Measured]) -> tuple[list[str], list[
     for name in NOT_SUMS if any(one.sets is not None for one in measured) else ():
         names.append(name)
         for row, one in zip(rows, measured, strict=True):
-            row.append({"found": _known(getattr(one, name)), "less": None})
+            row.append({"found": getattr(one, name), "less": None})
     heads = [LABELS.get(name, name) for name in names]
-    named = zip(measured, rows, strict=True)
-    return heads, [
-        {"name": one.arm.name, "seeds": len(one.runs), "cells": row} for one, row in named
-    ]
-
-
-def _known(found: tuple[float, float, float] | None) -> tuple[float, float, float] | None:
-    """An interval; None where nothing could be measured."""
-    return None if found is None or np.isnan(found[0]) else found
-
-
-def _slug(name: str) -> str:
-    kept = "".join(c if c.isalnum() else "-" for c in name.lower())
-    return "-".join(part for part in kept.split("-") if part)
+    arms = [{"name": one.arm.name, "seeds": len(one.runs)} for one in measured]
+    return heads, [arm | {"cells": row} for arm, row in zip(arms, rows, strict=True)]
 
 
 def _png_address(content: bytes) -> str:

@@ -9,20 +9,22 @@ OUT/report.html, *.svg      for people
 from __future__ import annotations
 
 import json
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from ipdiverse.base.adapters import adapter_file, check_adapter
-from ipdiverse.base.bases import CRITTERS, check_part, load_image_encoder
+from ipdiverse.base.bases import CRITTERS, Base, check_part, load_image_encoder
 from ipdiverse.base.pipelines import fingerprint
-from ipdiverse.base.presets import PRESETS
+from ipdiverse.base.presets import PRESETS, HubFile
 from ipdiverse.critters.oracle import Reading, read
 from ipdiverse.errors import ArgumentError
 from ipdiverse.evaluation.features import feature_sums, open_encoder
-from ipdiverse.evaluation.images import StudyImages, anchors
+from ipdiverse.evaluation.images import COPY, RENDERER, StudyImages, copied, rendered
 from ipdiverse.evaluation.measured import (
     SHOWN_IMAGES,
     SHOWN_PAIRS,
@@ -30,10 +32,12 @@ from ipdiverse.evaluation.measured import (
     Measured,
     check_dials,
     hypervolumes,
+    rounded,
 )
 from ipdiverse.evaluation.pairs import critters_sets, pairs_of, shipped_oracle
-from ipdiverse.evaluation.sets import PairSums, concatenated, pair_sums
-from ipdiverse.parts import forget_parts, holding_parts, part_of
+from ipdiverse.evaluation.sets import PairSums, Sets, concatenated, pair_sums
+from ipdiverse.evaluation.study import Arm, Study
+from ipdiverse.parts import Part, forget_parts, holding_parts, part_of
 from ipdiverse.sampling import task
 from ipdiverse.sampling.draw import versions
 from ipdiverse.sampling.request import Request
@@ -44,18 +48,8 @@ from ipdiverse.writing import (
     write_text_atomic,
 )
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
-    from pathlib import Path
-
-    from ipdiverse.base.bases import Base
-    from ipdiverse.base.presets import HubFile
-    from ipdiverse.evaluation.sets import Sets
-    from ipdiverse.evaluation.study import Arm, Study
-    from ipdiverse.parts import Part
-
-    Scored = tuple[dict[str, PairSums], Reading | None, np.ndarray | None]
-    """Sums of every score, what was read, and images for the report."""
+Scored = tuple[dict[str, PairSums], Reading | None, np.ndarray | None]
+"""Sums of every score, what was read, and images for the report."""
 
 
 def needed_files(study: Study) -> list[HubFile]:
@@ -114,9 +108,11 @@ class Runner:
         self.base = base = open_base(study)
         named = study.image_encoder
         reader = load_image_encoder(named, base) if named else None
-        given = (study, base, self.pairs, self.references, out / "images", reader)
-        self.images = StudyImages(*given)
-        self.encoders = [open_encoder(n, base.pipe, _device(base)) for n in study.features]
+        self.images = StudyImages(study, base, self.pairs, self.references, out / "images", reader)
+        # where encoders that compare images run: the CPU, if the base fills its device
+        roomy = base.plan is not None and base.plan.offload == "none"
+        device = base.plan.device if base.plan is not None and roomy else "cpu"
+        self.encoders = [open_encoder(name, base.pipe, device) for name in study.features]
         self._hidden = None if progress is None else not progress
         self._bar: Any = None
 
@@ -168,13 +164,14 @@ class Runner:
                 write_text_atomic(self.out / "results.jsonl", lines)
         anchored = self.anchors()
         areas = hypervolumes(self.study, measured)
+        settings = {name: v for name, v in asdict(self.study).items() if name != "arms"}
         results = {
-            "study": self.study.settings(),
+            "study": settings,
             "baseline": self.study.baseline_arm.name,
             "versions": versions(),
             "base": fingerprint(self.base.pipe.unet),
             "left_out": list(left_out),
-            "dials": [check.as_json() for check in check_dials(measured)],
+            "dials": rounded([asdict(check) for check in check_dials(measured)]),
             "hypervolumes": areas,
             "arms": [*rows, *(one.row() for one in anchored)],
         }
@@ -199,12 +196,14 @@ class Runner:
         """What bounds every arm: the renderer, on critters, and copies of the reference."""
         pipe = self.base.pipe
         side = pipe.unet.config.sample_size * pipe.vae_scale_factor
-        known = self.oracle is not None
+        chunks = {COPY: copied(self.references, self.study.images, side)}
+        if self.oracle is not None:
+            chunks = {RENDERER: rendered(self.pairs, self.study.images)} | chunks
         measured = []
-        for arm, chunks in anchors(self.pairs, self.references, self.study.images, known, side):
-            sums, seen, images = self._scored(chunks)
+        for name, drawn in chunks.items():
+            sums, seen, images = self._scored(drawn)
             sets = None if seen is None else self.sets_of([seen])
-            measured.append(Measured(arm, [sums], images, sets))
+            measured.append(Measured(Arm(name, "anchor"), [sums], images, sets))
         return measured
 
     def check_sources(self) -> None:
@@ -224,7 +223,12 @@ class Runner:
             sets = images.reshape(-1, self.study.images, *images.shape[1:])
             first = shown(sets) if first is None else first
             pairs = slice(done, done := done + len(sets))
-            features.append(self._features(sets, pairs))
+            pictures = [[Image.fromarray(image) for image in drawn] for drawn in sets]
+            asked = self.references[pairs], [pair.prompt for pair in self.pairs[pairs]]
+            sums: dict[str, PairSums] = {}
+            for encoder in self.encoders:
+                sums |= feature_sums(encoder, pictures, *asked)
+            features.append(sums)
             if self.oracle is not None:
                 seen.append(read(self.oracle, sets))
         found = _joined(seen, axis=0) if seen else None
@@ -234,15 +238,6 @@ class Runner:
     def sets_of(self, seeds: Sequence[Reading]) -> Sets:
         """What was read for every training seed as sets, the images of a pair together."""
         return critters_sets(_joined(seeds, axis=1), self.pairs)
-
-    def _features(self, sets: np.ndarray, pairs: slice) -> dict[str, PairSums]:
-        """Every encoder's scores of some pairs, (pairs, images, height, width, 3)."""
-        sums: dict[str, PairSums] = {}
-        pictures = [[Image.fromarray(image) for image in drawn] for drawn in sets]
-        prompts = [pair.prompt for pair in self.pairs[pairs]]
-        for encoder in self.encoders:
-            sums |= feature_sums(encoder, pictures, self.references[pairs], prompts)
-        return sums
 
     def advance(self, pairs: int) -> None:
         """Show that these many pairs more are done."""
@@ -262,8 +257,3 @@ def _joined(parts: Sequence[Reading], axis: int) -> Reading:
 def shown(sets: np.ndarray) -> np.ndarray:
     """The images that a report shows, as a copy: a view would keep all of them in memory."""
     return sets[:SHOWN_PAIRS, :SHOWN_IMAGES].copy()
-
-
-def _device(base: Base) -> str:
-    """Where encoders that compare images run: the base's device, or the CPU if it is full."""
-    return base.plan.device if base.plan is not None and base.plan.offload == "none" else "cpu"

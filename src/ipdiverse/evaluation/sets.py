@@ -8,32 +8,15 @@ sums and are computed again for every draw: the distance from the world (`distan
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ipdiverse.evaluation.metrics import (
-    Bools,
-    Floats,
-    Ints,
-    check_at_least,
-    check_dimensions,
-    check_shape,
-    checked_prior,
-    checked_values,
-    entropy_miller_madow,
-    expected_entropy,
-    jensen_shannon,
-    leak,
-    mean_or_nan,
-    normalised_entropy,
-    plug_in_entropy,
-)
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from ipdiverse.evaluation import metrics
+from ipdiverse.evaluation.metrics import Bools, Floats, Ints
 
 RETENTION_OF = "retention "
 """Begins the name of an identity attribute's own retention."""
@@ -48,7 +31,7 @@ class Sets:
 
     Args:
         outputs: Values that the oracle reads, (groups, images, attributes).
-        invalid: Images that are no valid scene, (groups, images); None if nobody looked.
+        invalid: Images that are not valid scenes, (groups, images); None if nobody looked.
         references: The reference's values, (groups, attributes).
         stated: The mask S, (groups, attributes).
         wanted: The prompt's values, read only in S, (groups, attributes).
@@ -139,7 +122,7 @@ class SetScores:
             0 is ideal; blind to collapse within groups, which `entropy` and `leak` show.
         leak: Information of U about the reference's U, nats, mean over attributes; 0 is ideal.
         copy_rate: Share of images that repeat all of U, minus chance.
-        invalid_rate: Share of images that are no valid scene. They count in every other score.
+        invalid_rate: Share of images that are not valid scenes. They count in every other score.
         n: Number of images, over all groups.
         asked_for: Share of images that are valid and show all of S and all of R at once.
         retention_worst: `retention` of the identity attribute that is kept least.
@@ -181,10 +164,12 @@ def score_sets(sets: Sets) -> SetScores:
     `leak` supposes that references are dealt to prompts independently of what is open.
     """
     found = pools(sets)
-    wide = [pool for pool in found if plug_in_entropy(pool.prior) > 0]
+    wide = [pool for pool in found if metrics.plug_in_entropy(pool.prior) > 0]
     scores = {name: part.estimate for name, part in pair_sums(sets).items()}
-    by = {n.removeprefix(RETENTION_OF): scores.pop(n) for n in [*scores] if _of_attribute(n)}
-    spread = [normalised_entropy(np.sum(pool.counts, 0), pool.prior) for pool in wide]
+    by = {
+        n.removeprefix(RETENTION_OF): scores.pop(n) for n in [*scores] if n.startswith(RETENTION_OF)
+    }
+    spread = [metrics.normalised_entropy(np.sum(pool.counts, 0), pool.prior) for pool in wide]
     return SetScores(
         **scores,
         js=distance(found, np.ones(len(sets.outputs))),
@@ -193,7 +178,7 @@ def score_sets(sets: Sets) -> SetScores:
         retention_worst=float(np.fmin.reduce([*by.values()], initial=math.nan)),
         retention_by=by,
         placement_leak=placement_leaked(sets, np.arange(len(sets.outputs))),
-        pooled_entropy=mean_or_nan(spread, [len(pool.groups) for pool in wide]),
+        pooled_entropy=metrics.mean_or_nan(spread, [len(pool.groups) for pool in wide]),
     )
 
 
@@ -247,11 +232,6 @@ def _of_validity(invalid: Bools, shows: Bools, keeps: Bools, sets: Sets) -> dict
     }
 
 
-def _of_attribute(name: str) -> bool:
-    """Whether a score is the retention of one identity attribute."""
-    return name.startswith(RETENTION_OF)
-
-
 def pools(sets: Sets) -> list[Pool]:
     """The outputs of open attributes, grouped by equal conditionals."""
     found: dict[tuple[int, bytes], Pool] = {}
@@ -275,9 +255,9 @@ def distance(found: Sequence[Pool], weights: Floats) -> float:
     for pool in found:
         times = weights[pool.groups]
         if times.sum():
-            apart.append(jensen_shannon(times @ np.stack(pool.counts), pool.prior))
+            apart.append(metrics.jensen_shannon(times @ np.stack(pool.counts), pool.prior))
             sizes.append(times.sum())
-    return mean_or_nan(apart, sizes)
+    return metrics.mean_or_nan(apart, sizes)
 
 
 def leaked(sets: Sets, drawn: Ints, permutations: int = 200) -> float:
@@ -307,8 +287,8 @@ def _mean_leak(seen: Placement, open_: Bools, drawn: Ints, permutations: int) ->
         given = seen.references[rows, variable].repeat(images)
         groups = np.arange(len(rows)).repeat(images)
         made, values = seen.outputs[rows, :, variable].ravel(), seen.n_values[variable]
-        found.append(leak(made, given, values, permutations, groups=groups))
-    return mean_or_nan(found)
+        found.append(metrics.leak(made, given, values, permutations, groups=groups))
+    return metrics.mean_or_nan(found)
 
 
 def agreement_masks(
@@ -326,8 +306,8 @@ def agreement_masks(
 
 
 def _check_shapes(sets: Sets) -> None:
-    check_dimensions("outputs", sets.outputs, 3)
-    check_at_least("outputs", sets.outputs.size, 1)
+    metrics.check_dimensions("outputs", sets.outputs, 3)
+    metrics.check_at_least("outputs", sets.outputs.size, 1)
     groups, images, attributes = sets.outputs.shape
     for name, found, expected in (
         ("stated", sets.stated.shape, (groups, attributes)),
@@ -338,16 +318,16 @@ def _check_shapes(sets: Sets) -> None:
         ("n_values", np.shape(sets.n_values), (attributes,)),
         ("priors", (len(sets.priors),), (groups,)),
     ):
-        check_shape(name, found, expected)
+        metrics.check_shape(name, found, expected)
 
 
 def _check_values(sets: Sets) -> None:
     for attribute, size in enumerate(sets.n_values):
-        checked_values(sets.outputs[:, :, attribute].ravel(), size, "outputs")
-        checked_values(sets.references[:, attribute], size, "references")
-        checked_values(sets.wanted[sets.stated[:, attribute], attribute], size, "wanted")
+        metrics.checked_values(sets.outputs[:, :, attribute].ravel(), size, "outputs")
+        metrics.checked_values(sets.references[:, attribute], size, "references")
+        metrics.checked_values(sets.wanted[sets.stated[:, attribute], attribute], size, "wanted")
     for group, attribute in np.argwhere(sets.free).tolist():
-        checked_prior(sets.prior(group, attribute), (sets.n_values[attribute],))
+        metrics.checked_prior(sets.prior(group, attribute), (sets.n_values[attribute],))
 
 
 def _hits(right: Bools, mask: Bools) -> PairSums:
@@ -360,9 +340,9 @@ def _spread(sets: Sets) -> PairSums:
     groups, images, _ = sets.outputs.shape
     total, weight = np.zeros(groups), np.zeros(groups)
     for group, attribute in np.argwhere(sets.free).tolist():
-        ideal = expected_entropy(tuple(sets.prior(group, attribute).tolist()), images)
+        ideal = metrics.expected_entropy(tuple(sets.prior(group, attribute).tolist()), images)
         if ideal > 0:
-            total[group] += entropy_miller_madow(_counts(sets, group, attribute)) / ideal
+            total[group] += metrics.entropy_miller_madow(_counts(sets, group, attribute)) / ideal
             weight[group] += 1
     return PairSums(total, weight)
 

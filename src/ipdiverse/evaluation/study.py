@@ -19,9 +19,10 @@ guidance_scale = [1.0, 3.0, 7.5]
 from __future__ import annotations
 
 import warnings
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from ipdiverse.base.adapters import DEFAULT_ADAPTER, default_adapter
 from ipdiverse.base.bases import CRITTERS, defaults_of
@@ -30,9 +31,6 @@ from ipdiverse.dial import DROPPED_LEVERS
 from ipdiverse.errors import ArgumentError, IpdiverseError, check_range
 from ipdiverse.levers import LEVERS
 from ipdiverse.sampling.request import MAX_IMAGES, MAX_STEPS, RENAMED, Request
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 SETTINGS = (
     *("adapter", "scale", "preset", "start_at", "end_at", "guidance_scale", "diversity"),
@@ -115,10 +113,6 @@ class Study:
         check_range("pairs", self.pairs, 2, 100_000)
         check_range("images", self.images, 2, MAX_IMAGES)
         check_range("steps", self.steps or 0, 1, MAX_STEPS)
-        if self.split not in ("test", "validation"):
-            raise ArgumentError(
-                "is unknown", where="split", expected="test or validation", found=self.split
-            )
         if self.prompts is not None and self.references is None:
             raise ArgumentError(
                 "needs references",
@@ -146,10 +140,6 @@ class Study:
     def sources(self) -> list[str]:
         """Every adapter that an arm names, once."""
         return list(dict.fromkeys(source for arm in self.arms for source in arm.sources))
-
-    def settings(self) -> dict[str, Any]:
-        """Everything but the arms, for reports."""
-        return {name: value for name, value in asdict(self).items() if name != "arms"}
 
 
 def read_study(file: Path) -> Study:
@@ -234,7 +224,10 @@ def _swept(entry: dict[str, Any], file: Path) -> list[dict[str, Any]]:
     found = []
     for values in product(*varied.values()):
         chosen = dict(zip(varied, values, strict=True))
-        words = ", ".join(f"{key} {_as_text(value)}" for key, value in chosen.items())
+        words = ", ".join(
+            f"{key} {value:g}" if isinstance(value, (int, float)) else f"{key} {value}"
+            for key, value in chosen.items()
+        )
         one = entry | chosen | {"name": f"{family}: {words}"}
         # arms that differ in one number lie on a line, and the report joins them
         if len(varied) == 1 and isinstance(values[0], (int, float)):
@@ -244,11 +237,7 @@ def _swept(entry: dict[str, Any], file: Path) -> list[dict[str, Any]]:
 
 
 def _varies(key: str, value: Any) -> bool:
-    """Whether a key of a sweep holds values to try; one interval or all adapters are no such."""
+    """Whether a key of a sweep holds values to try; one interval or all adapters are not."""
     if not isinstance(value, list) or key == "adapters":
         return False
     return key != "interval" or bool(value and isinstance(value[0], list))
-
-
-def _as_text(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, (int, float)) else str(value)

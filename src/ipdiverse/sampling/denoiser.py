@@ -18,48 +18,73 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from jaxtyping import Float
 from torch import Tensor
 
-from ipdiverse.adapter.attach.attach import LEVERS_HOOK, inside_offloading
+from ipdiverse.adapter.attach.attach import (
+    LEVERS_HOOK,
+    Attachment,
+    attach,
+    detach,
+    hook_of,
+    inside_offloading,
+)
 from ipdiverse.adapter.attach.hook import argument_names
+from ipdiverse.adapter.attach.joint import styles_of
 from ipdiverse.adapter.attention import BOTH, NOTHING, TEXT
-from ipdiverse.adapter.model import interpolated
+from ipdiverse.adapter.model import ImagePromptAdapter, Joint, interpolated
+from ipdiverse.adapter.projection import GivenTokens
 from ipdiverse.base.pipelines import denoiser_of
-from ipdiverse.errors import ArgumentError, ModelError
+from ipdiverse.errors import ArgumentError, ModelError, check_range
 from ipdiverse.levers import StepContext
 from ipdiverse.sampling.fast import Fast, level_of
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
 
-    from ipdiverse.adapter.attach.attach import Attachment
-    from ipdiverse.adapter.scale import Scale
+    from ipdiverse.adapter.scale import Scale, ScaleLike
     from ipdiverse.dial import Levers
 
 Latents = Float[Tensor, "items channels h w"]
 
 
 def steer(
-    attachment: Attachment,
+    attachment: Attachment | Any,
     levers: Levers,
     seeds: Sequence[int],
     prompts: Sequence[str] | None = None,
     fast: int = 0,
+    *,
+    strength: ScaleLike | None = None,
+    image_tokens: int = 729,
 ) -> Steering:
     """Put levers on a pipeline, in place of those that are on it; `detach` takes them off too.
 
+    Example:
+        Flux Redux as stock diffusers has it, so that the reference does not drown the text::
+
+            prompt = FluxPriorReduxPipeline.from_pretrained(…)(photo, prompt="in the snow")
+            ipdiverse.steer(pipe, Levers(cads=0.3), [7], strength=0.4)
+            pipe(**prompt)
+
     Args:
-        attachment: Of an adapter, its scale and reference set.
+        attachment: Of an adapter, its scale and reference set; or its pipeline; or one of Flux.1
+            whose `prompt_embeds` end with image tokens.
         levers: How strongly each acts.
         seeds: One for each item of the next calls; what is random about it depends on that alone.
         prompts: Each item's text, for levers that read it; one text serves all.
         fast: 0 computes every step; 1 to 3 leave out more and more of them (`fast.LEVELS`).
+        strength: A scale, as `set_scale` takes it; None leaves what it is. 0 is the text alone, and
+            1 stock, both exactly.
+        image_tokens: How many tokens of such `prompt_embeds` are the image's.
 
     Raises:
         ArgumentError: The number of seeds or prompts does not fit, or a lever reads prompts and
             there are none.
         ModelError: A lever needs something that this base or adapter does not have.
     """
+    attachment = _attachment_of(attachment, image_tokens)
     context = _context(attachment, seeds, prompts)
     _check(levers, attachment, len(seeds))
+    if strength is not None:
+        attachment.set_scale(strength)
     hook, unet = attachment.hook, denoiser_of(attachment.pipe)
     level = level_of(fast) if fast else None
     if level is not None and hook.transformer:
@@ -89,6 +114,27 @@ def steer(
         prompt.change_scale = steering.changed_scale if levers.acting("scale") else None
     hook.changed()
     return steering
+
+
+def _attachment_of(target: Any, image_tokens: int) -> Attachment:
+    """What is steered: for a pipeline, the image tokens that its own prompts hold."""
+    if isinstance(target, Attachment):
+        return target
+    denoiser: Any = denoiser_of(target)
+    hook = hook_of(denoiser)
+    if hook is not None and hook.prompts[0].given in (0, image_tokens):
+        return hook.attachment
+    if "redux" not in styles_of(denoiser):
+        raise ModelError(
+            "reads no image tokens beside its text",
+            where=type(target).__name__,
+            expected="a pipeline of Flux.1, or what attach returned",
+        )
+    check_range("image_tokens", image_tokens, 1, 100_000)
+    if hook is not None:
+        detach(target)
+    given = GivenTokens(denoiser.config.joint_attention_dim, image_tokens)
+    return attach(target, ImagePromptAdapter(given, {}, joint=Joint("redux")))
 
 
 def release(attachment: Attachment) -> None:
@@ -200,13 +246,9 @@ class Steering(ModelHook):
     def _returned(self, output: Tensor, given: dict[str, Any]) -> Any:
         if not given.get("return_dict", True):
             return (output,)
-        if self.attachment.hook.transformer:
-            from diffusers.models.modeling_outputs import Transformer2DModelOutput
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-            return Transformer2DModelOutput(sample=output)
-        from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
-
-        return UNet2DConditionOutput(sample=output)
+        return Transformer2DModelOutput(sample=output)  # a UNet's has the same fields
 
     def imagined(self, tokens: Tensor) -> Tensor:
         """Every item's tokens before fusion, (items, references, tokens, width)."""
@@ -407,6 +449,11 @@ def _check(levers: Levers, attachment: Attachment, seeds: int) -> None:
     for adapter in attachment.adapters:
         if not adapter.base_weights:
             interpolated(adapter, levers.interpolation)  # raises before anything is taken off
+        if not adapter.reads and (unread := levers.acting("embeddings")):
+            raise ModelError(
+                "changes an image's embeddings, and the prompt holds its tokens",
+                where=unread[0][0].name,
+            )
 
 
 def _picked(value: Any, rows: list[int], full: int) -> Any:

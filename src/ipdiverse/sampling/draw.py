@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ipdiverse.adapter.attach.attach import Attachment
     from ipdiverse.adapter.reference import Reference
 
-_HOW_OPENED = ("revision", "safety_checker", "dtype", "offload", "tiling")
+_HOW_OPENED = ("revision", "safety_checker", "dtype", "offload", "tiling", "quantize")
 """Fields that say how a base is opened."""
 _LARGE_SHEET = 200
 """Above this many images a contact sheet has smaller cells."""
@@ -62,16 +62,7 @@ def generate(
     texts = (prompt,) if isinstance(prompt, str) else tuple(prompt)
     images = tuple(_file(one) for one in image)
     request = Request.of({"image": images, "prompt": texts, **options}, "generate")
-    return drawn(request, loaded)
-
-
-def drawn(
-    request: Request,
-    loaded: Base | None = None,
-    before_opening: Callable[[Request], None] = lambda _: None,
-) -> Generation:
-    """Draw all images of a request (arguments as `drawing`)."""
-    with drawing(request, loaded, before_opening) as work:
+    with drawing(request, loaded) as work:
         return work.finished([image for _, image in work.images()])
 
 
@@ -83,7 +74,10 @@ def draw_into(
     before_opening: Callable[[Request], None] = lambda _: None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Draw what a folder lacks of a request, each image written as it is finished."""
+    """Draw what a folder lacks of a request, each image written as it is finished.
+
+    `before_opening` may refuse by an error that a base is downloaded or opened.
+    """
     pictures = checked_pictures(request)
     total, used = request.n * len(request.prompt), request.picture_files
     run_id = fingerprint(request)
@@ -97,7 +91,7 @@ def draw_into(
                 before_opening(request)
                 with drawing(request, pictures=pictures, indices=run.indices) as work:
                     # the command repeats the folder that was asked for, not the free one it got
-                    run.begin(work.record(str(out)))
+                    run.begin(work.finished([]).record(str(out)))
                     for number, image in work.images(skip=set(run.images)):
                         run.add(number, image)
                     made = work.finished([run.images[number] for number in range(total)])
@@ -149,16 +143,11 @@ class Drawing:
         indices = [job.index for job in self.jobs]
         return Generation(self.request, self.references, images, self.notes, indices, self.asked)
 
-    def record(self, out: str) -> dict[str, Any]:
-        """What is known before the first image."""
-        return self.finished([]).record(out)
-
 
 @contextmanager
 def drawing(
     request: Request,
     loaded: Base | None = None,
-    before_opening: Callable[[Request], None] = lambda _: None,
     *,
     pictures: Pictures | None = None,
     indices: Sequence[int] | None = None,
@@ -166,7 +155,6 @@ def drawing(
     """Open what a request needs; the adapter comes off at the end of the `with` block.
 
     Args:
-        before_opening: Called before a base is downloaded or opened, to refuse that by an error.
         pictures: From `checked_pictures`; without them the request is checked here.
         indices: Of candidates that an interrupted run chose; without them they are chosen here.
     """
@@ -175,7 +163,6 @@ def drawing(
         pictures = checked_pictures(request, opened=loaded is not None)
     # what is wrong with faces or masks is said before gigabytes are downloaded
     reference = _reference(request, pictures)
-    before_opening(request)
     # defaults go into the record, which then repeats the images when a later version has others
     request = replace(request, adapter=request.adapter or default_adapter(request.base))
     base = loaded or open_base(request)
@@ -185,7 +172,11 @@ def drawing(
     negative = pictures.images[request.negative_image] if request.negative_image else None
     # on the task's pipeline: image-to-image, inpainting and ControlNets have their own
     with quiet(), attached(task.base, weights, request.image_encoder) as attachment:
-        reference = _with_faces(reference, request, attachment.adapters[0].reads)
+        if "face" in attachment.adapters[0].reads:
+            faces = _faces_in(reference.images) if reference.faces is None else reference.faces
+            reference = replace(reference, faces=faces)
+        elif request.faces:
+            raise request.faces_unread()
         set_scale(attachment, base, request)
         task.notes.extend(imagine(attachment, request))
         begun = request.n if indices else request.candidates or request.n
@@ -218,15 +209,6 @@ def _reference(request: Request, pictures: Pictures) -> Reference:
         faces = _faces_in(images)
     masks = [pictures.masks[file] for file in request.mask] or None
     return Reference(images, faces, request.combine, request.weights or None, masks)  # type: ignore[arg-type]
-
-
-def _with_faces(reference: Reference, request: Request, reads: tuple[str, ...]) -> Reference:
-    """The reference with what an opened adapter reads of faces."""
-    if "face" not in reads and request.faces:
-        raise request.faces_unread()
-    if "face" not in reads or reference.faces is not None:
-        return reference
-    return replace(reference, faces=_faces_in(reference.images))
 
 
 def _faces_in(images: Sequence[Image.Image]) -> Tensor:

@@ -11,8 +11,8 @@ from typing import Any, Literal, get_args
 
 from ipdiverse.base.adapters import check_adapter
 from ipdiverse.base.bases import CRITTERS, check_part
-from ipdiverse.base.memory import USUAL, Dtype, MemoryOptions, Offload
-from ipdiverse.base.pipelines import check_known
+from ipdiverse.base.memory import Dtype, MemoryOptions, Offload, Quantize, check_quantize
+from ipdiverse.base.pipelines import check_known, is_transformer
 from ipdiverse.base.presets import PRESETS
 from ipdiverse.config import renamed
 from ipdiverse.dial import OFF, RENAMED_LEVERS, Levers, current_names
@@ -58,6 +58,7 @@ class Request:
         offload: What waits in main memory while it does not run: nothing, whole models, or layers.
             `auto` is the fastest that fits.
         tiling: Decode large images in tiles; None does so where memory is short.
+        quantize: Weights of Flux.1 and SD 3.5 in 8 bits (torchao) or 4 (bitsandbytes, on CUDA).
         scale: Weight of the image prompt (λ): 0 is text alone, 1 the full reference. None takes the
             base's default.
         preset: How the scale varies over the layers: ComfyUI's weight types, or InstantStyle's
@@ -112,6 +113,7 @@ class Request:
     dtype: Dtype = "auto"
     offload: Offload = "auto"
     tiling: bool | None = None
+    quantize: Quantize = "none"
     scale: float | None = None
     preset: str = ""
     start_at: float = 0.0
@@ -199,8 +201,7 @@ class Request:
 
     def memory(self) -> MemoryOptions:
         """How the base is placed (`ArgumentError` for an unknown word)."""
-        wishes = (self.dtype, self.offload, self.tiling)
-        return USUAL if wishes == ("auto", "auto", None) else MemoryOptions(*wishes)
+        return MemoryOptions(self.dtype, self.offload, self.tiling, self.quantize)
 
     def check(self, *, opened: bool = False) -> None:
         """Refuse what could not be drawn, as far as that is known before anything is opened.
@@ -216,6 +217,8 @@ class Request:
         self._check_needs(USED_WITH)
         if not opened:
             check_known(self.base)
+            if self.base in PRESETS:  # before gigabytes are downloaded
+                check_quantize(self.quantize, self.base, transformer=is_transformer(self.base))
         check_adapter(self.base, self.adapter)
         for part in (self.image_encoder, self.controlnet):
             if part:

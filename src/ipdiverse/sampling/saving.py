@@ -15,24 +15,21 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from PIL import Image
 
 from ipdiverse.errors import IpdiverseError, OutputError
 from ipdiverse.image_io import content_hash, load_image
 from ipdiverse.provenance import read_provenance, save_png
+from ipdiverse.sampling.request import Request
 from ipdiverse.writing import file_hash, only_one, write_text_atomic, writing
-
-if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
-
-    from PIL import Image
-
-    from ipdiverse.sampling.request import Request
 
 RECORD, SHEET = "generation.json", "contact_sheet.png"
 _IMAGE = re.compile(r"[0-9]{4}\.png")

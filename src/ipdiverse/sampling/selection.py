@@ -6,27 +6,22 @@ prompt, b how far two previews are apart. Only the first steps of a candidate ar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from ipdiverse.adapter.attach.attach import Attachment
 from ipdiverse.adapter.attach.encoding import text_embeds, text_tower
 from ipdiverse.base.memory import full_range
-from ipdiverse.sampling.sample import preview
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from PIL import Image
-
-    from ipdiverse.adapter.attach.attach import Attachment
-    from ipdiverse.sampling.request import Request
-    from ipdiverse.sampling.sample import Job
-    from ipdiverse.sampling.task import Task
+from ipdiverse.sampling.request import Request
+from ipdiverse.sampling.sample import Job, preview
+from ipdiverse.sampling.task import Task
 
 EARLY = 0.3
 """Share of the steps that a preview takes."""
@@ -111,9 +106,13 @@ def _seen(attachment: Attachment, guesses: Tensor) -> Tensor:
     device = attachment.pipe._execution_device  # an offloaded VAE moves itself, not its arguments
     parameter = next(encoder.parameters())
     side = encoder.config.image_size
-    mean, std = _statistics(attachment.image_processor)
+    processor = attachment.image_processor
+    usual = (getattr(processor, name, None) or [0.5] * 3 for name in ("image_mean", "image_std"))
+    mean, std = (torch.tensor(one).view(3, 1, 1) for one in usual)
+    # decoded at once: four, or as many as have the pixels of four at 512 × 512
+    pixels_of_one = guesses.shape[-1] * guesses.shape[-2] * attachment.pipe.vae_scale_factor**2
     rows = []
-    for guess in guesses.split(_together(guesses, attachment.pipe.vae_scale_factor)):
+    for guess in guesses.split(min(4, max(1, 4 * 512**2 // pixels_of_one))):
         with full_range(vae):
             latents = (guess / vae.config.scaling_factor).to(device, vae.dtype)
             pixels = vae.decode(latents).sample.float().clamp(-1, 1)
@@ -121,18 +120,6 @@ def _seen(attachment: Attachment, guesses: Tensor) -> Tensor:
         normal = ((shrunk + 1) / 2 - mean.to(shrunk)) / std.to(shrunk)
         rows.append(encoder(normal.to(parameter.device, parameter.dtype)).image_embeds)
     return torch.cat(rows)
-
-
-def _together(guesses: Tensor, factor: int) -> int:
-    """How many to decode at once: four, or as many as have the pixels of four at 512 × 512."""
-    pixels = guesses.shape[-1] * guesses.shape[-2] * factor**2
-    return min(4, max(1, 4 * 512**2 // pixels))
-
-
-def _statistics(processor: Any) -> tuple[Tensor, Tensor]:
-    mean = getattr(processor, "image_mean", None) or [0.5] * 3
-    std = getattr(processor, "image_std", None) or [0.5] * 3
-    return torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
 
 
 def _standard_pairs(apart: Tensor) -> Tensor:

@@ -99,6 +99,8 @@ def task_for(base: Base, request: Request, pictures: Pictures) -> Task:
         fitted[name] = _fitted("control image", picture, size, request.fit, notes)
     notes += [note for text in request.prompt for note in _cut_words(base, "prompt", text)]
     notes += _cut_words(base, "negative prompt", request.negative_prompt)
+    if request.negative_prompt and type(base.pipe).__name__.startswith("Flux"):
+        notes.append("the negative prompt has no effect: Flux.1 is guided without one")
     notes += [f"memory: {base.plan.line()}"] if base.plan else []
     if base.name == CRITTERS:
         notes += _beyond_critters(base, request, pictures)

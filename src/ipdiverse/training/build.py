@@ -10,14 +10,17 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from contextlib import nullcontext
-from dataclasses import replace
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ipdiverse.adapter.files.checkpoint import load_adapter, weights_hash
@@ -26,29 +29,19 @@ from ipdiverse.adapter.generative import GenerativeFusion
 from ipdiverse.adapter.model import ImagePromptAdapter, new_adapter
 from ipdiverse.base.adapters import adapter_file
 from ipdiverse.base.pipelines import fingerprint
+from ipdiverse.data.manifest import Record
 from ipdiverse.data.references import References, parse_references
 from ipdiverse.errors import ArgumentError
 from ipdiverse.loading import building
 from ipdiverse.provenance import derived_seed
 from ipdiverse.training.checkpoints import ADAPTER, finished
-from ipdiverse.training.embed import Embedded, Online, Stored, embed
+from ipdiverse.training.config import TrainConfig
+from ipdiverse.training.embed import Embedded, Online, Stored, TrainingData, embed
 from ipdiverse.training.fit import fit_directions
-from ipdiverse.training.frozen import Preprocessing
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from contextlib import AbstractContextManager
-
-    from accelerate import Accelerator
-    from torch import Tensor, nn
-
-    from ipdiverse.data.manifest import Record
-    from ipdiverse.data.references import References
-    from ipdiverse.training.config import TrainConfig
-    from ipdiverse.training.embed import TrainingData
-    from ipdiverse.training.frozen import FrozenEncoders
+from ipdiverse.training.frozen import FrozenEncoders, Preprocessing
 
 
+@dataclass(eq=False)
 class Samples(Dataset[dict[str, Any]]):
     """Sample number to tensors: `latents`, `noise`, `timestep`, text and image embeddings.
 
@@ -56,27 +49,23 @@ class Samples(Dataset[dict[str, Any]]):
     embeddings of a `target`; `noise` and `timestep` are the flow's.
     """
 
-    def __init__(
-        self,
-        data: TrainingData,
-        trained: list[int],
-        references: References,
-        config: TrainConfig,
-        reads: str,
-        scaling: tuple[float, float],
-        timesteps: int,
-        drawn: tuple[int, int] | None = None,
-    ) -> None:
-        if not config.changed and references.may_augment:
+    data: TrainingData
+    trained: list[int]
+    references: References
+    config: TrainConfig
+    reads: str
+    scaling: tuple[float, float]
+    timesteps: int
+    drawn: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.config.changed and self.references.may_augment:
             raise ArgumentError(
                 "has no changed references to take",
-                where=f"reference {config.reference!r}",
+                where=f"reference {self.config.reference!r}",
                 expected="changed of 1 or more",
                 fix="Run `ipdiverse embed --changed 4`, and train with --changed 4.",
             )
-        self.data, self.trained, self.references = data, trained, references
-        self.config, self.reads = config, reads
-        self.scaling, self.timesteps, self.drawn = scaling, timesteps, drawn
 
     def __len__(self) -> int:
         return self.config.steps * self.config.batch
@@ -114,11 +103,9 @@ class Samples(Dataset[dict[str, Any]]):
     def _flow(self, index: int, reference: str, rng: torch.Generator) -> dict[str, Any]:
         """A pair of pictures, the flow's noise and the reference's, and a time in 0..1."""
         target = self.data.records[index].file_name
-        pair = (self.data.reference(name, 0)[self.reads] for name in (reference, target))
-        image, other = pair
         return {
-            "image": image,
-            "target": other,
+            "image": self.data.reference(reference, 0)[self.reads],
+            "target": self.data.reference(target, 0)[self.reads],
             "noise": _normal(torch.Size((2, *(self.drawn or ()))), rng),
             # logit-normal: the middle of the way is hardest (arXiv:2403.03206, section 3.1)
             "timestep": torch.sigmoid(_normal(torch.Size(()), rng)),
@@ -188,22 +175,22 @@ def build_adapter(
     """The initial adapter, or a new one that fits the base, with the fusion asked for."""
     unet, encoder, adapter = encoders.pipe.unet, encoders.images.encoder, initial
     if adapter is None:
-        kind = "base" if config.adapter == "base" else "plus"
-        sizes = {"num_tokens": config.tokens or (4 if kind == "base" else 16)}
-        if kind == "plus":
-            sizes["width"] = config.width or unet.config.cross_attention_dim
-            sizes["depth"] = config.depth
-        adapter = new_adapter(kind, unet, encoder, None, **sizes)
+        if config.adapter == "base":
+            adapter = new_adapter("base", unet, encoder, None, num_tokens=config.tokens or 4)
+        else:
+            width = config.width or unet.config.cross_attention_dim
+            sizes = {"num_tokens": config.tokens or 16, "width": width, "depth": config.depth}
+            adapter = new_adapter("plus", unet, encoder, None, **sizes)
     if config.fusion == "none" or adapter.fusion is not None:
         return adapter
-    width: int = adapter.token_width
+    size: int = adapter.token_width
     if config.fusion == "generative":
         adapter.fusion = _generative(config, adapter, samples)
     elif config.fusion == "blend":
-        adapter.fusion = BlendFusion(width)
+        adapter.fusion = BlendFusion(size)
     else:
         tokens: Any = adapter.image_proj.num_tokens
-        adapter.fusion = GatedFusion(width, tokens, heads=math.gcd(width, 8))
+        adapter.fusion = GatedFusion(size, tokens, heads=math.gcd(size, 8))
     return adapter
 
 
@@ -231,7 +218,11 @@ def build_samples(
     trained = _trained(config, data.records)
     if config.epochs is not None:
         config = replace(config, steps=config.epochs * -(-len(trained) // config.batch))
-    references = _references(config.reference, [data.records[index] for index in trained])
+    records = [data.records[index] for index in trained]
+    if config.reference != "auto":
+        references = References(records, parse_references(config.reference))
+    elif (references := References(records, {"augmented": 1})).paired_share:
+        references = References(records, {"paired": 1})
     drawn = None
     if config.fusion == "generative" and initial is not None:
         drawn = (initial.image_proj.num_tokens or 0, initial.token_width)
@@ -310,16 +301,8 @@ def _trained(config: TrainConfig, records: list[Record]) -> list[int]:
             expected=f"fewer than {count}",
             found=wanted,
         )
-    validation = held_out(config, count)
-    kept = [index for index in range(count) if index not in validation]
+    kept = sorted(set(range(count)) - held_out(config, count))
     return [index for index in kept for _ in range(records[index].repeats)]
-
-
-def _references(kind: str, records: list[Record]) -> References:
-    if kind != "auto":
-        return References(records, parse_references(kind))
-    augmented = References(records, {"augmented": 1})
-    return References(records, {"paired": 1}) if augmented.paired_share else augmented
 
 
 def _paired(records: list[Record], trained: list[int]) -> tuple[list[int], References]:

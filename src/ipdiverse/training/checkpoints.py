@@ -16,16 +16,18 @@ import hashlib
 import json
 import re
 import shutil
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from torch import Tensor
 
 from ipdiverse.errors import ArgumentError, CheckpointError
-from ipdiverse.training.config import DROPPED, MAY_CHANGE, todays
+from ipdiverse.training.config import DROPPED, MAY_CHANGE, TrainConfig, todays
 from ipdiverse.writing import (
     append_text,
     file_hash,
@@ -36,13 +38,6 @@ from ipdiverse.writing import (
     write_text_atomic,
     writing,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
-
-    from torch import Tensor
-
-    from ipdiverse.training.config import TrainConfig
 
 ADAPTER = "adapter.safetensors"
 LOG = "log.jsonl"

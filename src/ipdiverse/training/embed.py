@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -185,22 +186,29 @@ class Embedded:
 TrainingData = Online | Embedded
 
 
+def embedded_pictures(
+    folder: Path, records: list[Record], encoders: str, shown: Preprocessing, stored: Stored
+) -> Rows:
+    """Shards of every picture's embeddings: finished ones, for whichever use, or those to make."""
+    made = [
+        _rows_of(folder / FOLDER, records, encoders, shown, one)
+        for one in (replace(stored, images="both"), stored)
+    ]
+    found = [one[n] for one in made for n in ("references", "pictures") if one[n].done]
+    return found[0] if found else made[1]["pictures"]
+
+
 class EmbeddedPictures:
     """Image embeddings of every picture of a data set, as `embed` stored them for either use."""
 
     def __init__(
         self, folder: Path, encoders: FrozenEncoders, preprocessing: Preprocessing, stored: Stored
     ) -> None:
-        records, known = read_manifest(folder), encoders.fingerprint()
-        made = [
-            _rows_of(folder / FOLDER, records, known, preprocessing, one)
-            for one in (replace(stored, images="both"), stored)
-        ]
-        found = [one[n] for one in made for n in ("references", "pictures") if one[n].done]
-        if not found:
+        self.records, known = read_manifest(folder), encoders.fingerprint()
+        rows = embedded_pictures(folder, self.records, known, preprocessing, stored)
+        if not rows.done:
             embed(folder, encoders, preprocessing, replace(stored, rows=("pictures",)))
-        rows = found[0] if found else made[1]["pictures"]
-        self.records, self._read = records, RowReader(rows)
+        self._read = RowReader(rows)
         self._rows = {name: index for index, name in enumerate(rows.contents)}
 
     def __getitem__(self, file_name: str) -> dict[str, Tensor]:
@@ -214,16 +222,17 @@ def embed(
     preprocessing: Preprocessing,
     stored: Stored,
     part: Part = WHOLE,
+    about: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Compute the missing shards of a cache; what `embedded.json` says, and how many were.
 
     A part computes the shards that it takes, says how many, and leaves `embedded.json` to
-    `merge_embedded`.
+    `merge_embedded`; `about` is what its statement says besides.
     """
     online, home = Online(folder, encoders, preprocessing), folder / FOLDER
     cache = _Cache(folder, online.records, encoders.fingerprint(), preprocessing, stored)
     if not part.whole:
-        with part_of(home, part, cache.about()):
+        with part_of(home, part, {**cache.about(), **about}):
             return {"part": str(part), "computed": _compute(online, cache, cache.missing(part))}
     file, todo = home / REPORT, cache.missing()
     computed = sum(len(missing) for _, missing in todo)
@@ -256,7 +265,8 @@ def merge_embedded(folder: Path, about: Mapping[str, Any]) -> None:
             fix = "Run the parts of `ipdiverse embed` again; finished shards are kept."
             what = f"lacks {len(lost)} shards, or they are of other data or encoders"
             raise DataError(what, where=home, found=lost[0].name, fix=fix)
-        write_bytes_atomic(home / REPORT, cache.report())
+        if not cache.is_of_others:
+            write_bytes_atomic(home / REPORT, cache.report())
         forget_parts(home)
 
 
@@ -274,6 +284,10 @@ class _Cache:
         layout, self.stored = _layout(folder, records, encoders, shown, asked)
         self.pictures = layout["references"].contents
         self.rows = [layout[name] for name in asked.rows]
+        self.is_of_others = False
+        if asked.rows == ("pictures",):  # of `fit`, which any other use of the cache serves
+            own, found = self.rows[0], embedded_pictures(folder, records, encoders, shown, asked)
+            self.rows, self.is_of_others = [found], found != own
         self.records, self.encoders, self.shown, self.asked = records, encoders, shown, asked
         self.file = folder / FOLDER / REPORT
 

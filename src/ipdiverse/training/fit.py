@@ -8,6 +8,7 @@ and the bank is kept, so memory does not grow with the number of pictures.
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from itertools import chain
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from ipdiverse.adapter.model import check_encoder
 from ipdiverse.errors import DataError, ModelError
 from ipdiverse.provenance import derived_seed
 from ipdiverse.training.config import FitOptions
-from ipdiverse.training.embed import EmbeddedPictures, Stored
+from ipdiverse.training.embed import EmbeddedPictures, Stored, embed
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from ipdiverse.adapter.model import ImagePromptAdapter
     from ipdiverse.data.manifest import Record
+    from ipdiverse.parts import Part
     from ipdiverse.training.embed import TrainingData
     from ipdiverse.training.frozen import FrozenEncoders, Preprocessing
 
@@ -60,7 +62,7 @@ def fit_space(
     Args:
         folder: As `prepare` wrote it, with subjects of several pictures or with pairs.
         encoders: Of a base that the adapter fits.
-        adapter: Of kind `base` or `plus`.
+        adapter: Of any kind that reads no faces.
         preprocessing: As the cache of `embed` was made with; one that is not there is made.
         options: How; None takes the defaults.
         about: What else its file should say.
@@ -69,11 +71,8 @@ def fit_space(
         DataError: There are too few subjects with several pictures.
         ModelError: The adapter is of another kind, or does not fit the image encoder.
     """
-    check_kind(adapter)
-    check_encoder(adapter, encoders.images.encoder)
-    tower = text_tower(encoders.pipe, encoders.images.encoder.config.projection_dim)
-    reads = "both" if tower and adapter.reads == ("hidden",) else adapter.reads[0]
-    pictures = EmbeddedPictures(folder, encoders, preprocessing, Stored(reads))  # type: ignore[arg-type]
+    tower, stored = _reads(encoders, adapter)
+    pictures = EmbeddedPictures(folder, encoders, preprocessing, stored)
     groups = _subjects(pictures.records, folder)
     tokens = _Tokens(pictures, adapter, groups)
     options = options or FitOptions()
@@ -98,6 +97,39 @@ def fit_space(
         **about,
     }
     return VariationSpace(mean, directions, deviations, scene, bank, keys[1], keys[2], spec)
+
+
+def embed_part(
+    folder: Path,
+    encoders: FrozenEncoders,
+    adapter: ImagePromptAdapter,
+    preprocessing: Preprocessing,
+    part: Part,
+    about: Mapping[str, Any],
+) -> None:
+    """Embed a part of the pictures that `fit_space` reads; takes and raises what that does.
+
+    The sums are not split: those of another order differ in their last digits. They cost little,
+    as of each picture only the projection of its embeddings is computed for them.
+
+    Args:
+        about: What `merge` needs to know of the fit.
+    """
+    stored = replace(_reads(encoders, adapter)[1], rows=("pictures",))
+    embed(folder, encoders, preprocessing, stored, part, about)
+
+
+def _reads(
+    encoders: FrozenEncoders, adapter: ImagePromptAdapter
+) -> tuple[tuple[Any, Any] | None, Stored]:
+    """The text tower that goes with the image encoder, and which embeddings are needed."""
+    check_kind(adapter)
+    check_encoder(adapter, encoders.images.encoder)
+    # SigLIP has no projection, and no base its text encoder
+    width = getattr(encoders.images.encoder.config, "projection_dim", 0)
+    tower = text_tower(encoders.pipe, width)
+    both = tower and adapter.reads == ("hidden",)
+    return tower, Stored("both" if both else adapter.reads[0])  # type: ignore[arg-type]
 
 
 def fit_directions(
@@ -126,7 +158,7 @@ def _fitted(
 
 def check_kind(adapter: ImagePromptAdapter) -> None:
     """Refuse adapters whose tokens are not a picture's alone."""
-    if adapter.kind not in ("base", "plus"):
+    if adapter.kind not in ("base", "plus", "pooled", "redux", "time-resampler"):
         raise ModelError(
             "has no variation space",
             where=f"a {adapter.kind} adapter",
@@ -169,6 +201,8 @@ class _Tokens:
         self.pictures, self.adapter, self.groups = pictures, adapter, groups
         self.pairs = sum(len(group) - 1 for group in groups.values())
         self.count = len({name for files in groups.values() for name in files})
+        # an encoder says how many tokens Redux has, and the kept states of SD 3.5's adapter
+        self.width = self.of([next(iter(groups.values()))[0]]).shape[1]
 
     def subjects(self) -> Iterator[list[tuple[str, list[str], Tensor]]]:
         """Some at a time: subject, its files, and their tokens, (files, tokens · width)."""
@@ -198,8 +232,7 @@ def _principal(
     tokens: _Tokens, options: FitOptions, pairs: int
 ) -> tuple[Tensor, Tensor, Tensor, float]:
     """Mean, principal directions, the deviation along each, and the share that they explain."""
-    num, width = tokens.adapter.image_proj.num_tokens or 0, tokens.adapter.token_width
-    if num * width <= _EXACT:
+    if tokens.width <= _EXACT:
         mean, variances, vectors, whole = _exact(tokens)
     else:
         mean, variances, vectors, whole = _sampled(tokens)
@@ -213,7 +246,7 @@ def _principal(
 
 
 def _exact(tokens: _Tokens) -> tuple[Tensor, Tensor, Tensor, float]:
-    width = (tokens.adapter.image_proj.num_tokens or 0) * tokens.adapter.token_width
+    width = tokens.width
     total, squares = torch.zeros(width).double(), torch.zeros(width, width).double()
     origin, count = None, 0
     for some in tokens.subjects():
@@ -338,34 +371,29 @@ def _bank(
     captions = tuple(texts[name] for name in names)
     told = [i for i, caption in enumerate(captions) if caption]
     some = told[:: max(1, len(told) // _PROMPTS)]
+
+    def found_by(keys: Tensor, means: Tensor, directions: Tensor, tower: Any) -> SceneBank:
+        """The bank, with the similarities of halves of captions, as users write less."""
+        short = [half for i in some for half in _halves(captions[i])]
+        asked = text_embeds(encoders.pipe, tower, short)
+        similar = normalize((asked - means[0]) @ directions, dim=-1) @ keys.T
+        return SceneBank(scenes, keys, captions, _near(similar, some))
+
     if tower is not None and some:
         images = torch.stack([pictures[name]["pooled"] for name in names])
         prompts = text_embeds(encoders.pipe, tower, [captions[i] for i in some])
         keys, means, directions = _keys(images, prompts)
-        queries = normalize((prompts - means[0]) @ directions, dim=-1)
-        similar = queries @ keys.T
+        similar = normalize((prompts - means[0]) @ directions, dim=-1) @ keys.T
         own = similar[range(len(some)), some]
         if float((similar < own[:, None]).float().mean()) > _FOUND:
-            short = [half for i in some for half in _halves(captions[i])]
-            asked = text_embeds(encoders.pipe, tower, short)
-            queries = normalize((asked - means[0]) @ directions, dim=-1)
-            bank = SceneBank(scenes, keys, captions, _near(queries @ keys.T, some))
-            return bank, ("image", means, directions)
-    width = encoders.pipe.text_encoder.config.hidden_size
+            return found_by(keys, means, directions, tower), ("image", means, directions)
     if len(told) < len(captions):  # a key for a part of them would leave the others out for good
-        keys, means, directions = (
-            torch.zeros(len(names), 0),
-            torch.zeros(2, width),
-            torch.zeros(width, 0),
-        )
-        return SceneBank(scenes, keys, captions), ("caption", means, directions)
+        width = encoders.pipe.text_encoder.config.hidden_size
+        none = torch.zeros(2, width), torch.zeros(width, 0)
+        return SceneBank(scenes, torch.zeros(len(names), 0), captions), ("caption", *none)
     embeds = text_embeds(encoders.pipe, None, captions)
     keys, means, directions = _keys(embeds, embeds)
-    short = [half for i in some for half in _halves(captions[i])]
-    asked = text_embeds(encoders.pipe, None, short)
-    queries = normalize((asked - means[0]) @ directions, dim=-1)
-    bank = SceneBank(scenes, keys, captions, _near(queries @ keys.T, some))
-    return bank, ("caption", means, directions)
+    return found_by(keys, means, directions, None), ("caption", means, directions)
 
 
 def _keys(pictures: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -378,7 +406,7 @@ def _keys(pictures: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _halves(caption: str) -> list[str]:
-    """Held-out prompts: users write less than a caption says."""
+    """Held-out prompts."""
     words = caption.split()
     return [" ".join(words[: len(words) // 2 or 1]), " ".join(words[len(words) // 2 :])]
 

@@ -7,8 +7,9 @@ variant: number v of an image is always the same, so it can be stored.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -18,16 +19,11 @@ from torch import Tensor
 from ipdiverse.adapter.attach.branches import text_mask
 from ipdiverse.adapter.attach.encoding import ImageEncoding
 from ipdiverse.base.bases import load_base, load_image_encoder
-from ipdiverse.base.pipelines import is_transformer, load_unet
+from ipdiverse.base.pipelines import check_trainable, load_unet
 from ipdiverse.data.references import augment
 from ipdiverse.errors import ModelError, check_range
 from ipdiverse.provenance import derived_seed
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from typing import Self
-
-    from ipdiverse.training.config import CacheConfig
+from ipdiverse.training.config import CacheConfig
 
 
 @dataclass(frozen=True)
@@ -70,10 +66,8 @@ class Preprocessing:
 
     def reference(self, image: Image.Image, sha256: str, change: int) -> Image.Image:
         """One picture to prompt with: 0 is the image itself, the others are changed."""
-        if change == 0:
-            return image
         rng = np.random.default_rng(derived_seed(self.seed, sha256, "reference", change))
-        return augment(image, rng)
+        return augment(image, rng) if change else image
 
 
 class FrozenEncoders:
@@ -173,9 +167,7 @@ def open_encoders(
     unet: bool = True,
 ) -> FrozenEncoders:
     """The encoders of a base; without `unet`, its weights are left for `load_unet`."""
-    if is_transformer(base):
-        what, wanted = "cannot be trained for", "a base with a UNet"
-        raise ModelError(what, where=base, expected=wanted, found="a transformer")
+    check_trainable(base, local_files_only=local_files_only)
     options: dict[str, Any] = {"local_files_only": local_files_only}
     own = None if image_encoder is None else ""  # a preset's encoder is not fetched in vain
     opened = load_base(base, safety_checker=False, encoder=own, unet=unet, **options)

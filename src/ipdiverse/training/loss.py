@@ -7,28 +7,23 @@ operations (`benchmarks/training.py`). Losses and gradients are the same to roun
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.grad import conv2d_input
 from torch.utils.checkpoint import checkpoint
 
+from ipdiverse.adapter.model import ImagePromptAdapter
 from ipdiverse.errors import ModelError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from contextlib import AbstractContextManager
-
-    from jaxtyping import Float
-
-    from ipdiverse.adapter.model import ImagePromptAdapter
 
 _PARTS = 4
 """Parts of the tokens; a feed-forward that is computed again needs memory for one at a time."""

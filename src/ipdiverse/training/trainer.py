@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,22 +16,11 @@ from torch import Tensor
 from ipdiverse.adapter.attach.attach import attach
 from ipdiverse.adapter.files.checkpoint import save_adapter
 from ipdiverse.errors import ArgumentError, Interrupted, ModelError
-from ipdiverse.training import build, checkpoints
+from ipdiverse.training import build, checkpoints, loss
+from ipdiverse.training.config import TrainConfig
 from ipdiverse.training.frozen import FrozenEncoders, open_encoders
-from ipdiverse.training.loss import (
-    PromptedUnet,
-    TokenFlow,
-    fast_backward,
-    hold_as_computed,
-    hold_less,
-)
 from ipdiverse.training.validation import Validation
 from ipdiverse.writing import ensure_writable_folder, only_one
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from ipdiverse.training.config import TrainConfig
 
 _PARTS = {"projection": "image_proj", "layers": "ip_adapter", "fusion": "fusion"}
 
@@ -78,16 +68,15 @@ class Trainer:
         self.adapter.to(device, self.pipe.unet.dtype)
         attachment = None
         if with_unet:
-            reader = (encoders.images.encoder, encoders.images.processor)
-            attachment = attach(
-                self.pipe, self.adapter, image_encoder=reader[0], image_processor=reader[1]
-            )
+            encoder, processor = encoders.images.encoder, encoders.images.processor
+            both = {"image_encoder": encoder, "image_processor": processor}
+            attachment = attach(self.pipe, self.adapter, **both)
         # after the adapter took the UNet's type: it learns in float32
-        hold_as_computed(self.pipe.unet, config.mixed_precision)
+        loss.hold_as_computed(self.pipe.unet, config.mixed_precision)
         if config.gradient_checkpointing:
             self.pipe.unet.enable_gradient_checkpointing()
         else:
-            hold_less(self.pipe.unet)
+            loss.hold_less(self.pipe.unet)
         records = self.samples.data.records
         held_out = sorted(build.held_out(config, len(records)))
         self.validation = Validation(config, records, held_out, encoders, attachment)
@@ -95,9 +84,9 @@ class Trainer:
         self.names, self.parameters = list(learning), list(learning.values())
         self.ema = EMAModel(self.parameters, config.ema, foreach=True) if config.ema else None
         model = (
-            TokenFlow(self.adapter)
+            loss.TokenFlow(self.adapter)
             if draws
-            else PromptedUnet(self.pipe, self.adapter, config.min_snr)
+            else loss.PromptedUnet(self.pipe, self.adapter, config.min_snr)
         )
         optimizer = build.build_optimizer(config, self.parameters)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
@@ -158,15 +147,15 @@ class Trainer:
         rate = build.learning_rate(self.config, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        loss, most = self._backward(batch), self.config.max_grad_norm
+        mean, most = self._backward(batch), self.config.max_grad_norm
         norm = float(self.accelerator.clip_grad_norm_(self.parameters, most))  # type: ignore[arg-type]
-        finite = math.isfinite(loss) and math.isfinite(norm)
+        finite = math.isfinite(mean) and math.isfinite(norm)
         scaled = self.accelerator.scaler is not None
         if finite or scaled:  # a gradient scaler skips the step itself, and lowers its scale
             self.optimizer.step()
         self.skipped += not finite
         # a scaler finds its scale by infinite gradients of a finite loss: not a fault of the run
-        self.bad = 0 if finite or (scaled and math.isfinite(loss)) else self.bad + 1
+        self.bad = 0 if finite or (scaled and math.isfinite(mean)) else self.bad + 1
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         if self.ema is not None and finite:
@@ -177,7 +166,7 @@ class Trainer:
             what = f"{self.bad} batches in a row are not finite"
             fix = "Lower the learning rate, or train in bf16 or fp32."
             raise ModelError(what, where=f"step {self.step}", fix=fix)
-        return {"loss": loss, "learning_rate": rate, "norm": norm, "skipped": self.skipped}
+        return {"loss": mean, "learning_rate": rate, "norm": norm, "skipped": self.skipped}
 
     def _validate(self) -> dict[str, float]:
         """Draw held-out cases with the weights that would be saved, when a drawing is due."""
@@ -214,7 +203,7 @@ class Trainer:
             together = contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
             # a flow's tokens are few, as many as its noise has rows
             seen = part.get("latents", part["noise"][..., 0])
-            with together, fast_backward(seen, self.config.mixed_precision):
+            with together, loss.fast_backward(seen, self.config.mixed_precision):
                 losses = self.model(part)
                 # processes' gradients are averaged; a mean over the whole batch is wanted
                 mean = losses.sum() * self.accelerator.num_processes / self.config.batch
@@ -229,8 +218,8 @@ class Trainer:
             if self.ema is not None:  # else the adapter's file has the weights
                 tensors["weights"] = dict(zip(self.names, self.parameters, strict=True))
                 tensors["average"] = dict(zip(self.names, self.ema.shadow_params, strict=True))
-            counters: dict[str, Any] = {"skipped": self.skipped, "bad": self.bad}
-            counters["micro"] = self.micro
+            counters: dict[str, Any]
+            counters = {"skipped": self.skipped, "bad": self.bad, "micro": self.micro}
             if self.accelerator.scaler is not None:
                 counters["scaler"] = self.accelerator.scaler.state_dict()
             state = checkpoints.State(self.step, tensors, counters)

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
+from ipdiverse.adapter.attach.attach import Attachment
 from ipdiverse.contact_sheet import contact_sheet
 from ipdiverse.data.files import picture_below
+from ipdiverse.data.manifest import Record
 from ipdiverse.data.references import References
-from ipdiverse.provenance import generator
-from ipdiverse.writing import ensure_writable_folder, write_bytes_atomic
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from ipdiverse.adapter.attach.attach import Attachment
-    from ipdiverse.data.manifest import Record
-    from ipdiverse.training.config import TrainConfig
-    from ipdiverse.training.frozen import FrozenEncoders
+from ipdiverse.provenance import generator, save_png
+from ipdiverse.training.config import TrainConfig
+from ipdiverse.training.frozen import FrozenEncoders
+from ipdiverse.writing import ensure_writable_folder
 
 FOLDER = "validation"
 _GRID = 16
@@ -52,13 +48,12 @@ class Validation:
         self.config, self.encoders, self.attachment = config, encoders, attachment
         # a trace of `self`, as `paired` alone refuses data in which nothing has a partner
         partners = References(records, {"paired": 1, "self": 1e-9})
-        self.cases = [self._case(records, partners, index) for index in held_out]
-
-    def _case(self, records: Sequence[Record], partners: References, index: int) -> Case:
-        record, folder = records[index], Path(self.config.data)
-        choice = partners.choose(index, np.random.default_rng(self.config.seed))
-        names = (record.file_name, choice.file_name)
-        return Case(record.text, *(picture_below(folder, name) for name in names))
+        self.cases = list[Case]()
+        for index in held_out:
+            choice = partners.choose(index, np.random.default_rng(config.seed))
+            names = (records[index].file_name, choice.file_name)
+            shown = (picture_below(Path(config.data), name) for name in names)
+            self.cases.append(Case(records[index].text, *shown))
 
     def run(self, step: int, out: Path) -> dict[str, float]:
         """Draw every case, write the sheet `OUT/validation/STEP.png`, and measure.
@@ -77,11 +72,9 @@ class Validation:
                 sheets.append(contact_sheet(case.reference, images, [""] * len(images), prompt))
             layout.append(_excess(drawn[0], case, layout_similarity))
             clip.append(_excess(drawn[0], case, self._clip_similarity))
-        buffer = BytesIO()
         # one under the other: with the same number of images, all sheets have the same width
-        Image.fromarray(np.vstack([np.asarray(sheet) for sheet in sheets])).save(buffer, "PNG")
-        folder = ensure_writable_folder(out / FOLDER)
-        write_bytes_atomic(folder / f"{step:08d}.png", buffer.getvalue())
+        whole = Image.fromarray(np.vstack([np.asarray(sheet) for sheet in sheets]))
+        save_png(whole, ensure_writable_folder(out / FOLDER) / f"{step:08d}.png", {"step": step})
         return {"copy_layout": float(np.mean(layout)), "copy_clip": float(np.mean(clip))}
 
     @torch.no_grad()

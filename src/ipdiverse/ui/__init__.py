@@ -68,7 +68,7 @@ class Installed:
         if base == CRITTERS:
             own = sorted(ADAPTERS, key=lambda name: name != DEFAULT_ADAPTER)
         elif base in PRESETS:
-            own = [name for name in self.presets if PRESETS[name].base == PRESETS[base].base]
+            own = [name for name in self.presets if PRESETS[name].files == PRESETS[base].files]
         else:
             own = list(self.presets)
         return {name: name for name in own} | (self.named or {})
@@ -86,7 +86,8 @@ def find_installed(bases: Sequence[str] = (), adapters: Sequence[str] = ()) -> I
     for name in adapters:
         _check_exists("adapter", name)
         _check_suffix("adapter", find_checkpoint(Path(name)), SUFFIXES)
-    presets = tuple(name for name, one in PRESETS.items() if not missing(one.all_files()))
+    complete = (name for name, one in PRESETS.items() if not missing(one.all_files()))
+    presets = tuple(name for name in complete if PRESETS[name].adapter)
     # presets that share a base are one base and several adapters: the first gives it its name
     first = {PRESETS[name].base.id: name for name in reversed(presets)}
     return Installed(

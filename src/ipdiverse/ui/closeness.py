@@ -180,7 +180,7 @@ def judged(
 def _lost(
     images: Sequence[Image.Image], references: Sequence[Image.Image], nearest: np.ndarray
 ) -> tuple[tuple[str, ...], ...] | None:
-    """Attributes of identity that differ; None where a reference is no critter at all.
+    """Attributes of identity that differ; None where a reference is not a critter.
 
     Of 2,000 rendered held-out pairs that differ in one attribute, all are told apart and 1,998 are
     told exactly; of 400 of one critter, in one scene or two, 2 are told apart.

@@ -424,7 +424,7 @@ class Job:
             if self._saved is None:  # not one that goes on after others had their turn
                 # of the files and not of their names: in an unpacked set, the command finds its own
                 self._saved = Run(out, fingerprint(work.request), request.n)
-                self._saved.begin(replace(work, request=named).record(inside))
+                self._saved.begin(replace(work, request=named).finished([]).record(inside))
             run, ended = self._saved, None
             try:
                 for number, image in work.images(skip, progress=False, on_step=self._step):

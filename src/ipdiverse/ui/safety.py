@@ -346,7 +346,7 @@ def _refuse_constant(name: str) -> None:
 
 
 def _split(address: str) -> tuple[str | None, str]:
-    """Host name, and host with port; of what is no address neither."""
+    """Host name, and host with port; none of what is not an address."""
     try:
         parts = urlsplit(address)
         return parts.hostname, parts.netloc

@@ -44,6 +44,10 @@ def test_names_of_the_package_and_paths(tmp_path: Path, monkeypatch: pytest.Monk
         ("critters", "sd15-plus", ModelError, "adapter sd15-plus: belongs to "),
         ("sdxl", "sd15-plus", ModelError, "adapter sd15-plus: belongs to .* found base sdxl"),
         ("somebody/model", "", ArgumentError, "adapter: is missing; found base somebody/model"),
+        ("sd35-medium", "", ArgumentError, "adapter: is missing; found base sd35-medium"),
+        ("sd35-large", "sd35-medium", ModelError, "sd35-medium: has no adapter of its own"),
+        ("sd35-medium", "sd35-large", ModelError, "adapter sd35-large: belongs to "),
+        ("flux-schnell", "sdxl", ModelError, "adapter sdxl: belongs to "),
     ],
 )
 def test_what_is_not_an_adapter_of_the_base_is_refused(
@@ -52,6 +56,11 @@ def test_what_is_not_an_adapter_of_the_base_is_refused(
     for use in (check_adapter, adapter_file):
         with pytest.raises(kind, match=message):
             use(base, adapter)
+
+
+def test_schnell_takes_the_adapters_of_dev() -> None:
+    for adapter in ("", "flux-dev", "flux-dev-v2", "flux-dev-instantx"):
+        check_adapter("flux-schnell", adapter)
 
 
 def test_hub_ids_and_presets_connect_only_where_they_may(

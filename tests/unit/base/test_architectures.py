@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +17,9 @@ from safetensors.torch import save_file
 
 import ipdiverse
 from ipdiverse.adapter.attach.encoding import text_embeds, text_tower
-from ipdiverse.base import pipelines
-from ipdiverse.base.memory import Device, plan_dtype, sizes_of
-from ipdiverse.base.pipelines import is_transformer
+from ipdiverse.base import memory, pipelines
+from ipdiverse.base.memory import Device, MemoryOptions, Plan, arrange, plan_dtype, sizes_of
+from ipdiverse.base.pipelines import Opening, is_transformer
 from ipdiverse.base.presets import PRESETS, VIT_H
 from ipdiverse.cli import main
 from ipdiverse.provenance import generator
@@ -26,6 +29,7 @@ from ipdiverse.sampling.selection import joint_text
 from ipdiverse.sampling.task import Pictures, task_for
 from ipdiverse.training.frozen import open_encoders
 from tests import joint_models, models
+from tests.acceptance.single_file import write_sd3_transformer
 
 TENSORS = {"flux": joint_models.xlabs_tensors, "sd3": joint_models.sd3_tensors}
 
@@ -94,6 +98,14 @@ def test_training_on_a_transformer_is_one_line(folder: Path) -> None:
         open_encoders("base")
 
 
+def test_training_on_a_preset_with_a_transformer_offers_no_download(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--base", "sd35-large", "--data", ".", "--out", "run"]) == 2
+    line = "sd35-large: cannot be trained for; expected a base with a UNet; found a transformer"
+    assert capsys.readouterr().err.splitlines()[-1] == f"ipdiverse: {line}"
+
+
 @pytest.mark.parametrize("kind", ["PixArtSigmaPipeline", "SanaPipeline", "HunyuanDiTPipeline"])
 def test_an_unknown_architecture_is_one_line(kind: str, folder: Path) -> None:
     (folder / "base").mkdir()
@@ -146,3 +158,177 @@ def test_the_text_half_of_an_image_encoder_is_read_if_it_is_at_hand(
     assert text_tower(pipe, 48) is None, "of another width"
     monkeypatch.setattr(pipelines, "cached", lambda _: None)
     assert text_tower(pipe, 64) is None, "nothing is downloaded for it"
+
+
+def parts_of(name: str, into: str) -> None:
+    """A base's folder without the transformer's weights, as it stands beside a single file."""
+    saved(name)
+    Path("base").rename(into)
+    for weights in Path(into, "transformer").glob("*.safetensors"):
+        weights.unlink()
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_a_single_file_of_a_transformer_opens_with_the_parts_beside_it(
+    name: str, folder: Path
+) -> None:
+    """Such files hold the transformer alone; Flux' comes with diffusers' names too."""
+    parts_of(name, "tuned")
+    transformer = joint_models.pipeline(name).transformer
+    if name == "flux":  # diffusers converts the original's names at the published width alone
+        save_file(transformer.state_dict(), "tuned.safetensors")
+    else:
+        write_sd3_transformer(transformer, Path("tuned.safetensors"))
+    assert is_transformer("tuned.safetensors")
+    opened = ipdiverse.load_base("tuned.safetensors", local_files_only=True)
+    stock = joint_models.pipeline(name)
+    assert type(opened.pipe) is type(stock)
+    for part in ("transformer", "vae", "text_encoder", "text_encoder_2"):
+        found, expected = (getattr(pipe, part).state_dict() for pipe in (opened.pipe, stock))
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in expected), part
+    with pytest.raises(ipdiverse.IpdiverseError, match="cannot be trained for; expected a base"):
+        open_encoders("tuned.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("names", "preset"),
+    [
+        ("double_blocks.0.x guidance_in.in_layer.bias", "flux-dev"),
+        ("model.diffusion_model.double_blocks.0.x", "flux-schnell"),
+        ("single_transformer_blocks.0.x time_text_embed.guidance_embedder.a", "flux-dev"),
+        ("joint_blocks.37.x_block.mlp.fc1.weight", "sd35-large"),
+        ("joint_blocks.23.x_block.attn2.proj.weight", "sd35-medium"),
+        ("model.diffusion_model.input_blocks.0.0.weight", ""),
+    ],
+)
+def test_what_a_single_file_lacks_comes_from_the_preset_of_its_kind(
+    names: str, preset: str, folder: Path
+) -> None:
+    save_file({name: torch.zeros(1) for name in names.split()}, "a.safetensors")
+    assert is_transformer("a.safetensors") == bool(preset)
+    wanted = f"{preset}: .*not in the local cache.*; found no .*/model_index.json"
+    with pytest.raises(ipdiverse.IpdiverseError, match=wanted if preset else "a.safetensors"):
+        ipdiverse.load_base("a.safetensors", local_files_only=True)
+
+
+def test_a_repository_is_known_before_its_gigabytes_come(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def answer(repository: str, name: str, **_: Any) -> str:
+        asked.append((repository, name))
+        kind = "SanaPipeline" if "sana" in repository else "FluxPipeline"
+        Path("found.json").write_text(json.dumps({"_class_name": kind, "transformer": ["a", "b"]}))
+        return "found.json"
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", answer)
+    with pytest.raises(ipdiverse.IpdiverseError, match=r"unknown architecture; .*found SanaPipe"):
+        ipdiverse.load_base("somebody/sana")
+    with pytest.raises(ipdiverse.IpdiverseError, match="cannot be trained for"):
+        open_encoders("somebody/flux")
+    assert {name for _, name in asked} == {"model_index.json"}
+
+
+QUANTIZED = {"int8": "torchao", "nf4": "bitsandbytes"}
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_a_quantising_library_that_is_missing_is_one_line(
+    kind: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(memory, "find_spec", lambda _: None)
+    library = QUANTIZED[kind]
+    words = ["generate", "--base", "flux-dev", "--image", "a.png", "--quantize", kind]
+    assert main(words) == 2
+    line = f"ipdiverse: quantize: {kind} needs {library}. pip install {library}\n"
+    assert capsys.readouterr().err == line
+    (folder / "base").mkdir()
+    about = {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "x"]}
+    (folder / "base" / "model_index.json").write_text(json.dumps(about))
+    with pytest.raises(ipdiverse.IpdiverseError, match=f"{kind} needs {library}"):
+        ipdiverse.load_base("base", memory=MemoryOptions(quantize=kind))
+
+
+def test_what_cannot_be_quantised_is_one_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "find_spec", lambda _: object())
+    monkeypatch.setattr(memory, "this_device", lambda: Device("cpu", 2**34))
+    cases: tuple[tuple[str, Any, str], ...] = (
+        ("sd15", "int8", "quantize: is for Flux.1 and Stable Diffusion 3.5; found sd15"),
+        ("flux-dev", "nf4", "quantize: nf4 needs a CUDA device; found cpu"),
+    )
+    for base, kind, message in cases:
+        with pytest.raises(ipdiverse.IpdiverseError, match=message):
+            Request(("a.png",), ("a",), base=base, quantize=kind).check()
+
+
+def test_four_bits_are_asked_of_diffusers_and_transformers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """bitsandbytes quantises on a GPU alone, so this looks at what it is given."""
+    import diffusers
+    import transformers
+
+    version = importlib.metadata.version
+    monkeypatch.setattr(
+        "importlib.metadata.version",
+        lambda name: "0.50.2" if name == "bitsandbytes" else version(name),
+    )
+    opening = Opening(True, "", True, None, "bfloat16", quantize="nf4")
+    mapping = pipelines._quantization(opening).quant_mapping
+    assert type(mapping["transformer"]) is diffusers.BitsAndBytesConfig
+    assert type(mapping["text_encoder_2"]) is transformers.BitsAndBytesConfig
+    for config in mapping.values():
+        assert (config.load_in_4bit, config.bnb_4bit_quant_type) == (True, "nf4")
+        assert config.bnb_4bit_compute_dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("offload", ["none", "model", "sequential"])
+@pytest.mark.parametrize("name", TENSORS)
+def test_an_image_prompt_on_eight_bits(name: str, offload: str, folder: Path) -> None:
+    pytest.importorskip("torchao")
+    full, wishes = saved(name), MemoryOptions("float32", quantize="int8")
+    pipe = ipdiverse.load_base("base", memory=wishes).pipe
+    assert 0.2 < sizes_of(pipe).unet / sizes_of(full).unet < 0.6
+    arrange(pipe, Plan("cpu", "float32", offload, False, 2**34))
+
+    def drawn(one: Any = pipe) -> torch.Tensor:
+        seeded = torch.Generator().manual_seed(3)
+        given = {"height": 64, "width": 64, "num_inference_steps": 2, "output_type": "latent"}
+        return one("a cat", generator=seeded, max_sequence_length=12, **given).images
+
+    plain, exact = drawn(), drawn(full)
+    assert 0 < float((plain - exact).abs().max()) < 0.1 * float(exact.abs().max())
+    with ipdiverse.attach(pipe, joint_models.adapter(TENSORS[name]())) as attachment:
+        attachment.set_reference(models.picture(1))
+        assert not torch.equal(drawn(), plain)
+        attachment.set_scale(0.0)
+        assert torch.equal(drawn(), plain)
+    assert torch.equal(drawn(), plain)
+
+
+def test_transformers_are_not_imported_until_one_is_opened() -> None:
+    """Modules are counted; diffusers' UNet brings its transformer models along by itself."""
+    code = (
+        "import sys\n"
+        "if sys.argv[1] == 'ours':\n"
+        "    import ipdiverse\n"
+        "    from ipdiverse.base.adapters import adapter_file\n"
+        "    ipdiverse.attach(ipdiverse.load_base().pipe, adapter_file('critters'))\n"
+        "else:\n"
+        "    from diffusers import StableDiffusionPipeline\n"
+        "names = ('diffusers.models.transformers.', 'diffusers.pipelines.flux',"
+        " 'diffusers.pipelines.stable_diffusion_3', 'transformers.models.t5')\n"
+        "found = [name for name in sys.modules if name.startswith(names)]\n"
+        "print(len(found), sum('models.transformers.' not in name for name in found))"
+    )
+    counts = []
+    for whose in ("ours", "stock"):
+        argv = [sys.executable, "-c", code, whose]
+        done = subprocess.run(argv, capture_output=True, check=True, text=True)
+        counts.append(tuple(map(int, done.stdout.split()[-2:])))
+    (ours, pipelines_of_ours), (stock, _) = counts
+    assert (ours, pipelines_of_ours) == (stock, 0)

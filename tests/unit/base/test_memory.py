@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,6 +26,7 @@ from ipdiverse.base.memory import (
     sizes_of,
     this_device,
 )
+from ipdiverse.base.presets import PRESETS
 from ipdiverse.errors import ArgumentError
 from tests import models
 
@@ -118,6 +120,47 @@ def test_what_is_stated_holds() -> None:
     assert plan_dtype(large, "bfloat16") == "bfloat16"
 
 
+def test_four_bits_do_not_move_layer_by_layer() -> None:
+    small, nf4 = Device("cuda", 2 * GIB), MemoryOptions(quantize="nf4")
+    plan = plan_memory(small, SDXL, nf4)
+    assert (plan.offload, plan.tiling, plan.quantize) == ("model", True, "nf4")
+    assert plan.line() == "cuda (2.0 GiB), float16 with nf4 weights, models offloaded, VAE in tiles"
+    assert plan_memory(small, SDXL, MemoryOptions(quantize="int8")).offload == "sequential"
+    with pytest.raises(ArgumentError, match="offload: sequential does not go with nf4"):
+        plan_memory(small, SDXL, MemoryOptions(offload="sequential", quantize="nf4"))
+
+
+def _published(name: str, quantize: str) -> Sizes:
+    """Sizes of a preset from those of its files; nf4 has a number for every 64 weights too."""
+    preset: Any = PRESETS[name]
+    parts: dict[str, float] = {"image_encoder": preset.encoder.weights[1] / 2}  # published in fp32
+    for file, size in preset.files:
+        part = file.partition("/")[0]
+        parts[part] = parts.get(part, 0) + size
+    for part in ("transformer", "text_encoder_2" if "flux" in name else "text_encoder_3"):
+        parts[part] *= {"none": 1, "int8": 0.5, "nf4": 0.28}[quantize]
+    texts = [size for part, size in parts.items() if "encoder" in part]
+    adapter = preset.weights[1]
+    total = int(sum(parts.values()) + adapter)
+    unet = int(parts["transformer"] + adapter)
+    return Sizes(unet, int(parts["vae"]), int(max(texts)), total, preset.resolution**2)
+
+
+def test_the_guide_has_the_plans_of_large_presets() -> None:
+    words = {"none": "all on the device", "model": "models offloaded"}
+    guide = (Path(__file__).parents[3] / "docs" / "bases.md").read_text("utf-8")
+    for gib in (48, 24, 16, 12):
+        row = f"| {gib} GiB |"
+        for name in ("flux-dev", "sd35-large"):
+            for kind in ("none", "int8", "nf4"):
+                sizes, device = _published(name, kind), Device("cuda", gib * GIB, bfloat16=True)
+                plan = plan_memory(device, sizes, MemoryOptions("bfloat16", quantize=kind))
+                assert bytes_needed(sizes, plan.offload, plan.tiling) <= gib * GIB
+                tiles = ", VAE in tiles" if plan.tiling else ""
+                row += f" {words.get(plan.offload, 'layers offloaded')}{tiles} |"
+        assert row in guide
+
+
 @pytest.mark.parametrize("kind", ["cpu", "mps"])
 def test_there_is_nothing_to_offload_from_without_cuda(kind: str) -> None:
     with pytest.raises(ArgumentError, match=f"offload: needs a CUDA device; found {kind}"):
@@ -129,6 +172,7 @@ def test_there_is_nothing_to_offload_from_without_cuda(kind: str) -> None:
     [
         ({"dtype": "half"}, r"dtype: is unknown; expected auto \| float32 .*; found half"),
         ({"offload": "disk"}, r"offload: is unknown; expected auto \| none .*; found disk"),
+        ({"quantize": "fp8"}, r"quantize: is unknown; expected none \| int8 \| nf4; found fp8"),
     ],
 )
 def test_unknown_words_are_named(options: dict[str, Any], message: str) -> None:

@@ -43,7 +43,7 @@ def test_every_value_of_every_attribute_is_visible(scene: Scene, name: str) -> N
 
 def test_a_box_covers_exactly_its_pixels() -> None:
     canvas = np.zeros((8, 8, 3), np.float32)
-    shapes.paint(canvas, shapes.Box(0.5, 0.5, 0.25, 0.25), (1.0, 1.0, 1.0))
+    shapes.paint(canvas, shapes.box(0.5, 0.5, 0.25, 0.25), (1.0, 1.0, 1.0))
     expected = np.zeros((8, 8))
     expected[2:6, 2:6] = 1
     np.testing.assert_allclose(canvas[..., 0], expected, atol=1e-6)
@@ -51,10 +51,10 @@ def test_a_box_covers_exactly_its_pixels() -> None:
 
 def test_areas_are_right() -> None:
     for shape, area in (
-        (shapes.Ellipse(0.5, 0.5, 0.3, 0.3), np.pi * 0.09),
-        (shapes.Polygon(((0.2, 0.2), (0.8, 0.2), (0.8, 0.8))), 0.18),
-        (shapes.Capsule(0.3, 0.5, 0.7, 0.5, 0.1), 0.08 + np.pi * 0.01),
-        (shapes.Polygon(shapes.star(0.5, 0.5, 0.4, 0.2)), 5 * 0.4 * 0.2 * np.sin(np.pi / 5)),
+        (shapes.ellipse(0.5, 0.5, 0.3, 0.3), np.pi * 0.09),
+        (shapes.polygon(((0.2, 0.2), (0.8, 0.2), (0.8, 0.8))), 0.18),
+        (shapes.capsule(0.3, 0.5, 0.7, 0.5, 0.1), 0.08 + np.pi * 0.01),
+        (shapes.polygon(shapes.star(0.5, 0.5, 0.4, 0.2)), 5 * 0.4 * 0.2 * np.sin(np.pi / 5)),
     ):
         canvas = np.zeros((256, 256, 3), np.float32)
         shapes.paint(canvas, shape, (1.0, 1.0, 1.0))
@@ -63,5 +63,5 @@ def test_areas_are_right() -> None:
 
 def test_a_shape_outside_the_canvas_paints_nothing() -> None:
     canvas = np.zeros((8, 8, 3), np.float32)
-    shapes.paint(canvas, shapes.Ellipse(3, 3, 0.1, 0.1), (1.0, 1.0, 1.0))
+    shapes.paint(canvas, shapes.ellipse(3, 3, 0.1, 0.1), (1.0, 1.0, 1.0))
     assert not canvas.any()

@@ -478,7 +478,7 @@ def test_hostile_tar_files_cost_no_more_than_their_budget(tmp_path: Path) -> Non
     whole = tar(file, ("a.png", png()), ("b.png", png()))
     put(file, whole.replace(b"b.png", b"c.png", 1))
     assert problems()[0] == ""
-    assert "broken after 'a': what follows is no header" in problems()[1]
+    assert "broken after 'a': what follows is not a header" in problems()[1]
     long = tarfile.TarInfo("././@LongLink")
     long.type, long.size = tarfile.GNUTYPE_LONGNAME, 1 << 33
     put(file, long.tobuf(tarfile.GNU_FORMAT) + bytes(1024))

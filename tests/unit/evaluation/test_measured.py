@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 
-from ipdiverse.evaluation.measured import Measured, check_dials, straightness
+from ipdiverse.evaluation.measured import Measured, check_dials, rounded, straightness
 from ipdiverse.evaluation.sets import PairSums
 from ipdiverse.evaluation.study import Arm
 
@@ -39,7 +41,7 @@ def test_a_straight_dial_says_what_it_kept_and_how_the_prompt_fared() -> None:
     assert check.kept == pytest.approx(0.9)
     assert check.accuracy_change is not None
     assert check.accuracy_change == pytest.approx((0.01, 0.01, 0.01))
-    assert check.as_json()["kept"] == 0.9
+    assert rounded(asdict(check))["kept"] == 0.9
 
 
 def test_a_dial_that_comes_on_late_is_not_straight() -> None:

@@ -10,13 +10,18 @@ import pytest
 from ipdiverse.errors import ArgumentError, ImageError
 from ipdiverse.image_io import load_image
 from ipdiverse.sampling import draw, task
-from ipdiverse.sampling.draw import drawn
+from ipdiverse.sampling.draw import Generation, draw_into, drawing
 from ipdiverse.sampling.request import Request
 from tests import models
 
 
 class RefusedError(Exception):
     pass
+
+
+def drawn(request: Request) -> Generation:
+    with drawing(request) as work:
+        return work.finished([image for _, image in work.images()])
 
 
 @pytest.fixture
@@ -47,12 +52,13 @@ def test_consent_is_asked_after_the_checks_and_before_anything_is_opened(
         raise RefusedError
 
     monkeypatch.setattr(draw, "open_base", lambda _: pytest.fail("was opened"))
+    out = tmp_path / "out"
     with pytest.raises(RefusedError):
-        drawn(Request(image=picture), before_opening=refuse)  # type: ignore[arg-type]
+        draw_into(out, Request(image=picture), before_opening=refuse)  # type: ignore[arg-type]
     with pytest.raises(ImageError):
-        drawn(Request(image=str(tmp_path)), before_opening=refuse)  # type: ignore[arg-type]
+        draw_into(out, Request(image=str(tmp_path)), before_opening=refuse)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="preset"):
-        drawn(Request(image=(picture,), preset="vibes"), before_opening=refuse)
+        draw_into(out, Request(image=(picture,), preset="vibes"), before_opening=refuse)
 
 
 def test_the_request_that_was_asked_is_in_the_record(picture: str) -> None:

@@ -14,7 +14,7 @@ from ipdiverse.critters.scene import sample_scene
 from ipdiverse.errors import ArgumentError, ImageError, ModelError
 from ipdiverse.sampling.request import Request
 from ipdiverse.sampling.task import LastBase, Pictures, decoded, is_far, task_for
-from tests import models
+from tests import joint_models, models
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -134,6 +134,17 @@ def test_a_note_says_where_a_reference_acts(base: Base) -> None:
     request = Request(image=("a.png",), mask=("m\x1b.png",))
     told = r"mask m\x1b.png: its image acts on 50 % of the picture"
     assert task_for(base, request, pictures).notes == [told]
+
+
+def test_a_negative_prompt_that_flux_does_not_read_is_one_note() -> None:
+    flux, note = Base("flux", joint_models.pipeline("flux"), 3.5, 4), "guided without"
+
+    def notes(negative: str) -> list[str]:
+        request = Request(image=("a.png",), width=64, height=64, negative_prompt=negative)
+        return [one for one in task_for(flux, request, Pictures({}, {})).notes if note in one]
+
+    expected = "the negative prompt has no effect: Flux.1 is guided without one"
+    assert (notes("a stone"), notes("")) == ([expected], [])
 
 
 def test_a_task_that_a_base_has_no_pipeline_for_is_one_line(tmp_path: Path) -> None:

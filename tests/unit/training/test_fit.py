@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,9 +12,11 @@ import torch
 from ipdiverse.adapter.imagine import load_space
 from ipdiverse.base.adapters import adapter_file
 from ipdiverse.cli import main
+from ipdiverse.data.cache import Rows
 from ipdiverse.data.prepare import PrepareOptions, prepare
 from ipdiverse.dial import Levers
 from ipdiverse.errors import ModelError
+from ipdiverse.training import embed as embed_module
 from ipdiverse.training.fit import _halves, _Scatter, _scene_directions, check_kind
 from tests import models
 
@@ -193,3 +196,31 @@ def test_scenes_of_a_folder(fitted: Any, references: Any, tmp_path: Path) -> Non
         assert len(attachment.scenes.space.bank) == 3
         off = Request(image=("x",), space=str(fitted[1]))
         assert imagine(attachment, off) == ["space has no effect while recombine is 0"]
+
+
+def test_a_fit_in_parts_is_that_of_one_process(
+    fitted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, out = fitted
+    monkeypatch.setattr("ipdiverse.training.embed.Rows", partial(Rows, size=20))
+    prepare("critters", tmp_path / "data", PrepareOptions(n=150))
+    space = tmp_path / "space.safetensors"
+    words = ["fit", str(tmp_path / "data"), "--adapter", "plus", "--bank", "100"]
+    words += ["--out", str(space), "--part"]
+    assert main([*words, "2/3"]) == 0
+    assert main(["merge", str(tmp_path / "data")]) == 2, "two are missing"
+    assert not space.exists()
+    assert main([*words, "1/3"]) == main([*words, "3/3"]) == 0
+
+    def fail(*_: object) -> None:
+        raise AssertionError("encoded again")
+
+    monkeypatch.setattr(embed_module, "_encoded", fail)
+    assert main(["merge", str(tmp_path / "data")]) == 0
+    assert space.read_bytes() == out.read_bytes()
+    assert not (tmp_path / "data" / "embedded" / "parts").exists()
+    # a cache that is there already, for whatever use, leaves nothing to do
+    again = [*words[:-2], str(tmp_path / "again.safetensors"), "--part"]
+    assert main([*again, "1/2"]) == main([*again, "2/2"]) == 0
+    assert main(["merge", str(tmp_path / "data")]) == 0
+    assert (tmp_path / "again.safetensors").read_bytes() == out.read_bytes()

@@ -368,6 +368,8 @@ def test_a_preset_is_offered_once_all_of_it_is_there(monkeypatch: pytest.MonkeyP
     found = find_installed()
     assert list(found.bases) == ["critters", "sd15-plus"]
     assert list(found.adapters_of("sd15-plus")) == ["sd15-plus", "sd15-plus-face"]
+    lacks["sd35-medium"] = []
+    assert find_installed() == found, "nobody published an adapter for it"
 
 
 def test_defaults_are_those_of_the_opened_base() -> None:

@@ -5,6 +5,8 @@ While attached, each attention layer has another processor, and the denoiser one
 
 from __future__ import annotations
 
+from collections import ChainMap
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -41,7 +43,7 @@ from ipdiverse.base.pipelines import denoiser_of
 from ipdiverse.errors import ArgumentError, ModelError, check_range, check_whole
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
     from PIL import Image
     from torch import Tensor
@@ -72,9 +74,10 @@ class Attachment:
     stock_layers: Sequence[Any] = ()  # projections that stock had loaded; FaceID Plus reads them
 
     def __init__(self, pipe: Any, hook: ImagePromptHook, encoding: ImageEncoding) -> None:
-        self.pipe, self.hook, self._encoding = pipe, hook, encoding
+        self.pipe, self.hook, self.encoding = pipe, hook, encoding
         self.image_encoder, self.image_processor = encoding.encoder, encoding.processor
-        self._given: dict[int, tuple[list[Reference], Reference | None]] = {}
+        # of the call of the pipeline that runs, and else of set_reference
+        self._given = ChainMap[int, tuple[Sequence[Reference], Reference | None]]({}, {})
         self._change: EmbedChange | None = None
         self.scenes: Scenes | None = None
 
@@ -107,15 +110,37 @@ class Attachment:
         if not many:
             raise ArgumentError("is empty", where="references", fix="Give at least one.")
         against = None if negative is None else as_reference(negative)
+        self.set_call(())
         for number in self._numbers(adapter):
-            self._given[number] = many, against
+            self._given.maps[1][number] = many, against
             self._encode(number)
+
+    def set_call(
+        self, references: Sequence[Reference], negatives: Sequence[Reference | None] = ()
+    ) -> None:
+        """Prompt one call of the pipeline; for the next, `set_reference` holds again.
+
+        Args:
+            references: One for each adapter; none ends what an earlier call brought.
+            negatives: As many, of the unconditional branch; none is no image.
+        """
+        ended, against = self._given.maps[0], negatives or [None] * len(references)
+        both = enumerate(zip(references, against, strict=True))
+        self._given.maps[0] = {number: ([one], none) for number, (one, none) in both}
+        for number in {*ended, *self._given.maps[0]}:
+            self.hook.prompts[number].references = []
+            if number in self._given:
+                self._encode(number)
+        self.hook.changed()
 
     def _encode(self, adapter: int) -> None:
         prompt, (references, negative) = self.hook.prompts[adapter], self._given[adapter]
+        if not prompt.adapter.reads:
+            fix = "Call detach, then attach with Flux Redux' file."
+            raise ArgumentError("is read from prompt_embeds", where="reference", fix=fix)
         prompt.refresh()
         prompt.references = encode_references(
-            references, negative, prompt.acting, self._encoding, self._change
+            references, negative, prompt.acting, self.encoding, self._change
         )
         self.hook.changed()
 
@@ -149,7 +174,7 @@ class Attachment:
             ModelError: No variation space was set.
         """
         scenes = self._with_space()
-        bank = scenes.bank_of(images, captions, self.adapters[0], self._encoding)
+        bank = scenes.bank_of(images, captions, self.adapters[0], self.encoding)
         self.set_space(replace(scenes.space, bank=bank))
 
     def recombined(
@@ -296,8 +321,8 @@ def attach(
         ModelError: The model is of another kind, something is attached already, sizes differ, or
             attention is sliced or fused.
     """
-    unet, joint = _checked(pipe)
-    if _hook_of(unet) is not None:
+    unet, joint = checked_denoiser(pipe)
+    if hook_of(unet) is not None:
         raise ModelError(
             "an adapter is attached already", where="pipeline", fix="Call detach first."
         )
@@ -329,7 +354,8 @@ def attach(
     # words are for fusion alone: finding them tokenizes every prompt once more
     fuses = any(adapter.fusion is not None for adapter in adapters)
     watch_prompts(pipe, hook.encoded, hook.words if fuses else None)
-    return made(pipe, hook, encoding)
+    hook.attachment = attachment = made(pipe, hook, encoding)
+    return attachment
 
 
 def detach(pipe: Any) -> None:
@@ -339,7 +365,7 @@ def detach(pipe: Any) -> None:
         ModelError: Nothing is attached.
     """
     denoiser = denoiser_of(pipe)
-    hook = _hook_of(denoiser)
+    hook = hook_of(denoiser)
     if hook is None:
         raise ModelError("no adapter is attached", where="pipeline")
     for undo in reversed(hook.on_detach):
@@ -373,7 +399,8 @@ def inside_offloading(unet: Any) -> Iterator[None]:
         add_hook_to_module(unet, offloading)
 
 
-def _hook_of(unet: Any) -> ImagePromptHook | None:
+def hook_of(unet: Any) -> ImagePromptHook | None:
+    """What hands a denoiser its image tokens, if something is attached."""
     registry = getattr(unet, "_diffusers_hook", None)
     hook = None if registry is None else registry.get_hook(_HOOK)
     return hook if isinstance(hook, ImagePromptHook) else None
@@ -389,13 +416,36 @@ def _processors(unet: Any, slots: list[Slot]) -> dict[str, DecoupledAttention]:
     }
 
 
-def _checked(pipe: Any) -> tuple[Any, bool]:
+def checked_denoiser(pipe: Any) -> tuple[Any, bool]:
     """The denoiser of a pipeline, and whether it is a transformer."""
     joint = getattr(pipe, "unet", None) is None and hasattr(pipe, "transformer")
-    return (checked_transformer(pipe) if joint else checked_unet(pipe)), joint
+    denoiser, named = (
+        (checked_transformer(pipe), "transformer") if joint else (_checked_unet(pipe), "UNet")
+    )
+    if any(hasattr(processor, "to_k_ip") for processor in denoiser.attn_processors.values()):
+        raise ModelError(
+            "has an adapter of load_ip_adapter",
+            where="pipeline",
+            fix="ipdiverse.diversify(pipe) takes it over; or call pipe.unload_ip_adapter() first.",
+        )
+    if denoiser.device.type == "meta":
+        raise ModelError(
+            "is offloaded layer by layer",
+            where=named,
+            fix="Call enable_model_cpu_offload in place of enable_sequential_cpu_offload.",
+        )
+    check_caches(denoiser)
+    for name in attention_layers(denoiser).values():
+        attention = denoiser.get_submodule(name)
+        if getattr(attention, "fused_projections", False):
+            fix = f"Call {named.lower()}.unfuse_qkv_projections()."
+            raise ModelError("query, key and value are fused", where=name, fix=fix)
+        if not joint:
+            _check_attention(attention, name)
+    return denoiser, joint
 
 
-def checked_unet(pipe: Any) -> Any:
+def _checked_unet(pipe: Any) -> Any:
     """The UNet of a pipeline, of a kind that adapters can be attached to."""
     unet = getattr(pipe, "unet", None)
     if unet is None or not hasattr(unet, "attn_processors"):
@@ -417,31 +467,16 @@ def checked_unet(pipe: Any) -> Any:
             where=type(pipe).__name__,
             fix="Use a text-to-image, image-to-image or inpainting pipeline.",
         )
-    # load_ip_adapter sets it to ip_image_proj, and the UNet then asks for image_embeds at each call
     # an attribute: diffusers sets it without the entry of the config
     projected = getattr(unet.config, "encoder_hid_dim_type", None)
-    if projected == "ip_image_proj":
-        raise ModelError(
-            "has an adapter of load_ip_adapter",
-            where="pipeline",
-            fix="ipdiverse.diversify(pipe) takes it over; or call pipe.unload_ip_adapter() first.",
-        )
-    # Kolors' own narrows ChatGLM's text, which has nothing to do with images
-    if projected not in (None, "text_proj"):
+    # Kolors' own narrows ChatGLM's text, which has nothing to do with images; load_ip_adapter's
+    # goes with its processors
+    if projected not in (None, "text_proj", "ip_image_proj"):
         raise ModelError(
             "already projects another prompt",
             where="UNet",
             found=f"encoder_hid_dim_type {projected!r}",
         )
-    if unet.device.type == "meta":
-        raise ModelError(
-            "is offloaded layer by layer",
-            where="UNet",
-            fix="Call enable_model_cpu_offload in place of enable_sequential_cpu_offload.",
-        )
-    check_caches(unet)
-    for name in attention_layers(unet).values():
-        _check_attention(unet.get_submodule(name), name)
     return unet
 
 
@@ -451,10 +486,6 @@ def _check_attention(attention: Any, name: str) -> None:
             "attention is sliced",
             where=name,
             fix="Call pipe.disable_attention_slicing(), then attach.",
-        )
-    if getattr(attention, "fused_projections", False):
-        raise ModelError(
-            "query, key and value are fused", where=name, fix="Call unet.unfuse_qkv_projections()."
         )
     # stock processors handle these; ours would silently leave them out
     unusual = [

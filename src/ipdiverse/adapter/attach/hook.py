@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 MASKS = "ip_adapter_masks"
 """Where stock pipelines expect masks, in `cross_attention_kwargs`."""
+EMBEDS = "ip_adapter_image_embeds"
+"""Where pipelines of transformers put what `prepare_ip_adapter_image_embeds` gave."""
 _CACHES = (
     "faster_cache",
     "fbc",
@@ -135,6 +137,12 @@ class ActiveAdapter:
         return projected.unflatten(0, tokens.shape[:2])
 
     @property
+    def given(self) -> int:
+        """How many of a prompt's last tokens are its image tokens (`steer` on a pipeline)."""
+        projection = self.adapter.image_proj
+        return 0 if projection.reads else projection.num_tokens or 0
+
+    @property
     def items(self) -> int:
         """How many items the references are for."""
         return len(self.references[0].positive)
@@ -168,7 +176,9 @@ class ImagePromptHook(ModelHook):
         self.words = GivenWords()
         self.on_detach: list[Callable[[], object]] = []
         self.layout: Layout | None = None
+        self.attachment: Any = None
         self._told: tuple[Tensor, Told] | None = None
+        self._newest: EncodedPrompt | None = None
         self._prepared: list[_Prepared] = []
         self._masks: Any = None  # of this call, as stock pipelines pass them
         self._names: list[str] = []
@@ -194,7 +204,7 @@ class ImagePromptHook(ModelHook):
         text, timestep = given["encoder_hidden_states"], given["timestep"]
         if isinstance(text, Tensor):
             self._tell_sizes(given, text)
-            given = self._take_masks(given)
+            given = self._take_stock(given)
             layout = self._prepare_tokens(text, timestep)
         else:  # the UNet may pool the text itself, so it must not get the image tokens with it
             text, references = text
@@ -208,7 +218,8 @@ class ImagePromptHook(ModelHook):
         self._set_scales(timestep, len(text), layout)
         added = [p.slot for p in self.prompts if p.adapter.kind == "redux"]
         if added:
-            given = with_image_tokens(given, added, layout)
+            own = 0 if layout == (NOTHING,) else sum(prompt.given for prompt in self.prompts)
+            given = with_image_tokens(given, added, layout, own)
             for prompt in self.prompts:
                 prompt.slot.text_length = given["encoder_hidden_states"].shape[1]
         return (), given
@@ -227,25 +238,51 @@ class ImagePromptHook(ModelHook):
 
     def layout_of(self, text: Tensor) -> Layout:
         """The branches of a call of the pipeline's own."""
-        self._check_references()
+        self._forget_last_call()
         if self._told is None or self._told[0] is not text:
             self._told = text, tell_branches(self.pipe, text, self.encoded)
+            self._take_given(text, self._told[1].layout)
+        self._check_references()
         layout = self._told[1].layout
         for prompt in self.prompts:
             _check_items(prompt, len(text), layout)
         return layout
+
+    def _take_given(self, text: Tensor, layout: Layout) -> None:
+        """Take as references what of a prompt is image tokens; Flux' calls are one branch each."""
+        for prompt in self.prompts:
+            if prompt.given and layout == (BOTH,):
+                if prompt.given >= text.shape[1]:
+                    fix = "Give what stock's prior pipeline gives, or steer what attach returned."
+                    what = f"holds no text before {prompt.given} image tokens"
+                    found = f"{text.shape[1]} tokens"
+                    raise ArgumentError(what, where="prompt_embeds", found=found, fix=fix)
+                tokens = text[:, None, -prompt.given :]
+                prompt.references = [ReferenceTokens(tokens, torch.zeros_like(tokens[:1]))]
 
     @property
     def alone(self) -> bool:
         """Whether each call of the denoiser is one branch alone, as with Flux."""
         return bool(self.encoded) and self.encoded[-1].alone
 
+    def _forget_last_call(self) -> None:
+        """A text that comes again in another call may be on the other side: Flux takes any."""
+        newest = self.encoded[-1] if self.encoded else None
+        if newest is not self._newest:
+            self._newest = newest
+            self.changed()
+
+    def forget_unread(self) -> None:
+        """Drop prompts of a call that ended before the denoiser read them."""
+        for prompt in [one for one in self.encoded if one.alone and one.branch is None]:
+            self.encoded.remove(prompt)
+
     def changed(self) -> None:
         """A reference or the fusion changed: prepare again at the next call."""
         self._prepared, self._told = [], None
 
-    def _take_masks(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Keep the masks that a stock call brings, which only stock's own processors could read."""
+    def _take_stock(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Keep the masks that a stock call brings; only stock's processors could read its rest."""
         name = "joint_attention_kwargs" if self.transformer else "cross_attention_kwargs"
         given = kwargs.get(name) or {}
         masks = given.get(MASKS)
@@ -253,10 +290,8 @@ class ImagePromptHook(ModelHook):
         if _identities(masks) != _identities(self._masks):
             self._prepared = []
         self._masks = masks
-        if masks is None:
-            return kwargs
-        rest = {key: value for key, value in given.items() if key != MASKS}
-        return {**kwargs, name: rest or None}
+        rest = {key: value for key, value in given.items() if key not in (MASKS, EMBEDS)}
+        return kwargs if len(rest) == len(given) else {**kwargs, name: rest or None}
 
     def _parts(self, number: int) -> list[ReferenceTokens]:
         """An adapter's references, each with a mask of its own where the call brings some."""
@@ -304,6 +339,7 @@ class ImagePromptHook(ModelHook):
                 )
 
     def _prepare_tokens(self, text: Tensor, timestep: Any) -> Layout:
+        self._forget_last_call()
         time = self._set_time(timestep)
         version = 0 if text.is_inference() else text._version  # inference tensors count no changes
         # while gradients are recorded, each call needs a graph of its own
@@ -345,13 +381,15 @@ class ImagePromptHook(ModelHook):
         repeats = items // len(part.positive)
         positive = part.positive.to(text).repeat_interleave(repeats, 0)
         negative = part.negative.to(text).expand_as(part.positive).repeat_interleave(repeats, 0)
-        positive, negative = prompt.at_this_step(positive), prompt.at_this_step(negative)
         if prompt.imagine is not None:  # "no image" stays no image
             positive = prompt.imagine(positive)
+        positive, negative = prompt.at_this_step(positive), prompt.at_this_step(negative)
         tokens = torch.cat([positive if branch == BOTH else negative for branch in layout])
         if prompt.acting.fusion is not None and prompt.strength:
-            fused = self._drawn if prompt.acting.draws else self._fused
-            tokens = fused(prompt, part, tokens, text, layout)
+            if prompt.acting.draws:
+                tokens = self._drawn(prompt, part, tokens, text, layout)
+            else:
+                tokens = self._fused(prompt, tokens, text, layout)
         if prompt.change is not None and BOTH in layout:
             parts = zip(layout, tokens.chunk(branches), strict=True)
             tokens = torch.cat([prompt.change(t) if b == BOTH else t for b, t in parts])
@@ -384,19 +422,12 @@ class ImagePromptHook(ModelHook):
         of = (prompt.acting, prompt.strength, prompt.seeds)
         known = part.drawn
         if known is None or known[0] != of or not all(map(torch.equal, known[1], (rows, given))):
-            drawn = self._fused(prompt, part, given, rows, (BOTH,))
+            drawn = self._fused(prompt, given, rows, (BOTH,))
             known = part.drawn = (of, (rows, given), drawn)
         parts = zip(layout, branches, strict=True)
         return torch.cat([known[2] if branch == BOTH else t for branch, t in parts])
 
-    def _fused(
-        self,
-        prompt: ActiveAdapter,
-        _: ReferenceTokens,
-        tokens: Tensor,
-        text: Tensor,
-        layout: Layout,
-    ) -> Tensor:
+    def _fused(self, prompt: ActiveAdapter, tokens: Tensor, text: Tensor, layout: Layout) -> Tensor:
         """Fuse each reference of each item with that item's text."""
         references, narrowed = tokens.shape[1], self._text_projection()
         if narrowed is not None:

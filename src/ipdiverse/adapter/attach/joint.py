@@ -31,7 +31,7 @@ TEXT_LAYER = Layer(-1, "text", 0, 1)
 
 
 def with_image_tokens(
-    given: dict[str, Any], slots: Sequence[Slot], layout: Sequence[str]
+    given: dict[str, Any], slots: Sequence[Slot], layout: Sequence[str], own: int = 0
 ) -> dict[str, Any]:
     """A call of Flux with image tokens behind its text.
 
@@ -42,7 +42,11 @@ def with_image_tokens(
         given: The call's arguments by name.
         slots: Of adapters that are Redux.
         layout: The branches of its rows; only those with an image see the tokens.
+        own: How many tokens at the text's end are image tokens as they came, to be replaced.
     """
+    if own:
+        text, ids = given["encoder_hidden_states"][:, :-own], given["txt_ids"][..., :-own, :]
+        given = given | {"encoder_hidden_states": text, "txt_ids": ids}
     text, parts, weights = given["encoder_hidden_states"], [], []
     for slot in slots:
         scale = _by_row(slot.scales.get(TEXT_LAYER.number, 1.0), layout, text)
@@ -54,8 +58,12 @@ def with_image_tokens(
                 raise ArgumentError("have no place in Flux Redux", where="masks", fix=fix)
             parts.append(group.tokens.to(text))
             weights.append(scale[:, None].expand(-1, group.tokens.shape[1]))
+    own = given.get("joint_attention_kwargs") or {}
     if not parts:
         return given
+    if own.get("attention_mask") is not None:
+        what, fix = "is given already, and has no place for Redux", "Detach Flux Redux, or drop it."
+        raise ArgumentError(what, where="attention_mask", fix=fix)
     ids = given["txt_ids"]
     more = torch.cat(parts, dim=1)
     places = ids.new_zeros(*ids.shape[:-2], more.shape[1], ids.shape[-1])  # as the text's own
@@ -67,7 +75,8 @@ def with_image_tokens(
     if not bool((weight == 1).all()):
         after = given["hidden_states"].shape[1]
         bias = torch.nn.functional.pad(weight.log(), (text.shape[1], after))
-        extended["joint_attention_kwargs"] = _biased(given, bias.to(text)[:, None, None])
+        mask = {"attention_mask": bias.to(text)[:, None, None]}
+        extended["joint_attention_kwargs"] = {**own, **mask}
     return given | extended
 
 
@@ -78,16 +87,6 @@ def _by_row(scale: float | Tensor, layout: Sequence[str], text: Tensor) -> Tenso
         raise ArgumentError("must not be negative with Flux Redux", where="scale")
     acts = torch.tensor([float(branch == BOTH) for branch in layout], device=text.device)
     return rows * acts.repeat_interleave(len(text) // len(layout))
-
-
-def _biased(given: dict[str, Any], bias: Tensor) -> dict[str, Any]:
-    """The arguments of every attention, with a bias of its logits."""
-    own = given.get("joint_attention_kwargs") or {}
-    mask = own.get("attention_mask")
-    if mask is not None:
-        what = "is given by the pipeline already, and Flux Redux needs one"
-        raise ArgumentError(what, where="attention_mask", fix="Set the scale to 1.")
-    return {**own, "attention_mask": bias}
 
 
 # by name: importing a transformer's class costs a second, and most pipelines have none
@@ -212,10 +211,11 @@ def _sd3_key_value(
 
 def is_transformer(denoiser: Any) -> bool:
     """Whether it is one of those that image prompts know."""
-    return bool(_styles(denoiser))
+    return bool(styles_of(denoiser))
 
 
-def _styles(denoiser: Any) -> tuple[str, ...]:
+def styles_of(denoiser: Any) -> tuple[str, ...]:
+    """The kinds of adapters (`model.Joint`) that fit its architecture; none for a UNet."""
     inner = getattr(denoiser, "_orig_mod", denoiser)
     names = [kind.__name__ for kind in type(inner).__mro__]
     return next((_STYLES[name] for name in names if name in _STYLES), ())
@@ -231,28 +231,12 @@ def checked_transformer(pipe: Any) -> Any:
             expected="a pipeline of Stable Diffusion 1.x, 2.x, XL or 3.x, or of Flux.1",
             found=type(model).__name__,
         )
-    if any("IPAdapter" in type(one).__name__ for one in model.attn_processors.values()):
-        raise ModelError(
-            "has an adapter of load_ip_adapter",
-            where="pipeline",
-            fix="Load the pipeline again without it, and attach the adapter's file.",
-        )
-    if model.device.type == "meta":
-        raise ModelError(
-            "is offloaded layer by layer",
-            where="transformer",
-            fix="Call enable_model_cpu_offload in place of enable_sequential_cpu_offload.",
-        )
-    for name in attention_layers(model).values():
-        if getattr(model.get_submodule(name), "fused_projections", False):
-            fix = "Call transformer.unfuse_qkv_projections()."
-            raise ModelError("query, key and value are fused", where=name, fix=fix)
     return model
 
 
 def check_fits(adapter: ImagePromptAdapter, model: Any) -> None:
     """Refuse an adapter for another architecture, or with layers of other sizes."""
-    known, style = _styles(model), None if adapter.joint is None else adapter.joint.style
+    known, style = styles_of(model), None if adapter.joint is None else adapter.joint.style
     if style not in known:
         raise ModelError(
             "does not fit this transformer",

@@ -7,19 +7,23 @@ back with `detach`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ipdiverse.adapter.attach.attach import detach
+from ipdiverse.adapter.files.checkpoint import adapter_from_tensors
 from ipdiverse.adapter.model import attention_layers
 from ipdiverse.adapter.reference import Reference, as_reference
+from ipdiverse.base.pipelines import denoiser_of
 from ipdiverse.errors import ArgumentError, ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
+
+    from ipdiverse.adapter.model import ImagePromptAdapter
 
 _RENAMED = {
     "ImageProjection": {"image_embeds.": "proj."},
@@ -31,64 +35,64 @@ _RENAMED = {
     "IPAdapterFaceIDImageProjection": {"ff.net.0.proj.": "proj.0.", "ff.net.2.": "proj.2."},
     "IPAdapterPlusImageProjection": {},
     "IPAdapterFaceIDPlusImageProjection": {"proj.net.0.proj.": "proj.0.", "proj.net.2.": "proj.2."},
+    "IPAdapterTimeImageProjection": {},
 }
 """Stock's projections, and how their keys begin in published files."""
 _BLOCK = {
     "ln0.": "0.norm1.",
     "ln1.": "0.norm2.",
     "attn.to_q.": "0.to_q.",
+    "attn.to_kv.": "0.to_kv.",
     "attn.to_out.0.": "0.to_out.",
+    "adaln_norm.": "1.0.",
+    "adaln_proj.": "2.1.",
     "ff.0.": "1.0.",
     "ff.1.net.0.proj.": "1.1.",
     "ff.1.net.2.": "1.3.",
+    "ff.net.0.proj.": "1.1.",
+    "ff.net.2.": "1.3.",
 }
 """The same within one layer of a resampler; `attn.to_k` and `attn.to_v` are one matrix there."""
 
 
-@dataclass(frozen=True)
-class StockAdapter:
-    """An adapter that `load_ip_adapter` has loaded.
+def projections(denoiser: Any) -> Sequence[Any]:
+    """Of each adapter that stock has loaded; SD 3 has one at most, whose projection is alone."""
+    home = getattr(denoiser, _home(denoiser), None)
+    several = getattr(home, "image_projection_layers", None)
+    return list(several or ([home] if type(home).__name__ in _RENAMED else []))
 
-    Args:
-        tensors: Under the names of published files; they share memory with the pipeline's.
-        scales: By layer number.
-        shortcut: Of FaceID Plus: version 2.
+
+def _home(denoiser: Any) -> str:
+    """Where stock keeps them."""
+    return "image_proj" if getattr(denoiser, "image_proj", None) else "encoder_hid_proj"
+
+
+def stock_adapters(denoiser: Any) -> list[tuple[ImagePromptAdapter, dict[int, float]]]:
+    """What `load_ip_adapter` has loaded, in its order, with scales by layer number.
+
+    The adapters share memory with the pipeline's.
     """
-
-    tensors: dict[str, Tensor]
-    scales: dict[int, float]
-    shortcut: bool = False
-
-
-@dataclass(frozen=True)
-class StockState:
-    """What `take_off` took off, to be put back."""
-
-    processors: Mapping[str, Any]
-    projection: Any
-    kind: str | None
-    text_projection: Any
-
-
-def stock_adapters(unet: Any) -> list[StockAdapter]:
-    """What `load_ip_adapter` has loaded into a UNet, in its order; empty if nothing."""
-    layers = getattr(unet.encoder_hid_proj, "image_projection_layers", None)
-    if layers is None:
-        return []
+    layers, found = projections(denoiser), []
     # the resampler's own attention counts in diffusers' list, and in Kolors comes first
-    own = (p for n, p in unet.attn_processors.items() if not n.startswith("encoder_hid_proj."))
-    processors = dict(enumerate(own))
-    branched = {n: p for n, p in processors.items() if hasattr(p, "to_k_ip")}
-    found = []
+    processors = denoiser.attn_processors.items() if layers else ()
+    own = enumerate(p for name, p in processors if not name.startswith("encoder_hid_proj."))
+    branched = {number: p for number, p in own if hasattr(p, "to_k_ip")}
     for index, layer in enumerate(layers):
         tensors = {f"image_proj.{name}": one for name, one in _published(layer).items()}
+        scales, mine = dict[int, float](), f".{index}."
         for number, processor in branched.items():
-            for part in ("to_k_ip", "to_v_ip"):
-                name = f"ip_adapter.{number}.{part}.weight"
-                tensors[name] = getattr(processor, part)[index].weight
-        scales = {number: processor.scale[index] for number, processor in branched.items()}
+            # SD 3's has one adapter and one scale, the others a list of each
+            several = isinstance(processor.scale, list)
+            scales[number] = processor.scale[index] if several else processor.scale
+            tensors |= {
+                f"ip_adapter.{number}.{name.replace(mine, '.')}": tensor
+                for name, tensor in processor.state_dict().items()
+                if mine in name or not several
+            }
         # FaceID's low-rank changes are LoRAs of the UNet by now, and stay there
-        found.append(StockAdapter(tensors, scales, bool(getattr(layer, "shortcut", False))))
+        version_2 = bool(getattr(layer, "shortcut", False))
+        name = "IP-Adapter of the pipeline"
+        found.append((adapter_from_tensors(tensors, name, face_id_plus_v2=version_2), scales))
     return found
 
 
@@ -123,37 +127,36 @@ def _begun_otherwise(name: str, renamed: Mapping[str, str]) -> str:
     return name
 
 
-def take_off(unet: Any) -> StockState:
-    """Take stock's adapters off a UNet, as `unload_ip_adapter` does, but so that they come back.
+def take_off(unet: Any) -> Callable[[], None]:
+    """Take stock's adapters off, as `unload_ip_adapter` does; what is returned undoes it.
 
     The image encoder stays: it is what reads the references.
     """
-    from diffusers.models.attention_processor import AttnProcessor2_0
+    from diffusers.models.attention_processor import AttnProcessor2_0, JointAttnProcessor2_0
 
-    text = getattr(unet, "text_encoder_hid_proj", None)
+    home, processors, plain = _home(unet), dict(unet.attn_processors), dict[str, Any]()
+    text, projection = getattr(unet, "text_encoder_hid_proj", None), getattr(unet, home)
     kind = getattr(unet.config, "encoder_hid_dim_type", None)
-    state = StockState(dict(unet.attn_processors), unet.encoder_hid_proj, kind, text)
-    unet.set_attn_processor(
-        {
-            name: AttnProcessor2_0() if hasattr(processor, "to_k_ip") else processor
-            for name, processor in state.processors.items()
-        }
-    )
+    usual = JointAttnProcessor2_0 if home == "image_proj" else AttnProcessor2_0
+    for name, processor in processors.items():
+        attention = unet.get_submodule(name.removesuffix(".processor"))
+        make: Any = getattr(attention, "_default_processor_cls", usual)  # Flux's own names it
+        plain[name] = make() if hasattr(processor, "to_k_ip") else processor
+    unet.set_attn_processor(plain)
     # Kolors projects its text there, and stock moves that aside while it has an adapter
-    unet.encoder_hid_proj = text
+    setattr(unet, home, text)
     unet.config.encoder_hid_dim_type = None if text is None else "text_proj"
     if text is not None:
         unet.text_encoder_hid_proj = None
-    return state
 
+    def put_back() -> None:
+        setattr(unet, home, projection)
+        unet.config.encoder_hid_dim_type = kind
+        if text is not None:
+            unet.text_encoder_hid_proj = text
+        unet.set_attn_processor(dict(processors))
 
-def put_back(unet: Any, state: StockState) -> None:
-    """Undo `take_off`, exactly."""
-    unet.encoder_hid_proj = state.projection
-    unet.config.encoder_hid_dim_type = state.kind
-    if state.text_projection is not None:
-        unet.text_encoder_hid_proj = state.text_projection
-    unet.set_attn_processor(dict(state.processors))
+    return put_back
 
 
 def shadow(pipe: Any, name: str, ours: Any) -> Callable[[], None]:
@@ -180,6 +183,7 @@ class StockCalls:
     """
 
     shadowed = (
+        "check_inputs",
         "prepare_ip_adapter_image_embeds",
         "set_ip_adapter_scale",
         "load_ip_adapter",
@@ -189,10 +193,13 @@ class StockCalls:
     def __init__(self, attachment: Any) -> None:
         self.attachment, pipe = attachment, attachment.pipe
         known = [name for name in self.shadowed if hasattr(pipe, name)]
+        self._check_inputs: Any = getattr(pipe, "check_inputs", None)
         self._undo = [shadow(pipe, name, getattr(self, name)) for name in known]
-        unet = getattr(pipe, "unet", None)  # a transformer has no such place
-        if unet is not None and unet.encoder_hid_proj is None:
-            unet.encoder_hid_proj = _Elsewhere()
+        self._undo += [_active(pipe)] if hasattr(pipe, "is_ip_adapter_active") else []
+        self._denoiser: Any = denoiser_of(pipe)
+        if getattr(self._denoiser, "encoder_hid_proj", None) is None:
+            self._denoiser.encoder_hid_proj = _Elsewhere(len(attachment.adapters))
+        self._called: Sequence[Reference] = ()  # what the call that runs has brought
 
     @classmethod
     def of(cls, pipe: Any) -> StockCalls | None:
@@ -204,28 +211,38 @@ class StockCalls:
         """Give the pipeline its own methods back."""
         for undo in self._undo:
             undo()
-        unet = getattr(self.attachment.pipe, "unet", None)
-        if unet is not None and isinstance(unet.encoder_hid_proj, _Elsewhere):
-            unet.encoder_hid_proj = None
+        if isinstance(self._denoiser.encoder_hid_proj, _Elsewhere):
+            self._denoiser.encoder_hid_proj = None
+
+    def check_inputs(self, *given: Any, **named: Any) -> Any:
+        """What every call of the pipeline begins with: references of the one before are over."""
+        self._called = ()
+        self.attachment.set_call(())
+        self.attachment.hook.forget_unread()
+        return self._check_inputs(*given, **named)
 
     def prepare_ip_adapter_image_embeds(
-        self, ip_adapter_image: Any, ip_adapter_image_embeds: Any, *_: Any, **__: Any
-    ) -> list[Tensor]:
-        """Take the references of a call; the UNet gets them from our hook, so nothing is left."""
-        if self.attachment.hook.transformer:
-            # Flux asks for the negative ones by the same call, SD 3 only where stock has loaded one
-            raise ArgumentError(
-                "is not taken from a call of this pipeline",
-                where="ip_adapter_image",
-                fix="Call set_reference on what attach returned.",
-            )
-        count = len(self.attachment.adapters)
+        self,
+        ip_adapter_image: Any = None,
+        ip_adapter_image_embeds: Any = None,
+        device: Any = None,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = True,
+    ) -> list[Tensor] | Tensor:
+        """Take the references of a call. The UNet gets them from our hook, not from this list.
+
+        The list is for scripts that encode once, and bring embeddings to many calls.
+        """
+        hook, count = self.attachment.hook, len(self.attachment.adapters)
+        bare = hook.prompts[0].timed  # SD 3's embeddings have no axis of images
         if ip_adapter_image_embeds is None:
             # a list has an entry for each adapter, as in stock; one image serves all of them
             many = isinstance(ip_adapter_image, list)
             given = ip_adapter_image if many else [ip_adapter_image] * count
         else:
-            given = [Reference(embeds=[one]) for one in ip_adapter_image_embeds]
+            alone = isinstance(ip_adapter_image_embeds, Tensor)
+            each = [ip_adapter_image_embeds] if alone else ip_adapter_image_embeds
+            given = [Reference(embeds=[one[:, None] if bare else one]) for one in each]
         if len(given) != count:
             raise ArgumentError(
                 "does not fit the attached adapters",
@@ -233,9 +250,34 @@ class StockCalls:
                 expected=f"one entry for each of {count}; several images of one are a list in it",
                 found=len(given),
             )
-        for number, one in enumerate(given):
-            self.attachment.set_reference(self._reference(one, number), adapter=number)
-        return []
+        references = [self._reference(one, number) for number, one in enumerate(given)]
+        if hook.alone and self._called:  # Flux asks for those of its negative prompt next
+            black = [isinstance(one, np.ndarray) and not one.any() for one in given]
+            # which is what it gives where nobody gave one, and what ours is without
+            negatives = [None if b else one for b, one in zip(black, references, strict=True)]
+            self.attachment.set_call(self._called, negatives)
+        else:
+            self._called = references
+            self.attachment.set_call(references)
+        if ip_adapter_image_embeds is not None:
+            return ip_adapter_image_embeds
+        guided = do_classifier_free_guidance and (bare or not hook.transformer)
+        embeds = [
+            self._embeds(one, number, guided, num_images_per_prompt).to(device)
+            for number, one in enumerate(references)
+        ]
+        return embeds[0][:, 0] if bare else embeds
+
+    def _embeds(self, reference: Reference, number: int, guided: bool, items: int) -> Tensor:
+        """A reference as stock encodes it, (2 · items, count, …), the negative ones first."""
+        name, encoding = self.attachment.adapters[number].reads[0], self.attachment.encoding
+        seen = reference.embeds[0] if reference.embeds else reference.faces
+        if seen is None:
+            seen = torch.cat([encoding.image(one)[name] for one in reference.images])
+        black = name == "hidden" and not self.attachment.hook.transformer
+        none = encoding.zero_image() if black else torch.zeros_like(seen)
+        sides = [none.expand_as(seen), seen] if guided else [seen]
+        return torch.cat([side[None].expand(items, *side.shape) for side in sides])
 
     def _reference(self, given: Any, number: int) -> Reference:
         """One adapter's images or embeddings, as stock reads them."""
@@ -254,51 +296,41 @@ class StockCalls:
 
     def set_ip_adapter_scale(self, scale: Any) -> None:
         """Numbers, or dicts by block, for all adapters or one for each, as in stock."""
-        from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
-
-        adapters = self.attachment.adapters
-        if self.attachment.hook.transformer:
-            self._set_joint_scale(scale)
-            return
-        unet = self.attachment.pipe.unet
+        count, joint = len(self.attachment.adapters), self.attachment.hook.transformer
         given = scale if isinstance(scale, list) else [scale]
-        if len(given) not in (1, len(adapters)):
+        several = len(given) == count > 1 or any(isinstance(one, list) for one in given)
+        if joint and not several:  # a number for each layer, if it is a list
+            given = [scale]
+        if len(given) not in (1, count):
             raise ArgumentError(
                 "does not fit the attached adapters",
                 where="set_ip_adapter_scale",
-                expected=f"one scale for all, or one for each of {len(adapters)}",
+                expected=f"one scale for all, or one for each of {count}",
                 found=len(given),
             )
+        given = given if joint else self._by_layer(given)
+        for number in range(count):
+            self.attachment.set_scale(given[number % len(given)], adapter=number)
+
+    def _by_layer(self, scales: list[Any]) -> list[Any]:
+        """Scales of a UNet, with dicts by block as a number for each layer."""
+        from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
+
+        unet, layers = self.attachment.pipe.unet, self.attachment.hook.layers
         try:
-            expanded = _maybe_expand_lora_scales(unet, given, default_scale=0.0)
+            expanded: list[Any] = _maybe_expand_lora_scales(unet, scales, default_scale=0.0)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ArgumentError(
                 "names a block that this UNet does not have, or not its layers",
                 where="set_ip_adapter_scale",
                 found=error,
             ) from error
-        names = attention_layers(unet)
-        for number in range(len(adapters)):
-            one = expanded[number % len(expanded)]
+        for number, one in enumerate(expanded):
             if isinstance(one, dict):
-                layers = self.attachment.hook.layers
-                one = [_of_layer(names[layer.number], one) for layer in layers]
-            self.attachment.set_scale(one, adapter=number)
-
-    def _set_joint_scale(self, scale: Any) -> None:
-        """A number, one for each layer, or one of these for each adapter, as in stock."""
-        count = len(self.attachment.adapters)
-        each = isinstance(scale, list) and (
-            len(scale) == count > 1 or any(isinstance(one, list) for one in scale)
-        )
-        given = scale if each else [scale] * count
-        if len(given) != count:
-            expected = f"1 scale, or {count}"
-            where = "set_ip_adapter_scale"
-            what = "does not fit the attached adapters"
-            raise ArgumentError(what, where=where, expected=expected, found=len(given))
-        for number, one in enumerate(given):
-            self.attachment.set_scale(one, adapter=number)
+                names = [attention_layers(unet)[layer.number] for layer in layers]
+                begins = [[s for at, s in one.items() if name.startswith(at)] for name in names]
+                expanded[number] = [float(found[0]) if found else 0.0 for found in begins]
+        return expanded
 
     def load_ip_adapter(self, *_: Any, **__: Any) -> None:
         """Refuse: stock's processors would take the place of ours."""
@@ -324,8 +356,12 @@ class StockCalls:
 class _Elsewhere(torch.nn.Module):
     """Stands where stock looks for its projections, so that it says what is the matter.
 
-    The pipeline that ours is attached to never looks; another that shares its UNet does.
+    The pipeline that ours is attached to only counts; another that shares its UNet looks.
     """
+
+    def __init__(self, num_ip_adapters: int) -> None:
+        super().__init__()
+        self.num_ip_adapters = num_ip_adapters
 
     @property
     def image_projection_layers(self) -> None:
@@ -336,6 +372,18 @@ class _Elsewhere(torch.nn.Module):
         )
 
 
+def _active(pipe: Any) -> Callable[[], None]:
+    """Let SD 3's pipeline take an image, which it ignores unless stock's processors are on."""
+    kind = type(pipe)
+    own = {"is_ip_adapter_active": True, "__module__": kind.__module__}
+    pipe.__class__ = type(kind.__name__, (kind,), own)  # a property: no attribute can hide it
+
+    def undo() -> None:
+        pipe.__class__ = kind
+
+    return undo
+
+
 def _prepared(given: Any) -> bool:
     """Whether a tensor is what the image encoder reads, and not a picture in 0..1 or 0..255.
 
@@ -344,8 +392,3 @@ def _prepared(given: Any) -> bool:
     if not isinstance(given, Tensor) or given.ndim != 4 or not given.is_floating_point():
         return False
     return bool(given.min() < 0 or 1 < given.max() <= 3)
-
-
-def _of_layer(name: str, scales: Mapping[str, float]) -> float:
-    """The scale of an attention layer by stock's names of places in the UNet."""
-    return next((float(s) for place, s in scales.items() if name.startswith(place)), 0.0)

@@ -12,19 +12,14 @@ from torch import Tensor
 from ipdiverse.adapter.files.layouts import BASE_WEIGHTS
 from ipdiverse.adapter.fusion import BlendFusion, Fusion, GatedFusion
 from ipdiverse.adapter.generative import GenerativeFusion
-from ipdiverse.adapter.model import (
-    ImagePromptAdapter,
-    Joint,
-    LoraShapes,
-    Projection,
-    shared_parts,
-)
+from ipdiverse.adapter.model import ImagePromptAdapter, Joint, LoraShapes, shared_parts
 from ipdiverse.adapter.projection import (
     FaceIDPlusProjection,
     FaceIDProjection,
     FullFaceProjection,
     LinearProjection,
     PooledProjection,
+    Projection,
     ReduxProjection,
     ResamplerProjection,
     TimeResamplerProjection,
@@ -265,7 +260,7 @@ def _fusion(tensors: Tensors, spec: Mapping[str, Any]) -> Fusion | None:
 
 def _generative(tensors: Tensors, spec: Mapping[str, Any]) -> GenerativeFusion:
     num_tokens, width = _shape(tensors, "fusion.place")
-    words, token_width = _shape(tensors, "fusion.no_text")
+    words, text_width = _shape(tensors, "fusion.no_text")
     block = re.compile(r"fusion\.blocks\.[0-9]+\.to_out\.weight")
     stored = spec.get("fusion")
     told = stored if isinstance(stored, Mapping) else {}
@@ -276,7 +271,7 @@ def _generative(tensors: Tensors, spec: Mapping[str, Any]) -> GenerativeFusion:
     if not isinstance(guidance, int | float) or not -100 <= guidance <= 100:
         raise ValueError(f"fusion guidance: {guidance}, expected -100 to 100")
     return GenerativeFusion(
-        token_width,
+        _shape(tensors, "fusion.image_in.weight")[1],
         num_tokens,
         _shape(tensors, "fusion.variation.deviations")[0],
         words,
@@ -284,6 +279,7 @@ def _generative(tensors: Tensors, spec: Mapping[str, Any]) -> GenerativeFusion:
         sum(block.fullmatch(key) is not None for key in tensors),
         steps,
         float(guidance),
+        text_width,
     )
 
 
