@@ -50,8 +50,8 @@ _SIGPIPE = 13  # what ends other programs in a pipe; Windows has no name for it
 def main(arguments: list[str] | None = None) -> int:
     """Parse and run; 0 if it worked, 2 for bad input, 128 + its number if a signal stopped it."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
-            # a λ must not end in a traceback where a console or a pipe is not Unicode
+        # a λ must not end in a traceback where a console, a pipe or the C locale is not Unicode
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="backslashreplace")
     try:
         with _short_warnings(), _all_written():

@@ -1,25 +1,21 @@
-"""The page in a real browser, and under clients that mean it no good."""
+"""The page in a real browser. Clients that mean it no good: tests/hostile/test_page.py."""
 
 from __future__ import annotations
 
 import io
-import json
 import os
 import re
 import shlex
 import shutil
-import socket
 import struct
 import subprocess
 import sys
-import threading
 import time
 import zipfile
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -30,7 +26,7 @@ from ipdiverse.critters.make import example
 from ipdiverse.critters.render import render
 from ipdiverse.evaluation.report import inline
 from ipdiverse.provenance import read_provenance
-from tests.e2e.ui_clients import CHROMIUM, FLAGS, PATIENCE, Client, free_port, until
+from tests.e2e.ui_clients import CHROMIUM, FLAGS, PATIENCE, Client, free_port, until, waiting_job
 
 pytest.importorskip("gradio", reason="the page needs gradio")
 
@@ -41,11 +37,9 @@ from ipdiverse.ui.server import opened_page
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    import httpx
     from playwright.sync_api import Browser, FrameLocator, Page
 
     from ipdiverse.ui.server import Page as Served
-    from ipdiverse.ui.visitors import Session
 
 WAITING = 6
 ROOT = Path(__file__).parents[2]
@@ -593,271 +587,6 @@ def test_the_extension_does_not_decide(
     assert page.inner_text("#vary-references-told").strip() == "Reference: really.webp."
 
 
-@pytest.fixture
-def client(served: Served) -> Iterator[Client]:
-    yield Client(served.url)
-    turns = served.sessions.turns
-    for job in turns._jobs():  # of whoever joined and never listened
-        job.stop()
-    until(lambda: not (turns._line or turns.busy), "the line is empty")
-    turns._promised.clear()
-
-
-def uploaded(client: Client, name: str, data: bytes) -> dict[str, Any]:
-    (path,) = client.upload(name, data).raise_for_status().json()
-    return {"path": path, "orig_name": name, "meta": {"_type": "gradio.FileData"}}
-
-
-@pytest.mark.parametrize(
-    "name", ["../../../evil.png", "..\\..\\evil.png", "/etc/evil.png", "%2e.png"]
-)
-def test_names_cannot_lead_out_of_the_cache(
-    client: Client, served: Served, photo: Path, name: str
-) -> None:
-    given = uploaded(client, name, photo.read_bytes())
-    assert Path(given["path"]).resolve().is_relative_to(served.folder / "gradio")
-    answer = client.now("vary-upload", "upload", [[given]]).json()
-    assert "Reference: " in str(answer["data"])
-    assert ".." not in str(answer["data"][1])
-
-
-def test_a_file_of_the_machine_cannot_be_named(client: Client, served: Served) -> None:
-    secret = served.folder / "work" / "secret.png"
-    secret.parent.mkdir(exist_ok=True)
-    secret.write_bytes(b"secret")
-    for path in ("/etc/passwd", str(Path(__file__)), str(secret), "../../etc/passwd"):
-        given = {"path": path, "meta": {"_type": "gradio.FileData"}}
-        answer = client.now("vary-upload", "upload", [[given]])
-        assert answer.status_code >= 400
-        assert "root:" not in answer.text
-        assert client.http.get(f"/gradio_api/file={path}").status_code in (403, 404)
-
-
-def test_no_address_is_ever_fetched(client: Client) -> None:
-    with socket.socket() as trap:
-        trap.bind(("127.0.0.1", 0))
-        trap.listen()
-        trap.settimeout(1)
-        url = f"http://127.0.0.1:{trap.getsockname()[1]}/x.png"
-        for given in ({"path": url}, {"path": url, "url": url}, {"path": "x.png", "url": url}):
-            sent = given | {"meta": {"_type": "gradio.FileData"}}
-            assert client.now("vary-upload", "upload", [[sent]]).status_code >= 400
-        assert client.http.get(f"/gradio_api/file={url}").status_code == 404
-        with pytest.raises(TimeoutError):
-            trap.accept()
-
-
-WRONG: dict[str, Any] = {
-    "null": None,
-    "true": True,
-    "negative": -1,
-    "fraction": 1.5,
-    "huge": 10**300,
-    "infinite": 1e999,
-    "NaN": float("nan"),
-    "text": "x",
-    "long": "x" * 100_000,
-    "surrogate": "\ud800",
-    "list": [],
-    "nested": [[0]],
-    "object": {},
-    "file": {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}},
-    "twice": ["0", "0"],
-}
-
-
-def bodies(client: Client) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every field of every event of the page, each with every wrong value; where each is sent."""
-    components = {c["id"]: c["props"] for c in client.config["components"]}
-    about = {"session_hash": client.session, "event_data": {"index": 0}}
-    for event in client.config["dependencies"]:
-        usual = [components[number].get("value") for number in event["inputs"]]
-        body = {"fn_index": event["id"], "data": usual, **about}
-        path = "/gradio_api/queue/join" if event["queue"] else "/gradio_api/run/predict"
-        for wrong in WRONG.values():
-            for at in range(len(usual)):
-                yield path, body | {"data": [*usual[:at], wrong, *usual[at + 1 :]]}
-            for name in ("fn_index", "data", "event_data", "session_hash", "trigger_id", "batched"):
-                yield path, body | {name: wrong}
-    for wrong in WRONG.values():
-        for name in ("fn_index", "session_hash", "event_id"):
-            usual = {"fn_index": 0, "session_hash": client.session, "event_id": "x"}
-            yield "/gradio_api/cancel", usual | {name: wrong}
-
-
-def test_a_wrong_value_of_any_field_is_one_line(
-    client: Client,
-    capfd: pytest.CaptureFixture[str],
-    served: Served,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("ipdiverse.ui.safety._PATIENCE", 0.0)
-    codes = set()
-    with served.sessions.turns.turn(lambda: None):  # nothing is drawn
-        for path, body in bodies(client):
-            kind = {"content-type": "application/json"}
-            answer = client.http.post(path, content=json.dumps(body), headers=kind)
-            codes.add(answer.status_code)
-            if answer.status_code != 200:
-                assert answer.json()["detail"].count("\n") == 0
-                assert len(answer.text) < 2500
-    assert codes == {200, 400, 429}
-    captured = capfd.readouterr()
-    assert "Traceback" not in captured.err + captured.out
-
-
-def test_requests_that_no_browser_sends_are_one_line(
-    client: Client, capfd: pytest.CaptureFixture[str]
-) -> None:
-    get = client.http.get
-    assert get("/", headers={"Host": "["}).status_code == 400
-    assert get("/", headers={"Origin": "http://["}).status_code == 403
-    forwarded = {"X-Forwarded-Host": "evil.example", "X-Forwarded-For": "10.0.0.1"}
-    assert "evil.example" not in get("/config", headers=forwarded).text
-    for path in ("queue/data?session_hash=x", "file=%00", "file=" + "x" * 5000, "heartbeat/%00"):
-        assert get(f"/gradio_api/{path}").status_code in (200, 403, 404)
-    for name in (".png", "\0.png", "x" * 3000 + ".png", "..", ""):
-        answer = client.upload(name, b"no picture")
-        if answer.status_code == 400:
-            continue
-        (path,) = answer.raise_for_status().json()
-        told = client.now("vary-upload", "upload", [[{"path": path, "orig_name": name}]])
-        assert "not an image of an accepted format" in told.raise_for_status().text
-    captured = capfd.readouterr()
-    assert "Traceback" not in captured.err + captured.out
-
-
-def test_idle_connections_shut_nobody_out(client: Client, served: Served) -> None:
-    port = int(served.url.rstrip("/").rpartition(":")[2])
-    idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(450)]
-    for one in idle[::2]:
-        one.sendall(b"GET / HTTP/1.1\r\nHost:")
-    assert client.http.get("/config").status_code == 200
-    served_now = [one for one in idle if not closed(one)]
-    assert len(served_now) <= 400
-    for one in idle:
-        one.close()
-
-
-def closed(one: socket.socket) -> bool:
-    one.setblocking(False)
-    try:
-        return one.recv(1) == b""
-    except BlockingIOError:
-        return False
-    except ConnectionError:
-        return True
-
-
-def test_one_file_named_many_times_is_read_once(client: Client, photo: Path) -> None:
-    given = uploaded(client, "cat.png", photo.read_bytes())
-    answer = client.now("vary-upload", "upload", [[given] * 9])
-    assert answer.status_code == 400
-    assert "is named twice" in answer.json()["detail"]
-
-
-def test_uploads_have_a_size(client: Client) -> None:
-    from ipdiverse.image_io import MAX_FILE_BYTES
-
-    answer = client.upload("large.png", bytes(MAX_FILE_BYTES + 1))
-    assert answer.status_code == 413
-    assert "size" in answer.text
-
-
-def test_other_hosts_and_sites_are_refused(client: Client) -> None:
-    get = client.http.get
-    assert get("/", headers={"Host": "evil.example"}).status_code == 421
-    assert get("/config", headers={"Origin": "http://evil.example"}).status_code == 403
-    assert get("/gradio_api/info").status_code == 404
-    answer = get("/")
-    assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
-    assert answer.headers["x-content-type-options"] == "nosniff"
-
-
-def test_nothing_is_offered_to_programs_or_told_of_the_machine(client: Client) -> None:
-    import ipdiverse
-
-    assert {d["api_visibility"] for d in client.config["dependencies"]} == {"private"}
-    assert str(Path(ipdiverse.__file__).parent) not in str(client.config)
-    assert client.config["analytics_enabled"] is False
-
-
-def session_of(served: Served, client: Client) -> Session:
-    """A client's, with the cookie that it was given."""
-    cookie = client.http.cookies.get("ipdiverse-visitor")
-    return served.sessions.of(client.session, cookie and cookie.partition(".")[0])
-
-
-def waiting_job(served: Served, client: Client, **wanted: Any) -> Job:
-    """A client's, that is the next to draw; somebody else has the turn."""
-    client.join(**wanted).raise_for_status()
-    jobs = session_of(served, client).jobs
-    until(lambda: "vary" in jobs, "the queue lets the first one through")
-    return jobs["vary"]
-
-
-def test_fifty_at_once_are_drawn_or_told_to_come_back(
-    served: Served, client: Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # each with a cookie of its own: all programs without one have two places together
-    first, *crowd = [Client(served.url) for _ in range(51)]
-    for one in (first, *crowd):
-        one.http.get("/config").raise_for_status()
-        one._config = client.config
-        one.take_example()
-    draw, drawing, at_once = Job._draw, [], []
-
-    def counted(job: Job, *rest: Any) -> None:
-        drawing.append(job)
-        at_once.append(len(drawing))
-        try:
-            draw(job, *rest)
-        finally:
-            drawing.remove(job)
-
-    monkeypatch.setattr(Job, "_draw", counted)
-    monkeypatch.setattr("ipdiverse.ui.queue._UNHEARD", PATIENCE)  # all listen at the end only
-    gate = threading.Barrier(50)
-
-    def come(number: int) -> httpx.Response:
-        gate.wait()
-        return crowd[number].join("a critter", seed=1000 + number, steps=2)
-
-    with ThreadPoolExecutor(50) as pool:
-        with served.sessions.turns.turn(lambda: None):
-            waiting_job(served, first, seed=999)
-            answers = list(pool.map(come, range(50)))
-        taken = [n for n, answer in enumerate(answers) if answer.status_code == 200]
-        told = list(pool.map(Client.outcome, [first, *(crowd[n] for n in taken)]))
-    refused = [answer.text for answer in answers if answer.status_code == 503]
-    assert (len(taken), len(refused)) == (WAITING, 50 - WAITING), "nobody is left without an answer"
-    assert all("Queue is full" in text for text in refused)
-    for number, outcome in zip([-1, *taken], told, strict=True):
-        assert outcome["msg"] == "process_completed"
-        assert outcome["success"]
-        assert f"--seed={1000 + number}" in str(outcome["output"]), "everyone's own"
-        assert "Done: 1 image." in str(outcome["output"])
-    assert at_once == [1] * (1 + WAITING), "one generation at a time"
-
-
-def test_programs_without_a_cookie_share_two_places(served: Served, client: Client) -> None:
-    crowd = [Client(served.url) for _ in range(5)]
-    for one in crowd:
-        one._config = client.config
-        one.take_example()
-    with served.sessions.turns.turn(lambda: None):
-        codes = [one.join().status_code for one in crowd]
-        assert codes == [200, 200, 429, 429, 429]
-        client.take_example()
-        job = waiting_job(served, client, steps=2)
-        told: list[Any] = []
-        listening = threading.Thread(target=lambda: told.append(client.outcome()))
-        listening.start()
-    listening.join(PATIENCE)
-    assert "Done: 1 image." in str(told), "a browser is not kept out"
-    assert job.images == 1
-
-
 def test_a_full_queue_is_said_on_the_page(visit: Callable[..., Page], served: Served) -> None:
     page = visit()
     take_example(page)
@@ -879,31 +608,6 @@ def test_a_full_queue_is_said_on_the_page(visit: Callable[..., Page], served: Se
             stream.close()  # type: ignore[attr-defined]
         until(lambda: job.wait(0), "who left waits no more")
     assert job.done == 0
-
-
-def test_who_never_listens_is_dropped_before_anything_is_drawn(
-    served: Served, client: Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("ipdiverse.ui.queue._UNHEARD", 1.0)
-    client.take_example()
-    client.join(steps=100, count=16).raise_for_status()
-    until(lambda: "vary" in session_of(served, client).jobs, "the job has come")
-    job = session_of(served, client).jobs["vary"]
-    until(lambda: job.wait(0), "nobody listens")
-    assert (job.done, job.stopped) == (0, True)
-    assert served.sessions.turns._jobs() == []
-
-
-def test_a_program_that_hangs_up_frees_the_slot(served: Served, client: Client) -> None:
-    client.take_example()
-    client.join(steps=100, count=16).raise_for_status()
-    stream = client.messages()
-    while next(stream)["msg"] != "process_generating":
-        pass
-    job = session_of(served, client).jobs["vary"]
-    stream.close()  # type: ignore[attr-defined]
-    until(lambda: job.wait(0), "the slot is free", 60)
-    assert job.stopped
 
 
 def test_a_password_is_asked_for() -> None:

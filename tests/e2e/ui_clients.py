@@ -14,6 +14,10 @@ import httpx
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from ipdiverse.ui.queue import Job
+    from ipdiverse.ui.server import Page as Served
+    from ipdiverse.ui.visitors import Session
+
 PATIENCE = 300.0
 """Seconds that anything may take on a busy machine."""
 CHROMIUM = next(filter(None, map(shutil.which, ("/usr/bin/chromium", "chromium"))), None)
@@ -43,15 +47,17 @@ class Client:
     def __init__(self, url: str) -> None:
         # a connection that is kept may be closed by the server just as it is used again
         fresh = httpx.Limits(max_keepalive_connections=0)
-        self.http = httpx.Client(base_url=url, timeout=PATIENCE, trust_env=False, limits=fresh)
+        options: dict[str, Any] = {"timeout": PATIENCE, "trust_env": False, "limits": fresh}
+        # over plain http: reading the system's certificates would take longer than a request
+        self.http = httpx.Client(base_url=url, verify=False, **options)  # noqa: S501
         self.session = uuid.uuid4().hex[:10]
         self._config: dict[str, Any] | None = None
 
     @property
     def config(self) -> dict[str, Any]:
-        if self._config is None:
-            self._config = self.http.get("/config").raise_for_status().json()
-        return self._config
+        found = self._config or self.http.get("/config").raise_for_status().json()
+        self._config = found
+        return found
 
     def event(self, element: str, kind: str) -> dict[str, Any]:
         """The event of an element, by the id it has on the page."""
@@ -100,3 +106,26 @@ class Client:
 
     def upload(self, name: str, data: bytes) -> httpx.Response:
         return self.http.post("/gradio_api/upload", files={"files": (name, data)})
+
+
+def session_of(served: Served, client: Client) -> Session:
+    """A client's, with the cookie that it was given."""
+    cookie = client.http.cookies.get("ipdiverse-visitor")
+    return served.sessions.of(client.session, cookie and cookie.partition(".")[0])
+
+
+def waiting_job(served: Served, client: Client, **wanted: Any) -> Job:
+    """A client's, that is the next to draw; somebody else has the turn."""
+    client.join(**wanted).raise_for_status()
+    jobs = session_of(served, client).jobs
+    until(lambda: "vary" in jobs, "the queue lets the first one through")
+    return jobs["vary"]
+
+
+def empty_line(served: Served) -> None:
+    """Stop the jobs of whoever joined and never listened."""
+    turns = served.sessions.turns
+    for job in turns._jobs():
+        job.stop()
+    until(lambda: not (turns._line or turns.busy), "the line is empty")
+    turns._promised.clear()

@@ -118,6 +118,8 @@ def test_a_word_that_is_no_command_leaves_no_trace_either() -> None:
             "generate --image https://example.com/a.png",
             "https://example.com/a.png: is an address; expected a file. Download it first",
         ),
+        ("generate --image=", "image: is empty; expected a file"),
+        ("generate --image a.png --mask=", "mask: is empty; expected a file"),
         ("generate a.png", "a.png: belongs to no option. `ipdiverse generate --help` lists all."),
         ("generate --image", "--image: has no value; expected STR. `ipdiverse generate --help`"),
         (
@@ -237,12 +239,16 @@ def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.fullmatch(r"ipdiverse \d+\.\d+\.\d+\S*\n", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "ascii"])
+@pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "ascii", "C locale"])
 @pytest.mark.parametrize("words", ["generate --help", "train --help", "generate --image λ.png"])
 def test_consoles_that_are_not_unicode_are_written_to(encoding: str, words: str) -> None:
+    own = {"PYTHONIOENCODING": encoding}
+    if encoding == "C locale":
+        own, encoding = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": ""}, "ascii"
+        words = words.replace("--image λ.png", "--help")  # there an argument is bytes
     done = subprocess.run(
         [sys.executable, "-m", "ipdiverse", *words.split()],
-        env=os.environ | {"PYTHONIOENCODING": encoding},
+        env=os.environ | own,
         capture_output=True,
         check=False,
     )

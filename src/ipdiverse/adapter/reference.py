@@ -138,8 +138,10 @@ def as_embeds(given: Any, where: str) -> Tensor:
             expected="(count, width), or (count, patches, width) of hidden states",
             found=tuple(tensor.shape),
         )
-    if not tensor.is_floating_point() or not tensor.isfinite().all():
+    held = tensor.layout is torch.strided and not tensor.is_meta
+    if not held or not tensor.is_floating_point() or not tensor.isfinite().all():
         found = "NaN or infinity" if tensor.is_floating_point() else tensor.dtype
+        found = found if held else f"a tensor of {tensor.layout} on {tensor.device}"
         expected = "finite floating-point numbers"
         raise ArgumentError("holds no embeddings", where=where, expected=expected, found=found)
     return tensor
@@ -154,6 +156,8 @@ def _images(given: Any) -> list[Image.Image]:
         elif isinstance(one, (str, Path)):
             found.append(load_image(Path(one)))
         elif isinstance(one, Image.Image):
+            if not all(one.size):
+                raise ArgumentError("has no pixels", where="reference", found=one.size)
             found.append(one)
         else:
             raise _no_image(one, "reference", "a PIL image, an image's file, an array, a Reference")

@@ -187,7 +187,6 @@ class Calibrate:
 
     def run(self) -> None:
         """Climb, say every point, write."""
-        from ipdiverse.adapter.files.conversion import store_base_weights
         from ipdiverse.base.adapters import adapter_file
         from ipdiverse.evaluation.calibrate import calibrate, calibration_study
         from ipdiverse.evaluation.study import Arm, Study
@@ -204,10 +203,7 @@ class Calibrate:
         if target.suffix != ".safetensors":
             raise ArgumentError("must end in .safetensors", where="out", found=target)
         check_target(str(target))  # before hours of drawing
-        if before is not None:
-            store_base_weights(source, adapter_file(self.base, before), target)
-            study = calibration_study(str(target), **numbers)
-        dial, path = calibrate(study, Path(self.work), self.levers, _tell, target)
+        dial, path = calibrate(study, Path(self.work), self.levers, _tell, target, before)
         say_json({"path": path, "dial": dial.as_spec()}) if self.json else say(f"wrote {target}")
 
 

@@ -102,7 +102,8 @@ def read_rows(root: Path, name: str, encoding: str = "utf-8") -> Iterator[tuple[
     where = root / name
     with open_below(root, name, LIST_BYTES) as file:
         lines = text_lines(file, where, encoding)
-        first = next((line for line in lines if line[1].strip()), None)
+        # Excel writes a first line `sep=;`, which is no header
+        first = next((one for one in lines if not re.match(r"(?i)(sep=.)?\s*$", one[1])), None)
         if first is None:
             return
         lines = itertools.chain([first], lines)

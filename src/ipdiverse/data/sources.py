@@ -46,8 +46,8 @@ _LIST_NAMES = ("metadata", "captions")
 _TEXTS = (".txt", ".caption", ".text", ".json")
 _ARCHIVES = (".tar", ".zip", ".gz", ".tgz", ".xz", ".zst", ".7z", ".rar", ".parquet", ".arrow")
 _SPLITS = ("train", "test", "val", "valid", "validation", "dev", "eval")
-_NO_SUBJECTS = (*_SPLITS, "images", "image", "imgs", "img", "pictures", "photos", "data")
-"""Folders whose name says nothing of what their images show."""
+_NO_SUBJECTS = (*_SPLITS, "images", "image", "imgs", "img", "pictures", "photos", "data", "reg")
+"""Folders whose name says nothing of what their images show; kohya's `reg` lies beside `img`."""
 _KOHYA = re.compile(r"(\d{1,4})_(.*\S.*)")
 """kohya's trainers repeat the images of a folder `10_corgi dog` ten times."""
 
@@ -88,7 +88,7 @@ def kind_of(source: str, split: str = "train") -> str:
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
         return "hub"
     raise DataError(
-        "does not exist",
+        "is an address" if "://" in source else "does not exist",
         where=source,
         expected="a folder, a file, a hub id or `critters`",
         fix="Check the path for a typing error; a hub id is OWNER/NAME.",
@@ -175,9 +175,8 @@ class Folder:
                 subject = kohya[2] if kohya and repeats == int(kohya[1]) else home
                 about: dict[str, Any] = {"subject": subject or None, "repeats": repeats}
                 if repeats > 1:
-                    notes[f"Each image of {home!r} is shown {repeats} times, as its name says."] = (
-                        None
-                    )
+                    note = f"Each image of {home!r} is shown {repeats} times, as its name says."
+                    notes[note] = None
                 try:
                     text = self._caption(name)
                 except DataError as error:
@@ -185,7 +184,9 @@ class Folder:
                     continue
                 if not text and subject:
                     # the name of a subject may mean nothing to CLIP; that of its class does
-                    text = f"a photo of a {classes.get(home) or subject_class(subject)}"
+                    words = classes.get(home) or subject_class(subject)
+                    is_caption = re.match(r"(an?|the) |\w+ of ", words, re.IGNORECASE)
+                    text = words if is_caption else f"a photo of a {words}"
                     if not any(note.startswith("Captions are made") for note in notes):
                         notes[_made(text, name)] = None
                 yield file_item(self.root, name, text=text, **about)

@@ -9,7 +9,7 @@ then places each point so that the dial is linear in the variety that was achiev
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from scipy.optimize import isotonic_regression
 
 from ipdiverse.adapter.files.checkpoint import load_adapter
-from ipdiverse.adapter.files.conversion import copy_with_spec
+from ipdiverse.adapter.files.conversion import copy_with_spec, store_base_weights
 from ipdiverse.base.adapters import adapter_file
 from ipdiverse.config import renamed
 from ipdiverse.dial import OFF, RENAMED_LEVERS, Achieved, Dial, Levers, current_names
@@ -55,6 +55,7 @@ def calibrate(
     levers: Sequence[str] = (),
     say: Callable[[str], None] = lambda _: None,
     target: Path | None = None,
+    base_weights: str | None = None,
 ) -> tuple[Dial, list[dict[str, Any]]]:
     """Find the path of an adapter: its dial, and every point with what it achieved.
 
@@ -63,10 +64,18 @@ def calibrate(
             at the same time is refused.
         levers: Those that the dial may move; empty is all that the adapter has.
         target: A copy of the adapter that gets the dial, or its own file; None writes none.
+        base_weights: The adapter that this one was fine-tuned from, to be stored in the target.
     """
     [adapter] = study.sources
-    start, ladders = _movable(study, adapter, levers)
+    # before a folder is made; levers may need the base weights
+    found = None if base_weights else _movable(study, adapter, levers)
     with only_one(out, *([] if target is None else [target])):
+        if base_weights is not None and target is not None:
+            own, before = (adapter_file(study.base, one) for one in (adapter, base_weights))
+            store_base_weights(own, before, target)
+            adapter = str(target)
+            study = replace(study, arms=calibration_study(adapter).arms)
+        start, ladders = found or _movable(study, adapter, levers)
         runner = Runner(study, out, progress=False)
         path = climb(start, ladders, partial(_measured, runner, adapter), say)
         if len(path) < 2:

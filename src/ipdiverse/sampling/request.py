@@ -261,6 +261,8 @@ class Request:
         for name, text in lists + texts:
             if not isinstance(text, str):
                 raise ArgumentError("is not text", where=name, expected="a str", found=repr(text))
+            if not text.strip() and name in ("image", "mask"):  # as of a variable that is not set
+                raise ArgumentError("is empty", where=name, expected="a file")
             try:
                 text.encode()  # half a surrogate pair, as of a broken file name
             except UnicodeEncodeError as error:

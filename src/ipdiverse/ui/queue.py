@@ -84,13 +84,13 @@ class Turns:
                 check()
                 self._changed.wait(_WAIT)
             self._drawing = self if job is None else job
-            if job is not None:
-                self._count(job.visitor)
         try:
             yield
         finally:
             with self._changed:
                 self._drawing = None
+                if job is not None:
+                    self._count(job.visitor)
                 self._changed.notify_all()
 
     def join(self, job: Job) -> None:
@@ -164,7 +164,7 @@ class Turns:
         return next((job for job in self._jobs() if job.ready), None)
 
     def _count(self, visitor: str) -> None:
-        self._line[visitor] = self._line.pop(visitor)  # to the end
+        self._line[visitor] = self._line.pop(visitor)  # to the end, after who came meanwhile
         self._had[visitor] += 1
         if self._had.total() >= _MEMORY:
             self._had = Counter({who: had // 2 for who, had in self._had.items() if had > 1})

@@ -180,21 +180,10 @@ def _warm(turns: Turns) -> None:
 def _close(page: Any, sessions: Sessions) -> None:
     sessions.close()
     page.close(verbose=False)
-    # jobs end at their next step; until then they write into the folder that is about to go
-    with suppress(TimeoutError), sessions.turns.turn(_patience(100)):
+    # jobs end at their next step; until then they write into the folder that is about to go.
+    # After 100 looks the list is empty, and nobody is waited for any more
+    with suppress(IndexError), sessions.turns.turn(([None] * 100).pop):
         pass
-
-
-def _patience(looks: int) -> Callable[[], None]:
-    """Raises when it was called so many times."""
-    left = [looks]
-
-    def check() -> None:
-        left[0] -= 1
-        if left[0] < 0:
-            raise TimeoutError
-
-    return check
 
 
 class Connection(H11Protocol):

@@ -113,22 +113,18 @@ def _slot() -> Iterator[None]:
 
 
 def _keep(called: str, source: Path | bytes, folder: Path) -> Upload:
-    data = source if isinstance(source, bytes) else _read(source)
+    if isinstance(source, Path):
+        with source.open("rb") as file:  # of one that is too large, just enough to be refused
+            source = file.read(MAX_FILE_BYTES + 1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        image = load_image_bytes(data, called)
-    copy = folder / (hashlib.sha256(data).hexdigest()[:32] + Path(called).suffix)
+        image = load_image_bytes(source, called)
+    copy = folder / (hashlib.sha256(source).hexdigest()[:32] + Path(called).suffix)
     shown = copy.with_name(f"{copy.stem}-shown.png")
-    write_bytes_atomic(copy, data)
+    write_bytes_atomic(copy, source)
     image.thumbnail((_SHOWN_SIDE, _SHOWN_SIDE))
     image.save(shown)
     return Upload(called, str(copy), str(shown))
-
-
-def _read(path: Path) -> bytes:
-    """A file's content; of one that is too large, just enough to be refused."""
-    with path.open("rb") as file:
-        return file.read(MAX_FILE_BYTES + 1)
 
 
 def choose(session: Session, tab: str, kept: list[Upload]) -> None:

@@ -166,6 +166,8 @@ def test_what_is_no_image_is_one_error(given: Any) -> None:
         ArgumentError, match="reference: is not an image; expected a PIL image, an im"
     ):
         as_reference(given)
+    with pytest.raises(ArgumentError, match=r"reference: has no pixels; found \(0, 5\)"):
+        as_reference(Image.new("RGB", (0, 5)))
 
 
 def test_a_photograph_is_upright_by_its_path_and_as_pillow_opened_it(tmp_path: Path) -> None:
@@ -186,6 +188,8 @@ BAD_EMBEDS = {
     "whole numbers": ([torch.ones(1, 48, dtype=torch.int64)], r"floating-point.*torch\.int64"),
     "NaN": ([torch.full((1, 48), torch.nan)], "found NaN or infinity"),
     "infinity": ([torch.full((1, 48), torch.inf)], "found NaN or infinity"),
+    "no memory": ([torch.ones(1, 48, device="meta")], "found a tensor of torch.strided on meta"),
+    "sparse": ([torch.ones(1, 48).to_sparse()], "found a tensor of torch.sparse_coo on cpu"),
     "text": ("abc", "embeds: is not a tensor; expected embeddings; found str"),
     "a list": ([[1.0]], "embeds: is not a tensor; expected embeddings; found list"),
     "another width": ([torch.ones(1, 49)], r"expected \(count, 48\), or stock.*found \(1, 49\)"),

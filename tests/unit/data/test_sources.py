@@ -314,6 +314,10 @@ def test_an_empty_folder_is_no_source(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no data set of a known kind"):
         kind_of(str(tmp_path))
     assert kind_of("someone/some-data") == "hub"
+    with pytest.raises(
+        DataError, match=r"^https://x\.y/z: is an address; expected a folder, a file"
+    ):
+        kind_of("https://x.y/z")
 
 
 def test_captions_by_every_usual_name(tmp_path: Path) -> None:
@@ -428,6 +432,24 @@ def test_folders_of_kohya_give_repeats_and_subjects(tmp_path: Path) -> None:
         "Captions are made from names o",
         "Each image of '10_corgi dog' i",
     ]
+
+
+def test_the_usual_layout_of_kohya_and_names_that_are_captions(tmp_path: Path) -> None:
+    for name in ("img/10_sks dog/a.png", "reg/1_dog/b.png", "img/2_a photo of a cat/c.png"):
+        put(tmp_path / name, png())
+    source = open_source(str(tmp_path), SourceOptions())
+    assert {item.text: (item.subject, item.repeats) for item in source.items()} == {
+        "a photo of a sks dog": ("sks dog", 10),
+        "a photo of a cat": ("a photo of a cat", 2),
+        "a photo of a dog": ("dog", 1),
+    }
+
+
+def test_a_first_line_that_names_the_delimiter_is_no_header(tmp_path: Path) -> None:
+    put(tmp_path / "a.png", png())
+    put(tmp_path / "l.csv", b"sep=;\r\nfile_name;text\r\na.png;one, two\r\n")
+    (item,) = open_source(str(tmp_path / "l.csv"), SourceOptions()).items()
+    assert (item.name, item.text) == ("a.png#3", "one, two")
 
 
 def tar(file: Path, *members: tuple[str, bytes]) -> bytes:

@@ -101,6 +101,10 @@ def test_a_study_and_a_calibration_hold_their_folders(tmp_path: Path) -> None:
             Runner(study, tmp_path).run()
         with pytest.raises(OutputError, match="another process is at work"):
             calibrate(study, tmp_path)
+        target, like = tmp_path / "a.safetensors", "plus"
+        with pytest.raises(OutputError, match="another process is at work"):
+            calibrate(study, tmp_path, target=target, base_weights=like)
+        assert not target.exists(), "base weights are stored once the folder is held"
 
 
 def test_results_name_files_without_the_folders_of_this_machine(

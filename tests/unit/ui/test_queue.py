@@ -116,6 +116,15 @@ def test_turns_go_round_over_visitors_and_not_over_jobs() -> None:
     assert drawn_in_turns(turns, 4) == ["a", "b", "c", "late"]
 
 
+def test_who_comes_during_a_turn_is_before_who_has_it() -> None:
+    turns = Turns()
+    drawing = waiting(turns, "a", n=16)
+    waiting(turns, "b", n=16)
+    with turns.turn(drawing._check, drawing):
+        waiting(turns, "c", n=16)
+    assert drawn_in_turns(turns, 4) == ["b", "c", "a", "b"]
+
+
 def test_who_draws_goes_on_unless_another_visitor_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     turns = Turns()
     job = waiting(turns, "a", n=16)

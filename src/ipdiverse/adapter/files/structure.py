@@ -167,7 +167,9 @@ def _projection(tensors: Tensors, where: object, shortcut: bool, pooled: bool) -
 
 
 def _plus(tensors: Tensors) -> ResamplerProjection | TimeResamplerProjection:
-    _, num_tokens, width = tensors["image_proj.latents"].shape
+    if len(latents := tensors["image_proj.latents"].shape) != 3:
+        raise ValueError(f"image_proj.latents is {(*latents,)}, expected (1, tokens, width)")
+    _, num_tokens, width = latents
     _check_heads("image_proj.latents", width)
     clip_dim = _shape(tensors, "image_proj.proj_in.weight")[1]
     token_width = _shape(tensors, "image_proj.proj_out.weight")[0]

@@ -216,6 +216,9 @@ def test_missing_sizes_are_named() -> None:
     del state["image_proj.proj_in.weight"]
     with pytest.raises(CheckpointError, match=r"do not describe .* missing image_proj\.proj_in"):
         adapter_from_tensors(state, "a")
+    flat = {"image_proj.latents": torch.zeros(4, 64)}
+    with pytest.raises(CheckpointError, match=r"latents is \(4, 64\), expected \(1, tokens, width"):
+        adapter_from_tensors(flat, "a")
     narrow = {"image_proj.latents": torch.zeros(1, 4, 48)}
     with pytest.raises(CheckpointError, match="a width of 48 is not a multiple of 64"):
         adapter_from_tensors(narrow, "a")
