@@ -140,7 +140,8 @@ def test_a_wrong_value_of_any_field_is_one_line(
             if answer.status_code != 200:
                 assert answer.json()["detail"].count("\n") == 0
                 assert len(answer.text) < 2500
-    assert codes == {200, 400, 429}
+    # 429 where calls come faster than a visitor may draw
+    assert {200, 400} <= codes <= {200, 400, 429}
     captured = capfd.readouterr()
     assert "Traceback" not in captured.err + captured.out
 

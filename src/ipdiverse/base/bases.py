@@ -122,7 +122,8 @@ def load_base(
     joint = is_transformer(name, revision, local_files_only=local_files_only)
     half = "bfloat16" if joint else "float16"  # Flux and SD 3 leave float16's range
     quantize = "none" if memory is None else memory.quantize
-    check_quantize(quantize, name, transformer=joint)
+    if quantize != "none":
+        check_quantize(quantize, name, transformer=joint)
     placed = None if device is None or memory is None else (device, memory.dtype, half)
     dtype = "float32" if placed is None else plan_dtype(*placed)
     opening = Opening(local_files_only, revision, safety_checker, encoder, dtype, unet, quantize)

@@ -134,11 +134,9 @@ def merge(folder: Path) -> str:
     """Check that all parts have finished, and join them; what was made, in a line."""
     home = next((one for one in (folder, folder / "embedded") if part_folders(one)), folder)
     about = finished(home)
-    merges = {"batch": _batch, "prepare": _prepared, "embed": _embedded, "evaluate": _measured}
-    merges["fit"] = _fitted
-    if about.get("kind") not in merges:
+    if about.get("kind") not in MERGES:
         raise DataError("holds parts of an unknown command", where=home, found=about.get("kind"))
-    return merges[about["kind"]](folder, about)
+    return MERGES[about["kind"]](folder, about)
 
 
 def _batch(folder: Path, about: Mapping[str, Any]) -> str:
@@ -172,18 +170,6 @@ def _embedded(folder: Path, about: Mapping[str, Any]) -> str:
     return f"merged the cache in {folder / 'embedded'}"
 
 
-def _fitted(folder: Path, about: Mapping[str, Any]) -> str:
-    from ipdiverse.commands.evaluate import Fit
-    from ipdiverse.training.config import CacheConfig, FitOptions
-    from ipdiverse.training.embed import merge_embedded
-
-    merge_embedded(folder, about)
-    asked = about["fit"]
-    cache, fit = CacheConfig(**asked["cache"]), FitOptions(**asked["fit"])
-    Fit(**{**asked, "folder": str(folder), "cache": cache, "fit": fit}).summed_up()
-    return f"merged the cache in {folder / 'embedded'}"
-
-
 def _measured(folder: Path, about: Mapping[str, Any]) -> str:
     from ipdiverse.evaluation.report import write_report
     from ipdiverse.evaluation.running import Runner
@@ -195,6 +181,10 @@ def _measured(folder: Path, about: Mapping[str, Any]) -> str:
         fix = "Run the parts again, or give the file its old content."
         raise DataError("has changed since its images were drawn", where=file, fix=fix)
     return f"open {write_report(study, Runner(study, folder).run(), folder)}"
+
+
+MERGES = {"batch": _batch, "prepare": _prepared, "embed": _embedded, "evaluate": _measured}
+"""How to join the parts of each command, by its name; `fit` adds its own."""
 
 
 class _Worker:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from ipdiverse.base.bases import CRITTERS
-from ipdiverse.commands.cluster import Spread, in_parts
+from ipdiverse.commands.cluster import MERGES, Spread, in_parts
 from ipdiverse.commands.console import (
     agree_to_encoders,
     agree_to_study,
@@ -25,7 +25,7 @@ from ipdiverse.errors import MAX_SENTENCE, ArgumentError, quoted
 from ipdiverse.training.config import CacheConfig, FitOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from ipdiverse.adapter.model import ImagePromptAdapter
     from ipdiverse.evaluation.study import Study
@@ -312,6 +312,20 @@ class Fit:
         check_kind(adapter)
         encoders = open_encoders(base, encoder, local_files_only=self.local_files_only, unet=False)
         return named, (encoders, adapter, Preprocessing.of(self.cache, encoders.resolution))
+
+
+def _merged(folder: Path, about: Mapping[str, Any]) -> str:
+    """Join the parts of a cache, and fit what it holds."""
+    from ipdiverse.training.embed import merge_embedded
+
+    merge_embedded(folder, about)
+    asked = about["fit"]
+    cache, fit = CacheConfig(**asked["cache"]), FitOptions(**asked["fit"])
+    Fit(**{**asked, "folder": str(folder), "cache": cache, "fit": fit}).summed_up()
+    return f"merged the cache in {folder / 'embedded'}"
+
+
+MERGES["fit"] = _merged
 
 
 def read_fit(file: Path) -> dict[str, Any]:

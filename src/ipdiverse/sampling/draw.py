@@ -5,14 +5,13 @@ from __future__ import annotations
 import signal
 import warnings
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ipdiverse.base.adapters import adapter_file, default_adapter
 from ipdiverse.base.bases import Base
-from ipdiverse.base.presets import few_steps_of
 from ipdiverse.errors import ArgumentError, Interrupted
 from ipdiverse.image_io import content_hash
 from ipdiverse.loading import quiet
@@ -171,13 +170,10 @@ def drawing(
     request = settled(request, base)
     task = task_for(base, request, pictures)
     negative = pictures.images[request.negative_image] if request.negative_image else None
-    from ipdiverse.sampling.fast import few_steps
-
-    few = few_steps_of(request.few_steps, request.base)
     # on the task's pipeline: image-to-image, inpainting and ControlNets have their own
     with (
         quiet(),
-        few_steps(task.base.pipe, few, request.base) as settings,
+        _few_steps(task, request) as settings,
         attached(task.base, weights, request.image_encoder) as attachment,
     ):
         task.settings.update(settings)
@@ -218,6 +214,16 @@ def _reference(request: Request, pictures: Pictures) -> Reference:
         faces = _faces_in(images)
     masks = [pictures.masks[file] for file in request.mask] or None
     return Reference(images, faces, request.combine, request.weights or None, masks)  # type: ignore[arg-type]
+
+
+def _few_steps(task: Task, request: Request) -> AbstractContextManager[dict[str, Any]]:
+    """The LoRA that draws in few steps on the task's pipeline, and what this is called with."""
+    few = request.few()
+    if few is None:
+        return nullcontext({})
+    from ipdiverse.sampling.fast import few_steps
+
+    return few_steps(task.base.pipe, few, request.base)
 
 
 def _faces_in(images: Sequence[Image.Image]) -> Tensor:

@@ -11,9 +11,9 @@ from typing import Any, Literal, get_args
 
 from ipdiverse.base.adapters import check_adapter
 from ipdiverse.base.bases import CRITTERS, check_part
-from ipdiverse.base.memory import Dtype, MemoryOptions, Offload, Quantize, check_quantize
+from ipdiverse.base.memory import USUAL, Dtype, MemoryOptions, Offload, Quantize, check_quantize
 from ipdiverse.base.pipelines import check_known, is_transformer
-from ipdiverse.base.presets import PRESETS, few_steps_of
+from ipdiverse.base.presets import PRESETS, FewSteps, few_steps_of
 from ipdiverse.config import renamed
 from ipdiverse.dial import OFF, RENAMED_LEVERS, Levers, current_names
 from ipdiverse.errors import ArgumentError, check_range, check_whole
@@ -202,9 +202,14 @@ class Request:
         """Those of them that are read as masks, once."""
         return tuple(dict.fromkeys(file for file in (*self.mask, self.mask_image) if file))
 
+    def few(self) -> FewSteps | None:
+        """The LoRA that draws in few steps, if one is asked for."""
+        return few_steps_of(self.few_steps, self.base) if self.few_steps else None
+
     def memory(self) -> MemoryOptions:
         """How the base is placed (`ArgumentError` for an unknown word)."""
-        return MemoryOptions(self.dtype, self.offload, self.tiling, self.quantize)
+        wishes = (self.dtype, self.offload, self.tiling, self.quantize)
+        return USUAL if wishes == ("auto", "auto", None, "none") else MemoryOptions(*wishes)
 
     def check(self, *, opened: bool = False) -> None:
         """Refuse what could not be drawn, as far as that is known before anything is opened.
@@ -215,14 +220,13 @@ class Request:
         Raises:
             IpdiverseError: An unknown name, something missing, or something that has no effect.
         """
-        if not self.image and not self.faces:
-            raise ArgumentError("is missing", where="image", fix="Give a reference: --image FILE.")
+        self._check_files()
         self._check_needs(USED_WITH)
         if not opened:
             check_known(self.base)
             if self.base in PRESETS:  # before gigabytes are downloaded
                 check_quantize(self.quantize, self.base, transformer=is_transformer(self.base))
-        few_steps_of(self.few_steps, self.base)
+        self.few()
         check_adapter(self.base, self.adapter)
         for part in (self.image_encoder, self.controlnet):
             if part:
@@ -253,6 +257,13 @@ class Request:
         found = self.adapter or self.base
         return ArgumentError("are not read by this adapter", where="faces", found=found, fix=fix)
 
+    def _check_files(self) -> None:
+        if not self.image and not self.faces:
+            raise ArgumentError("is missing", where="image", fix="Give a reference: --image FILE.")
+        for name in ("image", "mask"):  # empty as of a variable that is not set
+            if not all(file.strip() for file in getattr(self, name)):
+                raise ArgumentError("is empty", where=name, expected="a file")
+
     def _check_texts(self) -> None:
         lists = [
             (name, text) for name in ("image", "prompt", "mask") for text in getattr(self, name)
@@ -261,8 +272,6 @@ class Request:
         for name, text in lists + texts:
             if not isinstance(text, str):
                 raise ArgumentError("is not text", where=name, expected="a str", found=repr(text))
-            if not text.strip() and name in ("image", "mask"):  # as of a variable that is not set
-                raise ArgumentError("is empty", where=name, expected="a file")
             try:
                 text.encode()  # half a surrogate pair, as of a broken file name
             except UnicodeEncodeError as error:

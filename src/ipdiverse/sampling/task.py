@@ -14,7 +14,7 @@ from ipdiverse.base.adapters import CRITTERS_SPACES, default_adapter
 from ipdiverse.base.bases import Base, load_base, load_part
 from ipdiverse.base.memory import arrange
 from ipdiverse.base.pipelines import CRITTERS, native_side
-from ipdiverse.base.presets import PRESETS, few_steps_of, preset_files
+from ipdiverse.base.presets import PRESETS, preset_files
 from ipdiverse.errors import ArgumentError, ModelError, quoted
 from ipdiverse.image_io import load_image, load_mask
 from ipdiverse.loading import one_line, quiet
@@ -292,14 +292,14 @@ def needed_files(request: Request) -> list[HubFile]:
     adapter = request.adapter or request.base
     encoder = "" if request.image_encoder else adapter if adapter in PRESETS else request.base
     checker = request.safety_checker
-    few = few_steps_of(request.few_steps, request.base)
+    few = request.few()
     files = preset_files(request.base, adapter, encoder, request.revision, checker=checker)
     return files if few is None else [*files, few.lora]
 
 
 def settled(request: Request, base: Base) -> Request:
     """The request with what it leaves to the base filled in, so that its record repeats it."""
-    few = few_steps_of(request.few_steps, request.base)
+    few = request.few()
     usual = {} if few is None else {"steps": few.steps, "guidance_scale": few.guidance_scale}
     filled: dict[str, Any] = {
         name: usual.get(name, getattr(base, name))

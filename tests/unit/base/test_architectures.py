@@ -20,7 +20,7 @@ from ipdiverse.adapter.attach.encoding import text_embeds, text_tower
 from ipdiverse.base import memory, pipelines
 from ipdiverse.base.memory import Device, MemoryOptions, Plan, arrange, plan_dtype, sizes_of
 from ipdiverse.base.pipelines import Opening, is_transformer
-from ipdiverse.base.presets import PRESETS, VIT_H
+from ipdiverse.base.presets import PRESETS
 from ipdiverse.cli import main
 from ipdiverse.provenance import generator
 from ipdiverse.sampling.request import Request
@@ -143,7 +143,9 @@ def test_the_text_half_of_an_image_encoder_is_read_if_it_is_at_hand(
     write_tokenizer(folder / "half")
     half = models.text_encoder(32, 200, projects=True)
     half.save_pretrained("half")
-    pipe.image_encoder.text_half = lambda: pipelines._text_half(VIT_H.text)
+    clip = PRESETS["sd15"].encoder
+    assert clip is not None
+    pipe.image_encoder.text_half = lambda: pipelines._text_half(clip.text)
     tower = text_tower(pipe, 64)
     assert tower is not None
     assert all(

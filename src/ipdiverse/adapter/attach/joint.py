@@ -60,10 +60,10 @@ def with_image_tokens(
                 raise ArgumentError("have no place in Flux Redux", where="masks", fix=fix)
             parts.append(group.tokens.to(text))
             weights.append(scale[:, None].expand(-1, group.tokens.shape[1]))
-    own = given.get("joint_attention_kwargs") or {}
+    others = given.get("joint_attention_kwargs") or {}
     if not parts:
         return given
-    if own.get("attention_mask") is not None:
+    if others.get("attention_mask") is not None:
         what, fix = "is given already, and has no place for Redux", "Detach Flux Redux, or drop it."
         raise ArgumentError(what, where="attention_mask", fix=fix)
     ids = given["txt_ids"]
@@ -78,7 +78,7 @@ def with_image_tokens(
         after = given["hidden_states"].shape[1]
         bias = torch.nn.functional.pad(weight.log(), (text.shape[1], after))
         mask = {"attention_mask": bias.to(text)[:, None, None]}
-        extended["joint_attention_kwargs"] = {**own, **mask}
+        extended["joint_attention_kwargs"] = {**others, **mask}
     return given | extended
 
 
