@@ -213,7 +213,9 @@ def _preset(name: str, told: dict[str, Any]) -> Preset:
     return Preset(**{**told, **parts})
 
 
-PRESETS = {name: _preset(name, told) for name, told in _TABLES["presets"].items()}
+PRESETS: dict[str, Preset] = {
+    name: _preset(name, told) for name, told in _TABLES["presets"].items()
+}
 """Every preset by its name."""
 
 
@@ -245,7 +247,7 @@ def _few(lora: list[Any], **told: Any) -> FewSteps:
     return FewSteps(HubFile(_REPOSITORIES[repository], file, size * _MB), **told)
 
 
-FEW_STEPS = {
+FEW_STEPS: dict[str, dict[str, FewSteps]] = {
     name: {_REPOSITORIES[base].id: _few(**told) for base, told in loras.items()}
     for name, loras in _TABLES["few_steps"].items()
 }
