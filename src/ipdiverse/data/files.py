@@ -46,7 +46,7 @@ _ASCII_LINES = ("utf-16", "utf-32")
 """Encodings in which a line feed is more than one byte."""
 
 
-_ADDRESS = re.compile(r"(?!file:)([a-z][a-z0-9+.-]+):/+(.+)", re.IGNORECASE)
+_ADDRESS = re.compile(r"(?!(?:file|https?):)([a-z][a-z0-9+.-]+):/+(.+)", re.IGNORECASE)
 """An object store's, as a Path has it: of two slashes one is left."""
 
 
