@@ -104,7 +104,7 @@ def test_what_workers_lack_is_installed_by_the_runtime_environment(
     for install in ("", "ipdiverse[ray]"):
         spread = cluster.Spread(ray="10.0.0.1:6379", ray_install=install)
         command: Any = SimpleNamespace(spread=spread, home=tmp_path)
-        with pytest.raises(ArgumentError, match=r"10\.0\.0\.1:6379: is no cluster; .*nobody"):
+        with pytest.raises(ArgumentError, match=r"10\.0\.0\.1:6379: not a cluster; .*nobody"):
             cluster.in_parts(command)
     assert [one["runtime_env"] for one in asked] == [None, {"pip": ["ipdiverse[ray]"]}]
     assert asked[0]["address"] == "10.0.0.1:6379"

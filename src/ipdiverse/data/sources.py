@@ -88,7 +88,7 @@ def kind_of(source: str, split: str = "train") -> str:
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
         return "hub"
     raise DataError(
-        "is an address" if "://" in source else "does not exist",
+        "is an address" if source.startswith(("http://", "https://")) else "does not exist",
         where=source,
         expected="a folder, a file, a hub id or `critters`",
         fix="Check the path for a typing error; a hub id is OWNER/NAME.",
