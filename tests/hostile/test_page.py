@@ -122,7 +122,7 @@ def bodies(client: Client) -> Iterator[tuple[str, dict[str, Any]]]:
             yield "/gradio_api/cancel", usual | {name: wrong}
 
 
-@pytest.mark.parametrize("every", [9, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_wrong_value_of_any_field_is_one_line(
     every: int,
     client: Client,
@@ -140,8 +140,7 @@ def test_a_wrong_value_of_any_field_is_one_line(
             if answer.status_code != 200:
                 assert answer.json()["detail"].count("\n") == 0
                 assert len(answer.text) < 2500
-    # 429 where calls come faster than a visitor may draw
-    assert {200, 400} <= codes <= {200, 400, 429}
+    assert codes == {200, 400, 429}
     captured = capfd.readouterr()
     assert "Traceback" not in captured.err + captured.out
 
