@@ -216,6 +216,36 @@ def test_pages_state_what_the_study_found(page: str, heading: str, results: str,
         assert [float(cell) for cell in cells] == pytest.approx(expected, abs=5e-4), label
 
 
+def test_the_page_states_what_pairs_share() -> None:
+    folder = ROOT / "docs/study/dose"
+    arms = json.loads((folder / "results.json").read_text())["arms"]
+    scores = {arm["name"]: arm["scores"] for arm in arms}
+    predicted = json.loads((folder / "predicted.json").read_text())["predicted"]
+    copied, whole = scores["pixel copy"]["leak"][0], predicted[-1]["trained"]
+    section = (ROOT / "docs/study/index.md").read_text().split("## What pairs share\n")[1]
+    lines = [line.strip("| ").split(" | ") for line in section.splitlines() if line[:2] == "| "]
+    for (shared, *cells), row in zip(lines[1:6], predicted, strict=True):
+        percent = shared.removesuffix(" %")
+        assert row["shared"] == int(percent) / 100
+        space, trained = (
+            scores[f"space, shared {percent}"],
+            scores.get(f"trained on pairs, shared {percent}"),
+        )
+        expected = [
+            row["trained"] / whole,
+            trained and trained["leak"][0] / copied,
+            row["space"] / whole,
+            space["leak"][0] / copied,
+            space["entropy"][0],
+        ]
+        found = [None if cell == "-" else float(cell) for cell in cells]
+        for cell, number, digits in zip(found, expected, (2, 2, 2, 2, 3), strict=True):
+            assert (cell is None) == (number is None)
+            assert cell is None or cell == pytest.approx(number, abs=0.51 * 10**-digits)
+    directions = [row["scene_directions"]["fitted"] for row in predicted]
+    assert "{}, {}, {}, {} and {} directions".format(*directions) in section
+
+
 def test_what_is_left_open_is_the_bases_own() -> None:
     arms = (Arm("a", "a"), Arm("b", "b", {"adapter": "x"}), Arm("c", "c", adapters=("y", "z")))
     study = Study(arms, base="sd15-plus")
