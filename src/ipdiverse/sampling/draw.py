@@ -199,6 +199,7 @@ def drawing(
 
 def checked_pictures(request: Request, *, opened: bool = False) -> Pictures:
     """Decode a request's pictures and check the rest of it, the quickest first."""
+    request.check_files()
     pictures = decoded(request)
     request.check(opened=opened)  # imports torch, which takes seconds
     return pictures

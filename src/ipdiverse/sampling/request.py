@@ -220,7 +220,7 @@ class Request:
         Raises:
             IpdiverseError: An unknown name, something missing, or something that has no effect.
         """
-        self._check_files()
+        self.check_files()
         self._check_needs(USED_WITH)
         if not opened:
             check_known(self.base)
@@ -257,7 +257,8 @@ class Request:
         found = self.adapter or self.base
         return ArgumentError("are not read by this adapter", where="faces", found=found, fix=fix)
 
-    def _check_files(self) -> None:
+    def check_files(self) -> None:
+        """Refuse a request without a reference, and names of files that are empty."""
         if not self.image and not self.faces:
             raise ArgumentError("is missing", where="image", fix="Give a reference: --image FILE.")
         for name in ("image", "mask"):  # empty as of a variable that is not set
