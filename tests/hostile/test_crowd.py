@@ -14,14 +14,10 @@ from PIL import Image
 
 pytest.importorskip("gradio", reason="the page needs gradio")
 
-from ipdiverse.ui import Options
 from ipdiverse.ui.queue import PLACES, Job, Sheet
-from ipdiverse.ui.server import opened_page
 from tests.e2e.ui_clients import (
     PATIENCE,
     Client,
-    empty_line,
-    free_port,
     session_of,
     until,
     waiting_job,
@@ -39,18 +35,6 @@ if TYPE_CHECKING:
 
 WAITING = 5
 MIB = 2**20
-
-
-@pytest.fixture(scope="module")
-def served() -> Iterator[Served]:
-    with opened_page(Options(port=free_port(), reports=())) as page:
-        yield page
-
-
-@pytest.fixture
-def client(served: Served) -> Iterator[Client]:
-    yield Client(served.url)
-    empty_line(served)
 
 
 def browser(served: Served, like: Client | None = None) -> Client:

@@ -15,27 +15,13 @@ import pytest
 
 pytest.importorskip("gradio", reason="the page needs gradio")
 
-from ipdiverse.ui import Options
-from ipdiverse.ui.server import opened_page
-from tests.e2e.ui_clients import Client, empty_line, free_port
+from tests.e2e.ui_clients import Client
 from tests.hostile.test_pictures import BOMBS, encoded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ipdiverse.ui.server import Page as Served
-
-
-@pytest.fixture(scope="module")
-def served() -> Iterator[Served]:
-    with opened_page(Options(port=free_port(), reports=())) as page:
-        yield page
-
-
-@pytest.fixture
-def client(served: Served) -> Iterator[Client]:
-    yield Client(served.url)
-    empty_line(served)
 
 
 def uploaded(client: Client, name: str, data: bytes) -> dict[str, Any]:

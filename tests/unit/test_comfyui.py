@@ -549,6 +549,20 @@ def test_the_adapter_that_came_in_is_not_changed() -> None:
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
+def stock_latents(pipe: Any, **sizes: int) -> torch.Tensor:
+    """What a pipeline of diffusers draws of the nodes' prompts and noise."""
+    return pipe(
+        PROMPT,
+        negative_prompt=NEGATIVE,
+        num_inference_steps=3,
+        guidance_scale=GUIDANCE,
+        num_images_per_prompt=2,
+        latents=noise(),
+        output_type="latent",
+        **sizes,
+    ).images
+
+
 def test_two_adapters_add_up() -> None:
     one, two = adapter_of("sd1"), models.adapter("plus", pipeline("sd1").unet, seed=11)
     both = sampled(applied(applied(model_of("sd1"), one), two, image=image(4)))
@@ -560,15 +574,7 @@ def test_two_adapters_add_up() -> None:
         prompt.set_reference(Reference(embeds=[pooled]), adapter=0)
         prompt.set_reference(Reference(embeds=[states]), adapter=1)
         prompt.set_scale(0.8)
-        expected = pipe(
-            PROMPT,
-            negative_prompt=NEGATIVE,
-            num_inference_steps=3,
-            guidance_scale=GUIDANCE,
-            num_images_per_prompt=2,
-            latents=noise(),
-            output_type="latent",
-        ).images
+        expected = stock_latents(pipe)
     assert_close(both, expected)
 
 
@@ -718,16 +724,7 @@ def test_faces_and_the_lora_in_their_file_act_as_in_a_pipeline(
         prompt.set_reference(Reference(embeds=given))
         prompt.set_scale(0.8)
         sizes = {"height": 64, "width": 64} if architecture == "sdxl" else {}
-        expected = pipe(
-            PROMPT,
-            negative_prompt=NEGATIVE,
-            num_inference_steps=3,
-            guidance_scale=GUIDANCE,
-            num_images_per_prompt=2,
-            latents=noise(),
-            output_type="latent",
-            **sizes,
-        ).images
+        expected = stock_latents(pipe, **sizes)
     assert_close(found, expected)
     without = patched.clone()
     without.patches = {}

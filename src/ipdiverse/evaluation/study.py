@@ -113,6 +113,9 @@ class Study:
         check_range("pairs", self.pairs, 2, 100_000)
         check_range("images", self.images, 2, MAX_IMAGES)
         check_range("steps", self.steps or 0, 1, MAX_STEPS)
+        if self.split not in ("test", "validation"):
+            expected = "test or validation"
+            raise ArgumentError("is unknown", where="split", expected=expected, found=self.split)
         if self.prompts is not None and self.references is None:
             raise ArgumentError(
                 "needs references",

@@ -254,3 +254,8 @@ def test_what_is_left_open_is_the_bases_own() -> None:
     assert study.baseline_arm.settings == {}
     critters = Study(arms)
     assert (critters.steps, critters.arms) == (25, arms)
+
+
+def test_a_study_made_in_python_checks_its_split() -> None:
+    with pytest.raises(ArgumentError, match="split: is unknown; expected test or validation"):
+        Study((Arm("a", "a"),), split="train")  # type: ignore[arg-type]
