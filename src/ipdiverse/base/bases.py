@@ -108,7 +108,8 @@ def load_base(
         encoder: The preset whose image encoder comes along; None is this preset's own, empty none.
         memory: Place the pipeline by what the device has, within these wishes; None leaves it in
             float32 on the CPU, for the caller to move. `critters` always stays there.
-        unet: False leaves the UNet's weights for `pipelines.load_unet`; a single file's come along.
+        unet: False leaves the UNet's weights for `pipelines.load_unet`, and those of a transformer
+            and of T5 out; a single file's come along.
 
     Raises:
         ModelError: There is no such base, or it cannot be opened or had.
@@ -222,9 +223,16 @@ def check_part(source: str) -> None:
 def load_image_encoder(
     source: str, base: Base, *, local_files_only: bool = False
 ) -> tuple[Any, Any]:
-    """Open an image encoder for a base, with its preprocessing; CLIP's own if it has none."""
+    """Open CLIP's or SigLIP's image encoder for a base, with its preprocessing."""
     options = {"local_files_only": local_files_only}
-    encoder = load_part("CLIPVisionModelWithProjection", source, base, **options)
+    try:
+        siglip = load_part("AutoConfig", source, base, **options).model_type.startswith("siglip")
+    except ModelError:  # said of the encoder itself, below
+        siglip = False
+    kind = "SiglipVisionModel" if siglip else "CLIPVisionModelWithProjection"
+    encoder = load_part(kind, source, base, **options)
+    if siglip:
+        return encoder, clip_processor(encoder)
     try:
         return encoder, load_part("CLIPImageProcessor", source, base, **options)
     except ModelError as error:

@@ -178,7 +178,8 @@ def _with_encoder(pipe: Any, opening: Opening, encoder_of: str) -> Any:
             what = "its image encoder cannot be opened"
             raise ModelError(what, where=encoder_of, found=first_line(error)) from error
         parts = {"image_encoder": encoder.eval()}
-        if getattr(pipe, "feature_extractor", None) is None:
+        # one that is there is CLIP's, which the safety checker reads too
+        if getattr(pipe, "feature_extractor", None) is None or "Siglip" in wanted.kind:
             parts["feature_extractor"] = clip_processor(encoder)
         if wanted.text:  # of the encoder, so that it stays with it whichever pipeline takes it
             encoder.text_half = cache(partial(_text_half, wanted.text))
@@ -226,7 +227,6 @@ def _opened(name: str, source: str, opening: Opening, **options: Any) -> Any:
     with loading():
         import torch
         from diffusers import DiffusionPipeline, StableDiffusionPipeline
-        from diffusers import UNet2DConditionModel as Unet
 
         # the class is stated where it is known: looking it up costs seconds of imports
         kind: Any = StableDiffusionPipeline if name == CRITTERS else DiffusionPipeline
@@ -237,10 +237,11 @@ def _opened(name: str, source: str, opening: Opening, **options: Any) -> Any:
             parts["quantization_config"] = _quantization(opening)
         try:
             if not opening.unet:
-                parts["unet"] = _empty_unet(source, options)
+                parts |= _without_weights(source, opening, options)
             pipe = kind.from_pretrained(source, **options, **parts)
-            if not opening.unet:
-                pipe.unet_later = partial(Unet.from_pretrained, source, subfolder="unet", **options)
+            if "unet" in parts:
+                later = type(pipe.unet).from_pretrained
+                pipe.unet_later = partial(later, source, subfolder="unet", **options)
             return pipe
         except Exception as error:  # whatever the libraries raise on a broken or absent source
             raise cannot_be_opened("cannot be opened", name, error) from error
@@ -268,15 +269,20 @@ def _quantization(opening: Opening) -> Any:
     return PipelineQuantizationConfig(quant_mapping=mapping)
 
 
-def _empty_unet(source: str, options: dict[str, Any]) -> Any:
-    """Layers and config of a UNet, without memory for weights."""
+def _without_weights(source: str, opening: Opening, options: dict[str, Any]) -> dict[str, Any]:
+    """A denoiser's layers and config, without memory for weights; and no T5, which is as large."""
+    import diffusers
     import torch
-    from diffusers import UNet2DConditionModel as Unet
 
     where = {k: options[k] for k in ("local_files_only", "revision") if k in options}
-    config: Any = Unet.load_config(source, subfolder="unet", **where)
-    with torch.device("meta"):
-        return Unet.from_config(config)
+    index = _index(source, opening.revision, local_files_only=opening.local_files_only)
+    parts: dict[str, Any] = {n: None for n, told in index.items() if "T5EncoderModel" in told}
+    for name in {"unet", "transformer"} & (index.keys() - options.keys()):
+        kind = getattr(diffusers, index[name][1])
+        config = kind.load_config(source, subfolder=name, **where)
+        with torch.device("meta"):
+            parts[name] = kind.from_config(config)
+    return parts
 
 
 def load_unet(pipe: Any) -> None:

@@ -306,11 +306,12 @@ class Fit:
         read_manifest(self.home)
         base, encoder = self.cache.base, self.cache.image_encoder
         named = self.adapter or default_adapter(base)
-        agree_to_encoders(base, encoder, self.yes, named)
+        agree_to_encoders(base, encoder, self.yes, named, trains=False)
         file = adapter_file(base, named, local_files_only=self.local_files_only)
         adapter = load_adapter(file)
         check_kind(adapter)
-        encoders = open_encoders(base, encoder, local_files_only=self.local_files_only, unet=False)
+        given: dict[str, Any] = {"local_files_only": self.local_files_only}
+        encoders = open_encoders(base, encoder, **given, unet=False, trains=False)
         return named, (encoders, adapter, Preprocessing.of(self.cache, encoders.resolution))
 
 
