@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,13 @@ from ipdiverse.errors import ModelError
 from ipdiverse.sampling.denoiser import steer
 from ipdiverse.sampling.diversify import diversify
 from tests import joint_models, models
-from tests.acceptance.scenes import depth, flux_controlnet, half
+from tests.acceptance.scenes import (
+    depth,
+    flux_controlnet,
+    half,
+    joint_inpainting,
+    sd3_controlnet,
+)
 
 PARITY = 1e-5
 """Of the largest latent."""
@@ -48,14 +56,21 @@ TASKS: dict[str, dict[str, Any]] = {
     "flux-Kontext": {"image": models.picture(20), "max_area": 64**2, "_auto_resize": False},
     "sd3": {},
     "sd3-Img2Img": {"image": models.picture(20), "strength": 0.7},
+    "sd3-Inpaint": {"image": models.picture(20), "mask_image": half(), "strength": 0.7},
+    "sd3-ControlNet": {"control_image": depth(0)},
 }
 """Pipelines of stock that take an adapter, and what their calls need."""
 
 
 def task_pipeline(task: str) -> Any:
     name, _, kind = task.partition("-")
-    others = {"controlnet": flux_controlnet().pipe.controlnet} if kind == "ControlNet" else {}
-    return joint_models.pipeline(name, kind, fresh=True, **others)
+    scene = {
+        "flux-ControlNet": flux_controlnet,
+        "sd3-ControlNet": sd3_controlnet,
+        "sd3-Inpaint": partial(joint_inpainting, "sd3"),
+    }.get(task)
+    others = {} if scene is None else scene().pipe.components
+    return joint_models.pipeline(name, kind, fresh=True, **copy.deepcopy(others))
 
 
 TRUE_CFG = {"negative_prompt": "a blue house", "true_cfg_scale": 3.0}

@@ -248,8 +248,16 @@ def any_latents(pipe: Any) -> Iterator[None]:
 
     It knows UNets with 9 input channels (latents, masked latents, mask) and with 4 (latents), and
     refuses others. A UNet that takes just the VAE's latents, as the embedded one with 16 channels,
-    is of the second kind, so its config says 4 meanwhile.
+    is of the second kind, so its config says 4 meanwhile. SD 3's ControlNets encode their picture
+    with noise of no seed, which gets one here, so that images can be repeated.
     """
+    if type(pipe).__name__.startswith("StableDiffusion3ControlNet"):
+        import torch
+
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            yield
+        return
     inpaints = "Inpaint" in type(pipe).__name__ and getattr(pipe, "unet", None) is not None
     channels = pipe.unet.config.in_channels if inpaints else 4
     if channels in (4, 9) or channels != pipe.vae.config.latent_channels:

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from ipdiverse.base.adapters import CRITTERS_SPACES, default_adapter
 from ipdiverse.base.bases import Base, load_base, load_part
 from ipdiverse.base.memory import arrange
-from ipdiverse.base.pipelines import CRITTERS, native_side
+from ipdiverse.base.pipelines import CRITTERS, denoiser_of, native_side
 from ipdiverse.base.presets import PRESETS, preset_files
 from ipdiverse.errors import ArgumentError, ModelError, quoted
 from ipdiverse.image_io import load_image, load_mask
@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 
 _HALF = 128
 """From this grey on, pipelines repaint (`VaeImageProcessor` with `do_binarize`)."""
+
+_CONTROLNETS = {
+    "FluxTransformer2DModel": "FluxControlNetModel",
+    "SD3Transformer2DModel": "SD3ControlNetModel",
+}
+"""Classes of diffusers, by that of the denoiser; UNets have one."""
 
 _FAR = 0.074
 """Share of an embedding outside the directions of critters' own (`is_far`)."""
@@ -75,7 +81,7 @@ def task_for(base: Base, request: Request, pictures: Pictures) -> Task:
     if request.width or request.height:
         settings |= {"width": size[0], "height": size[1]}
     if request.controlnet:
-        extra["controlnet"] = load_part("ControlNetModel", request.controlnet, base)
+        extra["controlnet"] = _controlnet(base, request)
         settings["controlnet_conditioning_scale"] = request.control_scale
     kind = "Text2Image"
     if request.init_image:
@@ -94,7 +100,8 @@ def task_for(base: Base, request: Request, pictures: Pictures) -> Task:
         share = float(np.asarray(pictures.masks[file]).mean()) / 255
         notes.append(f"mask {quoted(file)}: its image acts on {100 * share:.3g} % of the picture")
     if request.control_image:
-        name = "control_image" if request.init_image else "image"
+        plain = getattr(base.pipe, "unet", None) is not None and not request.init_image
+        name = "image" if plain else "control_image"
         picture = pictures.images[request.control_image]
         fitted[name] = _fitted("control image", picture, size, request.fit, notes)
     notes += [note for text in request.prompt for note in _cut_words(base, "prompt", text)]
@@ -107,6 +114,14 @@ def task_for(base: Base, request: Request, pictures: Pictures) -> Task:
     if kind == "Text2Image" and not extra:
         return Task(base, fitted, settings, notes)
     return Task(replace(base, pipe=_pipeline(kind, base, extra)), fitted, settings, notes)
+
+
+def _controlnet(base: Base, request: Request) -> Any:
+    kind = _CONTROLNETS.get(type(denoiser_of(base.pipe)).__name__)
+    if kind and request.init_image:
+        what, fix = "has no ControlNet with an init image", "Leave one of them out."
+        raise ArgumentError(what, where=base.name, fix=fix)
+    return load_part(kind or "ControlNetModel", request.controlnet, base)
 
 
 def _cut_words(base: Any, name: str, prompt: str) -> list[str]:

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
-from diffusers.hooks import HookRegistry
+from diffusers.hooks import HookRegistry, ModelHook
 
 from ipdiverse.adapter.attach.branches import forget_prompts, watch_prompts
 from ipdiverse.adapter.attach.encoding import (
@@ -22,7 +21,7 @@ from ipdiverse.adapter.attach.encoding import (
     Scenes,
     encode_references,
 )
-from ipdiverse.adapter.attach.hook import ActiveAdapter, ImagePromptHook, check_caches
+from ipdiverse.adapter.attach.hook import ActiveAdapter, ImagePromptHook
 from ipdiverse.adapter.attach.joint import (
     attended,
     check_fits,
@@ -40,11 +39,11 @@ from ipdiverse.adapter.model import (
 )
 from ipdiverse.adapter.reference import Reference, as_reference, split_batch
 from ipdiverse.adapter.scale import Scale, resolve_scale, unet_layers
-from ipdiverse.base.pipelines import denoiser_of
+from ipdiverse.base.pipelines import check_caches, denoiser_of
 from ipdiverse.errors import ArgumentError, ModelError, check_range, check_whole
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from PIL import Image
     from torch import Tensor
@@ -350,8 +349,7 @@ def attach(
     unet.set_attn_processor({name: mine.get(name, old) for name, old in before.items()})
     homes = [(unet.get_submodule(n.removesuffix(".processor")), p) for n, p in mine.items()]
     hook = ImagePromptHook(pipe, prompts, layers, homes, before)
-    with inside_offloading(unet):
-        HookRegistry.check_if_exists_or_initialize(unet).register_hook(hook, _HOOK)
+    set_hook(unet, _HOOK, hook)
     # words are for fusion alone: finding them tokenizes every prompt once more
     fuses = any(adapter.fusion is not None for adapter in adapters)
     watch_prompts(pipe, hook.encoded, hook.words if fuses else None)
@@ -375,29 +373,30 @@ def detach(pipe: Any) -> None:
     for name, processor in hook.before.items():
         # one by one: stock counts the layers of a projection that was loaded meanwhile too
         denoiser.get_submodule(name.removesuffix(".processor")).set_processor(processor)
-    with inside_offloading(denoiser):
-        registry = HookRegistry.check_if_exists_or_initialize(denoiser)
-        if registry.get_hook(LEVERS_HOOK) is not None:
-            registry.remove_hook(LEVERS_HOOK, recurse=False)
-        registry.remove_hook(_HOOK, recurse=False)
+    for name in (LEVERS_HOOK, _HOOK):
+        set_hook(denoiser, name)
 
 
-@contextmanager
-def inside_offloading(unet: Any) -> Iterator[None]:
-    """Take accelerate's wrapper off the UNet's `forward`, and put it back around what is there.
+def set_hook(denoiser: Any, name: str, hook: ModelHook | None = None) -> bool:
+    """Put a hook in place of the one with its name, or none; whether there was one.
 
-    `enable_model_cpu_offload` unwraps and wraps again after every call of the pipeline, and so
-    drops what was put around it, or brings back what was taken out from under it.
+    `enable_model_cpu_offload` unwraps and wraps `forward` again after every call of the pipeline,
+    and so drops what was put around its wrapper, or brings back what was taken out from under it.
+    So that comes off meanwhile, and goes back around what is there.
     """
-    offloading = getattr(unet, "_hf_hook", None)
-    if offloading is None:
-        yield
-        return
-    remove_hook_from_module(unet)
+    offloading = getattr(denoiser, "_hf_hook", None)
+    if offloading is not None:
+        remove_hook_from_module(denoiser)
     try:
-        yield
+        registry = HookRegistry.check_if_exists_or_initialize(denoiser)
+        if found := registry.get_hook(name) is not None:  # a second of one name is refused
+            registry.remove_hook(name, recurse=False)
+        if hook is not None:
+            registry.register_hook(hook, name)
     finally:
-        add_hook_to_module(unet, offloading)
+        if offloading is not None:
+            add_hook_to_module(denoiser, offloading)
+    return found
 
 
 def hook_of(unet: Any) -> ImagePromptHook | None:
@@ -420,9 +419,8 @@ def _processors(unet: Any, slots: list[Slot]) -> dict[str, DecoupledAttention]:
 def checked_denoiser(pipe: Any) -> tuple[Any, bool]:
     """The denoiser of a pipeline, and whether it is a transformer."""
     joint = getattr(pipe, "unet", None) is None and hasattr(pipe, "transformer")
-    denoiser, named = (
-        (checked_transformer(pipe), "transformer") if joint else (_checked_unet(pipe), "UNet")
-    )
+    denoiser = checked_transformer(pipe) if joint else _checked_unet(pipe)
+    named = "transformer" if joint else "UNet"
     if any(hasattr(processor, "to_k_ip") for processor in denoiser.attn_processors.values()):
         raise ModelError(
             "has an adapter of load_ip_adapter",

@@ -257,25 +257,15 @@ def checked_transformer(pipe: Any) -> Any:
 def check_fits(adapter: ImagePromptAdapter, model: Any) -> None:
     """Refuse an adapter for another architecture, or with layers of other sizes."""
     known, style = styles_of(model), None if adapter.joint is None else adapter.joint.style
-    if style not in known:
-        raise ModelError(
-            "does not fit this transformer",
-            where="adapter",
-            expected=" or ".join(known),
-            found=style or "an adapter for a UNet",
-            fix="It was trained for another base model.",
-        )
-    if style == "redux":  # it has no layers
+    wanted, found = " or ".join(known), str(style or "an adapter for a UNet")
+    if style == "redux" and style in known:  # it has no layers
         width = model.config.joint_attention_dim
         if adapter.token_width == width:
             return
-        raise ModelError(
-            "does not fit this transformer",
-            where="adapter",
-            expected=f"tokens of width {width}, as its text has",
-            found=adapter.token_width,
-            fix="It was trained for another base model.",
-        )
+        wanted, found = f"tokens of width {width}, as its text has", str(adapter.token_width)
+    if style not in known or style == "redux":
+        what, fix = "does not fit this transformer", "It was trained for another base model."
+        raise ModelError(what, where="adapter", expected=wanted, found=found, fix=fix)
     names = attention_layers(model)
     if style == "xlabs":
         names = {n: name for n, name in names.items() if not name.startswith("single")}

@@ -127,7 +127,10 @@ def base_family(adapter: ImagePromptAdapter) -> str:
     numbers = list(adapter.widths())
     if numbers != list(range(1, 2 * len(numbers), 2)):  # there, every second one is self-attention
         return "custom"
-    return _FAMILIES.get((adapter.token_width, len(numbers)), "custom")
+    found = _FAMILIES.get((adapter.token_width, len(numbers)), "custom")
+    # Kolors' have SDXL's layout, and read an encoder that no other published adapter reads
+    kolors = (found, adapter.kind, adapter.clip_dim) == ("SDXL", "plus", 1024)
+    return "Kolors" if kolors else found
 
 
 def stock_notes(adapter: ImagePromptAdapter) -> list[str]:
@@ -135,7 +138,9 @@ def stock_notes(adapter: ImagePromptAdapter) -> list[str]:
     projection = adapter.image_proj
     part, count = "", 4
     if isinstance(projection, LinearProjection):
-        part, count = "image tokens", projection.num_tokens
+        # XLabs' second adapter, of 16 tokens, is told by its size
+        known = projection.proj.out_features == 65536
+        part, count = "image tokens", 4 if known else projection.num_tokens
     elif isinstance(projection, ResamplerProjection):
         part, count = "resampler layers", len(projection.layers)
     return [] if count == 4 else [f"stock diffusers takes 4 {part} for granted; this has {count}"]
