@@ -173,6 +173,7 @@ def test_instantx_equals_its_equations() -> None:
         np.testing.assert_array_equal(run(pipe), plain)
         attachment.set_scale(0.7)
         ours = run(pipe)
+    np.testing.assert_array_equal(run(pipe), plain)
     before = dict(pipe.transformer.attn_processors)
     pixels = pipe.feature_extractor(picture, return_tensors="pt").pixel_values
     processors = {}
@@ -262,23 +263,24 @@ def test_a_pipeline_with_stocks_adapter_is_diversified(task: str) -> None:
     """The same call of the same script: at 0 stock's latents, above it others, undone stock."""
     pipe, given = task_pipeline(task), TASKS[task]
     flux = task.startswith("flux")
+    given = {**given, **(TRUE_CFG if flux else {"guidance_scale": 4.0})}
+    without = run(pipe, **given)
     if flux:
         pipe.load_ip_adapter(joint_models.nested(joint_models.xlabs_tensors()), weight_name="")
         pipe.set_ip_adapter_scale([0.9, 0.4])
-        given = {**given, **TRUE_CFG, "negative_ip_adapter_image": models.picture(11)}
+        given["negative_ip_adapter_image"] = models.picture(11)
     else:
         nested = joint_models.nested(joint_models.sd3_tensors())
         pipe.register_modules(image_encoder=joint_models.siglip())
         pipe.load_ip_adapter(nested)
         pipe.set_ip_adapter_scale(0.7)
-        given = {**given, "guidance_scale": 4.0}
     given["ip_adapter_image"] = models.picture(10)
     stock, kind = run(pipe, **given), type(pipe)
     with diversify(pipe, 0.0) as diversified:
         equal(run(pipe, **given), stock)
         pipe.set_ip_adapter_scale(0.0)
-        plain = run(pipe, **given)
-        assert np.abs(stock - plain).max() > 1e-2 * np.abs(stock).max()
+        np.testing.assert_array_equal(run(pipe, **given), without)
+        assert np.abs(stock - without).max() > 1e-2 * np.abs(stock).max()
         pipe.set_ip_adapter_scale([0.9, 0.4] if flux else 0.7)
         diversified.set_diversity(1.0)
         assert np.abs(run(pipe, **given) - stock).max() > 1e-3 * np.abs(stock).max()
@@ -313,6 +315,8 @@ def test_xlabs_second_adapter_of_16_tokens_equals_stock() -> None:
     with attach(pipe, adapter) as attachment:
         attachment.set_reference(models.picture(10))
         ours = run(pipe, **given)
+        attachment.set_scale(0.0)
+        np.testing.assert_array_equal(run(pipe, **given), plain)
     np.testing.assert_array_equal(run(pipe, **given), plain)
     pipe.load_ip_adapter(joint_models.nested(tensors), weight_name="")
     stock = run(pipe, ip_adapter_image=models.picture(10), **given)
@@ -339,6 +343,8 @@ def test_scales_by_block_and_step_several_references_and_adapters_equal_stock() 
                 adapter=number,
             )
         ours = run(pipe, **given)
+        attachment.set_scale(0.0)
+        np.testing.assert_array_equal(run(pipe, **given), plain)
     np.testing.assert_array_equal(run(pipe, **given), plain)
     pipe.load_ip_adapter([joint_models.nested(t) for t in tensors], weight_name=["", ""])
     pipe.set_ip_adapter_scale(first)

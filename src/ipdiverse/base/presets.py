@@ -193,10 +193,9 @@ def _encoder(
 _ENCODERS = {name: _encoder(**told) for name, told in _TABLES["encoders"].items()}
 
 
-def encoder_name(read: str, width: int) -> str | None:
+def encoder_of(read: str, width: int) -> Encoder | None:
     """The published image encoder that adapters with such an input read, if one is known."""
-    known = (one.name for one in _ENCODERS.values() if one.widths.get(read) == width)
-    return next(known, None)
+    return next((one for one in _ENCODERS.values() if one.widths.get(read) == width), None)
 
 
 def _preset(name: str, told: dict[str, Any]) -> Preset:

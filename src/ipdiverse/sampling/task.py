@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from ipdiverse.base.adapters import CRITTERS_SPACES, default_adapter
 from ipdiverse.base.bases import Base, load_base, load_part
 from ipdiverse.base.memory import arrange
-from ipdiverse.base.pipelines import CRITTERS, denoiser_of, native_side
+from ipdiverse.base.pipelines import CRITTERS, native_side
 from ipdiverse.base.presets import PRESETS, preset_files
 from ipdiverse.errors import ArgumentError, ModelError, quoted
 from ipdiverse.image_io import load_image, load_mask
@@ -25,12 +25,6 @@ if TYPE_CHECKING:
 
 _HALF = 128
 """From this grey on, pipelines repaint (`VaeImageProcessor` with `do_binarize`)."""
-
-_CONTROLNETS = {
-    "FluxTransformer2DModel": "FluxControlNetModel",
-    "SD3Transformer2DModel": "SD3ControlNetModel",
-}
-"""Classes of diffusers, by that of the denoiser; UNets have one."""
 
 _FAR = 0.074
 """Share of an embedding outside the directions of critters' own (`is_far`)."""
@@ -117,11 +111,13 @@ def task_for(base: Base, request: Request, pictures: Pictures) -> Task:
 
 
 def _controlnet(base: Base, request: Request) -> Any:
-    kind = _CONTROLNETS.get(type(denoiser_of(base.pipe)).__name__)
-    if kind and request.init_image:
+    if getattr(base.pipe, "unet", None) is not None:
+        return load_part("ControlNetModel", request.controlnet, base)
+    if request.init_image:
         what, fix = "has no ControlNet with an init image", "Leave one of them out."
         raise ArgumentError(what, where=base.name, fix=fix)
-    return load_part(kind or "ControlNetModel", request.controlnet, base)
+    kind = type(base.pipe.transformer).__name__.replace("Transformer2D", "ControlNet")
+    return load_part(kind, request.controlnet, base)
 
 
 def _cut_words(base: Any, name: str, prompt: str) -> list[str]:

@@ -23,10 +23,10 @@ from ipdiverse.adapter.attach.encoding import (
 )
 from ipdiverse.adapter.attach.hook import ActiveAdapter, ImagePromptHook
 from ipdiverse.adapter.attach.joint import (
+    JointAttention,
     attended,
     check_fits,
     checked_transformer,
-    joint_processors,
     transformer_layers,
 )
 from ipdiverse.adapter.attention import DecoupledAttention, Slot
@@ -344,7 +344,7 @@ def attach(
         prompt.place(unet.device, unet.dtype)
     before = dict(unet.attn_processors)  # diffusers takes a dict only if it names every layer
     slots = [prompt.slot for prompt in prompts]
-    mine = joint_processors(unet, slots) if joint else _processors(unet, slots)
+    mine = _processors(unet, slots, joint)
     layers = transformer_layers(unet, slots) if joint else unet_layers(unet)
     unet.set_attn_processor({name: mine.get(name, old) for name, old in before.items()})
     homes = [(unet.get_submodule(n.removesuffix(".processor")), p) for n, p in mine.items()]
@@ -406,14 +406,18 @@ def hook_of(unet: Any) -> ImagePromptHook | None:
     return hook if isinstance(hook, ImagePromptHook) else None
 
 
-def _processors(unet: Any, slots: list[Slot]) -> dict[str, DecoupledAttention]:
+def _processors(
+    denoiser: Any, slots: list[Slot], joint: bool
+) -> dict[str, DecoupledAttention | JointAttention]:
     """A processor for each layer that has an image branch or a low-rank change."""
-    touched = {number for slot in slots for number in slot.weights}
-    return {
-        f"{name}.processor": DecoupledAttention(number, slots, attended)
-        for number, name in attention_layers(unet).items()
-        if number in touched
-    }
+    touched, mine = {number for slot in slots for number in slot.weights}, {}
+    for number, (name, before) in enumerate(denoiser.attn_processors.items()):
+        if number in touched and joint:
+            single = name.startswith("single")
+            mine[name] = JointAttention(number, slots, before, text_first=single)
+        elif number in touched:
+            mine[name] = DecoupledAttention(number, slots, attended)
+    return mine
 
 
 def checked_denoiser(pipe: Any) -> tuple[Any, bool]:

@@ -220,10 +220,8 @@ class ImagePromptHook(ModelHook):
         if self._told is None or self._told[0] is not text:
             self._told = text, tell_branches(self.pipe, text, self.encoded)
             self._take_given(text, self._told[1].layout)
-        self._check_references()
         layout = self._told[1].layout
-        for prompt in self.prompts:
-            _check_items(prompt, len(text), layout)
+        self._check_references(len(text), layout)
         return layout
 
     def _take_given(self, text: Tensor, layout: Layout) -> None:
@@ -296,12 +294,22 @@ class ImagePromptHook(ModelHook):
             for region, (part, i) in zip(regions[0], each, strict=True)
         ]
 
-    def _check_references(self) -> None:
+    def _check_references(self, batch: int, layout: Layout) -> None:
         if not all(prompt.references for prompt in self.prompts):
             raise ArgumentError(
                 "no reference was set",
                 where="adapter",
                 fix="Call set_reference, or give the pipeline an ip_adapter_image.",
+            )
+        items = next((p.items for p in self.prompts if batch % (len(layout) * p.items)), None)
+        if items is not None:
+            raise ArgumentError(
+                "the number of references does not fit the batch",
+                where="adapter",
+                expected=f"{items} outputs, or a multiple",
+                found=batch // len(layout),
+                fix="Give one reference, one per prompt, or one per output; several images of one "
+                "item are one Reference([...]).",
             )
 
     def _check_processors(self) -> None:
@@ -329,9 +337,7 @@ class ImagePromptHook(ModelHook):
                 return known.layout
         check_caches(denoiser_of(self.pipe))  # once a text, not at every step
         layout = self.layout or self.layout_of(text)
-        self._check_references()
         for number, prompt in enumerate(self.prompts):
-            _check_items(prompt, len(text), layout)
             prompt.place(text.device, text.dtype)
             parts = self._parts(number)
             prompt.slot.groups = [self._group(prompt, part, text, layout) for part in parts]
@@ -472,15 +478,3 @@ def argument_names(module: torch.nn.Module) -> list[str]:
 
 def _identities(masks: Any) -> list[int]:
     return [id(one) for one in (masks if isinstance(masks, (list, tuple)) else [masks])]
-
-
-def _check_items(prompt: ActiveAdapter, batch: int, layout: Layout) -> None:
-    if batch % (len(layout) * prompt.items):
-        raise ArgumentError(
-            "the number of references does not fit the batch",
-            where="adapter",
-            expected=f"{prompt.items} outputs, or a multiple",
-            found=batch // len(layout),
-            fix="Give one reference, one per prompt, or one per output; several images of one "
-            "item are one Reference([...]).",
-        )

@@ -291,21 +291,6 @@ def transformer_layers(model: Any, slots: list[Slot]) -> list[Layer]:
     ]
 
 
-def joint_processors(model: Any, slots: list[Slot]) -> dict[str, JointAttention]:
-    """A processor for each layer that an adapter acts in."""
-    touched = {number for slot in slots for number in slot.weights}
-    return {
-        f"{name}.processor": JointAttention(
-            number,
-            slots,
-            model.attn_processors[f"{name}.processor"],
-            text_first=name.startswith("single"),
-        )
-        for number, name in attention_layers(model).items()
-        if number in touched
-    }
-
-
 def latent_grid(img_ids: Tensor) -> tuple[int, int]:
     """Height and width of what is drawn, of Flux's positions (tokens, 3) for the rotary bands."""
     ids = img_ids[0] if img_ids.ndim == 3 else img_ids

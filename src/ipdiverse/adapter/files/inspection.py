@@ -14,7 +14,7 @@ from ipdiverse.adapter.files.containers import Contents, first_of, open_checkpoi
 from ipdiverse.adapter.files.layouts import BASE_WEIGHTS, normalise, recognise, with_base_weights
 from ipdiverse.adapter.files.structure import describe, dtype_name, misfits, skeleton
 from ipdiverse.adapter.model import ImagePromptAdapter
-from ipdiverse.base.presets import encoder_name
+from ipdiverse.base.presets import encoder_of
 from ipdiverse.errors import CheckpointError
 from ipdiverse.loading import what_is
 
@@ -108,7 +108,8 @@ def _understand(contents: Contents, spec: Mapping[str, Any]) -> Report:
     if adapter is not None:
         described = describe(adapter)
         about |= {name: described[name] for name in ("kind", "family", "fusion")}
-        about["encoder"] = encoder_name(adapter.reads[-1], adapter.clip_dim or 0)
+        encoder = encoder_of(adapter.reads[-1], adapter.clip_dim or 0)
+        about["encoder"] = encoder and encoder.name
         about |= described["dims"] | {"lora": _lora_of(tensors)} | misfits(tensors, adapter)
         about["holds_base_weights"] = any(name.startswith(BASE_WEIGHTS) for name in tensors)
     about["loads"] &= not (about["missing"] or about["unexpected"] or about["mismatched"])
