@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,35 @@ def test_an_unknown_architecture_is_one_line(kind: str, folder: Path) -> None:
     )
     with pytest.raises(ipdiverse.IpdiverseError, match=expected):
         ipdiverse.load_base("base")
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "PixArtTransformer2DModel": {"in_channels": 4, "out_channels": 8, "cross_attention_dim": 8},
+    "AuraFlowTransformer2DModel": {
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_mmdit_layers": 1,
+        "num_single_dit_layers": 1,
+        "joint_attention_dim": 8,
+        "caption_projection_dim": 8,
+        "pos_embed_max_size": 16,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_attaching_to_another_transformer_names_what_is_supported(kind: str) -> None:
+    import diffusers
+
+    build: Any = getattr(diffusers, kind)
+    small = {"sample_size": 8, "num_attention_heads": 2, "attention_head_dim": 4}
+    layers = {} if "num_mmdit_layers" in OTHERS[kind] else {"num_layers": 1, "caption_channels": 8}
+    pipe = types.SimpleNamespace(transformer=build(**small, **OTHERS[kind], **layers))
+    adapter = joint_models.adapter(joint_models.xlabs_tensors())
+    line = "image prompts do not know; expected a pipeline of .* or of Flux.1; found " + kind
+    for attempt in (ipdiverse.attach, lambda pipe, _: ipdiverse.diversify(pipe)):
+        with pytest.raises(ipdiverse.IpdiverseError, match=line):
+            attempt(pipe, adapter)
 
 
 def test_transformers_compute_in_bfloat16() -> None:
