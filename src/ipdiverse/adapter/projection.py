@@ -296,11 +296,11 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, timestep: Tensor) -> Tensor:
         """Embed; in float32 up to the layers, as half precision would merge timesteps."""
-        from diffusers.models.embeddings import get_timestep_embedding
-
-        size, dtype = self.linear_1.in_features, self.linear_1.weight.dtype
-        waves = get_timestep_embedding(timestep.float(), size, True, downscale_freq_shift=0)
-        return self.linear_2(F.silu(self.linear_1(waves.to(dtype))))
+        half = self.linear_1.in_features // 2
+        steps = torch.arange(half, device=timestep.device, dtype=torch.float32) / half
+        angles = timestep.float()[:, None] * 10_000**-steps
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.linear_1.weight.dtype)
+        return self.linear_2(F.silu(self.linear_1(waves)))
 
 
 class TimeResamplerProjection(ResamplerProjection):
