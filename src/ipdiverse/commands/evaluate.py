@@ -240,7 +240,7 @@ class Fit:
     Args:
         folder: A folder that `prepare` wrote, with subjects of several pictures or with pairs.
         out: The file to write, `.safetensors`.
-        adapter: Of a kind that reads no faces: a name, a file, a folder, or a hub id followed by the path.
+        adapter: Of a kind that reads no faces: a name, file or folder, or a hub id and its path.
         cache: The base, its image encoder, and how pictures were embedded if they are already.
         fit: How it is fitted.
         spread: How the embedding is spread over processes; `merge` then fits.
