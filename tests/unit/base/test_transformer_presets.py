@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 NAMES: dict[str, tuple[str, Any]] = {
     "flux-dev": ("flux", joint_models.xlabs_tensors),
     "flux-dev-v2": ("flux", lambda: joint_models.xlabs_tensors(16)),
-    "flux-dev-instantx": ("flux", joint_models.instantx_tensors),
+    "flux-dev-instantx": ("flux", lambda: of_siglip(joint_models.instantx_tensors())),
     "flux-dev-redux": ("flux", joint_models.redux_tensors),
     "flux-schnell": ("flux", joint_models.xlabs_tensors),
     "sd35-large": ("sd3", joint_models.sd3_tensors),
@@ -39,22 +39,28 @@ NAMES: dict[str, tuple[str, Any]] = {
 """The architecture and the adapter of each preset that has one."""
 
 
+def of_siglip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """InstantX' adapter for an encoder of another width, as SigLIP in small is narrower."""
+    first = tensors["image_proj.proj.0.weight"][:, : models.CLIP_WIDTH].contiguous()
+    return tensors | {"image_proj.proj.0.weight": first}
+
+
 def t5_tokenizer() -> Any:
     """Of letters, as `tokenizer.json` holds it."""
     from tokenizers import Tokenizer, models
     from transformers import T5TokenizerFast
 
-    words = ["<pad>", "</s>", "<unk>", *map(chr, range(33, 127))]
+    words = ["<pad>", "</s>", "<unk>", *map(chr, (*range(33, 127), *range(192, 256)))]
     unigram = models.Unigram([(word, -1.0) for word in words], unk_id=2)
     return T5TokenizerFast(tokenizer_object=Tokenizer(unigram), extra_ids=0)
 
 
 def place(file: HubFile, folder: Path, cache: Path) -> None:
-    """Put a file of a saved pipeline where the hub's cache keeps it; small ones may be empty."""
+    """Put a file of a saved pipeline where the hub's cache keeps it; small ones may say nothing."""
     source = folder / file.name
     if not source.exists():
         assert not file.size, f"{file.name} is in no saved pipeline"
-        source.touch()
+        source.write_text("{}" if source.suffix == ".json" else "")
     hub.copied(source, hub.place(cache, file))
 
 

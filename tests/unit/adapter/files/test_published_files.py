@@ -11,6 +11,9 @@ from safetensors.torch import load_file, save_file
 from ipdiverse.adapter.files.containers import open_checkpoint
 from ipdiverse.adapter.files.conversion import convert
 from ipdiverse.adapter.files.inspection import as_text, inspect_checkpoint
+from ipdiverse.adapter.files.structure import stock_notes
+from ipdiverse.adapter.model import ImagePromptAdapter, Joint
+from ipdiverse.adapter.projection import LinearProjection
 from ipdiverse.cli import main
 from ipdiverse.errors import OutputError
 from tests import joint_models
@@ -139,11 +142,20 @@ def test_conversion_there_and_back_keeps_every_bit(name: str, tmp_path: Path) ->
                 convert(ours, there, to)  # type: ignore[arg-type]
             assert not there.exists()
             continue
-        assert convert(ours, there, to) == []  # type: ignore[arg-type]
+        # stock knows XLabs' second adapter by its published size, which this one has not
+        small = to == "diffusers" and name == "xlabs-v2"
+        notes = ["stock diffusers takes 4 image tokens for granted; this has 16"] if small else []
+        assert convert(ours, there, to) == notes  # type: ignore[arg-type]
         convert(there, back, "ipdiverse")
         assert_equal(load_file(back), expected)
         if FILES[name][1] == "published":  # these layouts are the authors' own
             assert_equal(open_checkpoint(there).tensors, tensors)
+
+
+def test_stock_knows_xlabs_second_adapter_by_its_size() -> None:
+    with torch.device("meta"):
+        projection = LinearProjection(768, 4096, 16)
+    assert stock_notes(ImagePromptAdapter(projection, {}, joint=Joint("xlabs"))) == []
 
 
 def test_the_command_refuses_in_one_line(
