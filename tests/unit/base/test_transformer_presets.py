@@ -22,6 +22,7 @@ from ipdiverse.base import bases
 from ipdiverse.base.memory import Device
 from ipdiverse.base.presets import PRESETS, HubFile
 from ipdiverse.cli import main
+from ipdiverse.commands.checkpoints import reads
 from tests import hub, joint_models, models
 from tests.checkpoint_files import nested
 
@@ -48,11 +49,11 @@ def of_siglip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def t5_tokenizer() -> Any:
     """Of letters, as `tokenizer.json` holds it."""
     from tokenizers import Tokenizer, models
-    from transformers import T5TokenizerFast
+    from transformers import T5Tokenizer
 
     words = ["<pad>", "</s>", "<unk>", *map(chr, (*range(33, 127), *range(192, 256)))]
     unigram = models.Unigram([(word, -1.0) for word in words], unk_id=2)
-    return T5TokenizerFast(tokenizer_object=Tokenizer(unigram), extra_ids=0)
+    return T5Tokenizer(tokenizer_object=Tokenizer(unigram), extra_ids=0)
 
 
 def place(file: HubFile, folder: Path, cache: Path) -> None:
@@ -102,7 +103,7 @@ def preset(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
     in_parts(preset.base_files(), saved)
     for file in preset.base_files():
         place(file, saved, cache)
-    encoder = joint_models.siglip() if "SigLIP" in preset.encoder.name else models.image_encoder()
+    encoder = joint_models.siglip() if "SigLIP" in reads(preset) else models.image_encoder()
     encoder.save_pretrained(tmp_path / "encoder")
     for file in preset.encoder_files():
         hub.copied(tmp_path / "encoder" / Path(file.name).name, hub.place(cache, file))
