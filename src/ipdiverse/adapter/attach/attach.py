@@ -34,8 +34,6 @@ from ipdiverse.adapter.model import (
     ImagePromptAdapter,
     attention_layers,
     check_encoder,
-    check_layers,
-    layer_widths,
 )
 from ipdiverse.adapter.reference import Reference, as_reference, split_batch
 from ipdiverse.adapter.scale import Scale, resolve_scale, unet_layers
@@ -333,10 +331,7 @@ def attach(
         image_processor or getattr(pipe, "feature_extractor", None),
     )
     for adapter in adapters:
-        if joint:
-            check_fits(adapter, unet)
-        else:
-            check_layers(adapter, layer_widths(unet))
+        check_fits(adapter, unet)
         check_encoder(adapter, encoding.encoder)
     one = Scale(lambda _layer, _progress: 1.0)
     prompts = [ActiveAdapter(adapter, Slot(adapter.layers()), one) for adapter in adapters]
@@ -406,18 +401,16 @@ def hook_of(unet: Any) -> ImagePromptHook | None:
     return hook if isinstance(hook, ImagePromptHook) else None
 
 
-def _processors(
-    denoiser: Any, slots: list[Slot], joint: bool
-) -> dict[str, DecoupledAttention | JointAttention]:
+def _processors(denoiser: Any, slots: list[Slot], joint: bool) -> dict[str, Any]:
     """A processor for each layer that has an image branch or a low-rank change."""
-    touched, mine = {number for slot in slots for number in slot.weights}, {}
-    for number, (name, before) in enumerate(denoiser.attn_processors.items()):
-        if number in touched and joint:
-            single = name.startswith("single")
-            mine[name] = JointAttention(number, slots, before, text_first=single)
-        elif number in touched:
-            mine[name] = DecoupledAttention(number, slots, attended)
-    return mine
+    touched = {number for slot in slots for number in slot.weights}
+    return {
+        name: JointAttention(number, slots, before, text_first=name.startswith("single"))
+        if joint
+        else DecoupledAttention(number, slots, attended)
+        for number, (name, before) in enumerate(denoiser.attn_processors.items())
+        if number in touched
+    }
 
 
 def checked_denoiser(pipe: Any) -> tuple[Any, bool]:

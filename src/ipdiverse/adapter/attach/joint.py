@@ -18,7 +18,7 @@ from ipdiverse.adapter.attention import (
     add_image,
     split_heads,
 )
-from ipdiverse.adapter.model import attention_layers, check_layers
+from ipdiverse.adapter.model import attention_layers, check_layers, layer_widths
 from ipdiverse.adapter.scale import Layer
 from ipdiverse.errors import ArgumentError, ModelError
 
@@ -257,6 +257,9 @@ def checked_transformer(pipe: Any) -> Any:
 def check_fits(adapter: ImagePromptAdapter, model: Any) -> None:
     """Refuse an adapter for another architecture, or with layers of other sizes."""
     known, style = styles_of(model), None if adapter.joint is None else adapter.joint.style
+    if not known:  # a UNet
+        check_layers(adapter, layer_widths(model))
+        return
     wanted, found = " or ".join(known), str(style or "an adapter for a UNet")
     if style == "redux" and style in known:  # it has no layers
         width = model.config.joint_attention_dim
