@@ -493,6 +493,7 @@ def test_the_grid_takes_over_and_its_cells_open_and_save(
     save.wait_for()
     with page.expect_download() as waiting:
         save.click()
+    assert waiting.value.suggested_filename == "diversity-0.5-scale-1.png"
     waiting.value.save_as(tmp_path / "saved.png")
     assert "a critter in the desert" in read_provenance(tmp_path / "saved.png")["command"]
     page.keyboard.press("Escape")
@@ -700,9 +701,18 @@ _SPOKEN = {"button", "checkbox", "combobox", "image", "link", "slider", "spinbut
 _SPOKEN |= {"textbox", "listbox", "radio", "Iframe"}
 
 
+_BLANK = """() => {
+  const bottom = within => document.querySelector(`#vary-examples ${within}`)
+    .getBoundingClientRect().bottom;
+  return bottom('.gallery-container') - bottom('.thumbnail-item');
+}"""
+
+
 @pytest.mark.parametrize("width", [390, 768, 1366, 2560])
 def test_every_width_in_light_and_dark(visit: Callable[..., Page], width: int) -> None:
     page = visit(width=width)
+    assert page.inner_text("#vary-images [data-testid=block-label]").strip() == "Images"
+    assert page.evaluate(_BLANK) < 20, "no empty space below the examples"
     take_example(page)
     page.get_by_role("button", name="Scenes of your own").click()
     configure(page, "a critter in the snow", steps=25 if SHOOTS else 1, count=2)

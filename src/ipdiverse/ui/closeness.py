@@ -1,4 +1,4 @@
-"""How close images are to the reference and to the prompt, in words and as a small plot.
+"""What images look like while they are drawn, and how close they are to reference and prompt.
 
 A cosine tells a reader nothing, and every encoder has its own scale of them. So closeness to the
 reference is told in bands, and closeness to the prompt as a rank: how many of other texts fit the
@@ -12,25 +12,123 @@ never called close.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
 from html import escape
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from ipdiverse.base.bases import CRITTERS, CRITTERS_ORACLE
+from ipdiverse.base.memory import full_range
 from ipdiverse.evaluation.features import COPY, FeatureEncoder
 from ipdiverse.sampling.selection import joint_text
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from PIL import Image
 
     from ipdiverse.adapter.attach.attach import Attachment
+    from ipdiverse.base.bases import Base
     from ipdiverse.sampling.request import Request
+
+
+_SIGHT = 32
+"""Previews are of latents scaled down to this side."""
+_COLOURS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+"""Of VAEs that have decoded something: what `colours` found."""
+
+
+@contextmanager
+def watched(base: Base) -> Iterator[Callable[[int], list[Image.Image]]]:
+    """What a batch looks like so far: small pictures of its first images, when called.
+
+    A guess of the clean latents, decoded. It only reads what the scheduler and the VAE are given
+    and give, so the images stay the same to the bit. There are none where a base cannot show them.
+    """
+    from ipdiverse.adapter.attach.stock import shadow
+
+    pipe: Any = base.pipe
+    step, decode, called = pipe.scheduler.step, pipe.vae.decode, list[Any]()
+    # offloaded, the VAE would push the denoiser out; what it drew before tells how to do without
+    offloaded = base.plan is not None and base.plan.offload != "none"
+
+    @wraps(step)
+    def noted(predicted: Any, timestep: Any, sample: Any, *given: Any, **named: Any) -> Any:
+        scaled = getattr(pipe.scheduler, "scale_model_input", lambda sample, _: sample)
+        called[:] = predicted, timestep, scaled(sample, timestep)  # its step counts on afterwards
+        return step(predicted, timestep, sample, *given, **named)
+
+    @wraps(decode)
+    def learned(latents: Any, *given: Any, **named: Any) -> Any:
+        output = decode(latents, *given, **named)
+        _COLOURS[pipe.vae] = colours(latents, output[0])
+        return output
+
+    def guessed(images: int) -> list[Image.Image]:
+        latents = _clean_latents(pipe, *called, images=images) if called else None
+        if latents is None or (offloaded and pipe.vae not in _COLOURS):
+            return []
+        if offloaded:
+            seen = coloured(latents, _COLOURS[pipe.vae])
+        else:
+            with full_range(pipe.vae):
+                seen = decode(latents.to(pipe.vae.dtype)).sample
+        return pipe.image_processor.postprocess(seen) if seen.isfinite().all() else []
+
+    undo = [shadow(pipe.scheduler, "step", noted)]
+    undo += [shadow(pipe.vae, "decode", learned)] if offloaded else []
+    try:
+        yield guessed
+    finally:
+        for one in undo:
+            one()
+
+
+def _clean_latents(pipe: Any, predicted: Any, timestep: Any, sample: Any, images: int) -> Any:
+    """What a scheduler's step says the clean latents are, small, as the VAE reads them."""
+    import torch
+
+    from ipdiverse.sampling.denoiser import clean_guess
+
+    schedule, scale = pipe.scheduler, pipe.vae.config
+    if hasattr(schedule, "alphas_cumprod"):
+        alpha, kind = schedule.alphas_cumprod[int(timestep)], schedule.config.prediction_type
+        clean = clean_guess(kind, sample[:images], predicted[:images], float(alpha))
+    else:  # a flow goes straight, so that its timestep says how much of the noise is left
+        share = float(timestep) / schedule.config.num_train_timesteps
+        clean = sample[:images] - share * predicted[:images]
+    if clean.ndim == 3:  # Flux packs 2x2 latents into a token
+        side = math.isqrt(clean.shape[1]) * 2 * pipe.vae_scale_factor  # the page draws squares
+        clean = pipe._unpack_latents(clean, side, side, pipe.vae_scale_factor)
+    if (longest := max(clean.shape[-2:])) > _SIGHT:  # a decoder's time grows with the area
+        clean = torch.nn.functional.interpolate(clean, scale_factor=_SIGHT / longest, mode="area")
+    return clean / scale.scaling_factor + (getattr(scale, "shift_factor", None) or 0)
+
+
+def colours(latents: Any, pixels: Any) -> Any:
+    """The linear map from latents (batch, n, …) to RGB that fits what a VAE made of them best.
+
+    Returns:
+        (n + 1, 3); the last row is what black latents show.
+    """
+    import torch
+
+    small = torch.nn.functional.adaptive_avg_pool2d(pixels.float(), latents.shape[-2:])
+    rows, wanted = (one.float().movedim(1, -1).flatten(0, 2).cpu() for one in (latents, small))
+    ones = torch.ones(len(rows), 1)
+    return torch.linalg.lstsq(torch.cat([rows, ones], 1), wanted).solution
+
+
+def coloured(latents: Any, linear: Any) -> Any:
+    """Latents as RGB by the map of `colours`, (batch, 3, …)."""
+    linear = linear.to(latents)
+    return (latents.movedim(1, -1) @ linear[:-1] + linear[-1]).movedim(-1, 1)
 
 
 @dataclass(frozen=True)

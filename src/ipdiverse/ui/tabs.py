@@ -6,6 +6,7 @@ one reference, the same noise in every cell.
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from functools import partial
 from html import escape
@@ -230,7 +231,12 @@ def _made(references: gr.Gallery) -> Made:
 
 def _gallery(elem_id: str, look: Sequence[str] = ("images",), **others: Any) -> gr.Gallery:
     options: dict[str, Any] = {"format": "png", "interactive": False, "object_fit": "contain"}
-    options |= {"columns": 4, "height": "auto", "buttons": ["download", "fullscreen"]}
+    options |= {
+        "label": "Images",
+        "columns": 4,
+        "height": "auto",
+        "buttons": ["download", "fullscreen"],
+    }
     return gr.Gallery(elem_id=elem_id, elem_classes=list(look), **options | others)
 
 
@@ -386,7 +392,10 @@ def as_table(job: Job, cache: str) -> str:
 def _cell(job: Job, inside: str, cache: str) -> tuple[str, str]:
     """What stands in a cell, and what it opens: the image large, to look at and to save."""
     request, sheet, name = job.requests[inside], job.sheets.get(inside), Path(inside).name
-    file = quote(save_file_to_cache(job.files[inside][0], cache))
+    named = job.folder / f"{name}.png"  # a browser saves it under the name that gradio's header has
+    if not named.exists():
+        shutil.copyfile(job.files[inside][0], named)
+    file = quote(save_file_to_cache(named, cache))
     words = f"diversity {request.diversity:g}, scale {request.scale:g}"
     said = sheet.closeness.words(0) if sheet is not None and sheet.closeness is not None else ""
     alt = escape(f"{words}: {said}" if said else words)
