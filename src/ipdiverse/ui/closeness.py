@@ -22,16 +22,21 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import torch
+from torch.nn import functional as F
 
+from ipdiverse.adapter.attach.stock import shadow
 from ipdiverse.base.bases import CRITTERS, CRITTERS_ORACLE
 from ipdiverse.base.memory import full_range
 from ipdiverse.evaluation.features import COPY, FeatureEncoder
+from ipdiverse.sampling.denoiser import FlowNoise, clean_guess
 from ipdiverse.sampling.selection import joint_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from PIL import Image
+    from torch import Tensor
 
     from ipdiverse.adapter.attach.attach import Attachment
     from ipdiverse.base.bases import Base
@@ -51,11 +56,9 @@ def watched(base: Base) -> Iterator[Callable[[int], list[Image.Image]]]:
     A guess of the clean latents, decoded. It only reads what the scheduler and the VAE are given
     and give, so the images stay the same to the bit. There are none where a base cannot show them.
     """
-    from ipdiverse.adapter.attach.stock import shadow
-
     pipe: Any = base.pipe
     step, decode, called = pipe.scheduler.step, pipe.vae.decode, list[Any]()
-    # offloaded, the VAE would push the denoiser out; what it drew before tells how to do without
+    # offloaded, the VAE would push the denoiser out; what it made before tells how to do without
     offloaded = base.plan is not None and base.plan.offload != "none"
 
     @wraps(step)
@@ -71,11 +74,11 @@ def watched(base: Base) -> Iterator[Callable[[int], list[Image.Image]]]:
         return output
 
     def guessed(images: int) -> list[Image.Image]:
-        latents = _clean_latents(pipe, *called, images=images) if called else None
-        if latents is None or (offloaded and pipe.vae not in _COLOURS):
+        if not called or (offloaded and pipe.vae not in _COLOURS):
             return []
+        latents = _clean_latents(pipe, *called, images=images)
         if offloaded:
-            seen = coloured(latents, _COLOURS[pipe.vae])
+            seen = (_rows(latents) @ _COLOURS[pipe.vae].to(latents.device)).movedim(-1, 1)
         else:
             with full_range(pipe.vae):
                 seen = decode(latents.to(pipe.vae.dtype)).sample
@@ -92,43 +95,31 @@ def watched(base: Base) -> Iterator[Callable[[int], list[Image.Image]]]:
 
 def _clean_latents(pipe: Any, predicted: Any, timestep: Any, sample: Any, images: int) -> Any:
     """What a scheduler's step says the clean latents are, small, as the VAE reads them."""
-    import torch
-
-    from ipdiverse.sampling.denoiser import clean_guess
-
     schedule, scale = pipe.scheduler, pipe.vae.config
     if hasattr(schedule, "alphas_cumprod"):
         alpha, kind = schedule.alphas_cumprod[int(timestep)], schedule.config.prediction_type
         clean = clean_guess(kind, sample[:images], predicted[:images], float(alpha))
-    else:  # a flow goes straight, so that its timestep says how much of the noise is left
-        share = float(timestep) / schedule.config.num_train_timesteps
-        clean = sample[:images] - share * predicted[:images]
+    else:  # a flow's timestep says how much of the noise is left
+        noise = FlowNoise(float(timestep) / schedule.config.num_train_timesteps)
+        clean = noise.clean(sample[:images], predicted[:images])
     if clean.ndim == 3:  # Flux packs 2x2 latents into a token
         side = math.isqrt(clean.shape[1]) * 2 * pipe.vae_scale_factor  # the page draws squares
         clean = pipe._unpack_latents(clean, side, side, pipe.vae_scale_factor)
     if (longest := max(clean.shape[-2:])) > _SIGHT:  # a decoder's time grows with the area
-        clean = torch.nn.functional.interpolate(clean, scale_factor=_SIGHT / longest, mode="area")
+        clean = F.interpolate(clean, scale_factor=_SIGHT / longest, mode="area")
     return clean / scale.scaling_factor + (getattr(scale, "shift_factor", None) or 0)
 
 
-def colours(latents: Any, pixels: Any) -> Any:
-    """The linear map from latents (batch, n, …) to RGB that fits what a VAE made of them best.
-
-    Returns:
-        (n + 1, 3); the last row is what black latents show.
-    """
-    import torch
-
-    small = torch.nn.functional.adaptive_avg_pool2d(pixels.float(), latents.shape[-2:])
-    rows, wanted = (one.float().movedim(1, -1).flatten(0, 2).cpu() for one in (latents, small))
-    ones = torch.ones(len(rows), 1)
-    return torch.linalg.lstsq(torch.cat([rows, ones], 1), wanted).solution
+def colours(latents: Tensor, pixels: Tensor) -> Tensor:
+    """The linear map from latents (batch, n, …), and 1, to the RGB that a VAE made, (n + 1, 3)."""
+    small = F.adaptive_avg_pool2d(pixels.float(), latents.shape[-2:]).movedim(1, -1)
+    given, wanted = (one.flatten(0, -2).cpu() for one in (_rows(latents), small))
+    return torch.linalg.lstsq(given, wanted).solution
 
 
-def coloured(latents: Any, linear: Any) -> Any:
-    """Latents as RGB by the map of `colours`, (batch, 3, …)."""
-    linear = linear.to(latents)
-    return (latents.movedim(1, -1) @ linear[:-1] + linear[-1]).movedim(-1, 1)
+def _rows(latents: Tensor) -> Tensor:
+    last = latents.float().movedim(1, -1)
+    return torch.cat([last, torch.ones_like(last[..., :1])], -1)
 
 
 @dataclass(frozen=True)
@@ -307,8 +298,6 @@ def _oracle() -> Any:
 
 
 def _shares(pipe: Any, seen: np.ndarray, prompt: str, embedded: bool) -> tuple[float, ...] | None:
-    import torch
-
     if not prompt.strip():
         return None
     others = _captions() if embedded else _OTHER_TEXTS
@@ -316,7 +305,7 @@ def _shares(pipe: Any, seen: np.ndarray, prompt: str, embedded: bool) -> tuple[f
         read = joint_text(pipe, [prompt, *others], seen.shape[1])
     if read is None:
         return None
-    texts = torch.nn.functional.normalize(read, dim=1).cpu().numpy()
+    texts = F.normalize(read, dim=1).cpu().numpy()
     fits = seen @ texts.T
     return tuple(map(float, (fits[:, 1:] < fits[:, :1]).mean(1)))
 
