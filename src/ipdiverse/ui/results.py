@@ -296,7 +296,8 @@ def as_python(requests: Mapping[str, Request]) -> str:
     """
     program = ["import ipdiverse\n"]
     for folder, request in requests.items():
-        named = [f"{name}={value!r}" for name, value in _arguments(request).items()]
+        stated = request.stated(*_STATED).items()
+        named = [f"{k}={value!r}" for k, value in stated if k not in ("image", "prompt")]
         given = [_one_or_list(request.image), _one_or_list(request.prompt), *named]
         listed = "".join(f"    {one},\n" for one in given)
         program.append(f"result = ipdiverse.generate(\n{listed})\nresult.save({folder!r})\n")
@@ -305,11 +306,6 @@ def as_python(requests: Mapping[str, Request]) -> str:
 
 _STATED = ("n", "seed", "base", "adapter", "scale", "steps", "guidance_scale")
 """Arguments that a program states even when they are at their default."""
-
-
-def _arguments(request: Request) -> dict[str, Any]:
-    stated = request.stated(*_STATED).items()
-    return {name: value for name, value in stated if name not in ("image", "prompt")}
 
 
 def _one_or_list(values: tuple[str, ...]) -> str:
