@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from tests import comfyui
@@ -222,9 +223,15 @@ def controlled(workflow: Workflow) -> Workflow:
     return made
 
 
-def in_an_area(workflow: Workflow) -> Workflow:
+def large(workflow: Workflow) -> Workflow:
+    """Of 128 pixels: areas have 64 at least, and FreeU divides by 0 where a layer has one."""
     made = copy.deepcopy(workflow)
-    made["empty"]["inputs"]["width"] = 128  # areas have 64 pixels at least
+    made["empty"]["inputs"] |= {"width": 128, "height": 128}
+    return made
+
+
+def in_an_area(workflow: Workflow) -> Workflow:
+    made = large(workflow)
     area = {"width": 64, "height": 64, "x": 0, "y": 0, "strength": 1.0}
     made["area"] = node("ConditioningSetArea", conditioning=["negative", 0], **area)
     both = {"conditioning_1": ["positive", 0], "conditioning_2": ["area", 0]}
@@ -252,12 +259,13 @@ TOOLS: dict[str, Callable[[Workflow], Workflow]] = {
     "Perturbed-Attention Guidance": patched("PerturbedAttentionGuidance", scale=3.0),
     # swaps of one size are not random
     "HyperTile": patched("HyperTile", tile_size=1, swap_size=1, max_depth=0, scale_depth=False),
-    "FreeU V2": patched("FreeU_V2", b1=1.3, b2=1.4, s1=0.9, s2=0.2),
+    "FreeU V2": lambda one: patched("FreeU_V2", b1=1.3, b2=1.4, s1=0.9, s2=0.2)(large(one)),
     "LCM": few_steps,
     "Perp-Neg": patched("PerpNeg", empty_conditioning=["negative", 0], neg_scale=1.0),
     "batch of 3": of_three,
 }
 """As the table of docs/comfyui.md names them."""
+LARGE = ("area conditioning", "FreeU V2")
 AFTER = ("Perturbed-Attention Guidance", "HyperTile", "FreeU V2")
 _IMAGES = {"image": ["two", 0]}
 WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -272,6 +280,7 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     },
 }
 """Inputs of our node and of that pack's that mean the same."""
+PACKS = (("ours", "theirs"), ("theirs", "ours"))
 
 
 def with_inputs(workflow: Workflow) -> Workflow:
@@ -286,9 +295,30 @@ def with_inputs(workflow: Workflow) -> Workflow:
     return made
 
 
+def by_embeds(encodes: str, applies: str) -> Workflow:
+    """One pack's embeddings in one pack's node."""
+    made = ours(theirs(stock()))
+    images = {"image": ["image", 0], "clip_vision": ["vision", 0]}
+    how = {"model": ["base", 0], "start_at": 0.0, "end_at": 1.0}
+    own, other = {"adapter": ["ours_file", 0]}, {"ipadapter": ["theirs_file", 0]}
+    if encodes == "ours":
+        made["embeds"] = node("IpdiverseEncodeImages", **images, **own)
+    else:
+        made["embeds"] = node("IPAdapterEncoder", **images, **other, weight=1.0)
+    if applies == "ours":
+        given = {"embeds": ["embeds", 0], "negative_embeds": ["embeds", 1]}
+        how |= {"scale": 0.8, "preset": "linear", **own, **given}
+        made["ours"] = node("IpdiverseApplyEmbeds", **how)
+    else:
+        given = {"pos_embed": ["embeds", 0], "neg_embed": ["embeds", 1]}
+        how |= {"weight": 0.8, "weight_type": "linear", "embeds_scaling": "V only"}
+        made["ours"] = node("IPAdapterEmbeds", **how, **other, **given)
+    return made
+
+
 def tried() -> dict[str, Workflow]:
     """Of the table: each tool alone, beside our node, and beside that pack's in its place."""
-    made: dict[str, Workflow] = {}
+    made = {"large stock": large(stock()), "large ours": large(ours(stock()))}
     for name, tool in TOOLS.items():
         made[f"{name}, alone"] = tool(stock())
         made[f"{name}, at 0"] = ours(tool(stock()), scale=0.0)
@@ -300,6 +330,11 @@ def tried() -> dict[str, Workflow]:
     for name, (own, other) in WAYS.items():
         made[f"{name}, ours"] = ours(with_inputs(stock()), **own)
         made[f"{name}, theirs"] = theirs(with_inputs(stock()), **other)
+    precise = "style transfer precise"
+    made["sdxl precise, ours"] = ours(stock("sdxl"), preset=precise)
+    made["sdxl precise, theirs"] = theirs(stock("sdxl"), weight_type=precise)
+    for encodes, applies in PACKS:
+        made[f"embeds of {encodes} in {applies}"] = by_embeds(encodes, applies)
     return made
 
 
@@ -392,7 +427,8 @@ def test_both_packs_add_up_in_either_order(drawn: dict[str, Any], kind: str, ord
 @pytest.mark.parametrize("tool", TOOLS)
 def test_beside_a_tool_it_acts_as_that_pack(drawn: dict[str, Any], tool: str) -> None:
     alone = drawn[f"{tool}, alone"]
-    assert tool == "batch of 3" or not alone.equal(drawn["sd1 stock"]), "the tool acts"
+    without = drawn["large stock" if tool in LARGE else "sd1 stock"]
+    assert tool == "batch of 3" or not torch.allclose(alone, without), "the tool acts"
     assert drawn[f"{tool}, at 0"].equal(alone)
     assert_differ(drawn[f"{tool}, ours"], alone)
     assert_close(drawn[f"{tool}, ours"], drawn[f"{tool}, theirs"])
@@ -401,7 +437,8 @@ def test_beside_a_tool_it_acts_as_that_pack(drawn: dict[str, Any], tool: str) ->
 @beside
 @pytest.mark.parametrize("tool", AFTER)
 def test_tools_may_come_after_it(drawn: dict[str, Any], tool: str) -> None:
-    assert not drawn[f"{tool} after ours"].equal(drawn["sd1 ours"]), "the tool acts"
+    without = drawn["large ours" if tool in LARGE else "sd1 ours"]
+    assert not torch.allclose(drawn[f"{tool} after ours"], without), "the tool acts"
     assert_close(drawn[f"{tool} after ours"], drawn[f"{tool} after theirs"])
 
 
@@ -410,6 +447,18 @@ def test_tools_may_come_after_it(drawn: dict[str, Any], tool: str) -> None:
 def test_inputs_mean_what_those_of_that_pack_mean(drawn: dict[str, Any], way: str) -> None:
     assert_differ(drawn[f"{way}, ours"], drawn["sd1 ours"])
     assert_close(drawn[f"{way}, ours"], drawn[f"{way}, theirs"])
+
+
+@beside
+def test_precise_types_of_sdxl_are_those_of_that_pack(drawn: dict[str, Any]) -> None:
+    assert_differ(drawn["sdxl precise, ours"], drawn["sdxl ours"])
+    assert_close(drawn["sdxl precise, ours"], drawn["sdxl precise, theirs"])
+
+
+@beside
+@pytest.mark.parametrize(("encodes", "applies"), PACKS)
+def test_embeddings_go_from_pack_to_pack(drawn: dict[str, Any], encodes: str, applies: str) -> None:
+    assert_close(drawn[f"embeds of {encodes} in {applies}"], drawn["sd1 ours"])
 
 
 def test_the_table_of_the_docs_names_what_is_tried() -> None:

@@ -112,7 +112,7 @@ def _clean_latents(pipe: Any, predicted: Any, timestep: Any, sample: Any, images
 
 def colours(latents: Tensor, pixels: Tensor) -> Tensor:
     """The linear map from latents (batch, n, …), and 1, to the RGB that a VAE made, (n + 1, 3)."""
-    small = F.adaptive_avg_pool2d(pixels.float(), latents.shape[-2:]).movedim(1, -1)
+    small = F.interpolate(pixels.float(), latents.shape[-2:], mode="area").movedim(1, -1)
     given, wanted = (one.flatten(0, -2).cpu() for one in (_rows(latents), small))
     return torch.linalg.lstsq(given, wanted).solution
 

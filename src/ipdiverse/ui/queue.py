@@ -209,7 +209,6 @@ class Sheet:
     Args:
         request: Defaults filled in, references by the names a visitor gave them. After a stop, `n`
             is the number of finished images.
-        files: The images.
         notes: What the visitor should know.
         calibrated: The adapter carries its own dial.
         closeness: To the reference and the prompt; None where no encoder sees images.
@@ -217,7 +216,6 @@ class Sheet:
     """
 
     request: Request
-    files: list[Path]
     notes: list[str]
     calibrated: bool
     closeness: Closeness | None
@@ -394,7 +392,7 @@ class Job:
                 ended, self.previews = error, []
                 self.done = self._finished  # what was begun is drawn again, or never
             if self._drawn:
-                sheet = partial(_sheet, work, named, self._drawn, files, inside, run)
+                sheet = partial(_sheet, work, named, self._drawn, inside, run)
                 self._so_far = lambda: {inside: sheet(compared=False)}
                 if not isinstance(ended, GaveWay):
                     self.sheets[inside], self._so_far = sheet(), None
@@ -429,7 +427,6 @@ def _sheet(
     work: Drawing,
     named: Request,
     images: list[Image.Image],
-    files: list[Path],
     inside: str,
     run: Run,
     compared: bool = True,
@@ -447,7 +444,7 @@ def _sheet(
     # the pipeline is somebody else's when a job is stopped while it waits
     closeness = judged(work.attachment, images, work.references, fewer) if compared else None
     usual = work.task.base.guidance_scale
-    return Sheet(fewer, list(files), work.notes, calibrated, closeness, usual)
+    return Sheet(fewer, work.notes, calibrated, closeness, usual)
 
 
 def _whole(run: Run, request: Request, record: dict[str, Any]) -> Run:
