@@ -377,7 +377,9 @@ def drawn_in_sight(pipe: Any, offload: str = "none", look: bool = True) -> tuple
 
 @pytest.mark.parametrize("name", ["flux", "sd3", "sd1"])
 def test_previews_end_in_the_image_on_every_architecture(name: str) -> None:
-    pipe = models.pipeline("sd1") if name == "sd1" else joint_models.pipeline(name)
+    pipe = (models if name == "sd1" else joint_models).pipeline(name, fresh=True)
+    if name != "sd1":  # random ones hardly change what they are given
+        pipe.transformer.proj_out.weight.data *= 20
     final, seen = drawn_in_sight(pipe)
     again, _ = drawn_in_sight(pipe, look=False)
     np.testing.assert_array_equal(final, again)
