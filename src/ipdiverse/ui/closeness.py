@@ -62,10 +62,10 @@ def watched(base: Base) -> Iterator[Callable[[int], list[Image.Image]]]:
     offloaded = base.plan is not None and base.plan.offload != "none"
 
     @wraps(step)
-    def noted(predicted: Any, timestep: Any, sample: Any, *given: Any, **named: Any) -> Any:
+    def noted(model_output: Any, timestep: Any, sample: Any, *given: Any, **named: Any) -> Any:
         scaled = getattr(pipe.scheduler, "scale_model_input", lambda sample, _: sample)
-        called[:] = predicted, timestep, scaled(sample, timestep)  # its step counts on afterwards
-        return step(predicted, timestep, sample, *given, **named)
+        called[:] = model_output, timestep, scaled(sample, timestep)  # its step counts on after it
+        return step(model_output, timestep, sample, *given, **named)
 
     @wraps(decode)
     def learned(latents: Any, *given: Any, **named: Any) -> Any:
@@ -96,10 +96,10 @@ def watched(base: Base) -> Iterator[Callable[[int], list[Image.Image]]]:
 def _clean_latents(pipe: Any, predicted: Any, timestep: Any, sample: Any, images: int) -> Any:
     """What a scheduler's step says the clean latents are, small, as the VAE reads them."""
     schedule, scale = pipe.scheduler, pipe.vae.config
-    if hasattr(schedule, "alphas_cumprod"):
+    if hasattr(pipe, "unet"):
         alpha, kind = schedule.alphas_cumprod[int(timestep)], schedule.config.prediction_type
         clean = clean_guess(kind, sample[:images], predicted[:images], float(alpha))
-    else:  # a flow's timestep says how much of the noise is left
+    else:  # transformers are flows, whose timestep says how much of the noise is left
         noise = FlowNoise(float(timestep) / schedule.config.num_train_timesteps)
         clean = noise.clean(sample[:images], predicted[:images])
     if clean.ndim == 3:  # Flux packs 2x2 latents into a token
