@@ -37,13 +37,15 @@ COMMANDS = {
     "--checkpoints-total-limit 1 --tokens 2 --width 64 --depth 1 --ema 0.5 --fusion none "
     "--num-validation-images 1 --validate-every 2 --num-images-per-prompt 1 --validation-steps 1",
     "evaluate": "evaluate --config study.toml --out e",
-    "calibrate": "calibrate --adapter plus --pairs 2 --images 2 --steps 1 --levers interval "
+    "calibrate": "calibrate --adapter plus --pairs 2 --images 4 --steps 3 --levers interval "
     "--work w --out c/dial.safetensors",
     "generate": "generate --image s/a.png --prompt x -n 3 --steps 1 --out g",
     "batch": "generate --batch jobs.jsonl --steps 1 --out b",
     "make": "critters make --out m --n 3",
 }
 BEFORE = {"embed": ["prepare"], "train": ["prepare"]}
+MOST = {"train": 45, "evaluate": 24, "calibrate": 24}
+"""Changes that are tried of commands that take seconds; of the others, each change is."""
 ENDS: tuple[End, ...] = ("kill", "cut", "full")
 
 
@@ -119,6 +121,21 @@ def disturb(killer: Killer, home: Path, name: str, end: End, at: int) -> None:
     shutil.rmtree(folder)
 
 
+def points(changes: int, most: int, shift: int) -> list[int]:
+    """At most so many changes, evenly spread; other ones for each shift of 0 to 2."""
+    count = min(changes, most)
+    return [1 + (3 * number + shift) * changes // (3 * count) for number in range(count)]
+
+
+def test_points_are_spread_and_differ_by_shift() -> None:
+    assert points(5, 9, 0) == points(5, 9, 2) == [1, 2, 3, 4, 5]
+    assert [points(100, 5, shift) for shift in range(3)] == [
+        [1, 21, 41, 61, 81],
+        [7, 27, 47, 67, 87],
+        [14, 34, 54, 74, 94],
+    ]
+
+
 @pytest.mark.parametrize("end", ENDS)
 @pytest.mark.parametrize("name", ["prepare", "embed", "train"])
 def test_ended_at_a_change_it_goes_on(name: str, end: End, killer: Killer, home: Path) -> None:
@@ -131,5 +148,5 @@ def test_ended_at_a_change_it_goes_on(name: str, end: End, killer: Killer, home:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_ended_at_any_change_it_goes_on(name: str, end: End, killer: Killer, home: Path) -> None:
     _, changes = whole(killer, home, name)
-    for at in range(1, changes + 1):
+    for at in points(changes, MOST.get(name, changes), ENDS.index(end)):
         disturb(killer, home, name, end, at)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,7 @@ from ipdiverse.data.lists import IMAGE_COLUMNS, TEXT_COLUMNS, list_source, match
 from ipdiverse.data.manifest import MAX_REPEATS, Item, Source, SourceOptions, file_item
 from ipdiverse.data.packed import HUB_FILES, hub_files, hub_source, tar_files, webdataset
 from ipdiverse.errors import DataError, check_range
-from ipdiverse.image_io.files import OTHER_SUFFIXES, SUFFIXES
+from ipdiverse.image_io.files import OTHER_SUFFIXES, SUFFIXES, as_on_disk
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -102,8 +103,8 @@ class Folder:
         self.root, self.listing, self.options = listing.root, listing, options
         self.used: set[str] = set()
         self._files = set(listing.files)
-        # of names that differ in case alone the first counts
-        self._folded = {name.casefold(): name for name in reversed(listing.files)}
+        # of names that differ in case or in Unicode's form alone the first counts
+        self._folded = {_folded(name): name for name in reversed(listing.files)}
         self.pictures = [name for name in listing.files if name.lower().endswith(SUFFIXES)]
 
     def kind(self) -> str:
@@ -222,7 +223,7 @@ class Folder:
             return False
         columns = matching(row, IMAGE_COLUMNS)
         home = PurePosixPath(self.options.root or self.root, *PurePosixPath(name).parts[:-1])
-        return bool(columns) and is_file(Path(home, str(row[columns[0]]).strip()))
+        return bool(columns) and is_file(Path(home, as_on_disk(str(row[columns[0]]).strip(), home)))
 
     def _of_split(self) -> list[str]:
         """The images, of the split alone where the folder has nothing but splits."""
@@ -248,7 +249,7 @@ class Folder:
         """The first caption file of an image that is not empty."""
         stem = picture.rpartition(".")[0]
         for wanted in (name + suffix for suffix in _TEXTS for name in (picture, stem)):
-            name = wanted if wanted in self._files else self._folded.get(wanted.casefold())
+            name = wanted if wanted in self._files else self._folded.get(_folded(wanted))
             if name is not None:
                 self.used.add(name)
                 if text := self._caption_of(name).strip():
@@ -289,6 +290,10 @@ def _made(text: str, name: str) -> str:
         f"Captions are made from names of folders where there is none, as {text!r} for {name!r}; "
         "write your own in .txt files with the images' names."
     )
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def subject_class(subject: str) -> str:
