@@ -12,7 +12,6 @@ from ipdiverse.base.downloads import missing
 from ipdiverse.base.presets import PRESETS, Preset, as_size, total
 from ipdiverse.commands.console import note, say, say_json
 from ipdiverse.errors import CheckpointError
-from ipdiverse.loading import what_is
 
 
 @dataclass(frozen=True)
@@ -72,8 +71,9 @@ class Inspect(Source):
             say_json(record) if self.json else say(f"{self.source}\n{provenance.as_text(record)}")
             return
         file = self.find()
-        _refuse_others(file)
-        from ipdiverse.adapter.files.containers import open_checkpoint
+        from ipdiverse.adapter.files.containers import check_is_adapter, open_checkpoint
+
+        check_is_adapter(file)
         from ipdiverse.adapter.imagine import as_text as as_lines
         from ipdiverse.adapter.imagine import is_space, load_space
 
@@ -89,19 +89,6 @@ class Inspect(Source):
         say_json(report) if self.json else say(as_text(report))
         if not report["loads"]:
             raise CheckpointError("does not load", where=report["file"], fix="See above.")
-
-
-def _refuse_others(file: Path) -> None:
-    """Refuse what the names in its header show to be no adapter: torch takes seconds to import."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="np") as opened:
-            kind = what_is(opened.keys())
-    except (SafetensorError, OSError):  # of another container, or broken: read with torch
-        return
-    if kind and kind[0] != "an IP-Adapter":
-        raise CheckpointError(f"is {kind[0]}, not an adapter", where=file, fix=kind[1])
 
 
 @dataclass(frozen=True)

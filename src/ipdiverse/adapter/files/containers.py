@@ -1,7 +1,8 @@
 """Open a checkpoint file, whoever made it, as a flat dict of tensors, and nothing but tensors.
 
-What a file claims is checked against its size before anything is allocated. Tensors of safetensors
-files and of torch's zips stay on disk until they are read: frozen gigabytes cost nothing.
+What a file claims is checked against its size before anything is allocated, and before torch is
+imported. Tensors of safetensors files and of torch's zips stay on disk until they are read: frozen
+gigabytes cost nothing.
 """
 
 from __future__ import annotations
@@ -12,19 +13,21 @@ import re
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-import torch
 from safetensors import safe_open
-from torch import Tensor
 
 from ipdiverse.base.adapters import INDEX
 from ipdiverse.errors import CheckpointError
 from ipdiverse.loading import unbroken, what_is
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_PICKLE_BYTES = 4 * 1024 * 1024
 """A whole SDXL UNet takes 0.3 MB."""
@@ -41,24 +44,29 @@ _ALLOWED = {
 }
 
 
-def check_pickle(stream: IO[bytes], file: Path, size: int | None) -> None:
-    """Refuse a pickle that holds more than tensors, or claims more than `size` bytes."""
+def check_pickle(stream: IO[bytes], file: Path, size: int | None) -> list[str]:
+    """Refuse a pickle that holds more than tensors, or claims more than `size` bytes.
+
+    Returns:
+        Every text in it, the tensors' names among them.
+    """
     strings: list[str] = []
     number = claimed = 0
     for name, argument in _instructions(stream, file):
         if name == "GLOBAL" and argument not in _ALLOWED:
             raise _more_than_tensors(file, str(argument).replace(" ", ".", 1))
         if name in _BY_STACK:
-            wanted = str(argument or ".".join(strings)).replace(" ", ".", 1)
+            wanted = str(argument or ".".join(strings[-2:])).replace(" ", ".", 1)
             raise _more_than_tensors(file, wanted)
         if isinstance(argument, str):
-            strings = [*strings[-1:], argument]
+            strings.append(argument)
         if name in _NUMBERS:
             number = int(argument)
             _check_claim(number, file, size)
         if name == "BINPERSID":  # a storage; its length is the last number before it
             claimed += number
             _check_claim(claimed, file, size)
+    return strings
 
 
 def _check_claim(number: int, file: Path, size: int | None) -> None:
@@ -135,16 +143,27 @@ class Contents:
     metadata: dict[str, str] = field(default_factory=dict)  # only safetensors files have any
 
 
+Opened = tuple[Iterable[str], Callable[[], Contents]]
+"""Names in a file that was checked, and what reads it with torch."""
+
+
+def refuse_others(names: Iterable[str], where: object) -> None:
+    """Refuse what the names in it show to be no adapter."""
+    kind = what_is(names)
+    if kind and kind[0] != "an IP-Adapter":
+        raise CheckpointError(f"is {kind[0]}, not an adapter", where=where, fix=kind[1])
+
+
+def check_is_adapter(file: Path) -> None:
+    """Refuse a file that is something else, without torch, which takes seconds to import."""
+    with _named(file):
+        refuse_others(_open(file)[0], file)
+
+
 def open_checkpoint(file: Path) -> Contents:
     """Open a file without running anything in it, and without believing its claims."""
-    try:
-        contents = _open(file)
-    except CheckpointError as error:
-        if kind := _named(file):
-            raise CheckpointError(
-                f"is {kind[0]}, not an adapter", where=file, fix=kind[1]
-            ) from error
-        raise
+    with _named(file):
+        contents = _open(file)[1]()
     plain = {_WRAPPED.sub("", name): tensor for name, tensor in contents.tensors.items()}
     if len(plain) < len(contents.tensors):
         raise CheckpointError(
@@ -153,7 +172,7 @@ def open_checkpoint(file: Path) -> Contents:
     return replace(contents, tensors=plain)
 
 
-def _open(file: Path) -> Contents:
+def _open(file: Path) -> Opened:
     """Open by the first bytes: names lie, as when a web page was saved as `*.safetensors`."""
     size, start = _look(file)
     if start.startswith(_ZIP):
@@ -170,19 +189,21 @@ def _open(file: Path) -> Contents:
     raise _unknown(file, start)
 
 
-def _named(file: Path) -> tuple[str, str] | None:
-    """What a refused pickle is, by what is written in its beginning."""
+@contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """Say what a refused pickle is, by what is written in its beginning."""
     try:
-        with file.open("rb") as stream:
+        yield
+    except CheckpointError:
+        beginning = b""
+        with suppress(OSError, ValueError), file.open("rb") as stream:
             beginning = stream.read(MAX_PICKLE_BYTES)
-    except (OSError, ValueError):
-        return None
-    pickled = beginning.startswith((_ZIP, b"\x80"))
-    kind = what_is([beginning.decode("latin-1")]) if pickled else None
-    return kind if kind and kind[0] != "an IP-Adapter" else None
+        if beginning.startswith((_ZIP, b"\x80")):
+            refuse_others([beginning.decode("latin-1")], file)
+        raise
 
 
-def _open_shards(file: Path, size: int) -> Contents:
+def _open_shards(file: Path, size: int) -> Opened:
     """The files that an index names, all in its folder, as one."""
     if size > MAX_HEADER_BYTES:
         raise claims_too_much(file, f"at most {MAX_HEADER_BYTES} bytes", size)
@@ -200,14 +221,16 @@ def _open_shards(file: Path, size: int) -> Contents:
             expected=f"at most {MAX_SHARDS}",
             found=len(shards),
         )
-    tensors: dict[str, Tensor] = {}
-    for shard in shards:
-        opened = _open(shard)
-        tensors |= opened.tensors
-        size += opened.size
-    if len(tensors) > MAX_TENSORS:
-        raise too_many(file)
-    return Contents(file, "shards", size, tensors)
+    opened = [_open(shard) for shard in shards]
+
+    def read() -> Contents:
+        parts = [read_part() for _, read_part in opened]
+        tensors = {name: tensor for part in parts for name, tensor in part.tensors.items()}
+        if len(tensors) > MAX_TENSORS:
+            raise too_many(file)
+        return Contents(file, "shards", size + sum(part.size for part in parts), tensors)
+
+    return chain.from_iterable(names for names, _ in opened), read
 
 
 def _look(file: Path) -> tuple[int, bytes]:
@@ -234,26 +257,29 @@ def _unknown(file: Path, start: bytes) -> CheckpointError:
     return CheckpointError(what, where=file, found=found, fix=fix)
 
 
-def _open_safetensors(file: Path, size: int, header: int) -> Contents:
+def _open_safetensors(file: Path, size: int, header: int) -> Opened:
     if header > min(size - 8, MAX_HEADER_BYTES):
         limit = f"a header of at most {min(size - 8, MAX_HEADER_BYTES)} bytes"
         raise claims_too_much(file, limit, header)
-    with unbroken(file, "safetensors"), safe_open(file, framework="pt") as opened:
+    with unbroken(file, "safetensors"), safe_open(file, framework="np") as opened:
         names = opened.keys()
-        if len(names) > MAX_TENSORS:
-            raise too_many(file)
-        tensors = {name: opened.get_tensor(name) for name in names}
-        return Contents(file, "safetensors", size, tensors, opened.metadata() or {})
+    if len(names) > MAX_TENSORS:
+        raise too_many(file)
+
+    def read() -> Contents:
+        with unbroken(file, "safetensors"), safe_open(file, framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in names}
+            return Contents(file, "safetensors", size, tensors, opened.metadata() or {})
+
+    return names, read
 
 
-def _open_zip(file: Path, size: int) -> Contents:
-    with unbroken(file, "torch"):
-        with zipfile.ZipFile(file) as archive:
-            entry = _pickle_of(archive, file, size)
-            with archive.open(entry) as stream:
-                check_pickle(stream, file, size)
-        content = _load(file, mmap=True)
-    return Contents(file, "torch zip", size, _flat(content, file, size))
+def _open_zip(file: Path, size: int) -> Opened:
+    with unbroken(file, "torch"), zipfile.ZipFile(file) as archive:
+        entry = _pickle_of(archive, file, size)
+        with archive.open(entry) as stream:
+            names = check_pickle(stream, file, size)
+    return names, lambda: _read_pickled(file, size, "torch zip")
 
 
 def _pickle_of(archive: zipfile.ZipFile, file: Path, size: int) -> zipfile.ZipInfo:
@@ -274,19 +300,22 @@ def _pickle_of(archive: zipfile.ZipFile, file: Path, size: int) -> zipfile.ZipIn
     return pickles[0]
 
 
-def _open_legacy(file: Path, size: int) -> Contents:
-    with unbroken(file, "torch"):
-        with file.open("rb") as stream:
-            for number in range(_LEGACY_PICKLES):  # the first holds a number larger than any file
-                check_pickle(stream, file, None if number == 0 else size)
-        content = _load(file, mmap=False)  # torch maps zips alone
-    return Contents(file, "torch legacy", size, _flat(content, file, size))
+def _open_legacy(file: Path, size: int) -> Opened:
+    with unbroken(file, "torch"), file.open("rb") as stream:
+        # the first holds a number larger than any file
+        limits = [None, *[size] * (_LEGACY_PICKLES - 1)]
+        names = [name for limit in limits for name in check_pickle(stream, file, limit)]
+    return names, lambda: _read_pickled(file, size, "torch legacy")
 
 
-def _load(file: Path, *, mmap: bool) -> object:
-    with warnings.catch_warnings(), _name_for_torch(file) as name:
+def _read_pickled(file: Path, size: int, container: str) -> Contents:
+    import torch
+
+    mmap = container == "torch zip"  # torch maps zips alone
+    with unbroken(file, "torch"), warnings.catch_warnings(), _name_for_torch(file) as name:
         warnings.simplefilter("ignore")  # on pickles that it then refuses, or reads well
-        return torch.load(name, map_location="cpu", weights_only=True, mmap=mmap)
+        content = torch.load(name, map_location="cpu", weights_only=True, mmap=mmap)
+    return Contents(file, container, size, _flat(content, file, size))
 
 
 @contextmanager
@@ -303,6 +332,8 @@ def _name_for_torch(file: Path) -> Iterator[Path]:
 
 def _flat(content: object, file: Path, size: int) -> dict[str, Tensor]:
     """Nested dicts as one, keys joined with dots."""
+    from torch import Tensor
+
     leaves = list(_leaves(content, file))
     flat = {name: leaf.detach() for name, leaf in leaves if isinstance(leaf, Tensor)}
     strange = [
