@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 from PIL import Image
 
-from tests.hostile.kills import Killer
+from ipdiverse.writing import only_one
+from tests.hostile.kills import Ended, Killer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,7 +44,21 @@ COMMANDS = {
     "batch": "generate --batch jobs.jsonl --steps 1 --out b",
     "make": "critters make --out m --n 3",
 }
-BEFORE = {"embed": ["prepare"], "train": ["prepare"]}
+FIT = "fit d --adapter plus --out space.safetensors"
+"""Embeds first; then the few pictures here are too few for it."""
+BEFORE = dict.fromkeys(("embed", "train", "fit"), ("prepare",))
+HELD = {
+    "prepare": "d",
+    "embed": "d/embedded",
+    "fit": "d/embedded",
+    "train": "r",
+    "evaluate": "e",
+    "calibrate": "w",
+    "generate": "g",
+    "batch": "b",
+    "make": "m",
+}
+"""The folder that a command holds while it works."""
 MOST = {"train": 45, "evaluate": 24, "calibrate": 24}
 """Changes that are tried of commands that take seconds; of the others, each change is."""
 ENDS: tuple[End, ...] = ("kill", "cut", "full")
@@ -141,6 +156,27 @@ def test_points_are_spread_and_differ_by_shift() -> None:
 def test_ended_at_a_change_it_goes_on(name: str, end: End, killer: Killer, home: Path) -> None:
     _, changes = whole(killer, home, name)
     disturb(killer, home, name, end, at=changes * (2 + ENDS.index(end)) // 5)
+
+
+def one_line(done: Ended, said: str) -> None:
+    assert done.code == 2, done.printed
+    assert "Traceback" not in done.printed, done.printed
+    (line,) = [line for line in done.printed.split("\n") if line.startswith("ipdiverse: ")]
+    assert said in line
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_a_folder_in_use_and_a_full_disk_are_one_line(
+    name: str, killer: Killer, home: Path, tmp_path: Path
+) -> None:
+    words = (COMMANDS | {"fit": FIT})[name].split()
+    shutil.copytree(start(killer, home, name), tmp_path, dirs_exist_ok=True)
+    one_line(killer.run(tmp_path, words, "full", 1), "there is no space left")
+    (tmp_path / HELD[name]).mkdir(parents=True, exist_ok=True)
+    before = {file: data for file, data in tree(tmp_path).items() if ".lock" not in file}
+    with only_one(tmp_path / HELD[name]):
+        one_line(killer.run(tmp_path, words), "another process is at work in this folder")
+    assert {file: data for file, data in tree(tmp_path).items() if ".lock" not in file} == before
 
 
 @pytest.mark.slow
