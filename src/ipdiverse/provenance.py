@@ -158,21 +158,21 @@ def as_text(record: Mapping[str, Any]) -> str:
 
 def _without_home(record: Mapping[str, Any]) -> dict[str, Any]:
     """A record without the folders of the files that its request, and its command, name."""
-    told, request, command = dict(record), record.get("request"), record.get("command")
+    told, request = dict(record), record.get("request")
     if isinstance(request, Mapping):
-        places = {name: without_folders(request[name]) for name in PLACES if name in request}
-        told["request"] = {**request, **places}
-    with suppress(ValueError):  # of quotes that do not match: no command of ours
-        words = shlex.split(command) if isinstance(command, str) else []
-        told |= {"command": " ".join(map(_without_place, words))} if words else {}
+        shown = {name: without_folders(request[name]) for name in PLACES if name in request}
+        told["request"] = {**request, **shown}
+    with suppress(ValueError):  # quotes that do not match: no command of ours
+        if isinstance(command := told.get("command"), str):
+            told["command"] = " ".join(map(_without_place, shlex.split(command)))
     return told
 
 
 def _without_place(word: str) -> str:
     flag, equals, value = word.partition("=")
-    kept = without_folders(value) if flag in _PLACE_FLAGS else value
-    is_flag = equals and flag.startswith("--")
-    return f"{flag}={shlex.quote(kept)}" if is_flag else shlex.quote(word)
+    if not equals or not flag.startswith("--"):
+        return shlex.quote(word)
+    return f"{flag}={shlex.quote(without_folders(value) if flag in _PLACE_FLAGS else value)}"
 
 
 def _as_json(record: Mapping[str, Any]) -> str:

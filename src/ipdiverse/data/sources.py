@@ -189,7 +189,9 @@ class Folder:
                     is_caption = re.match(r"(an?|the) |\w+ of ", words, re.IGNORECASE)
                     text = words if is_caption else f"a photo of a {words}"
                     if not any(note.startswith("Captions are made") for note in notes):
-                        notes[_made(text, name)] = None
+                        made = f"as {text!r} for {name!r}; write your own in .txt files with the"
+                        start = "Captions are made from names of folders where there is none, "
+                        notes[f"{start}{made} images' names."] = None
                 yield file_item(self.root, name, text=text, **about)
 
         kind = "subjects" if by_subject else "captions"
@@ -222,7 +224,7 @@ class Folder:
         except DataError:
             return False
         columns = matching(row, IMAGE_COLUMNS)
-        home = PurePosixPath(self.options.root or self.root, *PurePosixPath(name).parts[:-1])
+        home = Path(self.options.root or self.root, name).parent
         return bool(columns) and is_file(Path(home, as_on_disk(str(row[columns[0]]).strip(), home)))
 
     def _of_split(self) -> list[str]:
@@ -283,13 +285,6 @@ class Folder:
                 if comma and subject.strip() in homes - {""}:
                     found[subject.strip()] = words.strip()
         return found
-
-
-def _made(text: str, name: str) -> str:
-    return (
-        f"Captions are made from names of folders where there is none, as {text!r} for {name!r}; "
-        "write your own in .txt files with the images' names."
-    )
 
 
 def _folded(name: str) -> str:

@@ -10,13 +10,11 @@ from __future__ import annotations
 import json
 import pickletools
 import re
-import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -143,10 +141,6 @@ class Contents:
     metadata: dict[str, str] = field(default_factory=dict)  # only safetensors files have any
 
 
-Opened = tuple[Iterable[str], Callable[[], Contents]]
-"""Names in a file that was checked, and what reads it with torch."""
-
-
 def refuse_others(names: Iterable[str], where: object) -> None:
     """Refuse what the names in it show to be no adapter."""
     kind = what_is(names)
@@ -157,13 +151,13 @@ def refuse_others(names: Iterable[str], where: object) -> None:
 def check_is_adapter(file: Path) -> None:
     """Refuse a file that is something else, without torch, which takes seconds to import."""
     with _named(file):
-        refuse_others(_open(file)[0], file)
+        refuse_others(_open(file, read=False).tensors, file)
 
 
 def open_checkpoint(file: Path) -> Contents:
     """Open a file without running anything in it, and without believing its claims."""
     with _named(file):
-        contents = _open(file)[1]()
+        contents = _open(file)
     plain = {_WRAPPED.sub("", name): tensor for name, tensor in contents.tensors.items()}
     if len(plain) < len(contents.tensors):
         raise CheckpointError(
@@ -172,17 +166,20 @@ def open_checkpoint(file: Path) -> Contents:
     return replace(contents, tensors=plain)
 
 
-def _open(file: Path) -> Opened:
-    """Open by the first bytes: names lie, as when a web page was saved as `*.safetensors`."""
+def _open(file: Path, *, read: bool = True) -> Contents:
+    """Open by the first bytes: names lie, as when a web page was saved as `*.safetensors`.
+
+    Without `read` there are names, and nothing in the place of tensors.
+    """
     size, start = _look(file)
     if start.startswith(_ZIP):
-        return _open_zip(file, size)
+        return _open_zip(file, size, read)
     if start.startswith(_LEGACY):
-        return _open_legacy(file, size)
+        return _open_legacy(file, size, read)
     if start[8:9] == b"{":
-        return _open_safetensors(file, size, int.from_bytes(start[:8], "little"))
+        return _open_safetensors(file, size, int.from_bytes(start[:8], "little"), read)
     if start[:1] == b"{" and file.name.endswith(INDEX):
-        return _open_shards(file, size)
+        return _open_shards(file, size, read)
     if start[:1] == b"\x80":
         with file.open("rb") as stream:
             check_pickle(stream, file, size)
@@ -203,7 +200,7 @@ def _named(file: Path) -> Iterator[None]:
         raise
 
 
-def _open_shards(file: Path, size: int) -> Opened:
+def _open_shards(file: Path, size: int, read: bool) -> Contents:
     """The files that an index names, all in its folder, as one."""
     if size > MAX_HEADER_BYTES:
         raise claims_too_much(file, f"at most {MAX_HEADER_BYTES} bytes", size)
@@ -221,16 +218,14 @@ def _open_shards(file: Path, size: int) -> Opened:
             expected=f"at most {MAX_SHARDS}",
             found=len(shards),
         )
-    opened = [_open(shard) for shard in shards]
-
-    def read() -> Contents:
-        parts = [read_part() for _, read_part in opened]
-        tensors = {name: tensor for part in parts for name, tensor in part.tensors.items()}
-        if len(tensors) > MAX_TENSORS:
-            raise too_many(file)
-        return Contents(file, "shards", size + sum(part.size for part in parts), tensors)
-
-    return chain.from_iterable(names for names, _ in opened), read
+    tensors: dict[str, Tensor] = {}
+    for shard in shards:
+        opened = _open(shard, read=read)
+        tensors |= opened.tensors
+        size += opened.size
+    if len(tensors) > MAX_TENSORS:
+        raise too_many(file)
+    return Contents(file, "shards", size, tensors)
 
 
 def _look(file: Path) -> tuple[int, bytes]:
@@ -257,29 +252,27 @@ def _unknown(file: Path, start: bytes) -> CheckpointError:
     return CheckpointError(what, where=file, found=found, fix=fix)
 
 
-def _open_safetensors(file: Path, size: int, header: int) -> Opened:
+def _open_safetensors(file: Path, size: int, header: int, read: bool) -> Contents:
     if header > min(size - 8, MAX_HEADER_BYTES):
         limit = f"a header of at most {min(size - 8, MAX_HEADER_BYTES)} bytes"
         raise claims_too_much(file, limit, header)
-    with unbroken(file, "safetensors"), safe_open(file, framework="np") as opened:
+    framework = "pt" if read else "np"
+    with unbroken(file, "safetensors"), safe_open(file, framework=framework) as opened:
         names = opened.keys()
-    if len(names) > MAX_TENSORS:
-        raise too_many(file)
-
-    def read() -> Contents:
-        with unbroken(file, "safetensors"), safe_open(file, framework="pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in names}
-            return Contents(file, "safetensors", size, tensors, opened.metadata() or {})
-
-    return names, read
+        if len(names) > MAX_TENSORS:
+            raise too_many(file)
+        tensors: Any = {name: opened.get_tensor(name) if read else None for name in names}
+        return Contents(file, "safetensors", size, tensors, opened.metadata() or {})
 
 
-def _open_zip(file: Path, size: int) -> Opened:
-    with unbroken(file, "torch"), zipfile.ZipFile(file) as archive:
-        entry = _pickle_of(archive, file, size)
-        with archive.open(entry) as stream:
-            names = check_pickle(stream, file, size)
-    return names, lambda: _read_pickled(file, size, "torch zip")
+def _open_zip(file: Path, size: int, read: bool) -> Contents:
+    with (
+        unbroken(file, "torch"),
+        zipfile.ZipFile(file) as archive,
+        archive.open(_pickle_of(archive, file, size)) as stream,
+    ):
+        names = check_pickle(stream, file, size)
+    return _unpickled(file, size, "torch zip", names if not read else None)
 
 
 def _pickle_of(archive: zipfile.ZipFile, file: Path, size: int) -> zipfile.ZipInfo:
@@ -300,34 +293,28 @@ def _pickle_of(archive: zipfile.ZipFile, file: Path, size: int) -> zipfile.ZipIn
     return pickles[0]
 
 
-def _open_legacy(file: Path, size: int) -> Opened:
+def _open_legacy(file: Path, size: int, read: bool) -> Contents:
     with unbroken(file, "torch"), file.open("rb") as stream:
         # the first holds a number larger than any file
         limits = [None, *[size] * (_LEGACY_PICKLES - 1)]
         names = [name for limit in limits for name in check_pickle(stream, file, limit)]
-    return names, lambda: _read_pickled(file, size, "torch legacy")
+    return _unpickled(file, size, "torch legacy", names if not read else None)
 
 
-def _read_pickled(file: Path, size: int, container: str) -> Contents:
+def _unpickled(file: Path, size: int, container: str, names: Any) -> Contents:
+    if names is not None:
+        return Contents(file, container, size, dict.fromkeys(names))  # type: ignore[arg-type]
     import torch
 
-    mmap = container == "torch zip"  # torch maps zips alone
-    with unbroken(file, "torch"), warnings.catch_warnings(), _name_for_torch(file) as name:
+    # torch takes a path for what its name says it is, and maps zips alone
+    lies = file.suffix == ".safetensors"
+    with unbroken(file, "torch"), warnings.catch_warnings(), file.open("rb") as stream:
         warnings.simplefilter("ignore")  # on pickles that it then refuses, or reads well
-        content = torch.load(name, map_location="cpu", weights_only=True, mmap=mmap)
+        mmap = container == "torch zip" and not lies
+        content = torch.load(
+            stream if lies else file, map_location="cpu", weights_only=True, mmap=mmap
+        )
     return Contents(file, container, size, _flat(content, file, size))
-
-
-@contextmanager
-def _name_for_torch(file: Path) -> Iterator[Path]:
-    """A name by which torch opens a file as what it is: it believes in `.safetensors`."""
-    if file.suffix != ".safetensors":
-        yield file
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        link = Path(folder) / "checkpoint.bin"
-        link.symlink_to(file.resolve())
-        yield link
 
 
 def _flat(content: object, file: Path, size: int) -> dict[str, Tensor]:
