@@ -56,9 +56,11 @@ def make_dataset(
             raise _another(manifest)
         ensure_writable_folder(out / "images")
         write = partial(_write_one, out, pairs=pairs, size=size, seed=seed, split=split)
-        try:
+        with writing(out):  # its locks are files too, in a small place on many machines
             # not multiprocessing's Pool, which waits for ever for a process that was killed
-            with ProcessPoolExecutor(min(-(-n // _CHUNK), os.cpu_count() or 1)) as pool:
+            pool = ProcessPoolExecutor(min(-(-n // _CHUNK), os.cpu_count() or 1))
+        try:
+            with pool:
                 rows = list(pool.map(write, range(n), chunksize=_CHUNK))
         except BrokenProcessPool as error:
             what, fix = "a process that rendered was killed", "Run the same command again."
