@@ -46,7 +46,7 @@ COMMANDS = {
 }
 FIT = "fit d --adapter plus --out space.safetensors"
 """Embeds first; then the few pictures here are too few for it."""
-BEFORE = dict.fromkeys(("embed", "train", "fit"), ("prepare",))
+BEFORE: dict[str, tuple[str, ...]] = dict.fromkeys(("embed", "train", "fit"), ("prepare",))
 HELD = {
     "prepare": "d",
     "embed": "d/embedded",

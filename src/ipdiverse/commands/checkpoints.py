@@ -33,7 +33,8 @@ class Source:
     local_files_only: bool = False
 
     def find(self) -> Path:
-        """The local file."""
+        """The local file, which may be an adapter."""
+        from ipdiverse.adapter.files.containers import check_is_adapter
         from ipdiverse.base.adapters import find_checkpoint
 
         found = find_checkpoint(
@@ -43,8 +44,7 @@ class Source:
             revision=self.revision,
             local_files_only=self.local_files_only,
         )
-        if not found.is_file():  # said before torch is imported, which takes seconds
-            raise CheckpointError("no such file", where=found, fix="Check the path.")
+        check_is_adapter(found)  # before torch is imported, which takes seconds
         return found
 
 
@@ -71,9 +71,7 @@ class Inspect(Source):
             say_json(record) if self.json else say(f"{self.source}\n{provenance.as_text(record)}")
             return
         file = self.find()
-        from ipdiverse.adapter.files.containers import check_is_adapter, open_checkpoint
-
-        check_is_adapter(file)
+        from ipdiverse.adapter.files.containers import open_checkpoint
         from ipdiverse.adapter.imagine import as_text as as_lines
         from ipdiverse.adapter.imagine import is_space, load_space
 

@@ -84,17 +84,13 @@ def _item(root: Path, place: str, row: Row, image: str, texts: list[str]) -> Ite
     name = as_on_disk(name.strip(), root)
     # a file may have several lines, each with its caption: the line is part of the name
     unique = f"{name}#{place.rsplit(maxsplit=1)[-1]}"
-    text = next((row[key] for key in texts if _filled(row.get(key))), None)
+    text = next((row[key] for key in texts if str(row.get(key) or "").strip()), None)
     words = {"text": text, **{key: row.get(key) or None for key in ("subject", "reference")}}
     for key, value in words.items():
         if value is not None and not isinstance(value, str):
             return Item(unique, bytes, problem=f"{key} is not a text: {value!r:.60}")
     words["reference"] = words["reference"] and as_on_disk(words["reference"], root)
     return replace(file_item(root, name, **words), name=unique)
-
-
-def _filled(value: Any) -> bool:
-    return bool(value.strip() if isinstance(value, str) else value)
 
 
 def read_rows(root: Path, name: str, encoding: str = "utf-8") -> Iterator[tuple[str, Row]]:
