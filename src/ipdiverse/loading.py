@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -145,6 +146,10 @@ def _silence(as_before: ExitStack) -> None:
             as_before.callback(library.enable_progress_bar)
         library.set_verbosity_error()
         library.disable_progress_bar()
+        for handler in logging.getLogger(library.__name__.split(".")[0]).handlers:
+            # diffusers logs an error that it also raises, which is one line of ours
+            as_before.callback(handler.setLevel, handler.level)
+            handler.setLevel(logging.CRITICAL)
 
 
 @contextmanager

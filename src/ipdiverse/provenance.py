@@ -8,13 +8,15 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import shlex
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from ipdiverse.errors import ArgumentError, ImageError, OutputError, quoted
-from ipdiverse.writing import AnyPath, write_bytes_atomic
+from ipdiverse.writing import AnyPath, without_folders, write_bytes_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -68,14 +70,23 @@ RECORD_KEY = "ipdiverse"
 SUMMARY_KEY = "parameters"
 """The key that other image tools, such as WebUI, read and show."""
 MAX_RECORD_BYTES = 1024 * 1024
+PLACES = (
+    *("image", "mask", "negative_image", "faces", "init_image", "mask_image", "control_image"),
+    *("base", "adapter", "image_encoder", "controlnet", "space", "scenes"),
+)
+"""Fields of a request that may name files."""
 
+_PLACE_FLAGS = {f"--{name.replace('_', '-')}" for name in (*PLACES, "out")}
 _PREFIX = RECORD_KEY.encode() + b"\0"
 _MAX_CHUNK = MAX_RECORD_BYTES + 256  # flags and keywords come before the text
 _MAX_SUMMARY = 2000
 
 
 def save_png(image: Image.Image, path: AnyPath, record: Mapping[str, Any]) -> None:
-    """Write a PNG that carries the record of how it was made, whole or not at all."""
+    """Write a PNG that carries the record of how it was made, whole or not at all.
+
+    Of absolute paths it has the names alone: images are shown to others, folders at home are not.
+    """
     if Path(path).suffix.lower() != ".png":
         raise OutputError(
             "the image is written as PNG only",
@@ -86,6 +97,7 @@ def save_png(image: Image.Image, path: AnyPath, record: Mapping[str, Any]) -> No
         )
     from PIL.PngImagePlugin import PngInfo  # here, so that a seed does not need Pillow
 
+    record = _without_home(record)
     chunks = PngInfo()
     chunks.add_itxt(RECORD_KEY, _as_json(record))
     chunks.add_itxt(SUMMARY_KEY, _summary(record))
@@ -142,6 +154,25 @@ def as_text(record: Mapping[str, Any]) -> str:
     }
     width = max(map(len, shown), default=0)
     return "\n".join(f"  {name:<{width}}  {text}" for name, text in shown.items())
+
+
+def _without_home(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record without the folders of the files that its request, and its command, name."""
+    told, request = dict(record), record.get("request")
+    if isinstance(request, Mapping):
+        shown = {name: without_folders(request[name]) for name in PLACES if name in request}
+        told["request"] = {**request, **shown}
+    with suppress(ValueError):  # quotes that do not match: no command of ours
+        if isinstance(command := told.get("command"), str):
+            told["command"] = " ".join(map(_without_place, shlex.split(command)))
+    return told
+
+
+def _without_place(word: str) -> str:
+    flag, equals, value = word.partition("=")
+    if not equals or not flag.startswith("--"):
+        return shlex.quote(word)
+    return f"{flag}={shlex.quote(without_folders(value) if flag in _PLACE_FLAGS else value)}"
 
 
 def _as_json(record: Mapping[str, Any]) -> str:

@@ -97,6 +97,38 @@ def test_what_trainers_pickle_is_named(name: str, new: bool, tmp_path: Path) -> 
         inspect_checkpoint(tmp_path / "x.bin")
 
 
+_INSPECTED = """
+import sys
+from ipdiverse.cli import main
+*others, adapter = sys.argv[1:]
+codes = [main(["inspect", file]) for file in others]
+torch = "torch" in sys.modules
+codes.append(main(["inspect", adapter]))
+print(codes, torch, sorted({"sympy", "torch._dynamo", "diffusers"} & sys.modules.keys()))
+"""
+
+
+def test_what_is_no_adapter_is_said_without_torch(tmp_path: Path) -> None:
+    """Importing torch takes seconds; its compiler, which a little arithmetic imports, as long."""
+    files = {name: tmp_path / f"{name}.safetensors" for name in ("LoRA", "SD", "cut", "page")}
+    for name in ("LoRA", "SD", "cut"):
+        save_file({FOREIGN["SD" if name == "SD" else "diffusers LoRA"][0][0]: Z}, files[name])
+    files["cut"].write_bytes(files["cut"].read_bytes()[:40])
+    files["page"].write_bytes(b"<!doctype html>")
+    pickled = {"LoRA": {FOREIGN["LoHa"][0][0]: Z}, "state": STATES["random"][0]}
+    for new in (True, False):
+        for name, content in pickled.items():
+            files[f"{name} {new}"] = tmp_path / f"{name} {new}.bin"
+            torch.save(content, files[f"{name} {new}"], _use_new_zipfile_serialization=new)
+    save_adapter(adapter("plus"), tmp_path / "plus.safetensors", {})
+    words = [*map(str, files.values()), str(tmp_path / "plus.safetensors")]
+    done = subprocess.run(
+        [sys.executable, "-c", _INSPECTED, *words], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == f"{[2] * len(files) + [0]} False []", done.stderr
+    assert done.stderr.count("\n") == len(files)
+
+
 PREFIXES = ["module.{}", "_orig_mod.{}", "module._orig_mod.{}", "state_dict.{}"]
 
 

@@ -76,10 +76,10 @@ def scans(count: int, **options: Any) -> bytes:
     return data[:-2] + data[data.rindex(b"\xff\xda") : -2] * count + data[-2:]
 
 
-def long_text(kind: str, count: int) -> bytes:
+def long_text(kind: str, count: int, packed: bool = True) -> bytes:
     info = PngImagePlugin.PngInfo()
     for index in range(count):
-        info.add_itxt(f"{kind}{index or ''}", "x" * 1_500_000, zip=True)
+        info.add_itxt(f"{kind}{index or ''}", "x" * 1_500_000, zip=packed)
     return encoded("PNG", pnginfo=info)
 
 
@@ -175,6 +175,24 @@ def read(data: bytes) -> None:
 @pytest.mark.parametrize("kind", BOMBS)
 def test_a_small_bomb(kind: str):
     read(BOMBS[kind](2))
+
+
+TOLD: dict[str, Callable[[], bytes]] = {
+    "PNG, a text that is not packed": lambda: long_text("workflow", 1, packed=False),
+    "PNG, many texts": lambda: long_text("prompt", 8),
+    "PNG, a large profile": lambda: encoded("PNG", icc_profile=bytes(3_000_000)),
+    "JPEG, a comment": lambda: encoded("JPEG", comment=b"c" * 60_000),
+    "JPEG, EXIF": lambda: in_jpeg(segment(0xE1, exif(1, 4) + bytes(60_000))),
+    "WEBP, EXIF": lambda: encoded("WEBP", exif=b"Exif\0\0" + bytes(5_000_000)),
+    "WEBP, XMP": lambda: encoded("WEBP", xmp=b"x" * 5_000_000),
+    "TIFF, a description": lambda: encoded("TIFF", description="d" * 5_000_000),
+    "GIF, a comment": lambda: encoded("GIF", "P", comment=b"z" * 3_000_000),
+}
+
+
+@pytest.mark.parametrize("kind", TOLD)
+def test_a_sound_picture_with_much_beside_its_pixels_is_read(kind: str):
+    assert load_image_bytes(TOLD[kind](), "a").size == PICTURE.size
 
 
 @pytest.mark.slow

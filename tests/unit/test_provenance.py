@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import struct
 import zlib
 from pathlib import Path
@@ -52,6 +53,32 @@ def test_record_comes_back_and_pixels_are_untouched(tmp_path: Path):
     assert read_provenance(path) == RECORD
     with Image.open(path) as stored:
         assert stored.tobytes() == image.tobytes()
+
+
+def test_a_shared_image_does_not_tell_of_folders_at_home(tmp_path: Path):
+    home = str(tmp_path / "Anna's photos")
+    request = {
+        "image": [f"{home}/cat one.png", "pics/dog.png"],
+        "base": f"{home}/models/mine",
+        "adapter": "plus",
+        "prompt": ["/imagine a cat"],
+    }
+    values = {"image": f"{home}/cat one.png", "base": f"{home}/models/mine", "out": home}
+    flags = [f"--{name}={shlex.quote(value)}" for name, value in values.items()]
+    command = " ".join(["ipdiverse generate", *flags, "--image=pics/dog.png", "--seed=3"])
+    command += " --prompt='/imagine a cat --base=/x'"
+    save_png(picture(), tmp_path / "a.png", {"command": command, "request": request})
+    assert read_provenance(tmp_path / "a.png") == {
+        "command": "ipdiverse generate --image='cat one.png' --base=mine "
+        """--out='Anna'"'"'s photos' --image=pics/dog.png --seed=3 """
+        "--prompt='/imagine a cat --base=/x'",
+        "request": {
+            "image": ["cat one.png", "pics/dog.png"],
+            "base": "mine",
+            "adapter": "plus",
+            "prompt": ["/imagine a cat"],
+        },
+    }
 
 
 def test_other_tools_see_a_line_that_people_can_read(tmp_path: Path):

@@ -133,7 +133,9 @@ class ResamplerProjection(Perceiver):
         width: int = 768,
         depth: int = 4,
     ) -> None:
-        latents = torch.randn(1, num_tokens, width) / width**0.5  # first: a seed's draws stay
+        latents = torch.empty(1, num_tokens, width)
+        if not latents.is_meta:  # there, arithmetic imports sympy and torch's compiler: seconds
+            latents.normal_().div_(width**0.5)  # first of all draws, so that a seed's stay
         super().__init__(clip_dim, width, token_width, depth)
         self.clip_dim, self.token_width, self.num_tokens = clip_dim, token_width, num_tokens
         self.latents = nn.Parameter(latents)

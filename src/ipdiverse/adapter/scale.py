@@ -136,12 +136,13 @@ def _by_layer(values: Sequence[float], layers: Sequence[Layer]) -> ScaleFunction
 
 def _by_block(values: Mapping[str, float], layers: Sequence[Layer]) -> ScaleFunction:
     known = {name for layer in layers for name in (layer.block, layer.part)}
-    if unknown := sorted(map(str, set(values) - known)):
+    unknown = sorted(map(str, set(values) - known))
+    if unknown or not values:  # an empty dict would be 0 everywhere, which a typing error makes too
         raise ArgumentError(
-            "names a block that this model does not have",
+            "names a block that this model does not have" if unknown else "names no block",
             where="scale",
             expected=", ".join(sorted(known)),
-            found=", ".join(unknown),
+            found=", ".join(unknown) or "{}",
         )
     numbers = {name: checked_number(value) for name, value in values.items()}
     return lambda layer, _: numbers.get(layer.block, numbers.get(layer.part, 0.0))

@@ -12,7 +12,6 @@ from ipdiverse.base.downloads import missing
 from ipdiverse.base.presets import PRESETS, Preset, as_size, total
 from ipdiverse.commands.console import note, say, say_json
 from ipdiverse.errors import CheckpointError
-from ipdiverse.loading import what_is
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,8 @@ class Source:
     local_files_only: bool = False
 
     def find(self) -> Path:
-        """The local file."""
+        """The local file, which may be an adapter."""
+        from ipdiverse.adapter.files.containers import check_is_adapter
         from ipdiverse.base.adapters import find_checkpoint
 
         found = find_checkpoint(
@@ -44,8 +44,7 @@ class Source:
             revision=self.revision,
             local_files_only=self.local_files_only,
         )
-        if not found.is_file():  # said before torch is imported, which takes seconds
-            raise CheckpointError("no such file", where=found, fix="Check the path.")
+        check_is_adapter(found)  # before torch is imported, which takes seconds
         return found
 
 
@@ -72,7 +71,6 @@ class Inspect(Source):
             say_json(record) if self.json else say(f"{self.source}\n{provenance.as_text(record)}")
             return
         file = self.find()
-        _refuse_others(file)
         from ipdiverse.adapter.files.containers import open_checkpoint
         from ipdiverse.adapter.imagine import as_text as as_lines
         from ipdiverse.adapter.imagine import is_space, load_space
@@ -89,19 +87,6 @@ class Inspect(Source):
         say_json(report) if self.json else say(as_text(report))
         if not report["loads"]:
             raise CheckpointError("does not load", where=report["file"], fix="See above.")
-
-
-def _refuse_others(file: Path) -> None:
-    """Refuse what the names in its header show to be no adapter: torch takes seconds to import."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="np") as opened:
-            kind = what_is(opened.keys())
-    except (SafetensorError, OSError):  # of another container, or broken: read with torch
-        return
-    if kind and kind[0] != "an IP-Adapter":
-        raise CheckpointError(f"is {kind[0]}, not an adapter", where=file, fix=kind[1])
 
 
 @dataclass(frozen=True)

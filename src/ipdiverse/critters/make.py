@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
-from multiprocessing import Pool
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,15 @@ def make_dataset(
             raise _another(manifest)
         ensure_writable_folder(out / "images")
         write = partial(_write_one, out, pairs=pairs, size=size, seed=seed, split=split)
-        with Pool(min(-(-n // _CHUNK), os.cpu_count() or 1)) as pool:
-            rows = list(pool.imap(write, range(n), _CHUNK))
+        with writing(out):  # its locks are files too, in a small place on many machines
+            # not multiprocessing's Pool, which waits for ever for a process that was killed
+            pool = ProcessPoolExecutor(min(-(-n // _CHUNK), os.cpu_count() or 1))
+        try:
+            with pool:
+                rows = list(pool.map(write, range(n), chunksize=_CHUNK))
+        except BrokenProcessPool as error:
+            what, fix = "a process that rendered was killed", "Run the same command again."
+            raise OutputError(what, where=out, fix=fix) from error
         text = "".join(map(_line, rows))
         if not (text.startswith(before) or before.startswith(text)):
             raise _another(manifest)

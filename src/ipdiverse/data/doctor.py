@@ -48,16 +48,15 @@ def as_text(report: dict[str, Any]) -> str:
         f"{subjects['count']} subjects, {subjects['single']} of them with one image; "
         f"{report['references']} images have their own reference",
         *(f"bad: {item['source']}: {item['reason']}" for item in report["bad"]["examples"]),
-        *(f"not used: {found['count']} {what}{_examples(found)}" for what, found in unused),
+        *(
+            f"not used: {found['count']} {what} ({', '.join(map(quoted, found['examples']))}"
+            + (", …)" if found["count"] > len(found["examples"]) else ")")
+            for what, found in unused
+        ),
         *(f"note: {line}" for line in report.get("notes", ())),
         *(f"advice: {line}" for line in report["advice"]),
     ]
     return "\n".join(lines)
-
-
-def _examples(found: dict[str, Any]) -> str:
-    more = ", …" if found["count"] > len(found["examples"]) else ""
-    return f" ({', '.join(map(quoted, found['examples']))}{more})"
 
 
 def _sizes(records: Sequence[Record]) -> dict[str, Any]:

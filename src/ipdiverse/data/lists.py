@@ -22,6 +22,7 @@ from ipdiverse.data.files import (
 )
 from ipdiverse.data.manifest import Item, Row, Source, file_item, json_row, json_rows
 from ipdiverse.errors import DataError
+from ipdiverse.image_io.files import as_on_disk
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -80,18 +81,16 @@ def _item(root: Path, place: str, row: Row, image: str, texts: list[str]) -> Ite
     name = row.get(image)
     if not isinstance(name, str) or not name.strip():
         return Item(place, bytes, problem=f"{place} names no image in {image!r}")
+    name = as_on_disk(name.strip(), root)
     # a file may have several lines, each with its caption: the line is part of the name
-    unique = f"{name.strip()}#{place.rsplit(maxsplit=1)[-1]}"
-    text = next((row[key] for key in texts if _filled(row.get(key))), None)
+    unique = f"{name}#{place.rsplit(maxsplit=1)[-1]}"
+    text = next((row[key] for key in texts if str(row.get(key) or "").strip()), None)
     words = {"text": text, **{key: row.get(key) or None for key in ("subject", "reference")}}
     for key, value in words.items():
         if value is not None and not isinstance(value, str):
             return Item(unique, bytes, problem=f"{key} is not a text: {value!r:.60}")
-    return replace(file_item(root, name.strip(), **words), name=unique)
-
-
-def _filled(value: Any) -> bool:
-    return bool(value.strip() if isinstance(value, str) else value)
+    words["reference"] = words["reference"] and as_on_disk(words["reference"], root)
+    return replace(file_item(root, name, **words), name=unique)
 
 
 def read_rows(root: Path, name: str, encoding: str = "utf-8") -> Iterator[tuple[str, Row]]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,7 @@ from ipdiverse.data.lists import IMAGE_COLUMNS, TEXT_COLUMNS, list_source, match
 from ipdiverse.data.manifest import MAX_REPEATS, Item, Source, SourceOptions, file_item
 from ipdiverse.data.packed import HUB_FILES, hub_files, hub_source, tar_files, webdataset
 from ipdiverse.errors import DataError, check_range
-from ipdiverse.image_io.files import OTHER_SUFFIXES, SUFFIXES
+from ipdiverse.image_io.files import OTHER_SUFFIXES, SUFFIXES, as_on_disk
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -102,8 +103,8 @@ class Folder:
         self.root, self.listing, self.options = listing.root, listing, options
         self.used: set[str] = set()
         self._files = set(listing.files)
-        # of names that differ in case alone the first counts
-        self._folded = {name.casefold(): name for name in reversed(listing.files)}
+        # of names that differ in case or in Unicode's form alone the first counts
+        self._folded = {_folded(name): name for name in reversed(listing.files)}
         self.pictures = [name for name in listing.files if name.lower().endswith(SUFFIXES)]
 
     def kind(self) -> str:
@@ -188,7 +189,9 @@ class Folder:
                     is_caption = re.match(r"(an?|the) |\w+ of ", words, re.IGNORECASE)
                     text = words if is_caption else f"a photo of a {words}"
                     if not any(note.startswith("Captions are made") for note in notes):
-                        notes[_made(text, name)] = None
+                        made = f"as {text!r} for {name!r}; write your own in .txt files with the"
+                        start = "Captions are made from names of folders where there is none, "
+                        notes[f"{start}{made} images' names."] = None
                 yield file_item(self.root, name, text=text, **about)
 
         kind = "subjects" if by_subject else "captions"
@@ -221,8 +224,8 @@ class Folder:
         except DataError:
             return False
         columns = matching(row, IMAGE_COLUMNS)
-        home = PurePosixPath(self.options.root or self.root, *PurePosixPath(name).parts[:-1])
-        return bool(columns) and is_file(Path(home, str(row[columns[0]]).strip()))
+        home = Path(self.options.root or self.root, name).parent
+        return bool(columns) and is_file(Path(home, as_on_disk(str(row[columns[0]]).strip(), home)))
 
     def _of_split(self) -> list[str]:
         """The images, of the split alone where the folder has nothing but splits."""
@@ -248,7 +251,7 @@ class Folder:
         """The first caption file of an image that is not empty."""
         stem = picture.rpartition(".")[0]
         for wanted in (name + suffix for suffix in _TEXTS for name in (picture, stem)):
-            name = wanted if wanted in self._files else self._folded.get(wanted.casefold())
+            name = wanted if wanted in self._files else self._folded.get(_folded(wanted))
             if name is not None:
                 self.used.add(name)
                 if text := self._caption_of(name).strip():
@@ -284,11 +287,8 @@ class Folder:
         return found
 
 
-def _made(text: str, name: str) -> str:
-    return (
-        f"Captions are made from names of folders where there is none, as {text!r} for {name!r}; "
-        "write your own in .txt files with the images' names."
-    )
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def subject_class(subject: str) -> str:

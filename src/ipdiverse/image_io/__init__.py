@@ -40,7 +40,6 @@ import importlib
 import io
 import os
 import warnings
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageCms
@@ -185,7 +184,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     elif image.mode == "CMYK":
         result = _cmyk_to_rgb(image)
     elif image.has_transparency_data:
-        result = _over_white(image.convert("RGBA"))
+        white = Image.new("RGBA", image.size, "white")
+        result = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     else:
         result = image.convert("RGB")
     result.info = {}
@@ -252,16 +252,11 @@ def _open(data: bytes, name: str, image_format: str) -> Image.Image:
     elif image_format == "TIFF":
         data, frames = first_of_tiff(data, name)
     # not by `Image.open`, whose own limit of pixels warns before it refuses
-    image = _reader(image_format)(io.BytesIO(data))
+    reader = _READERS.get(image_format) or importlib.import_module("pillow_heif").HeifImageFile
+    image: Image.Image = reader(io.BytesIO(data))
     check_size(image.size, name)
     _warn_if_several(frames or getattr(image, "n_frames", 1), name, image_format)
     return image
-
-
-def _reader(image_format: str) -> Any:
-    if image_format == "HEIF":
-        return importlib.import_module("pillow_heif").HeifImageFile
-    return _READERS[image_format]
 
 
 def _open_jpeg(data: bytes, name: str) -> Image.Image:
@@ -344,8 +339,3 @@ def _cmyk_to_rgb(image: Image.Image) -> Image.Image:
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):  # no profile, or not of CMYK
         converted = None
     return converted or image.convert("RGB")
-
-
-def _over_white(image: Image.Image) -> Image.Image:
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image).convert("RGB")

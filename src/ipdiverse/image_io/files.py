@@ -8,9 +8,11 @@ limit it warns instead of refusing.
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import stat
 import struct
+import unicodedata
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +23,6 @@ from PIL import features
 from ipdiverse.errors import ImageError
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Iterator, Mapping
 
 # Budgets of one picture: all are checked before its pixels are decoded.
@@ -116,9 +117,20 @@ _RAW = 50706
 _SUBFILE = 254
 
 
+def as_on_disk(name: str, root: Path | str = "") -> str:
+    """A file's name in the Unicode form that the disk has.
+
+    macOS decomposes accents (NFD) where most lists compose them (NFC), and Linux tells the two
+    apart, so that a list that was made on one system names no file on the other.
+    """
+    forms = () if name.isascii() else (unicodedata.normalize(form, name) for form in ("NFC", "NFD"))
+    return next((one for one in (name, *forms) if os.path.lexists(Path(root, one))), name)
+
+
 @contextmanager
 def opened(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """Open an ordinary file; errors while it is open are `ImageError`s too."""
+    path = as_on_disk(os.fspath(path))
     try:
         mode = Path(path).stat().st_mode
         if not stat.S_ISREG(mode):  # reading a pipe may block for ever, a device may never end

@@ -27,23 +27,18 @@ from PIL import Image
 
 from ipdiverse.errors import IpdiverseError, OutputError
 from ipdiverse.image_io import content_hash, load_image
-from ipdiverse.provenance import read_provenance, save_png
+from ipdiverse.provenance import PLACES, read_provenance, save_png
 from ipdiverse.sampling.request import Request
 from ipdiverse.writing import file_hash, only_one, write_text_atomic, writing
 
 RECORD, SHEET = "generation.json", "contact_sheet.png"
 _IMAGE = re.compile(r"[0-9]{4}\.png")
-_FILES = (
-    *("image", "mask", "negative_image", "faces", "init_image", "mask_image", "control_image"),
-    *("base", "adapter", "image_encoder", "controlnet", "space", "scenes"),
-)
-"""Fields of a request that may name files."""
 
 
 def fingerprint(request: Request) -> str:
     """The same for requests that draw the same, however they spell the files that they name."""
     decides = request.flat()
-    for name in _FILES:
+    for name in PLACES:
         value = decides[name]
         several = value if isinstance(value, tuple) else (value,)
         decides[name] = [_content(one) for one in several]

@@ -282,7 +282,11 @@ def open_accelerator(mixed_precision: str) -> Accelerator:
     # accelerate's state is the whole process's, and refuses another precision
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
         AcceleratorState._reset_state()
-    return Accelerator(mixed_precision=mixed_precision)
+    accelerator = Accelerator(mixed_precision=mixed_precision)
+    if mixed_precision == "fp16" and accelerator.device.type == "cpu":  # torch fails in mid-step
+        what, fix = "is not computed in on a CPU", "Leave it out, or choose bf16."
+        raise ArgumentError(what, where="mixed_precision", found="fp16", fix=fix)
+    return accelerator
 
 
 def held_out(config: TrainConfig, count: int) -> set[int]:

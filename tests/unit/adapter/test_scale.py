@@ -158,6 +158,7 @@ def test_a_scale_out_of_range_is_refused(value: float) -> None:
         ([1.0] * 17, "expected 16 numbers, one for each cross-attention layer; found 17"),
         ({"up": None}, "scale: is nothing.*found None"),
         ({3: 1.0}, "scale: names a block that this model does not have.*found 3"),
+        ({}, r"scale: names no block; expected down, .*mid.*; found \{\}"),
         (
             torch.ones(2, 2),
             r"scale: has the wrong shape; expected a number for each item.*\(2, 2\)",

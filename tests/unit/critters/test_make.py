@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import errno
 import json
-from multiprocessing.pool import ThreadPool
+import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -137,7 +138,19 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("ipdiverse.critters.make.Pool", ThreadPool)
+    monkeypatch.setattr("ipdiverse.critters.make.ProcessPoolExecutor", ThreadPoolExecutor)
     monkeypatch.setattr("pathlib.Path.replace", full)
     with pytest.raises(OutputError, match=r"there is no space left; .*Free some space"):
         make_dataset(tmp_path, 2)
+
+
+def _killed(*_: object, **__: object) -> None:
+    os._exit(9)
+
+
+def test_a_process_that_is_killed_is_said_and_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ipdiverse.critters.make._write_one", _killed)
+    with pytest.raises(OutputError, match=r"a process that rendered was killed\. Run the same"):
+        make_dataset(tmp_path / "m", 3)

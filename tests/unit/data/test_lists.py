@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from typing import TYPE_CHECKING, Any
+from unicodedata import normalize
 
 import pytest
+from PIL import Image
 
 from ipdiverse.data.lists import columns_of, list_source, read_rows
 from ipdiverse.data.manifest import SourceOptions
+from ipdiverse.data.sources import open_source
 from ipdiverse.errors import DataError
+from ipdiverse.image_io import load_image
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -111,3 +115,37 @@ def test_a_list_is_read_row_by_row(tmp_path: Path) -> None:
     (tmp_path / "l.jsonl").write_text('{"file_name": "a.png"}\n' * 5 + "\xff")
     rows = read_rows(tmp_path, "l.jsonl")
     assert next(rows) == ("line 1", {"file_name": "a.png"})
+
+
+@pytest.mark.parametrize(("listed", "there"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_names_are_found_in_either_form_of_unicode(listed: str, there: str, tmp_path: Path) -> None:
+    """macOS decomposes accents, most lists compose them."""
+    for stem in ("caf\u00e9", "\u304c"):
+        Image.new("RGB", (32, 32)).save(tmp_path / f"{normalize(there, stem)}.png")
+    rows = [
+        {
+            "file_name": normalize(listed, "caf\u00e9.png"),
+            "reference": normalize(listed, "\u304c.png"),
+        },
+        {"file_name": normalize(listed, "\u304c.png")},
+    ]
+    (tmp_path / "l.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = open_source(str(tmp_path), SourceOptions(text_column=""))
+    items = list(source.items())
+    assert source.kind == "metadata"
+    assert all(item.load().startswith(b"\x89PNG") for item in items)
+    assert items[0].load_reference is not None
+    assert items[0].load_reference().startswith(b"\x89PNG")
+    assert all(item.stamp is not None and "missing" not in item.stamp() for item in items)
+    assert source.unused() == {}
+
+
+@pytest.mark.parametrize(("listed", "there"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_captions_and_single_images_are_found_in_either_form(
+    listed: str, there: str, tmp_path: Path
+) -> None:
+    Image.new("RGB", (32, 32)).save(tmp_path / normalize(there, "\u00c9t\u00e9.png"))
+    (tmp_path / normalize(listed, "\u00c9t\u00e9.txt")).write_text("summer")
+    (item,) = open_source(str(tmp_path), SourceOptions()).items()
+    assert item.text == "summer"
+    assert load_image(tmp_path / normalize(listed, "\u00c9t\u00e9.png")).size == (32, 32)

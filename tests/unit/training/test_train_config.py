@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
+from ipdiverse.config import read
 from ipdiverse.errors import ArgumentError
 from ipdiverse.training.config import DROPPED, MAY_CHANGE, RENAMED, TrainConfig, todays
 
@@ -46,3 +47,17 @@ def test_every_name_in_the_tables_is_a_setting_or_was_one() -> None:
     now = {field.name for field in fields(TrainConfig)}
     assert set(RENAMED.values()) | set(MAY_CHANGE) <= now
     assert not (RENAMED.keys() | DROPPED.keys()) & now
+
+
+def test_every_choice_of_every_key_is_accepted() -> None:
+    hints, tried = get_type_hints(TrainConfig), 0
+    for name, hint in hints.items():
+        for choices in (hint, *get_args(hint)):
+            for value in get_args(choices) if get_origin(choices) is Literal else ():
+                given = {name: value} | ({"init_from": "a"} if value == "generative" else {})
+                listed = hint != choices and get_origin(hint) is tuple
+                given[name] = [value] if listed else value
+                config = read(TrainConfig, {"data": "d", "out": "o"} | given, "run.toml")
+                assert getattr(config, name) == ((value,) if listed else value)
+                tried += 1
+    assert tried > 20

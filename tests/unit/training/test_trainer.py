@@ -445,6 +445,14 @@ def test_a_gradient_scaler_goes_on_where_it_was(
     assert scaler.get_scale() == 1024, "an older checkpoint says nothing of it"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it is computed in")
+def test_half_precision_is_refused_where_there_is_none(config: TrainConfig) -> None:
+    half = "mixed_precision: is not computed in on a CPU; found fp16. Leave it out, or choose bf16"
+    with pytest.raises(ArgumentError, match=half):
+        train(replace(config, mixed_precision="fp16"))
+    assert not Path(config.out).exists()
+
+
 def test_another_run_in_the_same_folder_is_refused(config: TrainConfig) -> None:
     train(replace(config, steps=2))
     with pytest.raises(

@@ -1,7 +1,8 @@
 """Open a checkpoint file, whoever made it, as a flat dict of tensors, and nothing but tensors.
 
-What a file claims is checked against its size before anything is allocated. Tensors of safetensors
-files and of torch's zips stay on disk until they are read: frozen gigabytes cost nothing.
+What a file claims is checked against its size before anything is allocated, and before torch is
+imported. Tensors of safetensors files and of torch's zips stay on disk until they are read: frozen
+gigabytes cost nothing.
 """
 
 from __future__ import annotations
@@ -9,22 +10,22 @@ from __future__ import annotations
 import json
 import pickletools
 import re
-import tempfile
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-import torch
 from safetensors import safe_open
-from torch import Tensor
 
 from ipdiverse.base.adapters import INDEX
 from ipdiverse.errors import CheckpointError
 from ipdiverse.loading import unbroken, what_is
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_PICKLE_BYTES = 4 * 1024 * 1024
 """A whole SDXL UNet takes 0.3 MB."""
@@ -41,24 +42,29 @@ _ALLOWED = {
 }
 
 
-def check_pickle(stream: IO[bytes], file: Path, size: int | None) -> None:
-    """Refuse a pickle that holds more than tensors, or claims more than `size` bytes."""
+def check_pickle(stream: IO[bytes], file: Path, size: int | None) -> list[str]:
+    """Refuse a pickle that holds more than tensors, or claims more than `size` bytes.
+
+    Returns:
+        Every text in it, the tensors' names among them.
+    """
     strings: list[str] = []
     number = claimed = 0
     for name, argument in _instructions(stream, file):
         if name == "GLOBAL" and argument not in _ALLOWED:
             raise _more_than_tensors(file, str(argument).replace(" ", ".", 1))
         if name in _BY_STACK:
-            wanted = str(argument or ".".join(strings)).replace(" ", ".", 1)
+            wanted = str(argument or ".".join(strings[-2:])).replace(" ", ".", 1)
             raise _more_than_tensors(file, wanted)
         if isinstance(argument, str):
-            strings = [*strings[-1:], argument]
+            strings.append(argument)
         if name in _NUMBERS:
             number = int(argument)
             _check_claim(number, file, size)
         if name == "BINPERSID":  # a storage; its length is the last number before it
             claimed += number
             _check_claim(claimed, file, size)
+    return strings
 
 
 def _check_claim(number: int, file: Path, size: int | None) -> None:
@@ -135,16 +141,23 @@ class Contents:
     metadata: dict[str, str] = field(default_factory=dict)  # only safetensors files have any
 
 
+def refuse_others(names: Iterable[str], where: object) -> None:
+    """Refuse what the names in it show to be no adapter."""
+    kind = what_is(names)
+    if kind and kind[0] != "an IP-Adapter":
+        raise CheckpointError(f"is {kind[0]}, not an adapter", where=where, fix=kind[1])
+
+
+def check_is_adapter(file: Path) -> None:
+    """Refuse a file that is something else, without torch, which takes seconds to import."""
+    with _named(file):
+        refuse_others(_open(file, read=False).tensors, file)
+
+
 def open_checkpoint(file: Path) -> Contents:
     """Open a file without running anything in it, and without believing its claims."""
-    try:
+    with _named(file):
         contents = _open(file)
-    except CheckpointError as error:
-        if kind := _named(file):
-            raise CheckpointError(
-                f"is {kind[0]}, not an adapter", where=file, fix=kind[1]
-            ) from error
-        raise
     plain = {_WRAPPED.sub("", name): tensor for name, tensor in contents.tensors.items()}
     if len(plain) < len(contents.tensors):
         raise CheckpointError(
@@ -153,36 +166,41 @@ def open_checkpoint(file: Path) -> Contents:
     return replace(contents, tensors=plain)
 
 
-def _open(file: Path) -> Contents:
-    """Open by the first bytes: names lie, as when a web page was saved as `*.safetensors`."""
+def _open(file: Path, *, read: bool = True) -> Contents:
+    """Open by the first bytes: names lie, as when a web page was saved as `*.safetensors`.
+
+    Without `read` there are names, and nothing in the place of tensors.
+    """
     size, start = _look(file)
     if start.startswith(_ZIP):
-        return _open_zip(file, size)
+        return _open_zip(file, size, read)
     if start.startswith(_LEGACY):
-        return _open_legacy(file, size)
+        return _open_legacy(file, size, read)
     if start[8:9] == b"{":
-        return _open_safetensors(file, size, int.from_bytes(start[:8], "little"))
+        return _open_safetensors(file, size, int.from_bytes(start[:8], "little"), read)
     if start[:1] == b"{" and file.name.endswith(INDEX):
-        return _open_shards(file, size)
+        return _open_shards(file, size, read)
     if start[:1] == b"\x80":
         with file.open("rb") as stream:
             check_pickle(stream, file, size)
     raise _unknown(file, start)
 
 
-def _named(file: Path) -> tuple[str, str] | None:
-    """What a refused pickle is, by what is written in its beginning."""
+@contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """Say what a refused pickle is, by what is written in its beginning."""
     try:
-        with file.open("rb") as stream:
+        yield
+    except CheckpointError:
+        beginning = b""
+        with suppress(OSError, ValueError), file.open("rb") as stream:
             beginning = stream.read(MAX_PICKLE_BYTES)
-    except (OSError, ValueError):
-        return None
-    pickled = beginning.startswith((_ZIP, b"\x80"))
-    kind = what_is([beginning.decode("latin-1")]) if pickled else None
-    return kind if kind and kind[0] != "an IP-Adapter" else None
+        if beginning.startswith((_ZIP, b"\x80")):
+            refuse_others([beginning.decode("latin-1")], file)
+        raise
 
 
-def _open_shards(file: Path, size: int) -> Contents:
+def _open_shards(file: Path, size: int, read: bool) -> Contents:
     """The files that an index names, all in its folder, as one."""
     if size > MAX_HEADER_BYTES:
         raise claims_too_much(file, f"at most {MAX_HEADER_BYTES} bytes", size)
@@ -202,7 +220,7 @@ def _open_shards(file: Path, size: int) -> Contents:
         )
     tensors: dict[str, Tensor] = {}
     for shard in shards:
-        opened = _open(shard)
+        opened = _open(shard, read=read)
         tensors |= opened.tensors
         size += opened.size
     if len(tensors) > MAX_TENSORS:
@@ -234,26 +252,27 @@ def _unknown(file: Path, start: bytes) -> CheckpointError:
     return CheckpointError(what, where=file, found=found, fix=fix)
 
 
-def _open_safetensors(file: Path, size: int, header: int) -> Contents:
+def _open_safetensors(file: Path, size: int, header: int, read: bool) -> Contents:
     if header > min(size - 8, MAX_HEADER_BYTES):
         limit = f"a header of at most {min(size - 8, MAX_HEADER_BYTES)} bytes"
         raise claims_too_much(file, limit, header)
-    with unbroken(file, "safetensors"), safe_open(file, framework="pt") as opened:
+    framework = "pt" if read else "np"
+    with unbroken(file, "safetensors"), safe_open(file, framework=framework) as opened:
         names = opened.keys()
         if len(names) > MAX_TENSORS:
             raise too_many(file)
-        tensors = {name: opened.get_tensor(name) for name in names}
+        tensors: Any = {name: opened.get_tensor(name) if read else None for name in names}
         return Contents(file, "safetensors", size, tensors, opened.metadata() or {})
 
 
-def _open_zip(file: Path, size: int) -> Contents:
-    with unbroken(file, "torch"):
-        with zipfile.ZipFile(file) as archive:
-            entry = _pickle_of(archive, file, size)
-            with archive.open(entry) as stream:
-                check_pickle(stream, file, size)
-        content = _load(file, mmap=True)
-    return Contents(file, "torch zip", size, _flat(content, file, size))
+def _open_zip(file: Path, size: int, read: bool) -> Contents:
+    with (
+        unbroken(file, "torch"),
+        zipfile.ZipFile(file) as archive,
+        archive.open(_pickle_of(archive, file, size)) as stream,
+    ):
+        names = check_pickle(stream, file, size)
+    return _unpickled(file, size, "torch zip", names if not read else None)
 
 
 def _pickle_of(archive: zipfile.ZipFile, file: Path, size: int) -> zipfile.ZipInfo:
@@ -274,35 +293,34 @@ def _pickle_of(archive: zipfile.ZipFile, file: Path, size: int) -> zipfile.ZipIn
     return pickles[0]
 
 
-def _open_legacy(file: Path, size: int) -> Contents:
-    with unbroken(file, "torch"):
-        with file.open("rb") as stream:
-            for number in range(_LEGACY_PICKLES):  # the first holds a number larger than any file
-                check_pickle(stream, file, None if number == 0 else size)
-        content = _load(file, mmap=False)  # torch maps zips alone
-    return Contents(file, "torch legacy", size, _flat(content, file, size))
+def _open_legacy(file: Path, size: int, read: bool) -> Contents:
+    with unbroken(file, "torch"), file.open("rb") as stream:
+        # the first holds a number larger than any file
+        limits = [None, *[size] * (_LEGACY_PICKLES - 1)]
+        names = [name for limit in limits for name in check_pickle(stream, file, limit)]
+    return _unpickled(file, size, "torch legacy", names if not read else None)
 
 
-def _load(file: Path, *, mmap: bool) -> object:
-    with warnings.catch_warnings(), _name_for_torch(file) as name:
+def _unpickled(file: Path, size: int, container: str, names: Any) -> Contents:
+    if names is not None:
+        return Contents(file, container, size, dict.fromkeys(names))  # type: ignore[arg-type]
+    import torch
+
+    # torch takes a path for what its name says it is, and maps zips alone
+    lies = file.suffix == ".safetensors"
+    with unbroken(file, "torch"), warnings.catch_warnings(), file.open("rb") as stream:
         warnings.simplefilter("ignore")  # on pickles that it then refuses, or reads well
-        return torch.load(name, map_location="cpu", weights_only=True, mmap=mmap)
-
-
-@contextmanager
-def _name_for_torch(file: Path) -> Iterator[Path]:
-    """A name by which torch opens a file as what it is: it believes in `.safetensors`."""
-    if file.suffix != ".safetensors":
-        yield file
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        link = Path(folder) / "checkpoint.bin"
-        link.symlink_to(file.resolve())
-        yield link
+        mmap = container == "torch zip" and not lies
+        content = torch.load(
+            stream if lies else file, map_location="cpu", weights_only=True, mmap=mmap
+        )
+    return Contents(file, container, size, _flat(content, file, size))
 
 
 def _flat(content: object, file: Path, size: int) -> dict[str, Tensor]:
     """Nested dicts as one, keys joined with dots."""
+    from torch import Tensor
+
     leaves = list(_leaves(content, file))
     flat = {name: leaf.detach() for name, leaf in leaves if isinstance(leaf, Tensor)}
     strange = [

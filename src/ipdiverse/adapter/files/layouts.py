@@ -19,10 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ipdiverse.adapter.files.containers import open_checkpoint
+from ipdiverse.adapter.files.containers import open_checkpoint, refuse_others
 from ipdiverse.adapter.model import shared_parts
 from ipdiverse.errors import CheckpointError
-from ipdiverse.loading import what_is
 from ipdiverse.writing import tensors_hash
 
 BASE_WEIGHTS = "base_weights."
@@ -95,9 +94,7 @@ def recognise(names: Iterable[str]) -> str:
 
 def normalise(tensors: Mapping[str, Tensor], where: object) -> Normalised:
     """Rename a checkpoint's tensors to our keys and leave out the base model's own."""
-    kind = what_is(tensors)
-    if kind and kind[0] != "an IP-Adapter":
-        raise CheckpointError(f"is {kind[0]}, not an adapter", where=where, fix=kind[1])
+    refuse_others(tensors, where)
     layout = recognise(tensors)
     numbers = _numbers(tensors)
     ours: dict[str, Tensor] = {}

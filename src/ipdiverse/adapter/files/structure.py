@@ -247,28 +247,27 @@ def _lora(tensors: Tensors) -> dict[int, LoraShapes]:
 
 
 def _fusion(tensors: Tensors, spec: Mapping[str, Any]) -> Fusion | None:
+    stored = spec.get("fusion")
+    told = stored if isinstance(stored, Mapping) else {}
     if "fusion.query.weight" in tensors:
         return BlendFusion(_shape(tensors, "fusion.query.weight")[0])
     if "fusion.place" in tensors:
-        return _generative(tensors, spec)
+        return _generative(tensors, told)
     if "fusion.gate" not in tensors:
         return None
     token_width = _shape(tensors, "fusion.norm_image.weight")[0]
     inner = _shape(tensors, "fusion.to_q.weight")[0]
-    stored = spec.get("fusion")
-    heads = stored.get("heads") if isinstance(stored, Mapping) else None
+    heads = told.get("heads")
     if not isinstance(heads, int) or heads < 1:
         # shapes do not tell the heads, and this file's spec does not either
         heads = inner // 64 if inner % 64 == 0 and inner else 1
     return GatedFusion(token_width, _shape(tensors, "fusion.gate")[0], heads, inner)
 
 
-def _generative(tensors: Tensors, spec: Mapping[str, Any]) -> GenerativeFusion:
+def _generative(tensors: Tensors, told: Mapping[str, Any]) -> GenerativeFusion:
     num_tokens, width = _shape(tensors, "fusion.place")
     words, text_width = _shape(tensors, "fusion.no_text")
     block = re.compile(r"fusion\.blocks\.[0-9]+\.to_out\.weight")
-    stored = spec.get("fusion")
-    told = stored if isinstance(stored, Mapping) else {}
     steps, guidance = told.get("steps", 8), told.get("guidance", 1.0)
     # a file may say anything: a million steps would not be told from a program that hangs
     if not isinstance(steps, int) or not 1 <= steps <= _MAX_STEPS:
@@ -303,11 +302,11 @@ def _disagreements(adapter: ImagePromptAdapter) -> list[str]:
         for number, (found, _) in adapter.widths().items()
         if found != width
     ]
-    for name in ("gate", "place"):  # of these a fusion has a row for each image token
-        held = getattr(fusion, name, None)
-        if held is not None and projection.num_tokens not in {None, len(held)}:
-            wrong.append(f"fusion.{name} has {len(held)} tokens, expected {projection.num_tokens}")
-    for name in ("image_in", "to_q", "query"):  # reads them, by the kind of fusion
+    for name in ("gate", "place"):  # what of a fusion has a row for each image token
+        rows = getattr(fusion, name, None)
+        if rows is not None and projection.num_tokens not in {None, len(rows)}:
+            wrong.append(f"fusion.{name} has {len(rows)} tokens, expected {projection.num_tokens}")
+    for name in ("image_in", "to_q", "query"):  # the layer that reads them
         found = getattr(getattr(fusion, name, None), "in_features", width)
         if found != width:
             wrong.append(f"fusion reads tokens of width {found}, expected the projection's {width}")

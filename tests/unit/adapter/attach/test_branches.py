@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import diffusers
 import pytest
 import torch
+from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding
 
 from ipdiverse.adapter.attach.attach import attach
 from ipdiverse.adapter.attach.branches import EncodedPrompt, tell_branches
@@ -61,6 +62,12 @@ def edited(name: str = "sd1") -> Any:
     return made("InstructPix2Pix", name, unet=models.unet(name, in_channels=8))
 
 
+def controlled(task: str = "ControlNet", **options: Any) -> Any:
+    net = diffusers.ControlNetModel.from_unet(models.unet("sd1"))
+    net.controlnet_cond_embedding = ControlNetConditioningEmbedding(16, 3, (8, 8, 8))  # to a fourth
+    return made(task, controlnet=net, **options)
+
+
 GUIDED = {"guidance_scale": 7.5}
 EDIT = {"image": [B], "image_guidance_scale": 1.5}
 CASES: dict[str, tuple[Callable[[], Any], dict[str, Any], list[list[str]]]] = {
@@ -97,6 +104,26 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, Any], list[list[str]]]] = {
         lambda: made("SAG"),
         {"guidance_scale": 1.0, "sag_scale": 0.75},
         [[YES], [YES]],
+    ),
+    "ControlNet, guess mode, two": (
+        controlled,
+        {**GUIDED, "image": B, "guess_mode": True, "num_images_per_prompt": 2},
+        [[NO, NO, YES, YES]],
+    ),
+    "ControlNet, guess mode, unguided": (
+        controlled,
+        {"guidance_scale": 1.0, "image": B, "guess_mode": True},
+        [[YES]],
+    ),
+    "ControlNet, perturbed": (
+        lambda: controlled("ControlNetPAG", pag_applied_layers=["mid"]),
+        {**GUIDED, "image": B, "pag_scale": 3.0},
+        [[NO, YES, YES]],
+    ),
+    "perturbed, from an image": (
+        lambda: perturbed("PAGImg2Img"),
+        {**GUIDED, "image": B, "strength": 1.0, "pag_scale": 3.0},
+        [[NO, YES, YES]],
     ),
     "panorama": (
         lambda: made("Panorama"),
