@@ -170,6 +170,16 @@ def text_inputs(tab: str) -> tuple[gr.Textbox, gr.Textbox]:
     return prompt, negative
 
 
+FAST = {
+    "0": "off: exact",
+    "1": "1.9 times as fast, loses up to 0.3 of 100",
+    "2": "2.4 times as fast, loses up to 0.5 of 100",
+    "3": "2.7 times as fast, loses up to 0.9 of 100",
+}
+"""Levels of `--fast` by what `docs/benchmarks/fast.json` has of each, on critters."""
+FAST_INFO = "Leaves out work. Losses of prompt, identity, variety and valid images, on critters."
+
+
 class Advanced(NamedTuple):
     """Settings of both tabs, as components, in the order of `request_from`."""
 
@@ -180,6 +190,7 @@ class Advanced(NamedTuple):
     base: gr.Dropdown
     adapter: gr.Dropdown
     combine: gr.Dropdown
+    fast: gr.Dropdown
 
 
 def models(installed: Installed, tab: str) -> tuple[gr.Dropdown, gr.Dropdown, gr.HTML]:
@@ -249,6 +260,8 @@ def advanced(
     ways |= {"the first minus the others": "subtract"}
     name: dict[str, Any] = {"label": "Several references", "elem_id": f"{tab}-combine"}
     combine = gr.Dropdown(list(ways.items()), value="concat", **name)
+    name = {"label": "Fast", "info": FAST_INFO, "elem_id": f"{tab}-fast"}
+    fast = gr.Dropdown([(about, one) for one, about in FAST.items()], value="0", **name)
 
     def on_base(label: str) -> tuple[Any, ...]:
         name = _chosen(installed.bases, label, "base")
@@ -257,7 +270,7 @@ def advanced(
         return choice, usual.steps, usual.guidance_scale, limits_of(name)
 
     base.input(on_base, base, [adapter, steps, guidance, limits], queue=False, **PRIVATE)
-    return Advanced(*seed, steps, guidance, base, adapter, combine)
+    return Advanced(*seed, steps, guidance, base, adapter, combine, fast)
 
 
 def remembered(
@@ -316,6 +329,7 @@ def request_from(
     base: Any,
     adapter: Any,
     combine: Any,
+    fast: Any = "0",
     **more: Any,
 ) -> Request:
     """The request that the settings make. They are checked, for a program may send anything."""
@@ -331,6 +345,8 @@ def request_from(
     whole = {name: _whole(name, value) for name, value in numbers.items()}
     check_range("steps", whole["steps"], 1, MAX_STEPS)
     check_range("n", whole.get("n", 1), 1, MAX_SET)
+    if not isinstance(fast, str) or fast not in FAST:
+        raise _unusable("fast", " | ".join(FAST), fast)
     name = _chosen(installed.bases, base, "base")
     others: dict[str, Any] = more | whole
     return Request(
@@ -341,6 +357,7 @@ def request_from(
         base=name,
         adapter=_chosen(installed.adapters_of(name), adapter, "adapter"),
         combine=combine,
+        fast=int(fast),
         **others,
     )
 
