@@ -15,7 +15,7 @@ import json
 import re
 from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from ipdiverse.errors import ArgumentError, DataError
@@ -126,6 +126,12 @@ def dealt_otherwise(out: Path, part: Part) -> list[Path]:
     Those of the same number hold none: reading all of them would grow with its square.
     """
     return [one for one in part_folders(out) if not one.name.endswith(f"-of-{part.count}")]
+
+
+def of_another(name: PurePath | str, part: Part) -> bool:
+    """Whether a file is in the folder of another part of the same number."""
+    others = (one for one in PurePath(name).parts if one.endswith(f"-of-{part.count}"))
+    return any(_FOLDER.fullmatch(one) and not one.startswith(f"{part.number}-") for one in others)
 
 
 def part_folders(out: Path) -> list[Path]:

@@ -86,7 +86,7 @@ def test_without_ray_the_fix_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr(cluster, "find_spec", lambda _: None)
     command: Any = type("Command", (), {"spread": cluster.Spread(ray="local"), "home": tmp_path})()
     with pytest.raises(ArgumentError, match=r"--ray: needs ray, which is not installed"):
-        cluster.in_parts(command)
+        cluster.in_parts(command, lambda: None)
 
 
 def test_what_workers_lack_is_installed_by_the_runtime_environment(
@@ -105,7 +105,7 @@ def test_what_workers_lack_is_installed_by_the_runtime_environment(
         spread = cluster.Spread(ray="10.0.0.1:6379", ray_install=install)
         command: Any = SimpleNamespace(spread=spread, home=tmp_path)
         with pytest.raises(ArgumentError, match=r"10\.0\.0\.1:6379: not a cluster; .*nobody"):
-            cluster.in_parts(command)
+            cluster.in_parts(command, lambda: None)
     assert [one["runtime_env"] for one in asked] == [None, {"pip": ["ipdiverse[ray]"]}]
     assert asked[0]["address"] == "10.0.0.1:6379"
 

@@ -1,26 +1,35 @@
-"""Beyond one process: `--part i/n` and `--ray ADDRESS` of several commands, and `merge`."""
+"""Beyond one process: `--part i/n`, `--to ADDRESS` and `--ray ADDRESS`, and `merge`."""
 
 from __future__ import annotations
 
+import base64
+import contextlib
+import hashlib
 import os
 import sys
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import tyro
 
 from ipdiverse.commands.console import note, say
-from ipdiverse.errors import ArgumentError, DataError, IpdiverseError, check_range
-from ipdiverse.parts import Part, finished, part_folders
-from ipdiverse.writing import LOCK, writing
+from ipdiverse.errors import ArgumentError, DataError, IpdiverseError, OutputError, check_range
+from ipdiverse.parts import PARTS, STATEMENT, WHOLE, Part, finished, of_another, part_folders
+from ipdiverse.writing import file_hash, write_bytes_atomic, write_text_atomic, writing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 _PARTS_A_WORKER = 4
 """So that a slow or lost worker leaves little for the others to wait for."""
+_SECONDS = 10.0
+"""Between two looks for files to send, so this much work is done again after a machine is lost."""
+_MARK = ".copy"
+"""Holds the address that a folder is copied to, so that files of two never mix."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,9 @@ class Spread:
     Args:
         part: `i/n`, do this share of the work; `ipdiverse merge` joins the shares. By default what
             SLURM's array variables or RANK and WORLD_SIZE say; `1/1` is everything.
+        to: Keep a copy of the folder at an address such as `s3://bucket/out`: files are copied
+            there as they are finished, and what is there already counts. Machines need no shared
+            disk then.
         ray: Spread the work over a Ray cluster and merge: its address, `auto`, or `local`.
         ray_workers: Processes on the cluster, each with a model of its own; 0 is one for each GPU,
             or for each CPU core where there is none.
@@ -39,6 +51,7 @@ class Spread:
     """
 
     part: str = ""
+    to: str = ""
     ray: str = ""
     ray_workers: int = 0
     ray_gpus: float | None = None
@@ -67,25 +80,33 @@ class Parted(Protocol):
         """The folder that `merge` takes."""
         ...
 
+    @property
+    def records(self) -> tuple[str, ...]:
+        """Files and folders in it that a part needs of a copy in a store; "" is all."""
+        ...
+
     def opened(self) -> Callable[[Part], Any]:
         """Open what all parts need once; then do any of them."""
         ...
 
 
-def in_parts(command: Parted) -> bool:
-    """Do a command in parts, if it is asked for; whether it was."""
-    if command.spread.ray:
-        if command.spread.part:
+def in_parts(command: Parted, alone: Callable[[], Any]) -> None:
+    """Do all of a command's work by `alone`, a part of it, or its parts on Ray."""
+    spread = command.spread
+    if spread.ray:
+        if spread.part:
             raise ArgumentError("deals the parts itself", where="--ray", found="--part")
         _on_ray(command)
-        say(merge(command.home))
-        return True
-    part = command.spread.chosen()
-    if part.whole:
-        return False
-    command.opened()(part)
-    sys.stderr.write(f"finished part {part}; after the last: ipdiverse merge {command.home}\n")
-    return True
+        Merge(str(command.home), spread.to).run()
+        return
+    part = spread.chosen()
+    with copied(command.home, spread.to, part, *command.records):
+        if part.whole:
+            alone()
+            return
+        command.opened()(part)
+    to = f" --to {spread.to}" * bool(spread.to)
+    sys.stderr.write(f"finished part {part}; after the last: ipdiverse merge {command.home}{to}\n")
 
 
 @dataclass(frozen=True)
@@ -94,7 +115,8 @@ class Merge:
 
     Args:
         folder: The folder that the parts wrote into.
-        to: Then copy the folder to this address, such as `s3://bucket/out`; one without parts too.
+        to: Where they kept its copy, such as `s3://bucket/out`; any other folder, also one without
+            parts, is copied there.
     """
 
     folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
@@ -103,39 +125,185 @@ class Merge:
     def run(self) -> None:
         """Merge and say what there is."""
         home = Path(self.folder)
-        if not self.to or any(map(part_folders, (home, home / "embedded"))):
-            say(merge(home))
-        if self.to:
-            say(f"copied {copied(home, self.to)} files to {self.to}")
+        with copied(home, self.to, WHOLE, PARTS, f"embedded/{PARTS}") as copy:
+            if copy is None or any(map(part_folders, (home, home / "embedded"))):
+                say(merge(home, copy))
+        if copy is not None:
+            say(f"copied {copy.sent} files to {self.to}")
 
 
-def copied(folder: Path, to: str) -> int:
-    """Copy a finished folder to an object store; the number of files that were not there yet."""
-    from ipdiverse.data.files import remote
+class Copy:
+    """A folder's copy in an object store, which knows neither locks nor files that grow.
 
-    there, count = remote(Path(to)), 0
-    if there is None:
-        raise ArgumentError("is no address", where="--to", expected="s3://bucket/out", found=to)
-    files = [file for file in folder.rglob("*") if file.is_file() and file.name != LOCK]
-    if not files:
-        raise DataError("holds no files", where=folder)
-    # the records come last: what they name is there
-    for file in sorted(files, key=lambda one: (-len(one.parts), one)):
-        name = f"{there[1]}/{file.relative_to(folder).as_posix()}"
-        with writing(name):
-            stored = file.parent != folder and there[0].exists(name)
-            if not stored or there[0].size(name) != file.stat().st_size:
-                there[0].put_file(str(file), name)
-                count += 1
-    return count
+    So each part has names of its own, and a record is sent whole, after the files that it names.
+
+    Args:
+        folder: The folder on this machine.
+        to: Its address in the store.
+        part: Whose own files are sent; those of its siblings are theirs.
+
+    Raises:
+        ArgumentError: It is no address, or the store holds the copy of another folder.
+        OutputError: The store cannot be reached, here and in all methods.
+    """
+
+    def __init__(self, folder: Path, to: str, part: Part = WHOLE) -> None:
+        self.folder, self.to, self.part, self.sent = folder, to, part, 0
+        self._known: dict[str, tuple[int, int]] = {}
+        if "://" not in to:
+            raise ArgumentError("is no address", where="--to", expected="s3://bucket/out", found=to)
+        from fsspec.core import url_to_fs
+
+        with self._reached():
+            # others write there, so that a listing is never kept
+            self.system, self.root = url_to_fs(
+                to.rstrip("/"), use_listings_cache=False, skip_instance_cache=True
+            )
+            self.system.auto_mkdir = True  # on a disk; stores have no folders
+            mark = folder / _MARK
+            if mark.is_file():
+                is_other = mark.read_text("utf-8") != to
+            else:
+                there = self.system.exists(self.root) and self.system.ls(self.root, detail=False)
+                is_other = bool(there) and any(self._files())
+        if is_other:
+            fix = "Choose a new folder here, or another address."
+            raise ArgumentError("is the copy of another folder", where=to, found=folder, fix=fix)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(mark, to)
+
+    @contextlib.contextmanager
+    def _reached(self) -> Iterator[None]:
+        try:
+            yield
+        except IpdiverseError:
+            raise
+        except Exception as error:  # each store has its own kinds
+            fix = "Check address and rights; the same command goes on."
+            raise OutputError("cannot be reached", where=self.to, found=error, fix=fix) from error
+
+    def has(self, name: str) -> bool:
+        """Whether the store has a file of this name."""
+        with self._reached():
+            return self.system.exists(f"{self.root}/{name}")
+
+    def held(self) -> Callable[[str], bool]:
+        """What says whether the store has a file: of all of them, by one listing."""
+        if not self.part.whole:
+            return self.has
+        with self._reached():
+            return {self._name(path) for path in self.system.find(self.root)}.__contains__
+
+    def fetch(self, *tops: str) -> None:
+        """Bring what the store has below some names; of two files that differ the newer counts."""
+        from ipdiverse.data.files import MIB, inside
+
+        for top in tops:
+            with self._reached():
+                found = self.system.find(f"{self.root}/{top}".rstrip("/"), detail=True)
+                for path, about in sorted(found.items()):
+                    name = self._name(path)
+                    file = inside(self.folder, name)  # whoever may write there may not write here
+                    if of_another(name, self.part) or "/." in f"/{name}":
+                        continue
+                    if not (file.is_file() and self._is_same(path, about, file)):
+                        changed = self.system.modified(path).timestamp()
+                        if file.is_file() and file.stat().st_mtime >= changed:
+                            continue
+                        file.parent.mkdir(parents=True, exist_ok=True)
+                        with self.system.open(path, "rb") as stream:
+                            write_bytes_atomic(file, iter(partial(stream.read, MIB), b""))
+                    self._known[name] = _state(file)
+
+    def send(self) -> None:
+        """Copy what the store lacks, records last: what they name is there."""
+        order = lambda one: (one.name == STATEMENT, one.suffix in (".json", ".jsonl"), one)  # noqa: E731
+        for file in sorted(self._files(), key=order):
+            name, path = file.relative_to(self.folder).as_posix(), ""
+            with self._reached(), contextlib.suppress(FileNotFoundError):  # gone meanwhile
+                state, path = _state(file), f"{self.root}/{name}"
+                if self._known.get(name) == state:
+                    continue
+                if name in self._known or not self.has(name) or not self._is_same(path, {}, file):
+                    self.system.put_file(str(file), path)
+                    self.sent += 1
+                self._known[name] = state
+
+    def forget(self) -> None:
+        """Remove there what was removed here since it was fetched or sent."""
+        for name in [name for name in self._known if not (self.folder / name).is_file()]:
+            with self._reached():
+                self.system.rm_file(f"{self.root}/{name}")
+            del self._known[name]
+
+    def _name(self, path: str) -> str:
+        return path.removeprefix(self.root).lstrip("/")
+
+    def _files(self) -> Iterator[Path]:
+        """Files to send: not locks and unfinished ones, and none of other parts."""
+        for file in self.folder.rglob("[!.]*"):
+            if file.is_file() and not of_another(file.relative_to(self.folder), self.part):
+                yield file
+
+    def _is_same(self, path: str, about: Mapping[str, Any], file: Path) -> bool:
+        """By the checksum that the store gives, S3's, Google's or the hub's; else byte by byte."""
+        about = about if "size" in about else self.system.info(path)
+        if about["size"] != file.stat().st_size:
+            return False
+        with file.open("rb") as stream:
+            md5 = hashlib.file_digest(stream, partial(hashlib.md5, usedforsecurity=False))
+        known = {md5.hexdigest(), base64.b64encode(md5.digest()).decode(), file_hash(file)}
+        said = about.get("ETag"), about.get("md5Hash"), (about.get("lfs") or {}).get("sha256")
+        if known & {str(one).strip('"') for one in said}:
+            return True
+        with self.system.open(path, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest() == file_hash(file)
 
 
-def merge(folder: Path) -> str:
+def _state(file: Path) -> tuple[int, int]:
+    found = file.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+@contextlib.contextmanager
+def copied(folder: Path, to: str, part: Part, *tops: str) -> Iterator[Copy | None]:
+    """Keep a folder's copy at an address for a `with` block, if there is one; `tops` count here."""
+    if not to:
+        yield None
+        return
+    copy, ended = Copy(folder, to, part), Event()
+    copy.fetch(*tops)
+
+    def watch() -> None:
+        while not ended.wait(_SECONDS):
+            with contextlib.suppress(IpdiverseError):  # said when it fails at the end too
+                copy.send()
+
+    thread = Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield copy
+    finally:
+        ended.set()
+        thread.join()
+        copy.send()
+    copy.forget()
+
+
+def merge(folder: Path, copy: Copy | None = None) -> str:
     """Check that all parts have finished, and join them; what was made, in a line."""
     home = next((one for one in (folder, folder / "embedded") if part_folders(one)), folder)
     about = finished(home)
     if about.get("kind") not in MERGES:
         raise DataError("holds parts of an unknown command", where=home, found=about.get("kind"))
+    if copy is not None and about["kind"] != "batch":
+        copy.fetch("")
+    elif copy is not None:  # whose images stay there
+        from ipdiverse.sampling.batch import RECORDS
+
+        copy.fetch(*RECORDS)
+        about["elsewhere"] = copy.held()
     return MERGES[about["kind"]](folder, about)
 
 
@@ -145,7 +313,9 @@ def _batch(folder: Path, about: Mapping[str, Any]) -> str:
     rows, parquet = about["rows"], about.get("parquet", False)
     if parquet:
         check_parquet()
-    return f"merged {merge_batch(folder, rows, parquet=parquet)} images of {rows} jobs in {folder}"
+    elsewhere = about.get("elsewhere", lambda _: False)
+    images = merge_batch(folder, rows, parquet=parquet, elsewhere=elsewhere)
+    return f"merged {images} images of {rows} jobs in {folder}"
 
 
 def check_parquet() -> None:
@@ -191,6 +361,7 @@ class _Worker:
     """An actor: opens what a command needs once, and does one part after the other."""
 
     def __init__(self, command: Parted, folder: str, count: int) -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
         os.chdir(folder)  # paths are those of whoever asked
         self.count, self.work = count, None
         self.command = command
@@ -203,8 +374,10 @@ class _Worker:
     def _do(self, part: Part) -> str:
         try:
             # here, as what an actor raises when it is made is tried again without end
-            self.work = self.work or self.command.opened()
-            self.work(part)
+            command, to = self.command, self.command.spread.to
+            with copied(command.home, to, part, *command.records):
+                self.work = self.work or command.opened()
+                self.work(part)
         except IpdiverseError as error:
             return f"{part}: {error}"
         return ""

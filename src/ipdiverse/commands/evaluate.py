@@ -71,6 +71,8 @@ class Evaluate:
         """The folder of a study."""
         return Path(self.out or "out/evaluation")
 
+    records = ("",)
+
     def _read(self) -> Study:
         from ipdiverse.evaluation.study import quick_study, read_study
 
@@ -100,11 +102,11 @@ class Evaluate:
             fix = "Set it in the study's file."
             raise ArgumentError(f"{verb} no effect with a study", where=", ".join(stray), fix=fix)
         if self.images:
-            if self.spread.part or self.spread.ray:
-                raise ArgumentError("have no effect with --images", where="--part, --ray")
+            if self.spread != Spread():
+                raise ArgumentError("have no effect with --images", where="--part, --to, --ray")
             self._made()
-        elif not in_parts(self):
-            self._study()
+        else:
+            in_parts(self, self._study)
 
     def _study(self) -> None:
         from ipdiverse.evaluation.report import write_report
@@ -264,6 +266,8 @@ class Fit:
         """The folder of the data set."""
         return Path(self.folder)
 
+    records = ("",)
+
     def opened(self) -> Callable[[Part], Any]:
         """Open encoders and adapter, and embed any part of the pictures."""
         from ipdiverse.training.fit import embed_part
@@ -275,8 +279,7 @@ class Fit:
 
     def run(self) -> None:
         """Fit, write and report."""
-        if not in_parts(self):
-            self.summed_up()
+        in_parts(self, self.summed_up)
 
     def summed_up(self) -> None:
         """Fit what is embedded, and the rest too."""

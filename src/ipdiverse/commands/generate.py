@@ -19,7 +19,7 @@ import tyro
 
 from ipdiverse.base.downloads import missing
 from ipdiverse.base.presets import PRESETS
-from ipdiverse.commands.cluster import Spread, check_parquet, in_parts
+from ipdiverse.commands.cluster import Copy, Spread, check_parquet, in_parts
 from ipdiverse.commands.console import agree, note, say, say_json
 from ipdiverse.errors import ArgumentError
 from ipdiverse.parts import WHOLE
@@ -65,11 +65,10 @@ class Generate:
     def run(self) -> None:
         """Generate and write."""
         if self.batch:
-            if not in_parts(self):
-                self.opened()(WHOLE)
+            in_parts(self, lambda: self.opened()(WHOLE))
             return
-        if self.spread.part or self.spread.ray or self.parquet:
-            raise ArgumentError("needs --batch", where="--part, --ray, --parquet")
+        if self.spread != Spread() or self.parquet:
+            raise ArgumentError("needs --batch", where="--part, --to, --ray, --parquet")
         from ipdiverse.sampling.draw import draw_into
 
         record = draw_into(
@@ -101,6 +100,13 @@ class Generate:
         """The folder of a batch."""
         return Path(self.out)
 
+    @property
+    def records(self) -> tuple[str, ...]:
+        """All that a batch reads; images need not come back from a store."""
+        from ipdiverse.sampling.batch import RECORDS
+
+        return RECORDS
+
     def opened(self) -> Callable[[Part], Any]:
         """Read the jobs of a batch, and draw any part of them with models that stay open."""
         from ipdiverse.image_io import load_image, load_mask
@@ -125,7 +131,9 @@ class Generate:
         bases = LastBase()
 
         def draw(part: Part) -> None:
-            drawn = run_batch(jobs, self.home, tell, part, bases, parquet=self.parquet)
+            there = Copy(self.home, self.spread.to, part).held() if self.spread.to else None
+            asked: dict[str, Any] = {"parquet": self.parquet, "elsewhere": there}
+            drawn = run_batch(jobs, self.home, tell, part, bases, **asked)
             if not self.json:
                 say(f"wrote {drawn} images of {len(jobs)} jobs into {self.out}")
 

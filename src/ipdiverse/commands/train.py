@@ -69,6 +69,8 @@ class Prepare:
         """The folder that is written."""
         return Path(self.out)
 
+    records = ("",)
+
     def opened(self) -> Callable[[Part], Any]:
         """What prepares any part; nothing has to be opened."""
         from ipdiverse.data.prepare import prepare
@@ -79,10 +81,11 @@ class Prepare:
         """Prepare and report."""
         from ipdiverse.data.doctor import as_text
 
-        if in_parts(self):
-            return
-        report = self.opened()(WHOLE)
-        say_json(report) if self.json else say(as_text(report))
+        def alone() -> None:
+            report = self.opened()(WHOLE)
+            say_json(report) if self.json else say(as_text(report))
+
+        in_parts(self, alone)
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,8 @@ class Embed:
         """The folder of the data set."""
         return Path(self.folder)
 
+    records = ("",)
+
     def opened(self) -> Callable[[Part], Any]:
         """Open the encoders, and embed any part."""
         from ipdiverse.training.embed import Stored, embed
@@ -130,8 +135,9 @@ class Embed:
 
     def run(self) -> None:
         """Embed and report."""
-        if in_parts(self):
-            return
+        in_parts(self, self._all)
+
+    def _all(self) -> None:
         cache, report = self.cache, self.opened()(WHOLE)
         if self.json:
             say_json(report)
