@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from ipdiverse.cli import main
-from ipdiverse.commands import cluster
+from ipdiverse.commands import cluster, console
 from ipdiverse.commands.cluster import Spread, merge
 from ipdiverse.data.manifest import PrepareOptions
 from ipdiverse.data.prepare import JOURNAL, prepare
@@ -322,7 +322,7 @@ def test_the_record_is_a_table_too(painter: Painter, count: int) -> None:
 def test_a_table_without_its_library_is_said_before_anything_is_drawn(
     painter: Painter, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cluster, "find_spec", lambda _: None)
+    monkeypatch.setattr(console, "find_spec", lambda _: None)
     words = ["generate", "--batch", "jobs.jsonl", "--out", "out", "--parquet"]
     assert main(words) == 2
     assert "--parquet: needs pyarrow, which is not installed" in capsys.readouterr().err
@@ -546,11 +546,11 @@ def test_a_data_set_is_prepared_from_a_store_into_a_store(
     prepare(source, Path("data"), PrepareOptions())
     wanted = tree(Path("data"))
     there = tmp_path / "mounted"
+    to = ["--to", there.as_uri()]
     for number in range(3):
         folder = tmp_path / f"machine {number}"
         folder.mkdir()
         monkeypatch.chdir(folder)
-        to = ["--to", there.as_uri()]
         assert main(["prepare", source, "--out", "data", *to, "--part", f"{number + 1}/3"]) == 0
     shutil.rmtree("data")
     assert main(["merge", "data", *to]) == 0
@@ -615,7 +615,7 @@ def test_finished_files_are_sent_while_work_goes_on(
     monkeypatch.setattr(
         cluster.Copy, "send", lambda self: send(self) or (self._known and sent.set())
     )
-    with cluster.copied(tmp_path / "out", bucket[0], WHOLE) as copy:
+    with cluster.copied(tmp_path / "out", bucket[0], (), WHOLE) as copy:
         assert copy is not None
         (tmp_path / "out/1.png").write_bytes(b"image")
         (tmp_path / "out/.2.png.tmp").write_bytes(b"half an im")
@@ -700,7 +700,7 @@ def test_a_broken_statement_is_named(tmp_path: Path) -> None:
         finished(tmp_path)
 
 
-def test_ray_and_a_part_contradict_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    command = SimpleNamespace(spread=Spread(part="1/2", ray="local"))
+def test_ray_and_a_part_contradict_each_other() -> None:
+    spread, opened = Spread(part="1/2", ray="local"), lambda: lambda _: None
     with pytest.raises(ArgumentError, match="--ray: deals the parts itself"):
-        cluster.in_parts(command, lambda: None)  # type: ignore[arg-type]
+        cluster.in_parts(spread, Path("out"), opened, lambda: None)

@@ -225,9 +225,8 @@ def _described(preset: Preset) -> dict[str, Any]:
         "adapter": preset.adapter,
         "image_encoder": preset.encoder and preset.encoder.repository,
     }
-    return {
-        "name": preset.name,
-        "about": preset.about,
+    shown = ("name", "about", "scheduler", "resolution", "steps", "guidance_scale", "scale")
+    return {name: getattr(preset, name) for name in shown} | {
         "bytes": total(files),
         "bytes_missing": total(lacking),
         "cached": not lacking,
@@ -240,11 +239,6 @@ def _described(preset: Preset) -> dict[str, Any]:
         "adapter": preset.weights[0],
         "image_encoder": encoder[0].name.rpartition("/")[0] if encoder else None,
         "reads": reads(preset),
-        "scheduler": preset.scheduler,
-        "resolution": preset.resolution,
-        "steps": preset.steps,
-        "guidance_scale": preset.guidance_scale,
-        "scale": preset.scale,
         "reads_faces": preset.faces,
     }
 

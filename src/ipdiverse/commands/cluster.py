@@ -5,24 +5,24 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
+import itertools
 import os
 import sys
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from threading import Event, Thread
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from ipdiverse.commands.console import note, say
+from ipdiverse.commands.console import check_installed, note, say
 from ipdiverse.errors import ArgumentError, DataError, IpdiverseError, OutputError, check_range
 from ipdiverse.parts import PARTS, STATEMENT, WHOLE, Part, finished, of_another, part_folders
 from ipdiverse.writing import file_hash, write_bytes_atomic, write_text_atomic, writing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 _PARTS_A_WORKER = 4
 """So that a slow or lost worker leaves little for the others to wait for."""
@@ -67,46 +67,37 @@ class Spread:
         return part
 
 
-class Parted(Protocol):
-    """A command whose work can be done in parts."""
+def in_parts(
+    spread: Spread,
+    home: Path,
+    opened: Callable[[], Callable[[Part], Any]],
+    alone: Callable[[], Any],
+    records: Sequence[str] = ("",),
+) -> None:
+    """Do all of a command's work, a part of it, or its parts on Ray.
 
-    @property
-    def spread(self) -> Spread:
-        """As it was asked for."""
-        ...
-
-    @property
-    def home(self) -> Path:
-        """The folder that `merge` takes."""
-        ...
-
-    @property
-    def records(self) -> tuple[str, ...]:
-        """Files and folders in it that a part needs of a copy in a store; "" is all."""
-        ...
-
-    def opened(self) -> Callable[[Part], Any]:
-        """Open what all parts need once; then do any of them."""
-        ...
-
-
-def in_parts(command: Parted, alone: Callable[[], Any]) -> None:
-    """Do all of a command's work by `alone`, a part of it, or its parts on Ray."""
-    spread = command.spread
+    Args:
+        spread: As it was asked for.
+        home: The folder that `merge` takes.
+        opened: Opens what all parts need once; what it returns does any of them.
+        alone: Does all of it.
+        records: What a part needs of a copy of the folder in a store; "" is everything.
+    """
+    kept = partial(copied, home, spread.to, records)
     if spread.ray:
         if spread.part:
             raise ArgumentError("deals the parts itself", where="--ray", found="--part")
-        _on_ray(command)
-        Merge(str(command.home), spread.to).run()
+        _on_ray(spread, opened, kept)
+        Merge(str(home), spread.to).run()
         return
     part = spread.chosen()
-    with copied(command.home, spread.to, part, *command.records):
+    with kept(part):
         if part.whole:
             alone()
             return
-        command.opened()(part)
+        opened()(part)
     to = f" --to {spread.to}" * bool(spread.to)
-    sys.stderr.write(f"finished part {part}; after the last: ipdiverse merge {command.home}{to}\n")
+    sys.stderr.write(f"finished part {part}; after the last: ipdiverse merge {home}{to}\n")
 
 
 @dataclass(frozen=True)
@@ -125,7 +116,7 @@ class Merge:
     def run(self) -> None:
         """Merge and say what there is."""
         home = Path(self.folder)
-        with copied(home, self.to, WHOLE, PARTS, f"embedded/{PARTS}") as copy:
+        with copied(home, self.to, (PARTS, f"embedded/{PARTS}"), WHOLE) as copy:
             if copy is None or any(map(part_folders, (home, home / "embedded"))):
                 say(merge(home, copy))
         if copy is not None:
@@ -135,12 +126,7 @@ class Merge:
 class Copy:
     """A folder's copy in an object store, which knows neither locks nor files that grow.
 
-    So each part has names of its own, and a record is sent whole, after the files that it names.
-
-    Args:
-        folder: The folder on this machine.
-        to: Its address in the store.
-        part: Whose own files are sent; those of its siblings are theirs.
+    So a part sends files of its own alone, and a record as a whole, after what it names.
 
     Raises:
         ArgumentError: It is no address, or the store holds the copy of another folder.
@@ -149,24 +135,18 @@ class Copy:
 
     def __init__(self, folder: Path, to: str, part: Part = WHOLE) -> None:
         self.folder, self.to, self.part, self.sent = folder, to, part, 0
-        self._known: dict[str, tuple[int, int]] = {}
+        self._known: dict[str, tuple[int, int]] = {}  # size and time of what is here and there
         if "://" not in to:
             raise ArgumentError("is no address", where="--to", expected="s3://bucket/out", found=to)
         from fsspec.core import url_to_fs
 
+        fresh = {"use_listings_cache": False, "skip_instance_cache": True}  # others write there too
+        noted = mark.read_text("utf-8") if (mark := folder / _MARK).is_file() else ""
         with self._reached():
-            # others write there, so that a listing is never kept
-            self.system, self.root = url_to_fs(
-                to.rstrip("/"), use_listings_cache=False, skip_instance_cache=True
-            )
+            self.system, self.root = url_to_fs(to.rstrip("/"), **fresh)
             self.system.auto_mkdir = True  # on a disk; stores have no folders
-            mark = folder / _MARK
-            if mark.is_file():
-                is_other = mark.read_text("utf-8") != to
-            else:
-                there = self.system.exists(self.root) and self.system.ls(self.root, detail=False)
-                is_other = bool(there) and any(self._files())
-        if is_other:
+            is_mixed = not noted and any(folder.glob("[!.]*")) and self.system.find(self.root)
+        if noted not in ("", to) or is_mixed:
             fix = "Choose a new folder here, or another address."
             raise ArgumentError("is the copy of another folder", where=to, found=folder, fix=fix)
         with writing(folder):
@@ -183,49 +163,42 @@ class Copy:
             fix = "Check address and rights; the same command goes on."
             raise OutputError("cannot be reached", where=self.to, found=error, fix=fix) from error
 
-    def has(self, name: str) -> bool:
-        """Whether the store has a file of this name."""
-        with self._reached():
-            return self.system.exists(f"{self.root}/{name}")
-
     def held(self) -> Callable[[str], bool]:
-        """What says whether the store has a file: of all of them, by one listing."""
-        if not self.part.whole:
-            return self.has
+        """What says whether the store has a file: a part asks for each, as it has few."""
         with self._reached():
-            return {self._name(path) for path in self.system.find(self.root)}.__contains__
+            if self.part.whole:
+                return {self._name(path) for path in self.system.find(self.root)}.__contains__
+            return lambda name: self.system.exists(f"{self.root}/{name}")
 
     def fetch(self, *tops: str) -> None:
         """Bring what the store has below some names; of two files that differ the newer counts."""
         from ipdiverse.data.files import MIB, inside
 
-        for top in tops:
-            with self._reached():
-                found = self.system.find(f"{self.root}/{top}".rstrip("/"), detail=True)
-                for path, about in sorted(found.items()):
-                    name = self._name(path)
-                    file = inside(self.folder, name)  # whoever may write there may not write here
-                    if of_another(name, self.part) or "/." in f"/{name}":
-                        continue
-                    if not (file.is_file() and self._is_same(path, about, file)):
-                        changed = self.system.modified(path).timestamp()
-                        if file.is_file() and file.stat().st_mtime >= changed:
-                            continue
-                        file.parent.mkdir(parents=True, exist_ok=True)
-                        with self.system.open(path, "rb") as stream:
-                            write_bytes_atomic(file, iter(partial(stream.read, MIB), b""))
-                    self._known[name] = _state(file)
+        with self._reached():
+            found = [self.system.find(f"{self.root}/{top}".rstrip("/")) for top in tops]
+            for path in itertools.chain(*found):
+                name = self._name(path)
+                file = inside(self.folder, name)  # whoever may write there may not write here
+                if of_another(name, self.part) or "/." in f"/{name}":
+                    continue
+                if not file.is_file() or self._is_older(file, path):
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    with self.system.open(path, "rb") as stream:
+                        write_bytes_atomic(file, iter(partial(stream.read, MIB), b""))
+                elif not self._is_same(file, path):
+                    continue
+                self._known[name] = _state(file)
 
     def send(self) -> None:
-        """Copy what the store lacks, records last: what they name is there."""
+        """Copy what the store lacks, records last."""
         order = lambda one: (one.name == STATEMENT, one.suffix in (".json", ".jsonl"), one)  # noqa: E731
-        for file in sorted(self._files(), key=order):
-            name, path = file.relative_to(self.folder).as_posix(), ""
+        for file in sorted(self.folder.rglob("[!.]*"), key=order):  # no locks, nothing unfinished
+            name = file.relative_to(self.folder).as_posix()
+            if of_another(name, self.part) or not file.is_file():
+                continue
             with self._reached(), contextlib.suppress(FileNotFoundError):  # gone meanwhile
-                state, path = _state(file), f"{self.root}/{name}"
-                if self._known.get(name) == state:
-                    continue
-                if name in self._known or not self.has(name) or not self._is_same(path, {}, file):
+                path, state = f"{self.root}/{name}", _state(file)
+                if self._known.get(name) not in (None, state) or not self._is_same(file, path):
                     self.system.put_file(str(file), path)
                     self.sent += 1
                 self._known[name] = state
@@ -240,15 +213,18 @@ class Copy:
     def _name(self, path: str) -> str:
         return path.removeprefix(self.root).lstrip("/")
 
-    def _files(self) -> Iterator[Path]:
-        """Files to send: not locks and unfinished ones, and none of other parts."""
-        for file in self.folder.rglob("[!.]*"):
-            if file.is_file() and not of_another(file.relative_to(self.folder), self.part):
-                yield file
+    def _is_older(self, file: Path, path: str) -> bool:
+        changed = self.system.modified(path).timestamp()
+        return file.stat().st_mtime < changed and not self._is_same(file, path)
 
-    def _is_same(self, path: str, about: Mapping[str, Any], file: Path) -> bool:
+    def _is_same(self, file: Path, path: str) -> bool:
         """By the checksum that the store gives, S3's, Google's or the hub's; else byte by byte."""
-        about = about if "size" in about else self.system.info(path)
+        if self._known.get(self._name(path)) == _state(file):
+            return True
+        try:
+            about = self.system.info(path)
+        except FileNotFoundError:
+            return False
         if about["size"] != file.stat().st_size:
             return False
         with file.open("rb") as stream:
@@ -267,7 +243,7 @@ def _state(file: Path) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def copied(folder: Path, to: str, part: Part, *tops: str) -> Iterator[Copy | None]:
+def copied(folder: Path, to: str, tops: Sequence[str], part: Part) -> Iterator[Copy | None]:
     """Keep a folder's copy at an address for a `with` block, if there is one; `tops` count here."""
     if not to:
         yield None
@@ -312,17 +288,9 @@ def _batch(folder: Path, about: Mapping[str, Any]) -> str:
 
     rows, parquet = about["rows"], about.get("parquet", False)
     if parquet:
-        check_parquet()
-    elsewhere = about.get("elsewhere", lambda _: False)
-    images = merge_batch(folder, rows, parquet=parquet, elsewhere=elsewhere)
+        check_installed("pyarrow", "--parquet")
+    images = merge_batch(folder, rows, about.get("elsewhere"), parquet=parquet)
     return f"merged {images} images of {rows} jobs in {folder}"
-
-
-def check_parquet() -> None:
-    """Refuse `--parquet` before anything is drawn, where its library is missing."""
-    if find_spec("pyarrow") is None:
-        fix = "Run `pip install 'ipdiverse[parquet]'`, or leave it out."
-        raise ArgumentError("needs pyarrow, which is not installed", where="--parquet", fix=fix)
 
 
 def _prepared(folder: Path, about: Mapping[str, Any]) -> str:
@@ -360,11 +328,10 @@ MERGES = {"batch": _batch, "prepare": _prepared, "embed": _embedded, "evaluate":
 class _Worker:
     """An actor: opens what a command needs once, and does one part after the other."""
 
-    def __init__(self, command: Parted, folder: str, count: int) -> None:
+    def __init__(self, opened: Any, kept: Any, folder: str, count: int) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         os.chdir(folder)  # paths are those of whoever asked
-        self.count, self.work = count, None
-        self.command = command
+        self.opened, self.kept, self.count, self.work = opened, kept, count, None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Do parts by number; what failed of each, or ""."""
@@ -374,26 +341,19 @@ class _Worker:
     def _do(self, part: Part) -> str:
         try:
             # here, as what an actor raises when it is made is tried again without end
-            command, to = self.command, self.command.spread.to
-            with copied(command.home, to, part, *command.records):
-                self.work = self.work or command.opened()
+            with self.kept(part):
+                self.work = self.work or self.opened()
                 self.work(part)
         except IpdiverseError as error:
             return f"{part}: {error}"
         return ""
 
 
-def _on_ray(command: Parted) -> None:
+def _on_ray(spread: Spread, opened: Any, kept: Any) -> None:
     """Do all parts of a command on a Ray cluster; a part whose worker is lost is done again."""
-    if find_spec("ray") is None:
-        raise ArgumentError(
-            "needs ray, which is not installed",
-            where="--ray",
-            fix="Run `pip install -e '.[ray]'` in your copy of ipdiverse.",
-        )
+    check_installed("ray", "--ray")
     import ray  # type: ignore[import-not-found]
 
-    spread = command.spread
     check_range("ray_workers", spread.ray_workers, 0, 10_000)
     check_range("ray_gpus", spread.ray_gpus or 0, 0, 64)
     if not ray.is_initialized():
@@ -405,13 +365,13 @@ def _on_ray(command: Parted) -> None:
             raise ArgumentError("not a cluster", where=spread.ray, found=error, fix=fix) from error
     there = ray.cluster_resources()
     gpus = min(1.0, there.get("GPU", 0.0)) if spread.ray_gpus is None else spread.ray_gpus
-    room = there.get("GPU", 0.0) / gpus if gpus else there.get("CPU", 1.0)
-    workers = spread.ray_workers or max(1, int(room))
+    room = [there.get("CPU", 1.0), *([there.get("GPU", 0.0) / gpus] if gpus else [])]
+    workers = spread.ray_workers or max(1, int(min(room)))
     count = workers * _PARTS_A_WORKER
     numbers = [{"number": number} for number in range(1, count + 1)]
     done = ray.data.from_items(numbers, override_num_blocks=count).map_batches(
         _Worker,
-        fn_constructor_args=(command, os.getcwd(), count),  # noqa: PTH109
+        fn_constructor_args=(opened, kept, os.getcwd(), count),  # noqa: PTH109
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=workers),
         num_cpus=1,

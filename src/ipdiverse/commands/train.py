@@ -64,18 +64,11 @@ class Prepare:
     spread: Spread = field(default_factory=Spread)
     json: bool = False
 
-    @property
-    def home(self) -> Path:
-        """The folder that is written."""
-        return Path(self.out)
-
-    records = ("",)
-
     def opened(self) -> Callable[[Part], Any]:
         """What prepares any part; nothing has to be opened."""
         from ipdiverse.data.prepare import prepare
 
-        return lambda part: prepare(self.source, self.home, self.data, part)
+        return lambda part: prepare(self.source, Path(self.out), self.data, part)
 
     def run(self) -> None:
         """Prepare and report."""
@@ -85,7 +78,7 @@ class Prepare:
             report = self.opened()(WHOLE)
             say_json(report) if self.json else say(as_text(report))
 
-        in_parts(self, alone)
+        in_parts(self.spread, Path(self.out), self.opened, alone)
 
 
 @dataclass(frozen=True)
@@ -112,13 +105,6 @@ class Embed:
     json: bool = False
     yes: bool = False
 
-    @property
-    def home(self) -> Path:
-        """The folder of the data set."""
-        return Path(self.folder)
-
-    records = ("",)
-
     def opened(self) -> Callable[[Part], Any]:
         """Open the encoders, and embed any part."""
         from ipdiverse.training.embed import Stored, embed
@@ -131,11 +117,11 @@ class Embed:
         )
         shown = Preprocessing.of(cache, encoders.resolution)
         stored = Stored(self.cache_images, cache.cache_dtype)
-        return lambda part: embed(self.home, encoders, shown, stored, part)
+        return lambda part: embed(Path(self.folder), encoders, shown, stored, part)
 
     def run(self) -> None:
         """Embed and report."""
-        in_parts(self, self._all)
+        in_parts(self.spread, Path(self.folder), self.opened, self._all)
 
     def _all(self) -> None:
         cache, report = self.cache, self.opened()(WHOLE)

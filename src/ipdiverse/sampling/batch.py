@@ -82,6 +82,9 @@ class Jobs:
 
     Args:
         jobs: Each with its place, which errors name.
+
+    Attributes:
+        elsewhere: Whether a store has an image, such as `0003/0001.png`; it then counts as here.
     """
 
     def __init__(self, jobs: Iterable[tuple[str, Request]] = ()) -> None:
@@ -174,7 +177,6 @@ def run_batch(
     bases: LastBase | None = None,
     *,
     parquet: bool = False,
-    elsewhere: Callable[[str], bool] | None = None,
 ) -> int:
     """Draw what is not there yet; returns how many images were drawn now.
 
@@ -183,13 +185,11 @@ def run_batch(
         part: The share of the jobs that is drawn.
         bases: Where models stay open from one call to the next.
         parquet: Write the record as a table too; of parts, `merge_batch` does.
-        elsewhere: Whether a store has an image, such as `0003/0001.png`; it then counts as here.
 
     Raises:
         DataError: Jobs failed; the others were drawn.
     """
     jobs, bases = jobs if isinstance(jobs, Jobs) else Jobs(jobs.items()), bases or LastBase()
-    jobs.elsewhere = elsewhere or jobs.elsewhere
     _check_fingerprint(jobs, out)
     if part.whole:
         with only_one(out), holding_parts(out) as folders:
@@ -266,18 +266,14 @@ def _list(jobs: Jobs, file: Path) -> None:
 
 
 def merge_batch(
-    out: Path,
-    rows: int,
-    *,
-    parquet: bool = False,
-    elsewhere: Callable[[str], bool] | None = None,
+    out: Path, rows: int, elsewhere: Callable[[str], bool] | None = None, *, parquet: bool = False
 ) -> int:
     """Join the records of parts that have all finished; returns the number of images.
 
     Args:
         rows: How many jobs there are.
+        elsewhere: As of `Jobs`.
         parquet: Write the record as a table too.
-        elsewhere: As of `run_batch`.
 
     Raises:
         DataError: Images are missing; the error names the first jobs.
