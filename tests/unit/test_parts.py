@@ -641,6 +641,8 @@ def test_folders_that_are_no_copies_of_each_other_are_not_mixed(
         assert main(["merge", *words]) == 2
         assert "is the copy of another folder" in capsys.readouterr().err
     assert in_store(bucket) == {"a.json": b"one"}
+    assert main(["merge", "three", "--to", "memory://jobs/nothing"]) == 2
+    assert "three: holds no parts" in capsys.readouterr().err
 
 
 def test_a_store_cannot_write_outside_of_the_folder(

@@ -117,7 +117,10 @@ class Merge:
         """Merge and say what there is."""
         home = Path(self.folder)
         with copied(home, self.to, (PARTS, f"embedded/{PARTS}"), WHOLE) as copy:
-            if copy is None or any(map(part_folders, (home, home / "embedded"))):
+            is_done = any(home.glob("[!.]*")) and not any(
+                map(part_folders, (home, home / "embedded"))
+            )
+            if copy is None or not is_done:
                 say(merge(home, copy))
         if copy is not None:
             say(f"copied {copy.sent} files to {self.to}")
@@ -165,10 +168,14 @@ class Copy:
 
     def held(self) -> Callable[[str], bool]:
         """What says whether the store has a file: a part asks for each, as it has few."""
+
+        def has(name: str) -> bool:
+            with self._reached():
+                return self.system.exists(f"{self.root}/{name}")
+
         with self._reached():
-            if self.part.whole:
-                return {self._name(path) for path in self.system.find(self.root)}.__contains__
-            return lambda name: self.system.exists(f"{self.root}/{name}")
+            names = self.system.find(self.root) if self.part.whole else []
+        return {self._name(path) for path in names}.__contains__ if self.part.whole else has
 
     def fetch(self, *tops: str) -> None:
         """Bring what the store has below some names; of two files that differ the newer counts."""

@@ -307,13 +307,10 @@ class Fit:
 
 def _merged(folder: Path, about: Mapping[str, Any]) -> str:
     """Join the parts of a cache, and fit what it holds."""
-    from ipdiverse.training.embed import merge_embedded
-
-    merge_embedded(folder, about)
-    asked = about["fit"]
+    line, asked = MERGES["embed"](folder, about), about["fit"]
     cache, fit = CacheConfig(**asked["cache"]), FitOptions(**asked["fit"])
     Fit(**{**asked, "folder": str(folder), "cache": cache, "fit": fit}).summed_up()
-    return f"merged the cache in {folder / 'embedded'}"
+    return line
 
 
 MERGES["fit"] = _merged

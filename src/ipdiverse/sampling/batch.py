@@ -92,8 +92,9 @@ class Jobs:
         self.db = sqlite3.connect("", check_same_thread=False)
         self.db.executescript(_TABLES)
         self.elsewhere: Callable[[str], bool] = lambda _: False
+        text = lambda job: json.dumps(job.stated(), sort_keys=True)  # noqa: E731
         rows = (
-            (number, quoted(place, None), _text_of(job.stated()), job.n * len(job.prompt))
+            (number, quoted(place, None), text(job), job.n * len(job.prompt))
             for number, (place, job) in enumerate(jobs)
         )
         self.db.executemany("insert into jobs values (?, ?, ?, ?)", rows)
@@ -103,7 +104,8 @@ class Jobs:
 
     def values(self) -> Iterator[Request]:
         """Every job, in order; each is made when it is asked for."""
-        return (_made(stated) for (stated,) in self.db.execute("select stated from jobs"))
+        every = self.db.execute("select stated from jobs")
+        return (Request.of(json.loads(stated)) for (stated,) in every)
 
     def hashes(self) -> Iterator[str]:
         """A hash of each job, 16 hexadecimal digits and an end of line."""
@@ -115,7 +117,7 @@ class Jobs:
         for number, place, stated in self.db.execute(_WAITING):
             if part.takes(stated):
                 there = self.db.execute("select image from lines where number = ?", [number])
-                yield number, place, _made(stated), {image for (image,) in there}
+                yield number, place, Request.of(json.loads(stated)), {image for (image,) in there}
 
     def stated(self, number: int, part: Part) -> dict[str, Any] | None:
         """What a job says, if it is there and a part takes it."""
@@ -135,14 +137,6 @@ class Jobs:
             digest.update(line)
         if not file.is_file() or file_hash(file) != digest.hexdigest():
             write_bytes_atomic(file, lines())
-
-
-def _text_of(stated: Mapping[str, Any]) -> str:
-    return json.dumps(stated, sort_keys=True)
-
-
-def _made(stated: str) -> Request:
-    return Request.of(json.loads(stated))
 
 
 def read_jobs(file: Path, defaults: Request) -> Jobs:
