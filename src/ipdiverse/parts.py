@@ -99,15 +99,11 @@ def part_of(out: Path, part: Part, about: Mapping[str, Any]) -> Iterator[Path]:
         about: What the work is, as JSON; only parts of the same work are merged.
     """
     folder = part.folder(out)
+    begun, done = (sealed({"about": dict(about), "done": done}) for done in (False, True))
     with only_one(folder):
-        _state(folder, about, done=False)
+        write_text_atomic(folder / STATEMENT, begun)
         yield folder
-        _state(folder, about, done=True)
-
-
-def _state(folder: Path, about: Mapping[str, Any], *, done: bool) -> None:
-    text = sealed({"about": dict(about), "done": done})
-    write_text_atomic(folder / STATEMENT, text)
+        write_text_atomic(folder / STATEMENT, done)
 
 
 @contextlib.contextmanager

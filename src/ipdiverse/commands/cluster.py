@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from ipdiverse.commands.console import check_installed, note, say
+from ipdiverse.data.files import MIB, inside, stamp_of
 from ipdiverse.errors import ArgumentError, DataError, IpdiverseError, OutputError, check_range
 from ipdiverse.parts import PARTS, STATEMENT, WHOLE, Part, finished, of_another, part_folders
 from ipdiverse.writing import file_hash, write_bytes_atomic, write_text_atomic, writing
@@ -138,17 +139,19 @@ class Copy:
 
     def __init__(self, folder: Path, to: str, part: Part = WHOLE) -> None:
         self.folder, self.to, self.part, self.sent = folder, to, part, 0
-        self._known: dict[str, tuple[int, int]] = {}  # size and time of what is here and there
+        self._known: dict[str, str] = {}  # stamps of what is the same here and there
         if "://" not in to:
             raise ArgumentError("is no address", where="--to", expected="s3://bucket/out", found=to)
         from fsspec.core import url_to_fs
+        from fsspec.implementations.dirfs import DirFileSystem
 
         fresh = {"use_listings_cache": False, "skip_instance_cache": True}  # others write there too
         noted = mark.read_text("utf-8") if (mark := folder / _MARK).is_file() else ""
         with self._reached():
-            self.system, self.root = url_to_fs(to.rstrip("/"), **fresh)
-            self.system.auto_mkdir = True  # on a disk; stores have no folders
-            is_mixed = not noted and any(folder.glob("[!.]*")) and self.system.find(self.root)
+            system, root = url_to_fs(to.rstrip("/"), **fresh)
+            system.auto_mkdir = True  # on a disk; stores have no folders
+            self.store: Any = DirFileSystem(root, system)  # with the same names as the folder
+            is_mixed = not noted and any(folder.glob("[!.]*")) and self.store.find("")
         if noted not in ("", to) or is_mixed:
             fix = "Choose a new folder here, or another address."
             raise ArgumentError("is the copy of another folder", where=to, found=folder, fix=fix)
@@ -166,70 +169,53 @@ class Copy:
             fix = "Check address and rights; the same command goes on."
             raise OutputError("cannot be reached", where=self.to, found=error, fix=fix) from error
 
-    def held(self) -> Callable[[str], bool]:
-        """What says whether the store has a file: a part asks for each, as it has few."""
-
-        def has(name: str) -> bool:
-            with self._reached():
-                return self.system.exists(f"{self.root}/{name}")
-
+    def names(self) -> set[str]:
+        """Every file that the store has."""
         with self._reached():
-            names = self.system.find(self.root) if self.part.whole else []
-        return {self._name(path) for path in names}.__contains__ if self.part.whole else has
+            return {*self.store.find("")}
 
     def fetch(self, *tops: str) -> None:
         """Bring what the store has below some names; of two files that differ the newer counts."""
-        from ipdiverse.data.files import MIB, inside
-
         with self._reached():
-            found = [self.system.find(f"{self.root}/{top}".rstrip("/")) for top in tops]
-            for path in itertools.chain(*found):
-                name = self._name(path)
+            for name in itertools.chain(*map(self.store.find, tops)):
                 file = inside(self.folder, name)  # whoever may write there may not write here
                 if of_another(name, self.part) or "/." in f"/{name}":
                     continue
-                if not file.is_file() or self._is_older(file, path):
+                if not (file.is_file() and self._is_same(name)):
+                    changed = self.store.modified(name).timestamp()
+                    if file.is_file() and file.stat().st_mtime >= changed:
+                        continue
                     file.parent.mkdir(parents=True, exist_ok=True)
-                    with self.system.open(path, "rb") as stream:
+                    with self.store.open(name, "rb") as stream:
                         write_bytes_atomic(file, iter(partial(stream.read, MIB), b""))
-                elif not self._is_same(file, path):
-                    continue
-                self._known[name] = _state(file)
+                self._known[name] = stamp_of(self.folder, name)
 
     def send(self) -> None:
         """Copy what the store lacks, records last."""
         order = lambda one: (one.name == STATEMENT, one.suffix in (".json", ".jsonl"), one)  # noqa: E731
         for file in sorted(self.folder.rglob("[!.]*"), key=order):  # no locks, nothing unfinished
             name = file.relative_to(self.folder).as_posix()
-            if of_another(name, self.part) or not file.is_file():
+            known, stamp = self._known.get(name), stamp_of(self.folder, name)
+            if known == stamp or of_another(name, self.part) or not file.is_file():
                 continue
             with self._reached(), contextlib.suppress(FileNotFoundError):  # gone meanwhile
-                path, state = f"{self.root}/{name}", _state(file)
-                if self._known.get(name) not in (None, state) or not self._is_same(file, path):
-                    self.system.put_file(str(file), path)
+                if known or not self._is_same(name):
+                    self.store.put_file(str(file), name)
                     self.sent += 1
-                self._known[name] = state
+                self._known[name] = stamp
 
     def forget(self) -> None:
         """Remove there what was removed here since it was fetched or sent."""
-        for name in [name for name in self._known if not (self.folder / name).is_file()]:
-            with self._reached():
-                self.system.rm_file(f"{self.root}/{name}")
-            del self._known[name]
+        for name in self._known:
+            if not (self.folder / name).is_file():
+                with self._reached():
+                    self.store.rm_file(name)
 
-    def _name(self, path: str) -> str:
-        return path.removeprefix(self.root).lstrip("/")
-
-    def _is_older(self, file: Path, path: str) -> bool:
-        changed = self.system.modified(path).timestamp()
-        return file.stat().st_mtime < changed and not self._is_same(file, path)
-
-    def _is_same(self, file: Path, path: str) -> bool:
+    def _is_same(self, name: str) -> bool:
         """By the checksum that the store gives, S3's, Google's or the hub's; else byte by byte."""
-        if self._known.get(self._name(path)) == _state(file):
-            return True
+        file = self.folder / name
         try:
-            about = self.system.info(path)
+            about = self.store.info(name)
         except FileNotFoundError:
             return False
         if about["size"] != file.stat().st_size:
@@ -240,13 +226,8 @@ class Copy:
         said = about.get("ETag"), about.get("md5Hash"), (about.get("lfs") or {}).get("sha256")
         if known & {str(one).strip('"') for one in said}:
             return True
-        with self.system.open(path, "rb") as stream:
+        with self.store.open(name, "rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest() == file_hash(file)
-
-
-def _state(file: Path) -> tuple[int, int]:
-    found = file.stat()
-    return found.st_size, found.st_mtime_ns
 
 
 @contextlib.contextmanager
@@ -286,7 +267,7 @@ def merge(folder: Path, copy: Copy | None = None) -> str:
         from ipdiverse.sampling.batch import RECORDS
 
         copy.fetch(*RECORDS)
-        about["elsewhere"] = copy.held()
+        about["elsewhere"] = copy.names().__contains__
     return MERGES[about["kind"]](folder, about)
 
 

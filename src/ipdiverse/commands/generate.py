@@ -119,7 +119,7 @@ class Generate:
 
         def draw(part: Part) -> None:
             if self.spread.to:
-                jobs.elsewhere = Copy(out, self.spread.to, part).held()
+                jobs.elsewhere = Copy(out, self.spread.to, part).names().__contains__
             drawn = run_batch(jobs, out, tell, part, bases, parquet=self.parquet)
             if not self.json:
                 say(f"wrote {drawn} images of {len(jobs)} jobs into {self.out}")

@@ -222,7 +222,9 @@ def as_flags(arguments: list[str]) -> list[str]:
 
     Flags override the file.
     """
-    parts = [part for argument in arguments for part in _split_flag(argument)]
+    parts = [
+        part for one in arguments for part in (one.split("=", 1) if one[:2] == "--" else [one])
+    ]
     flags = renamed_flags(parts, RENAMED | ORIGINAL_FLAGS)
     flags = [flag.replace("_", "-") if flag.startswith("--") else flag for flag in flags]
     for index, flag in enumerate(flags[:-1]):
@@ -246,11 +248,6 @@ def spelled_out(flags: list[str], content_of: Callable[[Path], dict[str, Any]]) 
         if not {flag, _IN_PLACE_OF.get(flag)} & given:
             spelled += _flag(flag, value)
     return spelled + rest
-
-
-def _split_flag(argument: str) -> list[str]:
-    name, equals, value = argument.partition("=")
-    return [name, value] if argument.startswith("--") and equals else [argument]
 
 
 def _leave_out_ignored(parts: list[str]) -> None:
