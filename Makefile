@@ -93,6 +93,14 @@ study-quick: $(STAMP) ## a coarse curve of variety against fidelity, in minutes
 study: adapters ## the whole study (hours; it resumes)
 	$(BIN)/python studies/fusion_maps.py runs/adapters/*-gated-seed0/adapter.safetensors \
 		runs/adapters/*-blend*-seed0/adapter.safetensors --out docs/study
+	$(BIN)/python -m workshop study studies/imagined.toml --out out/imagined --publish docs/study/imagined
+	$(BIN)/python -m workshop study studies/fusion-alone.toml --out out/fusion-alone \
+		--publish docs/study/alone --readings docs/study/alone/readings
+	$(BIN)/python -m workshop dose --folder runs/dose --out docs/study/dose/predicted.json
+	$(BIN)/python -m workshop train-adapters --folder runs/dose --images 3000 \
+		--arms shared-0 shared-50 shared-100
+	$(BIN)/python -m workshop study studies/dose.toml --out out/dose --publish docs/study/dose \
+		--readings docs/study/dose/readings
 	$(BIN)/python -m workshop study studies/edits.toml --out out/edits --publish docs/study/edits \
 		--readings docs/study/edits/readings
 	$(BIN)/python -m workshop study studies/steps.toml --out out/steps --publish docs/study/steps \
@@ -123,7 +131,8 @@ adapters: $(STAMP) ## train every adapter of the study (hours; it resumes) and s
 	$(BIN)/python -m workshop train-adapters --ship
 	$(BIN)/ipdiverse calibrate --adapter diverse --levers interpolation interval \
 		--pairs 40 --images 8 --steps 15 --work out/calibration --out $(DIVERSE)
-	$(BIN)/python -m workshop train-adapters --seeds 1 2 --arms self-none diverse
+	$(BIN)/python -m workshop train-adapters --seeds 1 2 --arms self-none diverse alone-paired-gated \
+		alone-paired-shuffled alone-paired-projection alone-paired-attention
 	$(MAKE) spaces
 
 # A shipped bank is small: everything embedded must stay under 40 MB.

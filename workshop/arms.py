@@ -35,7 +35,7 @@ from ipdiverse.data.prepare import PrepareOptions, prepare
 from ipdiverse.errors import ArgumentError, ModelError, check_range
 from ipdiverse.training.checkpoints import ADAPTER
 from ipdiverse.training.config import TrainConfig
-from ipdiverse.training.trainer import train
+from ipdiverse.training.trainer import Trainer, train
 from ipdiverse.writing import write_bytes_atomic
 from workshop.base.shipping import provenance
 
@@ -48,7 +48,8 @@ class Arm:
         reference: What prompts a target.
         fusion: Text-image fusion; `generative` learns alone, and of embeddings.
         learns: What is trained; `all but fusion` keeps the fusion's random weights, as its first
-            publication did.
+            publication did; `attention` is the projection's last, of as many parameters as a
+            fusion's.
         shuffled: The fusion reads the text of another image of the batch while it learns.
         adapter: `plus` (16 tokens) or `base` (4).
         shared: Chance that the reference has a scene attribute of the target (`shared_scenes`).
@@ -60,7 +61,7 @@ class Arm:
 
     reference: Literal["self", "augmented", "paired"]
     fusion: Literal["none", "blend", "gated", "generative"]
-    learns: Literal["all", "all but fusion", "fusion", "projection"] = "all"
+    learns: Literal["all", "all but fusion", "fusion", "projection", "attention"] = "all"
     shuffled: bool = False
     adapter: Literal["plus", "base"] = "plus"
     shared: float = 0.0
@@ -88,6 +89,7 @@ def _arms() -> dict[str, Arm]:
             arms[f"alone-{reference}-{fusion}"] = replace(alone, reference=reference, fusion=fusion)
     arms["alone-paired-shuffled"] = replace(alone, shuffled=True)
     arms["alone-paired-projection"] = replace(alone, fusion="none", learns="projection")
+    arms["alone-paired-attention"] = replace(alone, fusion="none", learns="attention")
     for percent in (0, 25, 50, 75, 100):
         arms[f"shared-{percent}"] = Arm("paired", "none", shared=percent / 100, steps=300)
     arms["diverse"] = Arm("paired", "gated", init_from="paired-gated", steps=1500)
@@ -103,7 +105,10 @@ _FROZEN: dict[str, tuple[Literal["projection", "layers", "fusion"], ...]] = {
     "all but fusion": ("fusion",),
     "fusion": ("projection", "layers"),
     "projection": ("layers",),
+    "attention": ("layers",),
 }
+LAST_ATTENTION = "image_proj.layers.3.0."
+"""Of the projection of `plus`: the prefix of its parameters."""
 
 ARMS = _arms()
 """By name."""
@@ -186,8 +191,29 @@ def train_arm(
     arm = ARMS[name]
     with shared_scenes(arm.shared):
         prepare(CRITTERS, folder / _data(arm), PrepareOptions(n=images, edits=arm.edits))
-    with shuffled_text() if arm.shuffled else nullcontext():
+    with (
+        shuffled_text() if arm.shuffled else nullcontext(),
+        learning_only(LAST_ATTENTION) if arm.learns == "attention" else nullcontext(),
+    ):
         return train(config)
+
+
+@contextmanager
+def learning_only(prefix: str) -> Iterator[None]:
+    """Of the parameters that would learn meanwhile, those whose names begin otherwise stay."""
+    learning = Trainer._learning  # pyright: ignore[reportPrivateUsage]
+
+    def fewer(self: Trainer) -> dict[str, torch.nn.Parameter]:
+        found = learning(self)
+        for name, parameter in found.items():
+            parameter.requires_grad_(name.startswith(prefix))
+        return {name: one for name, one in found.items() if one.requires_grad}
+
+    Trainer._learning = fewer  # pyright: ignore[reportPrivateUsage]
+    try:
+        yield
+    finally:
+        Trainer._learning = learning  # pyright: ignore[reportPrivateUsage]
 
 
 @contextmanager

@@ -26,8 +26,8 @@ def test_every_reference_meets_every_fusion_and_no_two_arms_are_alike(tmp_path: 
     fusions = {("none", "all"), ("blend", "all but fusion"), ("blend", "all"), ("gated", "all")}
     references = ("self", "augmented", "paired")
     crossed = {(r, *f) for r in references for f in fusions}
-    projection = ("paired", "none", "projection")
-    assert kinds == crossed | {("paired", "generative", "all"), projection}
+    controls = {("paired", "none", "projection"), ("paired", "none", "attention")}
+    assert kinds == crossed | {("paired", "generative", "all"), *controls}
     alone = [arm for arm in ARMS.values() if arm.learns == "fusion" and not arm.shuffled]
     assert {(arm.reference, arm.fusion) for arm in alone} == {
         (r, f) for r in references for f in ("blend", "gated")
@@ -35,8 +35,9 @@ def test_every_reference_meets_every_fusion_and_no_two_arms_are_alike(tmp_path: 
     assert [arm.shared for arm in ARMS.values() if arm.shared] == [0.25, 0.5, 0.75, 1.0]
     configs = [asdict(arm_config(name, tmp_path, None, 0)) for name in ARMS]
     runs = [str({k: v for k, v in c.items() if k != "out"}) for c in configs]
-    # a shuffled arm differs by what its fusion reads, which no option of the trainer says
-    assert len(set(runs)) == len(ARMS) - 1
+    # A shuffled arm differs by what its fusion reads, one attention by what of the projection
+    # learns, which no option of the trainer says.
+    assert len(set(runs)) == len(ARMS) - 2
     assert set(SHIPPED_ADAPTERS.values()) <= ARMS.keys()
 
 
@@ -136,6 +137,15 @@ def test_fusion_alone_leaves_the_adapter_as_it_is(tmp_path: Path) -> None:
     gates = [value for name, value in found.items() if name.endswith("gate")]
     assert len(gates) == 1
     assert gates[0].abs().min() > 0  # it starts shut
+    fusion = sum(t.numel() for name, t in found.items() if name not in plain)
+
+    one = load_file(train_arm("alone-paired-attention", tmp_path, steps=2, images=4))
+    changed = {name for name in plain if not torch.equal(one[name], plain[name])}
+    assert one.keys() == plain.keys()
+    assert changed
+    assert all(name.startswith(arms.LAST_ATTENTION) for name in changed)
+    as_many = sum(t.numel() for name, t in plain.items() if name.startswith(arms.LAST_ATTENTION))
+    assert abs(as_many - fusion) < 0.001 * fusion
 
 
 def test_a_shuffled_fusion_learns_of_the_text_of_others_and_only_while_it_learns() -> None:

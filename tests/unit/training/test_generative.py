@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +18,9 @@ from ipdiverse.errors import ArgumentError, DataError
 from ipdiverse.training.config import TrainConfig
 from ipdiverse.training.trainer import Trainer, train
 from tests import models
+from tests.unit.training.test_trainer import environment, log
+
+PROCESSES = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +96,26 @@ def test_micro_batches_give_the_gradient_of_one(config: TrainConfig) -> None:
         trainer = Trainer(replace(config, out=f"{config.out}-{size}", micro_batch=size))
         losses.append([trainer.one_step(batch)["loss"] for batch in trainer.batches()])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_two_processes_give_the_gradients_of_one(config: TrainConfig) -> None:
+    """AdamW's first moment after one step is a tenth of the gradient."""
+    one = replace(config, steps=1)
+    two = replace(one, out=f"{config.out}-two")
+    logs, moments = [], []
+    for run, launcher in ((one, []), (two, PROCESSES)):
+        names = ("data", "out", "base", "init_from", "fusion", "steps", "batch", "learning_rate")
+        pairs = [(f"--{name.replace('_', '-')}", str(getattr(run, name))) for name in names]
+        words = [*sum(pairs, ()), "--resolution", "64", "--changed", "1", "--ema", "0.9"]
+        command = [sys.executable, *launcher, "-m", "ipdiverse", "train", *words]
+        subprocess.run(command, check=True, env=environment(), timeout=300)
+        state = load_file(Path(run.out) / "checkpoint-00000001" / "training_state.safetensors")
+        moments.append({n: 10 * t for n, t in state.items() if n.endswith("exp_avg")})
+        logs.append(log(run)[0]["loss"])
+    assert len(moments[0]) > 10
+    assert any(moment.abs().max() > 0 for moment in moments[0].values())
+    torch.testing.assert_close(moments[0], moments[1], atol=1e-6, rtol=1e-5)
+    assert logs[0] == pytest.approx(logs[1], abs=1e-6)
 
 
 def test_it_needs_an_adapter_and_pairs(config: TrainConfig, tmp_path: Path) -> None:
