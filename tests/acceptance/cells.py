@@ -64,15 +64,8 @@ _COMPILED = (
     "output = eager"
 )
 _CONTROL = "the control picture matters"
-_LEFT_OUT = (
-    *(f"kolors-{task}" for task in ("inpaint-9", "inpaint-4", "controlnet-pose")),
-    *(f"kolors-{task}" for task in ("controlnet-depth", "t2i-adapter")),
-    "sd2-inpaint-4",
-    "sd2-controlnet-pose",
-    "sd2-t2i-adapter",
-    "sdxl-controlnet-pose",
-)
-"""As on the others; there is no T2I-Adapter for SD 2.x, and Kolors' pipelines are two."""
+_LEFT_OUT = ("sd2-inpaint-4", "sd2-controlnet-pose", "sd2-t2i-adapter", "sdxl-controlnet-pose")
+"""As on the others; there is no T2I-Adapter for SD 2.x."""
 
 _SCHEDULERS = {
     "lcm": ("LCMScheduler", 1.0),
@@ -175,6 +168,8 @@ _OWN = [
         lambda: features.compiled(first=False),
         slow=True,
     ),
+    _five("kolors-txt2img", "text-to-image", "", lambda: scenes.text_to_image("kolors")),
+    _five("kolors-img2img", "image-to-image", "", lambda: scenes.image_to_image("kolors")),
     *(
         cell
         for a in ("sd1", "sdxl", "kolors")
@@ -268,6 +263,7 @@ _JOINT = [
     _five("sd3-txt2img", "text-to-image, InstantX", "", lambda: scenes.text_to_image("sd3")),
     _five("sd3-img2img", "image-to-image", "", lambda: scenes.image_to_image("sd3")),
     _five("sd3-inpaint", "inpainting", "", lambda: scenes.joint_inpainting("sd3")),
+    _five("sd3-controlnet", "ControlNet", _CONTROL, scenes.sd3_controlnet),
     *(
         cell
         for a in ("flux", "sd3")

@@ -164,6 +164,37 @@ def flux_controlnet() -> Scene:
     )
 
 
+def sd3_controlnet() -> Scene:
+    """As for Flux; published ones have their own blocks too, and read the text."""
+    from diffusers import SD3ControlNetModel
+
+    build: Any = SD3ControlNetModel.from_transformer
+    with torch.random.fork_rng():
+        torch.manual_seed(6)
+        control = build(joint_models.sd3(), num_layers=2, num_extra_conditioning_channels=0).eval()
+        for module in [*control.controlnet_blocks, control.pos_embed_input.proj]:
+            torch.nn.init.normal_(module.weight, std=0.5)
+    pipe = pipeline("sd3", "ControlNet", controlnet=control, vae=_certain(joint_models.vae()))
+    return Scene(
+        pipe,
+        runner(pipe, lambda item: {"control_image": pose(item)}),
+        runner(pipe, lambda item: {"control_image": depth(item)}),
+    )
+
+
+def _certain(vae: Any) -> Any:
+    """A VAE without noise: stock's ControlNet pipeline of SD 3 draws it without a generator."""
+    encode = vae.encode
+
+    def deterministic(*given: Any, **more: Any) -> Any:
+        found = encode(*given, **more)
+        found.latent_dist.std = torch.zeros_like(found.latent_dist.mean)
+        return found
+
+    vae.encode = deterministic
+    return vae
+
+
 def kontext() -> Scene:
     """Flux Kontext: the picture to edit stands behind the latents, as more tokens."""
     pipe = pipeline("flux", "Kontext")

@@ -38,11 +38,13 @@ guidance, on all four architectures: base, plus, full-face, FaceID (with and wit
 FaceID-Plus 1 and 2. The difference is at most 1e-5 of the larger of 1 and the largest latent. The
 full SD 1.5 architecture with random weights is marked `slow`.
 
-`tests/parity/test_transformers.py` does so for Flux.1 (XLabs with 4 and 16 tokens; text-to-image,
-image-to-image, inpainting, ControlNet and Kontext; with and without a negative prompt; scales by
-block and step; several adapters and references) and Stable Diffusion 3.5 (with one attention in a
-block, and with two), at 1e-5 of the largest latent. InstantX' adapter for Flux.1 is compared with
-its equations, as stock has none.
+On other bases the difference is at most 1e-5 of the largest latent, and each of these tests
+asserts that scale 0 is no adapter and that detaching puts stock back, to the bit:
+
+PARITY
+
+The original's adapters for bigG (`vit-G`, `ip-adapter_sdxl`), `light` and full-face differ from the
+tested kinds in widths and weights alone.
 
 Where stock is wrong, it is not the reference:
 
@@ -64,6 +66,30 @@ Where stock is wrong, it is not the reference:
 """
 
 
+_TASKS = "text-to-image, image-to-image, inpainting, ControlNet"
+_PARITY = (
+    ("Kolors, plus, with and without guidance", "stock", "test_stock_scripts.py -k kolors"),
+    ("Flux.1, XLabs, without and with a negative prompt", "stock", "xlabs_equals"),
+    ("Flux.1, XLabs' second adapter, 16 tokens", "stock", "second_adapter"),
+    (f"Flux.1, XLabs: {_TASKS}, Kontext", "stock", '"diversified and flux"'),
+    ("Flux.1, XLabs: scales by block and step, several adapters", "stock", "scales_by_block"),
+    ("Flux.1, InstantX", "its equations, by hand: stock has none", "instantx"),
+    ("Flux.1, Redux", "stock's prior pipeline", "redux"),
+    ("Stable Diffusion 3.5, InstantX, with and without guidance", "stock", "sd3_equals"),
+    ("Stable Diffusion 3.5 medium, two attentions in a block", "stock", "second_attention"),
+    (f"Stable Diffusion 3.5: {_TASKS}", "stock", '"diversified and sd3"'),
+)
+"""What is compared, with what, and the tests: an expression for `test_transformers.py`."""
+
+
+def _parity() -> str:
+    rows = ["| base and adapter | compared with | tests in `tests/parity` |", "|---|---|---|"]
+    for what, stock, tests in _PARITY:
+        named = tests if ".py" in tests else f"test_transformers.py -k {tests}"
+        rows.append(f"| {what} | {stock} | `{named}` |")
+    return "\n".join(rows)
+
+
 def page() -> str:
     """The whole page."""
     rows = [
@@ -71,7 +97,7 @@ def page() -> str:
         f"| passes{' (slow)' if cell.slow else ''} | `{cell.name}` |"
         for cell in CELLS
     ]
-    return _HEAD + "\n".join(rows) + "\n" + _TAIL
+    return _HEAD + "\n".join(rows) + "\n" + _TAIL.replace("PARITY", _parity())
 
 
 if __name__ == "__main__":

@@ -493,6 +493,7 @@ def test_the_grid_takes_over_and_its_cells_open_and_save(
     save.wait_for()
     with page.expect_download() as waiting:
         save.click()
+    assert waiting.value.suggested_filename == "diversity-0.5-scale-1.png"
     waiting.value.save_as(tmp_path / "saved.png")
     assert "a critter in the desert" in read_provenance(tmp_path / "saved.png")["command"]
     page.keyboard.press("Escape")
@@ -585,6 +586,16 @@ def test_the_extension_does_not_decide(
     give(page, tmp_path / "evil.svg")
     page.get_by_text("Invalid file type: evil.svg").wait_for()
     assert page.inner_text("#vary-references-told").strip() == "Reference: really.webp."
+
+
+def test_a_photo_is_told_which_base_to_take(visit: Callable[..., Page]) -> None:
+    page = visit()
+    give(page, PICTURES / "photo-cat.jpg")
+    says(page, "#vary-references-told", "Reference: photo-cat.jpg.")
+    configure(page, "a dog", steps=1, count=1)
+    page.click("#vary-go")
+    says(page, "#vary-status", "Note: the bundled model draws critters alone, and the reference")
+    assert "it does not know dog; base sd15-plus draws photos" in page.inner_text("#vary-status")
 
 
 def test_a_full_queue_is_said_on_the_page(visit: Callable[..., Page], served: Served) -> None:
@@ -700,14 +711,33 @@ _SPOKEN = {"button", "checkbox", "combobox", "image", "link", "slider", "spinbut
 _SPOKEN |= {"textbox", "listbox", "radio", "Iframe"}
 
 
+PLACES = ("limits", "upload", "progress", "images")
+_BLANK = """() => {
+  const bottom = within => document.querySelector(`#vary-examples ${within}`)
+    .getBoundingClientRect().bottom;
+  return bottom('.gallery-container') - bottom('.thumbnail-item');
+}"""
+
+
 @pytest.mark.parametrize("width", [390, 768, 1366, 2560])
 def test_every_width_in_light_and_dark(visit: Callable[..., Page], width: int) -> None:
     page = visit(width=width)
+    assert page.inner_text("#vary-images [data-testid=block-label]").strip() == "Images"
+    assert page.evaluate(_BLANK) < 20, "no empty space below the examples"
+    at = {name: page.locator(f"#vary-{name}").bounding_box() or {} for name in PLACES}
+    assert at["limits"]["y"] < at["upload"]["y"], "what the base can draw is told at the top"
+    assert at["progress"]["y"] < at["images"]["y"], "the status is above the images"
+    assert at["images"]["height"] < 150, "an empty box takes little room"
     take_example(page)
     page.get_by_role("button", name="Scenes of your own").click()
     configure(page, "a critter in the snow", steps=25 if SHOOTS else 1, count=2)
     page.click("#vary-go")
     says(page, "#vary-status", "Done: 2 images.")
+    image = page.locator("#vary-images .thumbnail-item img").first
+    crisp = "image => [image.width, getComputedStyle(image).imageRendering]"
+    wide, rendering = image.evaluate(crisp)
+    assert wide >= 128, "64 pixels are shown large"
+    assert rendering == "pixelated"
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
         for tab in ("Vary", "Grid", "Reports"):

@@ -73,6 +73,15 @@ def test_the_description_has_no_link_that_leads_nowhere() -> None:
 
 @pytest.mark.slow
 @pytest.mark.network
+@pytest.mark.parametrize("extra", PROJECT["optional-dependencies"])
+def test_extras_resolve(extra: str) -> None:
+    words = ("pip", "install", "--dry-run", "--quiet", f"{ROOT}[{extra}]")
+    done = subprocess.run([sys.executable, "-m", *words], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+@pytest.mark.slow
+@pytest.mark.network
 def test_a_wheel_draws_in_a_new_folder(tmp_path: Path) -> None:
     """Without git and without the repository; the libraries are those of this environment."""
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 import ipdiverse
 from ipdiverse.adapter.fusion import BlendFusion
 from ipdiverse.base.adapters import adapter_file
-from ipdiverse.errors import ArgumentError, ModelError
+from ipdiverse.errors import ArgumentError, IpdiverseError, ModelError
 from ipdiverse.loading import quiet
 from tests import joint_models, models
 
@@ -161,6 +161,25 @@ def test_tensors_of_pictures_are_pictures_which_stock_does_not_know(tmp_path: Pa
             equal(run(pipe, ip_adapter_image=given), before)
         with pytest.raises(ArgumentError, match="which number is white"):
             run(pipe, ip_adapter_image=pixels / 255 * 2 - 1)
+
+
+def test_files_and_lists_are_images_too(tmp_path: Path) -> None:
+    pipe = loaded("sd1", ["plus"], tmp_path)
+    IMAGES[0].save(tmp_path / "photo.png")
+    before = run(pipe, ip_adapter_image=IMAGES[0])
+    with ipdiverse.diversify(pipe, 0.0):
+        file, pixels = tmp_path / "photo.png", np.asarray(IMAGES[0])
+        for given in (file, str(file), [file], (IMAGES[0],), pixels / 255, pixels * 1.0):
+            equal(run(pipe, ip_adapter_image=given), before)
+        with pytest.raises(IpdiverseError, match=r"gone\.png: the image file does not exist"):
+            run(pipe, ip_adapter_image=tmp_path / "gone.png")
+
+
+def test_one_image_is_for_all_adapters(tmp_path: Path) -> None:
+    pipe = loaded("sd1", ["base", "plus"], tmp_path)
+    before = run(pipe, ip_adapter_image=[IMAGES[0], IMAGES[0]])
+    with ipdiverse.diversify(pipe, 0.0):
+        equal(run(pipe, ip_adapter_image=IMAGES[0]), before)
 
 
 def test_masks_act_as_in_stock(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,13 @@ from ipdiverse.errors import ModelError
 from ipdiverse.sampling.denoiser import steer
 from ipdiverse.sampling.diversify import diversify
 from tests import joint_models, models
-from tests.acceptance.scenes import depth, flux_controlnet, half
+from tests.acceptance.scenes import (
+    depth,
+    flux_controlnet,
+    half,
+    joint_inpainting,
+    sd3_controlnet,
+)
 
 PARITY = 1e-5
 """Of the largest latent."""
@@ -48,14 +56,21 @@ TASKS: dict[str, dict[str, Any]] = {
     "flux-Kontext": {"image": models.picture(20), "max_area": 64**2, "_auto_resize": False},
     "sd3": {},
     "sd3-Img2Img": {"image": models.picture(20), "strength": 0.7},
+    "sd3-Inpaint": {"image": models.picture(20), "mask_image": half(), "strength": 0.7},
+    "sd3-ControlNet": {"control_image": depth(0)},
 }
 """Pipelines of stock that take an adapter, and what their calls need."""
 
 
 def task_pipeline(task: str) -> Any:
     name, _, kind = task.partition("-")
-    others = {"controlnet": flux_controlnet().pipe.controlnet} if kind == "ControlNet" else {}
-    return joint_models.pipeline(name, kind, fresh=True, **others)
+    scene = {
+        "flux-ControlNet": flux_controlnet,
+        "sd3-ControlNet": sd3_controlnet,
+        "sd3-Inpaint": partial(joint_inpainting, "sd3"),
+    }.get(task)
+    others = {} if scene is None else scene().pipe.components
+    return joint_models.pipeline(name, kind, fresh=True, **copy.deepcopy(others))
 
 
 TRUE_CFG = {"negative_prompt": "a blue house", "true_cfg_scale": 3.0}
@@ -158,6 +173,7 @@ def test_instantx_equals_its_equations() -> None:
         np.testing.assert_array_equal(run(pipe), plain)
         attachment.set_scale(0.7)
         ours = run(pipe)
+    np.testing.assert_array_equal(run(pipe), plain)
     before = dict(pipe.transformer.attn_processors)
     pixels = pipe.feature_extractor(picture, return_tensors="pt").pixel_values
     processors = {}
@@ -247,23 +263,24 @@ def test_a_pipeline_with_stocks_adapter_is_diversified(task: str) -> None:
     """The same call of the same script: at 0 stock's latents, above it others, undone stock."""
     pipe, given = task_pipeline(task), TASKS[task]
     flux = task.startswith("flux")
+    given = {**given, **(TRUE_CFG if flux else {"guidance_scale": 4.0})}
+    without = run(pipe, **given)
     if flux:
         pipe.load_ip_adapter(joint_models.nested(joint_models.xlabs_tensors()), weight_name="")
         pipe.set_ip_adapter_scale([0.9, 0.4])
-        given = {**given, **TRUE_CFG, "negative_ip_adapter_image": models.picture(11)}
+        given["negative_ip_adapter_image"] = models.picture(11)
     else:
         nested = joint_models.nested(joint_models.sd3_tensors())
         pipe.register_modules(image_encoder=joint_models.siglip())
         pipe.load_ip_adapter(nested)
         pipe.set_ip_adapter_scale(0.7)
-        given = {**given, "guidance_scale": 4.0}
     given["ip_adapter_image"] = models.picture(10)
     stock, kind = run(pipe, **given), type(pipe)
     with diversify(pipe, 0.0) as diversified:
         equal(run(pipe, **given), stock)
         pipe.set_ip_adapter_scale(0.0)
-        plain = run(pipe, **given)
-        assert np.abs(stock - plain).max() > 1e-2 * np.abs(stock).max()
+        np.testing.assert_array_equal(run(pipe, **given), without)
+        assert np.abs(stock - without).max() > 1e-2 * np.abs(stock).max()
         pipe.set_ip_adapter_scale([0.9, 0.4] if flux else 0.7)
         diversified.set_diversity(1.0)
         assert np.abs(run(pipe, **given) - stock).max() > 1e-3 * np.abs(stock).max()
@@ -298,6 +315,8 @@ def test_xlabs_second_adapter_of_16_tokens_equals_stock() -> None:
     with attach(pipe, adapter) as attachment:
         attachment.set_reference(models.picture(10))
         ours = run(pipe, **given)
+        attachment.set_scale(0.0)
+        np.testing.assert_array_equal(run(pipe, **given), plain)
     np.testing.assert_array_equal(run(pipe, **given), plain)
     pipe.load_ip_adapter(joint_models.nested(tensors), weight_name="")
     stock = run(pipe, ip_adapter_image=models.picture(10), **given)
@@ -324,6 +343,8 @@ def test_scales_by_block_and_step_several_references_and_adapters_equal_stock() 
                 adapter=number,
             )
         ours = run(pipe, **given)
+        attachment.set_scale(0.0)
+        np.testing.assert_array_equal(run(pipe, **given), plain)
     np.testing.assert_array_equal(run(pipe, **given), plain)
     pipe.load_ip_adapter([joint_models.nested(t) for t in tensors], weight_name=["", ""])
     pipe.set_ip_adapter_scale(first)

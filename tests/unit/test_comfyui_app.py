@@ -12,10 +12,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from tests import comfyui
@@ -65,7 +67,7 @@ def ours(workflow: Workflow, adapter: str = "base", name: str = "ours", **inputs
     made[f"{name}_file"] = node("IpdiverseLoadAdapter", adapter_name=file)
     how = {"scale": 0.8, "preset": "linear", "start_at": 0.0, "end_at": 1.0, **inputs}
     files = {"adapter": [f"{name}_file", 0], "clip_vision": ["vision", 0], "image": ["image", 0]}
-    made[name] = node("IpdiverseApplyAdapter", model=model, **files, **how)
+    made[name] = node("IpdiverseApplyAdapter", model=model, **files | how)
     made["sampler"]["inputs"]["model"] = [name, 0]
     return made
 
@@ -80,7 +82,7 @@ def theirs(
     how = {"weight": 0.8, "weight_type": "linear", "combine_embeds": "concat"}
     how |= {"embeds_scaling": "V only", "start_at": 0.0, "end_at": 1.0, **inputs}
     files = {"ipadapter": [f"{name}_file", 0], "clip_vision": ["vision", 0], "image": ["image", 0]}
-    made[name] = node("IPAdapterAdvanced", model=model, **files, **how)
+    made[name] = node("IPAdapterAdvanced", model=model, **files | how)
     made["sampler"]["inputs"]["model"] = [name, 0]
     return made
 
@@ -198,8 +200,146 @@ def example(file: Path) -> Workflow:
     return made
 
 
+def patched(kind: str, /, **inputs: Any) -> Callable[[Workflow], Workflow]:
+    """A node that changes the MODEL, put last before the sampler."""
+
+    def put(workflow: Workflow) -> Workflow:
+        made = copy.deepcopy(workflow)
+        made[kind] = node(kind, model=workflow["sampler"]["inputs"]["model"], **inputs)
+        made["sampler"]["inputs"]["model"] = [kind, 0]
+        return made
+
+    return put
+
+
+def controlled(workflow: Workflow) -> Workflow:
+    made = copy.deepcopy(workflow)
+    texts = {"positive": ["positive", 0], "negative": ["negative", 0]}
+    how = {"strength": 1.0, "start_percent": 0.0, "end_percent": 1.0}
+    files = {"control_net": ["network", 0], "image": ["image", 0]}
+    made["network"] = node("TinyControlNet", kind="sd1")
+    made["control"] = node("ControlNetApplyAdvanced", **texts, **files, **how)
+    made["sampler"]["inputs"] |= {"positive": ["control", 0], "negative": ["control", 1]}
+    return made
+
+
+def large(workflow: Workflow) -> Workflow:
+    """Of 128 pixels: areas have 64 at least, and FreeU divides by 0 where a layer has one."""
+    made = copy.deepcopy(workflow)
+    made["empty"]["inputs"] |= {"width": 128, "height": 128}
+    return made
+
+
+def in_an_area(workflow: Workflow) -> Workflow:
+    made = large(workflow)
+    area = {"width": 64, "height": 64, "x": 0, "y": 0, "strength": 1.0}
+    made["area"] = node("ConditioningSetArea", conditioning=["negative", 0], **area)
+    both = {"conditioning_1": ["positive", 0], "conditioning_2": ["area", 0]}
+    made["areas"] = node("ConditioningCombine", **both)
+    made["sampler"]["inputs"]["positive"] = ["areas", 0]
+    return made
+
+
+def few_steps(workflow: Workflow) -> Workflow:
+    made = patched("ModelSamplingDiscrete", sampling="lcm", zsnr=False)(workflow)
+    made["sampler"]["inputs"] |= {"sampler_name": "lcm", "cfg": 1.0}
+    return made
+
+
+def of_three(workflow: Workflow) -> Workflow:
+    made = copy.deepcopy(workflow)
+    made["empty"]["inputs"]["batch_size"] = 3
+    return made
+
+
+TOOLS: dict[str, Callable[[Workflow], Workflow]] = {
+    "LoRA": lora,
+    "ControlNet": controlled,
+    "area conditioning": in_an_area,
+    "Perturbed-Attention Guidance": patched("PerturbedAttentionGuidance", scale=3.0),
+    # swaps of one size are not random
+    "HyperTile": patched("HyperTile", tile_size=1, swap_size=1, max_depth=0, scale_depth=False),
+    "FreeU V2": lambda one: patched("FreeU_V2", b1=1.3, b2=1.4, s1=0.9, s2=0.2)(large(one)),
+    "LCM": few_steps,
+    "Perp-Neg": patched("PerpNeg", empty_conditioning=["negative", 0], neg_scale=1.0),
+    "batch of 3": of_three,
+}
+"""As the table of docs/comfyui.md names them."""
+LARGE = ("area conditioning", "FreeU V2")
+AFTER = ("Perturbed-Attention Guidance", "HyperTile", "FreeU V2")
+_IMAGES = {"image": ["two", 0]}
+WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "attn_mask": ({"attn_mask": ["mask", 0]}, {"attn_mask": ["mask", 0]}),
+    **{
+        name: ({"preset": name}, {"weight_type": name})
+        for name in ("style transfer precise", "composition precise")
+    },
+    **{
+        f"{way} of images": (_IMAGES | {"combine": way}, _IMAGES | {"combine_embeds": way})
+        for way in ("concat", "average", "subtract", "add", "norm average")
+    },
+}
+"""Inputs of our node and of that pack's that mean the same."""
+PACKS = (("ours", "theirs"), ("theirs", "ours"))
+
+
+def with_inputs(workflow: Workflow) -> Workflow:
+    """With a mask of the left half, and two images."""
+    made = copy.deepcopy(workflow)
+    made["black"] = node("SolidMask", value=0.0, width=64, height=64)
+    made["left"] = node("SolidMask", value=1.0, width=32, height=64)
+    place = {"destination": ["black", 0], "source": ["left", 0], "x": 0, "y": 0}
+    made["mask"] = node("MaskComposite", **place, operation="add")
+    made["other"] = node("EmptyImage", width=64, height=64, batch_size=1, color=0xF01020)
+    made["two"] = node("ImageBatch", image1=["image", 0], image2=["other", 0])
+    return made
+
+
+def by_embeds(encodes: str, applies: str) -> Workflow:
+    """One pack's embeddings in one pack's node."""
+    made = ours(theirs(stock()))
+    images = {"image": ["image", 0], "clip_vision": ["vision", 0]}
+    how = {"model": ["base", 0], "start_at": 0.0, "end_at": 1.0}
+    own, other = {"adapter": ["ours_file", 0]}, {"ipadapter": ["theirs_file", 0]}
+    if encodes == "ours":
+        made["embeds"] = node("IpdiverseEncodeImages", **images, **own)
+    else:
+        made["embeds"] = node("IPAdapterEncoder", **images, **other, weight=1.0)
+    if applies == "ours":
+        given = {"embeds": ["embeds", 0], "negative_embeds": ["embeds", 1]}
+        how |= {"scale": 0.8, "preset": "linear", **own, **given}
+        made["ours"] = node("IpdiverseApplyEmbeds", **how)
+    else:
+        given = {"pos_embed": ["embeds", 0], "neg_embed": ["embeds", 1]}
+        how |= {"weight": 0.8, "weight_type": "linear", "embeds_scaling": "V only"}
+        made["ours"] = node("IPAdapterEmbeds", **how, **other, **given)
+    return made
+
+
+def tried() -> dict[str, Workflow]:
+    """Of the table: each tool alone, beside our node, and beside that pack's in its place."""
+    made = {"large stock": large(stock()), "large ours": large(ours(stock()))}
+    for name, tool in TOOLS.items():
+        made[f"{name}, alone"] = tool(stock())
+        made[f"{name}, at 0"] = ours(tool(stock()), scale=0.0)
+        made[f"{name}, ours"] = ours(tool(stock()))
+        made[f"{name}, theirs"] = theirs(tool(stock()))
+    for name in AFTER:
+        made[f"{name} after ours"] = TOOLS[name](ours(stock()))
+        made[f"{name} after theirs"] = TOOLS[name](theirs(stock()))
+    for name, (own, other) in WAYS.items():
+        made[f"{name}, ours"] = ours(with_inputs(stock()), **own)
+        made[f"{name}, theirs"] = theirs(with_inputs(stock()), **other)
+    precise = "style transfer precise"
+    made["sdxl precise, ours"] = ours(stock("sdxl"), preset=precise)
+    made["sdxl precise, theirs"] = theirs(stock("sdxl"), weight_type=precise)
+    for encodes, applies in PACKS:
+        made[f"embeds of {encodes} in {applies}"] = by_embeds(encodes, applies)
+    return made
+
+
 def workflows() -> dict[str, Workflow]:
-    made: dict[str, Workflow] = {}
+    made = tried() if OTHER else {}
     for kind in ("sd1", "sdxl"):
         made[f"{kind} stock"] = stock(kind)
         made[f"{kind} at 0"] = ours(stock(kind), scale=0.0)
@@ -281,6 +421,49 @@ def test_both_packs_draw_the_same(drawn: dict[str, Any], kind: str, adapter: str
 @pytest.mark.parametrize("order", ["theirs after ours", "ours after theirs"])
 def test_both_packs_add_up_in_either_order(drawn: dict[str, Any], kind: str, order: str) -> None:
     assert_close(drawn[f"{kind} {order}"], drawn[f"{kind} both theirs"])
+
+
+@beside
+@pytest.mark.parametrize("tool", TOOLS)
+def test_beside_a_tool_it_acts_as_that_pack(drawn: dict[str, Any], tool: str) -> None:
+    alone = drawn[f"{tool}, alone"]
+    without = drawn["large stock" if tool in LARGE else "sd1 stock"]
+    assert tool == "batch of 3" or not torch.allclose(alone, without), "the tool acts"
+    assert drawn[f"{tool}, at 0"].equal(alone)
+    assert_differ(drawn[f"{tool}, ours"], alone)
+    assert_close(drawn[f"{tool}, ours"], drawn[f"{tool}, theirs"])
+
+
+@beside
+@pytest.mark.parametrize("tool", AFTER)
+def test_tools_may_come_after_it(drawn: dict[str, Any], tool: str) -> None:
+    without = drawn["large ours" if tool in LARGE else "sd1 ours"]
+    assert not torch.allclose(drawn[f"{tool} after ours"], without), "the tool acts"
+    assert_close(drawn[f"{tool} after ours"], drawn[f"{tool} after theirs"])
+
+
+@beside
+@pytest.mark.parametrize("way", WAYS)
+def test_inputs_mean_what_those_of_that_pack_mean(drawn: dict[str, Any], way: str) -> None:
+    assert_differ(drawn[f"{way}, ours"], drawn["sd1 ours"])
+    assert_close(drawn[f"{way}, ours"], drawn[f"{way}, theirs"])
+
+
+@beside
+def test_precise_types_of_sdxl_are_those_of_that_pack(drawn: dict[str, Any]) -> None:
+    assert_differ(drawn["sdxl precise, ours"], drawn["sdxl ours"])
+    assert_close(drawn["sdxl precise, ours"], drawn["sdxl precise, theirs"])
+
+
+@beside
+@pytest.mark.parametrize(("encodes", "applies"), PACKS)
+def test_embeddings_go_from_pack_to_pack(drawn: dict[str, Any], encodes: str, applies: str) -> None:
+    assert_close(drawn[f"embeds of {encodes} in {applies}"], drawn["sd1 ours"])
+
+
+def test_the_table_of_the_docs_names_what_is_tried() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "comfyui.md").read_text("utf-8")
+    assert [tool for tool in TOOLS if f"| {tool}" not in text] == []
 
 
 @beside

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ipdiverse.errors import ShapeError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from ipdiverse.adapter.model import LayerWeights
     from ipdiverse.adapter.reference import RegionMask
@@ -98,6 +98,15 @@ class TokenGroup:
     def for_layer(self, opposed: bool) -> Tensor:
         """The tokens that a layer reads."""
         return self.opposed if opposed and self.opposed is not None else self.tokens
+
+
+def opposed_tokens(tokens: Tensor, layout: Sequence[str]) -> Tensor:
+    """Image tokens where there were none, and none where they were: (branches × items) again."""
+    if BOTH not in layout:
+        return torch.zeros_like(tokens)
+    positive = tokens.chunk(len(layout))[layout.index(BOTH)]
+    rows = [positive if branch == NOTHING else torch.zeros_like(positive) for branch in layout]
+    return torch.cat(rows)
 
 
 @dataclass(eq=False)

@@ -269,3 +269,14 @@ def layer_grid(pixels: int, latents: tuple[int, int]) -> tuple[int, int]:
             fix="Leave the masks out.",
         )
     return height, width
+
+
+@dataclass(eq=False)
+class ReferenceTokens:
+    """Projected tokens of every item's references that share one attention, before fusion."""
+
+    positive: Tensor  # (items, references, tokens, width)
+    negative: Tensor  # of the unconditional branch; one entry serves every item
+    mask: RegionMask | None = None  # where they act; None is everywhere
+    # what a fusion drew, and of what: drawing costs more than what levers change at every step
+    drawn: tuple[Any, tuple[Tensor, Tensor], Tensor] | None = None

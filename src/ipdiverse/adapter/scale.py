@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -277,3 +278,20 @@ def _roles(name: str, layers: Sequence[Layer]) -> tuple[Weights, Weights]:
         )
     first_up = {layer.transformer for layer in ups if layer.block == ups[0].block}
     return {max(downs): 1.0}, {sorted(first_up)[:2][-1]: 1.0}
+
+
+def for_batch(scale: float | Tensor, items: int, branches: int) -> float | Tensor:
+    """A scale for each row of a call, (branches × items), of one for each item or prompt."""
+    if isinstance(scale, float) and -math.inf < scale < math.inf:
+        return scale
+    scale = checked_items(scale) if isinstance(scale, Tensor) else checked_number(scale)
+    if not isinstance(scale, Tensor) or scale.ndim == 0:
+        return scale
+    if items % len(scale):
+        raise ArgumentError(
+            "has the wrong length",
+            where="scale",
+            expected=f"a number for each of {items} items, or for each prompt of theirs",
+            found=len(scale),
+        )
+    return scale.repeat_interleave(items // len(scale)).repeat(branches)

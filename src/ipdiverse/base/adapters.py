@@ -66,17 +66,10 @@ def adapter_file(base: str, adapter: str = "", *, local_files_only: bool = False
     adapter = adapter or default_adapter(base)
     if base == CRITTERS and (shipped := _shipped(adapter)):
         return shipped
-    if Path(adapter).exists():
-        found = find_checkpoint(Path(adapter))
-    elif adapter in PRESETS:
+    if adapter in PRESETS and not Path(adapter).exists():
         files = PRESETS[adapter].adapter_files()
-        found = fetch(files, adapter, local_files_only=local_files_only)[0]
-    else:
-        repository, name = split_hub_id(adapter)
-        found = find_checkpoint(repository, weight_name=name, local_files_only=local_files_only)
-    if not found.is_file():
-        raise CheckpointError("no such file", where=found, fix="Check the path.")
-    return found
+        return fetch(files, adapter, local_files_only=local_files_only)[0]
+    return _file(adapter, local_files_only)
 
 
 def space_file(space: str, *, local_files_only: bool = False) -> Path:
@@ -88,10 +81,15 @@ def space_file(space: str, *, local_files_only: bool = False) -> Path:
     """
     if HUB_ID.match(space) and not Path(space).exists() and not space.endswith(SUFFIXES[0]):
         space = f"{space}/{PUBLISHED_SPACE}"
-    if Path(space).exists() or not HUB_ID.match(space):
-        found = find_checkpoint(Path(space))
+    return _file(space, local_files_only)
+
+
+def _file(named: str, local_files_only: bool) -> Path:
+    """The file of a path, or of a hub id with the file's path behind it."""
+    if Path(named).exists() or not HUB_ID.match(named):
+        found = find_checkpoint(Path(named))
     else:
-        repository, name = split_hub_id(space)
+        repository, name = split_hub_id(named)
         found = find_checkpoint(repository, weight_name=name, local_files_only=local_files_only)
     if not found.is_file():
         raise CheckpointError("no such file", where=found, fix="Check the path.")

@@ -108,7 +108,8 @@ def load_base(
         encoder: The preset whose image encoder comes along; None is this preset's own, empty none.
         memory: Place the pipeline by what the device has, within these wishes; None leaves it in
             float32 on the CPU, for the caller to move. `critters` always stays there.
-        unet: False leaves the UNet's weights for `pipelines.load_unet`; a single file's come along.
+        unet: False leaves the UNet's weights for `pipelines.load_unet`, and those of a transformer
+            and of T5 out; a single file's come along.
 
     Raises:
         ModelError: There is no such base, or it cannot be opened or had.
@@ -222,9 +223,16 @@ def check_part(source: str) -> None:
 def load_image_encoder(
     source: str, base: Base, *, local_files_only: bool = False
 ) -> tuple[Any, Any]:
-    """Open an image encoder for a base, with its preprocessing; CLIP's own if it has none."""
+    """Open CLIP's or SigLIP's image encoder for a base, with its preprocessing."""
     options = {"local_files_only": local_files_only}
-    encoder = load_part("CLIPVisionModelWithProjection", source, base, **options)
+    try:
+        siglip = load_part("AutoConfig", source, base, **options).model_type.startswith("siglip")
+    except ModelError:  # said of the encoder itself, below
+        siglip = False
+    kind = "SiglipVisionModel" if siglip else "CLIPVisionModelWithProjection"
+    encoder = load_part(kind, source, base, **options)
+    if siglip:
+        return encoder, clip_processor(encoder)
     try:
         return encoder, load_part("CLIPImageProcessor", source, base, **options)
     except ModelError as error:
@@ -240,8 +248,16 @@ def any_latents(pipe: Any) -> Iterator[None]:
 
     It knows UNets with 9 input channels (latents, masked latents, mask) and with 4 (latents), and
     refuses others. A UNet that takes just the VAE's latents, as the embedded one with 16 channels,
-    is of the second kind, so its config says 4 meanwhile.
+    is of the second kind, so its config says 4 meanwhile. SD 3's ControlNets encode their picture
+    with noise of no seed, which gets one here, so that images can be repeated.
     """
+    if type(pipe).__name__.startswith("StableDiffusion3ControlNet"):
+        import torch
+
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            yield
+        return
     inpaints = "Inpaint" in type(pipe).__name__ and getattr(pipe, "unet", None) is not None
     channels = pipe.unet.config.in_channels if inpaints else 4
     if channels in (4, 9) or channels != pipe.vae.config.latent_channels:

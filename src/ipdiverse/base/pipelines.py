@@ -19,7 +19,7 @@ from ipdiverse.base.downloads import (
 )
 from ipdiverse.base.presets import PRESETS, Preset
 from ipdiverse.errors import ArgumentError, ModelError
-from ipdiverse.loading import AS_BASE, loading, what_is
+from ipdiverse.loading import AS_BASE, loading, one_line, what_is
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -88,6 +88,32 @@ def _check_family(name: str, opening: Opening) -> None:
     if not kind.startswith(_FAMILIES) or kind.startswith(_NOT_THOSE):
         what = "is a base of an unknown architecture"
         raise ModelError(what, where=name, expected=SUPPORTED, found=kind)
+
+
+_CACHES = (
+    "faster_cache",
+    "fbc",
+    "mag_cache",
+    "pyramid_attention",
+    "sea_cache",
+    "taylorseer",
+    "text_kv",
+)
+"""What the names of the hooks of diffusers' caches begin with."""
+
+
+def check_caches(unet: Any) -> None:
+    """Refuse diffusers' caches: they fail with image prompts, cache nothing, or leak into calls."""
+    for module in unet.modules():
+        registry = getattr(module, "_diffusers_hook", None)
+        for name in () if registry is None else registry.hooks:
+            if name.startswith(_CACHES):
+                raise ModelError(
+                    "does not work with an image prompt",
+                    where="pipeline",
+                    found=f"the cache {name} of diffusers",
+                    fix="Open the pipeline without it; `--fast 1` to 3 (`fast=`) works with one.",
+                )
 
 
 @dataclass(frozen=True)
@@ -171,14 +197,12 @@ def _with_encoder(pipe: Any, opening: Opening, encoder_of: str) -> Any:
         import transformers
 
         kind: Any = getattr(transformers, wanted.kind)
-        try:
+        with one_line("its image encoder cannot be opened", encoder_of):
             dtype = getattr(torch, opening.dtype)
             encoder = kind.from_pretrained(found[0].parent, dtype=dtype, local_files_only=True)
-        except Exception as error:  # whatever the library raises on a broken file
-            what = "its image encoder cannot be opened"
-            raise ModelError(what, where=encoder_of, found=first_line(error)) from error
         parts = {"image_encoder": encoder.eval()}
-        if getattr(pipe, "feature_extractor", None) is None:
+        # one that is there is CLIP's, which the safety checker reads too
+        if getattr(pipe, "feature_extractor", None) is None or "Siglip" in wanted.kind:
             parts["feature_extractor"] = clip_processor(encoder)
         if wanted.text:  # of the encoder, so that it stays with it whichever pipeline takes it
             encoder.text_half = cache(partial(_text_half, wanted.text))
@@ -226,7 +250,6 @@ def _opened(name: str, source: str, opening: Opening, **options: Any) -> Any:
     with loading():
         import torch
         from diffusers import DiffusionPipeline, StableDiffusionPipeline
-        from diffusers import UNet2DConditionModel as Unet
 
         # the class is stated where it is known: looking it up costs seconds of imports
         kind: Any = StableDiffusionPipeline if name == CRITTERS else DiffusionPipeline
@@ -237,10 +260,11 @@ def _opened(name: str, source: str, opening: Opening, **options: Any) -> Any:
             parts["quantization_config"] = _quantization(opening)
         try:
             if not opening.unet:
-                parts["unet"] = _empty_unet(source, options)
+                parts |= _without_weights(source, opening, options)
             pipe = kind.from_pretrained(source, **options, **parts)
-            if not opening.unet:
-                pipe.unet_later = partial(Unet.from_pretrained, source, subfolder="unet", **options)
+            if "unet" in parts:
+                later = type(pipe.unet).from_pretrained
+                pipe.unet_later = partial(later, source, subfolder="unet", **options)
             return pipe
         except Exception as error:  # whatever the libraries raise on a broken or absent source
             raise cannot_be_opened("cannot be opened", name, error) from error
@@ -268,15 +292,20 @@ def _quantization(opening: Opening) -> Any:
     return PipelineQuantizationConfig(quant_mapping=mapping)
 
 
-def _empty_unet(source: str, options: dict[str, Any]) -> Any:
-    """Layers and config of a UNet, without memory for weights."""
+def _without_weights(source: str, opening: Opening, options: dict[str, Any]) -> dict[str, Any]:
+    """A denoiser's layers and config, without memory for weights; and no T5, which is as large."""
+    import diffusers
     import torch
-    from diffusers import UNet2DConditionModel as Unet
 
     where = {k: options[k] for k in ("local_files_only", "revision") if k in options}
-    config: Any = Unet.load_config(source, subfolder="unet", **where)
-    with torch.device("meta"):
-        return Unet.from_config(config)
+    index = _index(source, opening.revision, local_files_only=opening.local_files_only)
+    parts: dict[str, Any] = {n: None for n, told in index.items() if "T5EncoderModel" in told}
+    for name in {"unet", "transformer"} & (index.keys() - options.keys()):
+        kind = getattr(diffusers, index[name][1])
+        config = kind.load_config(source, subfolder=name, **where)
+        with torch.device("meta"):
+            parts[name] = kind.from_config(config)
+    return parts
 
 
 def load_unet(pipe: Any) -> None:
@@ -292,13 +321,10 @@ def load_unet(pipe: Any) -> None:
 
 
 def _tensor_names(file: Path) -> list[str]:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return list(opened.keys())
-    except SafetensorError as error:
-        raise ModelError("cannot be opened", where=file, found=first_line(error)) from error
+    with one_line("cannot be opened", str(file)), safe_open(file, framework="pt") as opened:
+        return list(opened.keys())
 
 
 def _joint_preset(names: Iterable[str]) -> str:
@@ -363,10 +389,8 @@ def _with_transformer(
     options |= {"config": str(folder), "subfolder": "transformer", "local_files_only": True}
     if opening.quantize != "none":
         options["quantization_config"] = _quantization(opening).quant_mapping["transformer"]
-    try:
+    with one_line("cannot be opened", str(file)):
         transformer = getattr(diffusers, kind).from_single_file(str(file), **options)
-    except Exception as error:
-        raise ModelError("cannot be opened", where=file, found=first_line(error)) from error
     given = {"local_files_only": True, "transformer": transformer}
     return _opened(str(file), str(folder), opening, **given)
 

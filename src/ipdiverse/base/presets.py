@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ipdiverse.errors import ArgumentError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 SITE = "https://huggingface.co"
 _MB = 1_000_000
@@ -61,6 +61,7 @@ class Encoder:
         kind: Class in transformers.
         text: Files of the text half of the same model, weights and config first; none where no
             safetensors of it are published.
+        widths: Of what published adapters read of it: `pooled`, `hidden` or `last` states.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Encoder:
     weights: tuple[str, int]
     kind: str = "CLIPVisionModelWithProjection"
     text: tuple[HubFile, ...] = ()
+    widths: Mapping[str, int] = field(default_factory=dict)
 
     def files(self) -> list[HubFile]:
         """Its configuration and its weights; CLIP's preprocessing is known and has no file."""
@@ -176,11 +178,9 @@ def _files(folders: str, variant: str = "") -> tuple[tuple[str, int], ...]:
 
 
 def _encoder(
-    name: str, repository: str, weights: list[Any], kind: str = "", text: Sequence[Any] = ()
+    name: str, repository: str, weights: list[Any], text: Sequence[Any] = (), **more: Any
 ) -> Encoder:
-    found = Encoder(name, _REPOSITORIES[repository], (weights[0], weights[1] * _MB))
-    if kind:
-        found = replace(found, kind=kind)
+    found = Encoder(name, _REPOSITORIES[repository], (weights[0], weights[1] * _MB), **more)
     if not text:
         return found
     home, model, size, tokenizer = text
@@ -191,6 +191,11 @@ def _encoder(
 
 
 _ENCODERS = {name: _encoder(**told) for name, told in _TABLES["encoders"].items()}
+
+
+def encoder_of(read: str, width: int) -> Encoder | None:
+    """The published image encoder that adapters with such an input read, if one is known."""
+    return next((one for one in _ENCODERS.values() if one.widths.get(read) == width), None)
 
 
 def _preset(name: str, told: dict[str, Any]) -> Preset:

@@ -73,15 +73,22 @@ def how_to_add(extra: str) -> str:
 
 
 def agree_to_encoders(
-    name: str, image_encoder: str | None, yes: bool, init_from: str | None = None
+    name: str,
+    image_encoder: str | None,
+    yes: bool,
+    init_from: str | None = None,
+    *,
+    trains: bool = True,
 ) -> None:
     """Ask as `agree` does, for the presets that training uses; it needs no safety checker.
 
     Args:
         name: The base; only a preset is asked for.
         init_from: The adapter to start from; only a preset's is asked for.
+        trains: Whether an adapter is trained, which not every base allows.
     """
-    check_trainable(name, local_files_only=True)  # before gigabytes are downloaded in vain
+    if trains:
+        check_trainable(name, local_files_only=True)  # before gigabytes are downloaded in vain
     encoder = "" if image_encoder else name
     files = preset_files(name, init_from or "", encoder, checker=False)
     named = [one for one in (name, init_from) if one in PRESETS]

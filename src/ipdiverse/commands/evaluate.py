@@ -237,7 +237,7 @@ class Fit:
     Args:
         folder: A folder that `prepare` wrote, with subjects of several pictures or with pairs.
         out: The file to write, `.safetensors`.
-        adapter: Of kind base or plus: a name, a file, a folder, or a hub id followed by the path.
+        adapter: Of a kind that reads no faces: a name, file or folder, or a hub id and its path.
         cache: The base, its image encoder, and how pictures were embedded if they are already.
         fit: How it is fitted.
         spread: How the embedding is spread over processes; `merge` then fits.
@@ -297,11 +297,12 @@ class Fit:
         read_manifest(Path(self.folder))
         base, encoder = self.cache.base, self.cache.image_encoder
         named = self.adapter or default_adapter(base)
-        agree_to_encoders(base, encoder, self.yes, named)
+        agree_to_encoders(base, encoder, self.yes, named, trains=False)
         file = adapter_file(base, named, local_files_only=self.local_files_only)
         adapter = load_adapter(file)
         check_kind(adapter)
-        encoders = open_encoders(base, encoder, local_files_only=self.local_files_only, unet=False)
+        given: dict[str, Any] = {"local_files_only": self.local_files_only}
+        encoders = open_encoders(base, encoder, **given, unet=False, trains=False)
         return named, (encoders, adapter, Preprocessing.of(self.cache, encoders.resolution))
 
 

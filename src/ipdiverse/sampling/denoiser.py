@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks import ModelHook
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from jaxtyping import Float
 from torch import Tensor
@@ -24,8 +24,9 @@ from ipdiverse.adapter.attach.attach import (
     attach,
     detach,
     hook_of,
-    inside_offloading,
+    set_hook,
 )
+from ipdiverse.adapter.attach.branches import branch_weights, combine, picked
 from ipdiverse.adapter.attach.hook import argument_names
 from ipdiverse.adapter.attach.joint import styles_of
 from ipdiverse.adapter.attention import BOTH, NOTHING, TEXT
@@ -95,11 +96,10 @@ def steer(
             fix="Leave it out; caches of diffusers are for transformers.",
         )
     mode = None if level is None else Fast(unet, level, [one for _, one in hook.processors])
-    _take_off(attachment)  # diffusers refuses a second hook of one name
+    _take_off(attachment)
     attachment.set_seeds(seeds)  # a fusion that draws reads them too
     steering = Steering(attachment, levers, context, mode)
-    with inside_offloading(unet):
-        HookRegistry.check_if_exists_or_initialize(unet).register_hook(steering, LEVERS_HOOK)
+    set_hook(unet, LEVERS_HOOK, steering)
     try:
         attachment.set_interpolation(levers.change("weights", 1.0, context))
         attachment.change_embeds(_ChangedEmbeds(steering) if levers.acting("embeddings") else None)
@@ -146,13 +146,9 @@ def release(attachment: Attachment) -> None:
 
 def _take_off(attachment: Attachment) -> None:
     """All but the adapter's mixed weights, which the next levers may want too."""
-    unet, hook = denoiser_of(attachment.pipe), attachment.hook
-    registry = HookRegistry.check_if_exists_or_initialize(unet)
-    steering = registry.get_hook(LEVERS_HOOK)
-    if not isinstance(steering, Steering):
+    hook = attachment.hook
+    if not set_hook(denoiser_of(attachment.pipe), LEVERS_HOOK):
         return
-    with inside_offloading(unet):
-        registry.remove_hook(LEVERS_HOOK, recurse=False)
     attachment.change_embeds(None)
     for prompt in hook.prompts:
         prompt.fusion_factor, prompt.change, prompt.change_scale = 1.0, None, None
@@ -203,21 +199,20 @@ class Steering(ModelHook):
             return forward(*args, **kwargs)
         hook = self.attachment.hook
         layout = hook.layout_of(text)
-        self._check_layout(layout)
         items = len(text) // len(layout)
-        self._check_items(items)
+        self._check_call(layout, items)
         noise = self._noise(given["timestep"])
         self._set_context(given["timestep"], noise.sigma)
         if layout == (NOTHING,):
             return self._negative_call(forward, args, kwargs)
         self._positive = self._image_part = None
         weights = self._weights(layout)
-        plain = self._fast is None and self._pipeline_combines(weights)
-        if plain and tuple(weights) == layout:
+        if self._fast is None and not self.previews and tuple(weights) == layout:
+            # the pipeline's own guidance will do
             output = forward(*args, **kwargs)
             self._positive = output[0] if self._unguided else None
             return output
-        predicted = self._predicted(forward, given, weights, layout, items)
+        predicted = self._predicted(forward, given, weights, items)
         guided = combine(weights, predicted)
         rescale = float(getattr(self.attachment.pipe, "guidance_rescale", 0.0) or 0.0)
         if rescale and len(weights) > 1 and BOTH in predicted:
@@ -227,7 +222,11 @@ class Steering(ModelHook):
             self._positive = guided if self._unguided else None
             self._image_part = guided - predicted[TEXT] if TEXT in predicted else None
         if self.previews:
-            self.guess = noise.clean(_sample(given, items, guided), guided)
+            clean = noise.clean(_sample(given, items, guided), guided)
+            if clean.ndim == 3:  # Flux' tokens hold two by two latents each
+                size = [2 * side for side in hook.prompts[0].slot.latents]
+                clean = self.attachment.pipe._unpack_latents(clean, *size, 1)
+            self.guess = clean
         return self._returned(torch.cat([guided] * len(layout)), given)
 
     def _negative_call(self, forward: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -285,11 +284,6 @@ class Steering(ModelHook):
             )
         return branch_weights(1.0, image)
 
-    def _pipeline_combines(self, weights: dict[str, float]) -> bool:
-        """Whether the pipeline's own guidance gives what is wanted."""
-        usual = {NOTHING, BOTH} == weights.keys() or len(weights) == 1
-        return usual and not self.previews
-
     def _set_context(self, timestep: Any, sigma: float) -> None:
         hook = self.attachment.hook
         self.context = replace(self.context, progress=hook.progress(timestep), sigma=sigma)
@@ -305,37 +299,28 @@ class Steering(ModelHook):
         return [lever.phase(self.context) for lever in levers if lever.phase is not None]
 
     def _predicted(
-        self,
-        forward: Any,
-        given: dict[str, Any],
-        weights: dict[str, float],
-        layout: tuple[str, ...],
-        items: int,
+        self, forward: Any, given: dict[str, Any], weights: dict[str, float], items: int
     ) -> dict[str, Tensor]:
         """Each branch's prediction; in fast mode some are made of what was computed before."""
         fast = self._fast
         if fast is None:
-            return self._branches(forward, given, tuple(weights), layout, items)
+            return self._branches(forward, given, tuple(weights), items)
         wanted = fast.plan(self.context.progress, weights, given["sample"].shape)
         with fast.acting():
-            computed = self._branches(forward, given, wanted, layout, items)
+            computed = self._branches(forward, given, wanted, items)
         return fast.completed(weights, computed)
 
     def _branches(
-        self,
-        forward: Any,
-        given: dict[str, Any],
-        wanted: tuple[str, ...],
-        layout: tuple[str, ...],
-        items: int,
+        self, forward: Any, given: dict[str, Any], wanted: tuple[str, ...], items: int
     ) -> dict[str, Tensor]:
         """Each wanted branch's prediction, all in one pass of the UNet."""
         hook = self.attachment.hook
         full = len(given["encoder_hidden_states"])
-        rows = [row for b in wanted for row in self._rows(b, layout, items)]
+        first = {branch: 0 if branch == NOTHING else full - items for branch in wanted}
+        rows = [first[branch] + item for branch in wanted for item in range(items)]
         arguments = {
             # positions have no batch, but may be as many as it has rows
-            name: value if name.endswith("_ids") else _picked(value, rows, full)
+            name: value if name.endswith("_ids") else picked(value, rows, full)
             for name, value in given.items()
         }
         arguments["encoder_hidden_states"] = self._text_rows(given, wanted, rows)
@@ -346,11 +331,6 @@ class Steering(ModelHook):
         finally:
             hook.layout = None  # also after an error: the next call tells its branches itself
         return dict(zip(wanted, output.chunk(len(wanted)), strict=True))
-
-    @staticmethod
-    def _rows(branch: str, layout: tuple[str, ...], items: int) -> range:
-        at = 0 if branch == NOTHING else len(layout) - 1
-        return range(at * items, (at + 1) * items)
 
     def _text_rows(self, given: dict[str, Any], wanted: tuple[str, ...], rows: list[int]) -> Tensor:
         """The text of some branches, the same tensor as long as the pipeline's is the same."""
@@ -378,7 +358,7 @@ class Steering(ModelHook):
         alpha = float(np.interp(t, np.arange(len(alphas)), alphas.float().cpu().numpy()))
         return DiffusionNoise(alpha, scheduler.config.prediction_type)
 
-    def _check_layout(self, layout: tuple[str, ...]) -> None:
+    def _check_call(self, layout: tuple[str, ...], items: int) -> None:
         alone = (NOTHING,) if self.attachment.hook.alone else (BOTH,)
         if layout not in ((NOTHING, BOTH), (BOTH,), alone):
             raise ModelError(
@@ -387,8 +367,6 @@ class Steering(ModelHook):
                 found=f"a call of the UNet with the branches {', '.join(layout)}",
                 fix="Call `release(attachment)`, or use a pipeline without it.",
             )
-
-    def _check_items(self, items: int) -> None:
         if items != len(self.context.seeds):
             raise ArgumentError(
                 "differ in number from the images of this call",
@@ -403,10 +381,9 @@ class _ChangedEmbeds:
 
     def __init__(self, steering: Steering) -> None:
         self._levers, context = steering.levers, steering.context
-        prompts = context.prompts or ("",) * len(context.seeds)
         self._contexts = [
-            replace(context, seeds=(seed,), prompts=(prompt,) if context.prompts else ())
-            for seed, prompt in zip(context.seeds, prompts, strict=True)
+            replace(context, seeds=(seed,), prompts=context.prompts[item : item + 1])
+            for item, seed in enumerate(context.seeds)
         ]
         self.items = len(self._contexts)
 
@@ -454,36 +431,6 @@ def _check(levers: Levers, attachment: Attachment, seeds: int) -> None:
                 "changes an image's embeddings, and the prompt holds its tokens",
                 where=unread[0][0].name,
             )
-
-
-def _picked(value: Any, rows: list[int], full: int) -> Any:
-    """The rows of some branches, of whatever holds one for each of the batch."""
-    if isinstance(value, Tensor) and value.ndim and len(value) == full:
-        return value[rows]
-    if isinstance(value, (list, tuple)):
-        return type(value)(_picked(part, rows, full) for part in value)
-    if isinstance(value, dict):
-        return {name: _picked(part, rows, full) for name, part in value.items()}
-    return value
-
-
-def branch_weights(text: float, image: float) -> dict[str, float]:
-    """Weights of ε(∅,∅), ε(T,∅) and ε(T,I) in the guided prediction, zero ones left out.
-
-    ε = ε(∅,∅) + w_T [ε(T,∅) − ε(∅,∅)] + w_I [ε(T,I) − ε(T,∅)], the factorisation of
-    InstructPix2Pix (arXiv:2211.09800, equation 3) with the text first. Equal weights need two
-    passes, as does w_T = 1.
-    """
-    weights = {NOTHING: 1 - text, TEXT: text - image, BOTH: image}
-    return {branch: weight for branch, weight in weights.items() if weight}
-
-
-def combine(weights: dict[str, float], predictions: dict[str, Tensor]) -> Tensor:
-    """Weighted sum of the branches' predictions."""
-    if list(weights) == [NOTHING, BOTH]:  # as pipelines write it, to the bit
-        nothing, both = predictions[NOTHING], predictions[BOTH]
-        return nothing + weights[BOTH] * (both - nothing)
-    return torch.stack([w * predictions[b] for b, w in weights.items()]).sum(0)
 
 
 def _sample(given: dict[str, Any], items: int, predicted: Tensor) -> Tensor:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks import ModelHook
 from torch.nn import functional as F
 
-from ipdiverse.adapter.attach.attach import Attachment, checked_denoiser, detach, inside_offloading
+from ipdiverse.adapter.attach.attach import Attachment, checked_denoiser, detach, set_hook
 from ipdiverse.adapter.attach.attach import attach as attach_adapters
 from ipdiverse.adapter.attach.hook import argument_names
 from ipdiverse.adapter.attach.stock import (
@@ -278,12 +278,9 @@ def scale_references(
         check_range("scale", number, 0, 10)
     for name, share in (("start_at", start_at), ("end_at", end_at)):
         check_range(name, share, 0, 1)
-    registry = HookRegistry.check_if_exists_or_initialize(model)
-    with inside_offloading(model):
-        if registry.get_hook(_REFERENCES) is not None:  # diffusers refuses a second of one name
-            registry.remove_hook(_REFERENCES, recurse=False)
-        if bool((scales != 1).any()) or (start_at, end_at) != (0, 1):
-            registry.register_hook(_ScaledReferences(pipe, scales, (start_at, end_at)), _REFERENCES)
+    acts = bool((scales != 1).any()) or (start_at, end_at) != (0, 1)
+    scaled = _ScaledReferences(pipe, scales, (start_at, end_at))
+    set_hook(model, _REFERENCES, scaled if acts else None)
 
 
 class _ScaledReferences(ModelHook):

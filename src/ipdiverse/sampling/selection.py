@@ -114,11 +114,14 @@ def _seen(attachment: Attachment, guesses: Tensor) -> Tensor:
     rows = []
     for guess in guesses.split(min(4, max(1, 4 * 512**2 // pixels_of_one))):
         with full_range(vae):
-            latents = (guess / vae.config.scaling_factor).to(device, vae.dtype)
+            shift = getattr(vae.config, "shift_factor", None) or 0.0
+            latents = (guess / vae.config.scaling_factor + shift).to(device, vae.dtype)
             pixels = vae.decode(latents).sample.float().clamp(-1, 1)
         shrunk = F.interpolate(pixels, (side, side), mode="bilinear", antialias=True)
         normal = ((shrunk + 1) / 2 - mean.to(shrunk)) / std.to(shrunk)
-        rows.append(encoder(normal.to(parameter.device, parameter.dtype)).image_embeds)
+        output = encoder(normal.to(parameter.device, parameter.dtype))
+        embeds = getattr(output, "image_embeds", None)  # SigLIP pools its states
+        rows.append(output.pooler_output if embeds is None else embeds)
     return torch.cat(rows)
 
 

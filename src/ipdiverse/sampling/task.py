@@ -75,7 +75,7 @@ def task_for(base: Base, request: Request, pictures: Pictures) -> Task:
     if request.width or request.height:
         settings |= {"width": size[0], "height": size[1]}
     if request.controlnet:
-        extra["controlnet"] = load_part("ControlNetModel", request.controlnet, base)
+        extra["controlnet"] = _controlnet(base, request)
         settings["controlnet_conditioning_scale"] = request.control_scale
     kind = "Text2Image"
     if request.init_image:
@@ -94,7 +94,8 @@ def task_for(base: Base, request: Request, pictures: Pictures) -> Task:
         share = float(np.asarray(pictures.masks[file]).mean()) / 255
         notes.append(f"mask {quoted(file)}: its image acts on {100 * share:.3g} % of the picture")
     if request.control_image:
-        name = "control_image" if request.init_image else "image"
+        plain = getattr(base.pipe, "unet", None) is not None and not request.init_image
+        name = "image" if plain else "control_image"
         picture = pictures.images[request.control_image]
         fitted[name] = _fitted("control image", picture, size, request.fit, notes)
     notes += [note for text in request.prompt for note in _cut_words(base, "prompt", text)]
@@ -107,6 +108,16 @@ def task_for(base: Base, request: Request, pictures: Pictures) -> Task:
     if kind == "Text2Image" and not extra:
         return Task(base, fitted, settings, notes)
     return Task(replace(base, pipe=_pipeline(kind, base, extra)), fitted, settings, notes)
+
+
+def _controlnet(base: Base, request: Request) -> Any:
+    if getattr(base.pipe, "unet", None) is not None:
+        return load_part("ControlNetModel", request.controlnet, base)
+    if request.init_image:
+        what, fix = "has no ControlNet with an init image", "Leave one of them out."
+        raise ArgumentError(what, where=base.name, fix=fix)
+    kind = type(base.pipe.transformer).__name__.replace("Transformer2D", "ControlNet")
+    return load_part(kind, request.controlnet, base)
 
 
 def _cut_words(base: Any, name: str, prompt: str) -> list[str]:

@@ -43,6 +43,8 @@ IS_SCENE = 0.7
 _FOLDS = 5
 _SAMPLE, _EXACT, _TOGETHER = 4096, 4096, 256
 """Directions are found in a sample where tokens are wider than the second number."""
+_HELD = 2**29
+"""Numbers that are held at once, 2 GB: a picture of Flux Redux is three million."""
 _KEY_WIDTH = 48
 _PROMPTS = 250
 _FOUND = 0.75
@@ -212,7 +214,8 @@ class _Tokens:
         with tqdm(total=files, unit="picture", disable=None) as progress:
             for subject in (*self.groups.items(), None):
                 names = [name for _, group in some for name in group]
-                if names and (subject is None or len(names) >= _TOGETHER):
+                full = len(names) >= min(_TOGETHER, _HELD // self.width)
+                if names and (subject is None or full):
                     parts = self.of(names).split([len(group) for _, group in some])
                     yield [(*one, part) for one, part in zip(some, parts, strict=True)]
                     progress.update(len(names))
@@ -267,7 +270,8 @@ def _exact(tokens: _Tokens) -> tuple[Tensor, Tensor, Tensor, float]:
 def _sampled(tokens: _Tokens) -> tuple[Tensor, Tensor, Tensor, float]:
     """From a bounded sample, as a covariance of SDXL's 32,768 numbers would take 8 GB."""
     every = [name for files in tokens.groups.values() for name in files]
-    order = torch.randperm(len(every), generator=torch.Generator().manual_seed(0))[:_SAMPLE]
+    most = min(_SAMPLE, _HELD // tokens.width)
+    order = torch.randperm(len(every), generator=torch.Generator().manual_seed(0))[:most]
     rows = torch.cat([tokens.of([every[i] for i in part.tolist()]) for part in order.split(64)])
     mean = rows.mean(0)
     rows -= mean

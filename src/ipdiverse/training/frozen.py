@@ -19,7 +19,7 @@ from torch import Tensor
 from ipdiverse.adapter.attach.branches import text_mask
 from ipdiverse.adapter.attach.encoding import ImageEncoding
 from ipdiverse.base.bases import load_base, load_image_encoder
-from ipdiverse.base.pipelines import check_trainable, load_unet
+from ipdiverse.base.pipelines import check_trainable, load_unet, native_side
 from ipdiverse.data.references import augment
 from ipdiverse.errors import ModelError, check_range
 from ipdiverse.provenance import derived_seed
@@ -110,7 +110,7 @@ class FrozenEncoders:
     @property
     def resolution(self) -> int:
         """Height and width in pixels that the base was made for."""
-        return self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor
+        return native_side(self.pipe)
 
     @torch.no_grad()
     def moments(self, pixels: Tensor) -> dict[str, Tensor]:
@@ -165,9 +165,14 @@ def open_encoders(
     *,
     local_files_only: bool = False,
     unet: bool = True,
+    trains: bool = True,
 ) -> FrozenEncoders:
-    """The encoders of a base; without `unet`, its weights are left for `load_unet`."""
-    check_trainable(base, local_files_only=local_files_only)
+    """The encoders of a base; without `unet`, its weights are left for `load_unet`.
+
+    Not to train but to `fit`, any base will do: pictures and captions alone are read.
+    """
+    if trains:
+        check_trainable(base, local_files_only=local_files_only)
     options: dict[str, Any] = {"local_files_only": local_files_only}
     own = None if image_encoder is None else ""  # a preset's encoder is not fetched in vain
     opened = load_base(base, safety_checker=False, encoder=own, unet=unet, **options)

@@ -1,4 +1,4 @@
-"""How close images are to the reference and to the prompt, in words and as a small plot.
+"""What images look like while they are drawn, and how close they are to reference and prompt.
 
 A cosine tells a reader nothing, and every encoder has its own scale of them. So closeness to the
 reference is told in bands, and closeness to the prompt as a rank: how many of other texts fit the
@@ -12,25 +12,114 @@ never called close.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
 from html import escape
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
+import torch
+from torch.nn import functional as F
 
+from ipdiverse.adapter.attach.stock import shadow
 from ipdiverse.base.bases import CRITTERS, CRITTERS_ORACLE
+from ipdiverse.base.memory import full_range
 from ipdiverse.evaluation.features import COPY, FeatureEncoder
+from ipdiverse.sampling.denoiser import FlowNoise, clean_guess
 from ipdiverse.sampling.selection import joint_text
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from PIL import Image
+    from torch import Tensor
 
     from ipdiverse.adapter.attach.attach import Attachment
+    from ipdiverse.base.bases import Base
     from ipdiverse.sampling.request import Request
+
+
+_SIGHT = 32
+"""Previews are of latents scaled down to this side."""
+_COLOURS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+"""Of VAEs that have decoded something: what `colours` found."""
+
+
+@contextmanager
+def watched(base: Base) -> Iterator[Callable[[int], list[Image.Image]]]:
+    """What a batch looks like so far: small pictures of its first images, when called.
+
+    A guess of the clean latents, decoded. It only reads what the scheduler and the VAE are given
+    and give, so the images stay the same to the bit. There are none where a base cannot show them.
+    """
+    pipe: Any = base.pipe
+    step, decode, called = pipe.scheduler.step, pipe.vae.decode, list[Any]()
+    # offloaded, the VAE would push the denoiser out; what it made before tells how to do without
+    offloaded = base.plan is not None and base.plan.offload != "none"
+
+    @wraps(step)
+    def noted(model_output: Any, timestep: Any, sample: Any, *given: Any, **named: Any) -> Any:
+        scaled = getattr(pipe.scheduler, "scale_model_input", lambda sample, _: sample)
+        called[:] = model_output, timestep, scaled(sample, timestep)  # its step counts on after it
+        return step(model_output, timestep, sample, *given, **named)
+
+    @wraps(decode)
+    def learned(latents: Any, *given: Any, **named: Any) -> Any:
+        output = decode(latents, *given, **named)
+        _COLOURS[pipe.vae] = colours(latents, output[0])
+        return output
+
+    def guessed(images: int) -> list[Image.Image]:
+        if not called or (offloaded and pipe.vae not in _COLOURS):
+            return []
+        latents = _clean_latents(pipe, *called, images=images)
+        if offloaded:
+            seen = (_rows(latents) @ _COLOURS[pipe.vae].to(latents.device)).movedim(-1, 1)
+        else:
+            with full_range(pipe.vae):
+                seen = decode(latents.to(pipe.vae.dtype)).sample
+        return pipe.image_processor.postprocess(seen) if seen.isfinite().all() else []
+
+    undo = [shadow(pipe.scheduler, "step", noted)]
+    undo += [shadow(pipe.vae, "decode", learned)] if offloaded else []
+    try:
+        yield guessed
+    finally:
+        for one in undo:
+            one()
+
+
+def _clean_latents(pipe: Any, predicted: Any, timestep: Any, sample: Any, images: int) -> Any:
+    """What a scheduler's step says the clean latents are, small, as the VAE reads them."""
+    schedule, scale = pipe.scheduler, pipe.vae.config
+    if hasattr(pipe, "unet"):
+        alpha, kind = schedule.alphas_cumprod[int(timestep)], schedule.config.prediction_type
+        clean = clean_guess(kind, sample[:images], predicted[:images], float(alpha))
+    else:  # transformers are flows, whose timestep says how much of the noise is left
+        noise = FlowNoise(float(timestep) / schedule.config.num_train_timesteps)
+        clean = noise.clean(sample[:images], predicted[:images])
+    if clean.ndim == 3:  # Flux packs 2x2 latents into a token
+        side = math.isqrt(clean.shape[1]) * 2 * pipe.vae_scale_factor  # the page draws squares
+        clean = pipe._unpack_latents(clean, side, side, pipe.vae_scale_factor)
+    if (longest := max(clean.shape[-2:])) > _SIGHT:  # a decoder's time grows with the area
+        clean = F.interpolate(clean, scale_factor=_SIGHT / longest, mode="area")
+    return clean / scale.scaling_factor + (getattr(scale, "shift_factor", None) or 0)
+
+
+def colours(latents: Tensor, pixels: Tensor) -> Tensor:
+    """The linear map from latents (batch, n, …), and 1, to the RGB that a VAE made, (n + 1, 3)."""
+    small = F.interpolate(pixels.float(), latents.shape[-2:], mode="area").movedim(1, -1)
+    given, wanted = (one.flatten(0, -2).cpu() for one in (_rows(latents), small))
+    return torch.linalg.lstsq(given, wanted).solution
+
+
+def _rows(latents: Tensor) -> Tensor:
+    last = latents.float().movedim(1, -1)
+    return torch.cat([last, torch.ones_like(last[..., :1])], -1)
 
 
 @dataclass(frozen=True)
@@ -209,8 +298,6 @@ def _oracle() -> Any:
 
 
 def _shares(pipe: Any, seen: np.ndarray, prompt: str, embedded: bool) -> tuple[float, ...] | None:
-    import torch
-
     if not prompt.strip():
         return None
     others = _captions() if embedded else _OTHER_TEXTS
@@ -218,7 +305,7 @@ def _shares(pipe: Any, seen: np.ndarray, prompt: str, embedded: bool) -> tuple[f
         read = joint_text(pipe, [prompt, *others], seen.shape[1])
     if read is None:
         return None
-    texts = torch.nn.functional.normalize(read, dim=1).cpu().numpy()
+    texts = F.normalize(read, dim=1).cpu().numpy()
     fits = seen @ texts.T
     return tuple(map(float, (fits[:, 1:] < fits[:, :1]).mean(1)))
 

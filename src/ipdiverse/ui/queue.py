@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from ipdiverse.dial import dial_of
@@ -22,12 +24,11 @@ from ipdiverse.errors import ArgumentError, IpdiverseError
 from ipdiverse.sampling.draw import Drawing, Generation, drawing
 from ipdiverse.sampling.saving import Run, fingerprint
 from ipdiverse.sampling.task import LastBase
-from ipdiverse.ui.closeness import Closeness, judged
+from ipdiverse.ui.closeness import Closeness, judged, watched
 from ipdiverse.writing import ensure_writable_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Mapping
-    from pathlib import Path
 
     from PIL import Image
 
@@ -48,8 +49,8 @@ _UNHEARD = 15.0
 """Seconds after which a job is dropped whose page does not wait for it."""
 _WAIT, _LOOK = 0.1, 0.2
 """Seconds between two tries for a turn, and between two looks at a job."""
-_SIGHTS, _SIGHT = 4, 32
-"""Previews come so often for each batch, less one, of latents scaled down to this side."""
+_SIGHTS = 4
+"""Previews come so often for each batch, less one."""
 SCENES = "scenes"
 """What recipes and archives call the folder of a visitor's own scenes."""
 
@@ -201,50 +202,6 @@ class GaveWay(Exception):  # noqa: N818 - an event, not an error
     """Somebody else is to draw first; the job goes on afterwards."""
 
 
-@contextmanager
-def watched(base: Base) -> Iterator[Callable[[int], list[Image.Image]]]:
-    """What a UNet's batch looks like so far: small pictures of its first images, when called.
-
-    A guess of the clean latents, decoded. It only reads what the UNet is given and gives, so the
-    images stay the same to the bit. There are no pictures where a base cannot show them.
-    """
-    pipe: Any = base.pipe
-    called: list[Any] = []
-
-    def note(_: object, given: tuple[Any, ...], output: Any) -> None:
-        called[:] = *given[:2], output[0]
-
-    def guessed(images: int) -> list[Image.Image]:
-        if not called:
-            return []
-        import torch
-
-        from ipdiverse.sampling.denoiser import clean_guess
-
-        (sample, timestep, predicted), vae, schedule = called, pipe.vae, pipe.scheduler
-        if pipe.do_classifier_free_guidance:
-            without, within = predicted.chunk(2)
-            predicted = without + pipe.guidance_scale * (within - without)
-        alpha, kind = schedule.alphas_cumprod[int(timestep)], schedule.config.prediction_type
-        clean = clean_guess(kind, sample[:images], predicted[:images], float(alpha))
-        if (side := max(clean.shape[-2:])) > _SIGHT:  # a decoder's time grows with the area
-            clean = torch.nn.functional.interpolate(clean, scale_factor=_SIGHT / side, mode="area")
-        with torch.no_grad():
-            seen = vae.decode(clean.to(vae.dtype) / vae.config.scaling_factor).sample
-        # half precision overflows in some VAEs
-        return pipe.image_processor.postprocess(seen) if seen.isfinite().all() else []
-
-    # offloaded, the VAE would push the UNet out; others have no UNet, or latents of other kinds
-    offloaded = base.plan is not None and base.plan.offload != "none"
-    usable = hasattr(pipe, "unet") and not offloaded
-    hook = pipe.unet.register_forward_hook(note) if usable else None
-    try:
-        yield guessed
-    finally:
-        if hook is not None:
-            hook.remove()
-
-
 @dataclass(frozen=True)
 class Sheet:
     """The images of one request.
@@ -252,7 +209,6 @@ class Sheet:
     Args:
         request: Defaults filled in, references by the names a visitor gave them. After a stop, `n`
             is the number of finished images.
-        files: The images.
         notes: What the visitor should know.
         calibrated: The adapter carries its own dial.
         closeness: To the reference and the prompt; None where no encoder sees images.
@@ -260,7 +216,6 @@ class Sheet:
     """
 
     request: Request
-    files: list[Path]
     notes: list[str]
     calibrated: bool
     closeness: Closeness | None
@@ -437,7 +392,7 @@ class Job:
                 ended, self.previews = error, []
                 self.done = self._finished  # what was begun is drawn again, or never
             if self._drawn:
-                sheet = partial(_sheet, work, named, self._drawn, files, inside, run)
+                sheet = partial(_sheet, work, named, self._drawn, inside, run)
                 self._so_far = lambda: {inside: sheet(compared=False)}
                 if not isinstance(ended, GaveWay):
                     self.sheets[inside], self._so_far = sheet(), None
@@ -472,7 +427,6 @@ def _sheet(
     work: Drawing,
     named: Request,
     images: list[Image.Image],
-    files: list[Path],
     inside: str,
     run: Run,
     compared: bool = True,
@@ -482,10 +436,25 @@ def _sheet(
     indices = [job.index for job in work.jobs[: len(images)]]
     fewer = replace(named, n=len(images))
     made = Generation(fewer, work.references, images, work.notes, indices)
+    if len(images) < run.total:
+        run = _whole(run, replace(work.request, n=len(images)), made.record(inside))
     run.begin(made.record(inside))
     run.finish(made.sheet(), work.notes)
     calibrated = dial_of(work.attachment.adapters[0].spec, "adapter") is not None
     # the pipeline is somebody else's when a job is stopped while it waits
     closeness = judged(work.attachment, images, work.references, fewer) if compared else None
     usual = work.task.base.guidance_scale
-    return Sheet(fewer, list(files), work.notes, calibrated, closeness, usual)
+    return Sheet(fewer, work.notes, calibrated, closeness, usual)
+
+
+def _whole(run: Run, request: Request, record: dict[str, Any]) -> Run:
+    """A set that was stopped, as a request for its images alone writes it, file by file."""
+    own = Run(run.folder, fingerprint(request), request.n, run.images)
+    # beside it, and moved: at no time is a file missing that the page may be showing
+    with TemporaryDirectory(dir=run.folder.parent) as folder:
+        beside = replace(own, folder=Path(folder), images={})
+        beside.begin(record)
+        for number, image in run.images.items():
+            file = beside.add(number, image)
+            file.replace(run.folder / file.name)
+    return own

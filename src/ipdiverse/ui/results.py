@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import re
 import shutil
-import textwrap
 import uuid
 import zipfile
 from collections.abc import Iterator
@@ -293,44 +292,20 @@ def as_python(requests: Mapping[str, Request]) -> str:
     """A program that draws the same images.
 
     Args:
-        requests: As `as_commands` takes them; of several, all ask for the same but numbers.
+        requests: As `as_commands` takes them.
     """
-    (folder, first), *others = requests.items()
-    given = f"    {_one_or_list(first.image)},\n    {_one_or_list(first.prompt)},\n"
-    if not others:
-        listed = _listed(_arguments(first), "    ")
-        return (
-            f"import ipdiverse\n\nresult = ipdiverse.generate(\n{given}{listed})\n"
-            f"result.save({folder!r})\n"
-        )
-    each = {out: _arguments(request) for out, request in requests.items()}
-    shared = {
-        name: value
-        for name, value in each[folder].items()
-        if all(name in own and own[name] == value for own in each.values())
-    }
-    varied = "".join(
-        f"    {out!r}: { ({k: v for k, v in own.items() if k not in shared})!r},\n"
-        for out, own in each.items()
-    )
-    body = textwrap.indent(f"{given}{_listed(shared, '    ')}", "    ")
-    return (
-        f"import ipdiverse\n\ncells = {{\n{varied}}}\nfor out, cell in cells.items():\n"
-        f"    result = ipdiverse.generate(\n{body}        **cell,\n    )\n    result.save(out)\n"
-    )
+    program = ["import ipdiverse\n"]
+    for folder, request in requests.items():
+        stated = request.stated(*_STATED).items()
+        named = [f"{k}={value!r}" for k, value in stated if k not in ("image", "prompt")]
+        given = [_one_or_list(request.image), _one_or_list(request.prompt), *named]
+        listed = "".join(f"    {one},\n" for one in given)
+        program.append(f"result = ipdiverse.generate(\n{listed})\nresult.save({folder!r})\n")
+    return "\n".join(program)
 
 
 _STATED = ("n", "seed", "base", "adapter", "scale", "steps", "guidance_scale")
 """Arguments that a program states even when they are at their default."""
-
-
-def _arguments(request: Request) -> dict[str, Any]:
-    stated = request.stated(*_STATED).items()
-    return {name: value for name, value in stated if name not in ("image", "prompt")}
-
-
-def _listed(arguments: Mapping[str, Any], indent: str) -> str:
-    return "".join(f"{indent}{name}={value!r},\n" for name, value in arguments.items())
 
 
 def _one_or_list(values: tuple[str, ...]) -> str:

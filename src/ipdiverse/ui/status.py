@@ -66,12 +66,7 @@ def answered(handler: Callable[..., Any]) -> Callable[..., Any]:
 
         return stepwise
 
-    @wraps(handler)
-    def at_once(*args: Any) -> Any:
-        with _in_a_line(name):
-            return handler(*args)
-
-    return at_once
+    return _in_a_line(name)(handler)
 
 
 def on_load(handler: Callable[..., Any], inputs: Any, outputs: Any) -> None:

@@ -6,8 +6,8 @@ one reference, the same noise in every cell.
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
-from functools import partial
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -231,7 +231,8 @@ def _made(references: gr.Gallery) -> Made:
 def _gallery(elem_id: str, look: Sequence[str] = ("images",), **others: Any) -> gr.Gallery:
     options: dict[str, Any] = {"format": "png", "interactive": False, "object_fit": "contain"}
     options |= {"columns": 4, "height": "auto", "buttons": ["download", "fullscreen"]}
-    return gr.Gallery(elem_id=elem_id, elem_classes=list(look), **options | others)
+    named = {"label": "Images", "elem_id": elem_id, "elem_classes": list(look)}
+    return gr.Gallery(**options | named | others)
 
 
 def _last(session: Session) -> Job | None:
@@ -322,11 +323,8 @@ def grid_tab(sessions: Sessions, installed: Installed, opened: gr.Tab, theirs: g
         prompt, negative, across, down, *others = values
         given = session.chosen.get("grid", [])
         one = request_from(installed, given, prompt, negative, *others, n=1)  # of one seed for all
-        return cells(
-            _numbers("diversity", across, DIVERSITIES),
-            _numbers("scale", down, SCALES),
-            partial(replace, one),
-        )
+        rows, columns = _numbers("scale", down, SCALES), _numbers("diversity", across, DIVERSITIES)
+        return cells(columns, rows, one)
 
     fields = [prompt, negative, diversities, scales, *more]
     remembered(sessions, installed, "grid", fields, more, [references, named])
@@ -349,12 +347,12 @@ def _choice(
     )
 
 
-def cells(diversities: Sequence[float], scales: Sequence[float], ask: Any) -> dict[str, Request]:
-    """A request for each cell, row by row, by the folder of its image."""
+def cells(across: Sequence[float], down: Sequence[float], one: Request) -> dict[str, Request]:
+    """A request for each diversity and scale, row by row, by the folder of its image."""
     return {
-        f"out/diversity-{diversity:g}-scale-{scale:g}": ask(diversity=diversity, scale=scale)
-        for scale in scales
-        for diversity in diversities
+        f"out/diversity-{dial:g}-scale-{scale:g}": replace(one, diversity=dial, scale=scale)
+        for scale in down
+        for dial in across
     }
 
 
@@ -386,7 +384,10 @@ def as_table(job: Job, cache: str) -> str:
 def _cell(job: Job, inside: str, cache: str) -> tuple[str, str]:
     """What stands in a cell, and what it opens: the image large, to look at and to save."""
     request, sheet, name = job.requests[inside], job.sheets.get(inside), Path(inside).name
-    file = quote(save_file_to_cache(job.files[inside][0], cache))
+    named = job.folder / f"{name}.png"  # a browser saves it under the name that gradio's header has
+    if not named.exists():
+        shutil.copyfile(job.files[inside][0], named)
+    file = quote(save_file_to_cache(named, cache))
     words = f"diversity {request.diversity:g}, scale {request.scale:g}"
     said = sheet.closeness.words(0) if sheet is not None and sheet.closeness is not None else ""
     alt = escape(f"{words}: {said}" if said else words)

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from ipdiverse.sampling.selection import joint_text
 from ipdiverse.sampling.task import Pictures, task_for
 from ipdiverse.training.frozen import open_encoders
 from tests import joint_models, models
+from tests.acceptance.scenes import flux_controlnet, sd3_controlnet
 from tests.acceptance.single_file import write_sd3_transformer
 
 TENSORS = {"flux": joint_models.xlabs_tensors, "sd3": joint_models.sd3_tensors}
@@ -90,6 +92,38 @@ def test_an_image_prompt_on_a_folder(
     assert "width: is not a multiple of 8" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", TENSORS)
+def test_a_controlnet_and_a_choice_of_candidates(
+    name: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stock draws noise of no seed where SD 3's reads its picture: an image is the same again."""
+    saved(name)
+    save_file(TENSORS[name](), "ad.safetensors")
+    scene = flux_controlnet if name == "flux" else sd3_controlnet
+    scene().pipe.controlnet.save_pretrained("control")
+    models.picture(2).save("b.png")
+    small = ["--width", "64", "--dtype", "float32"]
+    controlled = [*small, "--controlnet", "control", "--control-image", "b.png"]
+    for out, more in (("plain", small), ("two", controlled), ("one", controlled)):
+        count = "2" if out == "two" else "1"
+        assert generated(*more, "-n", count, "--out", out) == 0, capsys.readouterr().err
+    plain, two, other, one = (
+        np.asarray(Image.open(f"{file}.png"))
+        for file in ("plain/0000", "two/0000", "two/0001", "one/0000")
+    )
+    np.testing.assert_array_equal(two, one)
+    assert (two != plain).any()
+    assert (two != other).any()
+    assert generated(*controlled, "--init-image", "b.png", "--out", "no") == 2
+    assert "base: has no ControlNet with an init image. Leave one" in capsys.readouterr().err
+    assert generated(*small, "-n", "2", "--candidates", "3", "--out", "chosen") == 0
+    assert len(list(Path("chosen").glob("0*.png"))) == 2
+    choice = [*small, "-n", "1", "--image-encoder", "siglip", "--candidates", "2"]
+    if name == "sd3":  # its adapter reads states of either encoder here
+        joint_models.siglip().save_pretrained("siglip")
+        assert generated(*choice, "--out", "siglip-chosen") == 0, capsys.readouterr().err
+
+
 def test_training_on_a_transformer_is_one_line(folder: Path) -> None:
     (folder / "base").mkdir()
     about = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
@@ -115,6 +149,35 @@ def test_an_unknown_architecture_is_one_line(kind: str, folder: Path) -> None:
     )
     with pytest.raises(ipdiverse.IpdiverseError, match=expected):
         ipdiverse.load_base("base")
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "PixArtTransformer2DModel": {"in_channels": 4, "out_channels": 8, "cross_attention_dim": 8},
+    "AuraFlowTransformer2DModel": {
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_mmdit_layers": 1,
+        "num_single_dit_layers": 1,
+        "joint_attention_dim": 8,
+        "caption_projection_dim": 8,
+        "pos_embed_max_size": 16,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_attaching_to_another_transformer_names_what_is_supported(kind: str) -> None:
+    import diffusers
+
+    build: Any = getattr(diffusers, kind)
+    small = {"sample_size": 8, "num_attention_heads": 2, "attention_head_dim": 4}
+    layers = {} if "num_mmdit_layers" in OTHERS[kind] else {"num_layers": 1, "caption_channels": 8}
+    pipe = types.SimpleNamespace(transformer=build(**small, **OTHERS[kind], **layers))
+    adapter = joint_models.adapter(joint_models.xlabs_tensors())
+    line = "image prompts do not know; expected a pipeline of .* or of Flux.1; found " + kind
+    for attempt in (ipdiverse.attach, lambda pipe, _: ipdiverse.diversify(pipe)):
+        with pytest.raises(ipdiverse.IpdiverseError, match=line):
+            attempt(pipe, adapter)
 
 
 def test_transformers_compute_in_bfloat16() -> None:

@@ -16,7 +16,7 @@ NAMES = [
     *(f"sdxl{end}" for end in ("", "-vit-g", "-plus", "-plus-face")),
     *(f"sdxl-faceid{end}" for end in ("", "-plusv2", "-portrait")),
     "kolors",
-    *(f"flux-{end}" for end in ("dev", "dev-v2", "dev-instantx", "schnell")),
+    *(f"flux-{end}" for end in ("dev", "dev-v2", "dev-instantx", "dev-redux", "schnell")),
     *("sd35-large", "sd35-medium"),
 ]
 UNPINNED = {

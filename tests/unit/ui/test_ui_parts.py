@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from ipdiverse.cli import main
 from ipdiverse.critters.make import example
 from ipdiverse.critters.render import render
 from ipdiverse.critters.scene import ATTRIBUTES, IDENTITY
@@ -24,6 +26,7 @@ from ipdiverse.errors import ArgumentError, IpdiverseError
 from ipdiverse.sampling.request import Request
 from ipdiverse.ui import Installed, closeness, find_installed, page, results, status, uploads
 from ipdiverse.ui.closeness import BANDS, CRITTER_BANDS, Closeness
+from tests import joint_models, models
 
 REQUEST = Request(
     image=("cat.png",),
@@ -317,6 +320,99 @@ def watching(opened: Any, looks: list[Any]) -> Any:
             return looks[-1]
 
         yield look
+
+
+def test_the_command_of_a_cancelled_set_finds_it_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ipdiverse.ui import queue
+
+    name, data = uploads.example_files()[0]
+    (tmp_path / name).write_bytes(data)
+    request = replace(REQUEST, image=(str(tmp_path / name),), n=6, steps=1, prompt=("a critter",))
+
+    def heard() -> bool:
+        if job.images == 4:
+            job.stop()
+        return True
+
+    job = queue.Job(queue.Turns(), {"out": request}, (name,), tmp_path / "job", heard=heard)
+    job.start()
+    assert job.wait(300)
+    assert (job.error, job.images, job.stopped) == (None, 4, True)
+    with zipfile.ZipFile(results.archive_of(job)) as archive:
+        archive.extractall(tmp_path)
+        (unpacked,) = {Path(inside).parts[0] for inside in archive.namelist()}
+    monkeypatch.chdir(tmp_path / unpacked)
+    before = {file: file.read_bytes() for file in Path("out").iterdir()}
+    assert len(before) == 6, "four images, their sheet and record"
+    command = results.as_commands({"out": job.sheets["out"].request})
+    assert main(shlex.split(command)[1:]) == 0
+    assert {file: file.read_bytes() for file in before} == before
+    assert not Path("out-2").exists()
+
+
+def drawn_in_sight(pipe: Any, offload: str = "none", look: bool = True) -> tuple[Any, list[Any]]:
+    """Images of a small pipeline, and what was seen after each step."""
+    base: Any = SimpleNamespace(pipe=pipe, plan=SimpleNamespace(offload=offload))
+    own = ((pipe.scheduler, "step"), (pipe.vae, "decode"))
+    before, seen = [vars(one).get(name) for one, name in own], []
+    with closeness.watched(base) if look else nullcontext() as guessed:
+
+        def told(_: Any, step: int, time: Any, given: Any) -> Any:
+            seen.append(guessed(2) if guessed else [])
+            return given
+
+        images = pipe(
+            ["a red critter", "a dog", "a cat"],
+            height=64,
+            width=64,
+            num_inference_steps=3,
+            guidance_scale=3.0,
+            generator=[torch.Generator().manual_seed(seed) for seed in range(3)],
+            callback_on_step_end=told,
+        ).images
+    assert [vars(one).get(name) for one, name in own] == before, "nothing is left"
+    return [np.asarray(image).astype(float) for image in images], seen
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3", "sd1"])
+def test_previews_end_in_the_image_on_every_architecture(name: str) -> None:
+    pipe = (models if name == "sd1" else joint_models).pipeline(name, fresh=True)
+    if name != "sd1":  # random ones hardly change what they are given
+        pipe.transformer.proj_out.weight.data *= 20
+    final, seen = drawn_in_sight(pipe)
+    again, _ = drawn_in_sight(pipe, look=False)
+    np.testing.assert_array_equal(final, again)
+    assert [len(one) for one in seen] == [2, 2, 2]
+    for preview, image in zip(seen[-1], final, strict=False):
+        assert np.abs(np.asarray(preview) - image).max() <= 1, "what the last step leaves"
+    assert np.abs(np.asarray(seen[0][0]) - final[0]).max() > 1
+
+
+def test_offloaded_models_are_seen_by_the_colours_of_what_they_drew() -> None:
+    pipe = joint_models.pipeline("flux", fresh=True)
+    final, seen = drawn_in_sight(pipe, "model")
+    assert seen == [[], [], []], "nothing was decoded yet"
+    with pytest.MonkeyPatch.context() as patch:
+        decoded = []
+        decode = pipe.vae.decode
+        patch.setattr(pipe.vae, "decode", lambda *a, **k: decoded.append(a) or decode(*a, **k))
+        _, seen = drawn_in_sight(pipe, "model")
+    assert len(decoded) == 1, "by the pipeline, at its end"
+    assert [len(one) for one in seen] == [2, 2, 2]
+    small = Image.fromarray(final[0].astype(np.uint8)).resize(
+        seen[-1][0].size, Image.Resampling.BOX
+    )
+    wanted = np.asarray(small).astype(float)
+    assert np.abs(np.asarray(seen[-1][0]) - wanted).mean() < np.abs(wanted - wanted.mean()).mean()
+
+
+def test_colours_of_a_vae_that_is_linear_are_found() -> None:
+    latents, linear = torch.randn(2, 4, 8, 8), torch.randn(5, 3)
+    pixels = torch.einsum("bchw,cr->brhw", latents, linear[:4]) + linear[4][:, None, None]
+    large = torch.nn.functional.interpolate(pixels, scale_factor=8)
+    torch.testing.assert_close(closeness.colours(latents, large), linear)
 
 
 def test_a_page_that_was_closed_leaves_its_results_to_the_next(tmp_path: Path) -> None:

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
-from diffusers.hooks import HookRegistry
+from diffusers.hooks import HookRegistry, ModelHook
 
 from ipdiverse.adapter.attach.branches import forget_prompts, watch_prompts
 from ipdiverse.adapter.attach.encoding import (
@@ -22,12 +21,12 @@ from ipdiverse.adapter.attach.encoding import (
     Scenes,
     encode_references,
 )
-from ipdiverse.adapter.attach.hook import ActiveAdapter, ImagePromptHook, check_caches
+from ipdiverse.adapter.attach.hook import ActiveAdapter, ImagePromptHook
 from ipdiverse.adapter.attach.joint import (
+    JointAttention,
     attended,
     check_fits,
     checked_transformer,
-    joint_processors,
     transformer_layers,
 )
 from ipdiverse.adapter.attention import DecoupledAttention, Slot
@@ -35,16 +34,14 @@ from ipdiverse.adapter.model import (
     ImagePromptAdapter,
     attention_layers,
     check_encoder,
-    check_layers,
-    layer_widths,
 )
 from ipdiverse.adapter.reference import Reference, as_reference, split_batch
 from ipdiverse.adapter.scale import Scale, resolve_scale, unet_layers
-from ipdiverse.base.pipelines import denoiser_of
+from ipdiverse.base.pipelines import check_caches, denoiser_of
 from ipdiverse.errors import ArgumentError, ModelError, check_range, check_whole
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from PIL import Image
     from torch import Tensor
@@ -334,10 +331,7 @@ def attach(
         image_processor or getattr(pipe, "feature_extractor", None),
     )
     for adapter in adapters:
-        if joint:
-            check_fits(adapter, unet)
-        else:
-            check_layers(adapter, layer_widths(unet))
+        check_fits(adapter, unet)
         check_encoder(adapter, encoding.encoder)
     one = Scale(lambda _layer, _progress: 1.0)
     prompts = [ActiveAdapter(adapter, Slot(adapter.layers()), one) for adapter in adapters]
@@ -345,13 +339,12 @@ def attach(
         prompt.place(unet.device, unet.dtype)
     before = dict(unet.attn_processors)  # diffusers takes a dict only if it names every layer
     slots = [prompt.slot for prompt in prompts]
-    mine = joint_processors(unet, slots) if joint else _processors(unet, slots)
+    mine = _processors(unet, slots, joint)
     layers = transformer_layers(unet, slots) if joint else unet_layers(unet)
     unet.set_attn_processor({name: mine.get(name, old) for name, old in before.items()})
     homes = [(unet.get_submodule(n.removesuffix(".processor")), p) for n, p in mine.items()]
     hook = ImagePromptHook(pipe, prompts, layers, homes, before)
-    with inside_offloading(unet):
-        HookRegistry.check_if_exists_or_initialize(unet).register_hook(hook, _HOOK)
+    set_hook(unet, _HOOK, hook)
     # words are for fusion alone: finding them tokenizes every prompt once more
     fuses = any(adapter.fusion is not None for adapter in adapters)
     watch_prompts(pipe, hook.encoded, hook.words if fuses else None)
@@ -375,29 +368,30 @@ def detach(pipe: Any) -> None:
     for name, processor in hook.before.items():
         # one by one: stock counts the layers of a projection that was loaded meanwhile too
         denoiser.get_submodule(name.removesuffix(".processor")).set_processor(processor)
-    with inside_offloading(denoiser):
-        registry = HookRegistry.check_if_exists_or_initialize(denoiser)
-        if registry.get_hook(LEVERS_HOOK) is not None:
-            registry.remove_hook(LEVERS_HOOK, recurse=False)
-        registry.remove_hook(_HOOK, recurse=False)
+    for name in (LEVERS_HOOK, _HOOK):
+        set_hook(denoiser, name)
 
 
-@contextmanager
-def inside_offloading(unet: Any) -> Iterator[None]:
-    """Take accelerate's wrapper off the UNet's `forward`, and put it back around what is there.
+def set_hook(denoiser: Any, name: str, hook: ModelHook | None = None) -> bool:
+    """Put a hook in place of the one with its name, or none; whether there was one.
 
-    `enable_model_cpu_offload` unwraps and wraps again after every call of the pipeline, and so
-    drops what was put around it, or brings back what was taken out from under it.
+    `enable_model_cpu_offload` unwraps and wraps `forward` again after every call of the pipeline,
+    and so drops what was put around its wrapper, or brings back what was taken out from under it.
+    So that comes off meanwhile, and goes back around what is there.
     """
-    offloading = getattr(unet, "_hf_hook", None)
-    if offloading is None:
-        yield
-        return
-    remove_hook_from_module(unet)
+    offloading = getattr(denoiser, "_hf_hook", None)
+    if offloading is not None:
+        remove_hook_from_module(denoiser)
     try:
-        yield
+        registry = HookRegistry.check_if_exists_or_initialize(denoiser)
+        if found := registry.get_hook(name) is not None:  # a second of one name is refused
+            registry.remove_hook(name, recurse=False)
+        if hook is not None:
+            registry.register_hook(hook, name)
     finally:
-        add_hook_to_module(unet, offloading)
+        if offloading is not None:
+            add_hook_to_module(denoiser, offloading)
+    return found
 
 
 def hook_of(unet: Any) -> ImagePromptHook | None:
@@ -407,12 +401,14 @@ def hook_of(unet: Any) -> ImagePromptHook | None:
     return hook if isinstance(hook, ImagePromptHook) else None
 
 
-def _processors(unet: Any, slots: list[Slot]) -> dict[str, DecoupledAttention]:
+def _processors(denoiser: Any, slots: list[Slot], joint: bool) -> dict[str, Any]:
     """A processor for each layer that has an image branch or a low-rank change."""
     touched = {number for slot in slots for number in slot.weights}
     return {
-        f"{name}.processor": DecoupledAttention(number, slots, attended)
-        for number, name in attention_layers(unet).items()
+        name: JointAttention(number, slots, before, text_first=name.startswith("single"))
+        if joint
+        else DecoupledAttention(number, slots, attended)
+        for number, (name, before) in enumerate(denoiser.attn_processors.items())
         if number in touched
     }
 
@@ -420,9 +416,8 @@ def _processors(unet: Any, slots: list[Slot]) -> dict[str, DecoupledAttention]:
 def checked_denoiser(pipe: Any) -> tuple[Any, bool]:
     """The denoiser of a pipeline, and whether it is a transformer."""
     joint = getattr(pipe, "unet", None) is None and hasattr(pipe, "transformer")
-    denoiser, named = (
-        (checked_transformer(pipe), "transformer") if joint else (_checked_unet(pipe), "UNet")
-    )
+    denoiser = checked_transformer(pipe) if joint else _checked_unet(pipe)
+    named = "transformer" if joint else "UNet"
     if any(hasattr(processor, "to_k_ip") for processor in denoiser.attn_processors.values()):
         raise ModelError(
             "has an adapter of load_ip_adapter",

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ipdiverse.adapter.attention import BOTH, NOTHING
+from ipdiverse.adapter.attention import BOTH, NOTHING, TEXT
 from ipdiverse.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -287,3 +287,33 @@ def _words(
         truncation=True,
         return_tensors="pt",
     ).attention_mask.bool()
+
+
+def branch_weights(text: float, image: float) -> dict[str, float]:
+    """Weights of ε(∅,∅), ε(T,∅) and ε(T,I) in the guided prediction, zero ones left out.
+
+    ε = ε(∅,∅) + w_T [ε(T,∅) − ε(∅,∅)] + w_I [ε(T,I) − ε(T,∅)], the factorisation of
+    InstructPix2Pix (arXiv:2211.09800, equation 3) with the text first. Equal weights need two
+    passes, as does w_T = 1.
+    """
+    weights = {NOTHING: 1 - text, TEXT: text - image, BOTH: image}
+    return {branch: weight for branch, weight in weights.items() if weight}
+
+
+def combine(weights: dict[str, float], predictions: dict[str, Tensor]) -> Tensor:
+    """Weighted sum of the branches' predictions."""
+    if list(weights) == [NOTHING, BOTH]:  # as pipelines write it, to the bit
+        nothing, both = predictions[NOTHING], predictions[BOTH]
+        return nothing + weights[BOTH] * (both - nothing)
+    return torch.stack([w * predictions[b] for b, w in weights.items()]).sum(0)
+
+
+def picked(value: Any, rows: list[int], full: int) -> Any:
+    """The rows of some branches, of whatever holds one for each of the batch."""
+    if isinstance(value, Tensor) and value.ndim and len(value) == full:
+        return value[rows]
+    if isinstance(value, (list, tuple)):
+        return type(value)(picked(part, rows, full) for part in value)
+    if isinstance(value, dict):
+        return {name: picked(part, rows, full) for name, part in value.items()}
+    return value

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ipdiverse.adapter.attach.hook import ReferenceTokens
 from ipdiverse.adapter.imagine import SceneBank
 from ipdiverse.adapter.reference import (
     Reference,
+    ReferenceTokens,
     RegionMask,
     check_parts,
     combine_embeds,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,11 +13,11 @@ from torch import Tensor
 
 from ipdiverse.adapter.attach.branches import KEPT_PROMPTS, GivenWords, Told, tell_branches
 from ipdiverse.adapter.attach.joint import is_transformer, latent_grid, with_image_tokens
-from ipdiverse.adapter.attention import BOTH, NOTHING, Slot, TokenGroup
+from ipdiverse.adapter.attention import BOTH, NOTHING, Slot, TokenGroup, opposed_tokens
 from ipdiverse.adapter.model import interpolated, placed, state_of
-from ipdiverse.adapter.reference import RegionMask
-from ipdiverse.adapter.scale import checked_items, checked_number
-from ipdiverse.base.pipelines import denoiser_of
+from ipdiverse.adapter.reference import ReferenceTokens, RegionMask
+from ipdiverse.adapter.scale import for_batch
+from ipdiverse.base.pipelines import check_caches, denoiser_of
 from ipdiverse.errors import ArgumentError, ModelError
 
 if TYPE_CHECKING:
@@ -32,16 +31,6 @@ MASKS = "ip_adapter_masks"
 """Where stock pipelines expect masks, in `cross_attention_kwargs`."""
 EMBEDS = "ip_adapter_image_embeds"
 """Where pipelines of transformers put what `prepare_ip_adapter_image_embeds` gave."""
-_CACHES = (
-    "faster_cache",
-    "fbc",
-    "mag_cache",
-    "pyramid_attention",
-    "sea_cache",
-    "taylorseer",
-    "text_kv",
-)
-"""What the names of the hooks of diffusers' caches begin with."""
 _KEPT = 4
 """Texts whose tokens are kept: pipelines and levers may call the UNet with as many in turn."""
 
@@ -56,17 +45,6 @@ class _Prepared:
     layout: Layout
     time: float | None  # of tokens that differ at every step
     groups: list[list[TokenGroup]]
-
-
-@dataclass(eq=False)
-class ReferenceTokens:
-    """Projected tokens of every item's references that share one attention, before fusion."""
-
-    positive: Tensor  # (items, references, tokens, width)
-    negative: Tensor  # of the unconditional branch; one entry serves every item
-    mask: RegionMask | None = None  # where they act; None is everywhere
-    # what a fusion drew, and of what: drawing costs more than what levers change at every step
-    drawn: tuple[Any, tuple[Tensor, Tensor], Tensor] | None = None
 
 
 @dataclass(eq=False)
@@ -242,10 +220,8 @@ class ImagePromptHook(ModelHook):
         if self._told is None or self._told[0] is not text:
             self._told = text, tell_branches(self.pipe, text, self.encoded)
             self._take_given(text, self._told[1].layout)
-        self._check_references()
         layout = self._told[1].layout
-        for prompt in self.prompts:
-            _check_items(prompt, len(text), layout)
+        self._check_references(len(text), layout)
         return layout
 
     def _take_given(self, text: Tensor, layout: Layout) -> None:
@@ -318,12 +294,22 @@ class ImagePromptHook(ModelHook):
             for region, (part, i) in zip(regions[0], each, strict=True)
         ]
 
-    def _check_references(self) -> None:
+    def _check_references(self, batch: int, layout: Layout) -> None:
         if not all(prompt.references for prompt in self.prompts):
             raise ArgumentError(
                 "no reference was set",
                 where="adapter",
                 fix="Call set_reference, or give the pipeline an ip_adapter_image.",
+            )
+        items = next((p.items for p in self.prompts if batch % (len(layout) * p.items)), None)
+        if items is not None:
+            raise ArgumentError(
+                "the number of references does not fit the batch",
+                where="adapter",
+                expected=f"{items} outputs, or a multiple",
+                found=batch // len(layout),
+                fix="Give one reference, one per prompt, or one per output; several images of one "
+                "item are one Reference([...]).",
             )
 
     def _check_processors(self) -> None:
@@ -351,9 +337,7 @@ class ImagePromptHook(ModelHook):
                 return known.layout
         check_caches(denoiser_of(self.pipe))  # once a text, not at every step
         layout = self.layout or self.layout_of(text)
-        self._check_references()
         for number, prompt in enumerate(self.prompts):
-            _check_items(prompt, len(text), layout)
             prompt.place(text.device, text.dtype)
             parts = self._parts(number)
             prompt.slot.groups = [self._group(prompt, part, text, layout) for part in parts]
@@ -395,7 +379,7 @@ class ImagePromptHook(ModelHook):
             tokens = torch.cat([prompt.change(t) if b == BOTH else t for b, t in parts])
         mask = None if part.mask is None else part.mask.repeated(branches, repeats)
         tokens = tokens.flatten(1, 2)
-        return TokenGroup(tokens, mask, _opposed(tokens, layout))
+        return TokenGroup(tokens, mask, opposed_tokens(tokens, layout))
 
     def _drawn(
         self,
@@ -459,7 +443,7 @@ class ImagePromptHook(ModelHook):
         for prompt, scale in zip(self.prompts, scales, strict=True):
             prompt.slot.opposed = scale.opposed
             prompt.slot.scales = {
-                layer.number: _for_batch(scale.at(layer, progress), batch // branches, branches)
+                layer.number: for_batch(scale.at(layer, progress), batch // branches, branches)
                 for layer in self.layers
             }
 
@@ -492,57 +476,5 @@ def argument_names(module: torch.nn.Module) -> list[str]:
     return [name for name in inspect.signature(type(inner).forward).parameters if name != "self"]
 
 
-def check_caches(unet: Any) -> None:
-    """Refuse diffusers' caches: they fail with image prompts, cache nothing, or leak into calls."""
-    for module in unet.modules():
-        registry = getattr(module, "_diffusers_hook", None)
-        for name in () if registry is None else registry.hooks:
-            if name.startswith(_CACHES):
-                raise ModelError(
-                    "does not work with an image prompt",
-                    where="pipeline",
-                    found=f"the cache {name} of diffusers",
-                    fix="Open the pipeline without it; `--fast 1` to 3 (`fast=`) works with one.",
-                )
-
-
 def _identities(masks: Any) -> list[int]:
     return [id(one) for one in (masks if isinstance(masks, (list, tuple)) else [masks])]
-
-
-def _check_items(prompt: ActiveAdapter, batch: int, layout: Layout) -> None:
-    if batch % (len(layout) * prompt.items):
-        raise ArgumentError(
-            "the number of references does not fit the batch",
-            where="adapter",
-            expected=f"{prompt.items} outputs, or a multiple",
-            found=batch // len(layout),
-            fix="Give one reference, one per prompt, or one per output; several images of one "
-            "item are one Reference([...]).",
-        )
-
-
-def _opposed(tokens: Tensor, layout: Layout) -> Tensor:
-    """Image tokens where there were none, and none where they were: (branches × items) again."""
-    if BOTH not in layout:
-        return torch.zeros_like(tokens)
-    positive = tokens.chunk(len(layout))[layout.index(BOTH)]
-    rows = [positive if branch == NOTHING else torch.zeros_like(positive) for branch in layout]
-    return torch.cat(rows)
-
-
-def _for_batch(scale: float | Tensor, items: int, branches: int) -> float | Tensor:
-    """A scale for each row of a call, (branches × items), of one for each item or prompt."""
-    if isinstance(scale, float) and -math.inf < scale < math.inf:
-        return scale
-    scale = checked_items(scale) if isinstance(scale, Tensor) else checked_number(scale)
-    if not isinstance(scale, Tensor) or scale.ndim == 0:
-        return scale
-    if items % len(scale):
-        raise ArgumentError(
-            "has the wrong length",
-            where="scale",
-            expected=f"a number for each of {items} items, or for each prompt of theirs",
-            found=len(scale),
-        )
-    return scale.repeat_interleave(items // len(scale)).repeat(branches)

@@ -18,7 +18,7 @@ from ipdiverse.adapter.attention import (
     add_image,
     split_heads,
 )
-from ipdiverse.adapter.model import attention_layers, check_layers
+from ipdiverse.adapter.model import attention_layers, check_layers, layer_widths
 from ipdiverse.adapter.scale import Layer
 from ipdiverse.errors import ArgumentError, ModelError
 
@@ -257,25 +257,18 @@ def checked_transformer(pipe: Any) -> Any:
 def check_fits(adapter: ImagePromptAdapter, model: Any) -> None:
     """Refuse an adapter for another architecture, or with layers of other sizes."""
     known, style = styles_of(model), None if adapter.joint is None else adapter.joint.style
-    if style not in known:
-        raise ModelError(
-            "does not fit this transformer",
-            where="adapter",
-            expected=" or ".join(known),
-            found=style or "an adapter for a UNet",
-            fix="It was trained for another base model.",
-        )
-    if style == "redux":  # it has no layers
+    if not known:  # a UNet
+        check_layers(adapter, layer_widths(model))
+        return
+    wanted, found = " or ".join(known), str(style or "an adapter for a UNet")
+    if style == "redux" and style in known:  # it has no layers
         width = model.config.joint_attention_dim
         if adapter.token_width == width:
             return
-        raise ModelError(
-            "does not fit this transformer",
-            where="adapter",
-            expected=f"tokens of width {width}, as its text has",
-            found=adapter.token_width,
-            fix="It was trained for another base model.",
-        )
+        wanted, found = f"tokens of width {width}, as its text has", str(adapter.token_width)
+    if style not in known or style == "redux":
+        what, fix = "does not fit this transformer", "It was trained for another base model."
+        raise ModelError(what, where="adapter", expected=wanted, found=found, fix=fix)
     names = attention_layers(model)
     if style == "xlabs":
         names = {n: name for n, name in names.items() if not name.startswith("single")}
@@ -299,21 +292,6 @@ def transformer_layers(model: Any, slots: list[Slot]) -> list[Layer]:
         Layer(n, f"{_BLOCKS[home[0]]}.{home[1]}", blocks.index(home), len(blocks))
         for n, home in homes.items()
     ]
-
-
-def joint_processors(model: Any, slots: list[Slot]) -> dict[str, JointAttention]:
-    """A processor for each layer that an adapter acts in."""
-    touched = {number for slot in slots for number in slot.weights}
-    return {
-        f"{name}.processor": JointAttention(
-            number,
-            slots,
-            model.attn_processors[f"{name}.processor"],
-            text_first=name.startswith("single"),
-        )
-        for number, name in attention_layers(model).items()
-        if number in touched
-    }
 
 
 def latent_grid(img_ids: Tensor) -> tuple[int, int]:

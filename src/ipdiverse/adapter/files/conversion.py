@@ -37,6 +37,10 @@ _SUFFIXES: dict[Target, tuple[str, ...]] = {
 }
 
 
+_UNREAD = {"diffusers": ("instantx", "redux"), "tencent": ("xlabs", "redux")}
+"""Kinds of adapters of transformers that the readers of a layout do not know (`model.Joint`)."""
+
+
 def convert(
     source: Path,
     target: str | os.PathLike[str],
@@ -52,6 +56,10 @@ def convert(
     # only our spec has a place for the version, so other layouts need not be told it
     version = face_id_plus_v2 if to == "ipdiverse" or "shortcut" in spec else bool(face_id_plus_v2)
     adapter = adapter_from_tensors(found.tensors, source, spec, version)
+    style = adapter.joint.style if adapter.joint else ""
+    if style in _UNREAD.get(to, ()):
+        what, fix = f"nobody reads {style} adapters in the layout {to}", "Choose --to ipdiverse."
+        raise OutputError(what, where=goal, fix=fix)
     kept, notes = _kept(found.tensors, adapter, to)
     if not spec and to == "ipdiverse":
         spec = {"converted_from": found.layout}

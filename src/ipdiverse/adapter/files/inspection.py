@@ -14,10 +14,12 @@ from ipdiverse.adapter.files.containers import Contents, first_of, open_checkpoi
 from ipdiverse.adapter.files.layouts import BASE_WEIGHTS, normalise, recognise, with_base_weights
 from ipdiverse.adapter.files.structure import describe, dtype_name, misfits, skeleton
 from ipdiverse.adapter.model import ImagePromptAdapter
+from ipdiverse.base.presets import encoder_of
 from ipdiverse.errors import CheckpointError
 from ipdiverse.loading import what_is
 
-_UNKNOWN = ("kind", "family", "num_tokens", "token_width", "clip_dim", "face_dim", "fusion", "lora")
+_UNKNOWN = ("kind", "family", "num_tokens", "token_width", "clip_dim", "face_dim", "encoder")
+_UNKNOWN += ("fusion", "lora")
 
 Report = dict[str, Any]
 
@@ -106,6 +108,8 @@ def _understand(contents: Contents, spec: Mapping[str, Any]) -> Report:
     if adapter is not None:
         described = describe(adapter)
         about |= {name: described[name] for name in ("kind", "family", "fusion")}
+        encoder = encoder_of(adapter.reads[-1], adapter.clip_dim or 0)
+        about["encoder"] = encoder and encoder.name
         about |= described["dims"] | {"lora": _lora_of(tensors)} | misfits(tensors, adapter)
         about["holds_base_weights"] = any(name.startswith(BASE_WEIGHTS) for name in tensors)
     about["loads"] &= not (about["missing"] or about["unexpected"] or about["mismatched"])
@@ -130,5 +134,6 @@ def _reads(report: Report) -> str:
     if report["clip_dim"] is not None:
         pooled = report["kind"] in ("base", "pooled")
         name = "the pooled image embedding" if pooled else "the image encoder's hidden states"
-        parts.append(f"{name} of width {report['clip_dim']}")
+        encoder = f" ({report['encoder']})" if report["encoder"] else ""
+        parts.append(f"{name} of width {report['clip_dim']}{encoder}")
     return " and ".join(parts) or "unknown"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ipdiverse.adapter.files.structure import base_family, describe, stock_notes
 from ipdiverse.base.adapters import PUBLISHED, PUBLISHED_SPACE
 from ipdiverse.base.pipelines import HUB_ID
-from ipdiverse.base.presets import PRESETS
+from ipdiverse.base.presets import PRESETS, encoder_of
 from ipdiverse.contact_sheet import labelled_points
 from ipdiverse.dial import dial_of
 from ipdiverse.errors import ArgumentError, ModelError
@@ -34,13 +34,6 @@ CURVE = "dial.png"
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
 _SHORT = {"SD 1.x": "sd15", "SDXL": "sdxl"}
 _AUTHORS = "h94/IP-Adapter"
-_ENCODERS = {
-    ("pooled", 1024): "models/image_encoder",
-    ("hidden", 1280): "models/image_encoder",
-    ("pooled", 1280): "sdxl_models/image_encoder",
-    ("hidden", 1664): "sdxl_models/image_encoder",
-}
-"""Folders of the original authors' repository, by what an adapter reads and how wide that is."""
 _PROVENANCE = ("command", "git_revision", "data", "versions", "converted_from", "reference")
 
 
@@ -63,7 +56,9 @@ def model_card(adapter: ImagePromptAdapter, repo_id: str, stated: Stated | None 
     """What a page about this adapter should say (`card.md`), with the hub's metadata."""
     stated = stated or Stated()
     base, own = stated.base_model or _known_base(adapter), _own_base(adapter)
-    folder = _ENCODERS.get((adapter.reads[-1], adapter.clip_dim or 0))
+    encoder = encoder_of(adapter.reads[-1], adapter.clip_dim or 0)
+    theirs = encoder is not None and encoder.repository.id == _AUTHORS
+    folder = encoder.weights[0].rpartition("/")[0] if encoder and theirs else ""
     dial, described = dial_of(adapter.spec, "adapter"), describe(adapter)
     family = own or described["family"]
     tokens = described["dims"]["num_tokens"] or "as many as the image encoder has states"

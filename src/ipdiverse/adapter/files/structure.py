@@ -127,7 +127,10 @@ def base_family(adapter: ImagePromptAdapter) -> str:
     numbers = list(adapter.widths())
     if numbers != list(range(1, 2 * len(numbers), 2)):  # there, every second one is self-attention
         return "custom"
-    return _FAMILIES.get((adapter.token_width, len(numbers)), "custom")
+    found = _FAMILIES.get((adapter.token_width, len(numbers)), "custom")
+    # Kolors' have SDXL's layout, and read an encoder that no other published adapter reads
+    kolors = (found, adapter.kind, adapter.clip_dim) == ("SDXL", "plus", 1024)
+    return "Kolors" if kolors else found
 
 
 def stock_notes(adapter: ImagePromptAdapter) -> list[str]:
@@ -135,7 +138,9 @@ def stock_notes(adapter: ImagePromptAdapter) -> list[str]:
     projection = adapter.image_proj
     part, count = "", 4
     if isinstance(projection, LinearProjection):
-        part, count = "image tokens", projection.num_tokens
+        # XLabs' second adapter, of 16 tokens, is told by its size
+        known = projection.proj.out_features == 65536
+        part, count = "image tokens", 4 if known else projection.num_tokens
     elif isinstance(projection, ResamplerProjection):
         part, count = "resampler layers", len(projection.layers)
     return [] if count == 4 else [f"stock diffusers takes 4 {part} for granted; this has {count}"]
@@ -298,28 +303,15 @@ def _disagreements(adapter: ImagePromptAdapter) -> list[str]:
         for number, (found, _) in adapter.widths().items()
         if found != width
     ]
-    held = _fusion_tokens(fusion)
-    if held is not None and projection.num_tokens not in {None, len(held[1])}:
-        wrong.append(
-            f"fusion.{held[0]} has {len(held[1])} tokens, expected {projection.num_tokens}"
-        )
-    if fusion is not None and (found := _fusion_width(fusion)) != width:
-        wrong.append(f"fusion reads tokens of width {found}, expected the projection's {width}")
+    for name in ("gate", "place"):  # of these a fusion has a row for each image token
+        held = getattr(fusion, name, None)
+        if held is not None and projection.num_tokens not in {None, len(held)}:
+            wrong.append(f"fusion.{name} has {len(held)} tokens, expected {projection.num_tokens}")
+    for name in ("image_in", "to_q", "query"):  # reads them, by the kind of fusion
+        found = getattr(getattr(fusion, name, None), "in_features", width)
+        if found != width:
+            wrong.append(f"fusion reads tokens of width {found}, expected the projection's {width}")
     return wrong
-
-
-def _fusion_tokens(fusion: Fusion | None) -> tuple[str, Tensor] | None:
-    """What of a fusion has a row for each image token, if anything has."""
-    if isinstance(fusion, GatedFusion):
-        return "gate", fusion.gate
-    return ("place", fusion.place) if isinstance(fusion, GenerativeFusion) else None
-
-
-def _fusion_width(fusion: Fusion) -> int:
-    if isinstance(fusion, GenerativeFusion):
-        return fusion.image_in.in_features
-    layer = fusion.to_q if isinstance(fusion, GatedFusion) else fusion.query
-    return layer.in_features
 
 
 def dtype_name(tensor: Tensor) -> str:
