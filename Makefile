@@ -73,13 +73,18 @@ fmt: $(STAMP) ## format, and mend what can be mended
 	$(BIN)/ruff format
 
 # --small is the embedded base; what docs/inference.md tells of Stable Diffusion 1.5 takes far longer.
-benchmarks: $(STAMP) ## time rendering, generation, the dial, fast mode, attention, training; out/benchmarks.md
+# On a GPU add `python benchmarks/inference.py --base sd15 sdxl --sizes 512 1024 --steps 30 --out FILE`.
+ROUNDS ?= 15
+CLUSTER ?= driver workers model
+benchmarks: $(STAMP) ## time all that has a peer, into out/benchmarks.md (ROUNDS=1 for a look)
 	mkdir -p out/benchmarks
 	$(BIN)/python benchmarks/render.py
-	for part in generate dial fast attention training; do \
-		$(BIN)/python benchmarks/$$part.py --out out/benchmarks/$$part.json || exit 1; done
-	$(BIN)/python benchmarks/inference.py --small --out out/benchmarks/inference.json
-	$(BIN)/python benchmarks/cluster.py
+	for part in generate dial fast attention training peers; do \
+		$(BIN)/python benchmarks/$$part.py --rounds $(ROUNDS) --out out/benchmarks/$$part.json \
+			|| exit 1; done
+	$(BIN)/python benchmarks/inference.py --small --rounds $(ROUNDS) \
+		--out out/benchmarks/inference.json
+	$(BIN)/python benchmarks/cluster.py $(CLUSTER) --out out/benchmarks/cluster.json
 	$(BIN)/python benchmarks/page.py out/benchmarks --json out/benchmarks.json --page out/benchmarks.md
 
 study-quick: $(STAMP) ## a coarse curve of variety against fidelity, in minutes

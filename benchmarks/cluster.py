@@ -44,6 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cells", nargs="*", default=["driver", "workers", "model"])
     parser.add_argument("--rows", type=int, help="one size of `driver`, in this process")
+    parser.add_argument("--out", type=Path, default=TARGET)
     asked = parser.parse_args()
     if asked.rows:
         print(json.dumps(driver(asked.rows)))
@@ -57,7 +58,7 @@ def main() -> None:
         found["workers"] = workers()
     if "model" in asked.cells:
         found["model"] = model(found["driver"]["rows"])
-    TARGET.write_text(json.dumps(found, indent=2) + "\n")
+    asked.out.write_text(json.dumps(found, indent=2) + "\n")
 
 
 def _alone(*words: str) -> str:

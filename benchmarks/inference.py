@@ -1,12 +1,14 @@
 """An image prompt by ipdiverse against stock diffusers: same weights, dtype and seeds, one process.
 
-    python benchmarks/inference.py [--rounds 15] [--sizes 128 256] [--steps 4] [--small]
-        [--cells ready repeated] [--out FILE.json]
+    python benchmarks/inference.py [--base sd15 sdxl small] [--device cuda] [--dtype float16]
+        [--rounds 15] [--sizes 128 256] [--steps 4] [--cells ready repeated] [--out FILE.json]
 
-The Stable Diffusion 1.5 architecture with random weights (`--small`: the embedded one). Rounds
-alternate between the two, stock first in even rounds; a figure is the median of the rounds' ratios
-stock / ours (above 1: ours is faster), with a bootstrap interval of 95 %. Operations are counted
-too, as noise hides small differences in time.
+Architectures of Stable Diffusion 1.5 and XL with random weights, or the embedded base ("small",
+also as `--small`). On a GPU, which is taken where there is one, in fp16, with images a second and
+the most memory that was in use; `--sizes 512 1024 --steps 30` are usual there. Rounds alternate
+between the two, stock first in even rounds; a figure is the median of the rounds' ratios stock /
+ours (above 1: ours is faster), with a bootstrap interval of 95 %. Operations are counted too, as
+noise hides small differences in time.
 """
 
 from __future__ import annotations
@@ -20,14 +22,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
 from safetensors.torch import save_file
-from timing import flops, machine, ratio
+from timing import flops, machine, most_memory, ratio
 from transformers import (
     CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
 )
@@ -90,12 +99,56 @@ def sd15() -> StableDiffusionPipeline:
     )
 
 
+def sdxl() -> StableDiffusionXLPipeline:
+    """Stable Diffusion XL's architecture and ViT-H's, with random weights."""
+    small = sd15()  # whose first text encoder, image encoder and scheduler it shares
+    unet = UNet2DConditionModel(
+        sample_size=128,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(320, 640, 1280),
+        transformer_layers_per_block=(1, 2, 10),
+        attention_head_dim=(5, 10, 20),
+        cross_attention_dim=2048,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+    )
+    text = CLIPTextModelWithProjection(
+        CLIPTextConfig(
+            hidden_size=1280,
+            intermediate_size=5120,
+            num_hidden_layers=32,
+            num_attention_heads=20,
+            projection_dim=1280,
+        )
+    )
+    parts = {name: small.components[name] for name in ("vae", "text_encoder", "tokenizer")}
+    parts |= {name: small.components[name] for name in ("scheduler", "image_encoder")}
+    return StableDiffusionXLPipeline(
+        unet=unet,
+        text_encoder_2=text,
+        tokenizer_2=build_tokenizer(),
+        feature_extractor=small.feature_extractor,
+        **parts,
+    )
+
+
+BASES = {"sd15": sd15, "sdxl": sdxl, "small": lambda: load_base().pipe}
+NAMES = {
+    "sd15": "Stable Diffusion 1.5, ViT-H, plus",
+    "sdxl": "Stable Diffusion XL, ViT-H, plus",
+    "small": "critters",
+}
+
+
 def twin(pipe: Any) -> Any:
     """A second pipeline that shares every weight but has its own attention processors."""
     unet = UNet2DConditionModel.from_config(pipe.unet.config)
     unet.load_state_dict(pipe.unet.state_dict(), assign=True)
-    parts = {**pipe.components, "unet": unet}
-    return type(pipe)(**parts, requires_safety_checker=False)
+    more = {"requires_safety_checker": False} if "safety_checker" in pipe.components else {}
+    return type(pipe)(**{**pipe.components, "unet": unet}, **more)
 
 
 class Arms:
@@ -123,11 +176,12 @@ class Arms:
             self.stock.load_ip_adapter(folder, subfolder="", weight_name="a.safetensors")
         for module in (self.stock.unet, self.ours.unet, pipe.text_encoder, pipe.image_encoder):
             module.requires_grad_(False)
+        adapter.to(unet.device, unet.dtype)
         self.prompt = attach(self.ours, adapter.requires_grad_(False))
         self.image = Image.fromarray(
             np.random.default_rng(0).integers(0, 255, (224, 224, 3), np.uint8)
         )
-        embeds = [torch.randn(2, 1, 257, hidden)]
+        embeds = [torch.randn(2, 1, 257, hidden).to(unet.device, unet.dtype)]
         self.embeds = [e[:, :, : self._patches()] for e in embeds]
 
     def _patches(self) -> int:
@@ -168,43 +222,58 @@ class Arms:
         self.call(self.ours, size)
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     """Measure and print a table; write JSON where asked."""
     parser = argparse.ArgumentParser()
+    parser.add_argument("--base", nargs="+", default=["sd15"], choices=BASES)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--sizes", type=int, nargs="+", default=[128, 256])
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--cells", nargs="+", default=list(CELLS), choices=CELLS)
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--out", type=Path)
-    chosen = parser.parse_args()
-    pipe: Any = load_base().pipe if chosen.small else sd15()
-    width = 128 if chosen.small else 768
-    sizes = [64] if chosen.small else chosen.sizes
+    chosen = parser.parse_args(words)
+    # a CPU computes fp16 in fp32 at best
+    kind = chosen.dtype or ("float32" if chosen.device == "cpu" else "float16")
     cells: list[dict[str, Any]] = []
-    arms = Arms(pipe, width, chosen.steps)
-    for size in sizes:
-        for name in chosen.cells:
-            encode = name == "repeated"
-            stock = partial(arms.run_stock, size, encode)
-            ours = partial(arms.run_ours, size, encode)
-            cell = {"size": size, "what": CELLS[name]}
-            cell |= ratio(stock, ours, chosen.rounds)
-            cell |= {"stock_gflop": flops(stock) / 1e9, "ours_gflop": flops(ours) / 1e9}
-            cells.append(cell)
-            print(json.dumps(cell), flush=True)
-    fusion = fusion_cost(arms, sizes[0])
+    fusion = None
+    for base in ["small"] if chosen.small else chosen.base:
+        pipe = BASES[base]().to(chosen.device, getattr(torch, kind))
+        arms = Arms(pipe, {"sd15": 768, "sdxl": 1280, "small": 128}[base], chosen.steps)
+        sizes = [64] if base == "small" else chosen.sizes
+        for size in sizes:
+            for name in chosen.cells:
+                cells.append({"architecture": NAMES[base], "size": size, "what": CELLS[name]})
+                cells[-1] |= compared(arms, size, name == "repeated", chosen.rounds)
+                print(json.dumps(cells[-1]), flush=True)
+        fusion = fusion_cost(arms, sizes[0]) if fusion is None else fusion
     report = {
-        "architecture": "critters" if chosen.small else "Stable Diffusion 1.5, ViT-H, plus",
+        "architecture": cells[0]["architecture"],
         "steps": chosen.steps,
         "rounds": chosen.rounds,
         **machine(),
+        "device": chosen.device,
+        "dtype": kind,
         "cells": cells,
         "fusion_flop_share": fusion,
     }
     if chosen.out:
         chosen.out.write_text(json.dumps(report, indent=2) + "\n")
     print(table(report))
+
+
+def compared(arms: Arms, size: int, encode: bool, rounds: int) -> dict[str, Any]:
+    """Time of stock over ours, operations, images a second, and on a GPU the memory of each."""
+    stock = partial(arms.run_stock, size, encode)
+    ours = partial(arms.run_ours, size, encode)
+    found: dict[str, Any] = ratio(stock, ours, rounds)
+    found |= {"stock_gflop": flops(stock) / 1e9, "ours_gflop": flops(ours) / 1e9}
+    for name, run, seconds in (("stock", stock, "before"), ("ours", ours, "after")):
+        found[f"{name}_images_a_second"] = 1 / found[f"{seconds}_seconds"]
+        found[f"{name}_memory_gb"] = most_memory(run)
+    return found
 
 
 def fusion_cost(arms: Arms, size: int) -> float:

@@ -27,8 +27,8 @@ _HEAD = """# Benchmarks
 
 Ratios of times, peer / ours: above 1 ours is faster. Each is the median of rounds that alternate
 in one process, with a 95 % bootstrap interval; "operations" is the same ratio of operations.
-`make benchmarks` measures all of it anew, on a CPU, and writes this page. Other work ran
-beside some of it, which ratios bear better than seconds do.
+`make benchmarks` measures all of it anew and writes this page; nothing here is from a GPU. Other
+work ran beside some of it, which ratios bear better than seconds do.
 
 | what | ratio | 95 % | operations | rounds | peer | machine |
 |---|---|---|---|---|---|---|
@@ -49,6 +49,8 @@ def rows(found: Any, part: str, context: dict[str, Any]) -> Iterator[dict[str, A
         about = {name: value for name, value in found.items() if name in _ABOUT}
         numbers = {name: found[name] for name in ("ratio", "low", "high")}
         yield {"part": part, **context, **about, **numbers, **counted(found)}
+    if "not_at_hand" in found:
+        yield {"part": part, **context, "not_at_hand": found["not_at_hand"]}
     for name, one in found.items():
         if name.startswith("of_"):  # against another of our own, not the peer
             continue
@@ -133,10 +135,11 @@ def page(found: list[dict[str, Any]]) -> str:
         operations = f"{row['operations_ratio']:.2f}" if "operations_ratio" in row else ""
         where = [row.get("machine"), row.get("instructions")]
         where += [f"{row['threads']} threads"] if "threads" in row else []
+        absent = "not_at_hand" in row
         cells = [
             _label(row),
-            f"{row['ratio']:.2f}",
-            f"{row['low']:.2f} to {row['high']:.2f}",
+            "not at hand" if absent else f"{row['ratio']:.2f}",
+            row["not_at_hand"] if absent else f"{row['low']:.2f} to {row['high']:.2f}",
             operations,
             str(row.get("rounds", "")),
             row["peer"],

@@ -72,6 +72,15 @@ def flops(run: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
+def most_memory(run: Callable[[], Any]) -> float | None:
+    """The most gigabytes of a GPU's memory in use during a call, weights included; None without."""
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    return torch.cuda.max_memory_allocated() / 1e9
+
+
 def machine() -> dict[str, Any]:
     """Machine, threads and torch version, on which times depend."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None

@@ -94,6 +94,12 @@ def _run(arguments: list[str]) -> None:
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
             registry=_REGISTRY,
         )
+    out = getattr(command, "training", command)
+    for name in ("out", "folder"):
+        if "://" in (found := str(getattr(out, name, ""))):
+            fix = "Several commands keep a copy there: --out out --to " + found
+            what = "is an address, not a folder"
+            raise ArgumentError(what, where=f"--{name}", found=found, fix=fix)
     command.run()
 
 

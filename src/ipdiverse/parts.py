@@ -15,7 +15,7 @@ import json
 import re
 from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from ipdiverse.errors import ArgumentError, DataError
@@ -99,15 +99,11 @@ def part_of(out: Path, part: Part, about: Mapping[str, Any]) -> Iterator[Path]:
         about: What the work is, as JSON; only parts of the same work are merged.
     """
     folder = part.folder(out)
+    begun, done = (sealed({"about": dict(about), "done": done}) for done in (False, True))
     with only_one(folder):
-        _state(folder, about, done=False)
+        write_text_atomic(folder / STATEMENT, begun)
         yield folder
-        _state(folder, about, done=True)
-
-
-def _state(folder: Path, about: Mapping[str, Any], *, done: bool) -> None:
-    text = sealed({"about": dict(about), "done": done})
-    write_text_atomic(folder / STATEMENT, text)
+        write_text_atomic(folder / STATEMENT, done)
 
 
 @contextlib.contextmanager
@@ -126,6 +122,12 @@ def dealt_otherwise(out: Path, part: Part) -> list[Path]:
     Those of the same number hold none: reading all of them would grow with its square.
     """
     return [one for one in part_folders(out) if not one.name.endswith(f"-of-{part.count}")]
+
+
+def of_another(name: PurePath | str, part: Part) -> bool:
+    """Whether a file is in the folder of another part of the same number."""
+    others = (one for one in PurePath(name).parts if one.endswith(f"-of-{part.count}"))
+    return any(_FOLDER.fullmatch(one) and not one.startswith(f"{part.number}-") for one in others)
 
 
 def part_folders(out: Path) -> list[Path]:

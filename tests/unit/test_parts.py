@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import io
 import json
+import os
+import shutil
 import tarfile
+import threading
 import tracemalloc
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from ipdiverse.cli import main
-from ipdiverse.commands import cluster
+from ipdiverse.commands import cluster, console
 from ipdiverse.commands.cluster import Spread, merge
 from ipdiverse.data.manifest import PrepareOptions
 from ipdiverse.data.prepare import JOURNAL, prepare
@@ -32,8 +38,9 @@ ROWS = 40
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Every file that a command wrote, but for locks."""
-    files = (file for file in folder.rglob("*") if file.is_file() and file.name != ".lock")
+    """Every file that a command wrote, but for locks and the address of a copy."""
+    marks = (".lock", ".copy")
+    files = (file for file in folder.rglob("*") if file.is_file() and file.name not in marks)
     return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(files)}
 
 
@@ -315,7 +322,7 @@ def test_the_record_is_a_table_too(painter: Painter, count: int) -> None:
 def test_a_table_without_its_library_is_said_before_anything_is_drawn(
     painter: Painter, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cluster, "find_spec", lambda _: None)
+    monkeypatch.setattr(console, "find_spec", lambda _: None)
     words = ["generate", "--batch", "jobs.jsonl", "--out", "out", "--parquet"]
     assert main(words) == 2
     assert "--parquet: needs pyarrow, which is not installed" in capsys.readouterr().err
@@ -454,6 +461,228 @@ def test_what_was_merged_is_copied_to_a_store(pictures: str, stored: str) -> Non
     assert main(["merge", "out", "--to", "somewhere"]) == 2
 
 
+@pytest.fixture
+def bucket() -> Iterator[tuple[str, Any]]:
+    """An address to copy to, and its store."""
+    import fsspec
+
+    store = fsspec.filesystem("memory")
+    yield "memory://jobs/out", store
+    if store.exists("/jobs"):
+        store.rm("/jobs", recursive=True)
+
+
+def in_store(bucket: tuple[str, Any]) -> dict[str, bytes]:
+    return {
+        name.removeprefix("/jobs/out/"): bucket[1].cat(name) for name in bucket[1].find("/jobs/out")
+    }
+
+
+def machine(monkeypatch: pytest.MonkeyPatch, home: Path, name: str) -> None:
+    """Go on in a folder that shares nothing with the others but the list of jobs."""
+    folder = home / name
+    folder.mkdir()
+    for shared in ("jobs.jsonl", "a.png"):
+        shutil.copy(home / shared, folder)
+    monkeypatch.chdir(folder)
+
+
+def test_machines_without_a_shared_disk_leave_what_one_process_makes(
+    painter: Painter,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    bucket: tuple[str, Any],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    wanted = alone(painter)
+    words = ["generate", "--batch", "jobs.jsonl", "--out", "out", "--to", bucket[0], "--part"]
+    painter.left = 5
+    machine(monkeypatch, tmp_path, "lost")
+    assert main([*words, "2/3"]) == 130
+    assert painter.drawn == 5
+    painter.left = 10**9
+    for number in (1, 2, 3):
+        machine(monkeypatch, tmp_path, f"machine {number}")
+        assert main([*words, f"{number}/3"]) == 0
+    assert painter.drawn == len(wanted) - 2, "what the lost machine had drawn is in the store"
+    assert not list(Path().rglob("1-of-3")), "a part takes nothing of its siblings"
+    assert f"ipdiverse merge out --to {bucket[0]}" in capsys.readouterr().err
+    machine(monkeypatch, tmp_path, "merging")
+    assert main(["merge", "out", "--to", bucket[0]]) == 0
+    assert in_store(bucket) == wanted
+    assert not list(Path("out").rglob("*.png")), "images stay where they are"
+    lost = next(name for name in wanted if name.endswith(".png"))
+    bucket[1].rm(f"/jobs/out/{lost}")
+    machine(monkeypatch, tmp_path, "again")
+    assert main(words[:-1]) == 0
+    assert painter.drawn == len(wanted) - 1
+    assert in_store(bucket) == wanted
+    Path("jobs.jsonl").write_text(json.dumps({"image": "a.png", "prompt": "another"}))
+    assert main(words[:-1]) == 2
+    assert "holds results of other jobs; found job 0" in capsys.readouterr().err
+    assert in_store(bucket) == wanted
+
+
+def test_a_lost_image_in_a_store_is_named_by_merge(
+    painter: Painter, bucket: tuple[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["generate", "--batch", "jobs.jsonl", "--out", "out", "--to", bucket[0], "--part"]
+    for part in all_parts(2):
+        assert main([*words, str(part)]) == 0
+    bucket[1].rm("/jobs/out/0004/0000.png")
+    shutil.rmtree("out")
+    assert main(["merge", "out", "--to", bucket[0]]) == 2
+    assert "lacks images of 1 jobs; found job 4" in capsys.readouterr().err
+    painter.drawn = 0
+    assert [main([*words, str(part)]) for part in all_parts(2)] == [0, 0]
+    assert painter.drawn == 1
+    assert main(["merge", "out", "--to", bucket[0]]) == 0
+
+
+def test_a_data_set_is_prepared_from_a_store_into_a_store(
+    stored: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = f"{stored}/pictures"
+    prepare(source, Path("data"), PrepareOptions())
+    wanted = tree(Path("data"))
+    there = tmp_path / "mounted"
+    to = ["--to", there.as_uri()]
+    for number in range(3):
+        folder = tmp_path / f"machine {number}"
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        assert main(["prepare", source, "--out", "data", *to, "--part", f"{number + 1}/3"]) == 0
+    shutil.rmtree("data")
+    assert main(["merge", "data", *to]) == 0
+    assert tree(there) == wanted
+
+
+def test_files_of_the_same_size_are_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bucket: tuple[str, Any]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("out/images").mkdir(parents=True)
+    Path("out/images/a.png").write_bytes(b"before")
+    copy = cluster.Copy(Path("out"), bucket[0])
+    copy.send()
+    Path("out/images/a.png").write_bytes(b"behind")
+    copy = cluster.Copy(Path("out"), bucket[0])
+    copy.send()
+    assert (copy.sent, in_store(bucket)) == (1, {"images/a.png": b"behind"})
+    md5 = hashlib.md5(b"behind", usedforsecurity=False)
+    info, opened = type(bucket[1]).info, list[str]()
+    stated: dict[str, Any] = {}
+    system = type(bucket[1])
+    monkeypatch.setattr(system, "info", lambda *given: info(*given) | stated)
+    monkeypatch.setattr(system, "open", lambda _, path, *__: opened.append(path) or io.BytesIO())
+    for name, value in {
+        "ETag": f'"{md5.hexdigest()}"',
+        "md5Hash": base64.b64encode(md5.digest()).decode(),
+        "lfs": {"sha256": hashlib.sha256(b"behind").hexdigest()},
+    }.items():
+        stated = {name: value}
+        copy = cluster.Copy(Path("out"), bucket[0])
+        copy.send()
+        assert (copy.sent, opened) == (0, []), f"{name} says it"
+
+
+def test_of_two_that_differ_the_newer_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bucket: tuple[str, Any]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    copy = cluster.Copy(Path("out"), bucket[0])
+    for name in ("here.json", "there.json"):
+        Path("out", name).write_text("old")
+    copy.send()
+    os.utime("out/there.json", (1, 1))
+    for name in ("here.json", "there.json"):
+        bucket[1].pipe(f"/jobs/out/{name}", b"of the store")
+    Path("out/here.json").write_text("newest")
+    os.utime("out/here.json", (2**32, 2**32))
+    copy = cluster.Copy(Path("out"), bucket[0])
+    copy.fetch("")
+    copy.send()
+    assert tree(Path("out")).items() >= in_store(bucket).items()
+    assert in_store(bucket) == {"here.json": b"newest", "there.json": b"of the store"}
+
+
+def test_finished_files_are_sent_while_work_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bucket: tuple[str, Any]
+) -> None:
+    monkeypatch.setattr(cluster, "_SECONDS", 0.01)
+    sent = threading.Event()
+    send = cluster.Copy.send
+    monkeypatch.setattr(
+        cluster.Copy, "send", lambda self: send(self) or (self._known and sent.set())
+    )
+    with cluster.copied(tmp_path / "out", bucket[0], (), WHOLE) as copy:
+        assert copy is not None
+        (tmp_path / "out/1.png").write_bytes(b"image")
+        (tmp_path / "out/.2.png.tmp").write_bytes(b"half an im")
+        assert sent.wait(60)
+        assert in_store(bucket) == {"1.png": b"image"}
+        (tmp_path / "out/1.png").unlink()
+    assert not in_store(bucket), "what is removed here is removed there"
+
+
+def test_folders_that_are_no_copies_of_each_other_are_not_mixed(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    bucket: tuple[str, Any],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "two"):
+        Path(name).mkdir()
+        Path(name, "a.json").write_text(name)
+    assert main(["merge", "one", "--to", bucket[0]]) == 0
+    capsys.readouterr()
+    for words in (["two", "--to", bucket[0]], ["one", "--to", "memory://jobs/elsewhere"]):
+        assert main(["merge", *words]) == 2
+        assert "is the copy of another folder" in capsys.readouterr().err
+    assert in_store(bucket) == {"a.json": b"one"}
+    assert main(["merge", "three", "--to", "memory://jobs/nothing"]) == 2
+    assert "three: holds no parts" in capsys.readouterr().err
+
+
+def test_a_store_cannot_write_outside_of_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bucket: tuple[str, Any]
+) -> None:
+    copy = cluster.Copy(tmp_path / "out", bucket[0])
+    monkeypatch.setattr(copy.store, "find", lambda _: ["../../x"])
+    with pytest.raises(DataError, match="the path leaves its root"):
+        copy.fetch("")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--to somewhere", "--to: is no address; expected s3://bucket/out"),
+        ("--to no-such://a/b", "no-such://a/b: cannot be reached"),
+    ],
+)
+def test_an_address_that_is_none_is_one_line(
+    words: str, message: str, painter: Painter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", "--batch", "jobs.jsonl", "--out", "out", *words.split()]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+    assert painter.drawn == 0
+
+
+@pytest.mark.parametrize(
+    "command", ["generate --image a.png", "prepare critters", "train --data a"]
+)
+def test_a_folder_at_an_address_is_refused_with_what_works(
+    command: str, painter: Painter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command.split(), "--out", "s3://bucket/out"]) == 2
+    assert "--out: is an address, not a folder" in (said := capsys.readouterr().err)
+    assert "--out out --to s3://bucket/out" in said
+    assert not Path("s3:").exists()
+
+
 def test_parts_of_another_source_are_refused(pictures: str) -> None:
     prepare(pictures, Path("out"), PrepareOptions(), Part(1, 2))
     with pytest.raises(DataError, match="was prepared from something else"):
@@ -473,7 +702,7 @@ def test_a_broken_statement_is_named(tmp_path: Path) -> None:
         finished(tmp_path)
 
 
-def test_ray_and_a_part_contradict_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    command = SimpleNamespace(spread=Spread(part="1/2", ray="local"))
+def test_ray_and_a_part_contradict_each_other() -> None:
+    spread, opened = Spread(part="1/2", ray="local"), lambda: lambda _: None
     with pytest.raises(ArgumentError, match="--ray: deals the parts itself"):
-        cluster.in_parts(command)  # type: ignore[arg-type]
+        cluster.in_parts(spread, Path("out"), opened, lambda: None)

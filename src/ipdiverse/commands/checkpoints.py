@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -37,13 +37,8 @@ class Source:
         from ipdiverse.adapter.files.containers import check_is_adapter
         from ipdiverse.base.adapters import find_checkpoint
 
-        found = find_checkpoint(
-            self.source,
-            weight_name=self.weight_name,
-            subfolder=self.subfolder,
-            revision=self.revision,
-            local_files_only=self.local_files_only,
-        )
+        options = {one.name: getattr(self, one.name) for one in fields(Source)}
+        found = find_checkpoint(**options)
         check_is_adapter(found)  # before torch is imported, which takes seconds
         return found
 
@@ -144,39 +139,30 @@ class Push(Source):
 
     def run(self) -> None:
         """Upload, or write what would be."""
+        from ipdiverse.adapter.files import publishing
         from ipdiverse.adapter.files.checkpoint import load_adapter, stored_dtype
         from ipdiverse.adapter.files.containers import open_checkpoint
-        from ipdiverse.adapter.files.publishing import (
-            Stated,
-            check_repository,
-            push_files,
-            save_files,
-            space_files,
-        )
         from ipdiverse.adapter.imagine import is_space
 
-        check_repository(self.repo_id)
-        told = Stated(self.license, self.base_model)  # refused before a large file is opened
+        repo, private = self.repo_id, self.private
+        publishing.check_repository(repo)
+        # refused before a large file is opened
+        told = publishing.Stated(self.license, self.base_model)
         file = self.find()
         if is_space(open_checkpoint(file).metadata):
-            files = space_files(file, self.repo_id, told)
-            if self.dry_run:
-                self._say_dry(save_files(Path(self.out), files))
-                return
-            say(f"published {push_files(self.repo_id, lambda: files, private=self.private)}")
-            return
-        adapter = load_adapter(file, face_id_plus_v2=self.face_id_plus_v2)
-        dtype = stored_dtype(file)  # what is published is as exact as the file, and no larger
-        stated: dict[str, Any] = {"license": self.license, "base_model": self.base_model}
+            files = publishing.space_files(file, repo, told)
+            save = lambda: publishing.save_files(Path(self.out), files)  # noqa: E731
+            push = lambda: publishing.push_files(repo, lambda: files, private=private)  # noqa: E731
+        else:
+            adapter = load_adapter(file, face_id_plus_v2=self.face_id_plus_v2)
+            dtype = stored_dtype(file)  # what is published is as exact as the file, and no larger
+            stated: dict[str, Any] = {"license": self.license, "base_model": self.base_model}
+            save = lambda: adapter.save_pretrained(self.out, dtype, repo_id=repo, **stated)  # noqa: E731
+            push = lambda: adapter.push_to_hub(repo, private=private, dtype=dtype, **stated)  # noqa: E731
         if self.dry_run:
-            names = adapter.save_pretrained(self.out, dtype, repo_id=self.repo_id, **stated)
-            self._say_dry(names)
-            return
-        address = adapter.push_to_hub(self.repo_id, private=self.private, dtype=dtype, **stated)
-        say(f"published {address}")
-
-    def _say_dry(self, names: list[str]) -> None:
-        say(f"wrote {', '.join(names)} into {self.out}; nothing was uploaded")
+            say(f"wrote {', '.join(save())} into {self.out}; nothing was uploaded")
+        else:
+            say(f"published {push()}")
 
 
 @dataclass(frozen=True)
@@ -210,9 +196,8 @@ def _described(preset: Preset) -> dict[str, Any]:
         "adapter": preset.adapter,
         "image_encoder": preset.encoder and preset.encoder.repository,
     }
-    return {
-        "name": preset.name,
-        "about": preset.about,
+    shown = ("name", "about", "scheduler", "resolution", "steps", "guidance_scale", "scale")
+    return {name: getattr(preset, name) for name in shown} | {
         "bytes": total(files),
         "bytes_missing": total(lacking),
         "cached": not lacking,
@@ -225,11 +210,6 @@ def _described(preset: Preset) -> dict[str, Any]:
         "adapter": preset.weights[0],
         "image_encoder": encoder[0].name.rpartition("/")[0] if encoder else None,
         "reads": reads(preset),
-        "scheduler": preset.scheduler,
-        "resolution": preset.resolution,
-        "steps": preset.steps,
-        "guidance_scale": preset.guidance_scale,
-        "scale": preset.scale,
         "reads_faces": preset.faces,
     }
 

@@ -1,26 +1,36 @@
-"""Beyond one process: `--part i/n` and `--ray ADDRESS` of several commands, and `merge`."""
+"""Beyond one process: `--part i/n`, `--to ADDRESS` and `--ray ADDRESS`, and `merge`."""
 
 from __future__ import annotations
 
+import base64
+import contextlib
+import hashlib
+import itertools
 import os
 import sys
 from dataclasses import dataclass
-from importlib.util import find_spec
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from threading import Event, Thread
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from ipdiverse.commands.console import note, say
-from ipdiverse.errors import ArgumentError, DataError, IpdiverseError, check_range
-from ipdiverse.parts import Part, finished, part_folders
-from ipdiverse.writing import LOCK, writing
+from ipdiverse.commands.console import check_installed, note, say
+from ipdiverse.data.files import MIB, inside, stamp_of
+from ipdiverse.errors import ArgumentError, DataError, IpdiverseError, OutputError, check_range
+from ipdiverse.parts import PARTS, STATEMENT, WHOLE, Part, finished, of_another, part_folders
+from ipdiverse.writing import file_hash, write_bytes_atomic, write_text_atomic, writing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 _PARTS_A_WORKER = 4
 """So that a slow or lost worker leaves little for the others to wait for."""
+_SECONDS = 10.0
+"""Between two looks for files to send, so this much work is done again after a machine is lost."""
+_MARK = ".copy"
+"""Holds the address that a folder is copied to, so that files of two never mix."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +40,9 @@ class Spread:
     Args:
         part: `i/n`, do this share of the work; `ipdiverse merge` joins the shares. By default what
             SLURM's array variables or RANK and WORLD_SIZE say; `1/1` is everything.
+        to: Keep a copy of the folder at an address such as `s3://bucket/out`: files are copied
+            there as they are finished, and what is there already counts. Machines need no shared
+            disk then.
         ray: Spread the work over a Ray cluster and merge: its address, `auto`, or `local`.
         ray_workers: Processes on the cluster, each with a model of its own; 0 is one for each GPU,
             or for each CPU core where there is none.
@@ -39,6 +52,7 @@ class Spread:
     """
 
     part: str = ""
+    to: str = ""
     ray: str = ""
     ray_workers: int = 0
     ray_gpus: float | None = None
@@ -54,38 +68,37 @@ class Spread:
         return part
 
 
-class Parted(Protocol):
-    """A command whose work can be done in parts."""
+def in_parts(
+    spread: Spread,
+    home: Path,
+    opened: Callable[[], Callable[[Part], Any]],
+    alone: Callable[[], Any],
+    records: Sequence[str] = ("",),
+) -> None:
+    """Do all of a command's work, a part of it, or its parts on Ray.
 
-    @property
-    def spread(self) -> Spread:
-        """As it was asked for."""
-        ...
-
-    @property
-    def home(self) -> Path:
-        """The folder that `merge` takes."""
-        ...
-
-    def opened(self) -> Callable[[Part], Any]:
-        """Open what all parts need once; then do any of them."""
-        ...
-
-
-def in_parts(command: Parted) -> bool:
-    """Do a command in parts, if it is asked for; whether it was."""
-    if command.spread.ray:
-        if command.spread.part:
+    Args:
+        spread: As it was asked for.
+        home: The folder that `merge` takes.
+        opened: Opens what all parts need once; what it returns does any of them.
+        alone: Does all of it.
+        records: What a part needs of a copy of the folder in a store; "" is everything.
+    """
+    kept = partial(copied, home, spread.to, records)
+    if spread.ray:
+        if spread.part:
             raise ArgumentError("deals the parts itself", where="--ray", found="--part")
-        _on_ray(command)
-        say(merge(command.home))
-        return True
-    part = command.spread.chosen()
-    if part.whole:
-        return False
-    command.opened()(part)
-    sys.stderr.write(f"finished part {part}; after the last: ipdiverse merge {command.home}\n")
-    return True
+        _on_ray(spread, opened, kept)
+        Merge(str(home), spread.to).run()
+        return
+    part = spread.chosen()
+    with kept(part):
+        if part.whole:
+            alone()
+            return
+        opened()(part)
+    to = f" --to {spread.to}" * bool(spread.to)
+    sys.stderr.write(f"finished part {part}; after the last: ipdiverse merge {home}{to}\n")
 
 
 @dataclass(frozen=True)
@@ -94,7 +107,8 @@ class Merge:
 
     Args:
         folder: The folder that the parts wrote into.
-        to: Then copy the folder to this address, such as `s3://bucket/out`; one without parts too.
+        to: Where they kept its copy, such as `s3://bucket/out`; any other folder, also one without
+            parts, is copied there.
     """
 
     folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
@@ -103,39 +117,157 @@ class Merge:
     def run(self) -> None:
         """Merge and say what there is."""
         home = Path(self.folder)
-        if not self.to or any(map(part_folders, (home, home / "embedded"))):
-            say(merge(home))
-        if self.to:
-            say(f"copied {copied(home, self.to)} files to {self.to}")
+        with copied(home, self.to, (PARTS, f"embedded/{PARTS}"), WHOLE) as copy:
+            is_done = any(home.glob("[!.]*")) and not any(
+                map(part_folders, (home, home / "embedded"))
+            )
+            if copy is None or not is_done:
+                say(merge(home, copy))
+        if copy is not None:
+            say(f"copied {copy.sent} files to {self.to}")
 
 
-def copied(folder: Path, to: str) -> int:
-    """Copy a finished folder to an object store; the number of files that were not there yet."""
-    from ipdiverse.data.files import remote
+class Copy:
+    """A folder's copy in an object store, which knows neither locks nor files that grow.
 
-    there, count = remote(Path(to)), 0
-    if there is None:
-        raise ArgumentError("is no address", where="--to", expected="s3://bucket/out", found=to)
-    files = [file for file in folder.rglob("*") if file.is_file() and file.name != LOCK]
-    if not files:
-        raise DataError("holds no files", where=folder)
-    # the records come last: what they name is there
-    for file in sorted(files, key=lambda one: (-len(one.parts), one)):
-        name = f"{there[1]}/{file.relative_to(folder).as_posix()}"
-        with writing(name):
-            stored = file.parent != folder and there[0].exists(name)
-            if not stored or there[0].size(name) != file.stat().st_size:
-                there[0].put_file(str(file), name)
-                count += 1
-    return count
+    So a part sends files of its own alone, and a record as a whole, after what it names.
+
+    Raises:
+        ArgumentError: It is no address, or the store holds the copy of another folder.
+        OutputError: The store cannot be reached, here and in all methods.
+    """
+
+    def __init__(self, folder: Path, to: str, part: Part = WHOLE) -> None:
+        self.folder, self.to, self.part, self.sent = folder, to, part, 0
+        self._known: dict[str, str] = {}  # stamps of what is the same here and there
+        if "://" not in to:
+            raise ArgumentError("is no address", where="--to", expected="s3://bucket/out", found=to)
+        from fsspec.core import url_to_fs
+        from fsspec.implementations.dirfs import DirFileSystem
+
+        fresh = {"use_listings_cache": False, "skip_instance_cache": True}  # others write there too
+        noted = mark.read_text("utf-8") if (mark := folder / _MARK).is_file() else ""
+        with self._reached():
+            system, root = url_to_fs(to.rstrip("/"), **fresh)
+            system.auto_mkdir = True  # on a disk; stores have no folders
+            self.store: Any = DirFileSystem(root, system)  # with the same names as the folder
+            is_mixed = not noted and any(folder.glob("[!.]*")) and self.store.find("")
+        if noted not in ("", to) or is_mixed:
+            fix = "Choose a new folder here, or another address."
+            raise ArgumentError("is the copy of another folder", where=to, found=folder, fix=fix)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(mark, to)
+
+    @contextlib.contextmanager
+    def _reached(self) -> Iterator[None]:
+        try:
+            yield
+        except IpdiverseError:
+            raise
+        except Exception as error:  # each store has its own kinds
+            fix = "Check address and rights; the same command goes on."
+            raise OutputError("cannot be reached", where=self.to, found=error, fix=fix) from error
+
+    def names(self) -> set[str]:
+        """Every file that the store has."""
+        with self._reached():
+            return {*self.store.find("")}
+
+    def fetch(self, *tops: str) -> None:
+        """Bring what the store has below some names; of two files that differ the newer counts."""
+        with self._reached():
+            for name in itertools.chain(*map(self.store.find, tops)):
+                file = inside(self.folder, name)  # whoever may write there may not write here
+                if of_another(name, self.part) or "/." in f"/{name}":
+                    continue
+                if not (file.is_file() and self._is_same(name)):
+                    changed = self.store.modified(name).timestamp()
+                    if file.is_file() and file.stat().st_mtime >= changed:
+                        continue
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    with self.store.open(name, "rb") as stream:
+                        write_bytes_atomic(file, iter(partial(stream.read, MIB), b""))
+                self._known[name] = stamp_of(self.folder, name)
+
+    def send(self) -> None:
+        """Copy what the store lacks, records last."""
+        order = lambda one: (one.name == STATEMENT, one.suffix in (".json", ".jsonl"), one)  # noqa: E731
+        for file in sorted(self.folder.rglob("[!.]*"), key=order):  # no locks, nothing unfinished
+            name = file.relative_to(self.folder).as_posix()
+            known, stamp = self._known.get(name), stamp_of(self.folder, name)
+            if known == stamp or of_another(name, self.part) or not file.is_file():
+                continue
+            with self._reached(), contextlib.suppress(FileNotFoundError):  # gone meanwhile
+                if known or not self._is_same(name):
+                    self.store.put_file(str(file), name)
+                    self.sent += 1
+                self._known[name] = stamp
+
+    def forget(self) -> None:
+        """Remove there what was removed here since it was fetched or sent."""
+        for name in self._known:
+            if not (self.folder / name).is_file():
+                with self._reached():
+                    self.store.rm_file(name)
+
+    def _is_same(self, name: str) -> bool:
+        """By the checksum that the store gives, S3's, Google's or the hub's; else byte by byte."""
+        file = self.folder / name
+        try:
+            about = self.store.info(name)
+        except FileNotFoundError:
+            return False
+        if about["size"] != file.stat().st_size:
+            return False
+        with file.open("rb") as stream:
+            md5 = hashlib.file_digest(stream, partial(hashlib.md5, usedforsecurity=False))
+        known = {md5.hexdigest(), base64.b64encode(md5.digest()).decode(), file_hash(file)}
+        said = about.get("ETag"), about.get("md5Hash"), (about.get("lfs") or {}).get("sha256")
+        if known & {str(one).strip('"') for one in said}:
+            return True
+        with self.store.open(name, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest() == file_hash(file)
 
 
-def merge(folder: Path) -> str:
+@contextlib.contextmanager
+def copied(folder: Path, to: str, tops: Sequence[str], part: Part) -> Iterator[Copy | None]:
+    """Keep a folder's copy at an address for a `with` block, if there is one; `tops` count here."""
+    if not to:
+        yield None
+        return
+    copy, ended = Copy(folder, to, part), Event()
+    copy.fetch(*tops)
+
+    def watch() -> None:
+        while not ended.wait(_SECONDS):
+            with contextlib.suppress(IpdiverseError):  # said when it fails at the end too
+                copy.send()
+
+    thread = Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield copy
+    finally:
+        ended.set()
+        thread.join()
+        copy.send()
+    copy.forget()
+
+
+def merge(folder: Path, copy: Copy | None = None) -> str:
     """Check that all parts have finished, and join them; what was made, in a line."""
     home = next((one for one in (folder, folder / "embedded") if part_folders(one)), folder)
     about = finished(home)
     if about.get("kind") not in MERGES:
         raise DataError("holds parts of an unknown command", where=home, found=about.get("kind"))
+    if copy is not None and about["kind"] != "batch":
+        copy.fetch("")
+    elif copy is not None:  # whose images stay there
+        from ipdiverse.sampling.batch import RECORDS
+
+        copy.fetch(*RECORDS)
+        about["elsewhere"] = copy.names().__contains__
     return MERGES[about["kind"]](folder, about)
 
 
@@ -144,15 +276,9 @@ def _batch(folder: Path, about: Mapping[str, Any]) -> str:
 
     rows, parquet = about["rows"], about.get("parquet", False)
     if parquet:
-        check_parquet()
-    return f"merged {merge_batch(folder, rows, parquet=parquet)} images of {rows} jobs in {folder}"
-
-
-def check_parquet() -> None:
-    """Refuse `--parquet` before anything is drawn, where its library is missing."""
-    if find_spec("pyarrow") is None:
-        fix = "Run `pip install 'ipdiverse[parquet]'`, or leave it out."
-        raise ArgumentError("needs pyarrow, which is not installed", where="--parquet", fix=fix)
+        check_installed("pyarrow", "--parquet")
+    images = merge_batch(folder, rows, about.get("elsewhere"), parquet=parquet)
+    return f"merged {images} images of {rows} jobs in {folder}"
 
 
 def _prepared(folder: Path, about: Mapping[str, Any]) -> str:
@@ -190,10 +316,10 @@ MERGES = {"batch": _batch, "prepare": _prepared, "embed": _embedded, "evaluate":
 class _Worker:
     """An actor: opens what a command needs once, and does one part after the other."""
 
-    def __init__(self, command: Parted, folder: str, count: int) -> None:
+    def __init__(self, opened: Any, kept: Any, folder: str, count: int) -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
         os.chdir(folder)  # paths are those of whoever asked
-        self.count, self.work = count, None
-        self.command = command
+        self.opened, self.kept, self.count, self.work = opened, kept, count, None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Do parts by number; what failed of each, or ""."""
@@ -203,24 +329,19 @@ class _Worker:
     def _do(self, part: Part) -> str:
         try:
             # here, as what an actor raises when it is made is tried again without end
-            self.work = self.work or self.command.opened()
-            self.work(part)
+            with self.kept(part):
+                self.work = self.work or self.opened()
+                self.work(part)
         except IpdiverseError as error:
             return f"{part}: {error}"
         return ""
 
 
-def _on_ray(command: Parted) -> None:
+def _on_ray(spread: Spread, opened: Any, kept: Any) -> None:
     """Do all parts of a command on a Ray cluster; a part whose worker is lost is done again."""
-    if find_spec("ray") is None:
-        raise ArgumentError(
-            "needs ray, which is not installed",
-            where="--ray",
-            fix="Run `pip install -e '.[ray]'` in your copy of ipdiverse.",
-        )
+    check_installed("ray", "--ray")
     import ray  # type: ignore[import-not-found]
 
-    spread = command.spread
     check_range("ray_workers", spread.ray_workers, 0, 10_000)
     check_range("ray_gpus", spread.ray_gpus or 0, 0, 64)
     if not ray.is_initialized():
@@ -232,13 +353,13 @@ def _on_ray(command: Parted) -> None:
             raise ArgumentError("not a cluster", where=spread.ray, found=error, fix=fix) from error
     there = ray.cluster_resources()
     gpus = min(1.0, there.get("GPU", 0.0)) if spread.ray_gpus is None else spread.ray_gpus
-    room = there.get("GPU", 0.0) / gpus if gpus else there.get("CPU", 1.0)
-    workers = spread.ray_workers or max(1, int(room))
+    room = [there.get("CPU", 1.0), *([there.get("GPU", 0.0) / gpus] if gpus else [])]
+    workers = spread.ray_workers or max(1, int(min(room)))
     count = workers * _PARTS_A_WORKER
     numbers = [{"number": number} for number in range(1, count + 1)]
     done = ray.data.from_items(numbers, override_num_blocks=count).map_batches(
         _Worker,
-        fn_constructor_args=(command, os.getcwd(), count),  # noqa: PTH109
+        fn_constructor_args=(opened, kept, os.getcwd(), count),  # noqa: PTH109
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=workers),
         num_cpus=1,

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
+from importlib.metadata import distribution
+from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
 
 from ipdiverse.base.downloads import missing, not_cached, offline
 from ipdiverse.base.pipelines import check_trainable
@@ -48,6 +52,24 @@ def write_json(out: str | None, content: Any) -> None:
     """Write a value as JSON, whole or not at all; to None, nowhere."""
     if out is not None:
         write_text_atomic(Path(out), json.dumps(content, indent=2) + "\n")
+
+
+def check_installed(library: str, where: str) -> None:
+    """Refuse what needs a library that is missing, before any work."""
+    if find_spec(library) is None:
+        extra = where.removeprefix("--")
+        fix = f"Run `{how_to_add(extra)}`."
+        raise ArgumentError(f"needs {library}, which is not installed", where=where, fix=fix)
+
+
+def how_to_add(extra: str) -> str:
+    """The command that adds an extra, by how this ipdiverse was installed (PEP 610)."""
+    origin = json.loads(distribution("ipdiverse").read_text("direct_url.json") or "{}")
+    where = unquote(urlsplit(origin.get("url", "")).path)
+    if not where:  # of an index
+        return f"pip install 'ipdiverse[{extra}]'"
+    editable = origin.get("dir_info", {}).get("editable")
+    return f"pip install {'-e ' if editable else ''}{shlex.quote(f'{where}[{extra}]')}"
 
 
 def agree_to_encoders(

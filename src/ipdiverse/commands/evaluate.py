@@ -100,11 +100,11 @@ class Evaluate:
             fix = "Set it in the study's file."
             raise ArgumentError(f"{verb} no effect with a study", where=", ".join(stray), fix=fix)
         if self.images:
-            if self.spread.part or self.spread.ray:
-                raise ArgumentError("have no effect with --images", where="--part, --ray")
+            if self.spread != Spread():
+                raise ArgumentError("have no effect with --images", where="--part, --to, --ray")
             self._made()
-        elif not in_parts(self):
-            self._study()
+        else:
+            in_parts(self.spread, self.home, self.opened, self._study)
 
     def _study(self) -> None:
         from ipdiverse.evaluation.report import write_report
@@ -203,7 +203,8 @@ class Calibrate:
         if target.suffix != ".safetensors":
             raise ArgumentError("must end in .safetensors", where="out", found=target)
         check_target(str(target))  # before hours of drawing
-        dial, path = calibrate(study, Path(self.work), self.levers, _tell, target, before)
+        tell = lambda line: print(quoted(line, MAX_SENTENCE), file=sys.stderr)  # noqa: E731, T201
+        dial, path = calibrate(study, Path(self.work), self.levers, tell, target, before)
         say_json({"path": path, "dial": dial.as_spec()}) if self.json else say(f"wrote {target}")
 
 
@@ -219,10 +220,6 @@ def _own(source: Path) -> Path:
             "was published by others", where=source, fix="Name a new file: --out FILE.safetensors."
         )
     return source
-
-
-def _tell(line: str) -> None:
-    sys.stderr.write(quoted(line, MAX_SENTENCE) + "\n")
 
 
 _FEW = 300
@@ -259,11 +256,6 @@ class Fit:
     json: bool = False
     yes: bool = False
 
-    @property
-    def home(self) -> Path:
-        """The folder of the data set."""
-        return Path(self.folder)
-
     def opened(self) -> Callable[[Part], Any]:
         """Open encoders and adapter, and embed any part of the pictures."""
         from ipdiverse.training.fit import embed_part
@@ -271,12 +263,11 @@ class Fit:
         _, read = self._open()
         asked = asdict(replace(self, out=str(Path(self.out).absolute())))
         about = {"kind": "fit", "fit": {k: v for k, v in asked.items() if k != "spread"}}
-        return lambda part: embed_part(self.home, *read, part, about)
+        return lambda part: embed_part(Path(self.folder), *read, part, about)
 
     def run(self) -> None:
         """Fit, write and report."""
-        if not in_parts(self):
-            self.summed_up()
+        in_parts(self.spread, Path(self.folder), self.opened, self.summed_up)
 
     def summed_up(self) -> None:
         """Fit what is embedded, and the rest too."""
@@ -285,7 +276,7 @@ class Fit:
 
         named, read = self._open()
         about = {"base": self.cache.base, "adapter": named}
-        space = fit_space(self.home, *read, self.fit, about)
+        space = fit_space(Path(self.folder), *read, self.fit, about)
         save_space(space, Path(self.out))
         if self.json:
             say_json(space.spec | {"file": self.out})
@@ -303,7 +294,7 @@ class Fit:
         from ipdiverse.training.frozen import Preprocessing, open_encoders
 
         check_target(self.out)
-        read_manifest(self.home)
+        read_manifest(Path(self.folder))
         base, encoder = self.cache.base, self.cache.image_encoder
         named = self.adapter or default_adapter(base)
         agree_to_encoders(base, encoder, self.yes, named, trains=False)
@@ -317,13 +308,10 @@ class Fit:
 
 def _merged(folder: Path, about: Mapping[str, Any]) -> str:
     """Join the parts of a cache, and fit what it holds."""
-    from ipdiverse.training.embed import merge_embedded
-
-    merge_embedded(folder, about)
-    asked = about["fit"]
+    line, asked = MERGES["embed"](folder, about), about["fit"]
     cache, fit = CacheConfig(**asked["cache"]), FitOptions(**asked["fit"])
     Fit(**{**asked, "folder": str(folder), "cache": cache, "fit": fit}).summed_up()
-    return f"merged the cache in {folder / 'embedded'}"
+    return line
 
 
 MERGES["fit"] = _merged

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import sys
 import warnings
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from importlib.metadata import distribution
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlsplit
 
 import tyro
 
 from ipdiverse.base.downloads import missing
 from ipdiverse.base.presets import PRESETS
-from ipdiverse.commands.cluster import Spread, check_parquet, in_parts
-from ipdiverse.commands.console import agree, note, say, say_json
+from ipdiverse.commands.cluster import Copy, Spread, in_parts
+from ipdiverse.commands.console import agree, check_installed, note, say, say_json
 from ipdiverse.errors import ArgumentError
 from ipdiverse.parts import WHOLE
 from ipdiverse.sampling.request import Request
@@ -65,11 +61,13 @@ class Generate:
     def run(self) -> None:
         """Generate and write."""
         if self.batch:
-            if not in_parts(self):
-                self.opened()(WHOLE)
+            from ipdiverse.sampling.batch import RECORDS
+
+            alone = lambda: self.opened()(WHOLE)  # noqa: E731
+            in_parts(self.spread, Path(self.out), self.opened, alone, RECORDS)
             return
-        if self.spread.part or self.spread.ray or self.parquet:
-            raise ArgumentError("needs --batch", where="--part, --ray, --parquet")
+        if self.spread != Spread() or self.parquet:
+            raise ArgumentError("needs --batch", where="--part, --to, --ray, --parquet")
         from ipdiverse.sampling.draw import draw_into
 
         record = draw_into(
@@ -96,11 +94,6 @@ class Generate:
         files = [file for request in requests for file in needed_files(request)]
         agree(", ".join(dict.fromkeys(named)), list(dict.fromkeys(files)), self.yes)
 
-    @property
-    def home(self) -> Path:
-        """The folder of a batch."""
-        return Path(self.out)
-
     def opened(self) -> Callable[[Part], Any]:
         """Read the jobs of a batch, and draw any part of them with models that stay open."""
         from ipdiverse.image_io import load_image, load_mask
@@ -108,8 +101,8 @@ class Generate:
         from ipdiverse.sampling.task import LastBase, needed_files
 
         if self.parquet:
-            check_parquet()
-        jobs = read_jobs(Path(self.batch), self.request)
+            check_installed("pyarrow", "--parquet")
+        jobs, out = read_jobs(Path(self.batch), self.request), Path(self.out)
         # a job for each thing to open; there may be millions that share them
         named = {files: job for job in jobs.values() if (files := tuple(needed_files(job)))}
         if missing([file for files in named for file in files]):
@@ -125,7 +118,9 @@ class Generate:
         bases = LastBase()
 
         def draw(part: Part) -> None:
-            drawn = run_batch(jobs, self.home, tell, part, bases, parquet=self.parquet)
+            if self.spread.to:
+                jobs.elsewhere = Copy(out, self.spread.to, part).names().__contains__
+            drawn = run_batch(jobs, out, tell, part, bases, parquet=self.parquet)
             if not self.json:
                 say(f"wrote {drawn} images of {len(jobs)} jobs into {self.out}")
 
@@ -163,12 +158,7 @@ class Ui:
 
     def run(self) -> None:
         """Serve until Ctrl-C."""
-        if find_spec("gradio") is None:
-            raise ArgumentError(
-                "needs gradio, which is not installed",
-                where="ui",
-                fix=f"Run `{how_to_add('ui')}`.",
-            )
+        check_installed("gradio", "ui")
         from ipdiverse.ui.safety import is_loopback
         from ipdiverse.ui.server import serve
 
@@ -179,16 +169,6 @@ class Ui:
 
             password = getpass(f"password for {options.user}: ")
         serve(replace(options, password=password), lambda url: say(f"open {url} (Ctrl-C ends it)"))
-
-
-def how_to_add(extra: str) -> str:
-    """The command that adds an extra, by how this ipdiverse was installed (PEP 610)."""
-    origin = json.loads(distribution("ipdiverse").read_text("direct_url.json") or "{}")
-    where = unquote(urlsplit(origin.get("url", "")).path)
-    if not where:  # of an index
-        return f"pip install 'ipdiverse[{extra}]'"
-    editable = origin.get("dir_info", {}).get("editable")
-    return f"pip install {'-e ' if editable else ''}{shlex.quote(f'{where}[{extra}]')}"
 
 
 def renamed_flags(words: Sequence[str], names: Mapping[str, str]) -> list[str]:

@@ -64,25 +64,21 @@ class Prepare:
     spread: Spread = field(default_factory=Spread)
     json: bool = False
 
-    @property
-    def home(self) -> Path:
-        """The folder that is written."""
-        return Path(self.out)
-
     def opened(self) -> Callable[[Part], Any]:
         """What prepares any part; nothing has to be opened."""
         from ipdiverse.data.prepare import prepare
 
-        return lambda part: prepare(self.source, self.home, self.data, part)
+        return lambda part: prepare(self.source, Path(self.out), self.data, part)
 
     def run(self) -> None:
         """Prepare and report."""
         from ipdiverse.data.doctor import as_text
 
-        if in_parts(self):
-            return
-        report = self.opened()(WHOLE)
-        say_json(report) if self.json else say(as_text(report))
+        def alone() -> None:
+            report = self.opened()(WHOLE)
+            say_json(report) if self.json else say(as_text(report))
+
+        in_parts(self.spread, Path(self.out), self.opened, alone)
 
 
 @dataclass(frozen=True)
@@ -109,11 +105,6 @@ class Embed:
     json: bool = False
     yes: bool = False
 
-    @property
-    def home(self) -> Path:
-        """The folder of the data set."""
-        return Path(self.folder)
-
     def opened(self) -> Callable[[Part], Any]:
         """Open the encoders, and embed any part."""
         from ipdiverse.training.embed import Stored, embed
@@ -126,12 +117,13 @@ class Embed:
         )
         shown = Preprocessing.of(cache, encoders.resolution)
         stored = Stored(self.cache_images, cache.cache_dtype)
-        return lambda part: embed(self.home, encoders, shown, stored, part)
+        return lambda part: embed(Path(self.folder), encoders, shown, stored, part)
 
     def run(self) -> None:
         """Embed and report."""
-        if in_parts(self):
-            return
+        in_parts(self.spread, Path(self.folder), self.opened, self._all)
+
+    def _all(self) -> None:
         cache, report = self.cache, self.opened()(WHOLE)
         if self.json:
             say_json(report)
@@ -230,7 +222,9 @@ def as_flags(arguments: list[str]) -> list[str]:
 
     Flags override the file.
     """
-    parts = [part for argument in arguments for part in _split_flag(argument)]
+    parts = [
+        part for one in arguments for part in (one.split("=", 1) if one[:2] == "--" else [one])
+    ]
     flags = renamed_flags(parts, RENAMED | ORIGINAL_FLAGS)
     flags = [flag.replace("_", "-") if flag.startswith("--") else flag for flag in flags]
     for index, flag in enumerate(flags[:-1]):
@@ -254,11 +248,6 @@ def spelled_out(flags: list[str], content_of: Callable[[Path], dict[str, Any]]) 
         if not {flag, _IN_PLACE_OF.get(flag)} & given:
             spelled += _flag(flag, value)
     return spelled + rest
-
-
-def _split_flag(argument: str) -> list[str]:
-    name, equals, value = argument.partition("=")
-    return [name, value] if argument.startswith("--") and equals else [argument]
 
 
 def _leave_out_ignored(parts: list[str]) -> None:

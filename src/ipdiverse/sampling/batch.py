@@ -27,7 +27,15 @@ from ipdiverse.data.files import text_lines
 from ipdiverse.errors import ArgumentError, DataError, IpdiverseError, OutputError, quoted
 from ipdiverse.image_io import content_hash
 from ipdiverse.levers import LEVERS
-from ipdiverse.parts import WHOLE, Part, dealt_otherwise, forget_parts, holding_parts, part_of
+from ipdiverse.parts import (
+    PARTS,
+    WHOLE,
+    Part,
+    dealt_otherwise,
+    forget_parts,
+    holding_parts,
+    part_of,
+)
 from ipdiverse.provenance import save_png
 from ipdiverse.sampling.draw import drawing
 from ipdiverse.sampling.request import USED_WITH, Request, current
@@ -51,6 +59,8 @@ RESULTS, FAILED, TABLE, FINGERPRINT = (
     *("results.jsonl", "failed.jsonl"),
     *("results.parquet", "jobs.sha256"),
 )
+RECORDS = RESULTS, FAILED, TABLE, FINGERPRINT, PARTS
+"""All that a batch reads of its folder, apart from images."""
 _TABLES = """
 pragma journal_mode = off;
 create table jobs (number integer primary key, place text, stated text, images integer);
@@ -72,14 +82,19 @@ class Jobs:
 
     Args:
         jobs: Each with its place, which errors name.
+
+    Attributes:
+        elsewhere: Whether a store has an image, such as `0003/0001.png`; it then counts as here.
     """
 
     def __init__(self, jobs: Iterable[tuple[str, Request]] = ()) -> None:
         # SQLite deletes a database of this name itself; Ray may call from another thread
         self.db = sqlite3.connect("", check_same_thread=False)
         self.db.executescript(_TABLES)
+        self.elsewhere: Callable[[str], bool] = lambda _: False
+        text = lambda job: json.dumps(job.stated(), sort_keys=True)  # noqa: E731
         rows = (
-            (number, quoted(place, None), _text_of(job.stated()), job.n * len(job.prompt))
+            (number, quoted(place, None), text(job), job.n * len(job.prompt))
             for number, (place, job) in enumerate(jobs)
         )
         self.db.executemany("insert into jobs values (?, ?, ?, ?)", rows)
@@ -89,7 +104,8 @@ class Jobs:
 
     def values(self) -> Iterator[Request]:
         """Every job, in order; each is made when it is asked for."""
-        return (_made(stated) for (stated,) in self.db.execute("select stated from jobs"))
+        every = self.db.execute("select stated from jobs")
+        return (Request.of(json.loads(stated)) for (stated,) in every)
 
     def hashes(self) -> Iterator[str]:
         """A hash of each job, 16 hexadecimal digits and an end of line."""
@@ -101,7 +117,7 @@ class Jobs:
         for number, place, stated in self.db.execute(_WAITING):
             if part.takes(stated):
                 there = self.db.execute("select image from lines where number = ?", [number])
-                yield number, place, _made(stated), {image for (image,) in there}
+                yield number, place, Request.of(json.loads(stated)), {image for (image,) in there}
 
     def stated(self, number: int, part: Part) -> dict[str, Any] | None:
         """What a job says, if it is there and a part takes it."""
@@ -121,14 +137,6 @@ class Jobs:
             digest.update(line)
         if not file.is_file() or file_hash(file) != digest.hexdigest():
             write_bytes_atomic(file, lines())
-
-
-def _text_of(stated: Mapping[str, Any]) -> str:
-    return json.dumps(stated, sort_keys=True)
-
-
-def _made(stated: str) -> Request:
-    return Request.of(json.loads(stated))
 
 
 def read_jobs(file: Path, defaults: Request) -> Jobs:
@@ -251,11 +259,14 @@ def _list(jobs: Jobs, file: Path) -> None:
     )
 
 
-def merge_batch(out: Path, rows: int, *, parquet: bool = False) -> int:
+def merge_batch(
+    out: Path, rows: int, elsewhere: Callable[[str], bool] | None = None, *, parquet: bool = False
+) -> int:
     """Join the records of parts that have all finished; returns the number of images.
 
     Args:
         rows: How many jobs there are.
+        elsewhere: As of `Jobs`.
         parquet: Write the record as a table too.
 
     Raises:
@@ -263,9 +274,10 @@ def merge_batch(out: Path, rows: int, *, parquet: bool = False) -> int:
     """
     with only_one(out), holding_parts(out) as folders:
         jobs, at = Jobs(), -1
+        jobs.elsewhere = elsewhere or jobs.elsewhere
         every = ((number,) for number in range(rows))
         jobs.db.executemany("insert into jobs values (?, '', '', 1)", every)
-        for _, number, position, line, text in _lines(out, [out, *folders]):
+        for _, number, position, line, text in _lines(jobs, out, [out, *folders]):
             if position < 0:
                 continue
             jobs.keep(number, position, True, text)
@@ -364,7 +376,9 @@ def _check_fingerprint(jobs: Jobs, out: Path) -> bool:
             if before == now:
                 continue
             changed = True
-            if before is not None and any((out / f"{number:04d}").glob("*.png")):
+            first = f"{number:04d}/{image_name(0)}"
+            drawn = any((out / first).parent.glob("*.png")) or jobs.elsewhere(first)
+            if before is not None and drawn:
                 raise _of_other_jobs(file, number)
     return changed
 
@@ -382,7 +396,7 @@ def _read(jobs: Jobs, part: Part, out: Path, homes: list[Path]) -> None:
     own, is_whole = homes[0] / RESULTS, homes[0] == out
     jobs.db.execute("delete from lines")
     at, stated, checked = -1, None, None
-    for file, number, position, line, text in _lines(out, homes):
+    for file, number, position, line, text in _lines(jobs, out, homes):
         if number != at:
             at, stated = number, jobs.stated(number, part)
         if stated is None and not is_whole:
@@ -401,7 +415,7 @@ def _read(jobs: Jobs, part: Part, out: Path, homes: list[Path]) -> None:
 
 
 def _lines(
-    out: Path, homes: Iterable[Path]
+    jobs: Jobs, out: Path, homes: Iterable[Path]
 ) -> Iterator[tuple[Path, int, int, dict[str, Any], str]]:
     """Lines of records whose images are there: file, job, image, content and text."""
     for file in (home / RESULTS for home in homes):
@@ -413,7 +427,8 @@ def _lines(
                 stray = [*stray, text][:2]
                 continue
             number, position, found = line["job"], line["image"], True
-            there = (out / f"{number:04d}" / image_name(position)).is_file()
+            name = f"{number:04d}/{image_name(position)}"
+            there = (out / name).is_file() or jobs.elsewhere(name)
             yield file, number, position if there else -1, line, text
         torn = len(stray) == 1 and '{"job": '.startswith(stray[0][:8])
         if stray and not found and not torn:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -158,6 +158,8 @@ def drawing(
         pictures: From `checked_pictures`; without them the request is checked here.
         indices: Of candidates that an interrupted run chose; without them they are chosen here.
     """
+    from ipdiverse.sampling.fast import few_steps
+
     asked = request
     if pictures is None:
         pictures = checked_pictures(request, opened=loaded is not None)
@@ -173,7 +175,7 @@ def drawing(
     # on the task's pipeline: image-to-image, inpainting and ControlNets have their own
     with (
         quiet(),
-        _few_steps(task, request) as settings,
+        few_steps(task.base.pipe, request.few(), request.base) as settings,
         attached(task.base, weights, request.image_encoder) as attachment,
     ):
         task.settings.update(settings)
@@ -215,16 +217,6 @@ def _reference(request: Request, pictures: Pictures) -> Reference:
         faces = _faces_in(images)
     masks = [pictures.masks[file] for file in request.mask] or None
     return Reference(images, faces, request.combine, request.weights or None, masks)  # type: ignore[arg-type]
-
-
-def _few_steps(task: Task, request: Request) -> AbstractContextManager[dict[str, Any]]:
-    """The LoRA that draws in few steps on the task's pipeline, and what this is called with."""
-    few = request.few()
-    if few is None:
-        return nullcontext({})
-    from ipdiverse.sampling.fast import few_steps
-
-    return few_steps(task.base.pipe, few, request.base)
 
 
 def _faces_in(images: Sequence[Image.Image]) -> Tensor:

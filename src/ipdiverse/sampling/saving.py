@@ -56,6 +56,7 @@ def inputs(request: Request) -> dict[str, str]:
     return {name: _content(name) for name in names if name and Path(name).is_file()}
 
 
+@lru_cache  # reading what pip wrote takes as long as a step of a small base
 def versions() -> dict[str, str]:
     """Versions of this package and of what decides its pixels."""
     from importlib.metadata import version

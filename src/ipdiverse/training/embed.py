@@ -237,7 +237,8 @@ def embed(
     file, todo = home / REPORT, cache.missing()
     computed = sum(len(missing) for _, missing in todo)
     # a finished cache is only read: runs that share it do not hold each other up
-    if computed or not cache.is_reported() or part_folders(home):
+    is_reported = file.is_file() and file.read_bytes() == cache.report()
+    if computed or not is_reported or part_folders(home):
         with only_one(home), holding_parts(home):
             file.unlink(missing_ok=True)  # so that a run after a kill holds and tidies the folder
             _compute(online, cache, todo)
@@ -289,7 +290,6 @@ class _Cache:
             own, found = self.rows[0], embedded_pictures(folder, records, encoders, shown, asked)
             self.rows, self.is_of_others = [found], found != own
         self.records, self.encoders, self.shown, self.asked = records, encoders, shown, asked
-        self.file = folder / FOLDER / REPORT
 
     def about(self) -> dict[str, Any]:
         """What is computed, for the statement of a part."""
@@ -313,10 +313,6 @@ class _Cache:
             "stored": {"images": self.stored.images, "dtype": self.stored.dtype},
         }
         return (json.dumps(found, indent=2) + "\n").encode()
-
-    def is_reported(self) -> bool:
-        """Whether `embedded.json` is as it should be."""
-        return self.file.is_file() and self.file.read_bytes() == self.report()
 
 
 def _compute(online: Online, cache: _Cache, todo: list[tuple[Rows, list[int]]]) -> int:

@@ -19,7 +19,7 @@ import gradio as gr
 from ipdiverse.base.bases import CRITTERS, defaults_of
 from ipdiverse.base.presets import PRESETS
 from ipdiverse.errors import ArgumentError, check_range
-from ipdiverse.sampling.request import Request
+from ipdiverse.sampling.request import MAX_FAST, Request
 from ipdiverse.ui import Installed
 from ipdiverse.ui.status import PRIVATE, line, on_load
 from ipdiverse.ui.uploads import Upload, shown_of
@@ -170,6 +170,13 @@ def text_inputs(tab: str) -> tuple[gr.Textbox, gr.Textbox]:
     return prompt, negative
 
 
+FAST = (
+    "0 is exact; 1 to 3 leave out work: 1.9, 2.4 and 2.7 times as fast on critters, and lose up to "
+    "0.3, 0.5 and 0.9 of 100 in prompt, identity, variety or valid images."
+)
+"""Of `docs/benchmarks/fast.json`."""
+
+
 class Advanced(NamedTuple):
     """Settings of both tabs, as components, in the order of `request_from`."""
 
@@ -180,6 +187,7 @@ class Advanced(NamedTuple):
     base: gr.Dropdown
     adapter: gr.Dropdown
     combine: gr.Dropdown
+    fast: gr.Slider
 
 
 def models(installed: Installed, tab: str) -> tuple[gr.Dropdown, gr.Dropdown, gr.HTML]:
@@ -249,6 +257,7 @@ def advanced(
     ways |= {"the first minus the others": "subtract"}
     name: dict[str, Any] = {"label": "Several references", "elem_id": f"{tab}-combine"}
     combine = gr.Dropdown(list(ways.items()), value="concat", **name)
+    fast = slider(f"{tab}-fast", "Fast", (0, MAX_FAST, 1), 0, FAST)
 
     def on_base(label: str) -> tuple[Any, ...]:
         name = _chosen(installed.bases, label, "base")
@@ -257,7 +266,7 @@ def advanced(
         return choice, usual.steps, usual.guidance_scale, limits_of(name)
 
     base.input(on_base, base, [adapter, steps, guidance, limits], queue=False, **PRIVATE)
-    return Advanced(*seed, steps, guidance, base, adapter, combine)
+    return Advanced(*seed, steps, guidance, base, adapter, combine, fast)
 
 
 def remembered(
@@ -316,6 +325,7 @@ def request_from(
     base: Any,
     adapter: Any,
     combine: Any,
+    fast: Any = 0,
     **more: Any,
 ) -> Request:
     """The request that the settings make. They are checked, for a program may send anything."""
@@ -327,7 +337,9 @@ def request_from(
         check_range(f"length of the {name}", len(text or ""), 0, MAX_TEXT)
     if keep is not True:
         seed = secrets.randbelow(_NEW_SEEDS)
-    numbers = {"seed": seed, "steps": steps} | {k: v for k, v in more.items() if k == "n"}
+    numbers = {"seed": seed, "steps": steps, "fast": fast} | {
+        k: v for k, v in more.items() if k == "n"
+    }
     whole = {name: _whole(name, value) for name, value in numbers.items()}
     check_range("steps", whole["steps"], 1, MAX_STEPS)
     check_range("n", whole.get("n", 1), 1, MAX_SET)

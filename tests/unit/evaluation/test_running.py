@@ -140,8 +140,9 @@ scale = 0.5
 """
 
 
+@pytest.mark.parametrize("count", [1, 3, 7])
 def test_a_study_in_parts_is_that_of_one_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(study_images, "sample_array", drawn := Mock(side_effect=painted))
     monkeypatch.setattr(study_images, "CHUNK", 2)
@@ -150,11 +151,22 @@ def test_a_study_in_parts_is_that_of_one_process(
     words = ["evaluate", "--config", "study.toml", "--out"]
     assert main([*words, "alone"]) == 0
     once = drawn.call_count
-    for part in ("2/2", "1/3", "2/3", "3/3"):
+
+    def killed(*given: Any, **more: Any) -> Any:
+        if drawn.call_count > once + 1:
+            raise KeyboardInterrupt
+        return painted(*given, **more)
+
+    drawn.side_effect = killed
+    assert main([*words, "out", "--part", "2/2"]) == 130
+    drawn.side_effect = painted
+    parts = [f"{number + 1}/{count}" for number in range(count)]
+    for part in ("2/2", *parts):
         assert main([*words, "out", "--part", part]) == 0
-    assert drawn.call_count == 2 * once, "each once"
-    assert main(["merge", "out"]) == 0
-    assert drawn.call_count == 2 * once, "merge draws nothing"
+    assert drawn.call_count == 2 * once + 1, "each once, but for that which was killed"
+    if count > 1:
+        assert main(["merge", "out"]) == 0
+    assert drawn.call_count == 2 * once + 1, "merge draws nothing"
     made, wanted = (
         {str(f.relative_to(home)): f.read_bytes() for f in home.rglob("*") if f.is_file()}
         for home in (tmp_path / "out", tmp_path / "alone")

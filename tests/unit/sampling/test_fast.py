@@ -304,9 +304,13 @@ def test_a_controlnet_acts_in_fast_mode(monkeypatch: pytest.MonkeyPatch) -> None
         steer(attachment, Levers(), SEEDS, fast=1)
         np.testing.assert_array_equal(draw(pipe, **given), exact, "every step is computed")
         steer(attachment, Levers(), SEEDS, fast=2)
-        with Rows(pipe.unet.down_blocks[0].resnets[0]) as deep:
+        with (
+            Rows(pipe.unet.down_blocks[0].resnets[0]) as deep,
+            Rows(net.controlnet_down_blocks[0]) as controlled,
+        ):
             found = draw(pipe, **given)
         assert deep == [4, 4]
+        assert controlled == [4] * 8, "diffusers calls the ControlNet at every step, for all rows"
         without = draw(pipe, **given, controlnet_conditioning_scale=0.0)
         assert np.abs(found - without).max() > 1e-2 * np.abs(found).max(), "it acts"
         release(attachment)

@@ -22,6 +22,7 @@ from ipdiverse.training.embed import Embedded, Online, Stored, embed
 from ipdiverse.training.frozen import FrozenEncoders, Preprocessing, open_encoders
 from tests import models
 from tests.conftest import random_pipeline
+from tests.unit.test_parts import tree
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -188,16 +189,39 @@ def test_another_image_encoder_is_read_before_the_unet_is_there(tmp_path: Path) 
     assert other.image([models.picture(0)])["pooled"].shape == (1, models.CLIP_DIM)
 
 
+@pytest.mark.parametrize("count", [1, 3, 7])
 def test_a_cache_in_parts_is_that_of_one_process(
-    data: Path, encoders: FrozenEncoders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    count: int,
+    data: Path,
+    encoders: FrozenEncoders,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(module, "Rows", partial(Rows, size=1))
     shutil.copytree(data, alone := tmp_path / "alone")
     embed(alone, encoders, SHOWN, Stored())
-    encoded = embed(data, encoders, SHOWN, Stored(), Part(1, 2))["computed"]
+    compute = module.compute
+
+    def killed(rows: Rows, make: Any, missing: list[int], progress: Any) -> None:
+        compute(rows, make, missing[:1], progress)
+        if missing:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "compute", killed)
+        with pytest.raises(KeyboardInterrupt):
+            embed(data, encoders, SHOWN, Stored(), Part(1, 2))
+    encoded = len(list((data / "embedded").glob("*.safetensors")))
+    assert encoded == 1
+    encoded += embed(data, encoders, SHOWN, Stored(), Part(1, 2))["computed"]
     with pytest.raises(DataError, match="not finished; found 2/2"):
         merge(data)
-    for part in (Part(1, 3), Part(2, 3), Part(3, 3)):  # dealt anew
+    if count == 1:
+        encoded += embed(data, encoders, SHOWN, Stored())["computed"]
+        assert encoded == embed(alone, encoders, SHOWN, Stored())["shards"]
+        assert tree(data / "embedded") == tree(alone / "embedded")
+        return
+    for part in (Part(number + 1, count) for number in range(count)):  # dealt anew
         encoded += embed(data, encoders, SHOWN, Stored(), part)["computed"]
     lost = next((data / "embedded").glob("texts-*.safetensors"))
     whole = lost.read_bytes()

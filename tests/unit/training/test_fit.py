@@ -198,8 +198,9 @@ def test_scenes_of_a_folder(fitted: Any, references: Any, tmp_path: Path) -> Non
         assert imagine(attachment, off) == ["space has no effect while recombine is 0"]
 
 
+@pytest.mark.parametrize("count", [3, pytest.param(7, marks=pytest.mark.slow)])
 def test_a_fit_in_parts_is_that_of_one_process(
-    fitted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    count: int, fitted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, out = fitted
     monkeypatch.setattr("ipdiverse.training.embed.Rows", partial(Rows, size=20))
@@ -207,10 +208,11 @@ def test_a_fit_in_parts_is_that_of_one_process(
     space = tmp_path / "space.safetensors"
     words = ["fit", str(tmp_path / "data"), "--adapter", "plus", "--bank", "100"]
     words += ["--out", str(space), "--part"]
-    assert main([*words, "2/3"]) == 0
-    assert main(["merge", str(tmp_path / "data")]) == 2, "two are missing"
+    assert main([*words, f"2/{count}"]) == 0
+    assert main(["merge", str(tmp_path / "data")]) == 2, "others are missing"
     assert not space.exists()
-    assert main([*words, "1/3"]) == main([*words, "3/3"]) == 0
+    others = {*range(1, count + 1)} - {2}
+    assert [main([*words, f"{number}/{count}"]) for number in others] == [0] * len(others)
 
     def fail(*_: object) -> None:
         raise AssertionError("encoded again")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import io
+import json
 import shlex
 import zipfile
 from contextlib import contextmanager, nullcontext
@@ -505,8 +506,24 @@ def asked(**changes: Any) -> Request:
 def test_what_was_set_becomes_a_request() -> None:
     request = asked()
     assert (request.image, request.n, request.seed) == (("kept.png",), 2, 1)
+    assert [asked().fast, asked(fast=2.0).fast] == [0, 2]
     drawn = {asked(keep=keep).seed for keep in (False, None, "yes") for _ in range(5)}
     assert len(drawn) > 10, "a new one unless it is kept"
+
+
+def test_the_levels_of_fast_are_offered_with_what_was_measured() -> None:
+    from ipdiverse.ui.inputs import FAST
+
+    file = Path(__file__).parents[3] / "docs" / "benchmarks" / "fast.json"
+    report = json.loads(file.read_text())
+    times = [one["ratio"] for one in report["critters"]["cells"] if one["level"]]
+    worse = {"invalid_rate": 1}  # of all others less is worse
+    lost = [
+        100 * max(worse.get(name, -1) * one[0] for name, one in change["scores"].items())
+        for change in report["losses"]["changes"]
+    ]
+    assert "{:.1f}, {:.1f} and {:.1f} times as fast".format(*times) in FAST
+    assert "up to {:.1f}, {:.1f} and {:.1f} of 100".format(*lost) in FAST
 
 
 @pytest.mark.parametrize(
@@ -523,6 +540,9 @@ def test_what_was_set_becomes_a_request() -> None:
         ({"guidance": "x"}, "guidance_scale: is out of range"),
         ({"prompt": "x" * 2001}, "length of the prompt: is out of range"),
         ({"base": "/etc"}, "base: is not installed"),
+        ({"fast": 4}, "fast: is out of range"),
+        ({"fast": 0.5}, "fast: is not a whole number"),
+        ({"fast": "1"}, "fast: is not a whole number"),
         ({"adapter": "../x.safetensors"}, "adapter: is not installed"),
     ],
 )

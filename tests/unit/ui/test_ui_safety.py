@@ -256,8 +256,8 @@ def test_without_gradio_the_command_says_what_to_install(
 ) -> None:
     """By how it was installed: from an index, a checkout, a copy, a wheel (PEP 610)."""
     installed = SimpleNamespace(read_text={"direct_url.json": origin}.get)
-    monkeypatch.setattr("ipdiverse.commands.generate.find_spec", lambda name: None)
-    monkeypatch.setattr("ipdiverse.commands.generate.distribution", lambda name: installed)
+    monkeypatch.setattr("ipdiverse.commands.console.find_spec", lambda name: None)
+    monkeypatch.setattr("ipdiverse.commands.console.distribution", lambda name: installed)
     assert main(["ui"]) == 2
     error = capsys.readouterr().err
     assert error == f"ipdiverse: ui: needs gradio, which is not installed. Run `{command}`.\n"
