@@ -4,61 +4,19 @@ from __future__ import annotations
 
 import logging
 import threading
+import tomllib
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ipdiverse.errors import CheckpointError, IpdiverseError, ModelError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-    from pathlib import Path
 
 _ADAPTER = ("image_proj", "ip_adapter", "to_k_ip", "adapter_modules", "redux_up.")
 AS_BASE = "Give it with --base."
 """What to do with a file that is a base."""
-_LORA = "Load it into the pipeline, by `pipe.load_lora_weights`; an adapter goes on top of that."
-_PART = "It is a part of a base: give the base's folder or hub id with --base."
-_TRAINER = "Give the adapter's own file, which the trainer wrote in the same place."
-_KINDS = (
-    ("a LyCORIS (LoKr, LoHa or the like)", _LORA, ".lokr_w .hada_w .oft_ .glora_"),
-    ("a LoRA", _LORA, "lora_unet_ lora_te .lora_A .lora_B lora_down lora_up lora.down"),
-    (
-        "a ControlNet",
-        "Give it with --controlnet.",
-        "controlnet_ control_model. zero_convs. input_hint_block control_lora",
-    ),
-    (
-        "a T2I-Adapter",
-        "Put it into a pipeline of diffusers, and attach the image prompt to that.",
-        "adapter.body. body.0.in_conv body.0.block1 body.0.resnets",
-    ),
-    (
-        "a whole Stable Diffusion model",
-        AS_BASE,
-        "model.diffusion_model. cond_stage_model. joint_blocks.",
-    ),
-    ("a whole Flux model", AS_BASE, "double_blocks. single_transformer_blocks. context_embedder"),
-    (
-        "a textual inversion",
-        "Load it by `pipe.load_textual_inversion`.",
-        "string_to_param emb_params clip_l clip_g",
-    ),
-    ("a UNet", _PART, "time_embedding. time_embed. unet. input_blocks."),
-    ("a VAE", _PART, "quant_conv decoder.up encoder.down first_stage_model."),
-    ("a CLIP image encoder", "Give its folder with --image-encoder.", "vision_model. visual."),
-    ("a text encoder", _PART, "text_model. encoder.block. text_projection"),
-    (
-        "a DeepSpeed checkpoint",
-        "Run the zero_to_fp32.py that DeepSpeed put there, and give its result.",
-        "ds_version ds_config fp32_flat_groups zero_stage",
-    ),
-    ("an optimizer's state", _TRAINER, "param_groups exp_avg optimizer_state"),
-    ("a trainer's random state", _TRAINER, "random_state numpy_random_seed rng_state"),
-    ("a learning rate scheduler's state", _TRAINER, "last_epoch _last_lr"),
-    ("a gradient scaler's state", _TRAINER, "growth_interval _growth_tracker"),
-    ("a trainer's arguments", _TRAINER, "TrainingArguments"),
-)
-"""What model files are, what to do with each, and parts of names that tell; first match holds."""
 
 _one_builds = threading.RLock()
 _one_counts = threading.Lock()
@@ -71,10 +29,11 @@ def what_is(names: Iterable[str]) -> tuple[str, str] | None:
     text = "\n".join(names)
     if any(part in text for part in _ADAPTER):
         return "an IP-Adapter", "Give it with --adapter."
-    found = (
-        (what, fix) for what, fix, parts in _KINDS if any(part in text for part in parts.split())
-    )
-    return next(found, None)
+    file = Path(__file__).with_name("foreign.toml")
+    for kind in tomllib.loads(file.read_text("utf-8"))["kind"]:
+        if any(part in text for part in kind["parts"].split()):
+            return kind["what"], kind["fix"]
+    return None
 
 
 @contextmanager

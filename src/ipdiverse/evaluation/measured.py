@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,22 +18,8 @@ from ipdiverse.evaluation.study import Arm, Study
 
 SHOWN_PAIRS, SHOWN_IMAGES = 3, 8
 """How many pairs of an arm a report shows, and how many images of each."""
-LABELS = {
-    "entropy": "variety of what nobody fixed (1 = the world's own)",
-    "retention": "identity kept, mean over attributes",
-    "retention_worst": "identity kept, its worst attribute",
-    "asked_for": "asked for: valid, with the whole prompt and the whole identity",
-    "prompt_accuracy": "prompt obeyed",
-    "edit_accuracy": "prompt obeyed where it changes the reference's identity",
-    "contradict_accuracy": "prompt obeyed where it contradicts the reference",
-    "agree_accuracy": "prompt obeyed where it agrees with the reference",
-    "copy_rate": "copies of the whole scene, minus chance",
-    "invalid_rate": "images that are not valid scenes",
-    "leak": "what outputs tell about the reference's scene (nats)",
-    "placement_leak": "what outputs tell about where things are in the reference (nats)",
-    "js": "distance from the world's own scenes (Jensen-Shannon)",
-}
-"""Scores in words; an encoder's scores have the encoder's name in theirs and need none."""
+LABELS: dict[str, str] = tomllib.loads(Path(__file__).with_name("labels.toml").read_text("utf-8"))
+"""Scores in words."""
 WORST = "retention_worst"
 NOT_SUMS = ("leak", "placement_leak", "js")
 """Scores that `Measured` computes from all pairs at once."""

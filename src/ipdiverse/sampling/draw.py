@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import warnings
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -158,8 +158,6 @@ def drawing(
         pictures: From `checked_pictures`; without them the request is checked here.
         indices: Of candidates that an interrupted run chose; without them they are chosen here.
     """
-    from ipdiverse.sampling.fast import few_steps
-
     asked = request
     if pictures is None:
         pictures = checked_pictures(request, opened=loaded is not None)
@@ -172,10 +170,12 @@ def drawing(
     request = settled(request, base)
     task = task_for(base, request, pictures)
     negative = pictures.images[request.negative_image] if request.negative_image else None
+    if few := request.few():
+        from ipdiverse.sampling.fast import few_steps
     # on the task's pipeline: image-to-image, inpainting and ControlNets have their own
     with (
         quiet(),
-        few_steps(task.base.pipe, request.few(), request.base) as settings,
+        few_steps(task.base.pipe, few, request.base) if few else nullcontext({}) as settings,
         attached(task.base, weights, request.image_encoder) as attachment,
     ):
         task.settings.update(settings)

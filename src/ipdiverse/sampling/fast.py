@@ -69,12 +69,12 @@ _NAME = "ipdiverse"
 
 
 @contextmanager
-def few_steps(pipe: Any, chosen: FewSteps | None, base: str) -> Iterator[dict[str, Any]]:
+def few_steps(pipe: Any, chosen: FewSteps, base: str) -> Iterator[dict[str, Any]]:
     """A distilled LoRA with its scheduler on a pipeline, and off again exactly.
 
     Args:
         pipe: Without a LoRA.
-        chosen: What to put on; None puts nothing on.
+        chosen: What to put on.
         base: Its name, for errors.
 
     Yields:
@@ -83,9 +83,6 @@ def few_steps(pipe: Any, chosen: FewSteps | None, base: str) -> Iterator[dict[st
     Raises:
         ModelError: The pipeline has a LoRA already, or the file is of another base.
     """
-    if chosen is None:
-        yield {}
-        return
     if getattr(denoiser_of(pipe), "peft_config", None):
         fix = "Call pipe.unload_lora_weights(), or leave few_steps out."
         raise ModelError("has a LoRA already, which was made for many steps", where=base, fix=fix)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from ipdiverse.evaluation import report
-from ipdiverse.ui.status import PRIVATE, answered, problem
+from ipdiverse.ui.status import PRIVATE, answered, problem, script
 from ipdiverse.ui.tabs import grid_tab, vary_tab
 from ipdiverse.ui.visitors import visitor_of
 
@@ -30,15 +30,6 @@ MAX_BYTES = 64 * 2**20
 _NAME = "report.html"
 _MARK = f"<h1>{report.TITLE}</h1>"
 _HEAD_BYTES = 4096
-# gradio states no language, and a screen reader would read English with its user's voice; nor does
-# it hide its icons, each of which would be a picture without a name
-_SPOKEN = """() => {
-  document.documentElement.lang = 'en';
-  const hide = () => document.querySelectorAll('svg:not([role], [aria-hidden])').forEach(
-    icon => icon.setAttribute('aria-hidden', 'true'));
-  new MutationObserver(hide).observe(document.body, {childList: true, subtree: true});
-  hide();
-}"""
 _NO_REPORTS = "None found. `ipdiverse evaluate --quick` writes one; --reports names other folders."
 
 
@@ -82,7 +73,7 @@ def look() -> dict[str, Any]:
         slider_color="#c2410c",
     )
     style = (Path(__file__).parent / "style.css").read_text("utf-8")
-    return {"theme": theme, "css": style, "js": _SPOKEN}
+    return {"theme": theme, "css": style, "js": script("spoken")}
 
 
 def find_reports(folders: Sequence[Path]) -> dict[str, Path]:

@@ -18,7 +18,7 @@ import gradio as gr
 from ipdiverse.errors import ArgumentError, IpdiverseError
 from ipdiverse.ui import status
 from ipdiverse.ui.queue import SCENES, Job
-from ipdiverse.ui.status import LIVE, PRIVATE, on_load
+from ipdiverse.ui.status import LIVE, PRIVATE, on_load, script
 from ipdiverse.writing import write_bytes_atomic
 
 if TYPE_CHECKING:
@@ -72,8 +72,8 @@ def recipe_parts(tab: str) -> tuple[gr.Code, gr.Code, gr.DownloadButton]:
         )
         command = _recipe("shell", "Command", f"{tab}-command")
         python = _recipe("python", "Python", f"{tab}-python")
-    copy_command.click(None, command, copied, js=_COPY, **PRIVATE)
-    copy_python.click(None, python, copied, js=_COPY, **PRIVATE)
+    copy_command.click(None, command, copied, js=script("copied"), **PRIVATE)
+    copy_python.click(None, python, copied, js=script("copied"), **PRIVATE)
     return command, python, download
 
 
@@ -81,23 +81,6 @@ def _recipe(language: Any, label: str, elem_id: str) -> gr.Code:
     options: dict[str, Any] = {"interactive": False, "wrap_lines": True, "lines": 1}
     options |= {"show_line_numbers": False, "label": label, "elem_id": elem_id}
     return gr.Code(language=language, **options)
-
-
-# navigator.clipboard exists in secure contexts only: over plain http on another host than
-# localhost there is just the old way
-_COPY = """async (text) => {
-  if (!text) return '<p>There is nothing to copy yet.</p>';
-  try { await navigator.clipboard.writeText(text); }
-  catch {
-    const area = document.createElement('textarea');
-    area.value = text;
-    document.body.append(area);
-    area.select();
-    document.execCommand('copy');
-    area.remove();
-  }
-  return '<p>Copied.</p>';
-}"""
 
 
 @dataclass(frozen=True)
@@ -183,16 +166,9 @@ def draw_on(
     if again is not None:
         drawing.append(again[0](drawn.start_again, again[1], every, **options))
     for one in drawing:
-        one.then(None, None, None, js=_INTO_VIEW % drawn.tab, **PRIVATE)
+        one.then(None, None, None, js=script("intoView") % drawn.tab, **PRIVATE)
     cancel.click(drawn.stop, None, every, cancels=drawing, queue=False, **PRIVATE)
     on_load(drawn.restore, None, every)
-
-
-# on a phone the images are below all settings
-_INTO_VIEW = """() => {
-  const status = document.querySelector('#%s-status');
-  setTimeout(() => innerWidth < 768 && status.scrollIntoView(), 300);
-}"""
 
 
 def first_of(job: Job) -> Request:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import tomllib
 from contextlib import contextmanager
 from functools import wraps
 from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
@@ -149,49 +151,26 @@ def why_alike(request: Request, calibrated: bool, usual_guidance: float) -> list
     dial, scale = request.diversity or 0.0, request.scale or 0.0
     guidance = request.guidance_scale or 0.0
     words = len(" ".join(request.prompt).split())
-    causes = [
-        (
-            dial <= LOW_DIAL,
-            f"Diversity is {dial:g}, which stays close to the reference. Increase it.",
-        ),
-        (
-            calibrated and LOW_DIAL < dial < WIDE_DIAL,
-            f"Diversity is {dial:g}, and this adapter can vary more. Increase it.",
-        ),
-        (
-            scale >= HIGH_SCALE and not calibrated,
-            f"The adapter scale is {scale:g}, so the reference decides nearly everything. "
-            "Try 0.5 to 0.7.",
-        ),
-        (
-            guidance >= HIGH_GUIDANCE * usual_guidance,
-            f"Guidance is {guidance:g}, and this base's default is {usual_guidance:g}. High "
-            "guidance makes images alike. Lower it.",
-        ),
-        (
-            len(request.image) > 1 and request.combine == "concat",
-            "Several references together leave less to vary. Use one, or average them.",
-        ),
-        (
-            words >= DETAILED,
-            f"The prompt is detailed ({words} words), and what it states does not vary. Shorten "
-            "it.",
-        ),
-        (
-            not words,
-            "There is no prompt, so the reference decides everything. Say what should be "
-            "different.",
-        ),
-        (
-            not calibrated,
-            "This adapter was not calibrated, so its dial uses cautious default settings. "
-            "`ipdiverse calibrate` finds better ones.",
-        ),
-    ]
-    return [text for holds, text in causes if holds] or [
-        "No setting explains it: the model varies little for this prompt and reference. Try "
-        "another prompt or seed."
-    ]
+    holds = {
+        "close": dial <= LOW_DIAL,
+        "wider": calibrated and LOW_DIAL < dial < WIDE_DIAL,
+        "decided": scale >= HIGH_SCALE and not calibrated,
+        "guided": guidance >= HIGH_GUIDANCE * usual_guidance,
+        "several": len(request.image) > 1 and request.combine == "concat",
+        "detailed": words >= DETAILED,
+        "no_prompt": not words,
+        "cautious": not calibrated,
+    }
+    hints = tomllib.loads(Path(__file__).with_name("hints.toml").read_text("utf-8"))
+    values = {"dial": dial, "scale": scale, "guidance": guidance, "words": words}
+    told = [name for name, held in holds.items() if held] or ["unknown"]
+    return [hints[name].format(**values, usual=usual_guidance) for name in told]
+
+
+def script(name: str) -> str:
+    """A function of `page.js`, by whose text gradio runs it in the browser."""
+    text = Path(__file__).with_name("page.js").read_text("utf-8")
+    return text.partition(f"\n{name} = ")[2].partition("\n\n")[0]
 
 
 def _count(images: int) -> str:
