@@ -53,7 +53,7 @@ demo: $(STAMP) ## draw a first set of images into out/demo, on the embedded mode
 
 # One thread a process: two workers with two threads each only get in each other's way.
 test: $(STAMP) ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal
 
 house: $(STAMP) ## count files, lines, import circles and what one image walks through
 	$(BIN)/python -m workshop.house

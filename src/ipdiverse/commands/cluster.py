@@ -118,10 +118,8 @@ class Merge:
         """Merge and say what there is."""
         home = Path(self.folder)
         with copied(home, self.to, (PARTS, f"embedded/{PARTS}"), WHOLE) as copy:
-            is_done = any(home.glob("[!.]*")) and not any(
-                map(part_folders, (home, home / "embedded"))
-            )
-            if copy is None or not is_done:
+            has_parts = any(map(part_folders, (home, home / "embedded")))
+            if copy is None or has_parts or not any(home.glob("[!.]*")):
                 say(merge(home, copy))
         if copy is not None:
             say(f"copied {copy.sent} files to {self.to}")
