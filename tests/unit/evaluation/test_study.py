@@ -165,6 +165,7 @@ OF_ALONE = {
     "fusion alone, `gated`, self": "fusion, self, gated",
     "the same": "fusion of shuffled text, paired",
     "projection alone": "projection, paired",
+    "last attention": "last attention of the projection, paired",
 }
 OF_IMAGINED = {
     "text alone": "plain, scale: scale 0",
@@ -198,7 +199,7 @@ def _arm_of(label: str, results: str) -> str:
     [
         ("README.md", "## Results", IMAGINED, 6),
         ("docs/study/index.md", "## Imagined references", IMAGINED, 15),
-        ("docs/study/index.md", "## Fusion alone", ALONE, 6),
+        ("docs/study/index.md", "## Fusion alone", ALONE, 7),
         ("docs/study/index.md", "## The dial in numbers", BEFORE, 12),
     ],
 )
