@@ -80,7 +80,7 @@ def our_steps(size: int, level: int, narrow: int = 1) -> Steps:
     unet.requires_grad_(False)
     adapter.requires_grad_(False)
     slot = Slot(adapter.layers())
-    processors = _processors(unet, [slot])
+    processors = _processors(unet, [slot], joint=False)
     unet.set_attn_processor({**unet.attn_processors, **processors})
     chosen = LEVELS[level]
     fast = None if chosen is None else Fast(unet, chosen, [*processors.values()])

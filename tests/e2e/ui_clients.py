@@ -83,8 +83,8 @@ class Client:
         self, prompt: str = "a critter", seed: int = 0, steps: int = 1, count: int = 1
     ) -> httpx.Response:
         """Ask for images, and get a place in the queue or none."""
-        data = [prompt, "", 0.5, count, 1, seed, True, steps, 3, "critters", "plus", "concat"]
-        return self.http.post("/gradio_api/queue/join", json=self.body("vary-go", "click", data))
+        asked = [prompt, "", 0.5, count, 1, seed, True, steps, 3, "critters", "plus", "concat", 0]
+        return self.http.post("/gradio_api/queue/join", json=self.body("vary-go", "click", asked))
 
     def messages(self) -> Iterator[dict[str, Any]]:
         """What the page tells this session, until there is no more."""

@@ -74,7 +74,7 @@ class Drawing:
             job.done += request.steps or 0
         if len(files) == request.n:
             named = replace(request, image=job.names)
-            job.sheets[inside] = Sheet(named, list(files), [], False, None, 3.0)
+            job.sheets[inside] = Sheet(named, [], False, None, 3.0)
         self.order.append(job.visitor)
 
 

@@ -299,7 +299,7 @@ def _without_weights(source: str, opening: Opening, options: dict[str, Any]) -> 
 
     where = {k: options[k] for k in ("local_files_only", "revision") if k in options}
     index = _index(source, opening.revision, local_files_only=opening.local_files_only)
-    parts: dict[str, Any] = {n: None for n, told in index.items() if "T5EncoderModel" in told}
+    parts: dict[str, Any] = {n: None for n, told in index.items() if "T5EncoderModel" in str(told)}
     for name in {"unet", "transformer"} & (index.keys() - options.keys()):
         kind = getattr(diffusers, index[name][1])
         config = kind.load_config(source, subfolder=name, **where)
