@@ -158,6 +158,8 @@ def drawing(
         pictures: From `checked_pictures`; without them the request is checked here.
         indices: Of candidates that an interrupted run chose; without them they are chosen here.
     """
+    from ipdiverse.sampling.fast import few_steps
+
     asked = request
     if pictures is None:
         pictures = checked_pictures(request, opened=loaded is not None)
@@ -168,10 +170,8 @@ def drawing(
     base = loaded or open_base(request)
     weights = adapter_file(request.base, request.adapter)
     request = settled(request, base)
-    task = task_for(base, request, pictures)
+    task, few = task_for(base, request, pictures), request.few()
     negative = pictures.images[request.negative_image] if request.negative_image else None
-    if few := request.few():
-        from ipdiverse.sampling.fast import few_steps
     # on the task's pipeline: image-to-image, inpainting and ControlNets have their own
     with (
         quiet(),
