@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 _ADAPTER = ("image_proj", "ip_adapter", "to_k_ip", "adapter_modules", "redux_up.")
-AS_BASE = "Give it with --base."
-"""What to do with a file that is a base."""
+AS_BASE = "Give it with --base."  # what `foreign.toml` says of whole bases
 
 _one_builds = threading.RLock()
 _one_counts = threading.Lock()

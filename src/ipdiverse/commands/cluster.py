@@ -220,12 +220,13 @@ class Copy:
             return False
         with file.open("rb") as stream:
             md5 = hashlib.file_digest(stream, partial(hashlib.md5, usedforsecurity=False))
-        known = {md5.hexdigest(), base64.b64encode(md5.digest()).decode(), file_hash(file)}
+        own = file_hash(file)
+        known = {md5.hexdigest(), base64.b64encode(md5.digest()).decode(), own}
         said = about.get("ETag"), about.get("md5Hash"), (about.get("lfs") or {}).get("sha256")
         if known & {str(one).strip('"') for one in said}:
             return True
         with self.store.open(name, "rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest() == file_hash(file)
+            return hashlib.file_digest(stream, "sha256").hexdigest() == own
 
 
 @contextlib.contextmanager

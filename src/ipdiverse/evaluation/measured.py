@@ -19,7 +19,6 @@ from ipdiverse.evaluation.study import Arm, Study
 SHOWN_PAIRS, SHOWN_IMAGES = 3, 8
 """How many pairs of an arm a report shows, and how many images of each."""
 LABELS: dict[str, str] = tomllib.loads(Path(__file__).with_name("labels.toml").read_text("utf-8"))
-"""Scores in words."""
 WORST = "retention_worst"
 NOT_SUMS = ("leak", "placement_leak", "js")
 """Scores that `Measured` computes from all pairs at once."""

@@ -123,8 +123,9 @@ def as_on_disk(name: str, root: Path | str = "") -> str:
     macOS decomposes accents (NFD) where most lists compose them (NFC), and Linux tells the two
     apart, so that a list that was made on one system names no file on the other.
     """
-    forms = () if name.isascii() else (unicodedata.normalize(form, name) for form in ("NFC", "NFD"))
-    return next((one for one in (name, *forms) if os.path.lexists(Path(root, one))), name)
+    forms = (name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD")))
+    there = (one for one in forms if os.path.lexists(Path(root, one)))
+    return name if name.isascii() else next(there, name)  # most names: not looked for
 
 
 @contextmanager
